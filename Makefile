@@ -1,0 +1,32 @@
+# make demo: train the quickstart.   make test: the whole suite.   make check: format, lint, types, import direction.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test check format
+
+demo: $(VENV)/runtime.installed
+	$(RUN) launch.py --config=configs/quickstart.py
+
+test: $(VENV)/dev.installed
+	$(RUN) -m pytest
+
+check: $(VENV)/dev.installed
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/mypy
+	$(RUN) -m pytest -q tests/test_imports.py
+
+format: $(VENV)/dev.installed
+	$(VENV)/bin/ruff format
+	$(VENV)/bin/ruff check --fix
+
+$(VENV)/runtime.installed: requirements.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info[:2] >= (3, 11), "Python 3.11 is needed: make PYTHON=python3.11"'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+$(VENV)/dev.installed: $(VENV)/runtime.installed requirements-dev.txt
+	$(RUN) -m pip install --quiet --requirement requirements-dev.txt
+	touch $@

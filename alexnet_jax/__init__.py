@@ -1,0 +1,1 @@
+"""AlexNet (Krizhevsky, Sutskever, Hinton 2012) in JAX: the paper's network, its training and its two-GPU split."""

@@ -1,0 +1,310 @@
+"""The experiment's settings: their schema with defaults, the checks made before anything is loaded, and durations.
+
+Nothing here imports jax, so a wrong setting is answered at once.
+"""
+
+import difflib
+import re
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from alexnet_jax.presets import PRESETS
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: one line with the field, its value and the nearest one that can."""
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The whole schema with its defaults, which train the paper's network on ImageNet as section 5 of the paper says.
+
+    Fields of `model` that are None are taken from `model.preset`. Durations are text: '5 epochs', '100 steps' or
+    '1000 images'; a bare number counts steps.
+    """
+    return ml_collections.ConfigDict(
+        {
+            'seed': 0,
+            'cpu_library_fusion': True,  # faster convolutions on CPU by an XLA flag; see startup.py
+            'model': {
+                'preset': 'paper',
+                'widths': config_dict.placeholder(tuple),
+                'towers': config_dict.placeholder(int),
+                'num_classes': config_dict.placeholder(int),
+                'activation': config_dict.placeholder(str),  # relu | tanh
+                'lrn': config_dict.placeholder(bool),
+                'lrn_size': config_dict.placeholder(int),
+                'lrn_k': config_dict.placeholder(float),
+                'lrn_alpha': config_dict.placeholder(float),
+                'lrn_beta': config_dict.placeholder(float),
+                'overlapping_pool': config_dict.placeholder(bool),
+                'dropout': config_dict.placeholder(float),
+                'kernel_std': config_dict.placeholder(tuple),
+                'bias_init': config_dict.placeholder(tuple),
+                'dtype': 'float32',  # of convolutions and matrix products: float32 | bfloat16
+            },
+            'data': {
+                'source': 'tfds:imagenet2012',  # photos | tfds:NAME
+                'data_dir': '~/tensorflow_datasets',  # prepared stores and TFDS data sets
+                'image_size': 256,  # pixels a side in the prepared store
+                'crop_size': 224,  # pixels a side that the network sees
+                'crop': True,  # random windows in training; otherwise the centre
+                'flip': True,
+                'color': 'original',  # none | original | fb | paper; see augment.py
+                'mean': 'image',  # image | channel | none
+                'threads': 2,  # that read and decode
+            },
+            'optimizer': {
+                'learning_rate': 0.01,
+                'momentum': 0.9,
+                'weight_decay': 5e-4,
+                'bias_lr_multiplier': 1.0,
+                'schedule': 'plateau',  # plateau | steps | constant
+                'warmup': '0 steps',  # linear from 0
+                'factor': 0.1,  # of each drop
+                'drops': ('25 epochs', '51 epochs', '79 epochs'),  # schedule 'steps'
+                'patience': 3,  # evaluations without a new lowest error before a drop; schedule 'plateau'
+                'max_drops': 3,  # schedule 'plateau'
+            },
+            'train': {
+                'batch_size': 128,  # over all devices
+                'epochs': 90.0,
+                'steps': config_dict.placeholder(int),  # takes the place of epochs where it is given
+                'log_every': '50 steps',
+            },
+            'eval': {
+                'every': '1 epoch',
+                'views': 10,  # of the evaluation at the end, 1 or 10; those on the way use the centre view
+                'batch_size': 128,
+            },
+            'checkpoint': {'every': '1 epoch', 'keep': 1},  # keep: the newest ones; the best is kept besides
+            'mesh': {
+                'layout': 'towers',  # towers | data
+                'data': -1,  # devices that share out the batch; -1: all that `model` leaves
+                'model': 1,  # devices that share out the towers
+            },
+        }
+    )
+
+
+_CHOICES = {
+    'model.preset': tuple(PRESETS),
+    'model.activation': ('relu', 'tanh'),
+    'model.dtype': ('float32', 'bfloat16'),
+    'data.color': ('none', 'original', 'fb', 'paper'),
+    'data.mean': ('image', 'channel', 'none'),
+    'optimizer.schedule': ('plateau', 'steps', 'constant'),
+    'eval.views': (1, 10),
+    'mesh.layout': ('towers', 'data'),
+}
+
+_DURATION = re.compile(r'(\d+(?:\.\d+)?)\s*(steps?|epochs?|images?)?')
+
+
+def duration_in_steps(duration: str, *, batch_size: int, examples: int) -> int:
+    """`duration` ('5 epochs', '100 steps', '1000 images' or '100') in whole steps, at least one unless it is zero.
+
+    Raises ConfigError for a text of another form.
+    """
+    match = _DURATION.fullmatch(duration.strip())
+    if not match:
+        raise ConfigError(f"{duration!r} is no duration; write for example '5 epochs', '100 steps' or '1000 images'")
+    count, unit = float(match[1]), (match[2] or 'steps').rstrip('s')
+    steps = count * {'step': 1, 'epoch': examples / batch_size, 'image': 1 / batch_size}[unit]
+    return max(1, round(steps)) if count else 0
+
+
+def total_steps(config: ml_collections.ConfigDict, examples: int) -> int:
+    """Length of the run in steps, for a training set of `examples` images."""
+    if config.train.steps is not None:
+        return config.train.steps
+    return duration_in_steps(f'{config.train.epochs:f} epochs', batch_size=config.train.batch_size, examples=examples)
+
+
+def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
+    """`config` checked, with the empty `model` fields taken from its preset, frozen.
+
+    Raises ConfigError in one line for a field that does not exist, has the wrong type or contradicts another.
+    """
+    _check_fields(config, default_config(), '')
+    config = ml_collections.ConfigDict(config.to_dict())
+    _check_choice(config, 'model.preset')
+    with config.unlocked():
+        for name, value in PRESETS[config.model.preset].items():
+            if config.model[name] is None:
+                config.model[name] = value
+    for field in _CHOICES:
+        _check_choice(config, field)
+    _check_ranges(config)
+    _check_model(config)
+    _check_durations(config)
+    check_mesh(config, config.mesh.data, config.mesh.model)
+    return ml_collections.FrozenConfigDict(config)
+
+
+def unknown_field(field: str, known: list[str]) -> ConfigError:
+    """The refusal of a field that does not exist, with the nearest of the `known` ones (dotted names)."""
+    last = field.rsplit('.', 1)[-1]
+    by_last = {name.rsplit('.', 1)[-1]: name for name in known}
+    near = difflib.get_close_matches(field, known, 1, 0.75) or [
+        by_last[name] for name in difflib.get_close_matches(last, by_last, 1, 0.6)
+    ]
+    near = near or difflib.get_close_matches(field, known, 1, 0.0)
+    return ConfigError(f'config.{field}: no such field; the nearest is config.{near[0]}')
+
+
+def field_names(config: Any, prefix: str = '') -> list[str]:
+    """Dotted names of all leaves of `config`."""
+    names = []
+    for name, value in config.items():
+        is_group = isinstance(value, ml_collections.ConfigDict)
+        names += field_names(value, f'{prefix}{name}.') if is_group else [prefix + name]
+    return names
+
+
+def _check_fields(config: Any, schema: Any, prefix: str) -> None:
+    known = field_names(default_config())
+    for name, value in config.items():
+        field = prefix + name
+        if name not in schema:
+            raise unknown_field(field, known)
+        expected = schema.get_type(name)
+        if isinstance(schema[name], ml_collections.ConfigDict):
+            if not isinstance(value, ml_collections.ConfigDict):
+                raise ConfigError(f'config.{field}: {value!r} is no group of fields')
+            _check_fields(value, schema[name], field + '.')
+            continue
+        missing_allowed = schema[name] is None
+        accepted = (int, float) if expected is float else (tuple, list) if expected is tuple else expected
+        is_bool_for_number = isinstance(value, bool) and expected is not bool
+        if not (value is None and missing_allowed) and (not isinstance(value, accepted) or is_bool_for_number):
+            raise ConfigError(f'config.{field}: {value!r} is {type(value).__name__}, not {expected.__name__}')
+    for name in schema:
+        if name not in config:
+            raise ConfigError(f'config.{prefix}{name}: missing; start from alexnet_jax.config.default_config()')
+
+
+def _check_choice(config: Any, field: str) -> None:
+    group, name = field.split('.')
+    value, choices = config[group][name], _CHOICES[field]
+    if value not in choices:
+        if isinstance(value, str):
+            near = difflib.get_close_matches(value, [str(choice) for choice in choices], 1, 0.0)[0]
+        else:
+            near = min(choices, key=lambda choice: abs(choice - value))
+        every = ', '.join(map(str, choices))
+        raise ConfigError(f'config.{field}: {value!r} is not one of {every}; the nearest is {near!r}')
+
+
+def _check_ranges(config: Any) -> None:
+    bounds = {  # field: least, greatest
+        'seed': (0, 2**32 - 1),
+        'model.dropout': (0, 0.95),
+        'model.towers': (1, 64),
+        'model.num_classes': (2, 10**6),
+        'model.lrn_size': (1, 63),
+        'data.image_size': (8, 4096),
+        'data.threads': (1, 256),
+        'optimizer.learning_rate': (0, 100),
+        'optimizer.momentum': (0, 0.9999),
+        'optimizer.weight_decay': (0, 1),
+        'optimizer.bias_lr_multiplier': (0, 100),
+        'optimizer.factor': (1e-6, 1),
+        'optimizer.patience': (1, 10**6),
+        'optimizer.max_drops': (0, 100),
+        'train.batch_size': (1, 2**24),
+        'train.epochs': (0, 10**6),
+        'eval.batch_size': (1, 2**24),
+        'checkpoint.keep': (1, 10**6),
+        'mesh.model': (1, 64),
+    }
+    if config.train.steps is not None:
+        bounds['train.steps'] = (0, 2**31 - 1)
+    for field, (least, greatest) in bounds.items():
+        value = config
+        for name in field.split('.'):
+            value = value[name]
+        if not least <= value <= greatest:
+            near = least if value < least else greatest
+            raise ConfigError(f'config.{field}: {value} is outside {least} to {greatest}; the nearest is {near}')
+    source = config.data.source
+    if source != 'photos' and not re.fullmatch(r'tfds:[\w/]+(:[\w.-]+)?', source):
+        raise ConfigError(
+            f"config.data.source: {source!r} is not 'photos' or 'tfds:NAME'; for example 'tfds:imagenet2012'"
+        )
+
+
+def layer_sizes(crop_size: int, overlapping_pool: bool) -> list[int]:
+    """Side in pixels after conv1, pool1, conv2, pool2, conv3, conv4, conv5, pool5; for 224: 55 27 27 13 13 13 13 6."""
+    window = 3 if overlapping_pool else 2
+    conv1 = (crop_size + 3 - 11) // 4 + 1
+    pool1 = (conv1 - window) // 2 + 1
+    pool2 = (pool1 - window) // 2 + 1
+    return [conv1, pool1, pool1, pool2, pool2, pool2, pool2, (pool2 - window) // 2 + 1]
+
+
+def _check_model(config: Any) -> None:
+    model, data = config.model, config.data
+    for field, length in (('widths', 7), ('kernel_std', 8), ('bias_init', 8)):
+        if len(model[field]) != length:
+            raise ConfigError(f'config.model.{field}: {len(model[field])} values; {length} are needed, one a layer')
+    if data.crop_size > data.image_size:
+        raise ConfigError(
+            f'config.data.crop_size: {data.crop_size} is larger than data.image_size={data.image_size};'
+            f' the nearest is {data.image_size}'
+        )
+    if layer_sizes(data.crop_size, model.overlapping_pool)[-1] < 1:
+        least = next(size for size in range(data.crop_size, 4096) if layer_sizes(size, model.overlapping_pool)[-1] >= 1)
+        raise ConfigError(f'config.data.crop_size: {data.crop_size} leaves nothing after pool5; the nearest is {least}')
+    if model.lrn_size % 2 == 0:
+        raise ConfigError(f'config.model.lrn_size: {model.lrn_size} is even; the nearest is {model.lrn_size + 1}')
+    for layer, width in zip(('conv1', 'conv2', 'conv3', 'conv4', 'conv5'), model.widths, strict=False):
+        _check_divides(f'config.model.widths ({layer})', width, 'model.towers', model.towers)
+
+
+def _check_divides(field: str, value: int, by_field: str, by: int) -> None:
+    if value % by or value < by:
+        near = max(by, round(value / by) * by)
+        raise ConfigError(f'{field}: {value} is not divisible by {by_field}={by}; the nearest is {near}')
+
+
+def _check_durations(config: Any) -> None:
+    durations = {
+        'train.log_every': config.train.log_every,
+        'eval.every': config.eval.every,
+        'checkpoint.every': config.checkpoint.every,
+        'optimizer.warmup': config.optimizer.warmup,
+    }
+    durations |= {f'optimizer.drops[{i}]': drop for i, drop in enumerate(config.optimizer.drops)}
+    for field, duration in durations.items():
+        try:
+            steps = duration_in_steps(str(duration), batch_size=1, examples=1)
+        except ConfigError as error:
+            raise ConfigError(f'config.{field}: {error}') from None
+        if steps == 0 and field != 'optimizer.warmup':
+            raise ConfigError(f"config.{field}: {duration!r} is no time at all; the nearest is '1 step'")
+
+
+def check_mesh(config: Any, data: int, model: int) -> None:
+    """Raise ConfigError where batch, towers or widths do not divide over a mesh of `data` x `model` devices.
+
+    `data` may be -1 (not known yet): then only what concerns `model` is checked.
+    """
+    if config.mesh.layout == 'data' and model != 1:
+        raise ConfigError(
+            f"config.mesh.model: {model} with mesh.layout='data', which has no model axis; the nearest is 1"
+        )
+    if config.model.towers % model:
+        near = max(size for size in range(1, model) if config.model.towers % size == 0)
+        raise ConfigError(
+            f'config.mesh.model: {model} does not divide model.towers={config.model.towers}; the nearest is {near}'
+        )
+    for layer, width in (('fc6', config.model.widths[5]), ('fc7', config.model.widths[6])):
+        _check_divides(f'config.model.widths ({layer})', width, 'mesh.model', model)
+    _check_divides('config.model.num_classes', config.model.num_classes, 'mesh.model', model)
+    if data == 0 or data < -1:
+        raise ConfigError(f'config.mesh.data: {data} devices; the nearest is 1 (or -1 for all there are)')
+    if data != -1:
+        _check_divides('config.train.batch_size', config.train.batch_size, 'mesh.data', data)
+        _check_divides('config.eval.batch_size', config.eval.batch_size, 'mesh.data', data)

@@ -1,0 +1,129 @@
+"""AlexNet as the paper's section 3 describes it, two towers and all.
+
+Shapes in the comments are those of the `paper` preset on one device; `2x` is a list with one array for each tower.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from alexnet_jax.config import layer_sizes
+from alexnet_jax.layers import convolution, local_response_norm, max_pool
+from alexnet_jax.parallel import exchange
+
+
+class Convolution(nnx.Module):
+    """Kernels (height, width, inputs, outputs) and biases of one layer, divided evenly among the towers."""
+
+    def __init__(self, size, inputs, outputs, *, towers, std, bias, dtype, rngs, stride=1, padding='SAME'):
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (size, size, inputs, outputs)))
+        self.bias = nnx.Param(jnp.full((outputs,), bias))
+        self.tower_width = outputs // towers
+        self.stride, self.padding, self.dtype = stride, padding, dtype
+
+    @property
+    def towers(self) -> int:
+        """Towers whose kernels are on this device."""
+        return self.kernel.shape[-1] // self.tower_width
+
+    def __call__(self, towers: list[jax.Array]) -> list[jax.Array]:
+        """Outputs of the towers on this device, each (B, H', W', tower_width), before the nonlinearity."""
+        kernels = jnp.split(self.kernel[...].astype(self.dtype), self.towers, -1)
+        biases = jnp.split(self.bias[...].astype(self.dtype), self.towers)
+        return [
+            convolution(x, kernel, stride=self.stride, padding=self.padding) + bias[None, None, None]
+            for x, kernel, bias in zip(towers, kernels, biases, strict=True)
+        ]
+
+
+class Dense(nnx.Module):
+    """A fully-connected layer; on a mesh each device of `model` computes its share of the outputs."""
+
+    def __init__(self, inputs, outputs, *, std, bias, dtype, rngs):
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs)))
+        self.bias = nnx.Param(jnp.full((outputs,), bias))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, inputs) to (B, outputs on this device), before the nonlinearity."""
+        return x.astype(self.dtype) @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(self.dtype)[None]
+
+
+class AlexNet(nnx.Module):
+    """Five convolutional and three fully-connected layers.
+
+    Args:
+      config: `model` of a resolved configuration.
+      crop_size: pixels a side of the images, 224 in the paper.
+      rngs: the stream `params` gives the initial kernels.
+    """
+
+    def __init__(self, config: Any, *, crop_size: int, rngs: nnx.Rngs):
+        c1, c2, c3, c4, c5, f6, f7 = config.widths
+        towers, dtype = config.towers, jnp.dtype(config.dtype)
+        layers = [
+            {'std': std, 'bias': bias, 'dtype': dtype, 'rngs': rngs}
+            for std, bias in zip(config.kernel_std, config.bias_init, strict=True)
+        ]
+        side = layer_sizes(crop_size, config.overlapping_pool)[-1]
+        # Windows that reach over the right and the lower edge see zeros, as in the original program: 224 gives 55.
+        self.conv1 = Convolution(11, 3, c1, towers=towers, stride=4, padding=((0, 3), (0, 3)), **layers[0])
+        self.conv2 = Convolution(5, c1 // towers, c2, towers=towers, **layers[1])
+        self.conv3 = Convolution(3, c2, c3, towers=towers, **layers[2])
+        self.conv4 = Convolution(3, c3 // towers, c4, towers=towers, **layers[3])
+        self.conv5 = Convolution(3, c4 // towers, c5, towers=towers, **layers[4])
+        self.fc6 = Dense(side * side * c5, f6, **layers[5])
+        self.fc7 = Dense(f6, f7, **layers[6])
+        self.fc8 = Dense(f7, config.num_classes, **layers[7])
+        self.config = config
+
+    def __call__(self, images: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
+        """Logits (B, num_classes), float32, of `images` (B, crop_size, crop_size, 3), float32.
+
+        `dropout_keys` (B,), one an image, switch dropout on; without, outputs are scaled as at the paper's test time.
+        """
+        config = self.config
+        c2, c5, f6, f7 = (config.widths[i] for i in (1, 4, 5, 6))
+
+        x = self.conv1([images.astype(self.conv1.dtype)] * self.conv1.towers)  # 2x (B, 55, 55, 48)
+        x = [self.pool(self.normalise(self.activate(tower))) for tower in x]  # 2x (B, 27, 27, 48)
+        x = self.conv2(x)  # 2x (B, 27, 27, 128)
+        x = [self.pool(self.normalise(self.activate(tower))) for tower in x]  # 2x (B, 13, 13, 128)
+
+        x = exchange(jnp.concatenate(x, -1), c2)  # (B, 13, 13, 256)
+        x = self.conv3([x] * self.conv3.towers)  # 2x (B, 13, 13, 192)
+        x = self.conv4([self.activate(tower) for tower in x])  # 2x (B, 13, 13, 192)
+        x = self.conv5([self.activate(tower) for tower in x])  # 2x (B, 13, 13, 128)
+        x = [self.pool(self.activate(tower)) for tower in x]  # 2x (B, 6, 6, 128)
+
+        x = exchange(jnp.concatenate(x, -1), c5)  # (B, 6, 6, 256)
+        x = self.activate(self.fc6(x.reshape(x.shape[0], -1)))
+        x = self.dropout(exchange(x, f6), dropout_keys, 6)  # (B, 4096)
+        x = self.activate(self.fc7(x))
+        x = self.dropout(exchange(x, f7), dropout_keys, 7)  # (B, 4096)
+        return exchange(self.fc8(x), config.num_classes).astype(jnp.float32)  # (B, 1000)
+
+    def activate(self, x: jax.Array) -> jax.Array:
+        """The nonlinearity of section 3.1."""
+        return {'relu': jax.nn.relu, 'tanh': jnp.tanh}[self.config.activation](x)
+
+    def normalise(self, x: jax.Array) -> jax.Array:
+        """Response normalisation of section 3.3 over the maps of one tower, where the configuration has it."""
+        if not self.config.lrn:
+            return x
+        config = self.config
+        return local_response_norm(x, k=config.lrn_k, n=config.lrn_size, alpha=config.lrn_alpha, beta=config.lrn_beta)
+
+    def pool(self, x: jax.Array) -> jax.Array:
+        """Pooling of section 3.4: windows of 3 pixels, or of 2 where they are not to overlap, 2 pixels apart."""
+        return max_pool(x, 3 if self.config.overlapping_pool else 2, 2)
+
+    def dropout(self, x: jax.Array, keys: jax.Array | None, layer: int) -> jax.Array:
+        """Dropout of section 4.2: zeros in training, all outputs times the share that is kept otherwise."""
+        kept = 1 - self.config.dropout
+        if keys is None:
+            return x * kept
+        keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, layer), kept, x.shape[1:]))(keys)
+        return jnp.where(keep, x, jnp.zeros_like(x))

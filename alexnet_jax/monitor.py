@@ -1,0 +1,141 @@
+"""What a run tells: progress on a terminal or in a log, metrics.jsonl, and files that are never half written."""
+
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+LINE_EVERY_SECONDS = 15.0
+
+
+def log(message: str) -> None:
+    """One line for the reader of a log or a terminal, on standard error."""
+    line = f'{time.strftime("%H:%M:%S")} {message}'
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        tqdm.write(line, file=sys.stderr)  # above the bar
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+class Preemption:
+    """While it is open, the first SIGTERM or Ctrl-C only sets `requested`; a second one ends the process as usual."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self) -> 'Preemption':
+        self.before = {number: signal.signal(number, self._request) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: object) -> None:
+        self.requested = True
+        for other, handler in self.before.items():
+            signal.signal(other, handler)
+        log(f'{signal.Signals(number).name}: a checkpoint is written, then this ends (again: at once, without)')
+
+
+class Progress:
+    """A bar on a terminal; in a log, a line with rate and remaining time every 15 seconds.
+
+    Args:
+      what: shown in front.
+      total: units of work in all; `done` of them were done before.
+      unit: its name.
+    """
+
+    def __init__(self, what: str, total: int, unit: str, done: int = 0):
+        self.what, self.total, self.unit, self.done = what, total, unit, done
+        self.start = self.last_line = time.monotonic()
+        self.first = done
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(desc=what, total=total, unit=f' {unit}', initial=done, dynamic_ncols=True, smoothing=0.1)
+
+    def update(self, count: int = 1, note: str = '') -> None:
+        """Count `count` more units; `note` is shown behind."""
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(count)
+            if note:
+                self.bar.set_postfix_str(note)
+        elif time.monotonic() - self.last_line >= LINE_EVERY_SECONDS:
+            self.line(note)
+
+    def line(self, note: str = '') -> None:
+        """Print where things stand as a line of the log; nothing on a terminal, where the bar says it."""
+        if self.bar is not None:
+            return
+        self.last_line = time.monotonic()
+        rate = (self.done - self.first) / max(self.last_line - self.start, 1e-9)
+        left = _minutes((self.total - self.done) / rate) if rate else 'unknown'
+        behind = f'  {note}' if note else ''
+        log(f'{self.what} {self.done}/{self.total} {self.unit}  {rate:.1f}/s  ETA {left}{behind}')
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _minutes(seconds: float) -> str:
+    hours, minutes = divmod(int(seconds) // 60, 60)
+    return f'{hours}h{minutes:02d}m' if hours else f'{minutes}m{int(seconds) % 60:02d}s'
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write `value` to `path` whole or not at all."""
+    with open(path + '.tmp', 'w') as file:
+        json.dump(value, file, indent=1)
+        file.write('\n')
+    os.replace(path + '.tmp', path)
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line, written through at once.
+
+    Lines later than what is resumed are dropped, so the file reads as if the run had never been interrupted.
+
+    Args:
+      path: of the file.
+      step: training lines after this step are dropped.
+      evaluated: validation lines after this step are dropped.
+    """
+
+    def __init__(self, path: str, step: int, evaluated: int):
+        kept = []
+        if os.path.exists(path):
+            last = {'train': step, 'validation': evaluated}
+            with open(path) as file:
+                kept = [line for line in file if _is_kept(line, last)]
+        with open(path + '.tmp', 'w') as file:
+            file.writelines(kept)
+        os.replace(path + '.tmp', path)
+        self.file = open(path, 'a', buffering=1)  # noqa: SIM115
+
+    def write(self, **values: Any) -> None:
+        """Append one line."""
+        self.file.write(json.dumps(values) + '\n')
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def _is_kept(line: str, last: dict[str, int]) -> bool:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError:  # the line a killed run was writing
+        return False
+    return values['step'] <= last[values['split']]

@@ -1,0 +1,275 @@
+"""The training loop: evaluate, checkpoint, batch, step, log; resumes where the newest checkpoint stands."""
+
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from alexnet_jax import parallel
+from alexnet_jax.augment import preprocessing
+from alexnet_jax.checkpoint import Checkpoints, state_digest
+from alexnet_jax.config import ConfigError, duration_in_steps, total_steps
+from alexnet_jax.data import pipeline
+from alexnet_jax.evaluate import evaluate
+from alexnet_jax.monitor import Metrics, Preemption, Progress, log, write_json
+from alexnet_jax.optimizer import plateau_next, plateau_start, scheduled_rate
+from alexnet_jax.step import abstract_state, init_state, make_eval_step, make_train_step
+
+EXIT_DONE, EXIT_ERROR, EXIT_USAGE, EXIT_PREEMPTED = 0, 1, 2, 75
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on: one line with the cause and what to try."""
+
+
+def run(config: Any, workdir: str) -> int:
+    """Train `config` (resolved) to its end in `workdir`, from its newest checkpoint if there is one.
+
+    Writes config.json, metrics.jsonl, checkpoints/ and result.json. Returns the exit code: 0, or 75 when SIGTERM or
+    Ctrl-C came and a checkpoint is written.
+
+    Raises:
+      ConfigError: mesh, data and settings do not fit one another.
+      TrainingError: the loss is not finite.
+    """
+    with Preemption() as preemption:
+        mesh = parallel.make_mesh(config)
+        store = _open_store(config, preemption)
+        if store is None:
+            return EXIT_PREEMPTED
+        os.makedirs(workdir, exist_ok=True)
+        write_json(os.path.join(workdir, 'config.json'), config.to_dict())
+        return _Run(config, workdir, mesh, store, preemption).to_the_end()
+
+
+def _open_store(config: Any, preemption: Preemption) -> pipeline.Store | None:
+    """The prepared store of `config.data`, made now where it is missing; None when preempted meanwhile."""
+    data = config.data
+    directory = pipeline.store_directory(data.data_dir, data.source, data.image_size)
+    if not os.path.exists(directory):
+        # A process of its own, for TensorFlow should not share one with jax.
+        command = [sys.executable, '-m', 'alexnet_jax.prepare', f'--source={data.source}']
+        command += [f'--data_dir={data.data_dir}', f'--image_size={data.image_size}']
+        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        paths = [root, *filter(None, [os.environ.get('PYTHONPATH')])]
+        process = subprocess.Popen(command, env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)})
+        while process.poll() is None:
+            if preemption.requested:
+                process.terminate()
+            time.sleep(0.1)
+        if preemption.requested:
+            return None
+        if process.returncode:
+            sys.exit(EXIT_USAGE if process.returncode == EXIT_USAGE else EXIT_ERROR)  # it said why
+    store = pipeline.open_store(directory)
+    if len(store.class_names) != config.model.num_classes:
+        classes = len(store.class_names)
+        raise ConfigError(
+            f'config.model.num_classes: {config.model.num_classes}, but {data.source} has {classes} classes;'
+            f' the nearest is {classes}'
+        )
+    return store
+
+
+class _Run:
+    """One process's part in a run: the compiled steps, the input, and where the run stands."""
+
+    def __init__(self, config: Any, workdir: str, mesh: Any, store: pipeline.Store, preemption: Preemption):
+        self.config, self.workdir, self.mesh, self.store, self.preemption = config, workdir, mesh, store, preemption
+        self.examples = len(store.train)
+        self.total = total_steps(config, self.examples)
+        self.preprocessing = preprocessing(store.statistics, config.data)
+        self.train_step = make_train_step(config, mesh)
+        self.eval_steps = {views: make_eval_step(config, mesh, views) for views in {1, config.eval.views}}
+        self.checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), config.checkpoint.keep)
+        restored = self.checkpoints.restore(abstract_state(config, mesh))
+        if restored:
+            self.state, self.progress = restored
+            log(f'resuming {workdir} at step {self.step} of {self.total}')
+        else:
+            # evaluated: the step of the last evaluation; errors: what it found.
+            self.progress = {'step': 0, 'evaluated': 0, 'errors': None, 'plateau': plateau_start()}
+            self.state = init_state(config, mesh)
+        self.metrics = Metrics(os.path.join(workdir, 'metrics.jsonl'), self.step, self.progress['evaluated'])
+        self.pending: list[Any] = []  # metrics of steps not yet logged, on the device
+        self.training_seconds = self.waiting_seconds = self.logged_seconds = self.logged_waiting = 0.0
+        self.first_step = self.step
+        self.bar = Progress('train', self.total, 'steps', done=self.step)
+
+    @property
+    def step(self) -> int:
+        return self.progress['step']
+
+    def steps_of(self, duration: str) -> int:
+        return duration_in_steps(str(duration), batch_size=self.config.train.batch_size, examples=self.examples)
+
+    def to_the_end(self) -> int:
+        config = self.config
+        eval_every, save_every = self.steps_of(config.eval.every), self.steps_of(config.checkpoint.every)
+        log_every = self.steps_of(config.train.log_every)
+        log(
+            f'{config.data.source}: {self.examples} training and {len(self.store.validation)} validation images;'
+            f' mesh data={self.mesh.shape["data"]}, model={self.mesh.shape["model"]};'
+            f' {self.total} steps of {config.train.batch_size} images'
+        )
+        batches = self.batches_ahead()
+        while True:
+            done = self.step >= self.total
+            evaluation_due = (self.step % eval_every == 0 or done) and self.step > self.progress['evaluated']
+            if evaluation_due and not self.preemption.requested:
+                self.log_training()
+                self.validate()
+            stopping = done or self.preemption.requested
+            if stopping or (self.step % save_every == 0 and self.step > self.first_step):
+                self.save()
+            if stopping:
+                break
+            self.train_one(batches)
+            self.bar.update(note=f'{self.rate():.0f} images/s')
+            if self.step % log_every == 0:
+                self.log_training()
+        self.bar.close()
+        return self.finish()
+
+    def batches_ahead(self) -> Iterator[Any]:
+        """Batches on the devices; the next one is on its way while the last is used."""
+        config = self.config
+        batches = pipeline.training_batches(
+            self.store.train,
+            seed=config.seed,
+            batch_size=config.train.batch_size,
+            first_step=self.step,
+            threads=config.data.threads,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+        )
+        ahead = parallel.put_batch(self.mesh, next(batches))
+        for batch in batches:
+            current, ahead = ahead, parallel.put_batch(self.mesh, batch)
+            yield current
+
+    def train_one(self, batches: Iterator[Any]) -> None:
+        start = time.perf_counter()
+        batch = next(batches)
+        self.waiting_seconds += time.perf_counter() - start
+        rate = np.float32(self.learning_rate())
+        self.state, metrics = self.train_step(self.state, batch, rate, self.preprocessing)
+        if self.pending:
+            jax.block_until_ready(self.pending[-1])  # at most two steps are under way
+        self.pending.append(metrics)
+        self.progress['step'] += 1
+        self.training_seconds += time.perf_counter() - start
+
+    def learning_rate(self) -> float:
+        return scheduled_rate(self.config, self.step, self.examples, int(self.progress['plateau']['drops_taken']))
+
+    def rate(self) -> float:
+        """Images per second of training since this process began, without evaluations and checkpoints."""
+        steps = self.step - self.first_step
+        return steps * self.config.train.batch_size / self.training_seconds if self.training_seconds else 0.0
+
+    def log_training(self) -> None:
+        """Write the means over the steps since the last line. Raises TrainingError where the loss is not finite."""
+        if not self.pending:
+            return
+        start = time.perf_counter()
+        values = jax.device_get(self.pending)
+        self.training_seconds += time.perf_counter() - start
+        steps, self.pending = len(self.pending), []
+        means = {name: float(np.mean([value[name] for value in values])) for name in values[0]}
+        seconds = self.training_seconds - self.logged_seconds
+        waited = (self.waiting_seconds - self.logged_waiting) / seconds
+        self.logged_seconds, self.logged_waiting = self.training_seconds, self.waiting_seconds
+        images_per_second = steps * self.config.train.batch_size / seconds
+        if not math.isfinite(means['loss']):
+            raise TrainingError(
+                f'the loss is {means["loss"]} at step {self.step}: lower config.optimizer.learning_rate'
+                f' ({self.learning_rate():g}) or raise config.optimizer.warmup; {self.workdir} can be resumed'
+                f' from step {self.checkpoints.manager.latest_step() or 0}'
+            )
+        self.metrics.write(
+            step=self.step,
+            split='train',
+            **means,
+            learning_rate=self.learning_rate(),
+            images_per_second=images_per_second,
+            input_wait=waited,
+        )
+        self.bar.line(
+            f'loss {means["loss"]:.4f}  top-1 error {means["top1_error"]:.1%}  learning rate {self.learning_rate():.2g}'
+            f'  {images_per_second:.1f} images/s  input wait {waited:.1%}'
+        )
+
+    def measure(self, views: int) -> dict[str, float] | None:
+        """Errors on the validation images, or None when preempted meanwhile."""
+        config = self.config
+        batches = pipeline.validation_batches(
+            self.store.validation,
+            batch_size=config.eval.batch_size,
+            threads=config.data.threads,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+        )
+        return evaluate(
+            self.eval_steps[views],
+            self.state.params,
+            batches,
+            self.preprocessing,
+            self.mesh,
+            what=f'evaluate, {views} view{"s" * (views > 1)}',
+            total=math.ceil(len(self.store.validation) / config.eval.batch_size),
+            stop=lambda: self.preemption.requested,
+        )
+
+    def validate(self) -> None:
+        """Evaluate with one view and move the schedule on."""
+        errors = self.measure(1)
+        if errors is None:
+            return
+        plateau = self.progress['plateau']
+        self.progress |= {'evaluated': self.step, 'errors': errors}
+        self.progress['plateau'] = plateau_next(plateau, errors['top1_error'], self.config.optimizer)
+        shown = {name: errors[name] for name in ('loss', 'top1_error', 'top5_error')}
+        self.metrics.write(step=self.step, split='validation', **shown, learning_rate=self.learning_rate())
+        log(
+            f'step {self.step}/{self.total}  validation: loss {errors["loss"]:.4f}'
+            f'  top-1 {errors["top1_error"]:.2%}  top-5 {errors["top5_error"]:.2%}'
+            f'  ({errors["examples"]} images, 1 view)'
+        )
+        if self.progress['plateau']['drops_taken'] > plateau['drops_taken']:
+            log(f'the error stopped improving: learning rate now {self.learning_rate():g}')
+
+    def save(self) -> None:
+        self.log_training()  # a state with an infinite loss is not written
+        measured = self.progress['errors'] if self.progress['evaluated'] == self.step else None
+        self.checkpoints.save(self.state, self.progress, measured and measured['top1_error'])
+
+    def finish(self) -> int:
+        """Write result.json: after the last step with the final evaluation, or when preempted with what is known."""
+        views = {'1': self.progress['errors']}
+        preempted = self.step < self.total or self.preemption.requested
+        if not preempted and self.config.eval.views != 1:
+            views[str(self.config.eval.views)] = self.measure(self.config.eval.views)
+            preempted = self.preemption.requested
+        final = views.get(str(self.config.eval.views)) or self.progress['errors'] or {}
+        self.checkpoints.close()
+        self.metrics.close()
+        result = {
+            'status': 'preempted' if preempted else 'done',
+            'step': self.step,
+            'top1_error': final.get('top1_error'),
+            'top5_error': final.get('top5_error'),
+            'views': views,
+            'images_per_second': self.rate() or None,
+            'state_digest': state_digest(self.state),
+        }
+        write_json(os.path.join(self.workdir, 'result.json'), result)
+        if preempted:
+            log(f'stopped at step {self.step} of {self.total}; the same command continues')
+        return EXIT_PREEMPTED if preempted else EXIT_DONE

@@ -1,0 +1,29 @@
+"""The paper's network at a quarter of its width learns which of 16 photographs a patch comes from.
+
+    python launch.py        (this is the default config; `make demo` runs it)
+
+Data: made from photographs inside scikit-image, nothing is downloaded. Patches for validation come from regions that no
+training patch touches.
+"""
+
+from alexnet_jax.config import default_config
+
+
+def get_config():
+    """Settings of the quickstart."""
+    config = default_config()
+    config.model.widths = (24, 64, 96, 96, 64, 1024, 1024)
+    config.model.num_classes = 16
+    # A quarter of the inputs to each unit asks for larger weights, or the signal fades from layer to layer.
+    config.model.kernel_std = (0.05, 0.05, 0.05, 0.05, 0.05, 0.03, 0.03, 0.03)
+    config.data.source = 'photos'
+    config.data.data_dir = 'data'
+    config.data.image_size = 72
+    config.data.crop_size = 64
+    config.train.batch_size = 64
+    config.train.epochs = 16.0
+    config.train.log_every = '50 steps'
+    config.optimizer.schedule = 'steps'
+    config.optimizer.drops = ('10 epochs', '13 epochs', '15 epochs')
+    config.eval.batch_size = 200
+    return config

@@ -1,0 +1,129 @@
+"""Train AlexNet, or go on with a run: python launch.py --config=FILE [--workdir=W] [--config.a.b=value ...]"""
+
+import json
+import os
+import runpy
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from alexnet_jax import startup
+from alexnet_jax.config import ConfigError, field_names, resolve, unknown_field
+
+QUICKSTART = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configs', 'quickstart.py')
+
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'File with the settings, by default configs/quickstart.py; :NAME behind it names a preset.'
+)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; by default runs/ and the name of the config.')
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Read the flags; where one is wrong, say so in one line and exit with 2."""
+    files = [argument.split('=', 1)[1] for argument in argv if argument.lstrip('-').startswith('config=')]
+    if not files:
+        argv.insert(1, f'--config={QUICKSTART}')
+    try:
+        _check_overrides(argv, files[-1] if files else QUICKSTART)
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise ConfigError(f'{rest[1]!r} is no flag; flags are written --name=value')
+        return rest
+    except (flags.Error, ConfigError, ValueError, TypeError) as error:
+        sys.exit(_refuse(' '.join(str(error).split())))
+
+
+def _check_overrides(argv: list[str], file: str) -> None:
+    """Raise ConfigError where the config file cannot be read or an override names a field that does not exist."""
+    path, *preset = file.split(':', 1)
+    if not os.path.isfile(path):
+        raise ConfigError(f'--config: there is no file {path!r}; for example --config=configs/imagenet.py')
+    known = field_names(runpy.run_path(path)['get_config'](*preset))
+    for argument in argv:
+        if argument.lstrip('-').startswith('config.'):
+            field = argument.lstrip('-').removeprefix('config.').split('=')[0]
+            if field not in known:
+                raise unknown_field(field, known)
+
+
+def _refuse(reason: str) -> int:
+    print(f'alexnet_jax: {reason}', file=sys.stderr)
+    return 2
+
+
+def _check_same_run(config: dict, workdir: str) -> None:
+    """Raise ConfigError where the checkpoints in `workdir` belong to another network or another order of the data."""
+    if not os.path.isdir(os.path.join(workdir, 'checkpoints')) or not os.listdir(os.path.join(workdir, 'checkpoints')):
+        return
+    with open(os.path.join(workdir, 'config.json')) as file:
+        before = json.load(file)
+    now = json.loads(json.dumps(config))
+    fixed = ['seed', 'data.source', 'data.image_size', 'train.batch_size', *(f'model.{name}' for name in now['model'])]
+    for field in fixed:
+        *groups, name = field.split('.')
+        old, new = before, now
+        for group in groups:
+            old, new = old[group], new[group]
+        if old[name] != new[name]:
+            raise ConfigError(
+                f'config.{field}: {new[name]!r}, but {workdir} was begun with {old[name]!r}:'
+                ' give that, or another --workdir'
+            )
+
+
+def _finished(config: dict, workdir: str) -> bool:
+    """Whether `workdir` holds the end of just this run."""
+    try:
+        with open(os.path.join(workdir, 'result.json')) as file, open(os.path.join(workdir, 'config.json')) as before:
+            return json.load(file)['status'] == 'done' and json.load(before) == json.loads(json.dumps(config))
+    except OSError:
+        return False
+
+
+def _print_result(workdir: str) -> None:
+    """The small table at the end."""
+    with open(os.path.join(workdir, 'result.json')) as file:
+        result = json.load(file)
+    print(f'\n{"validation":<12}{"loss":>8}{"top-1 error":>14}{"top-5 error":>14}')
+    for views, errors in result['views'].items():
+        name = f'{views} view{"s" * (views != "1")}'
+        print(f'{name:<12}{errors["loss"]:>8.4f}{errors["top1_error"]:>14.2%}{errors["top5_error"]:>14.2%}')
+    if result['images_per_second']:
+        print(f'\ntraining    {result["images_per_second"]:.1f} images/s, {result["step"]} steps')
+    print(f'files       {workdir}/: result.json, metrics.jsonl, checkpoints/, config.json')
+
+
+def main(argv: list[str]) -> int:
+    """Check the settings, train, print the result; returns the exit code."""
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    file = config_flags.get_config_filename(flags.FLAGS['config'])
+    name = os.path.basename(file).replace('.py', '').replace(':', '_')
+    workdir = _WORKDIR.value or os.path.join('runs', name)
+    try:
+        config = resolve(_CONFIG.value)
+        _check_same_run(config.to_dict(), workdir)
+        if _finished(config.to_dict(), workdir):
+            print(f'{workdir} is done; another --workdir begins anew, a longer config.train.epochs goes on.')
+            _print_result(workdir)
+            return 0
+        if config.cpu_library_fusion:
+            startup.set_cpu_flags()
+        from alexnet_jax import train  # after the flags, for it imports jax
+    except ConfigError as error:
+        return _refuse(str(error))
+    try:
+        code = train.run(config, workdir)
+    except ConfigError as error:
+        return _refuse(str(error))
+    except train.TrainingError as error:
+        print(f'alexnet_jax: {error}', file=sys.stderr)
+        return train.EXIT_ERROR
+    if code == train.EXIT_DONE:
+        _print_result(workdir)
+    return code
+
+
+if __name__ == '__main__':
+    app.run(main, flags_parser=parse_flags)

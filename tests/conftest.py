@@ -1,0 +1,18 @@
+"""Eight simulated devices, the CPU flags of a real run, and strict promotion in every test."""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ['JAX_NUM_CPU_DEVICES'] = '8'
+os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
+
+from alexnet_jax import startup
+
+startup.set_cpu_flags()
+
+import jax  # noqa: E402
+
+jax.config.update('jax_numpy_dtype_promotion', 'strict')
+jax.config.update('jax_numpy_rank_promotion', 'raise')
