@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 import runpy
 import sys
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax import startup
 from alexnet_jax.config import ConfigError, field_names, resolve, unknown_field
@@ -25,26 +26,45 @@ def parse_flags(argv: list[str]) -> list[str]:
     if not files:
         argv.insert(1, f'--config={QUICKSTART}')
     try:
-        _check_overrides(argv, files[-1] if files else QUICKSTART)
+        config = _load(files[-1] if files else QUICKSTART)
+        _check_overrides(argv, config)
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise ConfigError(f'{rest[1]!r} is no flag; flags are written --name=value')
         return rest
-    except (flags.Error, ConfigError, ValueError, TypeError) as error:
-        sys.exit(_refuse(' '.join(str(error).split())))
+    except flags.IllegalFlagValueError as error:
+        sys.exit(_refuse(_wrong_type(str(error), config)))
+    except (flags.Error, ConfigError) as error:
+        sys.exit(_refuse(str(error)))
 
 
-def _check_overrides(argv: list[str], file: str) -> None:
-    """Raise ConfigError where the config file cannot be read or an override names a field that does not exist."""
+def _load(file: str) -> ConfigDict:
+    """The settings in `file`, which may end in :PRESET, without overrides. Raises ConfigError: there is no such file."""
     path, *preset = file.split(':', 1)
     if not os.path.isfile(path):
         raise ConfigError(f'--config: there is no file {path!r}; for example --config=configs/imagenet.py')
-    known = field_names(runpy.run_path(path)['get_config'](*preset))
+    return runpy.run_path(path)['get_config'](*preset)
+
+
+def _check_overrides(argv: list[str], config: ConfigDict) -> None:
+    """Raise ConfigError where an override names a field that does not exist."""
+    known = field_names(config)
     for argument in argv:
         if argument.lstrip('-').startswith('config.'):
             field = argument.lstrip('-').removeprefix('config.').split('=')[0]
             if field not in known:
                 raise unknown_field(field, known)
+
+
+def _wrong_type(message: str, config: ConfigDict) -> str:
+    """The flag library's message about a value in one line, and for a field of the config with the type it wants."""
+    match = re.match(r'flag --(config\.([\w.]+))=(.*?): ', message)
+    if not match:
+        return ' '.join(message.split())
+    *groups, name = match[2].split('.')
+    for group in groups:
+        config = config[group]
+    return f'{match[1]}: {match[3]!r} is not {config.get_type(name).__name__}'
 
 
 def _refuse(reason: str) -> int:
@@ -97,7 +117,7 @@ def _print_result(workdir: str) -> None:
 def main(argv: list[str]) -> int:
     """Check the settings, train, print the result; returns the exit code."""
     del argv
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)
     file = config_flags.get_config_filename(flags.FLAGS['config'])
     name = os.path.basename(file).replace('.py', '').replace(':', '_')
     workdir = _WORKDIR.value or os.path.join('runs', name)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from alexnet_jax import parallel
 from alexnet_jax.monitor import Progress
@@ -15,7 +14,7 @@ def evaluate(
     params: Any,
     batches: Iterable[dict[str, np.ndarray]],
     preprocessing: dict[str, np.ndarray],
-    mesh: Mesh,
+    mesh: parallel.Mesh,
     *,
     what: str,
     total: int,

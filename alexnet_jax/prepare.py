@@ -234,7 +234,7 @@ def _prepare(source: str, data_dir: str, image_size: int, threads: int, target: 
 def main(argv: list[str]) -> None:
     """Run as a command; exit code 2 and one line where the source cannot be read."""
     del argv
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)
     args = flags.FLAGS
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 
 from alexnet_jax import parallel
 from alexnet_jax.augment import augment, example_keys, view
@@ -53,13 +52,13 @@ def _initial_state(config: Any) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config.optimizer, 0.0).init(params))
 
 
-def init_state(config: Any, mesh: Mesh) -> TrainState:
+def init_state(config: Any, mesh: parallel.Mesh) -> TrainState:
     """The state before the first step; the same numbers on every mesh."""
     out_shardings = parallel.shardings(mesh, state_specs(config))
     return jax.jit(lambda: _initial_state(config), out_shardings=out_shardings)()
 
 
-def abstract_state(config: Any, mesh: Mesh) -> TrainState:
+def abstract_state(config: Any, mesh: parallel.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of init_state(), without its numbers."""
     shapes = jax.eval_shape(lambda: _initial_state(config))
     shardings = parallel.shardings(mesh, state_specs(config))
@@ -75,7 +74,7 @@ def _errors(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]
     return (better >= 1).astype(jnp.float32), (better >= 5).astype(jnp.float32)
 
 
-def make_train_step(config: Any, mesh: Mesh) -> Any:
+def make_train_step(config: Any, mesh: parallel.Mesh) -> Any:
     """The compiled step (state, batch, learning_rate, preprocessing) -> (state, metrics); `state` is donated.
 
     batch: image (B, S, S, 3) uint8, label (B,) int32 and number (B,) uint32, the count of images seen before it.
@@ -115,7 +114,7 @@ def make_train_step(config: Any, mesh: Mesh) -> Any:
     )
 
 
-def make_eval_step(config: Any, mesh: Mesh, views: int) -> Any:
+def make_eval_step(config: Any, mesh: parallel.Mesh, views: int) -> Any:
     """The compiled evaluation (params, batch, preprocessing) -> sums (4,): loss, top-1 and top-5 errors, images.
 
     views: 1, the centre, or 10 (see augment.view), whose softmax outputs are averaged (section 4.1).

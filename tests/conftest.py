@@ -13,6 +13,17 @@ from alexnet_jax import startup
 startup.set_cpu_flags()
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+@pytest.fixture(scope='session')
+def photos_dir(tmp_path_factory) -> str:
+    """A data_dir in which `photos` is prepared at 72 pixels."""
+    from alexnet_jax.prepare import prepare
+
+    folder = str(tmp_path_factory.mktemp('data'))
+    prepare('photos', folder, 72, 2)
+    return folder

@@ -1,0 +1,184 @@
+"""One program on every mesh: the same losses, checkpoints that move, and just the collectives of the design."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from alexnet_jax import augment, config, parallel, step
+from alexnet_jax.checkpoint import Checkpoints, state_digest
+
+MESHES = [(1, 1), (8, 1), (4, 2), (1, 2)]
+STATISTICS = {
+    'mean_image': np.random.default_rng(0).uniform(100, 130, (72, 72, 3)),
+    'mean_rgb': np.array([120.0, 115.0, 110.0]),
+    'eigenvalues': np.array([100.0, 900.0, 9000.0]),
+    'eigenvectors': np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0],
+}
+
+
+def small_config(data: int, model: int, **train):
+    """A narrow `paper` on 64-pixel crops, augmentation and dropout on."""
+    settings = config.default_config()
+    settings.model.widths = (16, 32, 32, 32, 32, 64, 64)
+    settings.model.num_classes = 10
+    settings.model.kernel_std = (0.05,) * 8
+    settings.data.image_size, settings.data.crop_size = 72, 64
+    settings.train.batch_size = 16
+    settings.mesh.data, settings.mesh.model = data, model
+    settings.update(train)
+    return config.resolve(settings)
+
+
+def batch(number: int, settings) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(number)
+    size = settings.train.batch_size
+    return {
+        'image': generator.integers(0, 256, (size, 72, 72, 3), dtype=np.uint8),
+        'label': generator.integers(0, 10, size, dtype=np.int32),
+        'number': np.arange(number * size, (number + 1) * size, dtype=np.uint32),
+    }
+
+
+def train(settings, steps: int):
+    mesh = parallel.make_mesh(settings)
+    train_step = step.make_train_step(settings, mesh)
+    prepared = augment.preprocessing(STATISTICS, settings.data)
+    state, losses = step.init_state(settings, mesh), []
+    initial = state_digest(state)
+    for number in range(steps):
+        rows = parallel.put_batch(mesh, batch(number, settings))
+        state, metrics = train_step(state, rows, np.float32(0.01), prepared)
+        losses.append(float(metrics['loss']))
+    return mesh, state, losses, initial
+
+
+@pytest.fixture(scope='module')
+def runs():
+    """Ten steps on every mesh."""
+    return {shape: train(small_config(*shape), 10) for shape in MESHES}
+
+
+def test_ten_steps_give_the_same_loss_on_every_mesh(runs):
+    expected = runs[1, 1][2]
+    assert np.ptp(expected) > 0.05  # the network changes by more than the tolerance
+    for shape in MESHES:
+        np.testing.assert_allclose(runs[shape][2], expected, rtol=2e-5, err_msg=str(shape))
+
+
+def test_state_lies_as_the_design_says(runs):
+    state = runs[4, 2][1]
+    assert len(jax.devices()) == 8
+    kernel = state.params['conv2']['kernel']
+    assert kernel.shape == (5, 5, 8, 32)
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(5, 5, 8, 16)}
+    # One half of the outputs is one tower's kernels, whichever mesh computed them.
+    for leaf, whole in zip(jax.tree.leaves(state), jax.tree.leaves(runs[1, 1][1]), strict=True):
+        np.testing.assert_allclose(np.asarray(leaf), np.asarray(whole), rtol=1e-4, atol=2e-6)
+
+
+def test_initial_numbers_do_not_depend_on_the_mesh(runs):
+    assert len({runs[shape][3] for shape in MESHES}) == 1
+
+
+@pytest.mark.parametrize('views', [1, 10])
+def test_evaluation_is_the_same_on_every_mesh(runs, views):
+    sums = []
+    for shape in MESHES:
+        settings = small_config(*shape)
+        mesh, state = runs[shape][:2]
+        rows = batch(99, settings)
+        rows['label'][-3:] = -1  # padding
+        eval_step = step.make_eval_step(settings, mesh, views)
+        prepared = augment.preprocessing(STATISTICS, settings.data)
+        sums.append(np.asarray(eval_step(state.params, parallel.put_batch(mesh, rows), prepared)))
+    assert sums[0][3] == 13
+    np.testing.assert_allclose(sums, np.broadcast_to(sums[0], (4, 4)), rtol=2e-5)
+
+
+def test_a_checkpoint_moves_between_meshes(runs, tmp_path):
+    checkpoints = Checkpoints(str(tmp_path), keep=1)
+    state = runs[4, 2][1]
+    checkpoints.save(state, {'step': 10}, error=0.5)
+    checkpoints.wait()
+    for shape in [(1, 1), (8, 1)]:
+        settings = small_config(*shape)
+        mesh = parallel.make_mesh(settings)
+        restored, progress = checkpoints.restore(step.abstract_state(settings, mesh))
+        assert progress['step'] == 10
+        assert state_digest(restored) == state_digest(state)
+        assert restored.params['fc6']['kernel'].sharding.mesh == mesh
+        prepared = augment.preprocessing(STATISTICS, settings.data)
+        rows = parallel.put_batch(mesh, batch(10, settings))
+        restored, _ = step.make_train_step(settings, mesh)(restored, rows, np.float32(0.01), prepared)
+        assert int(restored.step) == 11
+    checkpoints.close()
+
+
+def collectives(hlo: str) -> dict[str, list[list[tuple[int, ...]]]]:
+    """Shapes that each kind of collective gives, one list an instruction."""
+    found: dict[str, list[list[tuple[int, ...]]]] = {}
+    kinds = 'all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast'
+    for line in hlo.splitlines():
+        match = re.search(rf'= (.*?) ({kinds})(?:-start)?\(', line)
+        if match:
+            shapes = re.findall(r'\w+\[([\d,]*)\]', match[1])
+            found.setdefault(match[2], []).append([tuple(map(int, filter(None, s.split(',')))) for s in shapes])
+    return found
+
+
+def compiled_step(data: int, model: int, batch_size: int) -> str:
+    """HLO of the full `paper` step, compiled from shapes alone."""
+    settings = config.default_config()
+    settings.mesh.data, settings.mesh.model = data, model
+    settings.train.batch_size = settings.eval.batch_size = batch_size
+    settings = config.resolve(settings)
+    mesh = parallel.make_mesh(settings)
+    struct = jax.ShapeDtypeStruct
+    rows = {
+        'image': struct((batch_size, 256, 256, 3), np.uint8),
+        'label': struct((batch_size,), np.int32),
+        'number': struct((batch_size,), np.uint32),
+    }
+    prepared = {'mean': struct((256, 256, 3), np.float32), 'color': struct((3, 3), np.float32)}
+    train_step = step.make_train_step(settings, mesh)
+    lowered = train_step.lower(step.abstract_state(settings, mesh), rows, struct((), np.float32), prepared)
+    return lowered.compile().as_text()
+
+
+def test_towers_exchange_where_the_paper_does_and_nowhere_else():
+    hlo = compiled_step(4, 2, 512)
+    found = collectives(hlo)
+    # Before conv3, fc6, fc7 and fc8, and the logits: so none inside conv2, conv4 and conv5. 128 images a device.
+    gathered = [(128, 13, 13, 256), (128, 6, 6, 256), (128, 4096), (128, 4096), (128, 1000)]
+    assert sorted(shape for [shape] in found.pop('all-gather')) == sorted(gathered)
+    # Their transposes: each device keeps its share of the channels.
+    scattered = [(*shape[:-1], shape[-1] // 2) for shape in gathered]
+    assert sorted(shape for [shape] in found.pop('reduce-scatter')) == sorted(scattered)
+    # The gradients, half of them on each device of a pair, and the three numbers that are logged.
+    gradients, metrics = sorted(found.pop('all-reduce'), key=len, reverse=True)
+    assert sum(int(np.prod(shape)) for shape in gradients) == 60_965_224 // 2
+    assert metrics == [(3,)]
+    assert not found
+    convolutions = [line for line in hlo.splitlines() if re.search(r'= .* convolution\(', line)]
+    assert convolutions
+    assert not any('feature_group_count' in line for line in convolutions)
+
+
+def test_data_parallel_step_only_adds_up_gradients():
+    found = collectives(compiled_step(8, 1, 64))
+    [summed] = found.pop('all-reduce')
+    assert sum(int(np.prod(shape)) for shape in summed) == 60_965_224 + 3  # gradients, and the numbers that are logged
+    assert not found
+
+
+def test_too_few_devices_are_refused_with_the_numbers():
+    with pytest.raises(config.ConfigError, match=r'data=16 times model=1 needs 16 devices and there are 8'):
+        parallel.make_mesh(small_config(16, 1))
+
+
+def test_all_devices_are_used_by_default_and_must_divide_the_batch():
+    assert dict(parallel.make_mesh(small_config(-1, 2)).shape) == {'data': 4, 'model': 2}
+    with pytest.raises(config.ConfigError, match=r'train.batch_size: 12 is not divisible by mesh.data=8'):
+        parallel.make_mesh(small_config(-1, 1, train={'batch_size': 12}))

@@ -1,0 +1,181 @@
+"""Runs of launch.py as a user starts them: exact resume after kill -9, SIGTERM and Ctrl-C, files, refusals, NaN."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STEPS, SAVE_EVERY = 12, 5
+
+
+def command(data_dir: str, workdir: Path, *overrides: str) -> list[str]:
+    """A narrow quickstart: 12 steps of 640 images, ten an epoch, evaluated and saved in the middle of epochs."""
+    settings = {
+        'data.data_dir': data_dir,
+        'model.widths': '(16,32,32,32,32,64,64)',
+        'train.batch_size': 640,
+        'train.steps': STEPS,
+        'train.log_every': 4,
+        'eval.every': 7,
+        'checkpoint.every': SAVE_EVERY,
+        'optimizer.schedule': 'plateau',
+        'optimizer.patience': 1,
+    }
+    flags = [f'--config.{field}={value}' for field, value in settings.items()]
+    return [sys.executable, 'launch.py', f'--workdir={workdir}', *flags, *overrides]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, 'JAX_NUM_CPU_DEVICES': '1'}
+
+
+def launch(*arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, **options
+    )
+
+
+def interrupt(number: signal.Signals, data_dir: str, workdir: Path) -> subprocess.CompletedProcess:
+    """Start a run and send the signal as soon as the checkpoint of step 5 is whole."""
+    process = subprocess.Popen(
+        command(data_dir, workdir),
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    first = workdir / 'checkpoints' / str(SAVE_EVERY)
+    deadline = time.monotonic() + 240
+    while not first.exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def lines(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(photos_dir, tmp_path_factory):
+    """The run that every interrupted one must equal."""
+    workdir = tmp_path_factory.mktemp('uninterrupted')
+    run = launch(photos_dir, workdir)
+    assert run.returncode == 0, run.stderr
+    return workdir, json.loads((workdir / 'result.json').read_text()), run
+
+
+def test_files_of_a_run(uninterrupted):
+    workdir, result, run = uninterrupted
+    assert (result['status'], result['step']) == ('done', STEPS)
+    assert len(result['state_digest']) == 64
+    assert result['views']['1']['examples'] == result['views']['10']['examples'] == 1600
+    assert result['top1_error'] == result['views']['10']['top1_error']
+    assert 0 < result['top5_error'] < result['top1_error'] < 1
+    recorded = lines(workdir)
+    # Every log_every steps, and whenever an evaluation or a checkpoint makes the loop stop and look.
+    assert [line['step'] for line in recorded if line['split'] == 'train'] == [4, 5, 7, 8, 10, 12]
+    assert [line['step'] for line in recorded if line['split'] == 'validation'] == [7, 12]
+    training = [line for line in recorded if line['split'] == 'train']
+    for name in ('loss', 'top1_error', 'top5_error', 'learning_rate', 'images_per_second', 'input_wait'):
+        assert all(isinstance(line[name], float) for line in training), name
+    assert json.loads((workdir / 'config.json').read_text())['model']['towers'] == 2
+    assert '10 views' in run.stdout
+    assert 'ETA' in run.stderr
+    assert 'input wait' in run.stderr
+
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_ends_as_the_uninterrupted(uninterrupted, photos_dir, tmp_path, number):
+    stopped = interrupt(number, photos_dir, tmp_path)
+    if number == signal.SIGKILL:
+        assert stopped.returncode == -signal.SIGKILL
+        assert not (tmp_path / 'result.json').exists()
+    else:
+        assert stopped.returncode == 75, stopped.stderr
+        result = json.loads((tmp_path / 'result.json').read_text())
+        assert result['status'] == 'preempted'
+        assert SAVE_EVERY <= result['step'] < STEPS
+        assert (tmp_path / 'checkpoints' / str(result['step'])).exists()
+        assert 'Traceback' not in stopped.stderr
+    resumed = launch(photos_dir, tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert 'resuming' in resumed.stderr
+    result = json.loads((tmp_path / 'result.json').read_text())
+    assert result['state_digest'] == uninterrupted[1]['state_digest']
+    assert result['views'] == uninterrupted[1]['views']
+    # The file reads as if nothing had happened: no step twice, evaluations at the same steps with the same numbers.
+    recorded, expected = lines(tmp_path), lines(uninterrupted[0])
+    assert [line for line in recorded if line['split'] == 'validation'] == [
+        line for line in expected if line['split'] == 'validation'
+    ]
+    steps = [line['step'] for line in recorded if line['split'] == 'train']
+    assert steps == sorted(set(steps))
+
+
+def test_the_same_command_after_the_end_says_so_at_once(uninterrupted, photos_dir):
+    workdir, result, _ = uninterrupted
+    start = time.monotonic()
+    again = launch(photos_dir, workdir)
+    assert time.monotonic() - start < 5
+    assert again.returncode == 0
+    assert 'is done' in again.stdout
+    assert f'{result["top1_error"]:.2%}' in again.stdout
+
+
+def test_another_network_or_batch_is_refused_in_a_used_workdir(uninterrupted, photos_dir):
+    for override, field in [
+        ('--config.train.batch_size=64', 'train.batch_size: 64, but'),
+        ('--config.model.lrn=False', 'model.lrn: False, but'),
+    ]:
+        refused = launch(photos_dir, uninterrupted[0], override)
+        assert refused.returncode == 2
+        assert refused.stderr.count('\n') == 1
+        assert field in refused.stderr
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(photos_dir, tmp_path):
+    run = launch(photos_dir, tmp_path, '--config.optimizer.learning_rate=100')
+    assert run.returncode == 1
+    assert 'the loss is nan at step' in run.stderr
+    assert 'optimizer.learning_rate (100)' in run.stderr
+    assert 'Traceback' not in run.stderr
+    assert not (tmp_path / 'result.json').exists()
+
+
+@pytest.mark.parametrize(
+    ('override', 'reason'),
+    [
+        ('--config.model.lrm=False', 'config.model.lrm: no such field; the nearest is config.model.lrn'),
+        ('--config.train.batch_size=many', "config.train.batch_size: 'many' is not int"),
+        (
+            '--config.data.crop_size=80',
+            'config.data.crop_size: 80 is larger than data.image_size=72; the nearest is 72',
+        ),
+        ('--config.mesh.data=7', 'config.train.batch_size: 640 is not divisible by mesh.data=7; the nearest is 637'),
+        ('--config.model.num_classes=10', 'config.model.num_classes: 10, but photos has 16 classes; the nearest is 16'),
+        ('--config=configs/imagnet.py', "--config: there is no file 'configs/imagnet.py'"),
+        ('--config=configs/imagenet.py:papre', 'configs/imagenet.py:papre: no such preset; there are paper'),
+        ('--workdirs=x', "Unknown command line flag 'workdirs'"),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_line(photos_dir, tmp_path, override, reason):
+    run = launch(photos_dir, tmp_path / 'run', override)
+    assert run.returncode == 2
+    assert run.stderr.startswith('alexnet_jax: ' + reason)
+    assert run.stderr.count('\n') == 1
+
+
+def test_help_names_the_flags():
+    run = subprocess.run([sys.executable, 'launch.py', '--help'], cwd=ROOT, capture_output=True, text=True)
+    assert '--workdir' in run.stdout
+    assert '--config' in run.stdout
