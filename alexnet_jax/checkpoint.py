@@ -53,8 +53,8 @@ class Checkpoints:
         if step in self.manager.all_steps():
             return
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),  # type: ignore[call-arg]
-            progress=ocp.args.JsonSave({**progress, 'state_digest': state_digest(state)}),  # type: ignore[call-arg]
+            state=ocp.args.StandardSave(state),
+            progress=ocp.args.JsonSave({**progress, 'state_digest': state_digest(state)}),
         )
         self.manager.save(step, args=arguments, metrics=None if error is None else {'top1_error': error})
 
@@ -69,7 +69,7 @@ class Checkpoints:
                 restored = self.manager.restore(
                     step,
                     args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract_state),  # type: ignore[call-arg]
+                        state=ocp.args.StandardRestore(abstract_state),
                         progress=ocp.args.JsonRestore(),
                     ),
                 )

@@ -62,7 +62,7 @@ def default_config() -> ml_collections.ConfigDict:
                 'bias_lr_multiplier': 1.0,
                 'schedule': 'plateau',  # plateau | steps | constant
                 'warmup': '0 steps',  # linear from 0
-                'factor': 0.1,  # of each drop
+                'divisor': 10.0,  # of the rate, at each drop
                 'drops': ('25 epochs', '51 epochs', '79 epochs'),  # schedule 'steps'
                 'patience': 3,  # evaluations without a new lowest error before a drop; schedule 'plateau'
                 'max_drops': 3,  # schedule 'plateau'
@@ -156,7 +156,7 @@ def unknown_field(field: str, known: list[str]) -> ConfigError:
 
 def field_names(config: Any, prefix: str = '') -> list[str]:
     """Dotted names of all leaves of `config`."""
-    names = []
+    names: list[str] = []
     for name, value in config.items():
         is_group = isinstance(value, ml_collections.ConfigDict)
         names += field_names(value, f'{prefix}{name}.') if is_group else [prefix + name]
@@ -192,9 +192,9 @@ def _check_choice(config: Any, field: str) -> None:
         if isinstance(value, str):
             near = difflib.get_close_matches(value, [str(choice) for choice in choices], 1, 0.0)[0]
         else:
-            near = min(choices, key=lambda choice: abs(choice - value))
+            near = str(min(choices, key=lambda choice: abs(choice - value)))
         every = ', '.join(map(str, choices))
-        raise ConfigError(f'config.{field}: {value!r} is not one of {every}; the nearest is {near!r}')
+        raise ConfigError(f'config.{field}: {value!r} is not one of {every}; the nearest is {near}')
 
 
 def _check_ranges(config: Any) -> None:
@@ -210,7 +210,7 @@ def _check_ranges(config: Any) -> None:
         'optimizer.momentum': (0, 0.9999),
         'optimizer.weight_decay': (0, 1),
         'optimizer.bias_lr_multiplier': (0, 100),
-        'optimizer.factor': (1e-6, 1),
+        'optimizer.divisor': (1, 1e6),
         'optimizer.patience': (1, 10**6),
         'optimizer.max_drops': (0, 100),
         'train.batch_size': (1, 2**24),

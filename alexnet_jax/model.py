@@ -19,7 +19,7 @@ class Convolution(nnx.Module):
 
     def __init__(self, size, inputs, outputs, *, towers, std, bias, dtype, rngs, stride=1, padding='SAME'):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (size, size, inputs, outputs)))
-        self.bias = nnx.Param(jnp.full((outputs,), bias))
+        self.bias = nnx.Param(jnp.full((outputs,), bias, jnp.float32))
         self.tower_width = outputs // towers
         self.stride, self.padding, self.dtype = stride, padding, dtype
 
@@ -43,7 +43,7 @@ class Dense(nnx.Module):
 
     def __init__(self, inputs, outputs, *, std, bias, dtype, rngs):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs)))
-        self.bias = nnx.Param(jnp.full((outputs,), bias))
+        self.bias = nnx.Param(jnp.full((outputs,), bias, jnp.float32))
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -87,18 +87,18 @@ class AlexNet(nnx.Module):
         config = self.config
         c2, c5, f6, f7 = (config.widths[i] for i in (1, 4, 5, 6))
 
-        x = self.conv1([images.astype(self.conv1.dtype)] * self.conv1.towers)  # 2x (B, 55, 55, 48)
-        x = [self.pool(self.normalise(self.activate(tower))) for tower in x]  # 2x (B, 27, 27, 48)
-        x = self.conv2(x)  # 2x (B, 27, 27, 128)
-        x = [self.pool(self.normalise(self.activate(tower))) for tower in x]  # 2x (B, 13, 13, 128)
+        towers = self.conv1([images.astype(self.conv1.dtype)] * self.conv1.towers)  # 2x (B, 55, 55, 48)
+        towers = [self.pool(self.normalise(self.activate(x))) for x in towers]  # 2x (B, 27, 27, 48)
+        towers = self.conv2(towers)  # 2x (B, 27, 27, 128)
+        towers = [self.pool(self.normalise(self.activate(x))) for x in towers]  # 2x (B, 13, 13, 128)
 
-        x = exchange(jnp.concatenate(x, -1), c2)  # (B, 13, 13, 256)
-        x = self.conv3([x] * self.conv3.towers)  # 2x (B, 13, 13, 192)
-        x = self.conv4([self.activate(tower) for tower in x])  # 2x (B, 13, 13, 192)
-        x = self.conv5([self.activate(tower) for tower in x])  # 2x (B, 13, 13, 128)
-        x = [self.pool(self.activate(tower)) for tower in x]  # 2x (B, 6, 6, 128)
+        x = exchange(jnp.concatenate(towers, -1), c2)  # (B, 13, 13, 256)
+        towers = self.conv3([x] * self.conv3.towers)  # 2x (B, 13, 13, 192)
+        towers = self.conv4([self.activate(x) for x in towers])  # 2x (B, 13, 13, 192)
+        towers = self.conv5([self.activate(x) for x in towers])  # 2x (B, 13, 13, 128)
+        towers = [self.pool(self.activate(x)) for x in towers]  # 2x (B, 6, 6, 128)
 
-        x = exchange(jnp.concatenate(x, -1), c5)  # (B, 6, 6, 256)
+        x = exchange(jnp.concatenate(towers, -1), c5)  # (B, 6, 6, 256)
         x = self.activate(self.fc6(x.reshape(x.shape[0], -1)))
         x = self.dropout(exchange(x, f6), dropout_keys, 6)  # (B, 4096)
         x = self.activate(self.fc7(x))

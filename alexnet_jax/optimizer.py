@@ -46,9 +46,9 @@ def scheduled_rate(config: Any, step: int, examples: int, drops_taken: int) -> f
     rate = optimizer.learning_rate
     if optimizer.schedule == 'steps':
         at = [duration_in_steps(str(drop), batch_size=batch_size, examples=examples) for drop in optimizer.drops]
-        rate *= optimizer.factor ** sum(step >= drop for drop in at)
+        rate /= optimizer.divisor ** sum(step >= drop for drop in at)
     elif optimizer.schedule == 'plateau':
-        rate *= optimizer.factor**drops_taken
+        rate /= optimizer.divisor**drops_taken
     warmup = duration_in_steps(str(optimizer.warmup), batch_size=batch_size, examples=examples)
     return rate * min(1.0, (step + 1) / warmup) if warmup else rate
 

@@ -225,7 +225,7 @@ def _prepare(source: str, data_dir: str, image_size: int, threads: int, target: 
     prepared = Prepared(source=builder, image_size=image_size, threads=threads, data_dir=aside)
     prepared.download_and_prepare()
     folder = str(prepared.data_dir)
-    np.savez(os.path.join(folder, 'statistics.npz'), **prepared.statistics.result())
+    np.savez(os.path.join(folder, 'statistics.npz'), allow_pickle=False, **prepared.statistics.result())
     os.rename(folder, target)
     shutil.rmtree(aside)
     log(f'prepared {target}: {needed / 1e9:.2f} GB')

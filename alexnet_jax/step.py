@@ -22,7 +22,7 @@ AUGMENTATION, DROPOUT = 1, 2  # purposes of random keys
 class TrainState:
     """What a step changes: parameters and velocities (float32, same tree) and the number of steps taken (int32)."""
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
 

@@ -1,7 +1,10 @@
 """The data set `photos`: patches of the photographs that ship inside scikit-image, labelled by the photograph."""
 
+import io
+
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 
 PHOTOGRAPHS = (
     'astronaut',
@@ -84,4 +87,7 @@ class Photos(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split):
         for key, patch, label in patches(split):
-            yield key, {'image': patch, 'label': label}
+            file = io.BytesIO()
+            Image.fromarray(patch).save(file, 'PNG', compress_level=1)  # four times as fast as the usual level
+            file.seek(0)
+            yield key, {'image': file, 'label': label}
