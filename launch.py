@@ -39,7 +39,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _load(file: str) -> ConfigDict:
-    """The settings in `file`, which may end in :PRESET, without overrides. Raises ConfigError: there is no such file."""
+    """The settings in `file` (PATH or PATH:PRESET), without overrides. Raises ConfigError: there is no such file."""
     path, *preset = file.split(':', 1)
     if not os.path.isfile(path):
         raise ConfigError(f'--config: there is no file {path!r}; for example --config=configs/imagenet.py')

@@ -4,6 +4,7 @@ Nothing here imports jax, so a wrong setting is answered at once.
 """
 
 import difflib
+import math
 import re
 from typing import Any
 
@@ -189,12 +190,13 @@ def _check_choice(config: Any, field: str) -> None:
     group, name = field.split('.')
     value, choices = config[group][name], _CHOICES[field]
     if value not in choices:
+        near: Any
         if isinstance(value, str):
             near = difflib.get_close_matches(value, [str(choice) for choice in choices], 1, 0.0)[0]
         else:
-            near = str(min(choices, key=lambda choice: abs(choice - value)))
+            near = min(choices, key=lambda choice: abs(choice - value))
         every = ', '.join(map(str, choices))
-        raise ConfigError(f'config.{field}: {value!r} is not one of {every}; the nearest is {near}')
+        raise ConfigError(f'config.{field}: {value!r} is not one of {every}; the nearest is {near!r}')
 
 
 def _check_ranges(config: Any) -> None:
@@ -204,6 +206,9 @@ def _check_ranges(config: Any) -> None:
         'model.towers': (1, 64),
         'model.num_classes': (2, 10**6),
         'model.lrn_size': (1, 63),
+        'model.lrn_k': (1e-6, 1e6),  # at 0 a pixel without activation would be 0 / 0
+        'model.lrn_alpha': (0, 1e6),
+        'model.lrn_beta': (0, 10),
         'data.image_size': (8, 4096),
         'data.threads': (1, 256),
         'optimizer.learning_rate': (0, 100),
@@ -246,9 +251,18 @@ def layer_sizes(crop_size: int, overlapping_pool: bool) -> list[int]:
 
 def _check_model(config: Any) -> None:
     model, data = config.model, config.data
-    for field, length in (('widths', 7), ('kernel_std', 8), ('bias_init', 8)):
+    per_layer: dict[str, tuple[int, Any, float]] = {
+        'widths': (7, int, 1),
+        'kernel_std': (8, (int, float), 0),
+        'bias_init': (8, (int, float), -math.inf),
+    }
+    for field, (length, kind, least) in per_layer.items():
         if len(model[field]) != length:
             raise ConfigError(f'config.model.{field}: {len(model[field])} values; {length} are needed, one a layer')
+        for value in model[field]:
+            if not isinstance(value, kind) or isinstance(value, bool) or not least <= value < math.inf:
+                what = 'a whole number from 1' if kind is int else f'a number from {least}'
+                raise ConfigError(f'config.model.{field}: {value!r} is not {what}')
     if data.crop_size > data.image_size:
         raise ConfigError(
             f'config.data.crop_size: {data.crop_size} is larger than data.image_size={data.image_size};'

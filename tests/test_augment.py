@@ -1,0 +1,201 @@
+"""Augmentation and the ten views against NumPy, with the very random numbers that the keys give; their statistics."""
+
+import jax
+import numpy as np
+import pytest
+
+from alexnet_jax.augment import augment, example_keys, preprocessing, view
+from alexnet_jax.config import default_config
+
+SIZE, CROP, BATCH = 20, 14, 6
+
+
+def data_config(**fields):
+    config = default_config().data
+    config.update({'image_size': SIZE, 'crop_size': CROP} | fields)
+    return config
+
+
+def statistics():
+    """Of a training set, made up; the eigenvectors are a rotation without symmetry, in columns."""
+    rng = np.random.default_rng(0)
+    return {
+        'mean_image': rng.uniform(90, 140, (SIZE, SIZE, 3)),
+        'mean_rgb': np.array([127.3, 119.7, 104.9]),
+        'eigenvalues': np.array([400.0, 1600.0, 14400.0]),
+        'eigenvectors': np.linalg.qr(rng.standard_normal((3, 3)))[0],
+    }
+
+
+def random_images():
+    return np.random.default_rng(1).integers(0, 256, (BATCH, SIZE, SIZE, 3), np.uint8)
+
+
+def keys_of(count, seed=0, purpose=1):
+    return example_keys(seed, np.arange(count, dtype=np.uint32), purpose)
+
+
+def augmented(images, keys, config, parts=None):
+    parts = preprocessing(statistics(), config) if parts is None else parts
+    return np.asarray(jax.jit(lambda images, keys, parts: augment(images, keys, parts, config))(images, keys, parts))
+
+
+def augmented_in_numpy(images, keys, config):
+    """One image after the other; only the random numbers come from JAX."""
+    figures = statistics()
+    far = SIZE - CROP
+    result = []
+    for image, key in zip(images, keys, strict=True):
+        top, left = far // 2, far // 2
+        if config.crop:
+            top, left = np.asarray(jax.random.randint(jax.random.fold_in(key, 0), (2,), 0, far + 1))
+        window = np.s_[top : top + CROP, left : left + CROP]
+        mean = {'image': figures['mean_image'][window], 'channel': figures['mean_rgb'], 'none': 0}[config.mean]
+        x = image[window].astype(np.float32) - np.float32(mean)
+        if config.flip and jax.random.bernoulli(jax.random.fold_in(key, 1)):
+            x = np.flip(x, 1)
+        if config.color != 'none':
+            normal = np.asarray(jax.random.normal(jax.random.fold_in(key, 2), (3,)), np.float64)
+            variances = figures['eigenvalues']
+            strength = {'original': np.sqrt(variances), 'fb': variances / 255, 'paper': variances}[config.color]
+            x = x + figures['eigenvectors'] @ (0.1 * strength * normal)
+        result.append(x / 1.1 if config.color == 'original' else x)
+    return np.stack(result)
+
+
+@pytest.mark.parametrize(
+    ('color', 'strengths'),
+    [
+        ('none', [0, 0, 0]),
+        ('original', [2, 4, 12]),  # a tenth of the roots of 400, 1600 and 14400
+        ('fb', [40 / 255, 160 / 255, 1440 / 255]),
+        ('paper', [40, 160, 1440]),
+    ],
+)
+def test_color_by_hand(color, strengths):
+    # A rotation about the last axis by 36.87 degrees.
+    figures = statistics() | {'eigenvectors': np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]])}
+    a, b, c = strengths
+    expected = [[0.8 * a, -0.6 * b, 0], [0.6 * a, 0.8 * b, 0], [0, 0, c]]
+    matrix = preprocessing(figures, data_config(color=color))['color']
+    assert matrix.dtype == np.float32
+    np.testing.assert_allclose(matrix, expected, rtol=1e-6)
+
+
+def test_color_of_an_eigenvalue_rounded_below_zero():
+    figures = statistics() | {'eigenvalues': np.array([-1e-9, 1.0, 4.0]), 'eigenvectors': np.eye(3)}
+    matrix = preprocessing(figures, data_config(color='original'))['color']
+    np.testing.assert_allclose(matrix, np.diag([0, 0.1, 0.2]), rtol=1e-6)
+
+
+def test_means_by_hand():
+    figures = statistics()
+    for mean, expected in {
+        'image': figures['mean_image'],
+        'channel': np.tile([127.3, 119.7, 104.9], (SIZE, SIZE, 1)),
+        'none': np.zeros((SIZE, SIZE, 3)),
+    }.items():
+        array = preprocessing(figures, data_config(mean=mean))['mean']
+        np.testing.assert_array_equal(array, expected.astype(np.float32), strict=True)
+
+
+@pytest.mark.parametrize('mean', ['image', 'channel', 'none'])
+@pytest.mark.parametrize(('crop', 'flip'), [(True, True), (False, True), (True, False), (False, False)])
+def test_windows_and_reflections_are_exact(crop, flip, mean):
+    config = data_config(crop=crop, flip=flip, mean=mean, color='none')
+    keys = keys_of(BATCH)
+    ours = augmented(random_images(), keys, config)
+    assert ours.dtype == np.float32
+    np.testing.assert_array_equal(ours, augmented_in_numpy(random_images(), keys, config))
+
+
+@pytest.mark.parametrize('color', ['original', 'fb', 'paper'])
+@pytest.mark.parametrize('mean', ['image', 'none'])
+def test_color_noise(color, mean):
+    config = data_config(color=color, mean=mean)
+    keys = keys_of(BATCH)
+    ours = augmented(random_images(), keys, config)
+    expected = augmented_in_numpy(random_images(), keys, config)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-7 * np.abs(expected).max())
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    config = data_config()
+    images, keys = random_images(), keys_of(BATCH)
+    whole = augmented(images, keys, config)
+    halves = [augmented(images[part], keys[part], config) for part in (slice(0, 2), slice(2, BATCH))]
+    np.testing.assert_array_equal(np.concatenate(halves), whole)
+    order = np.array([3, 0, 5, 1, 4, 2])
+    np.testing.assert_array_equal(augmented(images[order], keys[order], config), whole[order])
+
+
+def test_keys_depend_on_the_number_alone():
+    keys = jax.random.key_data(keys_of(8))
+    numbers = np.array([5, 2], np.uint32)
+    np.testing.assert_array_equal(jax.random.key_data(example_keys(0, numbers, 1)), keys[numbers])
+    others = [keys_of(8, seed=1), keys_of(8, purpose=2), example_keys(0, np.arange(8, 16, dtype=np.uint32), 1)]
+    every = np.concatenate([keys, *map(jax.random.key_data, others)])
+    assert len({tuple(row) for row in every.tolist()}) == 32  # seed, purpose and number each make another key
+
+
+def positions(count):
+    """Images whose red is the row and whose green is the column of a pixel."""
+    image = np.zeros((SIZE, SIZE, 3), np.uint8)
+    image[..., 0], image[..., 1] = np.indices((SIZE, SIZE))
+    return np.broadcast_to(image, (count, SIZE, SIZE, 3))
+
+
+def test_windows_and_reflections_are_uniform():
+    count, far = 4000, SIZE - CROP
+    x = augmented(positions(count), keys_of(count), data_config(color='none', mean='none'))
+    top, left = x[:, 0, 0, 0].astype(int), x[:, 0, :, 1].min(1).astype(int)
+    flipped = x[:, 0, 0, 1] > x[:, 0, 1, 1]
+    share = 1 / (far + 1)
+    errors = 4 * np.sqrt(share * (1 - share) / count)  # four standard errors
+    for offset in (top, left):
+        shares = np.bincount(offset) / count
+        assert len(shares) == far + 1  # from 0 to the last, which is included
+        assert np.abs(shares - share).max() < errors
+    assert len(set(zip(top, left, strict=True))) == (far + 1) ** 2
+    assert abs(flipped.mean() - 0.5) < 4 * 0.5 / np.sqrt(count)
+    for a, b in ((top, left), (top, flipped), (left, flipped)):
+        assert abs(np.corrcoef(a, b)[0, 1]) < 4 / np.sqrt(count)
+
+
+# Standard deviations of ImageNet's RGB values as the original program had them, and the noise along the first axis in
+# grey levels: .1 * 121.78 / 1.1, .1 * 121.78**2 / 255 and .1 * 121.78**2.
+@pytest.mark.parametrize(('color', 'deviation'), [('original', 11.07), ('fb', 5.816), ('paper', 1483.0)])
+def test_strength_of_the_noise(color, deviation):
+    count = 4000
+    config = data_config(color=color, mean='none', crop=False, flip=False, crop_size=1)
+    figures = statistics() | {'eigenvalues': np.array([19.72, 37.09, 121.78]) ** 2}
+    x = augmented(np.zeros((count, 3, 3, 3), np.uint8), keys_of(count), config, preprocessing(figures, config))
+    along = x[:, 0, 0] @ figures['eigenvectors']
+    error = 4 / np.sqrt(count)
+    assert abs(along[:, 2].std() / deviation - 1) < error
+    assert np.abs(along.mean(0) / along.std(0)).max() < error
+    correlations = np.corrcoef(along.T) - np.eye(3)
+    assert np.abs(correlations).max() < error
+
+
+def test_noise_is_one_color_an_image():
+    config = data_config(mean='none', crop=False, flip=False)
+    x = augmented(np.zeros((2, SIZE, SIZE, 3), np.uint8), keys_of(2), config)
+    np.testing.assert_array_equal(x, np.broadcast_to(x[:, :1, :1], x.shape))
+    assert np.abs(x[0] - x[1]).min() > 0.1
+
+
+@pytest.mark.parametrize('crop', [CROP, CROP + 1])  # an odd rest: the centre is rounded up and to the left
+def test_ten_views(crop):
+    images = random_images()
+    parts = preprocessing(statistics(), data_config())
+    far = SIZE - crop
+    middle = far // 2
+    corners = [(middle, middle), (0, 0), (0, far), (far, 0), (far, far)]
+    difference = images.astype(np.float32) - statistics()['mean_image'].astype(np.float32)
+    windows = [difference[:, top : top + crop, left : left + crop] for top, left in corners]
+    expected = windows + [np.flip(window, 2) for window in windows]
+    one = jax.jit(lambda index: view(images, parts, crop, index))
+    for index in range(10):
+        np.testing.assert_array_equal(one(index), expected[index], strict=True)
+    np.testing.assert_array_equal(view(images, parts, crop, 7), expected[7])  # an index that is not traced

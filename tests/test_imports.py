@@ -1,0 +1,140 @@
+"""Which module imports which, and where TensorFlow and jax.sharding are named; by parsing, without an import."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / 'alexnet_jax'
+
+# What each module may take from the package; train is on top and only launch.py reaches it.
+ALLOWED = {
+    '': set(),
+    'presets': set(),
+    'config': {'presets'},
+    'startup': set(),
+    'monitor': set(),
+    'layers': set(),
+    'augment': set(),
+    'optimizer': {'config'},
+    'parallel': {'config'},
+    'model': {'config', 'layers', 'parallel', 'presets'},
+    'step': {'augment', 'model', 'optimizer', 'parallel'},
+    'evaluate': {'monitor', 'parallel'},
+    'checkpoint': {'monitor'},
+    'data': set(),
+    'data.photos': set(),
+    'data.pipeline': {'data.photos'},
+    'prepare': {'data.photos', 'data.pipeline', 'monitor'},
+    'train': {
+        'augment',
+        'checkpoint',
+        'config',
+        'data.pipeline',
+        'evaluate',
+        'monitor',
+        'optimizer',
+        'parallel',
+        'step',
+    },
+}
+
+
+def module_name(file):
+    """Dotted name below the package, '' of the package itself."""
+    parts = file.relative_to(PACKAGE).with_suffix('').parts
+    return '.'.join(part for part in parts if part != '__init__')
+
+
+FILES = {module_name(file): file for file in sorted(PACKAGE.rglob('*.py'))}
+
+
+def imported(node):
+    """Every dotted name that an import statement could bind; `from a import b` may mean the module a.b."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, 'imports are absolute'
+        return {node.module} | {f'{node.module}.{alias.name}' for alias in node.names}
+    return set()
+
+
+def imports(tree):
+    return set().union(*map(imported, ast.walk(tree)))
+
+
+def module_level_imports(tree):
+    """Imports that run when the module is loaded: those outside of functions."""
+    names, nodes = set(), list(tree.body)
+    while nodes:
+        node = nodes.pop()
+        names |= imported(node)
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            nodes += ast.iter_child_nodes(node)
+    return names
+
+
+def within_package(names):
+    """The package's modules among `names`."""
+    below = {name.removeprefix('alexnet_jax').removeprefix('.') for name in names if name.startswith('alexnet_jax')}
+    return {name for name in below if name in FILES} - {'', 'data'}
+
+
+def is_of(names, library):
+    return any(name == library or name.startswith(library + '.') for name in names)
+
+
+def parse(file):
+    return ast.parse(file.read_text())
+
+
+def test_every_module_has_its_place():
+    assert set(FILES) == set(ALLOWED)
+
+
+@pytest.mark.parametrize('module', FILES)
+def test_imports_go_one_way(module):
+    assert within_package(imports(parse(FILES[module]))) <= ALLOWED[module]
+
+
+def test_only_launch_imports_train_and_only_when_it_runs():
+    files = [*FILES.values(), ROOT / 'launch.py', *(ROOT / 'configs').glob('*.py')]
+    names = {file.name: imports(parse(file)) for file in files}
+    assert [file for file in names if is_of(names[file], 'alexnet_jax.train')] == ['launch.py']
+    assert [file for file in names if is_of(names[file], 'launch')] == []
+    assert not is_of(module_level_imports(parse(ROOT / 'launch.py')), 'alexnet_jax.train')
+
+
+@pytest.mark.parametrize(
+    'module', ['', 'presets', 'config', 'startup', 'monitor', 'data', 'data.photos', 'data.pipeline']
+)
+def test_no_jax_on_import(module):
+    names = module_level_imports(parse(FILES[module]))
+    assert not any(is_of(names, library) for library in ('jax', 'jaxlib', 'flax', 'optax', 'orbax'))
+
+
+def test_launch_sets_flags_before_jax_is_imported():
+    names = module_level_imports(parse(ROOT / 'launch.py'))
+    assert 'alexnet_jax.startup' in names
+    assert not is_of(names, 'jax')
+
+
+@pytest.mark.parametrize('module', FILES)
+def test_tensorflow_is_not_imported(module):
+    names = module_level_imports(parse(FILES[module]))
+    assert not is_of(names, 'tensorflow')
+    if module not in ('prepare', 'data.photos'):
+        assert not is_of(names, 'tensorflow_datasets')
+
+
+@pytest.mark.parametrize('module', FILES)
+def test_sharding_is_named_in_parallel_alone(module):
+    tree = parse(FILES[module])
+    attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names = imports(tree) | attributes
+    named = any(
+        is_of(names, name)
+        for name in ('jax.sharding', 'jax.shard_map', 'jax.NamedSharding', 'jax.P', 'jax.make_mesh', 'jax.set_mesh')
+    )
+    assert named == (module == 'parallel')

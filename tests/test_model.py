@@ -1,0 +1,357 @@
+"""The network against an independent program in TensorFlow: outputs, shapes, parameters, ablations, dropout, towers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorflow as tf
+from flax import nnx
+
+from alexnet_jax.config import default_config, layer_sizes, resolve
+from alexnet_jax.model import AlexNet
+
+PAPER_PARAMETERS = {
+    'conv1': 34_944,
+    'conv2': 307_456,
+    'conv3': 885_120,
+    'conv4': 663_936,
+    'conv5': 442_624,
+    'fc6': 37_752_832,
+    'fc7': 16_781_312,
+    'fc8': 4_097_000,
+}
+# For activations of about 1; LRN is strong at those.
+SMALL = {'widths': (8, 16, 24, 16, 8, 24, 20), 'num_classes': 12, 'lrn_alpha': 0.3, 'kernel_std': (0.01,) * 8}
+
+
+def model_config(**changes):
+    config = default_config()
+    config.model.update(changes)
+    return resolve(config).model
+
+
+def network(config, crop_size):
+    """The module's definition, and the shapes of its parameters by layer."""
+    module = nnx.eval_shape(lambda: AlexNet(config, crop_size=crop_size, rngs=nnx.Rngs(params=jax.random.key(0))))
+    graph, state = nnx.split(module)
+    return graph, nnx.to_pure_dict(state)
+
+
+def random_parameters(shapes, bias_std):
+    """Kernels that keep the size of the activations from layer to layer, random biases."""
+    rng = np.random.default_rng(0)
+
+    def one(shape):
+        std = bias_std if len(shape) == 1 else np.sqrt(2 / np.prod(shape[:-1]))
+        return (std * rng.standard_normal(shape, np.float32)).astype(np.float32)
+
+    return jax.tree.map(lambda leaf: one(leaf.shape), shapes)
+
+
+@functools.cache
+def compiled(config, crop_size):
+    graph, _ = network(config, crop_size)
+    return jax.jit(lambda parameters, images, keys: nnx.merge(graph, parameters)(images, keys))
+
+
+def logits_of(config, crop_size, parameters, images, keys=None):
+    return np.asarray(compiled(config, crop_size)(parameters, images, keys))
+
+
+def reference(
+    parameters,
+    images,
+    *,
+    towers=2,
+    activation='relu',
+    lrn=True,
+    size=5,
+    k=2.0,
+    alpha=1e-4,
+    beta=0.75,
+    window=3,
+    kept=0.5,
+):
+    """The paper's network in TensorFlow, float32, at test time: whole layers, cut into towers where the paper cuts."""
+    act = {'relu': tf.nn.relu, 'tanh': tf.math.tanh}[activation]
+
+    def conv(layer, x, **options):
+        kernel, bias = parameters[layer]['kernel'], parameters[layer]['bias']
+        return tf.nn.conv2d(x, kernel, **options) + bias
+
+    def grouped(layer, x):
+        kernels = np.split(parameters[layer]['kernel'], towers, 3)
+        maps = [
+            tf.nn.conv2d(part, kernel, 1, 'SAME') for part, kernel in zip(tf.split(x, towers, 3), kernels, strict=True)
+        ]
+        return tf.concat(maps, 3) + parameters[layer]['bias']
+
+    def normalise_and_pool(x):
+        if lrn:
+            parts = tf.split(x, towers, 3)
+            x = tf.concat([tf.nn.lrn(p, depth_radius=size // 2, bias=k, alpha=alpha, beta=beta) for p in parts], 3)
+        return tf.nn.max_pool2d(x, window, 2, 'VALID')
+
+    def dense(layer, x):
+        return tf.matmul(x, parameters[layer]['kernel']) + parameters[layer]['bias']
+
+    # The original program's number of modules, 1 + ceil((size - filter) / stride), and zeros where images end.
+    side = images.shape[1]
+    modules = 1 + -(-(side - 11) // 4)
+    zeros = (modules - 1) * 4 + 11 - side
+    x = tf.pad(tf.constant(images), [[0, 0], [0, zeros], [0, zeros], [0, 0]])
+    x = normalise_and_pool(act(conv('conv1', x, strides=4, padding='VALID')))
+    x = normalise_and_pool(act(grouped('conv2', x)))
+    x = act(conv('conv3', x, strides=1, padding='SAME'))
+    x = act(grouped('conv4', x))
+    x = act(grouped('conv5', x))
+    x = tf.nn.max_pool2d(x, window, 2, 'VALID')
+    x = kept * act(dense('fc6', tf.reshape(x, (x.shape[0], -1))))
+    x = kept * act(dense('fc7', x))
+    return dense('fc8', x).numpy()
+
+
+def test_paper_network_is_the_independent_program():
+    config = model_config()
+    _, shapes = network(config, 224)
+    parameters = random_parameters(shapes, bias_std=5)
+    images = np.random.default_rng(1).uniform(-128, 128, (2, 224, 224, 3)).astype(np.float32)
+    ours = logits_of(config, 224, parameters, images)
+    expected = reference(parameters, images)
+    assert ours.shape == (2, 1000)
+    assert ours.dtype == np.float32
+    assert expected.std() > 1  # the signal came through
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=5e-6 * np.abs(expected).max())
+
+
+ABLATIONS = [
+    # fields of the configuration, the same for the independent program
+    ({}, {}),
+    ({'lrn': False}, {'lrn': False}),
+    ({'lrn_size': 3}, {'size': 3}),
+    ({'lrn_k': 1.0}, {'k': 1.0}),
+    ({'lrn_alpha': 0.1}, {'alpha': 0.1}),
+    ({'lrn_beta': 0.5}, {'beta': 0.5}),
+    ({'overlapping_pool': False}, {'window': 2}),
+    ({'activation': 'tanh'}, {'activation': 'tanh'}),
+    ({'dropout': 0.0}, {'kept': 1.0}),
+    ({'dropout': 0.2}, {'kept': 0.8}),
+    ({'towers': 1}, {'towers': 1}),
+    ({'towers': 4}, {'towers': 4}),
+]
+
+
+@pytest.mark.parametrize(('fields', 'options'), ABLATIONS)
+def test_each_field_changes_the_network_as_the_independent_program(fields, options):
+    images = np.random.default_rng(2).standard_normal((2, 96, 96, 3)).astype(np.float32)
+
+    config = model_config(**SMALL | fields)
+    parameters = random_parameters(network(config, 96)[1], bias_std=0.3)
+    ours = logits_of(config, 96, parameters, images)
+    expected = reference(parameters, images, **{'alpha': 0.3} | options)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+    unchanged = model_config(**SMALL)
+    if fields and 'towers' not in fields:  # whose parameters have other shapes
+        before = logits_of(unchanged, 96, parameters, images)
+        assert np.abs(ours - before).max() > 1e-2 * np.abs(before).max()
+
+
+def operations(jaxpr):
+    for equation in jaxpr.eqns:
+        for value in equation.params.values():
+            inner = getattr(value, 'jaxpr', None)
+            if inner is not None:
+                yield from operations(inner)
+        yield equation
+
+
+def observed_sizes(config, crop_size):
+    """Sides after conv1, pool1, conv2, pool2, conv3 to conv5, as convolutions take and give them, and inputs of fc6."""
+    graph, shapes = network(config, crop_size)
+    images = jax.ShapeDtypeStruct((2, crop_size, crop_size, 3), jnp.float32)
+    jaxpr = jax.make_jaxpr(lambda parameters, images: nnx.merge(graph, parameters)(images))(shapes, images).jaxpr
+    inputs, outputs, dense = [], [], []
+    for operation in operations(jaxpr):
+        shape = operation.invars[0].aval.shape if operation.invars else None
+        if operation.primitive.name == 'conv_general_dilated':
+            assert shape[1] == shape[2]
+            inputs.append(shape[1])
+            outputs.append(operation.outvars[0].aval.shape[1])
+        elif operation.primitive.name == 'dot_general':
+            dense.append(shape)
+    inputs, outputs = inputs[:: config.towers], outputs[:: config.towers]  # the towers come one after another
+    conv1, conv2, conv3, conv4, conv5 = outputs
+    assert inputs == [crop_size, inputs[1], inputs[2], conv3, conv4]
+    return [conv1, inputs[1], conv2, inputs[2], conv3, conv4, conv5], dense[0][1]
+
+
+def test_paper_sizes():
+    sizes, fc6_inputs = observed_sizes(model_config(), 224)
+    assert sizes == [55, 27, 27, 13, 13, 13, 13]
+    assert fc6_inputs == 6 * 6 * 256
+    assert layer_sizes(224, True) == [55, 27, 27, 13, 13, 13, 13, 6]
+
+
+@pytest.mark.parametrize('overlapping_pool', [True, False])
+@pytest.mark.parametrize('crop_size', [64, 65, 67, 95, 127, 227])
+def test_layer_sizes_are_those_of_the_network(crop_size, overlapping_pool):
+    config = model_config(**SMALL, overlapping_pool=overlapping_pool)
+    sizes, fc6_inputs = observed_sizes(config, crop_size)
+    *expected, last = layer_sizes(crop_size, overlapping_pool)
+    assert sizes == expected
+    assert fc6_inputs == last * last * config.widths[4]
+
+
+def counts(config):
+    _, shapes = network(config, 224)
+    return {layer: sum(leaf.size for leaf in jax.tree.leaves(leaves)) for layer, leaves in shapes.items()}
+
+
+def test_paper_parameter_count():
+    assert counts(model_config()) == PAPER_PARAMETERS
+    assert sum(counts(model_config()).values()) == 60_965_224
+
+
+def test_one_tower_parameter_count():
+    one_tower = PAPER_PARAMETERS | {'conv2': 614_656, 'conv4': 1_327_488, 'conv5': 884_992}
+    assert counts(model_config(towers=1)) == one_tower
+    assert sum(counts(model_config(towers=1)).values()) == 62_378_344
+
+
+def test_parameters_and_kernel_shapes_of_the_paper():
+    _, shapes = network(model_config(), 224)
+    kernels = {layer: leaves['kernel'].shape for layer, leaves in shapes.items()}
+    assert kernels == {
+        'conv1': (11, 11, 3, 96),
+        'conv2': (5, 5, 48, 256),
+        'conv3': (3, 3, 256, 384),
+        'conv4': (3, 3, 192, 384),
+        'conv5': (3, 3, 192, 256),
+        'fc6': (9216, 4096),
+        'fc7': (4096, 4096),
+        'fc8': (4096, 1000),
+    }
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype('float32')}
+
+
+@pytest.mark.parametrize(
+    ('fields', 'stds', 'biases'),
+    [
+        ({}, [0.01] * 8, [0, 1, 0, 1, 1, 1, 1, 0]),  # sections 5 and 3 of the paper
+        (
+            {'kernel_std': tuple(0.01 * i for i in range(1, 9)), 'bias_init': tuple(0.1 * i for i in range(8))},
+            [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08],
+            [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7],
+        ),
+    ],
+)
+def test_initial_values(fields, stds, biases):
+    config = model_config(widths=(24, 64, 96, 96, 96, 128, 256), num_classes=100, **fields)
+
+    def build(seed):
+        module = AlexNet(config, crop_size=64, rngs=nnx.Rngs(params=jax.random.key(seed)))
+        return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+    layers = build(3)
+    names = ['conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8']
+    assert sorted(layers) == names
+    for name, std, bias in zip(names, stds, biases, strict=True):
+        kernel = np.asarray(layers[name]['kernel'], np.float64)
+        np.testing.assert_array_equal(layers[name]['bias'], np.full(kernel.shape[-1], bias, np.float32))
+        error = 4 / np.sqrt(kernel.size)  # four standard errors, or more
+        assert abs(kernel.mean()) < error * std
+        assert abs(kernel.std() / std - 1) < error
+        assert abs(np.mean((kernel / std) ** 4) - 3) < 10 * error  # normal, not cut off
+    fourth, fifth = (np.asarray(layers[name]['kernel']).ravel() for name in ('conv4', 'conv5'))
+    assert abs(np.corrcoef(fourth, fifth)[0, 1]) < 4 / np.sqrt(fourth.size)  # each layer has its own numbers
+    other = build(4)
+    assert not np.array_equal(other['fc8']['kernel'], layers['fc8']['kernel'])
+
+
+def masks_network(dropout):
+    """A network that shows its dropout masks, of 16 units each: logits[j] = mask7[j] * sum of 2**i * mask6[i]."""
+    config = model_config(widths=(2, 2, 2, 2, 2, 16, 16), num_classes=16, dropout=dropout)
+    parameters = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), network(config, 64)[1])
+    parameters['fc6']['bias'] += 1  # every unit of fc6 gives 1
+    parameters['fc7']['kernel'] += 2.0 ** np.arange(16, dtype=np.float32)[:, None]
+    parameters['fc8']['kernel'] += np.eye(16, dtype=np.float32)
+    return config, parameters
+
+
+@pytest.mark.parametrize('rate', [0.5, 0.2])
+def test_dropout_zeroes_its_share_and_keeps_the_rest_unscaled(rate):
+    config, parameters = masks_network(rate)
+    images = np.zeros((256, 64, 64, 3), np.float32)
+    keys = jax.random.split(jax.random.key(5), 256)
+    logits = logits_of(config, 64, parameters, images, keys)
+
+    code = logits.max(1)
+    mask7 = logits != 0
+    np.testing.assert_array_equal(logits, mask7 * code[:, None])  # what fc7 keeps is unscaled
+    np.testing.assert_array_equal(code, np.round(code))  # and what fc6 keeps
+    mask6 = code.astype(np.int64)[:, None] >> np.arange(16) & 1
+    for mask in (mask6, mask7):
+        assert abs(mask.mean() - (1 - rate)) < 0.03  # four standard errors of 4096
+        assert np.abs(mask.mean(0) - (1 - rate)).max() < 0.13  # of each unit
+        assert len({tuple(row) for row in mask.tolist()}) > 128  # every image has its own
+    same = (mask6 == mask7).mean()
+    assert abs(same - (rate**2 + (1 - rate) ** 2)) < 0.04  # the layers drop independently
+
+
+def test_dropout_depends_on_the_key_of_the_image_alone():
+    config, parameters = masks_network(0.5)
+    images = np.zeros((256, 64, 64, 3), np.float32)
+    keys = jax.random.split(jax.random.key(6), 256)
+    logits = logits_of(config, 64, parameters, images, keys)
+    np.testing.assert_array_equal(logits_of(config, 64, parameters, images, keys[::-1]), logits[::-1])
+    assert not np.array_equal(logits[::-1], logits)
+
+
+@pytest.mark.parametrize('rate', [0.5, 0.2, 0.0])
+def test_outputs_are_scaled_at_test_time(rate):
+    config, parameters = masks_network(rate)
+    logits = logits_of(config, 64, parameters, np.zeros((2, 64, 64, 3), np.float32))
+    np.testing.assert_allclose(logits, np.full((2, 16), (1 - rate) ** 2 * (2**16 - 1)), rtol=1e-6)
+
+
+def test_no_dropout_makes_keys_idle():
+    config, parameters = masks_network(0.0)
+    images = np.zeros((2, 64, 64, 3), np.float32)
+    logits = logits_of(config, 64, parameters, images, jax.random.split(jax.random.key(7), 2))
+    np.testing.assert_array_equal(logits, np.full((2, 16), 2**16 - 1))
+
+
+@pytest.mark.parametrize('layer', ['conv1', 'conv2'])
+@pytest.mark.parametrize('seen', [0, 1])
+def test_normalisation_stays_within_a_tower(layer, seen):
+    config = model_config(**SMALL)
+    parameters = random_parameters(network(config, 64)[1], bias_std=0.3)
+    # conv3 sees but one tower, so what the other does before the exchange shows only by a leak.
+    hidden = np.split(parameters['conv3']['kernel'], 2, 2)[1 - seen]
+    hidden[...] = 0
+    images = np.random.default_rng(3).standard_normal((2, 64, 64, 3)).astype(np.float32)
+    before = logits_of(config, 64, parameters, images)
+
+    maps = len(parameters[layer]['bias'])
+    edges = {0: maps // 2 - 1, 1: maps // 2}  # the maps at the boundary, of each tower
+
+    def brighter(tower):
+        changed = parameters | {layer: {name: leaf.copy() for name, leaf in parameters[layer].items()}}
+        changed[layer]['bias'][edges[tower]] += 10
+        return logits_of(config, 64, changed, images)
+
+    np.testing.assert_array_equal(brighter(1 - seen), before)
+    assert np.abs(brighter(seen) - before).max() > 1e-2 * np.abs(before).max()
+
+
+def test_bfloat16_is_near_float32():
+    parameters = random_parameters(network(model_config(**SMALL), 96)[1], bias_std=0.3)
+    images = np.random.default_rng(4).standard_normal((4, 96, 96, 3)).astype(np.float32)
+    exact = logits_of(model_config(**SMALL), 96, parameters, images)
+    rounded = logits_of(model_config(**SMALL, dtype='bfloat16'), 96, parameters, images)
+    assert rounded.dtype == np.float32
+    error = np.abs(rounded - exact).max() / np.abs(exact).max()
+    assert 1e-4 < error < 2e-2
