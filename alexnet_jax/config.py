@@ -22,7 +22,7 @@ def default_config() -> ml_collections.ConfigDict:
     """The whole schema with its defaults, which train the paper's network on ImageNet as section 5 of the paper says.
 
     Fields of `model` that are None are taken from `model.preset`. Durations are text: '5 epochs', '100 steps' or
-    '1000 images'; a bare number counts steps.
+    '1000 images'; a bare '100' counts steps.
     """
     return ml_collections.ConfigDict(
         {
@@ -100,7 +100,7 @@ _CHOICES = {
     'mesh.layout': ('towers', 'data'),
 }
 
-_DURATION = re.compile(r'(\d+(?:\.\d+)?)\s*(steps?|epochs?|images?)?')
+_DURATION = re.compile(r'(\d{1,12}(?:\.\d{1,12})?)\s*(steps?|epochs?|images?)?')
 
 
 def duration_in_steps(duration: str, *, batch_size: int, examples: int) -> int:
@@ -270,7 +270,8 @@ def _check_model(config: Any) -> None:
         )
     if layer_sizes(data.crop_size, model.overlapping_pool)[-1] < 1:
         least = next(size for size in range(data.crop_size, 4096) if layer_sizes(size, model.overlapping_pool)[-1] >= 1)
-        raise ConfigError(f'config.data.crop_size: {data.crop_size} leaves nothing after pool5; the nearest is {least}')
+        field = 'crop_size' if least <= data.image_size else 'image_size'
+        raise ConfigError(f'config.data.{field}: {data[field]} leaves nothing after pool5; the nearest is {least}')
     if model.lrn_size % 2 == 0:
         raise ConfigError(f'config.model.lrn_size: {model.lrn_size} is even; the nearest is {model.lrn_size + 1}')
     for layer, width in zip(('conv1', 'conv2', 'conv3', 'conv4', 'conv5'), model.widths, strict=False):

@@ -1,5 +1,6 @@
 """The training loop: evaluate, checkpoint, batch, step, log; resumes where the newest checkpoint stands."""
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -77,6 +78,20 @@ def _open_store(config: Any, preemption: Preemption) -> pipeline.Store | None:
     return store
 
 
+@dataclasses.dataclass
+class Timed:
+    """Seconds of training, how many of them went by waiting for input, and images trained on in that time."""
+
+    seconds: float = 0.0
+    waited: float = 0.0
+    images: int = 0
+
+    @property
+    def images_per_second(self) -> float:
+        """0 where nothing was timed."""
+        return self.images / self.seconds if self.images else 0.0
+
+
 class _Run:
     """One process's part in a run: the compiled steps, the input, and where the run stands."""
 
@@ -98,7 +113,9 @@ class _Run:
             self.state = init_state(config, mesh)
         self.metrics = Metrics(os.path.join(workdir, 'metrics.jsonl'), self.step, self.progress['evaluated'])
         self.pending: list[Any] = []  # metrics of steps not yet logged, on the device
-        self.training_seconds = self.waiting_seconds = self.logged_seconds = self.logged_waiting = 0.0
+        # Of training alone, without the first step of the process, which waits for the compiler.
+        self.timed, self.timed_since_line = Timed(), Timed()
+        self.note = ''
         self.first_step = self.step
         self.bar = Progress('train', self.total, 'steps', done=self.step)
 
@@ -131,7 +148,7 @@ class _Run:
             if stopping:
                 break
             self.train_one(batches)
-            self.bar.update(note=f'{self.rate():.0f} images/s')
+            self.bar.update(note=self.note)
             if self.step % log_every == 0:
                 self.log_training()
         self.bar.close()
@@ -157,22 +174,25 @@ class _Run:
     def train_one(self, batches: Iterator[Any]) -> None:
         start = time.perf_counter()
         batch = next(batches)
-        self.waiting_seconds += time.perf_counter() - start
+        waited = time.perf_counter() - start
         rate = np.float32(self.learning_rate())
         self.state, metrics = self.train_step(self.state, batch, rate, self.preprocessing)
-        if self.pending:
-            jax.block_until_ready(self.pending[-1])  # at most two steps are under way
+        first = self.step == self.first_step
+        if first or self.pending:
+            jax.block_until_ready(metrics if first else self.pending[-1])  # at most two steps are under way
         self.pending.append(metrics)
         self.progress['step'] += 1
-        self.training_seconds += time.perf_counter() - start
+        if not first:
+            self.time(time.perf_counter() - start, waited, steps=1)
+
+    def time(self, seconds: float, waited: float, steps: int) -> None:
+        for timed in (self.timed, self.timed_since_line):
+            timed.seconds += seconds
+            timed.waited += waited
+            timed.images += steps * self.config.train.batch_size
 
     def learning_rate(self) -> float:
         return scheduled_rate(self.config, self.step, self.examples, int(self.progress['plateau']['drops_taken']))
-
-    def rate(self) -> float:
-        """Images per second of training since this process began, without evaluations and checkpoints."""
-        steps = self.step - self.first_step
-        return steps * self.config.train.batch_size / self.training_seconds if self.training_seconds else 0.0
 
     def log_training(self) -> None:
         """Write the means over the steps since the last line. Raises TrainingError where the loss is not finite."""
@@ -180,13 +200,10 @@ class _Run:
             return
         start = time.perf_counter()
         values = jax.device_get(self.pending)
-        self.training_seconds += time.perf_counter() - start
-        steps, self.pending = len(self.pending), []
+        self.time(time.perf_counter() - start, 0.0, steps=0)
+        self.pending = []
         means = {name: float(np.mean([value[name] for value in values])) for name in values[0]}
-        seconds = self.training_seconds - self.logged_seconds
-        waited = (self.waiting_seconds - self.logged_waiting) / seconds
-        self.logged_seconds, self.logged_waiting = self.training_seconds, self.waiting_seconds
-        images_per_second = steps * self.config.train.batch_size / seconds
+        timed, self.timed_since_line = self.timed_since_line, Timed()
         if not math.isfinite(means['loss']):
             raise TrainingError(
                 f'the loss is {means["loss"]} at step {self.step}: lower config.optimizer.learning_rate'
@@ -198,13 +215,14 @@ class _Run:
             split='train',
             **means,
             learning_rate=self.learning_rate(),
-            images_per_second=images_per_second,
-            input_wait=waited,
+            images_per_second=timed.images_per_second,
+            input_wait=timed.waited / timed.seconds,
         )
-        self.bar.line(
+        self.note = (
             f'loss {means["loss"]:.4f}  top-1 error {means["top1_error"]:.1%}  learning rate {self.learning_rate():.2g}'
-            f'  {images_per_second:.1f} images/s  input wait {waited:.1%}'
+            f'  {timed.images_per_second:.1f} images/s  input wait {timed.waited / timed.seconds:.1%}'
         )
+        self.bar.line(self.note)
 
     def measure(self, views: int) -> dict[str, float] | None:
         """Errors on the validation images, or None when preempted meanwhile."""
@@ -266,7 +284,7 @@ class _Run:
             'top1_error': final.get('top1_error'),
             'top5_error': final.get('top5_error'),
             'views': views,
-            'images_per_second': self.rate() or None,
+            'images_per_second': self.timed.images_per_second or None,
             'state_digest': state_digest(self.state),
         }
         write_json(os.path.join(self.workdir, 'result.json'), result)

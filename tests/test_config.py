@@ -123,6 +123,10 @@ def test_resolve_leaves_its_argument_alone_and_freezes():
             'config.data.crop_size: 300 is larger than data.image_size=256; the nearest is 256',
         ),
         ({'data.crop_size': 62}, 'config.data.crop_size: 62 leaves nothing after pool5; the nearest is 64'),
+        (
+            {'data.crop_size': 32, 'data.image_size': 32},
+            'config.data.image_size: 32 leaves nothing after pool5; the nearest is 64',
+        ),
         ({'model.lrn_size': 4}, 'config.model.lrn_size: 4 is even; the nearest is 5'),
         ({'model.widths': (96, 256)}, 'config.model.widths: 2 values; 7 are needed, one a layer'),
         ({'model.bias_init': (0.0,) * 7}, 'config.model.bias_init: 7 values; 8 are needed, one a layer'),
