@@ -128,8 +128,8 @@ def main(argv: list[str]) -> int:
             print(f'{workdir} is done; another --workdir begins anew, a longer config.train.epochs goes on.')
             _print_result(workdir)
             return 0
-        if config.cpu_library_fusion:
-            startup.set_cpu_flags()
+        if config.cpu_tuning:
+            startup.tune_cpu()
         from alexnet_jax import train  # after the flags, for it imports jax
     except ConfigError as error:
         return _refuse(str(error))

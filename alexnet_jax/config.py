@@ -27,7 +27,7 @@ def default_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             'seed': 0,
-            'cpu_library_fusion': True,  # faster convolutions on CPU by an XLA flag; see startup.py
+            'cpu_tuning': True,  # an XLA flag and allocator settings that make a CPU faster; see startup.py
             'model': {
                 'preset': 'paper',
                 'widths': config_dict.placeholder(tuple),

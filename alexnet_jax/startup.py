@@ -1,5 +1,6 @@
 """What must happen before jax is imported."""
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
@@ -8,15 +9,25 @@ import os
 CPU_LIBRARY_FUSION = '--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT'
 TRIED_WITH_JAXLIB = ('0.10.2',)
 
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of mallopt(3)
 
-def set_cpu_flags() -> None:
-    """Let XLA hand convolutions to its CPU library, which makes a whole step about 1.6 times as fast on two cores.
 
-    Does nothing on a machine with a GPU or TPU plugin, on another version of jaxlib, or where XLA_FLAGS already says
-    what to do about it; all else in XLA_FLAGS is kept.
+def tune_cpu() -> None:
+    """Make training on a CPU faster: a flag for XLA and two settings of the C library's allocator.
+
+    The flag hands convolutions to XLA's CPU library; a whole step takes about 0.6 of the time on two cores. It is left
+    out on another version of jaxlib or where XLA_FLAGS already says what to do about it; all else there is kept.
+    The settings keep the 1.5 GB that a step of the full network gives back, instead of having 400,000 pages mapped anew
+    in every step: a sixth to a third of the time. Memory once used stays with the process.
+    Does nothing on a machine with a GPU or TPU plugin.
     """
-    accelerator = any(importlib.util.find_spec(name) for name in ('jax_plugins', 'libtpu'))
+    if any(importlib.util.find_spec(name) for name in ('jax_plugins', 'libtpu')):
+        return
     flags = os.environ.get('XLA_FLAGS', '')
-    name = CPU_LIBRARY_FUSION.split('=')[0]
-    if importlib.metadata.version('jaxlib') in TRIED_WITH_JAXLIB and not accelerator and name not in flags:
+    if importlib.metadata.version('jaxlib') in TRIED_WITH_JAXLIB and CPU_LIBRARY_FUSION.split('=')[0] not in flags:
         os.environ['XLA_FLAGS'] = f'{flags} {CPU_LIBRARY_FUSION}'.strip()
+    library = ctypes.CDLL(None)
+    if hasattr(library, 'mallopt'):  # glibc
+        library.mallopt(M_ARENA_MAX, 1)  # the arenas of threads map large blocks whatever M_MMAP_MAX says
+        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_TRIM_THRESHOLD, -1)

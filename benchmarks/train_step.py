@@ -48,7 +48,7 @@ def project_passes(batch_size: int) -> Passes:
     config.train.batch_size = batch_size
     config.mesh.data = 1
     config = settings.resolve(config)
-    startup.set_cpu_flags()
+    startup.tune_cpu()
 
     import jax
     import numpy as np

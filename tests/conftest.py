@@ -10,7 +10,7 @@ os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
 
 from alexnet_jax import startup
 
-startup.set_cpu_flags()
+startup.tune_cpu()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
