@@ -1,5 +1,6 @@
 """Train AlexNet, or go on with a run: python launch.py --config=FILE [--workdir=W] [--config.a.b=value ...]"""
 
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; by default r
 def parse_flags(argv: list[str]) -> list[str]:
     """Read the flags; where one is wrong, say so in one line and exit with 2."""
     files = [argument.split('=', 1)[1] for argument in argv if argument.lstrip('-').startswith('config=')]
+    files += [value for argument, value in itertools.pairwise(argv) if argument in ('--config', '-config')]
     if not files:
         argv.insert(1, f'--config={QUICKSTART}')
     try:

@@ -109,7 +109,7 @@ class _Run:
             log(f'resuming {workdir} at step {self.step} of {self.total}')
         else:
             # evaluated: the step of the last evaluation; errors: what it found.
-            self.progress = {'step': 0, 'evaluated': 0, 'errors': None, 'plateau': plateau_start()}
+            self.progress = {'step': 0, 'evaluated': -1, 'errors': None, 'plateau': plateau_start()}
             self.state = init_state(config, mesh)
         self.metrics = Metrics(os.path.join(workdir, 'metrics.jsonl'), self.step, self.progress['evaluated'])
         self.pending: list[Any] = []  # metrics of steps not yet logged, on the device
@@ -138,7 +138,8 @@ class _Run:
         batches = self.batches_ahead()
         while True:
             done = self.step >= self.total
-            evaluation_due = (self.step % eval_every == 0 or done) and self.step > self.progress['evaluated']
+            evaluation_due = done or (self.step > 0 and self.step % eval_every == 0)
+            evaluation_due = evaluation_due and self.step > self.progress['evaluated']
             if evaluation_due and not self.preemption.requested:
                 self.log_training()
                 self.validate()
