@@ -1,5 +1,5 @@
 # make demo: train the quickstart.   make test: the whole suite.   make check: format, lint, types, import direction.
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
@@ -22,7 +22,7 @@ format: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check --fix
 
 $(VENV)/runtime.installed: requirements.txt
-	$(PYTHON) -c 'import sys; assert sys.version_info[:2] >= (3, 11), "Python 3.11 is needed: make PYTHON=python3.11"'
+	@$(PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("Python 3.11 is needed: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --requirement requirements.txt
 	touch $@

@@ -1,5 +1,6 @@
 """Train AlexNet, or go on with a run: python launch.py --config=FILE [--workdir=W] [--config.a.b=value ...]"""
 
+import inspect
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax import startup
 from alexnet_jax.config import ConfigError, field_names, resolve, unknown_field
+from alexnet_jax.monitor import read_json
 
 QUICKSTART = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configs', 'quickstart.py')
 
@@ -45,17 +47,21 @@ def _load(file: str) -> ConfigDict:
     path, *preset = file.split(':', 1)
     if not os.path.isfile(path):
         raise ConfigError(f'--config: there is no file {path!r}; for example --config=configs/imagenet.py')
-    return runpy.run_path(path)['get_config'](*preset)
+    get_config = runpy.run_path(path).get('get_config')
+    if get_config is None:
+        raise ConfigError(f'--config: {path} has no function get_config')
+    if preset and not inspect.signature(get_config).parameters:
+        raise ConfigError(f'--config: {path} has no presets, so no :{preset[0]}')
+    return get_config(*preset)
 
 
 def _check_overrides(argv: list[str], config: ConfigDict) -> None:
     """Raise ConfigError where an override names a field that does not exist."""
     known = field_names(config)
     for argument in argv:
-        if argument.lstrip('-').startswith('config.'):
-            field = argument.lstrip('-').removeprefix('config.').split('=')[0]
-            if field not in known:
-                raise unknown_field(field, known)
+        override = re.match(r'--?(?:no)?config\.([^=]+)', argument)
+        if override and override[1] not in known:
+            raise unknown_field(override[1], known)
 
 
 def _wrong_type(message: str, config: ConfigDict) -> str:
@@ -78,29 +84,34 @@ def _check_same_run(config: dict, workdir: str) -> None:
     """Raise ConfigError where the checkpoints in `workdir` belong to another network or another order of the data."""
     if not os.path.isdir(os.path.join(workdir, 'checkpoints')) or not os.listdir(os.path.join(workdir, 'checkpoints')):
         return
-    with open(os.path.join(workdir, 'config.json')) as file:
-        before = json.load(file)
+    before = read_json(os.path.join(workdir, 'config.json'))
+    if before is None:
+        raise ConfigError(f'--workdir: {workdir} has checkpoints but no readable config.json; name another one')
     now = json.loads(json.dumps(config))
-    fixed = ['seed', 'data.source', 'data.image_size', 'train.batch_size', *(f'model.{name}' for name in now['model'])]
+    fixed = [
+        'seed',
+        'data.source',
+        'data.image_size',
+        'data.crop_size',
+        'train.batch_size',
+        *(f'model.{name}' for name in now['model']),
+    ]
     for field in fixed:
         *groups, name = field.split('.')
         old, new = before, now
         for group in groups:
-            old, new = old[group], new[group]
-        if old[name] != new[name]:
+            old, new = old.get(group, {}), new[group]
+        if old.get(name) != new[name]:
             raise ConfigError(
-                f'config.{field}: {new[name]!r}, but {workdir} was begun with {old[name]!r}:'
+                f'config.{field}: {new[name]!r}, but {workdir} was begun with {old.get(name)!r}:'
                 ' give that, or another --workdir'
             )
 
 
 def _finished(config: dict, workdir: str) -> bool:
     """Whether `workdir` holds the end of just this run."""
-    try:
-        with open(os.path.join(workdir, 'result.json')) as file, open(os.path.join(workdir, 'config.json')) as before:
-            return json.load(file)['status'] == 'done' and json.load(before) == json.loads(json.dumps(config))
-    except OSError:
-        return False
+    result, before = (read_json(os.path.join(workdir, name)) for name in ('result.json', 'config.json'))
+    return result is not None and result['status'] == 'done' and before == json.loads(json.dumps(config))
 
 
 def _print_result(workdir: str) -> None:
@@ -122,7 +133,7 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.ERROR)
     file = config_flags.get_config_filename(flags.FLAGS['config'])
     name = os.path.basename(file).replace('.py', '').replace(':', '_')
-    workdir = _WORKDIR.value or os.path.join('runs', name)
+    workdir = os.path.expanduser(_WORKDIR.value or os.path.join('runs', name))
     try:
         config = resolve(_CONFIG.value)
         _check_same_run(config.to_dict(), workdir)
@@ -133,13 +144,14 @@ def main(argv: list[str]) -> int:
         if config.cpu_tuning:
             startup.tune_cpu()
         from alexnet_jax import train  # after the flags, for it imports jax
+        from alexnet_jax.checkpoint import CheckpointError
     except ConfigError as error:
         return _refuse(str(error))
     try:
         code = train.run(config, workdir)
     except ConfigError as error:
         return _refuse(str(error))
-    except train.TrainingError as error:
+    except (train.TrainingError, CheckpointError) as error:
         print(f'alexnet_jax: {error}', file=sys.stderr)
         return train.EXIT_ERROR
     if code == train.EXIT_DONE:

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +24,10 @@ def state_digest(state: Any) -> str:
     return digest.hexdigest()
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read or written: one line with the folder, the cause and what to do."""
+
+
 class Checkpoints:
     """The checkpoints of a run, written in the background: the newest `keep` and the one with the lowest error.
 
@@ -37,8 +43,9 @@ class Checkpoints:
         # Orbax' own pair of best_fn and max_to_keep would delete the newest checkpoint when it is not the best.
         newest = checkpoint_managers.LatestN(n=keep)
         best = checkpoint_managers.BestN(get_metric_fn=error, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        self.directory = os.path.abspath(directory)
         self.manager = ocp.CheckpointManager(
-            os.path.abspath(directory),
+            self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
                 best_fn=error,
@@ -48,7 +55,10 @@ class Checkpoints:
         )
 
     def save(self, state: Any, progress: dict[str, Any], error: float | None) -> None:
-        """Begin to write `state` and `progress` (JSON); `error` is the validation error at this step, if measured."""
+        """Begin to write `state` and `progress` (JSON); `error` is the validation error at this step, if measured.
+
+        Raises CheckpointError: this one, or the one before it in the background, could not be written.
+        """
         step = int(state.step)
         if step in self.manager.all_steps():
             return
@@ -56,41 +66,58 @@ class Checkpoints:
             state=ocp.args.StandardSave(state),
             progress=ocp.args.JsonSave({**progress, 'state_digest': state_digest(state)}),
         )
-        self.manager.save(step, args=arguments, metrics=None if error is None else {'top1_error': error})
+        metrics = None if error is None else {'top1_error': error}
+        self._written(lambda: self.manager.save(step, args=arguments, metrics=metrics))
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest checkpoint that is whole, laid out as `abstract_state` says, and its progress; None without any.
 
-        A damaged one is named, moved to damaged-STEP and passed over.
+        Damaged ones before it are named and moved to damaged-STEP. Raises CheckpointError: none of them can be read.
         """
+        damaged: list[tuple[int, str]] = []
         for step in sorted(self.manager.all_steps(), reverse=True):
-            problem = ''
             try:
-                restored = self.manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract_state),
-                        progress=ocp.args.JsonRestore(),
-                    ),
-                )
-                if state_digest(restored.state) == restored.progress['state_digest']:
-                    return restored.state, restored.progress
-                problem = 'its numbers differ from those written'
+                restored = self._read(step, abstract_state)
             except Exception as error:  # Orbax raises many kinds; the next older checkpoint is the answer to all
-                problem = f'{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}'
-            folder = os.path.join(self.manager.directory, str(step))
-            aside = os.path.join(self.manager.directory, f'damaged-{step}')
-            log(f'checkpoint {folder} is damaged ({problem}); moved to {aside}')
-            os.rename(folder, aside)
-            self.manager.reload()
+                damaged.append((step, _first_line(error)))
+                continue
+            for bad, problem in damaged:
+                aside = f'damaged-{bad}-{time.time_ns()}'
+                os.rename(os.path.join(self.directory, str(bad)), os.path.join(self.directory, aside))
+                log(f'checkpoint {self.directory}/{bad} is damaged ({problem}); moved to {aside}')
+            if damaged:
+                self.manager.reload()
+            return restored
+        if damaged:
+            raise CheckpointError(
+                f'{self.directory}: no checkpoint can be read, the newest because {damaged[0][1]};'
+                ' remove the folder or name another --workdir to begin anew'
+            )
         return None
 
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), progress=ocp.args.JsonRestore())
+        restored = self.manager.restore(step, args=arguments)
+        if state_digest(restored.state) != restored.progress['state_digest']:
+            raise CheckpointError('its numbers differ from those written')
+        return restored.state, restored.progress
+
+    def _written(self, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except Exception as error:  # a full disk, a lost mount: told by Orbax in many ways
+            raise CheckpointError(f'{self.directory}: a checkpoint was not written: {_first_line(error)}') from None
+
     def wait(self) -> None:
-        """Return when everything is on disk. Raises what went wrong in the background."""
-        self.manager.wait_until_finished()
-        self.manager.check_for_errors()
+        """Return when everything is on disk. Raises CheckpointError: something could not be written."""
+        self._written(self.manager.wait_until_finished)
+        self._written(self.manager.check_for_errors)
 
     def close(self) -> None:
         """Wait and release."""
         self.wait()
         self.manager.close()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [''])[0][:300] or type(error).__name__

@@ -231,7 +231,7 @@ def _check_ranges(config: Any) -> None:
         for name in field.split('.'):
             value = value[name]
         if not least <= value <= greatest:
-            near = least if value < least else greatest
+            near = greatest if value > greatest else least
             raise ConfigError(f'config.{field}: {value} is outside {least} to {greatest}; the nearest is {near}')
     source = config.data.source
     if source != 'photos' and not re.fullmatch(r'tfds:[\w/]+(:[\w.-]+)?', source):

@@ -41,7 +41,9 @@ class Preemption:
         self.requested = True
         for other, handler in self.before.items():
             signal.signal(other, handler)
-        log(f'{signal.Signals(number).name}: a checkpoint is written, then this ends (again: at once, without)')
+        os.write(
+            2, f'{signal.Signals(number).name}: saving, then this ends (again: at once, without saving)\n'.encode()
+        )
 
 
 class Progress:
@@ -99,13 +101,25 @@ def write_json(path: str, value: Any) -> None:
     with open(path + '.tmp', 'w') as file:
         json.dump(value, file, indent=1)
         file.write('\n')
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(path + '.tmp', path)
+
+
+def read_json(path: str) -> dict[str, Any] | None:
+    """The object in `path`; None where there is no such file or it is damaged."""
+    try:
+        with open(path) as file:
+            value = json.load(file)
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 class Metrics:
     """metrics.jsonl: one JSON object a line, written through at once.
 
-    Lines later than what is resumed are dropped, so the file reads as if the run had never been interrupted.
+    Lines later than what is resumed are dropped, so no step is in the file twice.
 
     Args:
       path: of the file.
@@ -118,7 +132,7 @@ class Metrics:
         if os.path.exists(path):
             last = {'train': step, 'validation': evaluated}
             with open(path) as file:
-                kept = [line for line in file if _is_kept(line, last)]
+                kept = [line.rstrip('\n') + '\n' for line in file if _is_kept(line, last)]
         with open(path + '.tmp', 'w') as file:
             file.writelines(kept)
         os.replace(path + '.tmp', path)
@@ -136,6 +150,6 @@ class Metrics:
 def _is_kept(line: str, last: dict[str, int]) -> bool:
     try:
         values = json.loads(line)
-    except json.JSONDecodeError:  # the line a killed run was writing
+        return values['step'] <= last[values['split']]
+    except (ValueError, KeyError, TypeError):  # the line a killed run was writing
         return False
-    return values['step'] <= last[values['split']]

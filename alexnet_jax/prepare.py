@@ -112,6 +112,8 @@ class Prepared(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split):
         images = self.source.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
         progress = Progress(f'prepare {split}', len(images), 'images')
+        # TFDS sorts by key in 1,000 buckets, each in memory: keys from 0 up would put all images into the first.
+        spread = 2**128 // max(len(images), 1)
 
         def convert(index):
             example = images[index]
@@ -125,7 +127,7 @@ class Prepared(tfds.core.GeneratorBasedBuilder):
             if split == 'train':
                 self.statistics.add(image, label)
             progress.update()
-            yield index, {'image': image, 'label': label}
+            yield index * spread, {'image': image, 'label': label}
         progress.close()
 
 
@@ -169,34 +171,38 @@ def source_builder(source: str, data_dir: str) -> Any:
     Raises SourceError: tars are missing, the name is unknown, or it was prepared in a format without random access.
     """
     config = tfds.download.DownloadConfig()
-    if source == 'photos':
-        from alexnet_jax.data.photos import Photos
+    name = source.removeprefix('tfds:').replace(':', '/')
+    try:
+        if source == 'photos':
+            from alexnet_jax.data.photos import Photos
 
-        builder = Photos(data_dir=data_dir, file_format='array_record')
-    else:
-        name = source.removeprefix('tfds:')
-        try:
-            builder = tfds.builder(name.replace(':', '/'), data_dir=data_dir, file_format='array_record')
-        except tfds.core.registered.DatasetNotFoundError:
-            raise SourceError(
-                f"config.data.source: TFDS has no data set {name!r}; see 'tfds.list_builders()'"
-            ) from None
-        if builder.name == 'imagenet2012' and not builder.is_prepared():
-            config.manual_dir = imagenet_tars(data_dir)
+            builder: Any = Photos(data_dir=data_dir, file_format='array_record')
+        else:
+            builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
+    except tfds.core.registered.DatasetNotFoundError:
+        raise SourceError(f"config.data.source: TFDS has no data set {name!r}; see 'tfds.list_builders()'") from None
+    except ValueError as error:
+        if 'File format is already set' not in str(error):
+            raise
+        raise SourceError(
+            f'{name} in {data_dir} is there in another format than array_record, which has no random access:'
+            ' name another config.data.data_dir, or remove it'
+        ) from None
+    features = builder.info.features
+    if not {'image', 'label'} <= set(features) or not hasattr(features['label'], 'names'):
+        raise SourceError(f'config.data.source: {name!r} has no images with class labels, but {sorted(features)}')
+    if builder.name == 'imagenet2012' and not builder.is_prepared():
+        config.manual_dir = imagenet_tars(data_dir)
     if not builder.is_prepared():
         log(f'reading {source} with TFDS into {builder.data_dir}')
     builder.download_and_prepare(download_config=config)
-    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-        found = builder.info.file_format.value
-        raise SourceError(f'{builder.data_dir} is {found}, not array_record: name another data_dir or remove it')
     return builder
 
 
 def prepare(source: str, data_dir: str, image_size: int, threads: int) -> str:
     """Write the store of `source` unless it is there, and return its folder.
 
-    It is made aside and renamed when complete. Raises SourceError, before any work: see source_builder, or the disk is
-    too small.
+    It is made aside and renamed when complete. Raises SourceError: see source_builder, or the disk is too small.
     """
     data_dir = os.path.abspath(os.path.expanduser(data_dir))
     target = store_directory(data_dir, source, image_size)
@@ -214,8 +220,7 @@ def _prepare(source: str, data_dir: str, image_size: int, threads: int, target: 
     aside = f'{target}.incomplete'
     shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
     builder = source_builder(source, data_dir)
-    held_out_split(builder)
-    examples = sum(split.num_examples for split in builder.info.splits.values())
+    examples = sum(builder.info.splits[split].num_examples for split in ('train', held_out_split(builder)))
     needed, free = examples * image_size**2 * 3, shutil.disk_usage(os.path.dirname(target)).free
     if needed > free:
         raise SourceError(
@@ -241,9 +246,11 @@ def main(argv: list[str]) -> None:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints sizes it does not know
             prepare(args.source, args.data_dir, args.image_size, args.threads)
-    except SourceError as error:
+    except (SourceError, OSError) as error:
         print(f'alexnet_jax: {error}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == '__main__':

@@ -70,7 +70,7 @@ def abstract_state(config: Any, mesh: parallel.Mesh) -> TrainState:
 def _errors(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Top-1 and top-5 errors (B,) as 0.0 or 1.0: how many classes score at least as well as the right one."""
     right = jnp.take_along_axis(scores, labels[:, None], -1)
-    better = jnp.sum(scores >= right, -1) - 1
+    better = jnp.sum(~(scores < right), -1) - 1  # a score that is not a number counts as an error
     return (better >= 1).astype(jnp.float32), (better >= 5).astype(jnp.float32)
 
 

@@ -1,15 +1,20 @@
 """The training loop: evaluate, checkpoint, batch, step, log; resumes where the newest checkpoint stands."""
 
+import contextlib
 import dataclasses
+import fcntl
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax import parallel
@@ -36,17 +41,35 @@ def run(config: Any, workdir: str) -> int:
     Ctrl-C came and a checkpoint is written.
 
     Raises:
-      ConfigError: mesh, data and settings do not fit one another.
-      TrainingError: the loss is not finite.
+      ConfigError: mesh, data and settings do not fit one another, or `workdir` cannot be used.
+      TrainingError: the loss or the weights are not finite, or preparing was killed.
+      CheckpointError: none can be read, or the disk is full.
     """
-    with Preemption() as preemption:
+    with Preemption() as preemption, _locked(workdir):
         mesh = parallel.make_mesh(config)
         store = _open_store(config, preemption)
         if store is None:
+            log('stopped while preparing the data; the same command begins that again')
             return EXIT_PREEMPTED
-        os.makedirs(workdir, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(workdir, 'result.json'))  # of a shorter run that this one continues
         write_json(os.path.join(workdir, 'config.json'), config.to_dict())
         return _Run(config, workdir, mesh, store, preemption).to_the_end()
+
+
+@contextlib.contextmanager
+def _locked(workdir: str) -> Iterator[None]:
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        file = open(os.path.join(workdir, 'lock'), 'w')  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(f'--workdir: {workdir} cannot be used: {error}') from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f'--workdir: another process trains in {workdir}; name another one') from None
+        yield
 
 
 def _open_store(config: Any, preemption: Preemption) -> pipeline.Store | None:
@@ -66,9 +89,16 @@ def _open_store(config: Any, preemption: Preemption) -> pipeline.Store | None:
             time.sleep(0.1)
         if preemption.requested:
             return None
+        if process.returncode < 0:
+            name = signal.Signals(-process.returncode).name
+            raise TrainingError(f'preparing {data.source} was ended by {name}; the same command begins it again')
         if process.returncode:
             sys.exit(EXIT_USAGE if process.returncode == EXIT_USAGE else EXIT_ERROR)  # it said why
-    store = pipeline.open_store(directory)
+    try:
+        store = pipeline.open_store(directory)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = f'{directory} is no whole store ({error}); remove it, and it will be made again'
+        raise ConfigError(f'config.data.data_dir: {reason}') from None
     if len(store.class_names) != config.model.num_classes:
         classes = len(store.class_names)
         raise ConfigError(
@@ -110,12 +140,14 @@ class _Run:
         else:
             # evaluated: the step of the last evaluation; errors: what it found.
             self.progress = {'step': 0, 'evaluated': -1, 'errors': None, 'plateau': plateau_start()}
+            self.progress['images_per_second'] = 0.0
             self.state = init_state(config, mesh)
         self.metrics = Metrics(os.path.join(workdir, 'metrics.jsonl'), self.step, self.progress['evaluated'])
         self.pending: list[Any] = []  # metrics of steps not yet logged, on the device
         # Of training alone, without the first step of the process, which waits for the compiler.
         self.timed, self.timed_since_line = Timed(), Timed()
         self.note = ''
+        self.rate = 0.0  # learning rate of the last step
         self.first_step = self.step
         self.bar = Progress('train', self.total, 'steps', done=self.step)
 
@@ -140,11 +172,12 @@ class _Run:
             done = self.step >= self.total
             evaluation_due = done or (self.step > 0 and self.step % eval_every == 0)
             evaluation_due = evaluation_due and self.step > self.progress['evaluated']
+            improved = False
             if evaluation_due and not self.preemption.requested:
                 self.log_training()
-                self.validate()
+                improved = self.validate()
             stopping = done or self.preemption.requested
-            if stopping or (self.step % save_every == 0 and self.step > self.first_step):
+            if stopping or improved or (self.step % save_every == 0 and self.step > self.first_step):
                 self.save()
             if stopping:
                 break
@@ -176,8 +209,8 @@ class _Run:
         start = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - start
-        rate = np.float32(self.learning_rate())
-        self.state, metrics = self.train_step(self.state, batch, rate, self.preprocessing)
+        self.rate = self.learning_rate()
+        self.state, metrics = self.train_step(self.state, batch, np.float32(self.rate), self.preprocessing)
         first = self.step == self.first_step
         if first or self.pending:
             jax.block_until_ready(metrics if first else self.pending[-1])  # at most two steps are under way
@@ -205,25 +238,29 @@ class _Run:
         self.pending = []
         means = {name: float(np.mean([value[name] for value in values])) for name in values[0]}
         timed, self.timed_since_line = self.timed_since_line, Timed()
-        if not math.isfinite(means['loss']):
-            raise TrainingError(
-                f'the loss is {means["loss"]} at step {self.step}: lower config.optimizer.learning_rate'
-                f' ({self.learning_rate():g}) or raise config.optimizer.warmup; {self.workdir} can be resumed'
-                f' from step {self.checkpoints.manager.latest_step() or 0}'
-            )
+        self.check_finite(means['loss'])
         self.metrics.write(
             step=self.step,
             split='train',
             **means,
-            learning_rate=self.learning_rate(),
+            learning_rate=self.rate,
             images_per_second=timed.images_per_second,
             input_wait=timed.waited / timed.seconds,
         )
         self.note = (
-            f'loss {means["loss"]:.4f}  top-1 error {means["top1_error"]:.1%}  learning rate {self.learning_rate():.2g}'
+            f'loss {means["loss"]:.4f}  top-1 error {means["top1_error"]:.1%}  learning rate {self.rate:.2g}'
             f'  {timed.images_per_second:.1f} images/s  input wait {timed.waited / timed.seconds:.1%}'
         )
         self.bar.line(self.note)
+
+    def check_finite(self, value: float) -> None:
+        """Raise TrainingError where the loss or the sum of the weights is infinite or not a number."""
+        if not math.isfinite(value):
+            raise TrainingError(
+                f'the loss or the weights are {value} at step {self.step}: lower config.optimizer.learning_rate'
+                f' ({self.rate:g}) or raise config.optimizer.warmup; {self.workdir} can be resumed'
+                f' from step {self.checkpoints.manager.latest_step() or 0}'
+            )
 
     def measure(self, views: int) -> dict[str, float] | None:
         """Errors on the validation images, or None when preempted meanwhile."""
@@ -246,11 +283,12 @@ class _Run:
             stop=lambda: self.preemption.requested,
         )
 
-    def validate(self) -> None:
-        """Evaluate with one view and move the schedule on."""
+    def validate(self) -> bool:
+        """Evaluate with one view and move the schedule on; whether the error is the lowest so far."""
         errors = self.measure(1)
         if errors is None:
-            return
+            return False
+        self.check_finite(errors['loss'])
         plateau = self.progress['plateau']
         self.progress |= {'evaluated': self.step, 'errors': errors}
         self.progress['plateau'] = plateau_next(plateau, errors['top1_error'], self.config.optimizer)
@@ -263,29 +301,36 @@ class _Run:
         )
         if self.progress['plateau']['drops_taken'] > plateau['drops_taken']:
             log(f'the error stopped improving: learning rate now {self.learning_rate():g}')
+        return errors['top1_error'] < plateau['lowest_error']
 
     def save(self) -> None:
-        self.log_training()  # a state with an infinite loss is not written
+        self.log_training()
+        for leaf in jax.tree.leaves(self.state.params):
+            self.check_finite(float(jnp.sum(jnp.abs(leaf))))  # what cannot go on is not written
+        self.progress['images_per_second'] = self.timed.images_per_second or self.progress['images_per_second']
         measured = self.progress['errors'] if self.progress['evaluated'] == self.step else None
         self.checkpoints.save(self.state, self.progress, measured and measured['top1_error'])
 
     def finish(self) -> int:
         """Write result.json: after the last step with the final evaluation, or when preempted with what is known."""
-        views = {'1': self.progress['errors']}
+        views = {'1': self.progress['errors']} if self.progress['errors'] else {}
         preempted = self.step < self.total or self.preemption.requested
         if not preempted and self.config.eval.views != 1:
-            views[str(self.config.eval.views)] = self.measure(self.config.eval.views)
-            preempted = self.preemption.requested
+            errors = self.measure(self.config.eval.views)
+            preempted = errors is None
+            if errors:
+                views[str(self.config.eval.views)] = errors
         final = views.get(str(self.config.eval.views)) or self.progress['errors'] or {}
         self.checkpoints.close()
         self.metrics.close()
         result = {
             'status': 'preempted' if preempted else 'done',
             'step': self.step,
+            'evaluated': self.progress['evaluated'],
             'top1_error': final.get('top1_error'),
             'top5_error': final.get('top5_error'),
             'views': views,
-            'images_per_second': self.timed.images_per_second or None,
+            'images_per_second': self.timed.images_per_second or self.progress['images_per_second'],
             'state_digest': state_digest(self.state),
         }
         write_json(os.path.join(self.workdir, 'result.json'), result)

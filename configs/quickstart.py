@@ -21,9 +21,9 @@ def get_config():
     config.data.image_size = 72
     config.data.crop_size = 64
     config.train.batch_size = 64
-    config.train.epochs = 12.0
+    config.train.epochs = 16.0
     config.train.log_every = '50 steps'
     config.optimizer.schedule = 'steps'
-    config.optimizer.drops = ('8 epochs', '10 epochs', '11 epochs')
+    config.optimizer.drops = ('11 epochs', '14 epochs', '15 epochs')
     config.eval.batch_size = 200
     return config

@@ -132,6 +132,38 @@ def test_an_unknown_data_set_is_refused_in_one_line(tmp_path):
     assert run.stderr.count('\n') == 1
 
 
+def test_a_store_larger_than_memory_is_sorted_in_small_parts(photos_dir, tmp_path, monkeypatch):
+    """TFDS sorts what is above its buffer bucket by bucket, each in memory: no bucket may hold much of a split."""
+    from tensorflow_datasets.core import shuffle
+
+    monkeypatch.setattr(shuffle, 'MAX_MEM_BUFFER_SIZE', 1 << 20)
+    largest = []
+    read_values = shuffle._Bucket.read_values
+
+    def counted(bucket):
+        values = list(read_values(bucket))
+        largest.append(len(values))
+        return iter(values)
+
+    monkeypatch.setattr(shuffle._Bucket, 'read_values', counted)
+    shutil.copytree(os.path.join(photos_dir, 'photos'), tmp_path / 'photos')
+    folder = prepare.prepare('photos', str(tmp_path), 72, 2)
+    assert sum(largest) == 8000
+    assert max(largest) <= 10
+    expected = pipeline.open_store(pipeline.store_directory(photos_dir, 'photos', 72)).train
+    found = pipeline.open_store(folder).train
+    for index in (0, 1, 777, 6399):
+        np.testing.assert_array_equal(found[index]['image'], expected[index]['image'])
+
+
+def test_a_source_without_random_access_is_refused(photos_dir, tmp_path):
+    shutil.copytree(os.path.join(photos_dir, 'photos'), tmp_path / 'photos')
+    info = tmp_path / 'photos' / '1.0.0' / 'dataset_info.json'
+    info.write_text(info.read_text().replace('array_record', 'tfrecord'))
+    with pytest.raises(prepare.SourceError, match='in another format than array_record'):
+        prepare.prepare('photos', str(tmp_path), 64, 2)
+
+
 class Numbered:
     """Random access to images that say which they are."""
 

@@ -1,5 +1,6 @@
 """One program on every mesh: the same losses, checkpoints that move, and just the collectives of the design."""
 
+import dataclasses
 import re
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax import augment, config, parallel, step
-from alexnet_jax.checkpoint import Checkpoints, state_digest
+from alexnet_jax.checkpoint import CheckpointError, Checkpoints, state_digest
 
 MESHES = [(1, 1), (8, 1), (4, 2), (1, 2)]
 STATISTICS = {
@@ -114,6 +115,60 @@ def test_a_checkpoint_moves_between_meshes(runs, tmp_path):
         restored, _ = step.make_train_step(settings, mesh)(restored, rows, np.float32(0.01), prepared)
         assert int(restored.step) == 11
     checkpoints.close()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(runs, tmp_path, capsys):
+    settings = small_config(1, 1)
+    mesh, state = runs[1, 1][:2]
+    abstract = step.abstract_state(settings, mesh)
+    checkpoints = Checkpoints(str(tmp_path), keep=2)
+    for number in (10, 20):
+        numbered = dataclasses.replace(state, step=np.int32(number))
+        checkpoints.save(numbered, {'step': number}, error=None)
+    checkpoints.wait()
+    array_files = [path for path in (tmp_path / '20' / 'state').rglob('*') if path.is_file()]
+    largest = max(array_files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    largest.write_bytes(content)
+    _, progress = checkpoints.restore(abstract)
+    assert progress['step'] == 10
+    assert f'{tmp_path}/20 is damaged' in capsys.readouterr().err
+    assert sorted(path.name.split('-')[0] for path in tmp_path.iterdir()) == ['10', 'damaged']
+    checkpoints.save(dataclasses.replace(state, step=np.int32(20)), {'step': 20}, error=None)
+    checkpoints.wait()
+    assert checkpoints.restore(abstract)[1]['step'] == 20
+
+    # Where none fits, nothing is moved and the run does not silently begin anew.
+    wider = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*leaf.shape, 2), leaf.dtype), abstract)
+    with pytest.raises(CheckpointError, match='no checkpoint can be read'):
+        checkpoints.restore(wider)
+    assert (tmp_path / '20').exists()
+    checkpoints.close()
+
+
+def test_newest_and_best_checkpoints_are_kept(runs, tmp_path):
+    state = runs[1, 1][1]
+    checkpoints = Checkpoints(str(tmp_path), keep=1)
+    for number, error in [(1, 0.9), (2, 0.4), (3, 0.6), (4, None), (5, 0.5)]:
+        checkpoints.save(dataclasses.replace(state, step=np.int32(number)), {'step': number}, error)
+    checkpoints.wait()
+    assert checkpoints.manager.all_steps() == [2, 5]
+    checkpoints.close()
+    again = Checkpoints(str(tmp_path), keep=1)
+    again.save(dataclasses.replace(state, step=np.int32(6)), {'step': 6}, 0.7)
+    again.wait()
+    assert again.manager.all_steps() == [2, 6]
+    again.close()
+
+
+def test_scores_that_are_not_numbers_count_as_errors():
+    scores = np.full((2, 10), np.nan, np.float32)
+    top1, top5 = step._errors(jax.numpy.asarray(scores), jax.numpy.array([0, 3]))
+    np.testing.assert_array_equal([top1, top5], np.ones((2, 2)))
+    scores = np.arange(20, dtype=np.float32).reshape(2, 10)
+    top1, top5 = step._errors(jax.numpy.asarray(scores), jax.numpy.array([9, 4]))
+    np.testing.assert_array_equal([top1, top5], [[0, 1], [0, 1]])
 
 
 def collectives(hlo: str) -> dict[str, list[list[tuple[int, ...]]]]:

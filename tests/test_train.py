@@ -1,7 +1,9 @@
 """Runs of launch.py as a user starts them: exact resume after kill -9, SIGTERM and Ctrl-C, files, refusals, NaN."""
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +87,7 @@ def test_files_of_a_run(uninterrupted):
     # Every log_every steps, and whenever an evaluation or a checkpoint makes the loop stop and look.
     assert [line['step'] for line in recorded if line['split'] == 'train'] == [4, 5, 7, 8, 10, 12]
     assert [line['step'] for line in recorded if line['split'] == 'validation'] == [7, 12]
+    assert {int(path.name) for path in (workdir / 'checkpoints').iterdir()} >= {12}
     training = [line for line in recorded if line['split'] == 'train']
     for name in ('loss', 'top1_error', 'top5_error', 'learning_rate', 'images_per_second', 'input_wait'):
         assert all(isinstance(line[name], float) for line in training), name
@@ -146,10 +149,33 @@ def test_another_network_or_batch_is_refused_in_a_used_workdir(uninterrupted, ph
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(photos_dir, tmp_path):
     run = launch(photos_dir, tmp_path, '--config.optimizer.learning_rate=100')
     assert run.returncode == 1
-    assert 'the loss is nan at step' in run.stderr
+    assert 'the loss or the weights are nan at step' in run.stderr
     assert 'optimizer.learning_rate (100)' in run.stderr
     assert 'Traceback' not in run.stderr
     assert not (tmp_path / 'result.json').exists()
+
+
+def test_what_is_no_end_of_this_run_is_not_taken_for_it(uninterrupted, photos_dir, tmp_path):
+    shutil.copytree(uninterrupted[0], tmp_path / 'run')
+    (tmp_path / 'run' / 'result.json').write_text('{"status": "do')  # the disk was full
+    again = launch(photos_dir, tmp_path / 'run')
+    assert again.returncode == 0, again.stderr
+    assert (
+        json.loads((tmp_path / 'run' / 'result.json').read_text())['state_digest'] == uninterrupted[1]['state_digest']
+    )
+
+
+def test_a_workdir_that_cannot_be_used_is_refused(photos_dir, tmp_path):
+    (tmp_path / 'file').write_text('')
+    refused = launch(photos_dir, tmp_path / 'file')
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f'alexnet_jax: --workdir: {tmp_path}/file cannot be used')
+    (tmp_path / 'used').mkdir()
+    with open(tmp_path / 'used' / 'lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused = launch(photos_dir, tmp_path / 'used')
+    assert refused.returncode == 2
+    assert 'another process trains in' in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -165,6 +191,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(photos_dir, tmp_path
         ('--config.model.num_classes=10', 'config.model.num_classes: 10, but photos has 16 classes; the nearest is 16'),
         ('--config=configs/imagnet.py', "--config: there is no file 'configs/imagnet.py'"),
         ('--config=configs/imagenet.py:papre', 'configs/imagenet.py:papre: no such preset; there are paper'),
+        ('--config=configs/quickstart.py:paper', '--config: configs/quickstart.py has no presets, so no :paper'),
         ('--workdirs=x', "Unknown command line flag 'workdirs'"),
     ],
 )
