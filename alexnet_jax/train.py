@@ -299,7 +299,8 @@ class _Run:
             f'  top-1 {errors["top1_error"]:.2%}  top-5 {errors["top5_error"]:.2%}'
             f'  ({errors["examples"]} images, 1 view)'
         )
-        if self.progress['plateau']['drops_taken'] > plateau['drops_taken']:
+        dropped = self.progress['plateau']['drops_taken'] > plateau['drops_taken']
+        if dropped and self.config.optimizer.schedule == 'plateau':
             log(f'the error stopped improving: learning rate now {self.learning_rate():g}')
         return errors['top1_error'] < plateau['lowest_error']
 
