@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -117,6 +118,14 @@ def test_a_checkpoint_moves_between_meshes(runs, tmp_path):
     checkpoints.close()
 
 
+def damage(checkpoint: Path) -> None:
+    """Flip one byte in the middle of the largest file, where numbers are."""
+    largest = max((checkpoint / 'state').rglob('*'), key=lambda path: path.is_file() * path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    largest.write_bytes(content)
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(runs, tmp_path, capsys):
     settings = small_config(1, 1)
     mesh, state = runs[1, 1][:2]
@@ -126,11 +135,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(runs, tmp_p
         numbered = dataclasses.replace(state, step=np.int32(number))
         checkpoints.save(numbered, {'step': number}, error=None)
     checkpoints.wait()
-    array_files = [path for path in (tmp_path / '20' / 'state').rglob('*') if path.is_file()]
-    largest = max(array_files, key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    largest.write_bytes(content)
+    damage(tmp_path / '20')
     _, progress = checkpoints.restore(abstract)
     assert progress['step'] == 10
     assert f'{tmp_path}/20 is damaged' in capsys.readouterr().err
@@ -139,11 +144,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(runs, tmp_p
     checkpoints.wait()
     assert checkpoints.restore(abstract)[1]['step'] == 20
 
-    # Where none fits, nothing is moved and the run does not silently begin anew.
-    wider = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*leaf.shape, 2), leaf.dtype), abstract)
+    # Where none can be read, nothing is moved and the run does not silently begin anew.
+    damage(tmp_path / '10')
+    damage(tmp_path / '20')
     with pytest.raises(CheckpointError, match='no checkpoint can be read'):
-        checkpoints.restore(wider)
-    assert (tmp_path / '20').exists()
+        checkpoints.restore(abstract)
+    assert checkpoints.manager.all_steps() == [10, 20]
     checkpoints.close()
 
 
