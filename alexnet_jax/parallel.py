@@ -231,3 +231,37 @@ def batch_sharding(mesh: Mesh, layout: str) -> NamedSharding:
 def put_batch(sharding: NamedSharding, batch: Any) -> Any:
     """This process's rows of a batch (NumPy arrays) as arrays over the mesh; `sharding`: see batch_sharding()."""
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+
+def batch_parts(sharding: NamedSharding) -> int:
+    """How many parts `sharding`, see batch_sharding(), splits a batch into."""
+    return len(set(_rows(sharding).values()))
+
+
+def _rows(sharding: NamedSharding) -> dict[Any, tuple[int, int]]:
+    """First and last row (exclusive) that each device holds of a batch with as many rows as there are devices."""
+    rows = sharding.mesh.size
+    indices = sharding.devices_indices_map((rows,))
+    return {device: index[0].indices(rows)[:2] for device, index in indices.items()}
+
+
+def input_share(sharding: NamedSharding) -> tuple[int, int]:
+    """(share, shares): this process reads share number `share` of the `shares` equal ones of every batch.
+
+    A share are the rows that a process's devices hold; processes that hold the same rows read the same share.
+
+    Raises ConfigError: a process has no device in the mesh, or the rows of two overlap in part.
+    """
+    held: dict[int, set[tuple[int, int]]] = {process: set() for process in range(jax.process_count())}
+    for device, rows in _rows(sharding).items():
+        held[device.process_index].add(rows)
+    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+    parts = [rows for share in shares for rows in share]
+    if len({len(share) for share in shares}) > 1 or len(parts) != batch_parts(sharding):
+        mesh = sharding.mesh
+        near = f'data={max(1, jax.device_count() // mesh.shape["model"])}, model={mesh.shape["model"]}'
+        raise ConfigError(
+            f'config.mesh: data={mesh.shape["data"]}, model={mesh.shape["model"]} gives the {jax.process_count()}'
+            f' processes no equal shares of a batch; the nearest is {near}'
+        )
+    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
