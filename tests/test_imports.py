@@ -13,6 +13,7 @@ ALLOWED = {
     '': set(),
     'presets': set(),
     'config': {'presets'},
+    'flags': {'config'},
     'startup': set(),
     'monitor': set(),
     'layers': set(),
@@ -107,7 +108,7 @@ def test_only_launch_imports_train_and_only_when_it_runs():
 
 
 @pytest.mark.parametrize(
-    'module', ['', 'presets', 'config', 'startup', 'monitor', 'data', 'data.photos', 'data.pipeline']
+    'module', ['', 'presets', 'config', 'flags', 'startup', 'monitor', 'data', 'data.photos', 'data.pipeline']
 )
 def test_no_jax_on_import(module):
     names = module_level_imports(parse(FILES[module]))
