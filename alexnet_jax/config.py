@@ -81,9 +81,11 @@ def default_config() -> ml_collections.ConfigDict:
             },
             'checkpoint': {'every': '1 epoch', 'keep': 1},  # keep: the newest ones; the best is kept besides
             'mesh': {
-                'layout': 'towers',  # towers | data
+                'layout': 'towers',  # towers | data | hybrid; see docs/devices.md
                 'data': -1,  # devices that share out the batch; -1: all that `model` leaves
-                'model': 1,  # devices that share out the towers
+                'model': 1,  # devices that share out the towers, or in `hybrid` the dense layers
+                'shard_optimizer': False,  # velocities and their update split over `data`
+                'gradient_dtype': 'float32',  # of gradients between devices: float32 | bfloat16
             },
         }
     )
@@ -97,7 +99,8 @@ _CHOICES = {
     'data.mean': ('image', 'channel', 'none'),
     'optimizer.schedule': ('plateau', 'steps', 'constant'),
     'eval.views': (1, 10),
-    'mesh.layout': ('towers', 'data'),
+    'mesh.layout': ('towers', 'data', 'hybrid'),
+    'mesh.gradient_dtype': ('float32', 'bfloat16'),
 }
 
 _DURATION = re.compile(r'(\d{1,12}(?:\.\d{1,12})?)\s*(steps?|epochs?|images?)?')
@@ -222,7 +225,7 @@ def _check_ranges(config: Any) -> None:
         'train.epochs': (0, 10**6),
         'eval.batch_size': (1, 2**24),
         'checkpoint.keep': (1, 10**6),
-        'mesh.model': (1, 64),
+        'mesh.model': (1, 4096),
     }
     if config.train.steps is not None:
         bounds['train.steps'] = (0, 2**31 - 1)
@@ -306,20 +309,28 @@ def check_mesh(config: Any, data: int, model: int) -> None:
 
     `data` may be -1 (not known yet): then only what concerns `model` is checked.
     """
-    if config.mesh.layout == 'data' and model != 1:
+    layout, towers, widths = config.mesh.layout, config.model.towers, config.model.widths
+    if layout == 'data' and model != 1:
         raise ConfigError(
             f"config.mesh.model: {model} with mesh.layout='data', which has no model axis; the nearest is 1"
         )
-    if config.model.towers % model:
-        near = max(size for size in range(1, model) if config.model.towers % size == 0)
+    if layout == 'towers' and towers % model:
+        near = max(size for size in range(1, towers + 1) if size <= model and towers % size == 0)
+        raise ConfigError(f'config.mesh.model: {model} does not divide model.towers={towers}; the nearest is {near}')
+    side = layer_sizes(config.data.crop_size, config.model.overlapping_pool)[-1]
+    inputs = side * side * widths[4]
+    if layout == 'hybrid' and inputs % model:
+        near = max(size for size in range(1, model) if inputs % size == 0)
         raise ConfigError(
-            f'config.mesh.model: {model} does not divide model.towers={config.model.towers}; the nearest is {near}'
+            f'config.mesh.model: {model} does not divide the {inputs} inputs of fc6; the nearest is {near}'
         )
-    for layer, width in (('fc6', config.model.widths[5]), ('fc7', config.model.widths[6])):
+    for layer, width in (('fc6', widths[5]), ('fc7', widths[6])):
         _check_divides(f'config.model.widths ({layer})', width, 'mesh.model', model)
-    _check_divides('config.model.num_classes', config.model.num_classes, 'mesh.model', model)
+    if layout != 'hybrid':
+        _check_divides('config.model.num_classes', config.model.num_classes, 'mesh.model', model)
     if data == 0 or data < -1:
         raise ConfigError(f'config.mesh.data: {data} devices; the nearest is 1 (or -1 for all there are)')
     if data != -1:
-        _check_divides('config.train.batch_size', config.train.batch_size, 'mesh.data', data)
-        _check_divides('config.eval.batch_size', config.eval.batch_size, 'mesh.data', data)
+        by, parts = ('mesh.data x mesh.model', data * model) if layout == 'hybrid' else ('mesh.data', data)
+        _check_divides('config.train.batch_size', config.train.batch_size, by, parts)
+        _check_divides('config.eval.batch_size', config.eval.batch_size, by, parts)

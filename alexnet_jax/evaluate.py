@@ -14,7 +14,7 @@ def evaluate(
     params: Any,
     batches: Iterable[dict[str, np.ndarray]],
     preprocessing: dict[str, np.ndarray],
-    mesh: parallel.Mesh,
+    sharding: Any,
     *,
     what: str,
     total: int,
@@ -24,6 +24,7 @@ def evaluate(
 
     Args:
       eval_step: see step.make_eval_step.
+      sharding: of the rows of a batch, see parallel.batch_sharding.
       what, total: shown as progress, with the number of batches.
       stop: asked before each batch; where it says so the evaluation is given up and the result is None.
     """
@@ -33,7 +34,7 @@ def evaluate(
         if stop():
             progress.close()
             return None
-        sums += np.asarray(eval_step(params, parallel.put_batch(mesh, batch), preprocessing), np.float64)
+        sums += np.asarray(eval_step(params, parallel.put_batch(sharding, batch), preprocessing), np.float64)
         progress.update()
     progress.close()
     loss, top1_error, top5_error = (float(value) for value in sums[:3] / sums[3])

@@ -11,16 +11,16 @@ from flax import nnx
 
 from alexnet_jax.config import layer_sizes
 from alexnet_jax.layers import convolution, local_response_norm, max_pool
-from alexnet_jax.parallel import exchange
+from alexnet_jax.parallel import exchange, own_features, sum_parts
 
 
 class Convolution(nnx.Module):
     """Kernels (height, width, inputs, outputs) and biases of one layer, divided evenly among the towers."""
 
-    def __init__(self, size, inputs, outputs, *, towers, std, bias, dtype, rngs, stride=1, padding='SAME'):
+    def __init__(self, name, size, inputs, outputs, *, towers, std, bias, dtype, rngs, stride=1, padding='SAME'):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (size, size, inputs, outputs)))
         self.bias = nnx.Param(jnp.full((outputs,), bias, jnp.float32))
-        self.tower_width = outputs // towers
+        self.name, self.tower_width = name, outputs // towers
         self.stride, self.padding, self.dtype = stride, padding, dtype
 
     @property
@@ -32,23 +32,33 @@ class Convolution(nnx.Module):
         """Outputs of the towers on this device, each (B, H', W', tower_width), before the nonlinearity."""
         kernels = jnp.split(self.kernel[...].astype(self.dtype), self.towers, -1)
         biases = jnp.split(self.bias[...].astype(self.dtype), self.towers)
-        return [
-            convolution(x, kernel, stride=self.stride, padding=self.padding) + bias[None, None, None]
-            for x, kernel, bias in zip(towers, kernels, biases, strict=True)
-        ]
+        with jax.named_scope(self.name):
+            return [
+                convolution(x, kernel, stride=self.stride, padding=self.padding) + bias[None, None, None]
+                for x, kernel, bias in zip(towers, kernels, biases, strict=True)
+            ]
 
 
 class Dense(nnx.Module):
-    """A fully-connected layer; on a mesh each device of `model` computes its share of the outputs."""
+    """A fully-connected layer; on a mesh each device of `model` has the kernel's share of outputs, or of inputs."""
 
-    def __init__(self, inputs, outputs, *, std, bias, dtype, rngs):
+    def __init__(self, name, inputs, outputs, *, std, bias, dtype, rngs):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs)))
         self.bias = nnx.Param(jnp.full((outputs,), bias, jnp.float32))
-        self.dtype = dtype
+        self.name, self.all_inputs, self.dtype = name, inputs, dtype
+
+    @property
+    def inputs(self) -> int:
+        """Inputs that the kernel on this device takes."""
+        return self.kernel.shape[0]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, inputs) to (B, outputs on this device), before the nonlinearity."""
-        return x.astype(self.dtype) @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(self.dtype)[None]
+        """(B, inputs on this device) to (B, outputs on this device), before the nonlinearity."""
+        with jax.named_scope(self.name):
+            x = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+            if self.inputs < self.all_inputs:
+                x = sum_parts(x, self.bias.shape[0])
+            return x + self.bias[...].astype(self.dtype)[None]
 
 
 class AlexNet(nnx.Module):
@@ -69,14 +79,14 @@ class AlexNet(nnx.Module):
         ]
         side = layer_sizes(crop_size, config.overlapping_pool)[-1]
         # Windows that reach over the right and the lower edge see zeros, as in the original program: 224 gives 55.
-        self.conv1 = Convolution(11, 3, c1, towers=towers, stride=4, padding=((0, 3), (0, 3)), **layers[0])
-        self.conv2 = Convolution(5, c1 // towers, c2, towers=towers, **layers[1])
-        self.conv3 = Convolution(3, c2, c3, towers=towers, **layers[2])
-        self.conv4 = Convolution(3, c3 // towers, c4, towers=towers, **layers[3])
-        self.conv5 = Convolution(3, c4 // towers, c5, towers=towers, **layers[4])
-        self.fc6 = Dense(side * side * c5, f6, **layers[5])
-        self.fc7 = Dense(f6, f7, **layers[6])
-        self.fc8 = Dense(f7, config.num_classes, **layers[7])
+        self.conv1 = Convolution('conv1', 11, 3, c1, towers=towers, stride=4, padding=((0, 3), (0, 3)), **layers[0])
+        self.conv2 = Convolution('conv2', 5, c1 // towers, c2, towers=towers, **layers[1])
+        self.conv3 = Convolution('conv3', 3, c2, c3, towers=towers, **layers[2])
+        self.conv4 = Convolution('conv4', 3, c3 // towers, c4, towers=towers, **layers[3])
+        self.conv5 = Convolution('conv5', 3, c4 // towers, c5, towers=towers, **layers[4])
+        self.fc6 = Dense('fc6', side * side * c5, f6, **layers[5])
+        self.fc7 = Dense('fc7', f6, f7, **layers[6])
+        self.fc8 = Dense('fc8', f7, config.num_classes, **layers[7])
         self.config = config
 
     def __call__(self, images: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
@@ -92,18 +102,19 @@ class AlexNet(nnx.Module):
         towers = self.conv2(towers)  # 2x (B, 27, 27, 128)
         towers = [self.pool(self.normalise(self.activate(x))) for x in towers]  # 2x (B, 13, 13, 128)
 
-        x = exchange(jnp.concatenate(towers, -1), c2)  # (B, 13, 13, 256)
+        x = exchange(jnp.concatenate(towers, -1), c2, 'conv3')  # (B, 13, 13, 256)
         towers = self.conv3([x] * self.conv3.towers)  # 2x (B, 13, 13, 192)
         towers = self.conv4([self.activate(x) for x in towers])  # 2x (B, 13, 13, 192)
         towers = self.conv5([self.activate(x) for x in towers])  # 2x (B, 13, 13, 128)
         towers = [self.pool(self.activate(x)) for x in towers]  # 2x (B, 6, 6, 128)
 
-        x = exchange(jnp.concatenate(towers, -1), c5)  # (B, 6, 6, 256)
-        x = self.activate(self.fc6(x.reshape(x.shape[0], -1)))
-        x = self.dropout(exchange(x, f6), dropout_keys, 6)  # (B, 4096)
+        x = exchange(jnp.concatenate(towers, -1), c5, 'fc6')  # (B, 6, 6, 256)
+        x = exchange(x.reshape(x.shape[0], -1), self.fc6.inputs, 'fc6')  # (B, 9216)
+        x = self.activate(self.fc6(x))
+        x = self.dropout(exchange(x, self.fc7.inputs, 'fc7'), dropout_keys, 6, f6)  # (B, 4096)
         x = self.activate(self.fc7(x))
-        x = self.dropout(exchange(x, f7), dropout_keys, 7)  # (B, 4096)
-        return exchange(self.fc8(x), config.num_classes).astype(jnp.float32)  # (B, 1000)
+        x = self.dropout(exchange(x, self.fc8.inputs, 'fc8'), dropout_keys, 7, f7)  # (B, 4096)
+        return exchange(self.fc8(x), config.num_classes, 'logits').astype(jnp.float32)  # (B, 1000)
 
     def activate(self, x: jax.Array) -> jax.Array:
         """The nonlinearity of section 3.1."""
@@ -120,10 +131,13 @@ class AlexNet(nnx.Module):
         """Pooling of section 3.4: windows of 3 pixels, or of 2 where they are not to overlap, 2 pixels apart."""
         return max_pool(x, 3 if self.config.overlapping_pool else 2, 2)
 
-    def dropout(self, x: jax.Array, keys: jax.Array | None, layer: int) -> jax.Array:
-        """Dropout of section 4.2: zeros in training, all outputs times the share that is kept otherwise."""
+    def dropout(self, x: jax.Array, keys: jax.Array | None, layer: int, width: int) -> jax.Array:
+        """Dropout of section 4.2: zeros in training, all outputs times the share that is kept otherwise.
+
+        Each example's mask over the layer's `width` outputs comes from its key; a device takes what it has of them.
+        """
         kept = 1 - self.config.dropout
         if keys is None:
             return x * kept
-        keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, layer), kept, x.shape[1:]))(keys)
-        return jnp.where(keep, x, jnp.zeros_like(x))
+        keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, layer), kept, (width,)))(keys)
+        return jnp.where(own_features(keep, x.shape[-1]), x, jnp.zeros_like(x))

@@ -14,7 +14,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from alexnet_jax.config import ConfigError, check_mesh
 
 EVERYWHERE = PartitionSpec()
-BY_EXAMPLE = PartitionSpec('data')
 
 
 def make_mesh(config: Any) -> Mesh:
@@ -37,29 +36,172 @@ def make_mesh(config: Any) -> Mesh:
     )
 
 
-def exchange(x: jax.Array, features: int) -> jax.Array:
-    """All `features` channels of `x` on every device: the arrows between the GPUs in the paper's figure 2.
+def batch_spec(layout: str) -> PartitionSpec:
+    """Which devices split a batch: all in `hybrid`, otherwise those along `data`, and a row of `model` shares."""
+    return PartitionSpec(('data', 'model') if layout == 'hybrid' else 'data')
 
-    `x` is (..., C), this device's share of the channels; where it holds all of them nothing is done.
+
+def exchange(x: jax.Array, features: int, layer: str) -> jax.Array:
+    """`x` with the `features` channels that the kernels of `layer` on this device want; traces name it after `layer`.
+
+    Args:
+      x: (B, ..., C), C channels of B examples.
+
+    Returns:
+      C == features: `x`.
+      C < features: (B, ..., features), gathered over `model`: the arrows between the GPUs in the paper's figure 2.
+      C > features: (B * C / features, features), where `x` is (B, C): each device of `model` gives away all but its
+        share of the channels for that share of the others' examples (layout `hybrid`, before fc6).
     """
+    with jax.named_scope(layer):
+        if x.shape[-1] < features:
+            return lax.all_gather(x, 'model', axis=x.ndim - 1, tiled=True)
+        if x.shape[-1] > features:
+            return lax.all_to_all(x, 'model', split_axis=1, concat_axis=0, tiled=True)
+        return x
+
+
+def sum_parts(x: jax.Array, features: int) -> jax.Array:
+    """Sum over `model` of (B, C) products with a part of the inputs each, scattered while it is added up.
+
+    Returns (B, features) where C > features, this device's share of the channels; otherwise (B / model, C), its share
+    of the examples.
+    """
+    return lax.psum_scatter(x, 'model', scatter_dimension=1 if x.shape[-1] > features else 0, tiled=True)
+
+
+def own_features(x: jax.Array, features: int) -> jax.Array:
+    """This device's share, `features` channels, of an `x` (..., C) that is the same on every device of `model`."""
     if x.shape[-1] == features:
         return x
-    return lax.all_gather(x, 'model', axis=x.ndim - 1, tiled=True)
+    return lax.dynamic_slice_in_dim(x, lax.axis_index('model') * features, features, x.ndim - 1)
 
 
-def sum_over_examples(x: jax.Array) -> jax.Array:
-    """Sum over all devices of what each computed for its examples; the model axis holds copies, counted once."""
-    return lax.psum(x, ('data', 'model')) / lax.axis_size('model')
+def dense_examples(x: jax.Array, layout: str) -> jax.Array:
+    """`x` (B,) of all examples that pass through this device's dense layers: in `hybrid` those of a row of `model`."""
+    if layout != 'hybrid':
+        return x
+    with jax.named_scope('dropout'):
+        return lax.all_gather(x, 'model', tiled=True)
 
 
-def copies_of_loss() -> int:
+def sum_over_examples(x: jax.Array, layout: str) -> jax.Array:
+    """Sum over all devices of what each computed for its examples; copies along `model` are counted once."""
+    with jax.named_scope('metrics'):
+        return lax.psum(x, ('data', 'model')) / copies_of_loss(layout)
+
+
+def copies_of_loss(layout: str) -> int:
     """How many devices compute the same example's loss: a gradient summed over the mesh counts it that often."""
-    return lax.axis_size('model')
+    return 1 if layout == 'hybrid' else lax.axis_size('model')
 
 
-def parameter_specs(parameters: Any) -> Any:
-    """Specs of kernels and biases, split over `model` on their outputs: a half of conv1..fc7 is one of the GPUs."""
-    return jax.tree.map(lambda leaf: PartitionSpec(*[None] * (leaf.ndim - 1), 'model'), parameters)
+def parameter_specs(tree: Any, layout: str) -> Any:
+    """Specs of a tree of parameters, or of a state of the optimiser that has such trees in it.
+
+    `towers`, `data`: split over `model` on the outputs, so a half of conv1..fc7 is one of the paper's GPUs.
+    `hybrid`: convolutions whole on every device; dense kernels split over `model` on their inputs, and the biases of
+    fc6 and fc7 as those of the next layer; the bias of fc8 whole, for it is added to a share of the examples.
+    """
+
+    def spec(path, leaf):
+        layer, name = path[-2].key, path[-1].key
+        if layout != 'hybrid':
+            return PartitionSpec(*[None] * (leaf.ndim - 1), 'model')
+        if layer.startswith('conv') or (layer, name) == ('fc8', 'bias'):
+            return PartitionSpec(*[None] * leaf.ndim)
+        return PartitionSpec('model', *[None] * (leaf.ndim - 1))
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def update_specs(tree: Any, mesh: Mesh, config: Any) -> Any:
+    """Specs of what the update works on: velocities in the state, and inside the step gradients and weights.
+
+    They are those of the parameters; with `shard_optimizer` (of `config`, `mesh` of a configuration) kernels are split
+    over `data` besides, in the first dimension that it divides. A kernel without one stays whole, and so do biases.
+    """
+
+    def split(leaf, spec):
+        axes = list(spec)
+        if config.shard_optimizer and mesh.shape['data'] > 1 and leaf.ndim > 1:
+            for i, axis in enumerate(axes):
+                if leaf.shape[i] % (mesh.shape['data'] * (mesh.shape['model'] if axis else 1)) == 0:
+                    axes[i] = (axis, 'data') if axis else 'data'
+                    break
+        return PartitionSpec(*axes)
+
+    return jax.tree.map(split, tree, parameter_specs(tree, config.layout))
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that one entry of a spec names."""
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+
+
+def _copied_over(spec: PartitionSpec) -> tuple[str, ...]:
+    """The mesh axes along which an array of this spec is the same."""
+    named = [axis for entry in spec for axis in _axes(entry)]
+    return tuple(axis for axis in ('data', 'model') if axis not in named)
+
+
+def _dimension_split_over_data(spec: PartitionSpec) -> int | None:
+    return next((i for i, entry in enumerate(spec) if 'data' in _axes(entry)), None)
+
+
+def own_copies(parameters: Any, specs: Any) -> Any:
+    """`parameters` taken for this device's own: their gradients come as each device has them, not summed."""
+
+    def own(x, spec):
+        return lax.pcast(x, _copied_over(spec), to='varying') if _copied_over(spec) else x
+
+    return jax.tree.map(own, parameters, specs)
+
+
+def sum_gradients(gradients: Any, specs: Any, split: Any, dtype: str) -> Any:
+    """Gradients of own_copies() summed over the devices that hold copies, in `dtype` on the wire; float32.
+
+    Args:
+      specs: of the parameters.
+      split: see update_specs(): where it splits a leaf over `data`, only this device's share of the sum is returned.
+    """
+
+    def add(x, spec, split_spec):
+        axes, dimension = _copied_over(spec), _dimension_split_over_data(split_spec)
+        x = x.astype(dtype)
+        if dimension is not None:
+            x = lax.psum_scatter(x, 'data', scatter_dimension=dimension, tiled=True)
+            axes = tuple(axis for axis in axes if axis != 'data')
+        return (lax.psum(x, axes) if axes else x).astype('float32')
+
+    with jax.named_scope('gradients'):
+        return jax.tree.map(add, gradients, specs, split)
+
+
+def own_shares(parameters: Any, split: Any) -> Any:
+    """The shares of `parameters` that this device updates, see update_specs()."""
+
+    def own(x, spec):
+        dimension = _dimension_split_over_data(spec)
+        if dimension is None:
+            return x
+        size = x.shape[dimension] // lax.axis_size('data')
+        return lax.dynamic_slice_in_dim(x, lax.axis_index('data') * size, size, dimension)
+
+    return jax.tree.map(own, parameters, split)
+
+
+def gather_shares(parameters: Any, split: Any) -> Any:
+    """Whole parameters from the shares that the devices along `data` have updated: the inverse of own_shares()."""
+
+    def gather(x, spec):
+        dimension = _dimension_split_over_data(spec)
+        if dimension is None:
+            return x
+        return lax.all_gather(x, 'data', axis=dimension, tiled=True, to='invarying')
+
+    with jax.named_scope('update'):
+        return jax.tree.map(gather, parameters, split)
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
@@ -81,7 +223,11 @@ def compile_on_mesh(
     )
 
 
-def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """This process's rows of a batch (NumPy arrays) as arrays over the mesh, split over `data`."""
-    sharding = NamedSharding(mesh, BY_EXAMPLE)
+def batch_sharding(mesh: Mesh, layout: str) -> NamedSharding:
+    """How the rows of a batch lie on `mesh`, see batch_spec()."""
+    return NamedSharding(mesh, batch_spec(layout))
+
+
+def put_batch(sharding: NamedSharding, batch: Any) -> Any:
+    """This process's rows of a batch (NumPy arrays) as arrays over the mesh; `sharding`: see batch_sharding()."""
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

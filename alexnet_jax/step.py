@@ -37,13 +37,13 @@ def _network(config: Any) -> tuple[Any, Callable]:
     return graph, lambda key: nnx.to_pure_dict(nnx.state(build(key), nnx.Param))
 
 
-def state_specs(config: Any) -> TrainState:
-    """How a TrainState lies on the mesh: parameters and velocities split over `model`, the step everywhere."""
+def state_specs(config: Any, mesh: parallel.Mesh) -> TrainState:
+    """How a TrainState lies on the mesh: see parallel.parameter_specs() and update_specs(); the step everywhere."""
     state = jax.eval_shape(lambda: _initial_state(config))
     return TrainState(
         step=parallel.EVERYWHERE,
-        params=parallel.parameter_specs(state.params),
-        opt_state=parallel.parameter_specs(state.opt_state),
+        params=parallel.parameter_specs(state.params, config.mesh.layout),
+        opt_state=parallel.update_specs(state.opt_state, mesh, config.mesh),
     )
 
 
@@ -54,14 +54,14 @@ def _initial_state(config: Any) -> TrainState:
 
 def init_state(config: Any, mesh: parallel.Mesh) -> TrainState:
     """The state before the first step; the same numbers on every mesh."""
-    out_shardings = parallel.shardings(mesh, state_specs(config))
+    out_shardings = parallel.shardings(mesh, state_specs(config, mesh))
     return jax.jit(lambda: _initial_state(config), out_shardings=out_shardings)()
 
 
 def abstract_state(config: Any, mesh: parallel.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of init_state(), without its numbers."""
     shapes = jax.eval_shape(lambda: _initial_state(config))
-    shardings = parallel.shardings(mesh, state_specs(config))
+    shardings = parallel.shardings(mesh, state_specs(config, mesh))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
@@ -81,35 +81,39 @@ def make_train_step(config: Any, mesh: parallel.Mesh) -> Any:
     learning_rate: float32 scalar. preprocessing: see augment.preprocessing().
     metrics: loss, top1_error and top5_error of the batch under augmentation and dropout, float32 scalars.
     """
-    graph = _network(config)[0]
-    batch_size = config.train.batch_size
+    graph, build = _network(config)
+    batch_size, layout = config.train.batch_size, config.mesh.layout
+    parameters = jax.eval_shape(build, jax.random.key(0))
+    specs, split = parallel.parameter_specs(parameters, layout), parallel.update_specs(parameters, mesh, config.mesh)
 
     def train_step(state, batch, learning_rate, preprocessing):
         number, labels = batch['number'], batch['label']
         images = augment(batch['image'], example_keys(config.seed, number, AUGMENTATION), preprocessing, config.data)
-        dropout_keys = example_keys(config.seed, number, DROPOUT)
+        dropout_keys = example_keys(config.seed, parallel.dense_examples(number, layout), DROPOUT)
 
         def share_of_loss(params):
             logits = nnx.merge(graph, params)(images, dropout_keys)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.sum() / (batch_size * parallel.copies_of_loss()), (losses, logits)
+            return losses.sum() / (batch_size * parallel.copies_of_loss(layout)), (losses, logits)
 
-        # Parameters are the same along `data`, so their gradients come summed over it.
-        gradients, (losses, logits) = jax.grad(share_of_loss, has_aux=True)(state.params)
+        own = parallel.own_copies(state.params, specs)
+        gradients, (losses, logits) = jax.grad(share_of_loss, has_aux=True)(own)
+        gradients = parallel.sum_gradients(gradients, specs, split, config.mesh.gradient_dtype)
         optimizer = make_optimizer(config.optimizer, learning_rate)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        weights = parallel.own_shares(state.params, split)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, weights)
+        params = parallel.gather_shares(optax.apply_updates(weights, updates), split)
         sums = jnp.stack([losses.sum(), *(error.sum() for error in _errors(logits, labels))])
-        means = parallel.sum_over_examples(sums) / batch_size
+        means = parallel.sum_over_examples(sums, layout) / batch_size
         metrics = {'loss': means[0], 'top1_error': means[1], 'top5_error': means[2]}
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state), metrics
 
-    specs = state_specs(config)
-    everywhere = parallel.EVERYWHERE
+    state, everywhere = state_specs(config, mesh), parallel.EVERYWHERE
     return parallel.compile_on_mesh(
         train_step,
         mesh,
-        in_specs=(specs, parallel.BY_EXAMPLE, everywhere, everywhere),
-        out_specs=(specs, everywhere),
+        in_specs=(state, parallel.batch_spec(layout), everywhere, everywhere),
+        out_specs=(state, everywhere),
         donate_argnums=(0,),
     )
 
@@ -120,7 +124,7 @@ def make_eval_step(config: Any, mesh: parallel.Mesh, views: int) -> Any:
     views: 1, the centre, or 10 (see augment.view), whose softmax outputs are averaged (section 4.1).
     batch: image (B, S, S, 3) uint8 and label (B,) int32; images labelled -1 are padding and not counted.
     """
-    graph = _network(config)[0]
+    graph, layout = _network(config)[0], config.mesh.layout
 
     def eval_step(params, batch, preprocessing):
         model = nnx.merge(graph, params)
@@ -134,11 +138,11 @@ def make_eval_step(config: Any, mesh: parallel.Mesh, views: int) -> Any:
         labels = jnp.maximum(batch['label'], 0)
         losses = -jnp.take_along_axis(scores, labels[:, None], -1)[:, 0]
         rows = jnp.stack([losses, *_errors(scores, labels), jnp.ones_like(losses)])
-        return parallel.sum_over_examples(jnp.where(counted[None], rows, 0.0).sum(-1))
+        return parallel.sum_over_examples(jnp.where(counted[None], rows, 0.0).sum(-1), layout)
 
     return parallel.compile_on_mesh(
         eval_step,
         mesh,
-        in_specs=(state_specs(config).params, parallel.BY_EXAMPLE, parallel.EVERYWHERE),
+        in_specs=(state_specs(config, mesh).params, parallel.batch_spec(layout), parallel.EVERYWHERE),
         out_specs=parallel.EVERYWHERE,
     )

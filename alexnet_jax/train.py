@@ -130,6 +130,7 @@ class _Run:
         self.examples = len(store.train)
         self.total = total_steps(config, self.examples)
         self.preprocessing = preprocessing(store.statistics, config.data)
+        self.batch_sharding = parallel.batch_sharding(mesh, config.mesh.layout)
         self.train_step = make_train_step(config, mesh)
         self.eval_steps = {views: make_eval_step(config, mesh, views) for views in {1, config.eval.views}}
         self.checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), config.checkpoint.keep)
@@ -200,9 +201,9 @@ class _Run:
             process=jax.process_index(),
             processes=jax.process_count(),
         )
-        ahead = parallel.put_batch(self.mesh, next(batches))
+        ahead = parallel.put_batch(self.batch_sharding, next(batches))
         for batch in batches:
-            current, ahead = ahead, parallel.put_batch(self.mesh, batch)
+            current, ahead = ahead, parallel.put_batch(self.batch_sharding, batch)
             yield current
 
     def train_one(self, batches: Iterator[Any]) -> None:
@@ -277,7 +278,7 @@ class _Run:
             self.state.params,
             batches,
             self.preprocessing,
-            self.mesh,
+            self.batch_sharding,
             what=f'evaluate, {views} view{"s" * (views > 1)}',
             total=math.ceil(len(self.store.validation) / config.eval.batch_size),
             stop=lambda: self.preemption.requested,

@@ -62,7 +62,7 @@ def project_passes(batch_size: int) -> Passes:
         'label': random.integers(0, config.model.num_classes, batch_size, np.int32),
         'number': np.arange(batch_size, dtype=np.uint32),
     }
-    batch = jax.block_until_ready(parallel.put_batch(mesh, batch))
+    batch = jax.block_until_ready(parallel.put_batch(parallel.batch_sharding(mesh, config.mesh.layout), batch))
     moments = {'mean_rgb': np.full(3, 127.5), 'eigenvalues': np.full(3, 5e3), 'eigenvectors': np.eye(3)}
     moments['mean_image'] = np.full((size, size, 3), 127.5)
     preprocessing = augment.preprocessing(moments, config.data)

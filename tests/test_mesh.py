@@ -1,4 +1,4 @@
-"""One program on every mesh: the same losses, checkpoints that move, and just the collectives of the design."""
+"""One program on every mesh and in every layout: same losses, checkpoints that move, just the collectives wanted."""
 
 import dataclasses
 import re
@@ -11,7 +11,8 @@ import pytest
 from alexnet_jax import augment, config, parallel, step
 from alexnet_jax.checkpoint import CheckpointError, Checkpoints, state_digest
 
-MESHES = [(1, 1), (8, 1), (4, 2), (1, 2)]
+MESHES = [(1, 1), (8, 1), (4, 2), (1, 2)]  # of the layout `towers`
+LAYOUTS = [('towers', 8, 1), ('towers', 4, 2), ('data', 8, 1), ('hybrid', 8, 1), ('hybrid', 4, 2), ('hybrid', 2, 4)]
 STATISTICS = {
     'mean_image': np.random.default_rng(0).uniform(100, 130, (72, 72, 3)),
     'mean_rgb': np.array([120.0, 115.0, 110.0]),
@@ -20,7 +21,7 @@ STATISTICS = {
 }
 
 
-def small_config(data: int, model: int, **train):
+def small_config(data: int, model: int, **groups):
     """A narrow `paper` on 64-pixel crops, augmentation and dropout on."""
     settings = config.default_config()
     settings.model.widths = (16, 32, 32, 32, 32, 64, 64)
@@ -29,7 +30,7 @@ def small_config(data: int, model: int, **train):
     settings.data.image_size, settings.data.crop_size = 72, 64
     settings.train.batch_size = 16
     settings.mesh.data, settings.mesh.model = data, model
-    settings.update(train)
+    settings.update(groups)
     return config.resolve(settings)
 
 
@@ -43,6 +44,10 @@ def batch(number: int, settings) -> dict[str, np.ndarray]:
     }
 
 
+def put_batch(settings, mesh, rows):
+    return parallel.put_batch(parallel.batch_sharding(mesh, settings.mesh.layout), rows)
+
+
 def train(settings, steps: int):
     mesh = parallel.make_mesh(settings)
     train_step = step.make_train_step(settings, mesh)
@@ -50,7 +55,7 @@ def train(settings, steps: int):
     state, losses = step.init_state(settings, mesh), []
     initial = state_digest(state)
     for number in range(steps):
-        rows = parallel.put_batch(mesh, batch(number, settings))
+        rows = put_batch(settings, mesh, batch(number, settings))
         state, metrics = train_step(state, rows, np.float32(0.01), prepared)
         losses.append(float(metrics['loss']))
     return mesh, state, losses, initial
@@ -67,6 +72,108 @@ def test_ten_steps_give_the_same_loss_on_every_mesh(runs):
     assert np.ptp(expected) > 0.05  # the network changes by more than the tolerance
     for shape in MESHES:
         np.testing.assert_allclose(runs[shape][2], expected, rtol=2e-5, err_msg=str(shape))
+
+
+@pytest.fixture(scope='module')
+def layout_runs():
+    """Ten steps of layout, mesh and shard_optimizer, made when first asked for."""
+    made = {}
+
+    def run(layout, data, model, shard_optimizer):
+        key = layout, data, model, shard_optimizer
+        if key not in made:
+            mesh = {'layout': layout, 'shard_optimizer': shard_optimizer}
+            made[key] = train(small_config(data, model, mesh=mesh), 10)
+        return made[key]
+
+    return run
+
+
+@pytest.mark.parametrize('shard_optimizer', [False, True])
+@pytest.mark.parametrize(('layout', 'data', 'model'), LAYOUTS)
+def test_every_layout_trains_as_one_device(runs, layout_runs, layout, data, model, shard_optimizer):
+    _, expected, losses, initial = runs[1, 1]
+    mesh, state, layout_losses, layout_initial = layout_runs(layout, data, model, shard_optimizer)
+    assert mesh.size == 8
+    assert layout_initial == initial
+    np.testing.assert_allclose(layout_losses, losses, rtol=2e-5)
+    moved = 0.0
+    for (path, leaf), whole in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(np.asarray(leaf), np.asarray(whole), rtol=1e-4, atol=2e-6, err_msg=name)
+        moved = max(moved, float(np.abs(np.asarray(whole)).max()) if 'trace' in name else 0.0)
+    assert moved > 1e-3  # velocities are far larger than the tolerance
+
+
+# What one device holds of kernels and biases of conv1..conv5, fc6..fc8 in the narrow network, by hand.
+WHOLE_KERNELS = [(11, 11, 3, 16), (5, 5, 8, 32), (3, 3, 32, 32), (3, 3, 16, 32), (3, 3, 16, 32)]
+WHOLE_KERNELS += [(32, 64), (64, 64), (64, 10)]
+WHOLE_BIASES = [(16,), (32,), (32,), (32,), (32,), (64,), (64,), (10,)]
+HALF_OUTPUTS = [(*shape[:-1], shape[-1] // 2) for shape in WHOLE_KERNELS]
+HELD = {
+    ('towers', 8, 1): (WHOLE_KERNELS, WHOLE_BIASES),
+    ('data', 8, 1): (WHOLE_KERNELS, WHOLE_BIASES),
+    ('hybrid', 8, 1): (WHOLE_KERNELS, WHOLE_BIASES),
+    ('towers', 4, 2): (HALF_OUTPUTS, [(8,), (16,), (16,), (16,), (16,), (32,), (32,), (5,)]),
+    ('hybrid', 4, 2): ([*WHOLE_KERNELS[:5], (16, 64), (32, 64), (32, 10)], [*WHOLE_BIASES[:5], (32,), (32,), (10,)]),
+    ('hybrid', 2, 4): ([*WHOLE_KERNELS[:5], (8, 64), (16, 64), (16, 10)], [*WHOLE_BIASES[:5], (16,), (16,), (10,)]),
+}
+# And of their velocities where these are split over `data` too; biases are not.
+EIGHTHS = [(11, 11, 3, 2), (5, 5, 1, 32), (3, 3, 4, 32), (3, 3, 2, 32), (3, 3, 2, 32), (4, 64), (8, 64), (8, 10)]
+HELD_OF_VELOCITIES = {
+    ('towers', 8, 1): EIGHTHS,
+    ('data', 8, 1): EIGHTHS,
+    ('hybrid', 8, 1): EIGHTHS,
+    ('towers', 4, 2): [
+        *[(11, 11, 3, 2), (5, 5, 2, 16), (3, 3, 8, 16), (3, 3, 4, 16), (3, 3, 4, 16)],
+        *[(8, 32), (16, 32), (16, 5)],
+    ],
+    ('hybrid', 4, 2): [
+        *[(11, 11, 3, 4), (5, 5, 2, 32), (3, 3, 8, 32), (3, 3, 4, 32), (3, 3, 4, 32)],
+        *[(4, 64), (8, 64), (8, 10)],
+    ],
+    ('hybrid', 2, 4): [
+        *[(11, 11, 3, 8), (5, 5, 4, 32), (3, 3, 16, 32), (3, 3, 8, 32), (3, 3, 8, 32)],
+        *[(4, 64), (8, 64), (8, 10)],
+    ],
+}
+
+
+@pytest.mark.parametrize('shard_optimizer', [False, True])
+@pytest.mark.parametrize(('layout', 'data', 'model'), LAYOUTS)
+def test_every_leaf_lies_as_its_layout_says(layout_runs, layout, data, model, shard_optimizer):
+    state = layout_runs(layout, data, model, shard_optimizer)[1]
+    kernels, biases = HELD[layout, data, model]
+    velocity_kernels = HELD_OF_VELOCITIES[layout, data, model] if shard_optimizer else kernels
+    layers = [f'conv{i}' for i in range(1, 6)] + ['fc6', 'fc7', 'fc8']
+    velocities = list(jax.tree.leaves(state.opt_state))
+    assert len(velocities) == 16
+    by_path = {
+        jax.tree_util.keystr(path[-2:]): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+    }
+    for i, layer in enumerate(layers):
+        for tree, name, shape in [
+            (state.params, 'kernel', kernels[i]),
+            (state.params, 'bias', biases[i]),
+            (None, 'kernel', velocity_kernels[i]),
+            (None, 'bias', biases[i]),
+        ]:
+            leaf = tree[layer][name] if tree else by_path[f"['{layer}']['{name}']"]
+            held = {shard.data.shape for shard in leaf.addressable_shards}
+            assert held == {shape}, (layer, name, 'weights' if tree else 'velocities')
+            assert len(leaf.addressable_shards) == 8
+
+
+def test_gradients_travel_as_bfloat16_where_asked(runs):
+    settings = small_config(4, 2, mesh={'gradient_dtype': 'bfloat16'})
+    _, _, losses, _ = train(settings, 10)
+    difference = np.abs(np.array(losses) - runs[1, 1][2])
+    assert 1e-6 < difference.max() < 5e-3
+    text = lowered_step(settings).as_text()
+    summed = re.findall(r'"stablehlo.all_reduce".*?\}\) : \((\S+)\)', text, re.DOTALL)
+    # One a parameter and the metrics; only the gradients are rounded.
+    assert len(summed) == 17
+    assert sum(kind.endswith('bf16>') for kind in summed) == 16
 
 
 def test_state_lies_as_the_design_says(runs):
@@ -94,9 +201,26 @@ def test_evaluation_is_the_same_on_every_mesh(runs, views):
         rows['label'][-3:] = -1  # padding
         eval_step = step.make_eval_step(settings, mesh, views)
         prepared = augment.preprocessing(STATISTICS, settings.data)
-        sums.append(np.asarray(eval_step(state.params, parallel.put_batch(mesh, rows), prepared)))
+        sums.append(np.asarray(eval_step(state.params, put_batch(settings, mesh, rows), prepared)))
     assert sums[0][3] == 13
     np.testing.assert_allclose(sums, np.broadcast_to(sums[0], (4, 4)), rtol=2e-5)
+
+
+@pytest.mark.parametrize('views', [1, 10])
+@pytest.mark.parametrize('model', [2, 4])
+def test_hybrid_evaluates_as_one_device(runs, views, model):
+    rows = batch(99, small_config(1, 1))
+    rows['label'][-3:] = -1
+    state, sums = runs[1, 1][1], []
+    for settings in [small_config(1, 1), small_config(8 // model, model, mesh={'layout': 'hybrid'})]:
+        mesh = parallel.make_mesh(settings)
+        eval_step = step.make_eval_step(settings, mesh, views)
+        abstract = step.abstract_state(settings, mesh).params
+        params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), state.params, abstract)
+        prepared = augment.preprocessing(STATISTICS, settings.data)
+        sums.append(np.asarray(eval_step(params, put_batch(settings, mesh, rows), prepared)))
+    np.testing.assert_allclose(sums[1], sums[0], rtol=2e-5)
+    assert sums[1][3] == 13
 
 
 def test_a_checkpoint_moves_between_meshes(runs, tmp_path):
@@ -104,15 +228,15 @@ def test_a_checkpoint_moves_between_meshes(runs, tmp_path):
     state = runs[4, 2][1]
     checkpoints.save(state, {'step': 10}, error=0.5)
     checkpoints.wait()
-    for shape in [(1, 1), (8, 1)]:
-        settings = small_config(*shape)
+    sharded_hybrid = {'layout': 'hybrid', 'shard_optimizer': True}
+    for settings in [small_config(1, 1), small_config(8, 1), small_config(2, 4, mesh=sharded_hybrid)]:
         mesh = parallel.make_mesh(settings)
         restored, progress = checkpoints.restore(step.abstract_state(settings, mesh))
         assert progress['step'] == 10
         assert state_digest(restored) == state_digest(state)
         assert restored.params['fc6']['kernel'].sharding.mesh == mesh
         prepared = augment.preprocessing(STATISTICS, settings.data)
-        rows = parallel.put_batch(mesh, batch(10, settings))
+        rows = put_batch(settings, mesh, batch(10, settings))
         restored, _ = step.make_train_step(settings, mesh)(restored, rows, np.float32(0.01), prepared)
         assert int(restored.step) == 11
     checkpoints.close()
@@ -189,23 +313,26 @@ def collectives(hlo: str) -> dict[str, list[list[tuple[int, ...]]]]:
     return found
 
 
-def compiled_step(data: int, model: int, batch_size: int) -> str:
-    """HLO of the full `paper` step, compiled from shapes alone."""
-    settings = config.default_config()
-    settings.mesh.data, settings.mesh.model = data, model
-    settings.train.batch_size = settings.eval.batch_size = batch_size
-    settings = config.resolve(settings)
+def lowered_step(settings):
+    """The step traced from shapes alone."""
     mesh = parallel.make_mesh(settings)
-    struct = jax.ShapeDtypeStruct
-    rows = {
-        'image': struct((batch_size, 256, 256, 3), np.uint8),
-        'label': struct((batch_size,), np.int32),
-        'number': struct((batch_size,), np.uint32),
+    struct, size, rows = jax.ShapeDtypeStruct, settings.data.image_size, settings.train.batch_size
+    shapes = {
+        'image': struct((rows, size, size, 3), np.uint8),
+        'label': struct((rows,), np.int32),
+        'number': struct((rows,), np.uint32),
     }
-    prepared = {'mean': struct((256, 256, 3), np.float32), 'color': struct((3, 3), np.float32)}
+    prepared = {'mean': struct((size, size, 3), np.float32), 'color': struct((3, 3), np.float32)}
     train_step = step.make_train_step(settings, mesh)
-    lowered = train_step.lower(step.abstract_state(settings, mesh), rows, struct((), np.float32), prepared)
-    return lowered.compile().as_text()
+    return train_step.lower(step.abstract_state(settings, mesh), shapes, struct((), np.float32), prepared)
+
+
+def compiled_step(data: int, model: int, batch_size: int, **mesh) -> str:
+    """HLO of the full `paper` step."""
+    settings = config.default_config()
+    settings.mesh.update({'data': data, 'model': model, **mesh})
+    settings.train.batch_size = settings.eval.batch_size = batch_size
+    return lowered_step(config.resolve(settings)).compile().as_text()
 
 
 def test_towers_exchange_where_the_paper_does_and_nowhere_else():
@@ -232,6 +359,67 @@ def test_data_parallel_step_only_adds_up_gradients():
     [summed] = found.pop('all-reduce')
     assert sum(int(np.prod(shape)) for shape in summed) == 60_965_224 + 3  # gradients, and the numbers that are logged
     assert not found
+
+
+def numbers(shapes: list[tuple[int, ...]]) -> int:
+    return sum(int(np.prod(shape)) for shape in shapes)
+
+
+def test_hybrid_keeps_dense_gradients_within_data_and_swaps_shares_before_fc6():
+    hlo = compiled_step(4, 2, 1024, layout='hybrid')  # 128 images a device, 256 a pair
+    found = collectives(hlo)
+    # 128 x 9216 become 256 x 4608, and back.
+    assert found.pop('all-to-all') == [[(128, 4608), (128, 4608)]] * 2
+    # fc6 and fc7 leave half the channels on each device, fc8 the images it began with; their transposes gather.
+    assert sorted(shape for [shape] in found.pop('reduce-scatter')) == [(128, 1000), (256, 2048), (256, 2048)]
+    gathered = sorted(shape for [shape] in found.pop('all-gather'))
+    assert gathered == [(256,), (256, 1000), (256, 4096), (256, 4096)]  # the first: numbers, for the dropout masks
+    dense, convolutions = sorted(found.pop('all-reduce'), key=numbers, reverse=True)
+    # Halves of the three kernels and of two biases; all of conv1..conv5, fc8's bias and the three metrics.
+    assert numbers(dense) == (9216 * 4096 + 4096 * 4096 + 4096 * 1000 + 4096 + 4096) // 2
+    assert numbers(convolutions) == 2_332_704 + 1000 + 3
+    assert not found
+    # Devices 2i and 2i + 1 are a row of `model`.
+    [groups] = [
+        re.search(r'replica_groups=(\S+),', line)[1]
+        for line in hlo.splitlines()
+        if 'f32[4608,4096]' in line and ' all-reduce(' in line
+    ]
+    assert groups == '{{0,2,4,6},{1,3,5,7}}'
+
+
+def test_a_split_update_scatters_gradients_and_gathers_weights():
+    found = collectives(compiled_step(8, 1, 64, layout='data', shard_optimizer=True))
+    assert numbers([shape for [shape] in found.pop('all-gather')]) == 60_965_224 - 10_568  # kernels, not biases
+    assert numbers([shape for [shape] in found.pop('reduce-scatter')]) == (60_965_224 - 10_568) // 8
+    [summed] = found.pop('all-reduce')
+    assert numbers(summed) == 10_568 + 3
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ('data', 'model', 'settings', 'reason'),
+    [
+        (1, 3, {'mesh': {'layout': 'hybrid'}}, r'mesh.model: 3 does not divide the 32 inputs of fc6; the nearest is 2'),
+        (
+            1,
+            4,
+            {'mesh': {'layout': 'hybrid'}, 'model': {'widths': (16, 32, 32, 32, 32, 66, 64)}},
+            r'widths \(fc6\): 66 is not divisible by mesh.model=4; the nearest is 64',
+        ),
+        (1, 3, {}, r'mesh.model: 3 does not divide model.towers=2; the nearest is 2'),
+        (2, 2, {'mesh': {'layout': 'data'}}, r"mesh.model: 2 with mesh.layout='data'"),
+        (
+            4,
+            2,
+            {'mesh': {'layout': 'hybrid'}, 'train': {'batch_size': 12}},
+            r'train.batch_size: 12 is not divisible by mesh.data x mesh.model=8; the nearest is 16',
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_with_the_numbers(data, model, settings, reason):
+    with pytest.raises(config.ConfigError, match=reason):
+        small_config(data, model, **settings)
 
 
 def test_too_few_devices_are_refused_with_the_numbers():
