@@ -158,8 +158,9 @@ def as_text(report: dict[str, Any]) -> str:
     """The report of audit() for a reader."""
     data, model = report['mesh']['data'], report['mesh']['model']
     wire, least = report['wire_bytes_per_device'], report['analytic_minimum_bytes']
+    devices = data * model
     lines = [
-        f'layout {report["layout"]} on data {data} x model {model} = {data * model} devices,'
+        f'layout {report["layout"]} on data {data} x model {model} = {devices} device{"s" * (devices > 1)},'
         f' batch {report["batch_size"]:,}: {report["batch_per_device"]:g} images a device',
         '',
         layers_table(report),

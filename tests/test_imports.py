@@ -28,6 +28,9 @@ ALLOWED = {
     'data.photos': set(),
     'data.pipeline': {'data.photos'},
     'prepare': {'data.photos', 'data.pipeline', 'monitor'},
+    'collectives': set(),
+    'costs': {'config'},
+    'audit': {'collectives', 'config', 'costs', 'flags', 'parallel', 'step'},
     'train': {
         'augment',
         'checkpoint',
