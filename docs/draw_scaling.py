@@ -37,9 +37,8 @@ def audited(layout: str, devices: int, batch: str) -> dict:
 def print_tables(points: dict) -> None:
     """Both tables in Markdown: bytes, and efficiency between its two bounds."""
     for batch in (PER_DEVICE, IN_ALL):
-        print(
-            f'\n{batch}\n\n| layout | mesh | MB sent | {" | ".join(LINKS)} |\n| --- | --- | --: |{" --: |" * len(LINKS)}'
-        )
+        print(f'\n{batch}\n\n| layout | mesh | MB sent | {" | ".join(LINKS)} |')
+        print(f'| --- | --- | --: |{" --: |" * len(LINKS)}')
         for layout in STYLES:
             for devices in DEVICES:
                 point = points[layout, devices, batch]

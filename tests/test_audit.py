@@ -150,17 +150,21 @@ def test_layers_and_dtypes_are_those_the_program_asks_for():
         f'  c = f32[4,4]{{1,0}} all-gather(z), {GROUPS}, {name % "update"}',
         f'  d = bf16[5]{{0}} all-reduce(x), {GROUPS}, {name % "gradients"}',
         f'  e = f32[3]{{0}} all-reduce(x), {GROUPS}, {name % "metrics"}',
+        f'  f = f32[7]{{0}} all-gather(x), {GROUPS}, {name % "conv3"}',  # found to be of no use
+        f'  g = f32[7]{{0}} all-gather(x), {GROUPS}, {name % "fc6"}',
     ]
     compiled = [
         f'  %f = f32[4,4]{{1,0}} all-gather(%z), {GROUPS}, {name % "update"}',
         f'  %g = f32[4,4]{{1,0}} all-gather(%y), {GROUPS}, {name % "fc8"}',
         f'  %h = f32[4,4]{{1,0}} all-gather(%x), {GROUPS}, {name % "fc7"}',
         f'  %i = (f32[3]{{0}}, f32[1,5]{{1,0}}) all-reduce(%p, %q), {GROUPS}, {name % "gradients"}',
+        f'  %k = f32[7]{{0}} all-gather(%x), {GROUPS}, {name % "fc6"}',
         f'  %j = f32[100]{{0}} all-gather(%x), {GROUPS}, metadata={{op_name="jit(train_step)/convolution"}}',
     ]
     found = collectives.step_collectives('\n'.join(compiled), '\n'.join(asked), 4)
     assert [(each.kind, each.layer, each.dtype, each.shapes) for each in found] == [
         ('all-gather', '', 'f32', ((100,),)),  # put in by the compiler: nothing of that size was asked for
+        ('all-gather', 'fc6', 'f32', ((7,),)),
         ('all-gather', 'fc7', 'bf16', ((4, 4),)),
         ('all-gather', 'fc8', 'bf16', ((4, 4),)),
         ('all-reduce', 'gradients', 'bf16', ((5,),)),
