@@ -111,7 +111,21 @@ def test_only_launch_imports_train_and_only_when_it_runs():
 
 
 @pytest.mark.parametrize(
-    'module', ['', 'presets', 'config', 'flags', 'startup', 'monitor', 'data', 'data.photos', 'data.pipeline']
+    'module',
+    [
+        '',
+        'presets',
+        'config',
+        'flags',
+        'collectives',
+        'costs',
+        'audit',
+        'startup',
+        'monitor',
+        'data',
+        'data.photos',
+        'data.pipeline',
+    ],
 )
 def test_no_jax_on_import(module):
     names = module_level_imports(parse(FILES[module]))
