@@ -55,8 +55,8 @@ def _initial_state(config: Any) -> TrainState:
 def init_state(config: Any, mesh: parallel.Mesh) -> TrainState:
     """The state before the first step; the same numbers on every mesh."""
     out_shardings = parallel.shardings(mesh, state_specs(config, mesh))
-    # The compiler spends a tenth of the time at this level, on random numbers that are drawn once and stay the same.
-    options = {'xla_backend_optimization_level': '0'}
+    # Level 1 compiles in a fifth of the time and gives the same numbers, which are drawn only once.
+    options = {'xla_backend_optimization_level': '1'}
     return jax.jit(lambda: _initial_state(config), out_shardings=out_shardings, compiler_options=options)()
 
 
