@@ -1,27 +1,20 @@
 """Train AlexNet, or go on with a run: python launch.py --config=FILE [--workdir=W] [--config.a.b=value ...]"""
 
-import inspect
-import itertools
 import json
 import os
 import re
-import runpy
-import sys
 import traceback
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from alexnet_jax import monitor, startup
-from alexnet_jax.config import ConfigError, field_names, resolve, unknown_field
+from alexnet_jax.config import ConfigError, resolve
+from alexnet_jax.flags import CONFIG, parse_flags, refuse
 from alexnet_jax.monitor import complain, read_json
 
-QUICKSTART = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configs', 'quickstart.py')
-
-_CONFIG = config_flags.DEFINE_config_file(
-    'config', None, 'File with the settings, by default configs/quickstart.py; :NAME behind it names a preset.'
-)
+flags.declare_key_flag('config')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; by default runs/ and the name of the config.')
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
     'coordinator_address', None, 'HOST:PORT on which process 0 of several answers the others.'
@@ -29,63 +22,6 @@ _COORDINATOR_ADDRESS = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes train together.', lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.', lower_bound=0)
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Several processes, found by JAX on SLURM, TPU or Kubernetes.')
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Read the flags; where one is wrong, say so in one line and exit with 2."""
-    files = [argument.split('=', 1)[1] for argument in argv if argument.lstrip('-').startswith('config=')]
-    files += [value for argument, value in itertools.pairwise(argv) if argument in ('--config', '-config')]
-    if not files:
-        argv.insert(1, f'--config={QUICKSTART}')
-    try:
-        config = _load(files[-1] if files else QUICKSTART)
-        _check_overrides(argv, config)
-        rest = flags.FLAGS(argv)
-        if len(rest) > 1:
-            raise ConfigError(f'{rest[1]!r} is no flag; flags are written --name=value')
-        return rest
-    except flags.IllegalFlagValueError as error:
-        sys.exit(_refuse(_wrong_type(str(error), config)))
-    except (flags.Error, ConfigError) as error:
-        sys.exit(_refuse(str(error)))
-
-
-def _load(file: str) -> ConfigDict:
-    """The settings in `file` (PATH or PATH:PRESET), without overrides. Raises ConfigError: there is no such file."""
-    path, *preset = file.split(':', 1)
-    if not os.path.isfile(path):
-        raise ConfigError(f'--config: there is no file {path!r}; for example --config=configs/imagenet.py')
-    get_config = runpy.run_path(path).get('get_config')
-    if get_config is None:
-        raise ConfigError(f'--config: {path} has no function get_config')
-    if preset and not inspect.signature(get_config).parameters:
-        raise ConfigError(f'--config: {path} has no presets, so no :{preset[0]}')
-    return get_config(*preset)
-
-
-def _check_overrides(argv: list[str], config: ConfigDict) -> None:
-    """Raise ConfigError where an override names a field that does not exist."""
-    known = field_names(config)
-    for argument in argv:
-        override = re.match(r'--?(?:no)?config\.([^=]+)', argument)
-        if override and override[1] not in known:
-            raise unknown_field(override[1], known)
-
-
-def _wrong_type(message: str, config: ConfigDict) -> str:
-    """The flag library's message about a value in one line, and for a field of the config with the type it wants."""
-    match = re.match(r'flag --(config\.([\w.]+))=(.*?): ', message)
-    if not match:
-        return ' '.join(message.split())
-    *groups, name = match[2].split('.')
-    for group in groups:
-        config = config[group]
-    return f'{match[1]}: {match[3]!r} is not {config.get_type(name).__name__}'
-
-
-def _refuse(reason: str) -> int:
-    complain(reason)
-    return 2
 
 
 def _process_group() -> dict[str, Any] | None:
@@ -168,7 +104,7 @@ def main(argv: list[str]) -> int:
     workdir = os.path.expanduser(_WORKDIR.value or os.path.join('runs', name))
     try:
         group = _process_group()
-        config = resolve(_CONFIG.value)
+        config = resolve(CONFIG.value)
         _check_same_run(config.to_dict(), workdir)
         if _finished(config.to_dict(), workdir):
             if not monitor.is_silent():
@@ -178,7 +114,7 @@ def main(argv: list[str]) -> int:
         if config.cpu_tuning:
             startup.tune_cpu()
     except ConfigError as error:
-        return _refuse(str(error))
+        return refuse(str(error))
     from alexnet_jax import processes, train  # after the flags, for they import jax
 
     try:
@@ -197,7 +133,7 @@ def _explain(error: Exception) -> int:
     from alexnet_jax.checkpoint import CheckpointError
 
     if isinstance(error, ConfigError):
-        return _refuse(str(error))
+        return refuse(str(error))
     lost = processes.lost_another(error)
     if lost or isinstance(error, train.TrainingError | CheckpointError | processes.ProcessError):
         complain(lost or str(error))

@@ -157,7 +157,7 @@ def unknown_field(field: str, known: list[str]) -> ConfigError:
     last = field.rsplit('.', 1)[-1]
     by_last = {name.rsplit('.', 1)[-1]: name for name in known}
     near = difflib.get_close_matches(field, known, 1, 0.75) or [
-        by_last[name] for name in difflib.get_close_matches(last, by_last, 1, 0.6)
+        by_last[name] for name in difflib.get_close_matches(last, by_last, 1, 0.7)
     ]
     near = near or difflib.get_close_matches(field, known, 1, 0.0)
     return ConfigError(f'config.{field}: no such field; the nearest is config.{near[0]}')

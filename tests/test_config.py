@@ -102,7 +102,10 @@ def test_resolve_leaves_its_argument_alone_and_freezes():
         ({'data.mean': 'channels'}, "'channels' is not one of image, channel, none; the nearest is 'channel'"),
         ({'optimizer.schedule': 'step'}, "'step' is not one of plateau, steps, constant; the nearest is 'steps'"),
         ({'eval.views': 9}, 'config.eval.views: 9 is not one of 1, 10; the nearest is 10'),
-        ({'mesh.layout': 'tower'}, "config.mesh.layout: 'tower' is not one of towers, data; the nearest is 'towers'"),
+        (
+            {'mesh.layout': 'tower'},
+            "config.mesh.layout: 'tower' is not one of towers, data, hybrid; the nearest is 'towers'",
+        ),
         # ranges
         ({'model.dropout': 1.0}, 'config.model.dropout: 1.0 is outside 0 to 0.95; the nearest is 0.95'),
         (

@@ -13,6 +13,7 @@ ALLOWED = {
     '': set(),
     'presets': set(),
     'config': {'presets'},
+    'flags': {'config', 'monitor'},
     'startup': set(),
     'monitor': set(),
     'layers': set(),
@@ -28,6 +29,9 @@ ALLOWED = {
     'data.photos': set(),
     'data.pipeline': {'data.photos'},
     'prepare': {'data.photos', 'data.pipeline', 'monitor'},
+    'collectives': set(),
+    'costs': {'config'},
+    'audit': {'collectives', 'config', 'costs', 'flags', 'parallel', 'step'},
     'train': {
         'augment',
         'checkpoint',
@@ -109,7 +113,21 @@ def test_only_launch_imports_train_and_only_when_it_runs():
 
 
 @pytest.mark.parametrize(
-    'module', ['', 'presets', 'config', 'startup', 'monitor', 'data', 'data.photos', 'data.pipeline']
+    'module',
+    [
+        '',
+        'presets',
+        'config',
+        'flags',
+        'collectives',
+        'costs',
+        'audit',
+        'startup',
+        'monitor',
+        'data',
+        'data.photos',
+        'data.pipeline',
+    ],
 )
 def test_no_jax_on_import(module):
     names = module_level_imports(parse(FILES[module]))

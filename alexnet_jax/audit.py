@@ -1,0 +1,226 @@
+"""What a training step costs on a mesh, from the compiled step and before there is such a mesh.
+
+    python -m alexnet_jax.audit --config=configs/imagenet.py --mesh=data:64,model:2 --images_per_device=128
+
+The devices are simulated and nothing is executed. Collectives, their layers and dtypes are what the program asks for
+and the compiler keeps (see collectives.py); memory is as compiled for a CPU; what must travel at the least, and FLOPs,
+are arithmetic (see costs.py).
+"""
+
+import json
+import os
+import re
+from typing import Any
+
+from absl import app, flags
+from ml_collections import FrozenConfigDict
+
+from alexnet_jax import costs
+from alexnet_jax.collectives import Collective, step_collectives
+from alexnet_jax.config import ConfigError, resolve
+from alexnet_jax.flags import CONFIG, parse_flags, refuse
+
+MOST_DEVICES = 2048  # that XLA simulates on a CPU in one process
+
+flags.declare_key_flag('config')
+_MESH = flags.DEFINE_string(
+    'mesh', None, 'Devices along the axes, for example data:64,model:2; by default config.mesh.'
+)
+_IMAGES = flags.DEFINE_integer(
+    'images_per_device', None, 'Sets train.batch_size to this many images times the devices.', lower_bound=1
+)
+_BANDWIDTH = flags.DEFINE_float('bandwidth', None, 'Assumed bytes/s that a device can send; with --flops.')
+_FLOPS = flags.DEFINE_float('flops', None, 'Assumed FLOP/s that a device sustains; with --bandwidth.')
+_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
+_COLLECTIVES = flags.DEFINE_bool('collectives', False, 'Print only the collectives, as tests/golden keeps them.')
+
+
+def settings(config: Any, mesh: str | None = None, images_per_device: int | None = None) -> FrozenConfigDict:
+    """`config` resolved for a mesh whose sizes are known, which `mesh` ('data:64,model:2') may name.
+
+    A mesh.data of -1 stands for the devices that JAX_NUM_CPU_DEVICES names, or one. Raises ConfigError.
+    """
+    for axis in mesh.split(',') if mesh is not None else []:
+        match = re.fullmatch(r'(data|model):([1-9]\d*)', axis)
+        if not match:
+            raise ConfigError(f'--mesh: {mesh!r} is no mesh; write for example --mesh=data:64,model:2')
+        config.mesh[match[1]] = int(match[2])
+    if config.mesh.data == -1:
+        config.mesh.data = max(1, int(os.environ.get('JAX_NUM_CPU_DEVICES', 1)) // max(1, config.mesh.model))
+    devices = config.mesh.data * config.mesh.model
+    if images_per_device:
+        config.train.batch_size = images_per_device * devices
+    if devices > MOST_DEVICES:
+        raise ConfigError(f'config.mesh: {devices} devices; at most {MOST_DEVICES} can be simulated')
+    return resolve(config)
+
+
+def audit(config: Any) -> dict[str, Any]:
+    """The costs of a step of `config`, see settings(), on as many devices as JAX has at least.
+
+    Returns what --json prints, with the list `collectives` of Collective. Bytes and FLOPs are those of one step and
+    one device; `multiply_adds` are those of one image's forward pass.
+    """
+    import jax
+    import numpy as np
+
+    from alexnet_jax import parallel, step
+
+    mesh = parallel.make_mesh(config)
+    batch_size, size = config.train.batch_size, config.data.image_size
+    struct = jax.ShapeDtypeStruct
+    batch = {
+        'image': struct((batch_size, size, size, 3), np.uint8),
+        'label': struct((batch_size,), np.int32),
+        'number': struct((batch_size,), np.uint32),
+    }
+    preprocessing = {'mean': struct((size, size, 3), np.float32), 'color': struct((3, 3), np.float32)}
+    lowered = step.make_train_step(config, mesh).lower(
+        step.abstract_state(config, mesh), batch, struct((), np.float32), preprocessing
+    )
+    # Machine code that is never run need not be fast: 0.4 of the time, and the same HLO.
+    compiled = lowered.compile(compiler_options={'xla_backend_optimization_level': 0})
+    asked = lowered.as_text(dialect='hlo', debug_info=True)
+    memory = compiled.memory_analysis()
+    devices = config.mesh.data * config.mesh.model
+    table = costs.layers(config)
+    found = step_collectives(compiled.as_text(), asked, devices)
+    return {
+        'layout': config.mesh.layout,
+        'mesh': {'data': config.mesh.data, 'model': config.mesh.model},
+        'batch_size': batch_size,
+        'batch_per_device': batch_size / devices,
+        'parameters': sum(layer.parameters for layer in table),
+        'multiply_adds': sum(layer.multiply_adds for layer in table),
+        'flops_per_device': round(costs.flops_per_image(config) * batch_size / devices),
+        'compiler_flops_per_device': round(compiled.cost_analysis()['flops']),
+        'peak_bytes_per_device': memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes,
+        'collectives': found,
+        'wire_bytes_per_device': round(sum(each.bytes for each in found)),
+        'analytic_minimum_bytes': round(costs.analytic_minimum(config)),
+        'layers': [
+            {
+                'name': layer.name,
+                'output': layer.output,
+                'parameters': layer.parameters,
+                'multiply_adds': layer.multiply_adds,
+            }
+            for layer in table
+        ],
+    }
+
+
+def as_json(report: dict[str, Any]) -> str:
+    """The report of audit() as one JSON object."""
+
+    def plain(each: Any) -> dict[str, Any]:
+        return {
+            'kind': each.kind,
+            'layer': each.layer,
+            'dtype': each.dtype,
+            'shapes': each.shapes,
+            'group_size': each.group_size,
+            'bytes': round(each.bytes),
+        }
+
+    return json.dumps(report, default=plain)
+
+
+def collectives_table(found: list[Collective]) -> str:
+    """Kind, layer, devices in a group, bytes, dtype and shapes; a line each."""
+    lines = [f'{"collective":<18} {"layer":<10}{"group":>6}{"bytes":>14}  shapes on a device']
+    for each in found:
+        shapes = ' '.join('x'.join(map(str, shape)) or 'scalar' for shape in each.shapes)
+        row = f'{each.kind:<18} {each.layer or "?":<10}{each.group_size:>6}{round(each.bytes):>14,}'
+        lines.append(f'{row}  {each.dtype} {shapes}')
+    return '\n'.join(lines)
+
+
+def layers_table(report: dict[str, Any]) -> str:
+    """Output, parameters and multiply-adds of each layer, with their shares of the whole."""
+    lines = [f'{"layer":<7}{"output":<14}{"parameters":>12}{"share":>8}{"multiply-adds":>16}{"share":>8}']
+    for layer in report['layers']:
+        output = 'x'.join(map(str, layer['output']))
+        lines.append(
+            f'{layer["name"]:<7}{output:<14}{layer["parameters"]:>12,}'
+            f'{layer["parameters"] / report["parameters"]:>8.1%}{layer["multiply_adds"]:>16,}'
+            f'{layer["multiply_adds"] / report["multiply_adds"]:>8.1%}'
+        )
+    lines.append(f'{"":<21}{report["parameters"]:>12,}{"":>8}{report["multiply_adds"]:>16,}')
+    return '\n'.join(lines)
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report of audit() for a reader."""
+    data, model = report['mesh']['data'], report['mesh']['model']
+    wire, least = report['wire_bytes_per_device'], report['analytic_minimum_bytes']
+    devices = data * model
+    lines = [
+        f'layout {report["layout"]} on data {data} x model {model} = {devices} device{"s" * (devices > 1)},'
+        f' batch {report["batch_size"]:,}: {report["batch_per_device"]:g} images a device',
+        '',
+        layers_table(report),
+        '',
+        collectives_table(report['collectives']),
+        '',
+        'per step and device',
+        f'bytes sent       {wire:>18,}  {wire / least:.4f} of the least that the layout needs, {least:,}'
+        if least
+        else f'bytes sent       {wire:>18,}',
+        f'FLOPs            {report["flops_per_device"]:>18,}  convolutions and matrix products, padding included',
+        f"compiler's count {report['compiler_flops_per_device']:>18,}  without padding, with all else",
+        f'memory, bytes    {report["peak_bytes_per_device"]:>18,}  compiled for a CPU',
+    ]
+    return '\n'.join(lines + prediction_lines(report.get('prediction')))
+
+
+def prediction_lines(prediction: dict[str, float] | None) -> list[str]:
+    """The prediction of costs.predict() for a reader, nothing where there is none."""
+    if prediction is None:
+        return []
+    lines = [
+        '',
+        f'predicted from {prediction["bandwidth"]:.3g} bytes/s and {prediction["flops"]:.3g} FLOP/s a device, latency'
+        ' not modelled',
+        f'compute {prediction["compute_seconds"] * 1e3:.2f} ms, wire {prediction["wire_seconds"] * 1e3:.2f} ms',
+    ]
+    for name in ('without_overlap', 'with_gradients_overlapped'):
+        lines.append(
+            f'{name.replace("_", " "):<26}{prediction[f"step_seconds_{name}"] * 1e3:>10.2f} ms a step'
+            f'{prediction[f"images_per_second_{name}"]:>14,.0f} images/s in all'
+            f'{prediction[f"efficiency_{name}"]:>8.1%} efficiency'
+        )
+    return lines
+
+
+def main(argv: list[str]) -> int:
+    """Audit the step that the flags name; returns the exit code."""
+    del argv
+    bandwidth, flops = _BANDWIDTH.value, _FLOPS.value
+    try:
+        if (bandwidth is None) != (flops is None):
+            raise ConfigError('--bandwidth and --flops: a prediction needs both')
+        if bandwidth is not None and not (bandwidth > 0 and flops > 0):
+            raise ConfigError(f'--bandwidth={bandwidth:g} --flops={flops:g}: speeds are above 0')
+        config = settings(CONFIG.value, _MESH.value, _IMAGES.value)
+    except ConfigError as error:
+        return refuse(str(error))
+    import jax
+
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', config.mesh.data * config.mesh.model)
+    report = audit(config)
+    if bandwidth is not None:
+        report['prediction'] = costs.predict(config, report['collectives'], bandwidth, flops)
+    if _COLLECTIVES.value:
+        print(collectives_table(report['collectives']))
+    else:
+        print(as_json(report) if _JSON.value else as_text(report))
+    return 0
+
+
+if __name__ == '__main__':
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,151 @@
+"""What crosses between devices in a compiled step, read from its HLO text, and the bytes that a ring sends for it.
+
+Bytes that each device sends, for a group of n devices and a tensor of S bytes:
+
+    all-reduce           2 S (n-1)/n   S: the tensor, which every device has in full before and after
+    all-gather             S (n-1)/n   S: the gathered tensor
+    reduce-scatter         S (n-1)/n   S: the tensor before it is summed and scattered, n times what a device keeps
+    all-to-all             S (n-1)/n   S: what a device has before, and after
+    collective-permute     S
+    collective-broadcast   S
+"""
+
+import collections
+import dataclasses
+import math
+import re
+
+ITEM_SIZES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2}
+ITEM_SIZES |= {'f32': 4, 's32': 4, 'u32': 4, 'f64': 8, 's64': 8, 'u64': 8, 'c64': 8}
+
+# Scopes that the step names its parts by; `logits` is the exchange after fc8.
+LAYERS = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8', 'logits')
+PARTS = ('dropout', 'gradients', 'update', 'metrics')
+
+_KINDS = 'all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast'
+_INSTRUCTION = re.compile(rf'\s*(?:ROOT )?%?[\w.-]+ = (.*?) ({_KINDS})(-start)?\(')
+_TENSOR = re.compile(r'(\w+)\[([\d,]*)\]')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a step, or the part of one that stands for a layer.
+
+    kind: its name in HLO. layer: one of LAYERS or PARTS, '' if the program does not say. dtype: as HLO names it.
+    shapes: what it leaves on a device, tensor by tensor. group_size: devices that take part together.
+    """
+
+    kind: str
+    layer: str
+    dtype: str
+    shapes: tuple[tuple[int, ...], ...]
+    group_size: int
+
+    @property
+    def elements(self) -> int:
+        """Numbers that it leaves on a device."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def bytes(self) -> float:
+        """Bytes that each device sends, on a ring."""
+        left, n = self.elements * ITEM_SIZES[self.dtype], self.group_size
+        if self.kind in ('collective-permute', 'collective-broadcast'):
+            return left
+        return left * (n - 1) * {'all-reduce': 2 / n, 'reduce-scatter': 1}.get(self.kind, 1 / n)
+
+
+def step_collectives(compiled: str, asked: str, devices: int) -> list[Collective]:
+    """The collectives of a compiled step, layer by layer; those within single devices are left out.
+
+    Args:
+      compiled: HLO text of the compiled step: which collectives there are.
+      asked: HLO text of the same step before it was compiled. Layers and dtypes are taken from here where it has the
+        tensor, for a CPU lets bfloat16 travel as float32 and joins all-reduces of several parts.
+      devices: of the mesh.
+
+    One that carries tensors of several layers or dtypes is listed once for each.
+    """
+    wanted = [tensor for tensors in _instructions(asked, devices) for tensor in tensors]
+    found = []
+    for tensors in _instructions(compiled, devices):
+        parts: dict[tuple[str, str], list[Collective]] = collections.defaultdict(list)
+        for tensor in tensors:
+            same = [
+                other
+                for other in wanted
+                if (other.kind, other.elements, other.group_size) == (tensor.kind, tensor.elements, tensor.group_size)
+            ]
+            if same:
+                best = max(same, key=lambda other: (other.layer == tensor.layer, other.shapes == tensor.shapes))
+                wanted.remove(best)
+                tensor = best
+            parts[tensor.layer, tensor.dtype].append(tensor)
+        for part in parts.values():
+            shapes = sorted((shape for tensor in part for shape in tensor.shapes), key=math.prod, reverse=True)
+            found.append(dataclasses.replace(part[0], shapes=tuple(shapes)))
+    order = ('', *LAYERS, *PARTS)
+    return sorted(found, key=lambda each: (order.index(each.layer), each.kind, -each.bytes, each.shapes))
+
+
+def _instructions(hlo: str, devices: int) -> list[list[Collective]]:
+    """For each collective instruction what it does to each of its tensors; none of those in groups of one device."""
+    found = []
+    for line in hlo.splitlines():
+        match = _INSTRUCTION.match(line)
+        if not match:
+            continue
+        result, kind, asynchronous = match.groups()
+        if asynchronous and kind != 'all-reduce':  # (operands, results, ...)
+            result = _entries(result)[1]
+        tensors = [(dtype, tuple(map(int, filter(None, dims.split(','))))) for dtype, dims in _TENSOR.findall(result)]
+        if kind == 'all-to-all' and len(tensors) > 1:  # written as one tensor for each device
+            tensors = [(tensors[0][0], (len(tensors), *tensors[0][1]))]
+        size = group_size(line, kind, devices)
+        if size > 1:
+            found.append([Collective(kind, _layer(line), dtype, (shape,), size) for dtype, shape in tensors])
+    return found
+
+
+def _entries(shape: str) -> list[str]:
+    """The outermost entries of a tuple's shape."""
+    entries, depth = [''], 0
+    for character in shape.strip()[1:-1]:
+        depth += (character in '([{') - (character in ')]}')
+        if character == ',' and depth == 0:
+            entries.append('')
+        else:
+            entries[-1] += character
+    return entries
+
+
+def _layer(line: str) -> str:
+    """The innermost scope in the instruction's name that is a layer or a part of the step."""
+    name = re.search(r'op_name="([^"]*)"', line)
+    words = re.findall(r'\w+', name[1]) if name else []
+    return next((word for word in reversed(words) if word in LAYERS + PARTS), '')
+
+
+def group_size(line: str, kind: str, devices: int) -> int:
+    """Devices in the largest group of an instruction, in a program of one replica with `devices` partitions.
+
+    Groups are written {{0,1},{2,3}}, or [2,4]<=[4,2]T(1,0) for 2 groups of 4 (device numbers in some order), or {} for
+    all in one. With use_global_device_ids, and in an all-to-all on a channel, the numbers are partitions. Otherwise
+    they are replicas: with a channel each stands for all partitions, without one for the one it is executed on.
+    """
+    if kind == 'collective-permute':
+        pairs = re.search(r'source_target_pairs=\{(.*?)\}\}', line)
+        ends = re.findall(r'(\d+),(\d+)', pairs[1]) if pairs else []
+        return len({device for source, target in ends if source != target for device in (source, target)})
+    on_channel = 'channel_id=' in line
+    of_partitions = 'use_global_device_ids=true' in line or (on_channel and kind == 'all-to-all')
+    iota = re.search(r'replica_groups=\[\d+,(\d+)\]<=', line)
+    listed = re.search(r'replica_groups=\{((?:\{[\d,]*\},?)*)\}', line)
+    if iota:
+        size = int(iota[1])
+    elif listed is None:
+        raise ValueError(f'no replica_groups in a form that is known: {line.strip()}')
+    else:
+        groups = re.findall(r'\{([\d,]*)\}', listed[1])
+        size = max((len(group.split(',')) for group in groups), default=devices if of_partitions else 1)
+    return size if of_partitions else devices if on_channel else 1
