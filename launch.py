@@ -7,13 +7,15 @@ import os
 import re
 import runpy
 import sys
+import traceback
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from alexnet_jax import startup
+from alexnet_jax import monitor, startup
 from alexnet_jax.config import ConfigError, field_names, resolve, unknown_field
-from alexnet_jax.monitor import read_json
+from alexnet_jax.monitor import complain, read_json
 
 QUICKSTART = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configs', 'quickstart.py')
 
@@ -21,6 +23,12 @@ _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'File with the settings, by default configs/quickstart.py; :NAME behind it names a preset.'
 )
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; by default runs/ and the name of the config.')
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+    'coordinator_address', None, 'HOST:PORT on which process 0 of several answers the others.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes train together.', lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.', lower_bound=0)
+_DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Several processes, found by JAX on SLURM, TPU or Kubernetes.')
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -76,8 +84,30 @@ def _wrong_type(message: str, config: ConfigDict) -> str:
 
 
 def _refuse(reason: str) -> int:
-    print(f'alexnet_jax: {reason}', file=sys.stderr)
+    complain(reason)
     return 2
+
+
+def _process_group() -> dict[str, Any] | None:
+    """What processes.start() is to be told. Raises ConfigError: the flags do not go together."""
+    given = {'coordinator_address': _COORDINATOR_ADDRESS, 'num_processes': _NUM_PROCESSES, 'process_id': _PROCESS_ID}
+    group = {name: flag.value for name, flag in given.items() if flag.value is not None}
+    if _DISTRIBUTED.value and group:
+        raise ConfigError(f'--distributed finds the processes itself; leave out --{min(group)}, or --distributed')
+    if not group:
+        return {} if _DISTRIBUTED.value else None
+    missing = [f'--{name}' for name in given if name not in group]
+    if missing:
+        raise ConfigError(f'--{min(group)}: {" and ".join(missing)} must be given with it')
+    if not re.fullmatch(r'\S+:\d{1,5}', group['coordinator_address']):
+        raise ConfigError(f'--coordinator_address: {group["coordinator_address"]!r} is not HOST:PORT')
+    if group['process_id'] >= group['num_processes']:
+        raise ConfigError(
+            f'--process_id: {group["process_id"]} is not below --num_processes={group["num_processes"]};'
+            f' the nearest is {group["num_processes"] - 1}'
+        )
+    monitor.belong_to(group['process_id'], group['num_processes'])
+    return group
 
 
 def _check_same_run(config: dict, workdir: str) -> None:
@@ -115,7 +145,9 @@ def _finished(config: dict, workdir: str) -> bool:
 
 
 def _print_result(workdir: str) -> None:
-    """The small table at the end."""
+    """The small table at the end, of several processes from the first one."""
+    if monitor.is_silent():
+        return
     with open(os.path.join(workdir, 'result.json')) as file:
         result = json.load(file)
     print(f'\n{"validation":<12}{"loss":>8}{"top-1 error":>14}{"top-5 error":>14}')
@@ -135,28 +167,44 @@ def main(argv: list[str]) -> int:
     name = os.path.basename(file).replace('.py', '').replace(':', '_')
     workdir = os.path.expanduser(_WORKDIR.value or os.path.join('runs', name))
     try:
+        group = _process_group()
         config = resolve(_CONFIG.value)
         _check_same_run(config.to_dict(), workdir)
         if _finished(config.to_dict(), workdir):
-            print(f'{workdir} is done; another --workdir begins anew, a longer config.train.epochs goes on.')
+            if not monitor.is_silent():
+                print(f'{workdir} is done; another --workdir begins anew, a longer config.train.epochs goes on.')
             _print_result(workdir)
             return 0
         if config.cpu_tuning:
             startup.tune_cpu()
-        from alexnet_jax import train  # after the flags, for it imports jax
-        from alexnet_jax.checkpoint import CheckpointError
     except ConfigError as error:
         return _refuse(str(error))
+    from alexnet_jax import processes, train  # after the flags, for they import jax
+
     try:
-        code = train.run(config, workdir)
-    except ConfigError as error:
-        return _refuse(str(error))
-    except (train.TrainingError, CheckpointError) as error:
-        print(f'alexnet_jax: {error}', file=sys.stderr)
-        return train.EXIT_ERROR
+        code = train.run(config, workdir, group)
+    except Exception as error:
+        code = _explain(error)
+        processes.leave(code)
     if code == train.EXIT_DONE:
         _print_result(workdir)
     return code
+
+
+def _explain(error: Exception) -> int:
+    """Say why training ended, in one line where the cause is known; returns the exit code."""
+    from alexnet_jax import processes, train
+    from alexnet_jax.checkpoint import CheckpointError
+
+    if isinstance(error, ConfigError):
+        return _refuse(str(error))
+    lost = processes.lost_another(error)
+    if lost or isinstance(error, train.TrainingError | CheckpointError | processes.ProcessError):
+        complain(lost or str(error))
+    else:
+        complain('ended by an error:')
+        traceback.print_exception(error)
+    return train.EXIT_ERROR
 
 
 if __name__ == '__main__':

@@ -11,16 +11,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from alexnet_jax import parallel, processes
 from alexnet_jax.monitor import log
+from alexnet_jax.processes import first_line
 
 
 def state_digest(state: Any) -> str:
-    """sha256 over parameters and optimiser state: float32 little-endian, leaves in the order of their names."""
+    """sha256 over parameters and optimiser state: float32 little-endian, leaves in the order of their names.
+
+    The same on any mesh and number of processes, all of which must call it.
+    """
     digest = hashlib.sha256()
     leaves = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
     for path, leaf in sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0])):
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(leaf, dtype='<f4').data)
+        digest.update(np.ascontiguousarray(parallel.on_this_host(leaf), dtype='<f4').data)
     return digest.hexdigest()
 
 
@@ -28,8 +33,16 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read or written: one line with the folder, the cause and what to do."""
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """No: Orbax would ask JAX with the step, the loop asks with a count of its own; mixed, a SIGTERM gets lost."""
+        return False
+
+
 class Checkpoints:
     """The checkpoints of a run, written in the background: the newest `keep` and the one with the lowest error.
+
+    All processes of the run call the same methods in the same order; each writes what its devices hold.
 
     Args:
       directory: where they lie, one folder a step.
@@ -44,7 +57,7 @@ class Checkpoints:
         newest = checkpoint_managers.LatestN(n=keep)
         best = checkpoint_managers.BestN(get_metric_fn=error, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         self.directory = os.path.abspath(directory)
-        self.manager = ocp.CheckpointManager(
+        self.manager = _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
@@ -72,22 +85,18 @@ class Checkpoints:
     def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest checkpoint that is whole, laid out as `abstract_state` says, and its progress; None without any.
 
-        Damaged ones before it are named and moved to damaged-STEP. Raises CheckpointError: none of them can be read.
+        Damaged ones before it are named and moved to damaged-STEP; what one process cannot read is damaged for all.
+        Raises CheckpointError: none of them can be read.
         """
         damaged: list[tuple[int, str]] = []
         for step in sorted(self.manager.all_steps(), reverse=True):
-            try:
-                restored = self._read(step, abstract_state)
-            except Exception as error:  # Orbax raises many kinds; the next older checkpoint is the answer to all
-                damaged.append((step, _first_line(error)))
+            restored, problem = self._read(step, abstract_state)
+            if restored is None:
+                damaged.append((step, problem))
                 continue
-            for bad, problem in damaged:
-                aside = f'damaged-{bad}-{time.time_ns()}'
-                os.rename(os.path.join(self.directory, str(bad)), os.path.join(self.directory, aside))
-                log(f'checkpoint {self.directory}/{bad} is damaged ({problem}); moved to {aside}')
             if damaged:
-                self.manager.reload()
-            return restored
+                self._move_aside(damaged)
+            return restored.state, restored.progress
         if damaged:
             raise CheckpointError(
                 f'{self.directory}: no checkpoint can be read, the newest because {damaged[0][1]};'
@@ -95,18 +104,37 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, str]:
+        """What was written at `step`, or None and what is wrong with it: the same on all processes."""
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), progress=ocp.args.JsonRestore())
-        restored = self.manager.restore(step, args=arguments)
-        if state_digest(restored.state) != restored.progress['state_digest']:
-            raise CheckpointError('its numbers differ from those written')
-        return restored.state, restored.progress
+        restored: Any = None
+        problem = ''
+        try:
+            restored = self.manager.restore(step, args=arguments)
+            written = restored.progress['state_digest']
+        except Exception as error:  # Orbax raises many kinds; the next older checkpoint is the answer to all
+            problem = first_line(error)
+        problem = processes.agree(problem)
+        if problem:
+            return None, problem
+        if state_digest(restored.state) != written:
+            return None, 'its numbers differ from those written'
+        return restored, ''
+
+    def _move_aside(self, damaged: list[tuple[int, str]]) -> None:
+        for step, problem in damaged:
+            aside = f'damaged-{step}-{time.time_ns()}'
+            if processes.is_first():
+                os.rename(os.path.join(self.directory, str(step)), os.path.join(self.directory, aside))
+            log(f'checkpoint {self.directory}/{step} is damaged ({problem}); moved to {aside}')
+        processes.agree()
+        self.manager.reload()
 
     def _written(self, write: Callable[[], Any]) -> None:
         try:
             write()
         except Exception as error:  # a full disk, a lost mount: told by Orbax in many ways
-            raise CheckpointError(f'{self.directory}: a checkpoint was not written: {_first_line(error)}') from None
+            raise CheckpointError(f'{self.directory}: a checkpoint was not written: {first_line(error)}') from None
 
     def wait(self) -> None:
         """Return when everything is on disk. Raises CheckpointError: something could not be written."""
@@ -117,7 +145,3 @@ class Checkpoints:
         """Wait and release."""
         self.wait()
         self.manager.close()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [''])[0][:300] or type(error).__name__

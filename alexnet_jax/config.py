@@ -77,13 +77,18 @@ def default_config() -> ml_collections.ConfigDict:
             'eval': {
                 'every': '1 epoch',
                 'views': 10,  # of the evaluation at the end, 1 or 10; those on the way use the centre view
-                'batch_size': 128,
+                'batch_size': 128,  # rounded up to a multiple of the devices that share it out
             },
             'checkpoint': {'every': '1 epoch', 'keep': 1},  # keep: the newest ones; the best is kept besides
             'mesh': {
                 'layout': 'towers',  # towers | data
                 'data': -1,  # devices that share out the batch; -1: all that `model` leaves
                 'model': 1,  # devices that share out the towers
+            },
+            'distributed': {  # seconds
+                'start_timeout': 300,  # for all processes to have come, counted from when the data is there
+                'heartbeat_timeout': 15,  # after which a process that is not heard of is lost, and the others end
+                'progress_timeout': 600,  # without a step, evaluated batch or checkpoint: a process is stuck and ends
             },
         }
     )
@@ -223,6 +228,9 @@ def _check_ranges(config: Any) -> None:
         'eval.batch_size': (1, 2**24),
         'checkpoint.keep': (1, 10**6),
         'mesh.model': (1, 64),
+        'distributed.start_timeout': (1, 10**6),
+        'distributed.heartbeat_timeout': (1, 10**6),
+        'distributed.progress_timeout': (1, 10**6),
     }
     if config.train.steps is not None:
         bounds['train.steps'] = (0, 2**31 - 1)
@@ -322,4 +330,3 @@ def check_mesh(config: Any, data: int, model: int) -> None:
         raise ConfigError(f'config.mesh.data: {data} devices; the nearest is 1 (or -1 for all there are)')
     if data != -1:
         _check_divides('config.train.batch_size', config.train.batch_size, 'mesh.data', data)
-        _check_divides('config.eval.batch_size', config.eval.batch_size, 'mesh.data', data)

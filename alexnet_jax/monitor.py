@@ -1,17 +1,40 @@
 """What a run tells: progress on a terminal or in a log, metrics.jsonl, and files that are never half written."""
 
+import faulthandler
 import json
 import os
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
 LINE_EVERY_SECONDS = 15.0
 
+_process, _processes = 0, 1
+
+
+def belong_to(process: int, processes: int) -> None:
+    """Say that this is process `process` of `processes`: all but process 0 keep silent where nothing is wrong."""
+    global _process, _processes
+    _process, _processes = process, processes
+
+
+def is_silent() -> bool:
+    """Whether progress and results are another process's to tell."""
+    return _process != 0
+
+
+def complain(message: str) -> None:
+    """One line about what is wrong, on standard error; of several processes each says which one it is."""
+    which = f'process {_process} of {_processes}: ' if _processes > 1 else ''
+    print(f'alexnet_jax: {which}{message}', file=sys.stderr, flush=True)
+
 
 def log(message: str) -> None:
     """One line for the reader of a log or a terminal, on standard error."""
+    if is_silent():
+        return
     line = f'{time.strftime("%H:%M:%S")} {message}'
     if sys.stderr.isatty():
         from tqdm import tqdm
@@ -45,6 +68,48 @@ class Preemption:
             2, f'{signal.Signals(number).name}: saving, then this ends (again: at once, without saving)\n'.encode()
         )
 
+    def hand_over(self) -> None:
+        """Leave SIGTERM to JAX, which has taken it over and tells all processes; Ctrl-C becomes a SIGTERM."""
+        signal.signal(signal.SIGINT, self._pass_on)
+
+    def _pass_on(self, number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Watchdog:
+    """While it is open, ends the process with 1 when it is not fed for `timeout` seconds, after a dump of all stacks.
+
+    It counts its own seconds, so those during which the whole process slept are not among them.
+    """
+
+    def __init__(self, timeout: int):
+        self.timeout = timeout
+        self.ended = threading.Event()
+        self.feed('the start')
+
+    def __enter__(self) -> 'Watchdog':
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.ended.set()
+
+    def feed(self, what: str) -> None:
+        """Things go on; `what` is the point that was reached."""
+        self.reached, self.seconds = what, 0
+
+    def _watch(self) -> None:
+        while not self.ended.wait(1.0):
+            self.seconds += 1
+            if self.seconds > self.timeout:
+                complain(
+                    f'no progress since {self.reached}, for config.distributed.progress_timeout={self.timeout} s;'
+                    ' what each thread does:'
+                )
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(1)
+
 
 class Progress:
     """A bar on a terminal; in a log, a line with rate and remaining time every 15 seconds.
@@ -60,7 +125,7 @@ class Progress:
         self.start = self.last_line = time.monotonic()
         self.first = done
         self.bar: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not is_silent():
             from tqdm import tqdm
 
             self.bar = tqdm(desc=what, total=total, unit=f' {unit}', initial=done, dynamic_ncols=True, smoothing=0.1)
@@ -122,12 +187,15 @@ class Metrics:
     Lines later than what is resumed are dropped, so no step is in the file twice.
 
     Args:
-      path: of the file.
+      path: of the file; None: nothing is written.
       step: training lines after this step are dropped.
       evaluated: validation lines after this step are dropped.
     """
 
-    def __init__(self, path: str, step: int, evaluated: int):
+    def __init__(self, path: str | None, step: int, evaluated: int):
+        self.file = None
+        if path is None:
+            return
         kept = []
         if os.path.exists(path):
             last = {'train': step, 'validation': evaluated}
@@ -140,11 +208,13 @@ class Metrics:
 
     def write(self, **values: Any) -> None:
         """Append one line."""
-        self.file.write(json.dumps(values) + '\n')
+        if self.file:
+            self.file.write(json.dumps(values) + '\n')
 
     def close(self) -> None:
         """Close the file."""
-        self.file.close()
+        if self.file:
+            self.file.close()
 
 
 def _is_kept(line: str, last: dict[str, int]) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -83,5 +84,49 @@ def compile_on_mesh(
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
     """This process's rows of a batch (NumPy arrays) as arrays over the mesh, split over `data`."""
-    sharding = NamedSharding(mesh, BY_EXAMPLE)
+    sharding = batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How the rows of a batch lie on the devices."""
+    return NamedSharding(mesh, BY_EXAMPLE)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """How many parts a batch is split into over the devices."""
+    return len(set(_rows(mesh).values()))
+
+
+def _rows(mesh: Mesh) -> dict[Any, tuple[int, int]]:
+    """First and last row (exclusive) that each device holds of a batch with as many rows as there are devices."""
+    indices = batch_sharding(mesh).devices_indices_map((mesh.size,))
+    return {device: index[0].indices(mesh.size)[:2] for device, index in indices.items()}
+
+
+def input_share(mesh: Mesh) -> tuple[int, int]:
+    """(share, shares): this process reads share number `share` of the `shares` equal ones of every batch.
+
+    A share are the rows that a process's devices hold; processes that hold the same rows read the same share.
+
+    Raises ConfigError: a process has no device in the mesh, or the rows of two overlap in part.
+    """
+    held: dict[int, set[tuple[int, int]]] = {process: set() for process in range(jax.process_count())}
+    for device, rows in _rows(mesh).items():
+        held[device.process_index].add(rows)
+    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+    parts = [rows for share in shares for rows in share]
+    if len({len(share) for share in shares}) > 1 or len(parts) != batch_parts(mesh):
+        near = f'data={max(1, jax.device_count() // mesh.shape["model"])}, model={mesh.shape["model"]}'
+        raise ConfigError(
+            f'config.mesh: data={mesh.shape["data"]}, model={mesh.shape["model"]} gives the {jax.process_count()}'
+            f' processes no equal shares of a batch; the nearest is {near}'
+        )
+    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+
+
+def on_this_host(x: Any) -> np.ndarray:
+    """All numbers of `x`, an array on the mesh, from all devices; all processes must call it."""
+    if not x.is_fully_addressable:
+        x = jax.jit(lambda y: y, out_shardings=NamedSharding(x.sharding.mesh, EVERYWHERE))(x)
+    return np.asarray(x)

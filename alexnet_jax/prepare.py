@@ -210,7 +210,11 @@ def prepare(source: str, data_dir: str, image_size: int, threads: int) -> str:
         return target
     os.makedirs(os.path.dirname(target), exist_ok=True)
     with open(f'{target}.lock', 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits here and then finds the store
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log(f'{target}: another process prepares it; waiting until it is there')
+            fcntl.flock(lock, fcntl.LOCK_EX)  # also when the other one ends without it
         if not os.path.exists(target):
             _prepare(source, data_dir, image_size, threads, target)
     return target

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import math
 import os
 import signal
@@ -17,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import parallel
+from alexnet_jax import parallel, processes
 from alexnet_jax.augment import preprocessing
 from alexnet_jax.checkpoint import Checkpoints, state_digest
-from alexnet_jax.config import ConfigError, duration_in_steps, total_steps
+from alexnet_jax.config import ConfigError, duration_in_steps, field_names, total_steps
 from alexnet_jax.data import pipeline
 from alexnet_jax.evaluate import evaluate
-from alexnet_jax.monitor import Metrics, Preemption, Progress, log, write_json
+from alexnet_jax.monitor import Metrics, Preemption, Progress, Watchdog, log, write_json
 from alexnet_jax.optimizer import plateau_next, plateau_start, scheduled_rate
 from alexnet_jax.step import abstract_state, init_state, make_eval_step, make_train_step
 
@@ -34,42 +33,57 @@ class TrainingError(RuntimeError):
     """Training that cannot go on: one line with the cause and what to try."""
 
 
-def run(config: Any, workdir: str) -> int:
+def run(config: Any, workdir: str, group: dict[str, Any] | None) -> int:
     """Train `config` (resolved) to its end in `workdir`, from its newest checkpoint if there is one.
 
     Writes config.json, metrics.jsonl, checkpoints/ and result.json. Returns the exit code: 0, or 75 when SIGTERM or
     Ctrl-C came and a checkpoint is written.
 
+    Args:
+      group: the processes that do this together, see processes.start(). Where an error is raised, those that have
+        come together are still waiting for one another, so processes.leave() is the only way out.
+
     Raises:
-      ConfigError: mesh, data and settings do not fit one another, or `workdir` cannot be used.
+      ConfigError: mesh, data, settings and processes do not fit one another, or `workdir` cannot be used.
       TrainingError: the loss or the weights are not finite, or preparing was killed.
       CheckpointError: none can be read, or the disk is full.
+      ProcessError: the other processes did not come.
     """
-    with Preemption() as preemption, _locked(workdir):
-        mesh = parallel.make_mesh(config)
+    with Preemption() as preemption:
+        try:
+            os.makedirs(workdir, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f'--workdir: {workdir} cannot be used: {error}') from None
+        # Before the processes come together: it may take hours, in which none is to wait for another.
         store = _open_store(config, preemption)
         if store is None:
             log('stopped while preparing the data; the same command begins that again')
             return EXIT_PREEMPTED
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(workdir, 'result.json'))  # of a shorter run that this one continues
-        write_json(os.path.join(workdir, 'config.json'), config.to_dict())
-        return _Run(config, workdir, mesh, store, preemption).to_the_end()
+        if not processes.start(group, config.distributed, preemption):
+            processes.leave(EXIT_PREEMPTED)
+        with Watchdog(config.distributed.progress_timeout) as watchdog, processes.own_folder(workdir):
+            mesh = parallel.make_mesh(config)
+            _check_same(config, store)
+            if processes.is_first():
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(workdir, 'result.json'))  # of a shorter run that this one continues
+                write_json(os.path.join(workdir, 'config.json'), config.to_dict())
+            code = _Run(config, workdir, mesh, store, preemption, watchdog).to_the_end()
+            jax.distributed.shutdown()
+            return code
 
 
-@contextlib.contextmanager
-def _locked(workdir: str) -> Iterator[None]:
-    try:
-        os.makedirs(workdir, exist_ok=True)
-        file = open(os.path.join(workdir, 'lock'), 'w')  # noqa: SIM115
-    except OSError as error:
-        raise ConfigError(f'--workdir: {workdir} cannot be used: {error}') from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f'--workdir: another process trains in {workdir}; name another one') from None
-        yield
+def _check_same(config: Any, store: pipeline.Store) -> None:
+    """Raise ConfigError where processes have other settings or data; `data_dir` may be another on each host."""
+    settings: dict[str, Any] = {}
+    for field in field_names(config):
+        value = config
+        for name in field.split('.'):
+            value = value[name]
+        settings[f'config.{field}'] = value
+    del settings['config.data.data_dir']
+    settings['the number of images'] = len(store.train), len(store.validation)
+    processes.check_same(settings)
 
 
 def _open_store(config: Any, preemption: Preemption) -> pipeline.Store | None:
@@ -125,11 +139,24 @@ class Timed:
 class _Run:
     """One process's part in a run: the compiled steps, the input, and where the run stands."""
 
-    def __init__(self, config: Any, workdir: str, mesh: Any, store: pipeline.Store, preemption: Preemption):
-        self.config, self.workdir, self.mesh, self.store, self.preemption = config, workdir, mesh, store, preemption
+    def __init__(
+        self,
+        config: Any,
+        workdir: str,
+        mesh: Any,
+        store: pipeline.Store,
+        preemption: Preemption,
+        watchdog: Watchdog,
+    ):
+        self.config, self.workdir, self.mesh, self.store = config, workdir, mesh, store
+        self.preemption, self.watchdog = preemption, watchdog
+        self.share, self.shares = parallel.input_share(mesh)
+        parts = parallel.batch_parts(mesh)
+        self.eval_batch_size = math.ceil(config.eval.batch_size / parts) * parts
+        self.times_asked, self.stop = 0, False
         self.examples = len(store.train)
         self.total = total_steps(config, self.examples)
-        self.preprocessing = preprocessing(store.statistics, config.data)
+        self.preprocessing = processes.of_the_first(preprocessing(store.statistics, config.data))
         self.train_step = make_train_step(config, mesh)
         self.eval_steps = {views: make_eval_step(config, mesh, views) for views in {1, config.eval.views}}
         self.checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), config.checkpoint.keep)
@@ -142,7 +169,8 @@ class _Run:
             self.progress = {'step': 0, 'evaluated': -1, 'errors': None, 'plateau': plateau_start()}
             self.progress['images_per_second'] = 0.0
             self.state = init_state(config, mesh)
-        self.metrics = Metrics(os.path.join(workdir, 'metrics.jsonl'), self.step, self.progress['evaluated'])
+        path = os.path.join(workdir, 'metrics.jsonl') if processes.is_first() else None
+        self.metrics = Metrics(path, self.step, self.progress['evaluated'])
         self.pending: list[Any] = []  # metrics of steps not yet logged, on the device
         # Of training alone, without the first step of the process, which waits for the compiler.
         self.timed, self.timed_since_line = Timed(), Timed()
@@ -158,13 +186,21 @@ class _Run:
     def steps_of(self, duration: str) -> int:
         return duration_in_steps(str(duration), batch_size=self.config.train.batch_size, examples=self.examples)
 
+    def asked_to_stop(self) -> bool:
+        """Whether SIGTERM or Ctrl-C came; all processes ask equally often and hear the same. Things go on, it says."""
+        self.watchdog.feed(f'step {self.step}')
+        self.times_asked += 1
+        if not self.stop:
+            self.stop = self.preemption.requested or processes.stop_point(self.times_asked)
+        return self.stop
+
     def to_the_end(self) -> int:
         config = self.config
         eval_every, save_every = self.steps_of(config.eval.every), self.steps_of(config.checkpoint.every)
         log_every = self.steps_of(config.train.log_every)
         log(
             f'{config.data.source}: {self.examples} training and {len(self.store.validation)} validation images;'
-            f' mesh data={self.mesh.shape["data"]}, model={self.mesh.shape["model"]};'
+            f' {jax.process_count()} processes, mesh data={self.mesh.shape["data"]}, model={self.mesh.shape["model"]};'
             f' {self.total} steps of {config.train.batch_size} images'
         )
         batches = self.batches_ahead()
@@ -173,10 +209,10 @@ class _Run:
             evaluation_due = done or (self.step > 0 and self.step % eval_every == 0)
             evaluation_due = evaluation_due and self.step > self.progress['evaluated']
             improved = False
-            if evaluation_due and not self.preemption.requested:
+            if not self.asked_to_stop() and evaluation_due:
                 self.log_training()
                 improved = self.validate()
-            stopping = done or self.preemption.requested
+            stopping = done or self.stop
             if stopping or improved or (self.step % save_every == 0 and self.step > self.first_step):
                 self.save()
             if stopping:
@@ -197,8 +233,8 @@ class _Run:
             batch_size=config.train.batch_size,
             first_step=self.step,
             threads=config.data.threads,
-            process=jax.process_index(),
-            processes=jax.process_count(),
+            share=self.share,
+            shares=self.shares,
         )
         ahead = parallel.put_batch(self.mesh, next(batches))
         for batch in batches:
@@ -267,10 +303,10 @@ class _Run:
         config = self.config
         batches = pipeline.validation_batches(
             self.store.validation,
-            batch_size=config.eval.batch_size,
+            batch_size=self.eval_batch_size,
             threads=config.data.threads,
-            process=jax.process_index(),
-            processes=jax.process_count(),
+            share=self.share,
+            shares=self.shares,
         )
         return evaluate(
             self.eval_steps[views],
@@ -279,8 +315,8 @@ class _Run:
             self.preprocessing,
             self.mesh,
             what=f'evaluate, {views} view{"s" * (views > 1)}',
-            total=math.ceil(len(self.store.validation) / config.eval.batch_size),
-            stop=lambda: self.preemption.requested,
+            total=math.ceil(len(self.store.validation) / self.eval_batch_size),
+            stop=self.asked_to_stop,
         )
 
     def validate(self) -> bool:
@@ -311,11 +347,12 @@ class _Run:
         self.progress['images_per_second'] = self.timed.images_per_second or self.progress['images_per_second']
         measured = self.progress['errors'] if self.progress['evaluated'] == self.step else None
         self.checkpoints.save(self.state, self.progress, measured and measured['top1_error'])
+        self.watchdog.feed(f'the checkpoint of step {self.step}')
 
     def finish(self) -> int:
         """Write result.json: after the last step with the final evaluation, or when preempted with what is known."""
         views = {'1': self.progress['errors']} if self.progress['errors'] else {}
-        preempted = self.step < self.total or self.preemption.requested
+        preempted = self.step < self.total or self.stop
         if not preempted and self.config.eval.views != 1:
             errors = self.measure(self.config.eval.views)
             preempted = errors is None
@@ -323,6 +360,7 @@ class _Run:
                 views[str(self.config.eval.views)] = errors
         final = views.get(str(self.config.eval.views)) or self.progress['errors'] or {}
         self.checkpoints.close()
+        self.watchdog.feed('the last checkpoint')
         self.metrics.close()
         result = {
             'status': 'preempted' if preempted else 'done',
@@ -334,7 +372,8 @@ class _Run:
             'images_per_second': self.timed.images_per_second or self.progress['images_per_second'],
             'state_digest': state_digest(self.state),
         }
-        write_json(os.path.join(self.workdir, 'result.json'), result)
+        if processes.is_first():
+            write_json(os.path.join(self.workdir, 'result.json'), result)
         if preempted:
             log(f'stopped at step {self.step} of {self.total}; the same command continues')
         return EXIT_PREEMPTED if preempted else EXIT_DONE

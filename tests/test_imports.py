@@ -21,8 +21,9 @@ ALLOWED = {
     'parallel': {'config'},
     'model': {'config', 'layers', 'parallel', 'presets'},
     'step': {'augment', 'model', 'optimizer', 'parallel'},
+    'processes': {'config', 'monitor'},
     'evaluate': {'monitor', 'parallel'},
-    'checkpoint': {'monitor'},
+    'checkpoint': {'monitor', 'parallel', 'processes'},
     'data': set(),
     'data.photos': set(),
     'data.pipeline': {'data.photos'},
@@ -36,6 +37,7 @@ ALLOWED = {
         'monitor',
         'optimizer',
         'parallel',
+        'processes',
         'step',
     },
 }

@@ -49,15 +49,15 @@ def open_store(directory: str) -> Store:
 
 
 def training_batches(
-    source: Any, *, seed: int, batch_size: int, first_step: int, threads: int, process: int = 0, processes: int = 1
+    source: Any, *, seed: int, batch_size: int, first_step: int, threads: int, share: int = 0, shares: int = 1
 ) -> Iterator[Batch]:
-    """Endless batches from step `first_step` on, of this process's share of the images.
+    """Endless batches from step `first_step` on: of each the rows of part number `share` of the `shares` equal ones.
 
     Every epoch is a new permutation of all images; a batch may end one epoch and begin the next, so none is left out.
 
     Yields:
       image (B, S, S, 3) uint8, label (B,) int32 and number (B,) uint32, the count of images given out before this one
-      since step 0; B is batch_size // processes.
+      since step 0; B is batch_size // shares.
     """
     import grain
 
@@ -70,27 +70,27 @@ def training_batches(
         }
     )
     batches = iter(
-        numbered[process::processes]
-        .batch(batch_size // processes)
-        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+        numbered.batch(batch_size // shares)[share::shares].to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        )
     )
     batches.set_state({'next_index': first_step})
     return batches
 
 
 def validation_batches(
-    source: Any, *, batch_size: int, threads: int, process: int = 0, processes: int = 1
+    source: Any, *, batch_size: int, threads: int, share: int = 0, shares: int = 1
 ) -> Iterator[Batch]:
-    """Every image once, in order, in batches filled up with black images labelled -1; this process's share of each.
+    """Every image once, in order, in batches filled up with black images labelled -1; of each the rows of `share`.
 
     Yields:
-      image (B, S, S, 3) uint8 and label (B,) int32; B is batch_size // processes.
+      image (B, S, S, 3) uint8 and label (B,) int32; B is batch_size // shares.
     """
     import grain
 
     return iter(
-        grain.MapDataset.source(_Padded(source, batch_size))[process::processes]
-        .batch(batch_size // processes)
+        grain.MapDataset.source(_Padded(source, batch_size))
+        .batch(batch_size // shares)[share::shares]
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     )
 
