@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from alexnet_jax import parallel, processes
+from alexnet_jax import processes
 from alexnet_jax.monitor import log
 from alexnet_jax.processes import first_line
 
@@ -25,7 +25,7 @@ def state_digest(state: Any) -> str:
     leaves = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
     for path, leaf in sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0])):
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(parallel.on_this_host(leaf), dtype='<f4').data)
+        digest.update(np.ascontiguousarray(processes.whole(leaf), dtype='<f4').data)
     return digest.hexdigest()
 
 

@@ -71,6 +71,8 @@ class Preemption:
     def hand_over(self) -> None:
         """Leave SIGTERM to JAX, which has taken it over and tells all processes; Ctrl-C becomes a SIGTERM."""
         signal.signal(signal.SIGINT, self._pass_on)
+        # JAX says why it ends a process whose group is broken; the stacks of all threads behind it would hide that.
+        signal.signal(signal.SIGABRT, signal.SIG_DFL)
 
     def _pass_on(self, number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)

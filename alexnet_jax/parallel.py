@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -123,10 +122,3 @@ def input_share(mesh: Mesh) -> tuple[int, int]:
             f' processes no equal shares of a batch; the nearest is {near}'
         )
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
-
-
-def on_this_host(x: Any) -> np.ndarray:
-    """All numbers of `x`, an array on the mesh, from all devices; all processes must call it."""
-    if not x.is_fully_addressable:
-        x = jax.jit(lambda y: y, out_shardings=NamedSharding(x.sharding.mesh, EVERYWHERE))(x)
-    return np.asarray(x)

@@ -93,6 +93,11 @@ def agree(problem: str = '') -> str:
     return next(filter(None, texts), '')
 
 
+def whole(x: Any) -> np.ndarray:
+    """All numbers of `x`, an array on the mesh of which other processes may hold a part; all must call it."""
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
 def of_the_first(tree: Any) -> Any:
     """Process 0's arrays (NumPy, of the same shapes and dtypes on all) on every process."""
     return multihost_utils.broadcast_one_to_all(tree)

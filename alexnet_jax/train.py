@@ -169,6 +169,7 @@ class _Run:
             self.progress = {'step': 0, 'evaluated': -1, 'errors': None, 'plateau': plateau_start()}
             self.progress['images_per_second'] = 0.0
             self.state = init_state(config, mesh)
+        watchdog.feed('the first state')
         path = os.path.join(workdir, 'metrics.jsonl') if processes.is_first() else None
         self.metrics = Metrics(path, self.step, self.progress['evaluated'])
         self.pending: list[Any] = []  # metrics of steps not yet logged, on the device

@@ -23,7 +23,7 @@ ALLOWED = {
     'step': {'augment', 'model', 'optimizer', 'parallel'},
     'processes': {'config', 'monitor'},
     'evaluate': {'monitor', 'parallel'},
-    'checkpoint': {'monitor', 'parallel', 'processes'},
+    'checkpoint': {'monitor', 'processes'},
     'data': set(),
     'data.photos': set(),
     'data.pipeline': {'data.photos'},
