@@ -77,6 +77,7 @@ class Cluster:
             'PATH': PATH,
             'SLURM_CONF': f'{folder}/slurm.conf',
             'JAX_NUM_CPU_DEVICES': '1',
+            'JAX_COMPILATION_CACHE_DIR': f'{folder}/compiled',  # three times the same program
         }
         for name in ('state', '127.0.0.1', '127.0.0.2', 'repository'):
             (folder / name).mkdir()
@@ -182,6 +183,7 @@ def flags(data_dir: str, workdir: Path) -> list[str]:
         'train.batch_size': 640,
         'train.steps': STEPS,
         'eval.every': STEPS,
+        'eval.views': 1,
         'checkpoint.every': SAVE_EVERY,
     }
     return [f'--workdir={workdir}', *(f'--config.{field}={value}' for field, value in settings.items())]
@@ -191,12 +193,12 @@ def test_a_preempted_job_comes_back_and_ends_as_one_that_was_left_alone(cluster,
     preempted, alone = cluster.folder / 'preempted', cluster.folder / 'alone'
     first = cluster.submit('--nodes=2', '--partition=low', 'cluster/slurm.sh', *flags(photos_dir, preempted))
     saved = preempted / 'checkpoints' / str(SAVE_EVERY)
-    wait_until(lambda: saved.exists() or cluster.state(first)['JobState'] == 'FAILED', 120, 'the first checkpoint')
+    wait_until(lambda: saved.exists() or cluster.state(first)['JobState'] == 'FAILED', 180, 'the first checkpoint')
     # A job of a higher partition needs both nodes: SLURM sends SIGTERM to the tasks of the first.
     second = cluster.submit('--nodes=2', '--partition=high', 'cluster/slurm.sh', *flags(photos_dir, alone))
-    assert cluster.wait_for_end(second, 120)['JobState'] == 'COMPLETED'
+    assert cluster.wait_for_end(second, 180)['JobState'] == 'COMPLETED'
     between = json.loads((preempted / 'result.json').read_text())
-    end = cluster.wait_for_end(first, 120)
+    end = cluster.wait_for_end(first, 180)
     assert (end['JobState'], end['Restarts'], end['ExitCode']) == ('COMPLETED', '1', '0:0')
 
     assert between['status'] == 'preempted'
