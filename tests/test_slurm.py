@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -123,12 +124,12 @@ class Cluster:
         """What scontrol says of the job: JobState, Restarts, ExitCode."""
         return dict(word.split('=', 1) for word in self.run('scontrol', 'show', 'job', job).split() if '=' in word)
 
-    def wait_for_end(self, job: str, seconds: float) -> dict[str, str]:
-        def ended():
-            state = self.state(job)
-            return state.get('JobState') not in (None, 'PENDING', 'CONFIGURING', 'RUNNING', 'COMPLETING') and state
+    def ended(self, job: str) -> bool:
+        return self.state(job).get('JobState') not in (None, 'PENDING', 'CONFIGURING', 'RUNNING', 'COMPLETING')
 
-        return wait_until(ended, seconds, f'the end of job {job}')
+    def wait_for_end(self, job: str, seconds: float) -> dict[str, str]:
+        wait_until(lambda: self.ended(job), seconds, f'the end of job {job}')
+        return self.state(job)
 
     def log(self, job: str) -> str:
         file = self.repository / f'slurm-{job}.log'
@@ -193,7 +194,8 @@ def test_a_preempted_job_comes_back_and_ends_as_one_that_was_left_alone(cluster,
     preempted, alone = cluster.folder / 'preempted', cluster.folder / 'alone'
     first = cluster.submit('--nodes=2', '--partition=low', 'cluster/slurm.sh', *flags(photos_dir, preempted))
     saved = preempted / 'checkpoints' / str(SAVE_EVERY)
-    wait_until(lambda: saved.exists() or cluster.state(first)['JobState'] == 'FAILED', 180, 'the first checkpoint')
+    wait_until(lambda: saved.exists() or cluster.ended(first), 180, 'the first checkpoint')
+    assert saved.exists()
     # A job of a higher partition needs both nodes: SLURM sends SIGTERM to the tasks of the first.
     second = cluster.submit('--nodes=2', '--partition=high', 'cluster/slurm.sh', *flags(photos_dir, alone))
     assert cluster.wait_for_end(second, 180)['JobState'] == 'COMPLETED'
@@ -204,7 +206,7 @@ def test_a_preempted_job_comes_back_and_ends_as_one_that_was_left_alone(cluster,
     assert between['status'] == 'preempted'
     assert SAVE_EVERY <= between['step'] < STEPS
     log = cluster.log(first)
-    assert log.count('Exited with exit code 75') == 2  # one line a task
+    assert set(re.findall(r'Exited with exit code (\d+)', log)) == {'75'}
     assert f'resuming {preempted} at step {between["step"]} of {STEPS}' in log
     assert 'mesh data=2, model=1' in log  # the two tasks trained together
     result, expected = (json.loads((folder / 'result.json').read_text()) for folder in (preempted, alone))
