@@ -42,18 +42,23 @@ def start(group: dict[str, Any] | None, config: Any, preemption: Preemption) -> 
     """
     if group is None:
         return True
-    # In a thread, for while it waits in C++ no signal would be handled.
+    where = group.get('coordinator_address', 'the coordinator')
+    missed = f'not all processes met at {where} within config.distributed.start_timeout={config.start_timeout} s'
+    # In a thread, for while it waits in C++ no signal is handled; and its own timeout aborts the process.
     joined = ThreadPoolExecutor(1).submit(
         jax.distributed.initialize,
         **group,
-        initialization_timeout=config.start_timeout,
+        initialization_timeout=config.start_timeout + 60,
         heartbeat_timeout_seconds=config.heartbeat_timeout,
         shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
     )
+    deadline = time.monotonic() + config.start_timeout
     while not joined.done():
         time.sleep(0.05)
         if preemption.requested:
             return False
+        if time.monotonic() > deadline:
+            raise ProcessError(missed)
     try:
         joined.result()
     except ValueError as error:
@@ -62,11 +67,7 @@ def start(group: dict[str, Any] | None, config: Any, preemption: Preemption) -> 
             ' give --coordinator_address, --num_processes and --process_id'
         ) from None
     except RuntimeError as error:
-        where = group.get('coordinator_address', 'the coordinator')
-        raise ProcessError(
-            f'not all processes met at {where} within config.distributed.start_timeout={config.start_timeout} s'
-            f' ({first_line(error)})'
-        ) from None
+        raise ProcessError(f'the processes could not meet at {where}: {first_line(error)}') from None
     preemption.hand_over()
     belong_to(jax.process_index(), jax.process_count())
     return True

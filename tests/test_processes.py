@@ -1,0 +1,409 @@
+"""launch.py as several processes: the same run as one process, and an end within bounds whatever happens to one."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alexnet_jax.data import pipeline
+
+ROOT = Path(__file__).parent.parent
+STEPS = 6
+
+# Process 1 cannot read, or reads for ever, after 200 records.
+FAULTY_INPUT = """
+import dataclasses, runpy, sys, time
+sys.path.insert(0, '.')
+from alexnet_jax.data import pipeline
+fault, sys.argv = sys.argv[1], ['launch.py', *sys.argv[2:]]
+class Faulty:
+    def __init__(self, source):
+        self.source, self.reads = source, 0
+    def __len__(self):
+        return len(self.source)
+    def __getitem__(self, index):
+        self.reads += 1
+        if self.reads > 200 and fault == 'unreadable':
+            raise OSError('this record cannot be read')
+        if self.reads > 200:
+            time.sleep(1000)
+        return self.source[index]
+open_store = pipeline.open_store
+def faulty_store(directory):
+    store = open_store(directory)
+    return dataclasses.replace(store, train=Faulty(store.train))
+if '--process_id=1' in sys.argv:
+    pipeline.open_store = faulty_store
+runpy.run_path('launch.py', run_name='__main__')
+"""
+
+# Four processes with two devices each, outside of a run; each prints what it sees as JSON.
+FOUR = """
+import dataclasses, hashlib, json, os, sys
+from types import SimpleNamespace
+import jax, numpy as np
+from alexnet_jax import parallel, processes
+from alexnet_jax.checkpoint import state_digest
+from alexnet_jax.config import ConfigError, default_config, resolve
+from alexnet_jax.monitor import Preemption
+address, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+def refusal(function, *arguments):
+    try:
+        function(*arguments)
+    except ConfigError as error:
+        return str(error)
+def enter(workdir):
+    with processes.own_folder(workdir):
+        pass
+config = resolve(default_config())
+with Preemption() as preemption:
+    group = {'coordinator_address': address, 'num_processes': 4, 'process_id': index}
+    processes.start(group, config.distributed, preemption)
+    seen = {'shares': {}}
+    for data, model in ((8, 1), (4, 2), (2, 4), (1, 8), (3, 1), (6, 1)):
+        devices, kinds = jax.devices()[:data * model], (jax.sharding.AxisType.Auto,) * 2
+        mesh = jax.make_mesh((data, model), ('data', 'model'), kinds, devices=devices)
+        try:
+            seen['shares'][f'{data}x{model}'] = parallel.input_share(mesh)
+        except ConfigError as error:
+            seen['shares'][f'{data}x{model}'] = 'refused'
+    mesh = parallel.make_mesh(config)
+    rows = np.arange(16, dtype=np.uint32).reshape(4, 4)[index]
+    batch = parallel.put_batch(mesh, {'number': rows})
+    state = SimpleNamespace(params={'b': batch['number'].astype('float32')}, opt_state={})
+    seen['rows'] = processes.whole(batch['number']).tolist()
+    seen['digest'] = state_digest(state)
+    seen['agreed'] = processes.agree(f'problem of {index}' if index > 1 else '')
+    seen['same'] = refusal(processes.check_same, {'a': 1, 'b': [1, 2]})
+    seen['other'] = refusal(processes.check_same, {'a': 1, 'b': [1, 3 if index == 2 else 2]})
+    os.makedirs(f'{folder}/{index}')
+    seen['shared'] = refusal(enter, folder)
+    processes.VISIBLE_AFTER = 0.5
+    seen['not shared'] = refusal(enter, f'{folder}/{index}')
+    print(json.dumps(seen), flush=True)
+    jax.distributed.shutdown()
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(('', 0))
+        return listener.getsockname()[1]
+
+
+def environment(devices: int) -> dict[str, str]:
+    """Compiles faster, and process 0 finds what another test has compiled."""
+    return {
+        **os.environ,
+        'JAX_NUM_CPU_DEVICES': str(devices),
+        'XLA_FLAGS': '--xla_backend_optimization_level=0',
+        'PYTHONPATH': str(ROOT),
+    }
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled_programs(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path_factory.mktemp('compiled')))
+        patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+        yield
+
+
+class Group:
+    """Processes of launch.py (or of `program`) that belong together; their output is in WORKDIR.I.out and .err."""
+
+    def __init__(self, count: int, devices: int, data_dir: str, workdir: Path, *overrides: str, program=('launch.py',)):
+        settings = {
+            'data.data_dir': data_dir,
+            'model.widths': '(8,16,16,16,16,32,32)',
+            'model.lrn': False,
+            'train.batch_size': 64,
+            'train.steps': STEPS,
+            'train.log_every': 1,
+            'optimizer.schedule': 'constant',
+            'eval.every': 4,
+            'eval.views': 1,
+            'eval.batch_size': 300,  # neither divides 1600 nor is divided by 8
+            'checkpoint.every': 3,
+        }
+        flags = [f'--config.{field}={value}' for field, value in settings.items()]
+        address, self.workdir, self.processes = f'localhost:{free_port()}', workdir, []
+        for index in range(count):
+            group = [f'--coordinator_address={address}', f'--num_processes={count}', f'--process_id={index}']
+            command = [
+                sys.executable,
+                *program,
+                f'--workdir={workdir}',
+                *flags,
+                *overrides,
+                *(group if count > 1 else []),
+            ]
+            with open(self.file(index, 'out'), 'w') as out, open(self.file(index, 'err'), 'w') as err:
+                self.processes.append(
+                    subprocess.Popen(command, cwd=ROOT, env=environment(devices), stdout=out, stderr=err)
+                )
+
+    def __enter__(self) -> 'Group':
+        return self
+
+    def __exit__(self, *error) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def file(self, index: int, kind: str) -> Path:
+        return Path(f'{self.workdir}.{index}.{kind}')
+
+    def said(self, index: int, kind: str = 'err') -> str:
+        """What a process wrote, without the lines of the library that carries the collectives."""
+        return ''.join(line for line in open(self.file(index, kind)) if 'peer ranks' not in line)
+
+    def wait(self, timeout: float) -> list[int]:
+        """The exit codes, of all within `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        return [process.wait(max(deadline - time.monotonic(), 0.01)) for process in self.processes]
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + 240
+        while f'train {step}/' not in self.said(0) and time.monotonic() < deadline:
+            assert all(process.poll() is None for process in self.processes), self.said(0) + self.said(1)
+            time.sleep(0.02)
+
+
+def lines(workdir: Path, split: str) -> list[dict]:
+    recorded = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    return [line for line in recorded if line['split'] == split]
+
+
+def result(workdir: Path) -> dict:
+    return json.loads((workdir / 'result.json').read_text())
+
+
+def run(count: int, devices: int, data_dir: str, workdir: Path, *overrides: str) -> Group:
+    """A run that ends as it should."""
+    with Group(count, devices, data_dir, workdir, *overrides) as group:
+        assert group.wait(300) == [0] * count, group.said(0) + group.said(count - 1)
+    return group
+
+
+def assert_equal_runs(workdir: Path, expected: Path) -> None:
+    """The same losses, to float32, and every validation image once."""
+    for split, steps in (('train', list(range(1, STEPS + 1))), ('validation', [4, STEPS])):
+        assert [line['step'] for line in lines(workdir, split)] == steps
+        losses = [[line['loss'] for line in lines(folder, split)] for folder in (workdir, expected)]
+        np.testing.assert_allclose(losses[0], losses[1], rtol=2e-5)
+    assert result(workdir)['views']['1']['examples'] == 1600
+    np.testing.assert_allclose(result(workdir)['views']['1']['loss'], result(expected)['views']['1']['loss'], rtol=2e-5)
+
+
+@pytest.fixture(scope='module')
+def alone(photos_dir, tmp_path_factory) -> Path:
+    """One process with eight devices."""
+    return run(1, 8, photos_dir, tmp_path_factory.mktemp('alone') / 'run').workdir
+
+
+@pytest.fixture(scope='module')
+def together(photos_dir, tmp_path_factory) -> Group:
+    """Two processes with four devices each."""
+    return run(2, 4, photos_dir, tmp_path_factory.mktemp('together') / 'run')
+
+
+@pytest.fixture(scope='module')
+def preempted(photos_dir, tmp_path_factory) -> Path:
+    """The same two, of which the second got SIGTERM."""
+    with Group(2, 4, photos_dir, tmp_path_factory.mktemp('preempted') / 'run') as group:
+        group.wait_for_step(1)
+        group.processes[1].send_signal(signal.SIGTERM)
+        assert group.wait(60) == [75, 75], group.said(0) + group.said(1)
+    assert 'the same command continues' in group.said(0)
+    return group.workdir
+
+
+def test_two_processes_train_as_one(together, alone):
+    assert_equal_runs(together.workdir, alone)
+    assert together.said(1) == together.said(1, 'out') == ''
+    assert '1 view' in together.said(0, 'out')
+    assert together.said(0).count('resuming') == 0
+
+
+def test_sigterm_to_one_stops_all_at_one_step_and_they_go_on(photos_dir, tmp_path, preempted, together):
+    shutil.copytree(preempted, tmp_path / 'run')
+    step = result(preempted)['step']
+    assert 1 <= step < STEPS
+    assert (preempted / 'checkpoints' / str(step)).exists()
+    resumed = run(2, 4, photos_dir, tmp_path / 'run')
+    assert f'resuming {tmp_path}/run at step {step}' in resumed.said(0)
+    assert result(resumed.workdir)['state_digest'] == result(together.workdir)['state_digest']
+
+
+def test_a_run_moves_between_numbers_of_processes(photos_dir, tmp_path, preempted, alone):
+    shutil.copytree(preempted, tmp_path / 'run')
+    run(1, 8, photos_dir, tmp_path / 'run', f'--config.train.steps={STEPS - 1}', '--config.eval.every=4')
+    # The evaluation after the last step of the shorter run is not one of the longer run's.
+    metrics = tmp_path / 'run' / 'metrics.jsonl'
+    kept = [
+        line for line in metrics.read_text().splitlines() if json.loads(line)['step'] != STEPS - 1 or 'train' in line
+    ]
+    metrics.write_text('\n'.join(kept) + '\n')
+    last = run(1, 4, photos_dir, tmp_path / 'run')
+    assert f'at step {STEPS - 1} of' in last.said(0)
+    assert_equal_runs(tmp_path / 'run', alone)
+
+
+def test_the_images_of_a_run_do_not_depend_on_the_number_of_shares(photos_dir):
+    source = pipeline.open_store(pipeline.store_directory(photos_dir, 'photos', 72)).train
+
+    def batches(first_step, steps, shares):
+        readers = [
+            pipeline.training_batches(
+                source, seed=5, batch_size=64, first_step=first_step, threads=1, share=share, shares=shares
+            )
+            for share in range(shares)
+        ]
+        for _ in range(steps):
+            parts = [next(reader) for reader in readers]
+            yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    moved = [*batches(98, 2, 2), *batches(100, 1, 1), *batches(101, 2, 4)]  # an epoch ends at step 100
+    for found, expected in zip(moved, batches(98, 5, 1), strict=True):
+        for name in ('number', 'label', 'image'):
+            np.testing.assert_array_equal(found[name], expected[name])
+
+
+@pytest.mark.parametrize('fault', ['unreadable', 'stuck', 'kill 0', 'kill 1'])
+def test_when_one_process_fails_all_end(photos_dir, tmp_path, fault):
+    (tmp_path / 'faulty.py').write_text(FAULTY_INPUT)
+    program = ('launch.py',) if 'kill' in fault else (str(tmp_path / 'faulty.py'), fault)
+    overrides = ['--config.train.steps=100000', '--config.eval.every=100000', '--config.checkpoint.every=100000']
+    if fault == 'stuck':
+        overrides.append('--config.distributed.progress_timeout=20')
+    with Group(2, 4, photos_dir, tmp_path / 'run', *overrides, program=program) as group:
+        group.wait_for_step(2)
+        failed = 1
+        if 'kill' in fault:
+            failed = int(fault[-1])
+            group.processes[failed].kill()
+        elif fault == 'unreadable':
+            group.processes[failed].wait(120)
+        start = time.monotonic()
+        codes = group.wait(20 + 15 + 10 if fault == 'stuck' else 30)
+        print(f'{fault}: all ended after {time.monotonic() - start:.1f} s with {codes}')
+    assert 0 not in codes
+    assert 75 not in codes
+    said = group.said(failed)
+    if fault == 'unreadable':
+        assert codes[failed] == 1
+        assert said.startswith('alexnet_jax: process 1 of 2: ended by an error:')
+        assert said.rstrip().splitlines()[-1].startswith('OSError: this record cannot be read')
+    if fault == 'stuck':
+        assert codes[failed] == 1
+        assert 'alexnet_jax: process 1 of 2: no progress since step' in said
+        assert '__getitem__' in said  # where it is stuck
+    survivor = group.said(1 - failed)
+    assert len(survivor.splitlines()) < 200
+    assert not (tmp_path / 'run' / 'result.json').exists()
+
+
+def test_four_processes_share_agree_and_refuse(tmp_path):
+    address = f'localhost:{free_port()}'
+    (tmp_path / 'run').mkdir()
+    command = [sys.executable, '-c', FOUR, address]
+    with contextlib.ExitStack() as stack:
+        four = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [*command, str(index), str(tmp_path / 'run')],
+                    cwd=ROOT,
+                    env=environment(2),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for index in range(4)
+        ]
+        outputs = [process.communicate(timeout=200) for process in four]
+    assert [process.returncode for process in four] == [0] * 4, outputs
+    seen = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    for index, view in enumerate(seen):
+        assert view['shares'] == {
+            '8x1': [index, 4],
+            '4x2': [index, 4],
+            '2x4': [index // 2, 2],  # two processes hold the two towers of the same rows
+            '1x8': [0, 1],
+            '3x1': 'refused',  # two processes without a device
+            '6x1': 'refused',
+        }
+        assert view['rows'] == list(range(16))
+        assert view['agreed'] == 'problem of 2'
+        assert view['same'] is view['shared'] is None
+        assert view['other'] == 'b: [1, 3] on process 2, not so on process 0'
+        assert view['not shared'] == f'--workdir: {tmp_path}/run/1 on process 1 is not that of process 0; share it'
+    import hashlib
+
+    expected = hashlib.sha256(b"[0]['b']" + np.arange(16, dtype='<f4').tobytes()).hexdigest()
+    assert {view['digest'] for view in seen} == {expected}
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, 'launch.py', *arguments],
+        cwd=ROOT,
+        env=environment(1),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'reason'),
+    [
+        ('--num_processes=2 --process_id=0', '--num_processes: --coordinator_address must be given with it'),
+        (
+            '--coordinator_address=localhost:1234',
+            '--coordinator_address: --num_processes and --process_id must be given',
+        ),
+        ('--distributed --process_id=0', '--distributed finds the processes itself; leave out --process_id'),
+        (
+            '--coordinator_address=localhost --num_processes=2 --process_id=0',
+            "--coordinator_address: 'localhost' is not",
+        ),
+        (
+            '--coordinator_address=h:1 --num_processes=2 --process_id=2',
+            '--process_id: 2 is not below --num_processes=2',
+        ),
+        ('--distributed', '--distributed: found neither SLURM, TPU nor Kubernetes'),
+        ('--config.distributed.start_timeout=0', 'config.distributed.start_timeout: 0 is outside 1 to'),
+    ],
+)
+def test_wrong_flags_are_refused_in_one_line(photos_dir, tmp_path, arguments, reason):
+    refused = launch(f'--workdir={tmp_path}/run', f'--config.data.data_dir={photos_dir}', *arguments.split())
+    assert refused.returncode == 2, refused.stderr
+    assert refused.stderr.startswith(f'alexnet_jax: {reason}')
+    assert refused.stderr.count('\n') == 1
+
+
+def test_a_coordinator_out_of_reach_ends_the_process_in_time(photos_dir, tmp_path):
+    start = time.monotonic()
+    alone = launch(
+        f'--workdir={tmp_path}/run',
+        f'--config.data.data_dir={photos_dir}',
+        f'--coordinator_address=localhost:{free_port()}',
+        '--num_processes=2',
+        '--process_id=1',
+        '--config.distributed.start_timeout=3',
+    )
+    assert time.monotonic() - start < 60
+    assert alone.returncode == 1
+    assert 'alexnet_jax: process 1 of 2: not all processes met at localhost:' in alone.stderr
+    assert 'Traceback' not in alone.stderr
