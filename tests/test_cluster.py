@@ -80,9 +80,13 @@ def test_a_jobset_restarts_preempted_pods_and_hangs_together(name):
     mounts = {mount['name']: mount['mountPath'] for mount in container['volumeMounts']}
     assert mounts.keys() == {volume['name'] for volume in pod['volumes']}
     assert mounts['shared'] == '/shared'
-    claim = objects['PersistentVolumeClaim']
-    assert pod['volumes'][0]['persistentVolumeClaim']['claimName'] == claim['metadata']['name']
-    assert claim['spec']['accessModes'] == ['ReadWriteMany']
+    shared = documents('kubernetes-volume.yaml')
+    assert shared['PersistentVolumeClaim']['spec']['accessModes'] == ['ReadWriteMany']
+    volume = {
+        'name': 'shared',
+        'persistentVolumeClaim': {'claimName': shared['PersistentVolumeClaim']['metadata']['name']},
+    }
+    assert pod['volumes'][0] == shared['Pod']['spec']['volumes'][0] == volume
 
 
 def test_a_slice_of_tpus_has_as_many_nodes_as_the_job_has_pods():

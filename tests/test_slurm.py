@@ -43,6 +43,7 @@ SchedulerParameters=sched_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=5
+JobRequeue=0
 NodeName=127.0.0.1 NodeAddr=127.0.0.1 NodeHostname=localhost Port={ports[1]}
 NodeName=127.0.0.2 NodeAddr=127.0.0.1 NodeHostname=localhost Port={ports[2]}
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=120
