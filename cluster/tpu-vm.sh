@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Trains on a slice of Cloud TPU VMs, all of its workers; what follows the script's name goes to launch.py. It takes a
+# spot slice from the queue, asks for another one when that is preempted, and gives it back at the end. Let it run where
+# it can go on for days (tmux on a small machine):
+#
+#   NAME=alexnet ZONE=us-east5-b TYPE=v6e-16 RUNTIME=v2-alpha-tpuv6e NFS=10.0.0.2:/share \
+#   REPOSITORY=https://github.com/YOU/alexnet_jax \
+#     cluster/tpu-vm.sh --config=configs/imagenet.py --config.data.data_dir=/shared/data --workdir=/shared/runs/a
+#
+# NFS is a file system that all workers reach and that outlives them (Filestore); it is mounted at /shared.
+set -euo pipefail
+: "${NAME:?}" "${ZONE:?}" "${TYPE:?}" "${RUNTIME:?}" "${NFS:?}" "${REPOSITORY:?}" "${SECONDS_BETWEEN_LOOKS:=30}"
+
+queue() { gcloud compute tpus queued-resources "$1" "$NAME" --zone="$ZONE" "${@:2}"; }
+state() { queue describe --format='value(state.state)' 2>/dev/null || echo MISSING; }
+on_all_workers() { gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$1"; }
+
+printf -v arguments ' %q' "$@"
+setup="set -e
+sudo apt-get install --yes nfs-common
+sudo mkdir -p /shared
+mountpoint -q /shared || sudo mount -t nfs $NFS /shared
+[ -d alexnet_jax ] || git clone $REPOSITORY alexnet_jax
+cd alexnet_jax
+pip install --user uv
+~/.local/bin/uv venv --allow-existing --python=3.11 .venv
+~/.local/bin/uv pip install --python=.venv/bin/python --requirement=requirements-tpu.txt"
+# 75: stopped with a checkpoint written, on all workers at once.
+train="cd alexnet_jax
+while .venv/bin/python launch.py --distributed$arguments; code=\$?; [ \$code = 75 ]; do :; done
+exit \$code"
+
+while true; do
+  case $(state) in
+    ACTIVE)
+      if on_all_workers "$setup" && on_all_workers "$train"; then
+        queue delete --quiet --force
+        exit 0
+      fi
+      sleep "$SECONDS_BETWEEN_LOOKS"
+      if [[ $(state) == ACTIVE ]]; then
+        echo "$NAME failed and is kept; look at it, then delete it" >&2
+        exit 1
+      fi
+      ;;
+    FAILED | SUSPENDED) queue delete --quiet --force ;;
+    MISSING) queue create --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" --spot ;;
+    *) sleep "$SECONDS_BETWEEN_LOOKS" ;; # waiting, being made or taken away
+  esac
+done
