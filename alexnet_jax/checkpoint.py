@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint.options import MultiprocessingOptions
 
 from alexnet_jax import processes
 from alexnet_jax.monitor import log
@@ -57,6 +58,9 @@ class Checkpoints:
         newest = checkpoint_managers.LatestN(n=keep)
         best = checkpoint_managers.BestN(get_metric_fn=error, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         self.directory = os.path.abspath(directory)
+        os.makedirs(self.directory, exist_ok=True)
+        # Naming the processes makes Orbax wait for them with a timeout, and not in a collective without one.
+        everyone = MultiprocessingOptions(active_processes=set(range(jax.process_count())))
         self.manager = _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -64,6 +68,8 @@ class Checkpoints:
                 best_fn=error,
                 best_mode='min',
                 cleanup_tmp_directories=True,
+                create=False,
+                multiprocessing_options=everyone,
             ),
         )
 

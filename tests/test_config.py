@@ -144,8 +144,8 @@ def test_resolve_leaves_its_argument_alone_and_freezes():
             'config.train.batch_size: 128 is not divisible by mesh.data=3; the nearest is 129',
         ),
         (
-            {'mesh.data': 4, 'eval.batch_size': 2},
-            'config.eval.batch_size: 2 is not divisible by mesh.data=4; the nearest is 4',
+            {'distributed.heartbeat_timeout': 0},
+            'config.distributed.heartbeat_timeout: 0 is outside 1 to 1000000; the nearest is 1',
         ),
         ({'mesh.data': 0}, 'config.mesh.data: 0 devices; the nearest is 1'),
         ({'mesh.model': 4}, 'config.mesh.model: 4 does not divide model.towers=2; the nearest is 2'),

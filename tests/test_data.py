@@ -1,5 +1,6 @@
 """Photographs, prepared stores and the batches read from them."""
 
+import fcntl
 import os
 import shutil
 import signal
@@ -108,7 +109,7 @@ def test_prepare_is_done_once(photos_dir):
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-def test_a_killed_prepare_leaves_no_store_and_the_next_one_makes_it(photos_dir, tmp_path):
+def test_a_killed_prepare_leaves_no_store_and_one_that_waited_makes_it(photos_dir, tmp_path):
     shutil.copytree(os.path.join(photos_dir, 'photos'), tmp_path / 'photos')
     command = [sys.executable, '-m', 'alexnet_jax.prepare', f'--data_dir={tmp_path}', '--image_size=96']
     target = Path(pipeline.store_directory(str(tmp_path), 'photos', 96))
@@ -116,12 +117,31 @@ def test_a_killed_prepare_leaves_no_store_and_the_next_one_makes_it(photos_dir, 
         while not list(Path(f'{target}.incomplete').rglob('*array_record*')):
             assert process.poll() is None
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    assert not target.exists()
-    assert Path(f'{target}.incomplete').exists()
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        process.send_signal(signal.SIGSTOP)
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as waiting:
+            assert f'{target}: another process prepares it; waiting' in waiting.stderr.readline()
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert not target.exists()
+            assert Path(f'{target}.incomplete').exists()
+            said = waiting.stderr.read()
+    assert waiting.returncode == 0, said
     assert len(pipeline.open_store(str(target)).train) == 6400
     assert not Path(f'{target}.incomplete').exists()
+
+
+def test_a_run_that_waits_for_the_data_can_be_stopped(tmp_path):
+    target = Path(pipeline.store_directory(str(tmp_path), 'photos', 72))
+    target.parent.mkdir()
+    command = [sys.executable, 'launch.py', f'--workdir={tmp_path}/run', f'--config.data.data_dir={tmp_path}']
+    with open(f'{target}.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as waiting:
+            assert f'{target}: another process prepares it; waiting' in waiting.stderr.readline()
+            waiting.send_signal(signal.SIGTERM)
+            said = waiting.stderr.read()
+    assert waiting.returncode == 75, said
+    assert 'stopped while preparing the data' in said
 
 
 def test_an_unknown_data_set_is_refused_in_one_line(tmp_path):

@@ -18,6 +18,7 @@ from alexnet_jax.data import pipeline
 
 ROOT = Path(__file__).parent.parent
 STEPS = 6
+STUCK_AFTER = 40  # seconds; compiling must not take longer
 
 # Process 1 cannot read, or reads for ever, after 200 records.
 FAULTY_INPUT = """
@@ -86,6 +87,7 @@ with Preemption() as preemption:
     seen['same'] = refusal(processes.check_same, {'a': 1, 'b': [1, 2]})
     seen['other'] = refusal(processes.check_same, {'a': 1, 'b': [1, 3 if index == 2 else 2]})
     os.makedirs(f'{folder}/{index}')
+    open(f'{folder}/{index}/lock', 'w').write('of an earlier run')
     seen['shared'] = refusal(enter, folder)
     processes.VISIBLE_AFTER = 0.5
     seen['not shared'] = refusal(enter, f'{folder}/{index}')
@@ -126,6 +128,7 @@ class Group:
             'data.data_dir': data_dir,
             'model.widths': '(8,16,16,16,16,32,32)',
             'model.lrn': False,
+            'model.towers': 1,
             'train.batch_size': 64,
             'train.steps': STEPS,
             'train.log_every': 1,
@@ -165,7 +168,8 @@ class Group:
 
     def said(self, index: int, kind: str = 'err') -> str:
         """What a process wrote, without the lines of the library that carries the collectives."""
-        return ''.join(line for line in open(self.file(index, kind)) if 'peer ranks' not in line)
+        text = self.file(index, kind).read_text()
+        return ''.join(line for line in text.splitlines(keepends=True) if 'peer ranks' not in line)
 
     def wait(self, timeout: float) -> list[int]:
         """The exit codes, of all within `timeout` seconds."""
@@ -240,8 +244,14 @@ def test_sigterm_to_one_stops_all_at_one_step_and_they_go_on(photos_dir, tmp_pat
     step = result(preempted)['step']
     assert 1 <= step < STEPS
     assert (preempted / 'checkpoints' / str(step)).exists()
+    newer = tmp_path / 'run' / 'checkpoints' / str(step + 1)
+    shutil.copytree(preempted / 'checkpoints' / str(step), newer)
+    largest = max((newer / 'state').rglob('*'), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:1000])
     resumed = run(2, 4, photos_dir, tmp_path / 'run')
+    assert f'{newer} is damaged' in resumed.said(0)
     assert f'resuming {tmp_path}/run at step {step}' in resumed.said(0)
+    assert resumed.said(1) == ''
     assert result(resumed.workdir)['state_digest'] == result(together.workdir)['state_digest']
 
 
@@ -285,7 +295,7 @@ def test_when_one_process_fails_all_end(photos_dir, tmp_path, fault):
     program = ('launch.py',) if 'kill' in fault else (str(tmp_path / 'faulty.py'), fault)
     overrides = ['--config.train.steps=100000', '--config.eval.every=100000', '--config.checkpoint.every=100000']
     if fault == 'stuck':
-        overrides.append('--config.distributed.progress_timeout=20')
+        overrides.append(f'--config.distributed.progress_timeout={STUCK_AFTER}')
     with Group(2, 4, photos_dir, tmp_path / 'run', *overrides, program=program) as group:
         group.wait_for_step(2)
         failed = 1
@@ -295,7 +305,7 @@ def test_when_one_process_fails_all_end(photos_dir, tmp_path, fault):
         elif fault == 'unreadable':
             group.processes[failed].wait(120)
         start = time.monotonic()
-        codes = group.wait(20 + 15 + 10 if fault == 'stuck' else 30)
+        codes = group.wait(STUCK_AFTER + 15 if fault == 'stuck' else 30)
         print(f'{fault}: all ended after {time.monotonic() - start:.1f} s with {codes}')
     assert 0 not in codes
     assert 75 not in codes
@@ -303,7 +313,7 @@ def test_when_one_process_fails_all_end(photos_dir, tmp_path, fault):
     if fault == 'unreadable':
         assert codes[failed] == 1
         assert said.startswith('alexnet_jax: process 1 of 2: ended by an error:')
-        assert said.rstrip().splitlines()[-1].startswith('OSError: this record cannot be read')
+        assert '\nOSError: this record cannot be read\n' in said
     if fault == 'stuck':
         assert codes[failed] == 1
         assert 'alexnet_jax: process 1 of 2: no progress since step' in said
