@@ -140,7 +140,7 @@ def own_folder(workdir: str) -> Iterator[None]:
                 file.truncate(0)
                 print(token, file=file, flush=True)
             except BlockingIOError:
-                problem = f'--workdir: another run trains in {workdir}; name another one'
+                problem = f'--workdir: another process trains in {workdir}; name another one'
             except OSError as error:
                 problem = f'--workdir: {workdir} cannot be used: {error}'
         problem = agree(problem)

@@ -87,6 +87,7 @@ with Preemption() as preemption:
     seen['same'] = refusal(processes.check_same, {'a': 1, 'b': [1, 2]})
     seen['other'] = refusal(processes.check_same, {'a': 1, 'b': [1, 3 if index == 2 else 2]})
     os.makedirs(f'{folder}/{index}')
+    open(f'{folder}/{index}/lock', 'w').write('of an earlier run')
     seen['shared'] = refusal(enter, folder)
     processes.VISIBLE_AFTER = 0.5
     seen['not shared'] = refusal(enter, f'{folder}/{index}')
