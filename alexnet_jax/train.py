@@ -54,6 +54,8 @@ def run(config: Any, workdir: str, group: dict[str, Any] | None) -> int:
             os.makedirs(workdir, exist_ok=True)
         except OSError as error:
             raise ConfigError(f'--workdir: {workdir} cannot be used: {error}') from None
+        if group is None:
+            parallel.make_mesh(config)  # one that does not fit is refused before the data are prepared
         # Before the processes come together: it may take hours, in which none is to wait for another.
         store = _open_store(config, preemption)
         if store is None:

@@ -202,6 +202,13 @@ def test_wrong_settings_are_refused_in_one_line(photos_dir, tmp_path, override, 
     assert run.stderr.count('\n') == 1
 
 
+def test_a_mesh_that_does_not_fit_is_refused_before_data_are_prepared(tmp_path):
+    run = launch(str(tmp_path / 'data'), tmp_path / 'run', '--config.mesh.data=2')
+    assert run.returncode == 2
+    assert run.stderr.startswith('alexnet_jax: config.mesh: data=2 times model=1 needs 2 devices and there are 1')
+    assert not (tmp_path / 'data').exists()
+
+
 def test_help_names_the_flags():
     run = subprocess.run([sys.executable, 'launch.py', '--help'], cwd=ROOT, capture_output=True, text=True)
     assert '--workdir' in run.stdout
