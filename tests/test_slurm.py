@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PATH = os.environ['PATH'] + ':/usr/sbin'  # where Debian keeps the daemons
 NEEDED = ('munged', 'slurmctld', 'slurmd', 'sbatch', 'srun', 'scontrol')
-STEPS, SAVE_EVERY = 20, 4
+STEPS, SAVE_EVERY = 32, 4
 
 # The nodes are named by addresses, for jax reaches its coordinator by the name of the first node. cred_expire is also
 # how long a requeued job waits; it is two minutes where nothing is said.
@@ -178,7 +178,7 @@ def cluster():
 
 
 def flags(data_dir: str, workdir: Path) -> list[str]:
-    """A narrow quickstart: 20 steps of 128 images, saved every four, evaluated at the end."""
+    """A narrow quickstart: 32 steps of 128 images, saved every four, evaluated at the end."""
     settings = {
         'data.data_dir': data_dir,
         'model.widths': '(16,32,32,32,32,64,64)',
@@ -191,24 +191,39 @@ def flags(data_dir: str, workdir: Path) -> list[str]:
     return [f'--workdir={workdir}', *(f'--config.{field}={value}' for field, value in settings.items())]
 
 
+def stopped_at(workdir: Path) -> int | None:
+    """The step at which a run was preempted, once its result says so."""
+    file = workdir / 'result.json'
+    result = json.loads(file.read_text()) if file.exists() else {}
+    return result['step'] if result.get('status') == 'preempted' else None
+
+
 def test_a_preempted_job_comes_back_and_ends_as_one_that_was_left_alone(cluster, photos_dir):
     preempted, alone = cluster.folder / 'preempted', cluster.folder / 'alone'
     first = cluster.submit('--nodes=2', '--partition=low', 'cluster/slurm.sh', *flags(photos_dir, preempted))
-    saved = preempted / 'checkpoints' / str(SAVE_EVERY)
-    wait_until(lambda: saved.exists() or cluster.ended(first), 180, 'the first checkpoint')
-    assert saved.exists()
-    # A job of a higher partition needs both nodes: SLURM sends SIGTERM to the tasks of the first.
+
+    def saved_after(step):
+        """Whether a checkpoint later than `step` is there."""
+        assert not cluster.ended(first), 'it ended before it was preempted'
+        return any(int(path.name) > step for path in (preempted / 'checkpoints').glob('[0-9]*[0-9]'))
+
+    # By hand.
+    wait_until(lambda: saved_after(0), 180, 'the first checkpoint')
+    assert cluster.run('scancel', '--signal=TERM', '--verbose', first) == ''
+    by_hand = wait_until(lambda: stopped_at(preempted), 60, 'the first preemption')
+    wait_until(lambda: saved_after(by_hand), 180, 'a checkpoint after the first preemption')
+    # By SLURM: a job of a higher partition needs both nodes, and SIGTERM is sent to the tasks of the first.
     second = cluster.submit('--nodes=2', '--partition=high', 'cluster/slurm.sh', *flags(photos_dir, alone))
     assert cluster.wait_for_end(second, 180)['JobState'] == 'COMPLETED'
-    between = json.loads((preempted / 'result.json').read_text())
+    by_slurm = stopped_at(preempted)
     end = cluster.wait_for_end(first, 180)
-    assert (end['JobState'], end['Restarts'], end['ExitCode']) == ('COMPLETED', '1', '0:0')
+    assert (end['JobState'], end['Restarts'], end['ExitCode']) == ('COMPLETED', '2', '0:0')
 
-    assert between['status'] == 'preempted'
-    assert SAVE_EVERY <= between['step'] < STEPS
+    assert SAVE_EVERY <= by_hand < by_slurm < STEPS
     log = cluster.log(first)
     assert set(re.findall(r'Exited with exit code (\d+)', log)) == {'75'}
-    assert f'resuming {preempted} at step {between["step"]} of {STEPS}' in log
+    for step in (by_hand, by_slurm):
+        assert f'resuming {preempted} at step {step} of {STEPS}' in log
     assert 'mesh data=2, model=1' in log  # the two tasks trained together
     result, expected = (json.loads((folder / 'result.json').read_text()) for folder in (preempted, alone))
     assert (result['status'], result['step']) == ('done', STEPS)
