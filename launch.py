@@ -75,9 +75,12 @@ def _check_same_run(config: dict, workdir: str) -> None:
 
 
 def _finished(config: dict, workdir: str) -> bool:
-    """Whether `workdir` holds the end of just this run."""
+    """Whether `workdir` holds the end of just this run; where the data lay does not count."""
     result, before = (read_json(os.path.join(workdir, name)) for name in ('result.json', 'config.json'))
-    return result is not None and result['status'] == 'done' and before == json.loads(json.dumps(config))
+    if result is None or before is None or result['status'] != 'done':
+        return False
+    now = json.loads(json.dumps(config))
+    return before | {'data': before.get('data', {}) | {'data_dir': now['data']['data_dir']}} == now
 
 
 def _print_result(workdir: str) -> None:

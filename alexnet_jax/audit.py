@@ -46,7 +46,10 @@ def settings(config: Any, mesh: str | None = None, images_per_device: int | None
             raise ConfigError(f'--mesh: {mesh!r} is no mesh; write for example --mesh=data:64,model:2')
         config.mesh[match[1]] = int(match[2])
     if config.mesh.data == -1:
-        config.mesh.data = max(1, int(os.environ.get('JAX_NUM_CPU_DEVICES', 1)) // max(1, config.mesh.model))
+        devices = os.environ.get('JAX_NUM_CPU_DEVICES', '1')
+        if not devices.isdecimal():
+            raise ConfigError(f'JAX_NUM_CPU_DEVICES: {devices!r} is no number of devices')
+        config.mesh.data = max(1, int(devices) // max(1, config.mesh.model))
     devices = config.mesh.data * config.mesh.model
     if images_per_device:
         config.train.batch_size = images_per_device * devices

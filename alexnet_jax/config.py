@@ -334,8 +334,12 @@ def check_mesh(config: Any, data: int, model: int) -> None:
         )
     for layer, width in (('fc6', widths[5]), ('fc7', widths[6])):
         _check_divides(f'config.model.widths ({layer})', width, 'mesh.model', model)
-    if layout != 'hybrid':
-        _check_divides('config.model.num_classes', config.model.num_classes, 'mesh.model', model)
+    classes = config.model.num_classes
+    if layout != 'hybrid' and classes % model:
+        near = max(size for size in range(1, model) if classes % size == 0)
+        raise ConfigError(
+            f'config.mesh.model: {model} does not divide model.num_classes={classes}; the nearest is {near}'
+        )
     if data == 0 or data < -1:
         raise ConfigError(f'config.mesh.data: {data} devices; the nearest is 1 (or -1 for all there are)')
     if data != -1:

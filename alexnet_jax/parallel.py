@@ -259,9 +259,9 @@ def input_share(sharding: NamedSharding) -> tuple[int, int]:
     parts = [rows for share in shares for rows in share]
     if len({len(share) for share in shares}) > 1 or len(parts) != batch_parts(sharding):
         mesh = sharding.mesh
-        near = f'data={max(1, jax.device_count() // mesh.shape["model"])}, model={mesh.shape["model"]}'
         raise ConfigError(
             f'config.mesh: data={mesh.shape["data"]}, model={mesh.shape["model"]} gives the {jax.process_count()}'
-            f' processes no equal shares of a batch; the nearest is {near}'
+            f' processes no equal shares of a batch: use all devices, and a model that divides the devices of a process'
+            f' or is a multiple of them'
         )
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)

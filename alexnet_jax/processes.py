@@ -1,9 +1,11 @@
 """The processes of one run: how they find each other, agree and end together. With one process all of it is idle."""
 
+import collections
 import contextlib
 import fcntl
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -37,12 +39,14 @@ def start(group: dict[str, Any] | None, config: Any, preemption: Preemption) -> 
       config: `distributed` of a configuration.
 
     Raises:
-      ConfigError: JAX found none of these.
+      ConfigError: JAX found none of these, or the processes have different numbers of devices.
       ProcessError: the others did not come, or the coordinator's address cannot be used.
     """
     if group is None:
         return True
     where = group.get('coordinator_address', 'the coordinator')
+    if group.get('process_id') == 0:
+        _check_free(where)
     missed = f'not all processes met at {where} within config.distributed.start_timeout={config.start_timeout} s'
     # In a thread, for while it waits in C++ no signal is handled; and its own timeout aborts the process.
     joined = ThreadPoolExecutor(1).submit(
@@ -70,7 +74,21 @@ def start(group: dict[str, Any] | None, config: Any, preemption: Preemption) -> 
         raise ProcessError(f'the processes could not meet at {where}: {first_line(error)}') from None
     preemption.hand_over()
     belong_to(jax.process_index(), jax.process_count())
-    return True
+    held = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(held.values())) > 1:
+        devices = ', '.join(str(held[process]) for process in sorted(held))
+        raise ConfigError(f'the processes have {devices} devices; all must have as many')
+    return not preemption.requested
+
+
+def _check_free(address: str) -> None:
+    """Raise ProcessError where the coordinator's port is taken; JAX would end in a segmentation fault."""
+    try:
+        socket.create_server(('', int(address.rsplit(':', 1)[1]))).close()
+    except (OSError, OverflowError) as error:
+        raise ProcessError(
+            f'--coordinator_address: {address} cannot be used: {error}; is a process left, or name another port'
+        ) from None
 
 
 def first_line(error: Exception) -> str:
@@ -139,6 +157,7 @@ def own_folder(workdir: str) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 file.truncate(0)
                 print(token, file=file, flush=True)
+                os.fsync(file.fileno())  # on NFS the others would see it half a minute later
             except BlockingIOError:
                 problem = f'--workdir: another process trains in {workdir}; name another one'
             except OSError as error:

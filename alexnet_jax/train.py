@@ -62,6 +62,7 @@ def run(config: Any, workdir: str, group: dict[str, Any] | None) -> int:
             log('stopped while preparing the data; the same command begins that again')
             return EXIT_PREEMPTED
         if not processes.start(group, config.distributed, preemption):
+            log('stopped before all processes had met; the same command begins again')
             processes.leave(EXIT_PREEMPTED)
         with Watchdog(config.distributed.progress_timeout) as watchdog, processes.own_folder(workdir):
             mesh = parallel.make_mesh(config)

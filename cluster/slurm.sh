@@ -23,7 +23,7 @@ fi
 # When one task ends the others get 60 s. --kill-on-bad-exit would give a task that still writes a second SIGTERM.
 code=0
 srun --label --kill-on-bad-exit=0 --wait=60 \
-  .venv/bin/python launch.py --distributed "${@//\%a/${SLURM_ARRAY_TASK_ID:-}}" || code=$?
+  .venv/bin/python launch.py --distributed "${@//\%a/${SLURM_ARRAY_TASK_ID:-%a}}" || code=$?
 if [[ $code == 75 ]]; then # stopped with a checkpoint written
   scontrol requeue "$SLURM_JOB_ID"
 fi

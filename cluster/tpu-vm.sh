@@ -12,7 +12,17 @@ set -euo pipefail
 : "${NAME:?}" "${ZONE:?}" "${TYPE:?}" "${RUNTIME:?}" "${NFS:?}" "${REPOSITORY:?}" "${SECONDS_BETWEEN_LOOKS:=30}"
 
 queue() { gcloud compute tpus queued-resources "$1" "$NAME" --zone="$ZONE" "${@:2}"; }
-state() { queue describe --format='value(state.state)' 2>/dev/null || echo MISSING; }
+state() {
+  local answer
+  if answer=$(queue describe --format='value(state.state)' 2>&1); then
+    echo "$answer"
+  elif [[ $answer == *NOT_FOUND* ]]; then
+    echo MISSING
+  else
+    echo "$answer" >&2 # the network, say: it is asked again
+    echo UNKNOWN
+  fi
+}
 on_all_workers() { gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$1"; }
 
 printf -v arguments ' %q' "$@"

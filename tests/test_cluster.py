@@ -131,7 +131,9 @@ def test_the_skypilot_task_starts_the_processes(tmp_path):
 GCLOUD = """#!/usr/bin/env bash
 echo "$4" >> calls
 case "$*" in
-  *describe*) state=$(head -n1 states); sed -i 1d states; [ -n "$state" ] && echo "$state" ;;
+  *describe*) state=$(head -n1 states); sed -i 1d states
+    if [[ $state =~ ^[A-Z_]+$ ]]; then echo "$state"; exit; fi
+    echo "ERROR: ${state:-NOT_FOUND: no such resource}" >&2; exit 1 ;;
   *launch.py*) command=${@: -1}; bash -c "${command#--command=}" ;;
 esac
 """
@@ -144,7 +146,7 @@ code=$(head -n1 ../exit_codes); sed -i 1d ../exit_codes; exit $code
 @pytest.mark.parametrize(
     ('states', 'exit_codes', 'code', 'commands'),
     [
-        (['WAITING_FOR_RESOURCES', 'ACTIVE'], [75, 0], 0, 'ssh ssh delete'),
+        (['WAITING_FOR_RESOURCES', 'no network', 'ACTIVE'], [75, 0], 0, 'ssh ssh delete'),
         (['ACTIVE', 'SUSPENDED', 'SUSPENDED', '', 'ACTIVE'], [1, 0], 0, 'ssh ssh delete create ssh ssh delete'),
         (['ACTIVE', 'ACTIVE'], [2], 1, 'ssh ssh'),
     ],

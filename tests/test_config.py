@@ -154,7 +154,7 @@ def test_resolve_leaves_its_argument_alone_and_freezes():
         ({'mesh.model': 4}, 'config.mesh.model: 4 does not divide model.towers=2; the nearest is 2'),
         (
             {'mesh.model': 2, 'model.num_classes': 1001},
-            'config.model.num_classes: 1001 is not divisible by mesh.model=2; the nearest is 1000',
+            'config.mesh.model: 2 does not divide model.num_classes=1001; the nearest is 1',
         ),
         (
             {'mesh.model': 2, 'model.widths': (96, 256, 384, 384, 256, 4095, 4096)},

@@ -417,3 +417,49 @@ def test_a_coordinator_out_of_reach_ends_the_process_in_time(photos_dir, tmp_pat
     assert alone.returncode == 1
     assert 'alexnet_jax: process 1 of 2: not all processes met at localhost:' in alone.stderr
     assert 'Traceback' not in alone.stderr
+
+
+def ends(address: str, devices: tuple[int, ...], data_dir: str, workdir: Path) -> list[tuple[int, str]]:
+    """Exit code and standard error of as many processes as `devices` has numbers, of two that belong together."""
+    started = [
+        subprocess.Popen(
+            [
+                *[sys.executable, 'launch.py', f'--workdir={workdir}', f'--config.data.data_dir={data_dir}'],
+                *[f'--coordinator_address={address}', '--num_processes=2', f'--process_id={index}'],
+            ],
+            cwd=ROOT,
+            env=environment(number),
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for index, number in enumerate(devices)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in started]
+    return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
+
+
+def test_a_port_that_is_taken_is_said_in_one_line(photos_dir, tmp_path):
+    with socket.create_server(('', 0)) as taken:
+        address = f'localhost:{taken.getsockname()[1]}'
+        [(code, said)] = ends(address, (1,), photos_dir, tmp_path / 'run')
+    assert code == 1
+    assert said.startswith(f'alexnet_jax: process 0 of 2: --coordinator_address: {address} cannot be used')
+    assert said.count('\n') == 1
+
+
+def test_processes_with_different_numbers_of_devices_are_refused(photos_dir, tmp_path):
+    ended = ends(f'localhost:{free_port()}', (1, 2), photos_dir, tmp_path / 'run')
+    for index, (code, said) in enumerate(ended):
+        assert code == 2
+        assert f'alexnet_jax: process {index} of 2: the processes have 1, 2 devices; all must have as many' in said
+    assert not (tmp_path / 'run' / 'config.json').exists()
+
+
+def test_a_finished_run_is_done_for_a_process_with_its_data_elsewhere(photos_dir, tmp_path):
+    workdir = tmp_path / 'run'
+    with Group(1, 1, photos_dir, workdir, '--config.train.steps=0') as group:
+        assert group.wait(120) == [0], group.said(0)
+    with Group(1, 1, '/elsewhere', workdir, '--config.train.steps=0') as group:
+        assert group.wait(120) == [0], group.said(0)
+    assert 'is done' in group.said(0, 'out')
