@@ -134,11 +134,12 @@ def _explain(error: Exception) -> int:
     """Say why training ended, in one line where the cause is known; returns the exit code."""
     from alexnet_jax import processes, train
     from alexnet_jax.checkpoint import CheckpointError
+    from alexnet_jax.data.store import StoreError
 
     if isinstance(error, ConfigError):
         return refuse(str(error))
     lost = processes.lost_another(error)
-    if lost or isinstance(error, train.TrainingError | CheckpointError | processes.ProcessError):
+    if lost or isinstance(error, train.TrainingError | CheckpointError | StoreError | processes.ProcessError):
         complain(lost or str(error))
     else:
         complain('ended by an error:')

@@ -4,11 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
-import signal
-import subprocess
-import sys
 import time
-import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,12 +17,13 @@ from alexnet_jax.augment import preprocessing
 from alexnet_jax.checkpoint import Checkpoints, state_digest
 from alexnet_jax.config import ConfigError, duration_in_steps, field_names, total_steps
 from alexnet_jax.data import pipeline
+from alexnet_jax.data.store import prepared_store
 from alexnet_jax.evaluate import evaluate
 from alexnet_jax.monitor import Metrics, Preemption, Progress, Watchdog, log, write_json
 from alexnet_jax.optimizer import plateau_next, plateau_start, scheduled_rate
 from alexnet_jax.step import abstract_state, init_state, make_eval_step, make_train_step
 
-EXIT_DONE, EXIT_ERROR, EXIT_USAGE, EXIT_PREEMPTED = 0, 1, 2, 75
+EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED = 0, 1, 75
 
 
 class TrainingError(RuntimeError):
@@ -45,7 +42,8 @@ def run(config: Any, workdir: str, group: dict[str, Any] | None) -> int:
 
     Raises:
       ConfigError: mesh, data, settings and processes do not fit one another, or `workdir` cannot be used.
-      TrainingError: the loss or the weights are not finite, or preparing was killed.
+      TrainingError: the loss or the weights are not finite.
+      StoreError: preparing the data was killed.
       CheckpointError: none can be read, or the disk is full.
       ProcessError: the other processes did not come.
     """
@@ -57,7 +55,7 @@ def run(config: Any, workdir: str, group: dict[str, Any] | None) -> int:
         if group is None:
             parallel.make_mesh(config)  # one that does not fit is refused before the data are prepared
         # Before the processes come together: it may take hours, in which none is to wait for another.
-        store = _open_store(config, preemption)
+        store = prepared_store(config, preemption)
         if store is None:
             log('stopped while preparing the data; the same command begins that again')
             return EXIT_PREEMPTED
@@ -87,42 +85,6 @@ def _check_same(config: Any, store: pipeline.Store) -> None:
     del settings['config.data.data_dir']
     settings['the number of images'] = len(store.train), len(store.validation)
     processes.check_same(settings)
-
-
-def _open_store(config: Any, preemption: Preemption) -> pipeline.Store | None:
-    """The prepared store of `config.data`, made now where it is missing; None when preempted meanwhile."""
-    data = config.data
-    directory = pipeline.store_directory(data.data_dir, data.source, data.image_size)
-    if not os.path.exists(directory):
-        # A process of its own, for TensorFlow should not share one with jax.
-        command = [sys.executable, '-m', 'alexnet_jax.prepare', f'--source={data.source}']
-        command += [f'--data_dir={data.data_dir}', f'--image_size={data.image_size}']
-        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        paths = [root, *filter(None, [os.environ.get('PYTHONPATH')])]
-        process = subprocess.Popen(command, env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)})
-        while process.poll() is None:
-            if preemption.requested:
-                process.terminate()
-            time.sleep(0.1)
-        if preemption.requested:
-            return None
-        if process.returncode < 0:
-            name = signal.Signals(-process.returncode).name
-            raise TrainingError(f'preparing {data.source} was ended by {name}; the same command begins it again')
-        if process.returncode:
-            sys.exit(EXIT_USAGE if process.returncode == EXIT_USAGE else EXIT_ERROR)  # it said why
-    try:
-        store = pipeline.open_store(directory)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = f'{directory} is no whole store ({error}); remove it, and it will be made again'
-        raise ConfigError(f'config.data.data_dir: {reason}') from None
-    if len(store.class_names) != config.model.num_classes:
-        classes = len(store.class_names)
-        raise ConfigError(
-            f'config.model.num_classes: {config.model.num_classes}, but {data.source} has {classes} classes;'
-            f' the nearest is {classes}'
-        )
-    return store
 
 
 @dataclasses.dataclass

@@ -1,0 +1,61 @@
+"""The prepared data of a run: opened, or made first by a process of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from typing import Any
+
+from alexnet_jax.config import ConfigError
+from alexnet_jax.data import pipeline
+from alexnet_jax.monitor import Preemption
+
+
+class StoreError(RuntimeError):
+    """Data that were not prepared: one line with the cause and what to do."""
+
+
+def prepared_store(config: Any, preemption: Preemption) -> pipeline.Store | None:
+    """The prepared store of `config.data`, made now where it is missing; None when preempted meanwhile.
+
+    Where several processes on a disk miss it one makes it and the others wait, see prepare.prepare().
+
+    Raises:
+      ConfigError: it is damaged, or has other classes than the network.
+      StoreError: preparing was killed.
+      SystemExit: preparing failed, and said why.
+    """
+    data = config.data
+    directory = pipeline.store_directory(data.data_dir, data.source, data.image_size)
+    if not os.path.exists(directory):
+        # A process of its own, for TensorFlow should not share one with jax.
+        command = [sys.executable, '-m', 'alexnet_jax.prepare', f'--source={data.source}']
+        command += [f'--data_dir={data.data_dir}', f'--image_size={data.image_size}']
+        root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        paths = [root, *filter(None, [os.environ.get('PYTHONPATH')])]
+        process = subprocess.Popen(command, env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)})
+        while process.poll() is None:
+            if preemption.requested:
+                process.terminate()
+            time.sleep(0.1)
+        if preemption.requested:
+            return None
+        if process.returncode < 0:
+            name = signal.Signals(-process.returncode).name
+            raise StoreError(f'preparing {data.source} was ended by {name}; the same command begins it again')
+        if process.returncode:
+            sys.exit(process.returncode)  # it said why
+    try:
+        store = pipeline.open_store(directory)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = f'{directory} is no whole store ({error}); remove it, and it will be made again'
+        raise ConfigError(f'config.data.data_dir: {reason}') from None
+    if len(store.class_names) != config.model.num_classes:
+        classes = len(store.class_names)
+        raise ConfigError(
+            f'config.model.num_classes: {config.model.num_classes}, but {data.source} has {classes} classes;'
+            f' the nearest is {classes}'
+        )
+    return store
