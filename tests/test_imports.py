@@ -129,6 +129,7 @@ def test_only_launch_imports_train_and_only_when_it_runs():
         'data',
         'data.photos',
         'data.pipeline',
+        'data.store',
     ],
 )
 def test_no_jax_on_import(module):
