@@ -132,7 +132,8 @@ class Checkpoints:
                 restored = reader.restore(os.path.join(self.directory, str(step)), args=arguments)
             written = restored.progress['state_digest']
         except Exception as error:  # Orbax raises many kinds; the next older checkpoint is the answer to all
-            problem = first_line(error.__cause__ or error)  # that of Orbax itself lists settings of TensorStore
+            cause = error.__cause__  # names the file and the parameter, where Orbax lists settings of TensorStore
+            problem = first_line(cause if isinstance(cause, Exception) else error)
         problem = processes.agree(problem)
         if problem:
             return None, problem
