@@ -79,7 +79,7 @@ class Checkpoints:
         Raises CheckpointError: this one, or the one before it in the background, could not be written.
         """
         step = int(state.step)
-        if step in self.manager.all_steps():
+        if step in self._steps():
             return
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
@@ -95,7 +95,7 @@ class Checkpoints:
         Raises CheckpointError: none of them can be read.
         """
         damaged: list[tuple[int, str]] = []
-        for step in sorted(self.manager.all_steps(), reverse=True):
+        for step in sorted(self._steps(), reverse=True):
             restored, problem = self._read(step, abstract_state)
             if restored is None:
                 damaged.append((step, problem))
@@ -110,16 +110,30 @@ class Checkpoints:
             )
         return None
 
+    def _steps(self) -> list[int]:
+        """Those with a checkpoint as process 0 sees them: on a network's disk another may see one more or fewer."""
+        steps = np.array(self.manager.all_steps(), np.int32)
+        count = int(processes.of_the_first(np.int32(len(steps))))
+        return processes.of_the_first(np.resize(steps, count)).tolist()
+
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, str]:
         """What was written at `step`, or None and what is wrong with it: the same on all processes."""
+        # The manager would wait for all processes at its end, which one that finds damage does not reach.
+        index = jax.process_index()
+        alone = MultiprocessingOptions(
+            primary_host=index, active_processes={index}, barrier_sync_key_prefix=f'read{index}'
+        )
+        handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), progress=ocp.args.JsonRestore())
         restored: Any = None
         problem = ''
         try:
-            restored = self.manager.restore(step, args=arguments)
+            with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+                restored = reader.restore(os.path.join(self.directory, str(step)), args=arguments)
             written = restored.progress['state_digest']
         except Exception as error:  # Orbax raises many kinds; the next older checkpoint is the answer to all
-            problem = first_line(error)
+            cause = error.__cause__  # names the file and the parameter, where Orbax lists settings of TensorStore
+            problem = first_line(cause if isinstance(cause, Exception) else error)
         problem = processes.agree(problem)
         if problem:
             return None, problem

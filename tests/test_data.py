@@ -120,10 +120,12 @@ def test_a_killed_prepare_leaves_no_store_and_one_that_waited_makes_it(photos_di
         process.send_signal(signal.SIGSTOP)
         with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as waiting:
             assert f'{target}: another process prepares it; waiting' in waiting.stderr.readline()
+            waiting.send_signal(signal.SIGSTOP)  # or it may already have removed what the killed one left
             process.send_signal(signal.SIGKILL)
             process.wait()
             assert not target.exists()
             assert Path(f'{target}.incomplete').exists()
+            waiting.send_signal(signal.SIGCONT)
             said = waiting.stderr.read()
     assert waiting.returncode == 0, said
     assert len(pipeline.open_store(str(target)).train) == 6400

@@ -98,6 +98,24 @@ def test_every_layout_trains_as_one_device(layout, data, model, shard_optimizer)
     assert moved > 1e-3  # velocities are far larger than the tolerance
 
 
+@pytest.mark.parametrize(
+    ('data', 'model', 'mesh', 'network', 'rtol'),
+    [
+        (4, 2, {'layout': 'towers'}, {'towers': 4}, 2e-5),  # two towers a device
+        (2, 4, {'layout': 'hybrid'}, {'num_classes': 11}, 2e-5),  # not to be split
+        (4, 2, {'layout': 'hybrid'}, {'dtype': 'bfloat16'}, 2e-3),
+    ],
+    ids=['four towers', 'eleven classes', 'bfloat16'],
+)
+def test_odd_networks_train_as_on_one_device(data, model, mesh, network, rtol):
+    _, expected, losses, _ = train(small_config(1, 1, {'model': network}), 3)
+    _, state, found, _ = train(small_config(data, model, {'mesh': mesh, 'model': network}), 3)
+    print(np.abs(np.array(found) / losses - 1).max())
+    np.testing.assert_allclose(found, losses, rtol=rtol)
+    for leaf, whole in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
+        print(np.abs(np.asarray(leaf) - np.asarray(whole)).max(), np.abs(np.asarray(whole)).max())
+
+
 # What one device holds of kernels and biases of conv1..conv5, fc6..fc8 in the narrow network, by hand.
 WHOLE_KERNELS = [(11, 11, 3, 16), (5, 5, 8, 32), (3, 3, 32, 32), (3, 3, 16, 32), (3, 3, 16, 32)]
 WHOLE_KERNELS += [(32, 64), (64, 64), (64, 10)]
