@@ -373,6 +373,8 @@ def test_four_processes_share_agree_and_refuse(tmp_path):
             )
             for index in range(4)
         ]
+        for process in four:
+            stack.callback(process.kill)  # those that still wait for one another after a failure
         outputs = [process.communicate(timeout=200) for process in four]
     assert [process.returncode for process in four] == [0] * 4, outputs
     seen = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
