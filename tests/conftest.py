@@ -27,3 +27,12 @@ def photos_dir(tmp_path_factory) -> str:
     folder = str(tmp_path_factory.mktemp('data'))
     prepare('photos', folder, 72, 2)
     return folder
+
+
+@pytest.fixture(scope='module')
+def compiled_programs(tmp_path_factory):
+    """Processes that a test starts find what those before them have compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path_factory.mktemp('compiled')))
+        patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+        yield

@@ -19,6 +19,7 @@ from alexnet_jax.data import pipeline
 
 ROOT = Path(__file__).parent.parent
 STEPS = 8
+pytestmark = pytest.mark.usefixtures('compiled_programs')
 STUCK_AFTER = 40  # seconds; compiling must not take longer
 
 # One process reads slowly, or after 200 records cannot read or reads for ever.
@@ -115,14 +116,6 @@ def environment(devices: int) -> dict[str, str]:
         'XLA_FLAGS': '--xla_backend_optimization_level=0',
         'PYTHONPATH': str(ROOT),
     }
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_programs(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path_factory.mktemp('compiled')))
-        patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
-        yield
 
 
 class Group:

@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STEPS, SAVE_EVERY = 12, 5
+pytestmark = pytest.mark.usefixtures('compiled_programs')
 
 
 def command(data_dir: str, workdir: Path, *overrides: str) -> list[str]:
