@@ -58,6 +58,8 @@ def _check_same_run(config: dict, workdir: str) -> None:
         'seed',
         'data.source',
         'data.image_size',
+        'data.channels',
+        'data.encoding',
         'data.crop_size',
         'train.batch_size',
         *(f'model.{name}' for name in now['model']),
@@ -134,7 +136,7 @@ def _explain(error: Exception) -> int:
     """Say why training ended, in one line where the cause is known; returns the exit code."""
     from alexnet_jax import processes, train
     from alexnet_jax.checkpoint import CheckpointError
-    from alexnet_jax.data.store import StoreError
+    from alexnet_jax.data.pipeline import StoreError
 
     if isinstance(error, ConfigError):
         return refuse(str(error))

@@ -70,14 +70,18 @@ def audit(config: Any) -> dict[str, Any]:
     from alexnet_jax import parallel, step
 
     mesh = parallel.make_mesh(config)
-    batch_size, size = config.train.batch_size, config.data.image_size
+    batch_size, size, channels = config.train.batch_size, config.data.image_size, config.data.channels
     struct = jax.ShapeDtypeStruct
     batch = {
-        'image': struct((batch_size, size, size, 3), np.uint8),
+        'image': struct((batch_size, size, size, channels), np.uint8),
         'label': struct((batch_size,), np.int32),
         'number': struct((batch_size,), np.uint32),
     }
-    preprocessing = {'mean': struct((size, size, 3), np.float32), 'color': struct((3, 3), np.float32)}
+    preprocessing = {
+        'mean': struct((size, size, channels), np.float32),
+        'color': struct((channels, channels), np.float32),
+        'divisor': struct((), np.float32),
+    }
     lowered = step.make_train_step(config, mesh).lower(
         step.abstract_state(config, mesh), batch, struct((), np.float32), preprocessing
     )

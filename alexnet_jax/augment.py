@@ -16,16 +16,18 @@ def example_keys(seed: int, number: jax.Array, purpose: int) -> jax.Array:
     return jax.vmap(lambda n: jax.random.fold_in(key, n))(number)
 
 
-def preprocessing(statistics: Any, config: Any) -> dict[str, np.ndarray]:
+def preprocessing(statistics: Any, config: Any) -> dict[str, Any]:
     """What augment() and view() need of the training set's `statistics`, by `config` (`data` of a configuration).
 
     Returns:
-      mean: (S, S, 3) float32, subtracted from every pixel: mean image, channel means or zeros.
-      color: (3, 3) float32, what a vector of three standard normal numbers is multiplied with to give the noise in grey
+      mean: (S, S, C) float32, subtracted from every pixel: mean image, channel means or zeros.
+      color: (C, C) float32, what a vector of C standard normal numbers is multiplied with to give the noise in grey
         levels. Its columns are 0.1 times the eigenvectors of the covariance of RGB values, and times
         `original`: the square roots of the eigenvalues (convdata_jpeg.py of the original program);
         `fb`: the eigenvalues with pixels from 0 to 1 (fb.resnet.torch);
         `paper`: the eigenvalues with pixels from 0 to 255, which is what the sentence in the paper says.
+      divisor: float32, of training inputs: 1.1 with `original`, as the original program does to make up for the noise's
+        variance, otherwise 1.
     """
     shape = statistics['mean_image'].shape
     means = {
@@ -36,43 +38,56 @@ def preprocessing(statistics: Any, config: Any) -> dict[str, np.ndarray]:
     eigenvalues = np.maximum(statistics['eigenvalues'], 0)
     scales = {'none': 0 * eigenvalues, 'original': np.sqrt(eigenvalues), 'fb': eigenvalues / 255, 'paper': eigenvalues}
     color = 0.1 * statistics['eigenvectors'] * scales[config.color]
-    return {'mean': means[config.mean].astype(np.float32), 'color': color.astype(np.float32)}
+    return {
+        'mean': means[config.mean].astype(np.float32),
+        'color': color.astype(np.float32),
+        'divisor': np.float32(1.1 if config.color == 'original' else 1.0),
+    }
 
 
-def augment(images: jax.Array, keys: jax.Array, preprocessing: dict[str, jax.Array], config: Any) -> jax.Array:
+def without_color(preprocessing: dict[str, Any]) -> dict[str, Any]:
+    """The same without colour noise and what makes up for it, as the original program went on for its last epochs."""
+    return preprocessing | {'color': np.zeros_like(preprocessing['color']), 'divisor': np.float32(1)}
+
+
+def augment(
+    images: jax.Array, keys: jax.Array, window_keys: jax.Array, preprocessing: dict[str, jax.Array], config: Any
+) -> jax.Array:
     """Training inputs: a random window, reflected or not, less the mean, with colour noise.
 
     Args:
-      images: (B, S, S, 3) uint8.
-      keys: (B,), one an image.
+      images: (B, S, S, C) uint8.
+      keys: (B,), one an image, for its noise.
+      window_keys: (B,), for window and reflection; images with the same key have the same.
       preprocessing: see preprocessing().
       config: `data` of a configuration; `crop`, `flip` and `color` switch the parts.
 
     Returns:
-      (B, crop_size, crop_size, 3) float32 in grey levels around zero. `color='original'` divides by 1.1, as the
-      original program does, to make up for the noise's variance.
+      (B, crop_size, crop_size, C) float32 in grey levels around zero.
     """
     size, crop = images.shape[1], config.crop_size
 
-    def one(image, key):
+    def one(image, key, window_key):
         offset = jnp.full((2,), (size - crop) // 2)
         if config.crop:
-            offset = jax.random.randint(jax.random.fold_in(key, 0), (2,), 0, size - crop + 1)
+            offset = jax.random.randint(jax.random.fold_in(window_key, 0), (2,), 0, size - crop + 1)
         x = _window(image, offset, crop).astype(jnp.float32) - _window(preprocessing['mean'], offset, crop)
         if config.flip:
-            x = jnp.where(jax.random.bernoulli(jax.random.fold_in(key, 1)), x[:, ::-1], x)
+            x = jnp.where(jax.random.bernoulli(jax.random.fold_in(window_key, 1)), x[:, ::-1], x)
         if config.color != 'none':
-            noise = preprocessing['color'] @ jax.random.normal(jax.random.fold_in(key, 2), (3,))
+            noise = preprocessing['color'] @ jax.random.normal(
+                jax.random.fold_in(key, 2), preprocessing['color'].shape[:1]
+            )
             x = x + noise[None, None]
-        return x / 1.1 if config.color == 'original' else x
+        return x / preprocessing['divisor']
 
-    return jax.vmap(one)(images, keys)
+    return jax.vmap(one)(images, keys, window_keys)
 
 
 def view(images: jax.Array, preprocessing: dict[str, jax.Array], crop: int, index: jax.Array | int) -> jax.Array:
     """One view of each image for testing: index 0 the centre, 1 to 4 the corners, 5 to 9 the same reflected.
 
-    `images` (B, S, S, 3) uint8 give (B, crop, crop, 3) float32, less the mean, without noise.
+    `images` (B, S, S, C) uint8 give (B, crop, crop, C) float32, less the mean, without noise.
     """
     far = images.shape[1] - crop
     offsets = jnp.array([(far // 2, far // 2), (0, 0), (0, far), (far, 0), (far, far)])
@@ -83,4 +98,4 @@ def view(images: jax.Array, preprocessing: dict[str, jax.Array], crop: int, inde
 
 
 def _window(image: jax.Array, offset: jax.Array, size: int) -> jax.Array:
-    return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), (size, size, 3))
+    return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), (size, size, image.shape[2]))

@@ -46,13 +46,20 @@ def default_config() -> ml_collections.ConfigDict:
                 'dtype': 'float32',  # of convolutions and matrix products: float32 | bfloat16
             },
             'data': {
-                'source': 'tfds:imagenet2012',  # photos | tfds:NAME
-                'data_dir': '~/tensorflow_datasets',  # prepared stores and TFDS data sets
+                'source': 'tfds:imagenet2012',  # photos | tfds:NAME[:config] | folder:DIR | idx:DIR
+                'data_dir': '~/tensorflow_datasets',  # prepared stores and TFDS data sets; may be gs://... to read
                 'image_size': 256,  # pixels a side in the prepared store
+                'channels': 3,  # 3: grey images get three equal ones; 1: colours become grey
+                'encoding': 'raw',  # of the store: raw | jpeg, an eighth to a sixth of the size
+                'class_names': config_dict.placeholder(tuple),  # in place of those of the source
+                'validation_fraction': 0.1,  # held out of the training images where a source has no split for that
+                'max_bad': 0.001,  # share of the images that may be unreadable in preparing, or damaged in the store
                 'crop_size': 224,  # pixels a side that the network sees
                 'crop': True,  # random windows in training; otherwise the centre
                 'flip': True,
+                'crop_chunk': 1,  # images in a row that share a window and a reflection; 32 in the original program
                 'color': 'original',  # none | original | fb | paper; see augment.py
+                'color_until': config_dict.placeholder(str),  # colour noise ends there, such as '67 epochs'
                 'mean': 'image',  # image | channel | none
                 'threads': 2,  # that read and decode
             },
@@ -100,6 +107,8 @@ _CHOICES = {
     'model.preset': tuple(PRESETS),
     'model.activation': ('relu', 'tanh'),
     'model.dtype': ('float32', 'bfloat16'),
+    'data.channels': (1, 3),
+    'data.encoding': ('raw', 'jpeg'),
     'data.color': ('none', 'original', 'fb', 'paper'),
     'data.mean': ('image', 'channel', 'none'),
     'optimizer.schedule': ('plateau', 'steps', 'constant'),
@@ -218,6 +227,9 @@ def _check_ranges(config: Any) -> None:
         'model.lrn_alpha': (0, 1e6),
         'model.lrn_beta': (0, 10),
         'data.image_size': (8, 4096),
+        'data.validation_fraction': (0, 1),
+        'data.max_bad': (0, 1),
+        'data.crop_chunk': (1, 2**20),
         'data.threads': (1, 256),
         'optimizer.learning_rate': (0, 100),
         'optimizer.momentum': (0, 0.9999),
@@ -245,9 +257,10 @@ def _check_ranges(config: Any) -> None:
             near = greatest if value > greatest else least
             raise ConfigError(f'config.{field}: {value} is outside {least} to {greatest}; the nearest is {near}')
     source = config.data.source
-    if source != 'photos' and not re.fullmatch(r'tfds:[\w/]+(:[\w.-]+)?', source):
+    if source != 'photos' and not re.fullmatch(r'tfds:[\w/]+(:[\w.-]+)?|(folder|idx):.+', source):
         raise ConfigError(
-            f"config.data.source: {source!r} is not 'photos' or 'tfds:NAME'; for example 'tfds:imagenet2012'"
+            f"config.data.source: {source!r} is not 'photos', 'tfds:NAME[:config]', 'folder:DIR' or 'idx:DIR';"
+            " for example 'tfds:imagenet2012'"
         )
 
 
@@ -302,6 +315,8 @@ def _check_durations(config: Any) -> None:
         'checkpoint.every': config.checkpoint.every,
         'optimizer.warmup': config.optimizer.warmup,
     }
+    if config.data.color_until is not None:
+        durations['data.color_until'] = config.data.color_until
     durations |= {f'optimizer.drops[{i}]': drop for i, drop in enumerate(config.optimizer.drops)}
     for field, duration in durations.items():
         try:

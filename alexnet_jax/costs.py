@@ -38,7 +38,7 @@ def layers(config: Any) -> list[Layer]:
     side1, _, side2, _, side3, side4, side5, last = layer_sizes(config.data.crop_size, model.overlapping_pool)
     towers, classes = model.towers, model.num_classes
     return [
-        Layer('conv1', (side1, side1, c1), (11, 11, 3, c1)),
+        Layer('conv1', (side1, side1, c1), (11, 11, config.data.channels, c1)),
         Layer('conv2', (side2, side2, c2), (5, 5, c1 // towers, c2)),
         Layer('conv3', (side3, side3, c3), (3, 3, c2, c3)),
         Layer('conv4', (side4, side4, c4), (3, 3, c3 // towers, c4)),

@@ -67,10 +67,11 @@ class AlexNet(nnx.Module):
     Args:
       config: `model` of a resolved configuration.
       crop_size: pixels a side of the images, 224 in the paper.
+      channels: of the images, 3 or 1.
       rngs: the stream `params` gives the initial kernels.
     """
 
-    def __init__(self, config: Any, *, crop_size: int, rngs: nnx.Rngs):
+    def __init__(self, config: Any, *, crop_size: int, channels: int = 3, rngs: nnx.Rngs):
         c1, c2, c3, c4, c5, f6, f7 = config.widths
         towers, dtype = config.towers, jnp.dtype(config.dtype)
         layers = [
@@ -79,7 +80,9 @@ class AlexNet(nnx.Module):
         ]
         side = layer_sizes(crop_size, config.overlapping_pool)[-1]
         # Windows that reach over the right and the lower edge see zeros, as in the original program: 224 gives 55.
-        self.conv1 = Convolution('conv1', 11, 3, c1, towers=towers, stride=4, padding=((0, 3), (0, 3)), **layers[0])
+        self.conv1 = Convolution(
+            'conv1', 11, channels, c1, towers=towers, stride=4, padding=((0, 3), (0, 3)), **layers[0]
+        )
         self.conv2 = Convolution('conv2', 5, c1 // towers, c2, towers=towers, **layers[1])
         self.conv3 = Convolution('conv3', 3, c2, c3, towers=towers, **layers[2])
         self.conv4 = Convolution('conv4', 3, c3 // towers, c4, towers=towers, **layers[3])
@@ -90,7 +93,7 @@ class AlexNet(nnx.Module):
         self.config = config
 
     def __call__(self, images: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
-        """Logits (B, num_classes), float32, of `images` (B, crop_size, crop_size, 3), float32.
+        """Logits (B, num_classes), float32, of `images` (B, crop_size, crop_size, channels), float32.
 
         `dropout_keys` (B,), one an image, switch dropout on; without, outputs are scaled as at the paper's test time.
         """

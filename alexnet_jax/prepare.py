@@ -1,213 +1,104 @@
 """Prepare a data set once for training: square uint8 images in ArrayRecord and statistics of the training set.
 
-    python -m alexnet_jax.prepare --source=tfds:imagenet2012 --data_dir=~/tensorflow_datasets
+    python -m alexnet_jax.prepare --source=folder:DIR --data_dir=D [--image_size=256] [--encoding=jpeg] ...
 
-The only part of the package that uses TensorFlow (through TFDS, to write); training runs it as a process of its own.
+A store is made of shards of 1,024 images, each written by one of several processes, and is put in its place when it is
+whole. Killed at any moment, the same command goes on with the shards that are missing; the result is the same to the
+byte, with any number of processes.
 """
 
+import collections
 import contextlib
+import dataclasses
 import fcntl
 import io
+import json
+import multiprocessing
 import os
 import shutil
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
-from PIL import Image
 
-from alexnet_jax.data.pipeline import store_directory
-from alexnet_jax.monitor import Progress, log
+from alexnet_jax.config import ConfigError
+from alexnet_jax.data.pipeline import DESCRIPTION, StoreError, describe, store_directory
+from alexnet_jax.data.shards import Format, Shard, end_with_parent, write_shard
+from alexnet_jax.data.sources import Source, SourceError, is_at_hand, open_source
+from alexnet_jax.monitor import Progress, complain, log, read_json, write_json
 
-IMAGENET_TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
+IMAGES_A_SHARD = 1024
+JPEG_SHARE = 0.25  # of the size of raw images that JPEGs are taken to need, when the disk is checked
 
 
-class SourceError(ValueError):
-    """A source that cannot be read: one line that says what is missing and what to do."""
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a store is to be made of and how; all but `max_bad` and `workers` is part of what it is.
 
-
-class Statistics:
-    """Sums over images, in float64 and in order, so that the result does not depend on the number of threads.
-
-    result() holds mean_image (S, S, 3), mean_rgb (3,), the eigenvalues (3,), ascending, and the eigenvectors (3, 3), in
-    columns, of the covariance of RGB values over all pixels, all float64 in grey levels, and class_counts (classes,).
+    Attributes:
+      source: see sources.open_source().
+      image_size, channels, encoding: see shards.Format.
+      class_names: in place of those of the source, or none.
+      validation_fraction: see sources.open_source().
+      max_bad: share of the images that may be unreadable.
+      workers: processes.
     """
 
-    def __init__(self, image_size: int, classes: int):
-        self.images = np.zeros((image_size, image_size, 3))
-        self.products = np.zeros((3, 3))
-        self.class_counts = np.zeros(classes, np.int64)
-
-    def add(self, image: np.ndarray, label: int) -> None:
-        """Count one training image (S, S, 3)."""
-        image = image.astype(np.float64)
-        pixels = image.reshape(-1, 3)
-        self.images += image
-        self.products += pixels.T @ pixels
-        self.class_counts[label] += 1
-
-    def result(self) -> dict[str, np.ndarray]:
-        """The statistics; see the class."""
-        mean_image = self.images / self.class_counts.sum()
-        mean_rgb = mean_image.mean((0, 1))
-        pixels = self.class_counts.sum() * mean_image[..., 0].size
-        eigenvalues, eigenvectors = np.linalg.eigh(self.products / pixels - np.outer(mean_rgb, mean_rgb))
-        return {
-            'mean_image': mean_image,
-            'mean_rgb': mean_rgb,
-            'eigenvalues': eigenvalues,
-            'eigenvectors': eigenvectors,
-            'class_counts': self.class_counts,
-        }
+    source: str
+    image_size: int = 256
+    channels: int = 3
+    encoding: str = 'raw'
+    class_names: tuple[str, ...] = ()
+    validation_fraction: float = 0.1
+    max_bad: float = 0.001
+    workers: int = 2
 
 
-def square(image: Image.Image, size: int) -> np.ndarray:
-    """Section 2 of the paper: the shorter side scaled to `size` (bicubic), then the central square.
+def statistics(aside: str, shards: list[Shard]) -> dict[str, np.ndarray]:
+    """Statistics of the training images, from the sums of all their shards.
 
-    The result is (size, size, 3) uint8; grey and CMYK images become RGB.
+    Returns mean_image (S, S, C), mean_rgb (C,), the eigenvalues (C,), ascending, and the eigenvectors (C, C), in
+    columns, of the covariance of channels over all pixels, all float64 in grey levels, and class_counts (classes,)
+    int64.
     """
-    image = image.convert('RGB')
-    width, height = image.size
-    scale = size / min(width, height)
-    width, height = max(size, round(width * scale)), max(size, round(height * scale))
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    sums: dict[str, Any] = collections.Counter()
+    for shard in shards:
+        if shard.split == 'train':
+            with np.load(os.path.join(aside, 'reports', shard.sums)) as file:
+                sums = {name: sums[name] + file[name] for name in file.files}
+    count = sums['class_counts'].sum()
+    mean_image = sums['images'] / count
+    mean_rgb = mean_image.mean((0, 1))
+    pixels = count * mean_image[..., 0].size
+    eigenvalues, eigenvectors = np.linalg.eigh(sums['products'] / pixels - np.outer(mean_rgb, mean_rgb))
+    # An eigenvector's sign is anyone's choice; libraries differ.
+    eigenvectors = eigenvectors * np.where(eigenvectors.sum(0) < 0, -1.0, 1.0)
+    return {
+        'mean_image': mean_image,
+        'mean_rgb': mean_rgb,
+        'eigenvalues': eigenvalues,
+        'eigenvectors': eigenvectors,
+        'class_counts': sums['class_counts'],
+    }
 
 
-class Prepared(tfds.core.GeneratorBasedBuilder):
-    """Square uint8 images of another TFDS data set, in its order."""
+def prepare(settings: Settings, data_dir: str) -> str:
+    """Make the store of `settings` in `data_dir` unless it is there, and return its folder.
 
-    VERSION = tfds.core.Version('1.0.0')
-
-    def __init__(self, *, source: Any, image_size: int, threads: int, data_dir: str):
-        self.source, self.image_size, self.threads = source, image_size, threads
-        self.names = source.info.features['label'].names
-        self.statistics = Statistics(image_size, len(self.names))
-        super().__init__(data_dir=data_dir, file_format='array_record')
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        shape, encoding = (self.image_size, self.image_size, 3), tfds.features.Encoding.BYTES
-        features = {
-            'image': tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding=encoding),
-            'label': tfds.features.ClassLabel(names=self.names),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=f'{self.source.info.full_name}, shorter side {self.image_size} pixels, centre square',
-            features=tfds.features.FeaturesDict(features),
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager):
-        del dl_manager
-        held_out = held_out_split(self.source)
-        return {'train': self._generate_examples('train'), 'validation': self._generate_examples(held_out)}
-
-    def _generate_examples(self, split):
-        images = self.source.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
-        progress = Progress(f'prepare {split}', len(images), 'images')
-        # TFDS sorts by key in 1,000 buckets, each in memory: keys from 0 up would put all images into the first.
-        spread = 2**128 // max(len(images), 1)
-
-        def convert(index):
-            example = images[index]
-            try:
-                return square(Image.open(io.BytesIO(example['image'])), self.image_size), int(example['label'])
-            except OSError as error:
-                where = example.get('file_name', f'record {index}')
-                raise SourceError(f'{self.source.name}, {split}: {where} is no readable image: {error}') from None
-
-        for index, (image, label) in enumerate(in_order(convert, range(len(images)), self.threads)):
-            if split == 'train':
-                self.statistics.add(image, label)
-            progress.update()
-            yield index * spread, {'image': image, 'label': label}
-        progress.close()
-
-
-def in_order(function: Callable, items: Iterable, threads: int) -> Iterator:
-    """function(item) for every item, computed by threads a few items ahead, given out in order."""
-    with ThreadPoolExecutor(threads) as executor:
-        pending: deque = deque()
-        for item in items:
-            pending.append(executor.submit(function, item))
-            if len(pending) > 8 * threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-def held_out_split(source: Any) -> str:
-    """The split to validate on: 'validation', else 'test'. Raises SourceError: neither is there."""
-    for split in ('validation', 'test'):
-        if source.info.splits and split in source.info.splits and source.info.splits[split].num_examples:
-            return split
-    raise SourceError(f'{source.name}: no validation or test split; there are {sorted(source.info.splits)}')
-
-
-def imagenet_tars(data_dir: str) -> str:
-    """The folder with ImageNet's tars: data_dir/downloads/manual as TFDS has it, or data_dir itself.
-
-    Raises SourceError: one is missing; says which, and where it goes.
+    Raises:
+      SourceError: the source cannot be read, see sources.open_source(); or the disk is too small.
+      ConfigError: a store of other settings or of other images is in its place.
+      StoreError: too many images are unreadable, or a process was killed.
     """
-    folders = [os.path.join(data_dir, 'downloads', 'manual'), data_dir]
-    for folder in folders:
-        if all(os.path.exists(os.path.join(folder, tar)) for tar in IMAGENET_TARS):
-            return folder
-    missing = [tar for tar in IMAGENET_TARS if not any(os.path.exists(os.path.join(f, tar)) for f in folders)]
-    what = ' and '.join(missing or IMAGENET_TARS)
-    raise SourceError(f'ImageNet: put {what} (ILSVRC2012, from image-net.org) into {folders[0]}')
-
-
-def source_builder(source: str, data_dir: str) -> Any:
-    """The TFDS builder of `source` ('photos' or 'tfds:NAME'), its data ready to be read.
-
-    Raises SourceError: tars are missing, the name is unknown, or it was prepared in a format without random access.
-    """
-    config = tfds.download.DownloadConfig()
-    name = source.removeprefix('tfds:').replace(':', '/')
-    try:
-        if source == 'photos':
-            from alexnet_jax.data.photos import Photos
-
-            builder: Any = Photos(data_dir=data_dir, file_format='array_record')
-        else:
-            builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
-    except tfds.core.registered.DatasetNotFoundError:
-        raise SourceError(f"config.data.source: TFDS has no data set {name!r}; see 'tfds.list_builders()'") from None
-    except ValueError as error:
-        if 'File format is already set' not in str(error):
-            raise
-        raise SourceError(
-            f'{name} in {data_dir} is there in another format than array_record, which has no random access:'
-            ' name another config.data.data_dir, or remove it'
-        ) from None
-    features = builder.info.features
-    if not {'image', 'label'} <= set(features) or not hasattr(features['label'], 'names'):
-        raise SourceError(f'config.data.source: {name!r} has no images with class labels, but {sorted(features)}')
-    if builder.name == 'imagenet2012' and not builder.is_prepared():
-        config.manual_dir = imagenet_tars(data_dir)
-    if not builder.is_prepared():
-        log(f'reading {source} with TFDS into {builder.data_dir}')
-    builder.download_and_prepare(download_config=config)
-    return builder
-
-
-def prepare(source: str, data_dir: str, image_size: int, threads: int) -> str:
-    """Write the store of `source` unless it is there, and return its folder.
-
-    It is made aside and renamed when complete. Raises SourceError: see source_builder, or the disk is too small.
-    """
+    if '://' in data_dir:
+        raise SourceError(f'{data_dir}: stores are made on a disk; make it there and copy the folder prepared/')
     data_dir = os.path.abspath(os.path.expanduser(data_dir))
-    target = store_directory(data_dir, source, image_size)
-    if os.path.exists(target):
-        return target
+    target = store_directory(data_dir, settings)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     with open(f'{target}.lock', 'w') as lock:
         try:
@@ -215,52 +106,240 @@ def prepare(source: str, data_dir: str, image_size: int, threads: int) -> str:
         except BlockingIOError:
             log(f'{target}: another process prepares it; waiting until it is there')
             fcntl.flock(lock, fcntl.LOCK_EX)  # also when the other one ends without it
-        if not os.path.exists(target):
-            _prepare(source, data_dir, image_size, threads, target)
+        if os.path.exists(target):
+            shutil.rmtree(f'{target}.incomplete', ignore_errors=True)  # of a process killed at the very end
+            _check_same(target, settings, data_dir)
+        else:
+            _prepare(settings, data_dir, target)
     return target
 
 
-def _prepare(source: str, data_dir: str, image_size: int, threads: int, target: str) -> None:
-    aside = f'{target}.incomplete'
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
-    builder = source_builder(source, data_dir)
-    examples = sum(builder.info.splits[split].num_examples for split in ('train', held_out_split(builder)))
-    needed, free = examples * image_size**2 * 3, shutil.disk_usage(os.path.dirname(target)).free
-    if needed > free:
-        raise SourceError(
-            f'{target} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: name another data_dir'
+def _check_same(target: str, settings: Settings, data_dir: str) -> None:
+    """Raise ConfigError where the store in `target` has other settings or, if its source is still there, images."""
+    made = describe(target, settings)
+    if not is_at_hand(settings.source):
+        return
+    source = open_source(settings.source, data_dir, settings.validation_fraction)
+    if source.fingerprint != made['fingerprint']:
+        raise ConfigError(
+            f'{settings.source} is not what {target} was made of: images were added, removed or changed;'
+            ' remove that folder, or name another data_dir'
         )
-    tfds.disable_progress_bar()
-    prepared = Prepared(source=builder, image_size=image_size, threads=threads, data_dir=aside)
-    prepared.download_and_prepare()
-    folder = str(prepared.data_dir)
-    np.savez(os.path.join(folder, 'statistics.npz'), allow_pickle=False, **prepared.statistics.result())
-    os.rename(folder, target)
+
+
+def _prepare(settings: Settings, data_dir: str, target: str) -> None:
+    source = open_source(settings.source, data_dir, settings.validation_fraction)
+    format = _format(settings, source)
+    description = {
+        'source': settings.source,
+        'fingerprint': source.fingerprint,
+        'validation_fraction': settings.validation_fraction if source.is_split_here else None,
+        **dataclasses.asdict(format),
+        'class_names': list(format.class_names),
+    }
+    aside = f'{target}.incomplete'
+    plan = description | {'images_a_shard': IMAGES_A_SHARD}
+    if read_json(os.path.join(aside, 'plan.json')) != plan:
+        shutil.rmtree(aside, ignore_errors=True)  # begun with other settings or images
+    for folder in ('store', 'reports'):
+        os.makedirs(os.path.join(aside, folder), exist_ok=True)
+    write_json(os.path.join(aside, 'plan.json'), plan)
+    shards = _shards(source)
+    start, begun = time.monotonic(), _reports(shards, aside)
+    _check_disk(shards, begun, format, target)
+    reports = _write_shards(shards, begun, format, aside, settings)
+    _complete(shards, reports, format, description, aside)
+    os.rename(os.path.join(aside, 'store'), target)
     shutil.rmtree(aside)
-    log(f'prepared {target}: {needed / 1e9:.2f} GB')
+    read = sum(len(shard.examples) for shard in shards if shard.report not in begun)
+    _summarise(target, reports, read, time.monotonic() - start, settings.workers)
+
+
+def _format(settings: Settings, source: Source) -> Format:
+    names = settings.class_names or tuple(source.class_names)
+    if len(names) != len(source.class_names):
+        raise ConfigError(
+            f'config.data.class_names: {len(names)} names, but {settings.source} has {len(source.class_names)} classes'
+        )
+    return Format(settings.image_size, settings.channels, settings.encoding, names)
+
+
+def _shards(source: Source) -> list[Shard]:
+    """The shards of both splits, training first; they do not depend on the number of processes."""
+    shards = []
+    for split, examples in source.splits.items():
+        starts = range(0, len(examples), IMAGES_A_SHARD)
+        for index, start in enumerate(starts):
+            part = examples.part(range(start, min(start + IMAGES_A_SHARD, len(examples))))
+            shards.append(Shard(split, index, len(starts), part))
+    return shards
+
+
+def _reports(shards: list[Shard], aside: str) -> dict[str, dict[str, Any]]:
+    """The reports of the shards that are there and whole, by their names."""
+    reports = {}
+    for shard in shards:
+        report, file = read_json(os.path.join(aside, 'reports', shard.report)), os.path.join(aside, 'store', shard.file)
+        if report and os.path.exists(file) and os.path.getsize(file) == report['bytes']:
+            reports[shard.report] = report
+    return reports
+
+
+def _check_disk(shards: list[Shard], reports: dict[str, Any], format: Format, target: str) -> None:
+    """Raise SourceError where what is missing will not fit on the disk."""
+    images = sum(len(shard.examples) for shard in shards if shard.report not in reports)
+    needed = images * format.image_size**2 * format.channels * (1 if format.encoding == 'raw' else JPEG_SHARE)
+    free = shutil.disk_usage(os.path.dirname(target)).free
+    if needed > free:
+        hint = ' or give --encoding=jpeg' if format.encoding == 'raw' else ''
+        raise SourceError(
+            f'{target} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: name another data_dir{hint}'
+        )
+
+
+def _write_shards(
+    shards: list[Shard], begun: dict[str, Any], format: Format, aside: str, settings: Settings
+) -> dict[str, Any]:
+    """The reports of all shards; those that are not in `begun` are written by processes."""
+    reports, total = dict(begun), sum(len(shard.examples) for shard in shards)
+    done = sum(len(shard.examples) for shard in shards if shard.report in begun)
+    if done:
+        log(f'{done:,} of {total:,} images were prepared before')
+    todo = [shard for shard in shards if shard.report not in begun]
+    # Not forked: TFDS has started TensorFlow's threads in this process.
+    pool = ProcessPoolExecutor(
+        min(settings.workers, max(len(todo), 1)), multiprocessing.get_context('spawn'), initializer=end_with_parent
+    )
+    folders = os.path.join(aside, 'store'), os.path.join(aside, 'reports')
+    progress = Progress(f'prepare {settings.source}', total, 'images', done=done)
+    try:
+        _check_skipped(reports, total, aside, settings)
+        futures = {pool.submit(write_shard, shard, format, *folders): shard for shard in todo}
+        for future in as_completed(futures):
+            shard = futures[future]
+            reports[shard.report] = future.result()
+            progress.update(len(shard.examples))
+            _check_skipped(reports, total, aside, settings)
+    except BrokenProcessPool:
+        raise StoreError(
+            'a process that prepared images was killed, perhaps for want of memory; the same command goes on'
+            f' where it stood (fewer than --workers={settings.workers} need less)'
+        ) from None
+    finally:
+        progress.close()
+        pool.shutdown(cancel_futures=True)
+    return reports
+
+
+def _check_skipped(reports: dict[str, Any], total: int, aside: str, settings: Settings) -> None:
+    """Raise StoreError where more images are skipped than `max_bad` allows; they are listed in a file."""
+    skipped = _skipped(reports)
+    if len(skipped) <= settings.max_bad * total:
+        return
+    path = os.path.join(aside, 'skipped.jsonl')
+    _write_lines(path, skipped)
+    first = skipped[0]
+    raise StoreError(
+        f'too many images of {settings.source} cannot be used: {len(skipped)} so far, and data.max_bad='
+        f'{settings.max_bad:g} of {total} allows {int(settings.max_bad * total)}; the first is {first["name"]},'
+        f' {first["reason"]}; all are in {path};'
+        ' mend them or raise --max_bad (--config.data.max_bad), and the same command goes on'
+    )
+
+
+def _skipped(reports: dict[str, Any]) -> list[dict[str, str]]:
+    """What was skipped, in the order of the shards."""
+    return [line for name in sorted(reports) for line in reports[name]['skipped']]
+
+
+def _write_lines(path: str, lines: list[dict[str, str]]) -> None:
+    with open(f'{path}.tmp', 'w') as file:
+        file.writelines(json.dumps(line) + '\n' for line in lines)
+    os.replace(f'{path}.tmp', path)
+
+
+def _complete(
+    shards: list[Shard], reports: dict[str, Any], format: Format, description: dict[str, Any], aside: str
+) -> None:
+    """Write what belongs to a store besides the shards: statistics, what was skipped, the descriptions."""
+    folder = os.path.join(aside, 'store')
+    files = {shard.file: reports[shard.report]['bytes'] for shard in shards}
+    for name in set(os.listdir(folder)) - set(files):
+        os.remove(os.path.join(folder, name))  # of processes that were killed
+    template = tfds.core.ShardedFileTemplate(dataset_name='prepared', data_dir=folder, filetype_suffix='array_record')
+    splits = []
+    for split in ('train', 'validation'):
+        of_split = [reports[shard.report] for shard in shards if shard.split == split]
+        lengths = [report['examples'] for report in of_split]
+        if not sum(lengths):
+            raise StoreError(f'{description["source"]}: not one image of the {split} split can be used')
+        size = sum(report['bytes'] for report in of_split)
+        splits.append(
+            tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template)
+        )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=format.features(),
+        split_infos=splits,
+        filename_template=template,
+        check_data=False,
+        description=f'{description["source"]}, shorter side {format.image_size} pixels, centre square',
+    )
+    np.savez(os.path.join(folder, 'statistics.npz'), allow_pickle=False, **statistics(aside, shards))
+    _write_lines(os.path.join(folder, 'skipped.jsonl'), _skipped(reports))
+    images = {split.name: split.num_examples for split in splits}
+    write_json(os.path.join(folder, DESCRIPTION), description | {'images': images, 'files': files})
+
+
+def _summarise(target: str, reports: dict[str, Any], read: int, seconds: float, workers: int) -> None:
+    """Say what was read, what was skipped and why, sizes and speed."""
+    size = sum(report['bytes'] for report in reports.values())
+    stored = sum(report['examples'] for report in reports.values())
+    log(
+        f'prepared {target}: {stored:,} images, {size / 1e9:.2f} GB, {size / stored:,.0f} bytes an image;'
+        f' {read:,} read in {seconds:.0f} s, {read / seconds:.0f} images/s with {workers} processes'
+    )
+    reasons = collections.Counter(line['reason'] for line in _skipped(reports))
+    for reason, count in reasons.most_common():
+        log(f'skipped {count:,}: {reason}')
+    if reasons:
+        log(f'skipped images are named in {target}/skipped.jsonl')
 
 
 def main(argv: list[str]) -> None:
-    """Run as a command; exit code 2 and one line where the source cannot be read."""
+    """Run as a command; exit code 2 and one line where the source or a flag is wrong, 1 where preparing failed."""
     del argv
     logging.set_verbosity(logging.ERROR)
-    args = flags.FLAGS
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = Settings(**{name: flags.FLAGS[name].value for name in names})
+    settings = dataclasses.replace(
+        settings, class_names=tuple(settings.class_names or ()), channels=int(settings.channels)
+    )
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints sizes it does not know
-            prepare(args.source, args.data_dir, args.image_size, args.threads)
-    except (SourceError, OSError) as error:
-        print(f'alexnet_jax: {error}', file=sys.stderr)
+            prepare(settings, flags.FLAGS.data_dir)
+    except (SourceError, ConfigError) as error:
+        complain(str(error))
         sys.exit(2)
+    except (StoreError, OSError) as error:
+        complain(str(error))
+        sys.exit(1)
     except KeyboardInterrupt:
+        complain('stopped; the same command goes on with what is missing')
         sys.exit(130)
 
 
 if __name__ == '__main__':
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-    flags.DEFINE_string('source', 'photos', "'photos' or 'tfds:NAME'.")
+    flags.DEFINE_string('source', 'photos', "'photos', 'tfds:NAME[:config]', 'folder:DIR' or 'idx:DIR'.")
     flags.DEFINE_string('data_dir', '~/tensorflow_datasets', 'Where data sets and prepared stores lie.')
     flags.DEFINE_integer('image_size', 256, 'Pixels a side.', lower_bound=8)
-    flags.DEFINE_integer('threads', os.cpu_count() or 1, 'That decode and scale.', lower_bound=1)
+    flags.DEFINE_enum('channels', '3', ['1', '3'], '3, or 1 for grey.')
+    flags.DEFINE_enum('encoding', 'raw', ['raw', 'jpeg'], 'Of the images in the store.')
+    flags.DEFINE_list('class_names', None, 'In place of those of the source.')
+    flags.DEFINE_float('validation_fraction', 0.1, 'Held out where the source has no split to validate on.')
+    flags.DEFINE_float('max_bad', 0.001, 'Share of the images that may be unreadable.', 0.0, 1.0)
+    flags.DEFINE_integer('workers', os.cpu_count() or 1, 'Processes.', lower_bound=1)
     app.run(main)

@@ -31,7 +31,8 @@ def _network(config: Any) -> tuple[Any, Callable]:
     """The module's definition without its parameters, and a function of a key that makes those."""
 
     def build(key):
-        return AlexNet(config.model, crop_size=config.data.crop_size, rngs=nnx.Rngs(params=key))
+        data, rngs = config.data, nnx.Rngs(params=key)
+        return AlexNet(config.model, crop_size=data.crop_size, channels=data.channels, rngs=rngs)
 
     graph = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))[0]
     return graph, lambda key: nnx.to_pure_dict(nnx.state(build(key), nnx.Param))
@@ -79,7 +80,7 @@ def _errors(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]
 def make_train_step(config: Any, mesh: parallel.Mesh) -> Any:
     """The compiled step (state, batch, learning_rate, preprocessing) -> (state, metrics); `state` is donated.
 
-    batch: image (B, S, S, 3) uint8, label (B,) int32 and number (B,) uint32, the count of images seen before it.
+    batch: image (B, S, S, C) uint8, label (B,) int32 and number (B,) uint32, the count of images seen before it.
     learning_rate: float32 scalar. preprocessing: see augment.preprocessing().
     metrics: loss, top1_error and top5_error of the batch under augmentation and dropout, float32 scalars.
     """
@@ -90,7 +91,9 @@ def make_train_step(config: Any, mesh: parallel.Mesh) -> Any:
 
     def train_step(state, batch, learning_rate, preprocessing):
         number, labels = batch['number'], batch['label']
-        images = augment(batch['image'], example_keys(config.seed, number, AUGMENTATION), preprocessing, config.data)
+        keys = example_keys(config.seed, number, AUGMENTATION)
+        window_keys = example_keys(config.seed, number // config.data.crop_chunk, AUGMENTATION)
+        images = augment(batch['image'], keys, window_keys, preprocessing, config.data)
         dropout_keys = example_keys(config.seed, parallel.dense_examples(number, layout), DROPOUT)
 
         def share_of_loss(params):
@@ -124,7 +127,7 @@ def make_eval_step(config: Any, mesh: parallel.Mesh, views: int) -> Any:
     """The compiled evaluation (params, batch, preprocessing) -> sums (4,): loss, top-1 and top-5 errors, images.
 
     views: 1, the centre, or 10 (see augment.view), whose softmax outputs are averaged (section 4.1).
-    batch: image (B, S, S, 3) uint8 and label (B,) int32; images labelled -1 are padding and not counted.
+    batch: image (B, S, S, C) uint8 and label (B,) int32; images labelled -1 are padding and not counted.
     """
     graph, layout = _network(config)[0], config.mesh.layout
 

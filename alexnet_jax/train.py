@@ -1,11 +1,13 @@
 """The training loop: evaluate, checkpoint, batch, step, log; resumes where the newest checkpoint stands."""
 
+import collections
 import contextlib
 import dataclasses
 import math
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax import parallel, processes
-from alexnet_jax.augment import preprocessing
+from alexnet_jax.augment import preprocessing, without_color
 from alexnet_jax.checkpoint import Checkpoints, state_digest
 from alexnet_jax.config import ConfigError, duration_in_steps, field_names, total_steps
 from alexnet_jax.data import pipeline
@@ -24,6 +26,9 @@ from alexnet_jax.optimizer import plateau_next, plateau_start, scheduled_rate
 from alexnet_jax.step import abstract_state, init_state, make_eval_step, make_train_step
 
 EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED = 0, 1, 75
+
+
+BATCHES_AHEAD = 3  # read and on the devices before they are wanted
 
 
 class TrainingError(RuntimeError):
@@ -43,7 +48,7 @@ def run(config: Any, workdir: str, group: dict[str, Any] | None) -> int:
     Raises:
       ConfigError: mesh, data, settings and processes do not fit one another, or `workdir` cannot be used.
       TrainingError: the loss or the weights are not finite.
-      StoreError: preparing the data was killed.
+      StoreError: preparing the data was killed, or too many records are damaged.
       CheckpointError: none can be read, or the disk is full.
       ProcessError: the other processes did not come.
     """
@@ -83,7 +88,7 @@ def _check_same(config: Any, store: pipeline.Store) -> None:
             value = value[name]
         settings[f'config.{field}'] = value
     del settings['config.data.data_dir']
-    settings['the number of images'] = len(store.train), len(store.validation)
+    settings['the images in the store'] = store.fingerprint
     processes.check_same(settings)
 
 
@@ -123,17 +128,24 @@ class _Run:
         self.examples = len(store.train)
         self.total = total_steps(config, self.examples)
         self.preprocessing = processes.of_the_first(preprocessing(store.statistics, config.data))
+        self.colorless = without_color(self.preprocessing)
+        self.color_until = math.inf if config.data.color_until is None else self.steps_of(config.data.color_until)
         self.train_step = make_train_step(config, mesh)
         self.eval_steps = {views: make_eval_step(config, mesh, views) for views in {1, config.eval.views}}
         self.checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), config.checkpoint.keep)
         restored = self.checkpoints.restore(abstract_state(config, mesh))
         if restored:
             self.state, self.progress = restored
+            if self.progress['store'] != store.fingerprint:
+                raise ConfigError(
+                    f'config.data: the prepared images are not those that {workdir} was begun with; put those back, or'
+                    ' name another --workdir'
+                )
             log(f'resuming {workdir} at step {self.step} of {self.total}')
         else:
             # evaluated: the step of the last evaluation; errors: what it found.
             self.progress = {'step': 0, 'evaluated': -1, 'errors': None, 'plateau': plateau_start()}
-            self.progress['images_per_second'] = 0.0
+            self.progress |= {'images_per_second': 0.0, 'store': store.fingerprint}
             self.state = init_state(config, mesh)
         watchdog.feed('the first state')
         path = os.path.join(workdir, 'metrics.jsonl') if processes.is_first() else None
@@ -192,7 +204,7 @@ class _Run:
         return self.finish()
 
     def batches_ahead(self) -> Iterator[Any]:
-        """Batches on the devices; the next one is on its way while the last is used."""
+        """Batches on the devices; a thread reads and transfers the next ones while a step is computed."""
         config = self.config
         batches = pipeline.training_batches(
             self.store.train,
@@ -203,17 +215,23 @@ class _Run:
             share=self.share,
             shares=self.shares,
         )
-        ahead = parallel.put_batch(self.batch_sharding, next(batches))
-        for batch in batches:
-            current, ahead = ahead, parallel.put_batch(self.batch_sharding, batch)
-            yield current
+
+        def fetch():
+            return parallel.put_batch(self.batch_sharding, next(batches))
+
+        with ThreadPoolExecutor(1) as reader:
+            ahead = collections.deque(reader.submit(fetch) for _ in range(BATCHES_AHEAD))
+            while True:
+                yield ahead.popleft().result()
+                ahead.append(reader.submit(fetch))
 
     def train_one(self, batches: Iterator[Any]) -> None:
         start = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - start
         self.rate = self.learning_rate()
-        self.state, metrics = self.train_step(self.state, batch, np.float32(self.rate), self.preprocessing)
+        preprocessing = self.preprocessing if self.step < self.color_until else self.colorless
+        self.state, metrics = self.train_step(self.state, batch, np.float32(self.rate), preprocessing)
         first = self.step == self.first_step
         if first or self.pending:
             jax.block_until_ready(metrics if first else self.pending[-1])  # at most two steps are under way

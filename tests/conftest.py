@@ -22,10 +22,10 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 @pytest.fixture(scope='session')
 def photos_dir(tmp_path_factory) -> str:
     """A data_dir in which `photos` is prepared at 72 pixels."""
-    from alexnet_jax.prepare import prepare
+    from alexnet_jax.prepare import Settings, prepare
 
     folder = str(tmp_path_factory.mktemp('data'))
-    prepare('photos', folder, 72, 2)
+    prepare(Settings('photos', image_size=72), folder)
     return folder
 
 

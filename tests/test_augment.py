@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from alexnet_jax.augment import augment, example_keys, preprocessing, view
+from alexnet_jax.augment import augment, example_keys, preprocessing, view, without_color
 from alexnet_jax.config import default_config
 
 SIZE, CROP, BATCH = 20, 14, 6
@@ -35,27 +35,30 @@ def keys_of(count, seed=0, purpose=1):
     return example_keys(seed, np.arange(count, dtype=np.uint32), purpose)
 
 
-def augmented(images, keys, config, parts=None):
+def augmented(images, keys, config, parts=None, window_keys=None):
+    window_keys = keys if window_keys is None else window_keys
     parts = preprocessing(statistics(), config) if parts is None else parts
-    return np.asarray(jax.jit(lambda images, keys, parts: augment(images, keys, parts, config))(images, keys, parts))
+    return np.asarray(
+        jax.jit(lambda images, both, parts: augment(images, *both, parts, config))(images, (keys, window_keys), parts)
+    )
 
 
-def augmented_in_numpy(images, keys, config):
+def augmented_in_numpy(images, keys, config, figures=None, window_keys=None):
     """One image after the other; only the random numbers come from JAX."""
-    figures = statistics()
+    figures = figures or statistics()
     far = SIZE - CROP
     result = []
-    for image, key in zip(images, keys, strict=True):
+    for image, key, window_key in zip(images, keys, keys if window_keys is None else window_keys, strict=True):
         top, left = far // 2, far // 2
         if config.crop:
-            top, left = np.asarray(jax.random.randint(jax.random.fold_in(key, 0), (2,), 0, far + 1))
+            top, left = np.asarray(jax.random.randint(jax.random.fold_in(window_key, 0), (2,), 0, far + 1))
         window = np.s_[top : top + CROP, left : left + CROP]
         mean = {'image': figures['mean_image'][window], 'channel': figures['mean_rgb'], 'none': 0}[config.mean]
         x = image[window].astype(np.float32) - np.float32(mean)
-        if config.flip and jax.random.bernoulli(jax.random.fold_in(key, 1)):
+        if config.flip and jax.random.bernoulli(jax.random.fold_in(window_key, 1)):
             x = np.flip(x, 1)
         if config.color != 'none':
-            normal = np.asarray(jax.random.normal(jax.random.fold_in(key, 2), (3,)), np.float64)
+            normal = np.asarray(jax.random.normal(jax.random.fold_in(key, 2), image.shape[2:]), np.float64)
             variances = figures['eigenvalues']
             strength = {'original': np.sqrt(variances), 'fb': variances / 255, 'paper': variances}[config.color]
             x = x + figures['eigenvectors'] @ (0.1 * strength * normal)
@@ -117,6 +120,37 @@ def test_color_noise(color, mean):
     ours = augmented(random_images(), keys, config)
     expected = augmented_in_numpy(random_images(), keys, config)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-7 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize('color', ['original', 'fb'])
+def test_one_channel(color):
+    config, keys = data_config(color=color), keys_of(BATCH)
+    figures = {
+        'mean_image': statistics()['mean_image'][..., :1],
+        'mean_rgb': np.array([111.0]),
+        'eigenvalues': np.array([3000.0]),
+        'eigenvectors': np.array([[1.0]]),
+    }
+    images = random_images()[..., :1]
+    ours = augmented(images, keys, config, preprocessing(figures, config))
+    expected = augmented_in_numpy(images, keys, config, figures)
+    assert ours.shape == (BATCH, CROP, CROP, 1)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-7 * np.abs(expected).max())
+
+
+def test_images_that_share_a_window_key_have_their_own_noise():
+    """crop_chunk: windows and reflections by the key of the chunk, noise by that of the image."""
+    config, keys = data_config(), keys_of(BATCH)
+    shared = example_keys(0, np.arange(BATCH, dtype=np.uint32) // 3, 1)
+    ours = augmented(random_images(), keys, config, window_keys=shared)
+    expected = augmented_in_numpy(random_images(), keys, config, window_keys=shared)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-7 * np.abs(expected).max())
+
+
+def test_without_color_nothing_is_added_and_nothing_divided():
+    config, keys = data_config(color='original'), keys_of(BATCH)
+    ours = augmented(random_images(), keys, config, without_color(preprocessing(statistics(), config)))
+    np.testing.assert_array_equal(ours, augmented_in_numpy(random_images(), keys, data_config(color='none')))
 
 
 def test_an_image_does_not_depend_on_its_batch():

@@ -119,7 +119,16 @@ def test_resolve_leaves_its_argument_alone_and_freezes():
         ({'train.batch_size': 0}, 'config.train.batch_size: 0 is outside 1 to 16777216; the nearest is 1'),
         ({'train.steps': -1}, 'config.train.steps: -1 is outside 0 to 2147483647; the nearest is 0'),
         ({'seed': -1}, 'config.seed: -1 is outside 0 to 4294967295; the nearest is 0'),
-        ({'data.source': 'imagenet'}, "config.data.source: 'imagenet' is not 'photos' or 'tfds:NAME'; for example"),
+        ({'data.source': 'folder:'}, "config.data.source: 'folder:' is not 'photos'"),
+        ({'data.channels': 2}, 'config.data.channels: 2 is not one of 1, 3; the nearest is 1'),
+        ({'data.encoding': 'png'}, "config.data.encoding: 'png' is not one of raw, jpeg; the nearest is 'jpeg'"),
+        ({'data.max_bad': 2.0}, 'config.data.max_bad: 2.0 is outside 0 to 1; the nearest is 1'),
+        ({'data.crop_chunk': 0}, 'config.data.crop_chunk: 0 is outside 1 to 1048576; the nearest is 1'),
+        ({'data.color_until': 'soon'}, "config.data.color_until: 'soon' is no duration"),
+        (
+            {'data.source': 'imagenet'},
+            "config.data.source: 'imagenet' is not 'photos', 'tfds:NAME[:config]'",
+        ),
         # what contradicts another field
         (
             {'data.crop_size': 300},

@@ -1,6 +1,8 @@
 """Photographs, prepared stores and the batches read from them."""
 
 import fcntl
+import io
+import json
 import os
 import shutil
 import signal
@@ -13,15 +15,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import prepare
+from alexnet_jax.config import ConfigError, default_config
 from alexnet_jax.data import photos, pipeline
+from alexnet_jax.data.sources import SourceError
+from alexnet_jax.prepare import Settings, prepare
 
 ROOT = Path(__file__).parent.parent
 
 
+PHOTOS = Settings('photos', image_size=72)
+
+
+def open_photos(data_dir: str) -> pipeline.Store:
+    return pipeline.open_store(pipeline.store_directory(data_dir, PHOTOS), PHOTOS)
+
+
 @pytest.fixture(scope='module')
 def store(photos_dir):
-    return pipeline.open_store(pipeline.store_directory(photos_dir, 'photos', 72))
+    return open_photos(photos_dir)
 
 
 def test_no_pixel_of_a_photograph_is_in_both_splits():
@@ -69,52 +80,20 @@ def test_store_of_photos(store):
     assert expected <= {store.validation[i]['image'].tobytes() for i in range(1600)}
 
 
-def test_statistics_are_those_of_the_training_images(store):
-    images = np.stack([store.train[i]['image'] for i in range(len(store.train))])
-    pixels = images.reshape(-1, 3).astype(np.float64)
-    np.testing.assert_allclose(store.statistics['mean_image'], images.mean(0, dtype=np.float64), rtol=1e-12)
-    np.testing.assert_allclose(store.statistics['mean_rgb'], pixels.mean(0), rtol=1e-12)
-    covariance = np.cov(pixels.T, bias=True)
-    values, vectors = store.statistics['eigenvalues'], store.statistics['eigenvectors']
-    np.testing.assert_allclose(vectors @ np.diag(values) @ vectors.T, covariance, rtol=1e-9)
-    assert values[0] < values[1] < values[2]
-    np.testing.assert_array_equal(store.statistics['class_counts'], np.full(16, 400))
-
-
-@pytest.mark.parametrize(('width', 'height'), [(300, 200), (200, 300), (64, 64), (40, 90), (500, 65)])
-def test_square_takes_the_centre_after_scaling_the_shorter_side(width, height):
-    """A ramp along the longer side: the centre keeps the middle value and the slope of the scale."""
-    ramp = np.broadcast_to(np.linspace(0, 255, max(width, height)), (min(width, height), max(width, height)))
-    ramp = (ramp if width >= height else ramp.T).astype(np.uint8)
-    result = prepare.square(Image.fromarray(ramp), 64)
-    assert result.shape == (64, 64, 3)
-    along = result[32, :, 0].astype(float) if width >= height else result[:, 32, 0].astype(float)
-    longer = max(width, height) / min(width, height)
-    assert abs(along.mean() - 127) < 3
-    assert abs((along[48] - along[16]) - 32 / 64 * 255 / longer) < 4
-
-
-def test_grey_palette_transparent_and_cmyk_images_become_rgb():
-    colour = (200, 80, 30)
-    image = Image.new('RGB', (80, 70), colour)
-    for mode, expected in [('RGB', colour), ('RGBA', colour), ('P', colour), ('CMYK', colour), ('L', (110,) * 3)]:
-        result = prepare.square(image.convert(mode), 64)
-        np.testing.assert_allclose(result.reshape(-1, 3).mean(0), expected, atol=3, err_msg=mode)
-
-
 def test_prepare_is_done_once(photos_dir):
-    folder = Path(pipeline.store_directory(photos_dir, 'photos', 72))
+    folder = Path(pipeline.store_directory(photos_dir, PHOTOS))
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert prepare.prepare('photos', photos_dir, 72, 2) == str(folder)
+    assert prepare(PHOTOS, photos_dir) == str(folder)
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
 def test_a_killed_prepare_leaves_no_store_and_one_that_waited_makes_it(photos_dir, tmp_path):
     shutil.copytree(os.path.join(photos_dir, 'photos'), tmp_path / 'photos')
     command = [sys.executable, '-m', 'alexnet_jax.prepare', f'--data_dir={tmp_path}', '--image_size=96']
-    target = Path(pipeline.store_directory(str(tmp_path), 'photos', 96))
+    given = Settings('photos', image_size=96)
+    target = Path(pipeline.store_directory(str(tmp_path), given))
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-        while not list(Path(f'{target}.incomplete').rglob('*array_record*')):
+        while not list(Path(f'{target}.incomplete').rglob('*.json')):
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGSTOP)
@@ -128,12 +107,12 @@ def test_a_killed_prepare_leaves_no_store_and_one_that_waited_makes_it(photos_di
             waiting.send_signal(signal.SIGCONT)
             said = waiting.stderr.read()
     assert waiting.returncode == 0, said
-    assert len(pipeline.open_store(str(target)).train) == 6400
+    assert len(pipeline.open_store(str(target), given).train) == 6400
     assert not Path(f'{target}.incomplete').exists()
 
 
 def test_a_run_that_waits_for_the_data_can_be_stopped(tmp_path):
-    target = Path(pipeline.store_directory(str(tmp_path), 'photos', 72))
+    target = Path(pipeline.store_directory(str(tmp_path), PHOTOS))
     target.parent.mkdir()
     command = [sys.executable, 'launch.py', f'--workdir={tmp_path}/run', f'--config.data.data_dir={tmp_path}']
     with open(f'{target}.lock', 'w') as lock:
@@ -154,36 +133,12 @@ def test_an_unknown_data_set_is_refused_in_one_line(tmp_path):
     assert run.stderr.count('\n') == 1
 
 
-def test_a_store_larger_than_memory_is_sorted_in_small_parts(photos_dir, tmp_path, monkeypatch):
-    """TFDS sorts what is above its buffer bucket by bucket, each in memory: no bucket may hold much of a split."""
-    from tensorflow_datasets.core import shuffle
-
-    monkeypatch.setattr(shuffle, 'MAX_MEM_BUFFER_SIZE', 1 << 20)
-    largest = []
-    read_values = shuffle._Bucket.read_values
-
-    def counted(bucket):
-        values = list(read_values(bucket))
-        largest.append(len(values))
-        return iter(values)
-
-    monkeypatch.setattr(shuffle._Bucket, 'read_values', counted)
-    shutil.copytree(os.path.join(photos_dir, 'photos'), tmp_path / 'photos')
-    folder = prepare.prepare('photos', str(tmp_path), 72, 2)
-    assert sum(largest) == 8000
-    assert max(largest) <= 10
-    expected = pipeline.open_store(pipeline.store_directory(photos_dir, 'photos', 72)).train
-    found = pipeline.open_store(folder).train
-    for index in (0, 1, 777, 6399):
-        np.testing.assert_array_equal(found[index]['image'], expected[index]['image'])
-
-
 def test_a_source_without_random_access_is_refused(photos_dir, tmp_path):
     shutil.copytree(os.path.join(photos_dir, 'photos'), tmp_path / 'photos')
     info = tmp_path / 'photos' / '1.0.0' / 'dataset_info.json'
     info.write_text(info.read_text().replace('array_record', 'tfrecord'))
-    with pytest.raises(prepare.SourceError, match='in another format than array_record'):
-        prepare.prepare('photos', str(tmp_path), 64, 2)
+    with pytest.raises(SourceError, match='in another format than array_record'):
+        prepare(Settings('photos', image_size=64), str(tmp_path))
 
 
 class Numbered:
@@ -198,7 +153,7 @@ class Numbered:
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < self.length:
             raise IndexError(index)
-        return {'image': np.full((2, 2, 3), index, np.uint8), 'label': index}
+        return {'image': np.full((2, 2, 3), index, np.uint8), 'label': np.int32(index)}
 
 
 def take(batches, count: int) -> list[dict]:
@@ -255,14 +210,155 @@ def test_validation_gives_every_image_once(count):
     assert all(batch['image'].shape == (8 // count, 2, 2, 3) for share in shares for batch in share)
 
 
+READER = """
+import hashlib, json, sys, time
+from alexnet_jax import startup
+startup.tune_cpu()
+import jax, numpy as np
+from alexnet_jax.augment import augment, example_keys, preprocessing
+from alexnet_jax.config import default_config
+from alexnet_jax.data import pipeline
+first_step, share, shares = map(int, sys.argv[2:])
+config = default_config()
+config.data.update(source='photos', image_size=72, crop_size=64)
+store = pipeline.open_store(pipeline.store_directory(sys.argv[1], config.data), config.data)
+parts = preprocessing(store.statistics, config.data)
+step = jax.jit(lambda images, keys: augment(images, keys, keys, parts, config.data))
+for batch in pipeline.training_batches(
+    store.train, seed=3, batch_size=640, first_step=first_step, threads=2, share=share, shares=shares
+):
+    pixels = np.asarray(step(batch['image'], example_keys(3, batch['number'], 1)))
+    digests = [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in pixels]
+    print(json.dumps([batch['number'].tolist(), batch['label'].tolist(), digests]), flush=True)
+"""
+
+
+def read(data_dir: str, steps: int, first_step: int = 0, share: int = 0, shares: int = 1) -> list[list]:
+    """Numbers, labels and digests of the augmented pixels of `steps` batches; then the process is killed."""
+    command = [sys.executable, '-c', READER, data_dir, *map(str, (first_step, share, shares))]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        lines = [json.loads(process.stdout.readline()) for _ in range(steps)]
+        process.kill()
+    return lines
+
+
+def test_order_and_pixels_after_kill_and_with_another_number_of_processes(photos_dir):
+    """Six batches of 640, so ten an epoch of 6,400: killed in mid-epoch after three, then read by two processes."""
+    expected = read(photos_dir, 6)
+    killed = read(photos_dir, 3)
+    halves = [read(photos_dir, 3, first_step=3, share=share, shares=2) for share in (0, 1)]
+    resumed = [[first + second for first, second in zip(*parts, strict=True)] for parts in zip(*halves, strict=True)]
+    assert killed + resumed == expected
+    digests = [digest for _, _, batch in expected for digest in batch]
+    assert len(set(digests)) == 6 * 640
+
+
 def test_training_reads_without_tensorflow(photos_dir):
     program = f"""
 import sys
 from alexnet_jax import train
+from alexnet_jax.config import default_config
 from alexnet_jax.data import pipeline
-store = pipeline.open_store({pipeline.store_directory(photos_dir, 'photos', 72)!r})
+config = default_config().data
+config.update(source='photos', image_size=72)
+store = pipeline.open_store(pipeline.store_directory({photos_dir!r}, config), config)
 next(pipeline.training_batches(store.train, seed=0, batch_size=4, first_step=0, threads=1))
 print('tensorflow' in sys.modules)
 """
     run = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
     assert run.stdout == 'False\n', run.stderr
+
+
+def flip_a_byte(file: Path, pixels: np.ndarray) -> None:
+    """Damage the record of an image: one byte in the middle of it."""
+    content = bytearray(file.read_bytes())
+    content[content.index(pixels.tobytes()[6000:6100])] ^= 0xFF
+    file.write_bytes(content)
+
+
+@pytest.fixture
+def damaged(photos_dir, store, tmp_path):
+    """A copy of the store in which record 1030 of training and 5 of validation have one wrong byte."""
+    shutil.copytree(os.path.join(photos_dir, 'prepared'), tmp_path / 'prepared')
+    for file, split, record in (
+        ('prepared-train.array_record-00001-of-00007', store.train, 1030),
+        ('prepared-validation.array_record-00000-of-00002', store.validation, 5),
+    ):
+        path = Path(pipeline.store_directory(str(tmp_path), PHOTOS)) / file
+        flip_a_byte(path, split[record]['image'])
+    return str(tmp_path)
+
+
+def test_a_damaged_record_is_named_and_the_next_one_takes_its_place(damaged, store, capfd):
+    copy = open_photos(damaged)
+    options = {'seed': 0, 'batch_size': 640, 'first_step': 0, 'threads': 2}
+    whole, found = (take(pipeline.training_batches(split.train, **options), 20) for split in (store, copy))
+    differ = []
+    for expected, batch in zip(whole, found, strict=True):
+        np.testing.assert_array_equal(batch['number'], expected['number'])
+        rows = np.flatnonzero((batch['image'] != expected['image']).any((1, 2, 3)))
+        differ += [(expected['image'][row], batch['image'][row]) for row in rows]
+    assert len(differ) == 2  # once in each of the two epochs
+    for expected, got in differ:
+        np.testing.assert_array_equal(expected, store.train[1030]['image'])
+        np.testing.assert_array_equal(got, store.train[1031]['image'])
+    assert copy.train.damaged == {1030}
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith(f'alexnet_jax: record 1030 of train in {damaged}')
+    assert 'is damaged and left out: ' in said[0]
+
+
+def test_a_damaged_record_does_not_count_in_validation(damaged):
+    copy = open_photos(damaged)
+    batches = list(pipeline.validation_batches(copy.validation, batch_size=200, threads=2))
+    labels = np.concatenate([batch['label'] for batch in batches])
+    assert (labels >= 0).sum() == 1599
+    assert labels[5] == -1
+    assert copy.validation.damaged == {5}
+
+
+def test_more_damage_than_allowed_stops_the_reading(damaged):
+    given = Settings('photos', image_size=72, max_bad=0.0001)  # of 6,400: none
+    copy = pipeline.open_store(pipeline.store_directory(damaged, given), given)
+    with pytest.raises(pipeline.StoreError, match=r'1 of 6400 records of train .*, more than data.max_bad=0.0001 a'):
+        take(pipeline.training_batches(copy.train, seed=0, batch_size=640, first_step=0, threads=2), 10)
+
+
+def test_a_jpeg_that_does_not_decode_is_damage():
+    jpeg = io.BytesIO()
+    Image.new('RGB', (8, 8), (200, 80, 30)).save(jpeg, 'JPEG')
+    records = [{'image': jpeg.getvalue(), 'label': 1}, {'image': jpeg.getvalue()[:100], 'label': 0}]
+    split = pipeline.Split(records, 'RGB', 'here', 0.5)
+    assert split[0]['image'].shape == (8, 8, 3)
+    assert split[1] is None
+    assert split.damaged == {1}
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'reason'),
+    [
+        (lambda folder: os.truncate(folder / 'prepared-train.array_record-00003-of-00007', 1000), 'is 1000 bytes, not'),
+        (lambda folder: (folder / 'prepared-validation.array_record-00001-of-00002').unlink(), 'is missing, not'),
+        (lambda folder: (folder / 'prepared.json').unlink(), 'is no whole store, or of an older version'),
+        (lambda folder: (folder / 'prepared.json').write_text('{"sour'), 'is no whole store, or of an older version'),
+        (lambda folder: os.truncate(folder / 'statistics.npz', 3000), r'statistics.npz is damaged'),
+    ],
+)
+def test_a_store_that_was_not_copied_whole_is_refused(photos_dir, tmp_path, spoil, reason):
+    shutil.copytree(os.path.join(photos_dir, 'prepared'), tmp_path / 'prepared')
+    spoil(Path(pipeline.store_directory(str(tmp_path), PHOTOS)))
+    with pytest.raises(ConfigError, match=reason) as caught:
+        open_photos(str(tmp_path))
+    assert '\n' not in str(caught.value)
+
+
+def test_where_a_store_lies():
+    data = default_config().data
+    where = pipeline.store_directory
+    assert where('/d', data) == '/d/prepared/imagenet2012_256px'
+    assert where('gs://bucket/d', data) == 'gs://bucket/d/prepared/imagenet2012_256px'  # not taken for a folder here
+    data.update(source='tfds:imagenette:320px-v2', channels=1, encoding='jpeg', image_size=64)
+    assert where('/d', data) == '/d/prepared/imagenette_320px_v2_64px_grey_jpeg'
+    data.update(source='folder:/pets/2024')
+    assert where('/d', data) == '/d/prepared/folder_pets_2024_64px_grey_jpeg'

@@ -11,18 +11,21 @@ import numpy as np
 from PIL import Image
 
 from alexnet_jax.data import pipeline
+from alexnet_jax.prepare import Settings
 
 ROOT = Path(__file__).parent.parent
-SYNSETS = ('n01440764', 'n01443537', 'n02119789')
+# Under these names ImageNet has a PNG and a CMYK file, and TFDS's builder knows them.
+PNG, CMYK = 'n02105855_2933.JPEG', 'n01739381_1309.JPEG'
+SYNSETS = ('n01440764', 'n01443537', 'n01739381', 'n02105855', 'n02119789')
 VALIDATION_IMAGES = 11  # no multiple of the batch
 
 
-def jpeg(generator: np.random.Generator, mode: str, colour: tuple[int, int, int]) -> bytes:
-    """A JPEG of random size around one colour."""
+def picture(generator: np.random.Generator, mode: str, format: str = 'JPEG') -> bytes:
+    """An image of random size around one colour."""
     height, width = (int(side) for side in generator.integers(40, 400, 2))
-    pixels = generator.normal(colour, 10, (height, width, 3)).clip(0, 255).astype(np.uint8)
+    pixels = generator.normal((200, 80, 30), 10, (height, width, 3)).clip(0, 255).astype(np.uint8)
     file = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(file, 'JPEG', quality=95)
+    Image.fromarray(pixels).convert(mode).save(file, format, quality=95)
     return file.getvalue()
 
 
@@ -42,11 +45,14 @@ def write_tars(folder: Path) -> None:
             inner = io.BytesIO()
             with tarfile.open(fileobj=inner, mode='w') as tar:
                 for i, mode in enumerate(modes):
-                    add(tar, f'{synset}_{i}.JPEG', jpeg(generator, mode, (200, 80, 30)))
+                    add(tar, f'{synset}_{i}.JPEG', picture(generator, mode))
+                for name, mode, format in ((PNG, 'RGB', 'PNG'), (CMYK, 'CMYK', 'JPEG')):
+                    if name.startswith(synset):
+                        add(tar, name, picture(generator, mode, format))
             add(outer, f'{synset}.tar', inner.getvalue())
     with tarfile.open(folder / 'ILSVRC2012_img_val.tar', 'w') as tar:
         for i in range(VALIDATION_IMAGES):
-            add(tar, f'ILSVRC2012_val_{i + 1:08d}.JPEG', jpeg(generator, modes[i % 4], (200, 80, 30)))
+            add(tar, f'ILSVRC2012_val_{i + 1:08d}.JPEG', picture(generator, modes[i % 4]))
 
 
 def launch(data_dir: Path, workdir: Path) -> subprocess.CompletedProcess:
@@ -64,9 +70,10 @@ def test_tars_to_trained_network(tmp_path):
     assert [result['views'][views]['examples'] for views in ('1', '10')] == [VALIDATION_IMAGES] * 2
     assert '3/3 steps' in run.stderr
 
-    store = pipeline.open_store(pipeline.store_directory(str(tmp_path / 'data'), 'tfds:imagenet2012', 256))
+    given = Settings('tfds:imagenet2012')
+    store = pipeline.open_store(pipeline.store_directory(str(tmp_path / 'data'), given), given)
     assert len(store.class_names) == 1000
-    assert (len(store.train), len(store.validation)) == (4 * len(SYNSETS), VALIDATION_IMAGES)
+    assert (len(store.train), len(store.validation)) == (4 * len(SYNSETS) + 2, VALIDATION_IMAGES)
     assert store.train[0]['image'].shape == (256, 256, 3)
     assert sorted({int(example['label']) for example in store.train}) == [
         store.class_names.index(synset) for synset in SYNSETS
@@ -76,7 +83,7 @@ def test_tars_to_trained_network(tmp_path):
     grey = np.ptp(means, axis=1) < 2
     assert grey.sum() == len(SYNSETS)
     np.testing.assert_allclose(means[grey], 110, atol=4)
-    np.testing.assert_allclose(means[~grey], np.broadcast_to([200, 80, 30], (9, 3)), atol=6)
+    np.testing.assert_allclose(means[~grey], np.broadcast_to([200, 80, 30], (3 * len(SYNSETS) + 2, 3)), atol=6)
 
 
 def test_missing_tars_are_named(tmp_path):

@@ -27,9 +27,12 @@ ALLOWED = {
     'checkpoint': {'monitor', 'processes'},
     'data': set(),
     'data.photos': set(),
-    'data.pipeline': {'data.photos'},
+    'data.images': set(),
+    'data.sources': {'data.photos', 'monitor'},
+    'data.shards': {'data.images', 'monitor'},
+    'data.pipeline': {'config', 'monitor'},
     'data.store': {'config', 'data.pipeline', 'monitor'},
-    'prepare': {'data.photos', 'data.pipeline', 'monitor'},
+    'prepare': {'config', 'data.pipeline', 'data.shards', 'data.sources', 'monitor'},
     'collectives': set(),
     'costs': {'config'},
     'audit': {'collectives', 'config', 'costs', 'flags', 'parallel', 'step'},
@@ -128,6 +131,9 @@ def test_only_launch_imports_train_and_only_when_it_runs():
         'monitor',
         'data',
         'data.photos',
+        'data.images',
+        'data.sources',
+        'data.shards',
         'data.pipeline',
         'data.store',
     ],
@@ -147,7 +153,7 @@ def test_launch_sets_flags_before_jax_is_imported():
 def test_tensorflow_is_not_imported(module):
     names = module_level_imports(parse(FILES[module]))
     assert not is_of(names, 'tensorflow')
-    if module not in ('prepare', 'data.photos'):
+    if module not in ('prepare', 'data.photos', 'data.sources', 'data.shards'):
         assert not is_of(names, 'tensorflow_datasets')
 
 

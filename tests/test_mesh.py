@@ -447,3 +447,25 @@ def test_all_devices_are_used_by_default_and_must_divide_the_batch():
     assert dict(parallel.make_mesh(small_config(-1, 2)).shape) == {'data': 4, 'model': 2}
     with pytest.raises(config.ConfigError, match=r'train.batch_size: 12 is not divisible by mesh.data=8'):
         parallel.make_mesh(small_config(-1, 1, {'train': {'batch_size': 12}}))
+
+
+def test_images_of_a_chunk_share_a_window_and_a_reflection():
+    """One picture eight times in one chunk is as good as once; each with a window of its own it is not."""
+    one = small_config(1, 1, {'model': {'dropout': 0.0}, 'data': {'color': 'none'}, 'train': {'batch_size': 1}})
+    loss_of_one = train(one, 1)[2][0]
+    row = batch(0, one)
+    losses = {}
+    for chunk in (8, 1):
+        groups = {'model': {'dropout': 0.0}, 'data': {'color': 'none', 'crop_chunk': chunk}, 'train': {'batch_size': 8}}
+        settings = small_config(1, 1, groups)
+        mesh = parallel.make_mesh(settings)
+        rows = {name: np.repeat(values, 8, 0) for name, values in row.items()}
+        rows['number'] = np.arange(8, dtype=np.uint32)
+        prepared = augment.preprocessing(STATISTICS, settings.data)
+        train_step = step.make_train_step(settings, mesh)
+        _, metrics = train_step(
+            step.init_state(settings, mesh), put_batch(settings, mesh, rows), np.float32(0), prepared
+        )
+        losses[chunk] = float(metrics['loss'])
+    np.testing.assert_allclose(losses[8], loss_of_one, rtol=1e-6)
+    assert abs(losses[1] / loss_of_one - 1) > 1e-4

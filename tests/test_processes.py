@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax.data import pipeline
+from alexnet_jax.prepare import Settings
 
 ROOT = Path(__file__).parent.parent
 STEPS = 8
@@ -27,6 +28,7 @@ FAULTY_INPUT = """
 import dataclasses, runpy, sys, time
 sys.path.insert(0, '.')
 from alexnet_jax.data import pipeline
+from alexnet_jax.prepare import Settings
 (fault, index), sys.argv = sys.argv[1].split(), ['launch.py', *sys.argv[2:]]
 class Faulty:
     def __init__(self, source):
@@ -43,8 +45,8 @@ class Faulty:
             time.sleep(1000)
         return self.source[index]
 open_store = pipeline.open_store
-def faulty_store(directory):
-    store = open_store(directory)
+def faulty_store(directory, settings):
+    store = open_store(directory, settings)
     return dataclasses.replace(store, train=Faulty(store.train))
 if f'--process_id={index}' in sys.argv:
     pipeline.open_store = faulty_store
@@ -292,7 +294,8 @@ def test_a_run_moves_between_numbers_of_processes(photos_dir, tmp_path, preempte
 
 
 def test_the_images_of_a_run_do_not_depend_on_the_number_of_shares(photos_dir):
-    source = pipeline.open_store(pipeline.store_directory(photos_dir, 'photos', 72)).train
+    given = Settings('photos', image_size=72)
+    source = pipeline.open_store(pipeline.store_directory(photos_dir, given), given).train
 
     def batches(first_step, steps, shares):
         readers = [

@@ -126,6 +126,35 @@ def test_an_interrupted_run_ends_as_the_uninterrupted(uninterrupted, photos_dir,
     assert steps == sorted(set(steps))
 
 
+def test_colour_noise_ends_where_it_is_told_to(photos_dir, tmp_path):
+    """As if the run had been stopped there and gone on without."""
+    short = ('--config.eval.views=1', '--config.eval.every=100', '--config.train.steps=6')
+    ended = launch(photos_dir, tmp_path / 'ended', *short, '--config.data.color_until=4 steps')
+    assert ended.returncode == 0, ended.stderr
+    for steps, color in ((4, 'original'), (6, 'none')):
+        run = launch(
+            photos_dir, tmp_path / 'two', *short, f'--config.data.color={color}', f'--config.train.steps={steps}'
+        )
+        assert run.returncode == 0, run.stderr
+    always = launch(photos_dir, tmp_path / 'always', *short)
+    assert always.returncode == 0, always.stderr
+    digests = [
+        json.loads((tmp_path / name / 'result.json').read_text())['state_digest'] for name in ('ended', 'two', 'always')
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_run_does_not_go_on_with_other_images(uninterrupted, photos_dir, tmp_path):
+    shutil.copytree(uninterrupted[0], tmp_path / 'run')
+    (tmp_path / 'run' / 'result.json').unlink()
+    shutil.copytree(os.path.join(photos_dir, 'prepared'), tmp_path / 'prepared')
+    description = next((tmp_path / 'prepared').glob('*/prepared.json'))
+    description.write_text(description.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
+    refused = launch(str(tmp_path), tmp_path / 'run')
+    assert refused.returncode == 2
+    assert 'config.data: the prepared images are not those that' in refused.stderr
+
+
 def test_the_same_command_after_the_end_says_so_at_once(uninterrupted, photos_dir):
     workdir, result, _ = uninterrupted
     start = time.monotonic()
@@ -148,7 +177,9 @@ def test_another_network_or_batch_is_refused_in_a_used_workdir(uninterrupted, ph
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(photos_dir, tmp_path):
-    run = launch(photos_dir, tmp_path, '--config.optimizer.learning_rate=100')
+    # The rate alone may leave a network whose every unit is dead, and a finite loss.
+    large = f'--config.model.kernel_std={(1e9,) * 8}'
+    run = launch(photos_dir, tmp_path, '--config.optimizer.learning_rate=100', large)
     assert run.returncode == 1
     assert 'the loss or the weights are nan at step' in run.stderr
     assert 'optimizer.learning_rate (100)' in run.stderr

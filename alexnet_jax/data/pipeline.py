@@ -5,14 +5,28 @@ processes, so the whole state of the input is the number of steps taken.
 """
 
 import dataclasses
+import hashlib
+import json
 import os
 import re
+import threading
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import simplejpeg
+from etils import epath
+
+from alexnet_jax.config import ConfigError
+from alexnet_jax.monitor import complain
 
 Batch = dict[str, np.ndarray]
+DESCRIPTION = 'prepared.json'  # in a store: what it was made of, and the sizes of its files
+
+
+class StoreError(RuntimeError):
+    """Data that could not be made or are damaged: one line with the cause and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,32 +34,133 @@ class Store:
     """A data set as `prepare` wrote it.
 
     Attributes:
-      train, validation: random access to {'image': (S, S, 3) uint8, 'label': int}.
-      statistics: of the training images, see prepare.Statistics.
+      train, validation: see Split.
+      statistics: of the training images, see prepare.statistics().
       class_names: one a label.
+      fingerprint: the same for the same images.
     """
 
     train: Any
     validation: Any
     statistics: dict[str, np.ndarray]
     class_names: list[str]
+    fingerprint: str
 
 
-def store_directory(data_dir: str, source: str, image_size: int) -> str:
-    """Where the prepared store of `source` lies."""
-    name = re.sub(r'\W+', '_', source.removeprefix('tfds:'))
-    return os.path.join(os.path.abspath(os.path.expanduser(data_dir)), 'prepared', f'{name}_{image_size}px')
+class Split:
+    """Random access to {'image': (S, S, C) uint8, 'label': int32}; None for a record that is damaged on disk.
+
+    Every record has a checksum. A damaged one is named and counted once.
+
+    Args:
+      source: random access to {'image', 'label'}, the image as the store has it.
+      colorspace: of that image where it is a JPEG, 'RGB' or 'GRAY'; None: it is an array.
+      name: shown.
+      max_bad: share of the records that may be damaged.
+
+    Raises StoreError, when a record is asked for: there are more.
+    """
+
+    def __init__(self, source: Any, colorspace: str | None, name: str, max_bad: float):
+        self.source, self.colorspace, self.name, self.max_bad = source, colorspace, name, max_bad
+        self.damaged: set[int] = set()
+        self.lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | None:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if index in self.damaged:
+            return None
+        try:
+            example = self.source[index]
+            image = example['image']
+            if self.colorspace:
+                image = simplejpeg.decode_jpeg(image, self.colorspace)
+            return {'image': image, 'label': np.int32(example['label'])}
+        except Exception as error:  # of ArrayRecord, protobuf and the decoder, each its own kinds
+            self._count(index, error)
+            return None
+
+    def _count(self, index: int, error: Exception) -> None:
+        with self.lock:
+            if index in self.damaged:
+                return
+            self.damaged.add(index)
+        what = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        complain(f'record {index} of {self.name} is damaged and left out: {what}')
+        if len(self.damaged) > self.max_bad * len(self):
+            raise StoreError(
+                f'{len(self.damaged)} of {len(self)} records of {self.name} are damaged, more than data.max_bad='
+                f'{self.max_bad:g} allows: copy the store again or remove it, and it will be made anew'
+            ) from None
 
 
-def open_store(directory: str) -> Store:
-    """The store in `directory`. Raises FileNotFoundError where there is none."""
-    with np.load(os.path.join(directory, 'statistics.npz')) as file:
-        statistics = dict(file)
+def store_directory(data_dir: str, settings: Any) -> str:
+    """Where the prepared store lies; `settings`: `data` of a configuration, or prepare.Settings."""
+    root = data_dir if '://' in data_dir else os.path.abspath(os.path.expanduser(data_dir))
+    name = re.sub(r'\W+', '_', settings.source.removeprefix('tfds:')).strip('_')
+    kind = '_grey' * (settings.channels == 1) + '_jpeg' * (settings.encoding == 'jpeg')
+    return os.path.join(root, 'prepared', f'{name}_{settings.image_size}px{kind}')
+
+
+def describe(directory: str, settings: Any) -> dict[str, Any]:
+    """What the store in `directory` was made of. Raises ConfigError: it is no store, or not that of `settings`."""
+    try:
+        made = json.loads((epath.Path(directory) / DESCRIPTION).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f'config.data.data_dir: {directory} is no whole store, or of an older version ({error}); remove it, and it'
+            ' will be made again'
+        ) from None
+    for name in ('source', 'image_size', 'channels', 'encoding', 'validation_fraction', 'class_names'):
+        wanted = list(settings.class_names or made[name]) if name == 'class_names' else getattr(settings, name)
+        if made[name] not in (wanted, None):
+            raise ConfigError(
+                f'config.data.{name}: {wanted!r}, but {directory} was prepared with {made[name]!r}: give that, remove'
+                ' the folder, or name another data_dir'
+            )
+    return made
+
+
+def open_store(directory: str, settings: Any) -> Store:
+    """The store in `directory`, on a disk or, as gs://..., wherever TFDS and ArrayRecord can read.
+
+    Raises ConfigError: it is no whole store, or not that of `settings`, `data` of a configuration.
+    """
+    made = describe(directory, settings)
+    folder = epath.Path(directory)
+    for name, size in made['files'].items():
+        path = folder / name
+        if not path.exists() or path.stat().length != size:
+            there = f'{path.stat().length} bytes' if path.exists() else 'missing'
+            raise ConfigError(
+                f'config.data.data_dir: {path} is {there}, not {size} bytes; copy the store again, or remove it'
+            )
+    statistics = _statistics(folder / 'statistics.npz')
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(directory)
-    train, validation = (builder.as_data_source(split) for split in ('train', 'validation'))
-    return Store(train, validation, statistics, builder.info.features['label'].names)
+    colorspace = {1: 'GRAY', 3: 'RGB'}[made['channels']] if made['encoding'] == 'jpeg' else None
+    decoders = {'image': tfds.decode.SkipDecoding()} if colorspace else None
+    splits = {}
+    for name in ('train', 'validation'):
+        source = builder.as_data_source(name, decoders=decoders)
+        splits[name] = Split(source, colorspace, f'{name} in {directory}', settings.max_bad)
+    fingerprint = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+    return Store(**splits, statistics=statistics, class_names=made['class_names'], fingerprint=fingerprint)
+
+
+def _statistics(path: Any) -> dict[str, np.ndarray]:
+    try:
+        with path.open('rb') as file, np.load(file) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ConfigError(
+            f'config.data.data_dir: {path} is damaged ({error}); copy the store again, or remove it'
+        ) from None
 
 
 def training_batches(
@@ -54,21 +169,19 @@ def training_batches(
     """Endless batches from step `first_step` on: of each the rows of part number `share` of the `shares` equal ones.
 
     Every epoch is a new permutation of all images; a batch may end one epoch and begin the next, so none is left out.
+    In the place of a damaged record stands the next one of the store that is whole.
+
+    Args:
+      source: see Split.
 
     Yields:
-      image (B, S, S, 3) uint8, label (B,) int32 and number (B,) uint32, the count of images given out before this one
+      image (B, S, S, C) uint8, label (B,) int32 and number (B,) uint32, the count of images given out before this one
       since step 0; B is batch_size // shares.
     """
     import grain
 
-    images = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
-    numbered = images.map_with_index(
-        lambda number, example: {
-            'image': example['image'],
-            'label': np.int32(example['label']),
-            'number': np.uint32(number),
-        }
-    )
+    images = grain.MapDataset.source(_Whole(source)).seed(seed).shuffle().repeat(None)
+    numbered = images.map_with_index(lambda number, example: example | {'number': np.uint32(number)})
     batches = iter(
         numbered.batch(batch_size // shares)[share::shares].to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
@@ -83,8 +196,10 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """Every image once, in order, in batches filled up with black images labelled -1; of each the rows of `share`.
 
+    A damaged record is such a black image too.
+
     Yields:
-      image (B, S, S, 3) uint8 and label (B,) int32; B is batch_size // shares.
+      image (B, S, S, C) uint8 and label (B,) int32; B is batch_size // shares.
     """
     import grain
 
@@ -95,19 +210,34 @@ def validation_batches(
     )
 
 
+class _Whole:
+    """`source` with the next whole record in the place of each damaged one."""
+
+    def __init__(self, source: Any):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        for other in range(index, index + len(self.source)):
+            example = self.source[other % len(self.source)]
+            if example is not None:
+                return example
+        raise StoreError('not one record can be read: copy the store again or remove it, and it will be made anew')
+
+
 class _Padded:
     """`source` lengthened to a multiple of `batch_size`."""
 
     def __init__(self, source: Any, batch_size: int):
         self.source = source
         self.length = -(-len(source) // batch_size) * batch_size
-        self.blank = {'image': np.zeros_like(source[0]['image']), 'label': np.int32(-1)}
+        self.blank = {'image': np.zeros_like(_Whole(source)[0]['image']), 'label': np.int32(-1)}
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if index >= len(self.source):
-            return self.blank
-        example = self.source[index]
-        return {'image': example['image'], 'label': np.int32(example['label'])}
+        example = self.source[index] if index < len(self.source) else None
+        return self.blank if example is None else example

@@ -5,16 +5,13 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from typing import Any
+
+from etils import epath
 
 from alexnet_jax.config import ConfigError
 from alexnet_jax.data import pipeline
 from alexnet_jax.monitor import Preemption
-
-
-class StoreError(RuntimeError):
-    """Data that were not prepared: one line with the cause and what to do."""
 
 
 def prepared_store(config: Any, preemption: Preemption) -> pipeline.Store | None:
@@ -28,11 +25,12 @@ def prepared_store(config: Any, preemption: Preemption) -> pipeline.Store | None
       SystemExit: preparing failed, and said why.
     """
     data = config.data
-    directory = pipeline.store_directory(data.data_dir, data.source, data.image_size)
-    if not os.path.exists(directory):
+    directory = pipeline.store_directory(data.data_dir, data)
+    if not epath.Path(directory).exists():
         # A process of its own, for TensorFlow should not share one with jax.
-        command = [sys.executable, '-m', 'alexnet_jax.prepare', f'--source={data.source}']
-        command += [f'--data_dir={data.data_dir}', f'--image_size={data.image_size}']
+        names = ('source', 'data_dir', 'image_size', 'channels', 'encoding', 'validation_fraction', 'max_bad')
+        command = [sys.executable, '-m', 'alexnet_jax.prepare', *(f'--{name}={data[name]}' for name in names)]
+        command += [f'--class_names={",".join(data.class_names)}'] if data.class_names else []
         root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         paths = [root, *filter(None, [os.environ.get('PYTHONPATH')])]
         process = subprocess.Popen(command, env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)})
@@ -44,14 +42,10 @@ def prepared_store(config: Any, preemption: Preemption) -> pipeline.Store | None
             return None
         if process.returncode < 0:
             name = signal.Signals(-process.returncode).name
-            raise StoreError(f'preparing {data.source} was ended by {name}; the same command begins it again')
+            raise pipeline.StoreError(f'preparing {data.source} was ended by {name}; the same command goes on with it')
         if process.returncode:
             sys.exit(process.returncode)  # it said why
-    try:
-        store = pipeline.open_store(directory)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = f'{directory} is no whole store ({error}); remove it, and it will be made again'
-        raise ConfigError(f'config.data.data_dir: {reason}') from None
+    store = pipeline.open_store(directory, data)
     if len(store.class_names) != config.model.num_classes:
         classes = len(store.class_names)
         raise ConfigError(

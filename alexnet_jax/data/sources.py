@@ -1,0 +1,369 @@
+"""Where raw images come from: TFDS, a folder of folders, IDX files, the photographs of the quickstart.
+
+A source gives for each split its examples: examples[i] is (content, label), where `content` is a file's bytes or an
+array of pixels, and examples.name(i) is what a person would look for. part() cuts out what a process is to work on.
+"""
+
+import dataclasses
+import functools
+import gzip
+import hashlib
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from alexnet_jax.monitor import log
+
+IMAGENET_TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
+HELD_OUT = ('validation', 'val', 'test', 't10k')  # names of a split to validate on, the first there is
+
+Example = tuple[bytes | np.ndarray, int]
+
+
+class SourceError(ValueError):
+    """A source that cannot be read: one line that says what is missing and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Images with labels.
+
+    Attributes:
+      splits: 'train' and 'validation', each Files, Pixels or Records.
+      class_names: one a label.
+      fingerprint: changes when the images do: names and sizes of files, or what TFDS and IDX files say of themselves.
+      is_split_here: whether the validation images are a fraction of those that the source has to train on.
+    """
+
+    splits: dict[str, Any]
+    class_names: list[str]
+    fingerprint: str
+    is_split_here: bool
+
+
+def is_at_hand(source: str) -> bool:
+    """Whether `source` can be opened without making anything: a folder that is there."""
+    kind, _, where = source.partition(':')
+    return kind in ('folder', 'idx') and os.path.isdir(os.path.expanduser(where))
+
+
+def open_source(source: str, data_dir: str, validation_fraction: float) -> Source:
+    """The source named 'photos', 'tfds:NAME[:config]', 'folder:DIR' or 'idx:DIR'.
+
+    Args:
+      data_dir: where TFDS keeps its data sets.
+      validation_fraction: of the training images, held out where the source has no split to validate on.
+
+    Raises SourceError: it is not there, or is not made as it should be.
+    """
+    kind, _, where = source.partition(':')
+    if kind == 'folder':
+        return _folder(Path(where).expanduser(), validation_fraction)
+    if kind == 'idx':
+        return _idx(Path(where).expanduser(), validation_fraction)
+    return _tfds(source, data_dir, validation_fraction)
+
+
+def _digest(*values: Any) -> str:
+    return hashlib.sha256('\n'.join(map(str, values)).encode()).hexdigest()
+
+
+def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
+    """Which examples (N,) bool to validate on: `fraction` of each class, rounded, always the same ones."""
+    chosen = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        chosen[np.random.default_rng(label).permutation(members)[: round(fraction * len(members))]] = True
+    return chosen
+
+
+def _split_off(examples: Any, fraction: float, where: Any) -> dict[str, Any]:
+    """Splits of `examples` that have no split to validate on."""
+    chosen = held_out(examples.labels, fraction)
+    if not chosen.any() or chosen.all():
+        raise SourceError(
+            f'{where} has no images to validate on ({", ".join(HELD_OUT[:3])}), and data.validation_fraction='
+            f'{fraction:g} of its {len(chosen)} training images leaves none of them, or none to train on'
+        )
+    return {'train': examples.part(np.flatnonzero(~chosen)), 'validation': examples.part(np.flatnonzero(chosen))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Examples that are files below `root`."""
+
+    root: str
+    names: list[str]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Example:
+        with open(os.path.join(self.root, self.names[index]), 'rb') as file:
+            return file.read(), int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        """The path below `root`."""
+        return self.names[index]
+
+    def part(self, indices: Any) -> 'Files':
+        """The examples at `indices`."""
+        return Files(self.root, [self.names[i] for i in indices], self.labels[indices])
+
+
+def _folder(root: Path, fraction: float) -> Source:
+    """One folder a class, within train/ and val/ (or validation/, test/), or with neither directly within `root`."""
+    if not root.is_dir():
+        raise SourceError(f'config.data.source: {root} is no folder; folder:DIR wants one with a folder for each class')
+    has_train = (root / 'train').is_dir()
+    classes = _subfolders(root / 'train' if has_train else root)
+    if not classes:
+        raise SourceError(f'{root / "train" if has_train else root} has no folders, of which each would be a class')
+    train = _files(root, 'train' if has_train else '', classes)
+    if not len(train):
+        raise SourceError(f'{root}: the folders of its {len(classes)} classes are empty')
+    held = next((name for name in HELD_OUT if has_train and (root / name).is_dir()), None)
+    if held is None:
+        splits = _split_off(train, fraction, root)
+    else:
+        unknown = sorted(set(_subfolders(root / held)) - set(classes))
+        if unknown:
+            raise SourceError(f'{root / held / unknown[0]} is a class that {root / "train"} does not have')
+        splits = {'train': train, 'validation': _files(root, held, classes)}
+        if not len(splits['validation']):
+            raise SourceError(f'{root / held} has no images in the folders of the classes')
+    described = [f'{split} {name} {_size(root / name)}' for split in splits for name in splits[split].names]
+    return Source(splits, classes, _digest(*classes, *described), held is None)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # a link to nothing; preparing skips and names it
+        return -1
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith('.'))
+
+
+def _files(root: Path, split: str, classes: list[str]) -> Files:
+    """All files in the folders of `classes`, hidden ones apart, in the order of their names."""
+    names, labels = [], []
+    for label, name in enumerate(classes):
+        found = [
+            os.path.relpath(os.path.join(folder, file), root)
+            for folder, _, files in os.walk(root / split / name, followlinks=True)
+            for file in files
+            if not file.startswith('.')
+        ]
+        names += sorted(found)
+        labels += [label] * len(found)
+    return Files(str(root), names, np.array(labels, np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """Examples in memory: images (N, H, W) uint8."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    numbers: np.ndarray  # which of the file they are
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.images[index], int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        """The place in the file."""
+        return f'image {self.numbers[index]}'
+
+    def part(self, indices: Any) -> 'Pixels':
+        """The examples at `indices`."""
+        return Pixels(self.images[indices], self.labels[indices], self.numbers[indices])
+
+
+def _idx(folder: Path, fraction: float) -> Source:
+    """The format of MNIST: *train*images*idx3*, *train*labels*idx1*, the same with t10k or test, each maybe .gz."""
+    train, digests = _idx_split(folder, 'train')
+    splits = {'train': train}
+    for name in ('t10k', 'test'):
+        if list(folder.glob(f'*{name}*idx3*')):
+            splits['validation'], more = _idx_split(folder, name)
+            digests += more
+            break
+    classes = max(int(examples.labels.max()) for examples in splits.values()) + 1
+    is_split_here = 'validation' not in splits
+    if is_split_here:
+        splits = _split_off(train, fraction, folder)
+    return Source(splits, [str(label) for label in range(classes)], _digest(*digests), is_split_here)
+
+
+def _idx_split(folder: Path, split: str) -> tuple[Pixels, list[str]]:
+    """The examples of a split, and the digests of its two files."""
+    arrays, digests = [], []
+    for what, dimensions in (('images', 3), ('labels', 1)):
+        found = sorted(folder.glob(f'*{split}*{what}*idx{dimensions}*'))
+        if len(found) != 1:
+            names = ', '.join(path.name for path in found) or 'none'
+            pattern = f'{split}-{what}-idx{dimensions}-ubyte[.gz]'
+            raise SourceError(f'config.data.source: {folder} must have one file {pattern}; there is {names}')
+        content = found[0].read_bytes()
+        arrays.append(_idx_array(found[0], content, dimensions))
+        digests.append(hashlib.sha256(content).hexdigest())
+    images, labels = arrays
+    if len(images) != len(labels) or not len(images):
+        raise SourceError(f'{folder}: {len(images)} {split} images and {len(labels)} labels; they must be as many')
+    return Pixels(images, labels, np.arange(len(images))), digests
+
+
+def _idx_array(path: Path, content: bytes, dimensions: int) -> np.ndarray:
+    """The array of unsigned bytes in an IDX file: two zeros, 8 for uint8, dimensions, sizes (4 bytes each), data."""
+    try:
+        content = gzip.decompress(content) if content[:2] == b'\x1f\x8b' else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise SourceError(f'{path} is damaged: {error}; get it again') from None
+    shape = tuple(np.frombuffer(content[4 : 4 + 4 * dimensions], '>u4').tolist())
+    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != 4 + 4 * dimensions + np.prod(shape, dtype=int):
+        raise SourceError(f'{path} is no IDX file of {dimensions} dimensions of bytes, or is cut off; get it again')
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """Examples of a TFDS data set in ArrayRecord, in `directory`; `split` as TFDS writes it, as 'train[10%:]'."""
+
+    directory: str
+    split: str
+    image: str  # names of the features
+    label: str
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def _record(self, index: int) -> dict[str, Any]:
+        return _data_source(self.directory, self.split, self.image)[self.start + index]
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._record(index)
+        return record[self.image], int(record[self.label])
+
+    def name(self, index: int) -> str:
+        """The file's name where the data set keeps it, as ImageNet does; otherwise the place in the split."""
+        place = f'record {self.start + index} of {self.split}'
+        try:
+            record = self._record(index)
+        except RuntimeError:  # damaged
+            return place
+        return record['file_name'].decode() if 'file_name' in record else place
+
+    def part(self, indices: range) -> 'Records':
+        """The examples at `indices`, which follow one another."""
+        return dataclasses.replace(self, start=self.start + indices.start, stop=self.start + indices.stop)
+
+
+@functools.lru_cache(maxsize=4)
+def _data_source(directory: str, split: str, image: str) -> Any:
+    builder = tfds.builder_from_directory(directory)
+    return builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
+
+
+def _tfds(source: str, data_dir: str, fraction: float) -> Source:
+    builder = _builder(source, data_dir)
+    image, label = _image_and_label(builder)
+    _make_ready(builder, source, data_dir)
+    info = builder.info
+    sizes = {name: split.num_examples for name, split in info.splits.items() if split.num_examples}
+    if 'train' not in sizes:
+        raise SourceError(f'config.data.source: {info.full_name} has no split to train on; there are {sorted(sizes)}')
+    held = next((name for name in HELD_OUT if name in sizes), None)
+    if held is None:
+        kept = round(100 * (1 - fraction))
+        names = {'train': f'train[:{kept}%]', 'validation': f'train[{kept}%:]'}
+    else:
+        names = {'train': 'train', 'validation': held}
+    splits = {}
+    for split, name in names.items():
+        count = info.splits[name].num_examples
+        splits[split] = Records(str(builder.data_dir), name, image, label, 0, count)
+        if not count:
+            raise SourceError(f'{info.full_name} has {sizes["train"]} images: {name} is none of them')
+    described = [(name, split.num_examples, split.num_bytes) for name, split in sorted(info.splits.items())]
+    fingerprint = _digest(info.full_name, *names.values(), *described)
+    return Source(splits, list(info.features[label].names), fingerprint, held is None)
+
+
+def _image_and_label(builder: Any) -> tuple[str, str]:
+    """Names of the features to learn from: the one image, and the class that TFDS calls the label."""
+    features = dict(builder.info.features)
+    images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    labels = [name for name, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
+    supervised = [key for key in builder.info.supervised_keys or () if isinstance(key, str)]
+    label = next((name for name in ('label', *supervised) if name in labels), labels[0] if len(labels) == 1 else None)
+    if len(images) != 1 or label is None:
+        found = ', '.join(f'{name}: {type(feature).__name__}' for name, feature in features.items())
+        raise SourceError(f'config.data.source: {builder.name} has no one image with one class label, but {found}')
+    return images[0], label
+
+
+def _builder(source: str, data_dir: str) -> Any:
+    """The TFDS builder of `source`, for data that can be read at random."""
+    name = source.removeprefix('tfds:').replace(':', '/')
+    try:
+        if source == 'photos':
+            from alexnet_jax.data.photos import Photos
+
+            builder: Any = Photos(data_dir=data_dir, file_format='array_record')
+        else:
+            builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
+    except tfds.core.registered.DatasetNotFoundError:
+        raise SourceError(f"config.data.source: TFDS has no data set {name!r}; see 'tfds.list_builders()'") from None
+    except ValueError as error:
+        if 'File format is already set' in str(error):
+            raise SourceError(
+                f'{name} in {data_dir} is there in another format than array_record, which has no random access:'
+                ' name another config.data.data_dir, or remove it'
+            ) from None
+        if 'BuilderConfig' in str(error):
+            reason = ' '.join(str(error).split()).partition('BuilderConfig')[2][:300]
+            raise SourceError(f'config.data.source: {source!r}: TFDS has no such config{reason}') from None
+        raise
+    return builder
+
+
+def _make_ready(builder: Any, source: str, data_dir: str) -> None:
+    """Let TFDS download and convert the data of `builder` unless it has done so."""
+    if builder.is_prepared():
+        return
+    config = tfds.download.DownloadConfig()
+    if builder.name == 'imagenet2012':
+        config.manual_dir = imagenet_tars(data_dir)
+    log(f'reading {source} with TFDS into {builder.data_dir}')
+    try:
+        builder.download_and_prepare(download_config=config)
+    except (OSError, tfds.download.DownloadError) as error:
+        what = ' '.join(str(error).split())[:300]
+        raise SourceError(f'{source}: TFDS could not get the data: {type(error).__name__}: {what}') from None
+
+
+def imagenet_tars(data_dir: str) -> str:
+    """The folder with ImageNet's tars: data_dir/downloads/manual as TFDS has it, or data_dir itself.
+
+    Raises SourceError: one is missing; says which, and where it goes.
+    """
+    folders = [os.path.join(data_dir, 'downloads', 'manual'), data_dir]
+    for folder in folders:
+        if all(os.path.exists(os.path.join(folder, tar)) for tar in IMAGENET_TARS):
+            return folder
+    missing = [tar for tar in IMAGENET_TARS if not any(os.path.exists(os.path.join(f, tar)) for f in folders)]
+    what = ' and '.join(missing or IMAGENET_TARS)
+    raise SourceError(f'ImageNet: put {what} (ILSVRC2012, from image-net.org) into {folders[0]}')

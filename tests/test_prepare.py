@@ -1,0 +1,301 @@
+"""Preparing: the same to the byte however often it is killed and by however many processes; what it refuses."""
+
+import io
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zoo
+from PIL import Image
+
+from alexnet_jax.config import ConfigError
+from alexnet_jax.data import pipeline
+from alexnet_jax.data.pipeline import StoreError
+from alexnet_jax.data.sources import SourceError
+from alexnet_jax.prepare import Settings, prepare
+
+ROOT = Path(__file__).parent.parent
+CLASSES, TRAINING, VALIDATION = ('ant', 'bee', 'cow'), 150, 20
+
+# Small shards, so that a small folder has many.
+PROGRAM = """
+import json, sys
+from alexnet_jax import prepare
+if __name__ == '__main__':
+    prepare.IMAGES_A_SHARD = 16
+    prepare.prepare(prepare.Settings(**json.loads(sys.argv[1])), sys.argv[2])
+"""
+
+
+def jpeg(generator: np.random.Generator) -> bytes:
+    height, width = (int(side) for side in generator.integers(30, 160, 2))
+    coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), np.uint8)).resize((width, height))
+    file = io.BytesIO()
+    coarse.save(file, 'JPEG', quality=90)
+    return file.getvalue()
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory) -> Path:
+    """A folder of JPEGs, two of which are cut off."""
+    root, generator = tmp_path_factory.mktemp('pictures'), np.random.default_rng(0)
+    for split, count in (('train', TRAINING), ('val', VALIDATION)):
+        for i in range(count):
+            folder = root / split / CLASSES[i % len(CLASSES)]
+            folder.mkdir(parents=True, exist_ok=True)
+            content = jpeg(generator)
+            (folder / f'{i:03d}.jpg').write_bytes(content[:200] if i in (7, 133) else content)
+    return root
+
+
+def settings(source: Path, **changes) -> dict:
+    return {'source': f'folder:{source}', 'image_size': 32, 'max_bad': 0.02, 'workers': 2} | changes
+
+
+def start(given: dict, data_dir: Path) -> subprocess.Popen:
+    command = [sys.executable, '-c', PROGRAM, json.dumps(given), str(data_dir)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def prepared(given: dict, data_dir: Path) -> Path:
+    """The folder of the store of `given`, made now."""
+    process = start(given, data_dir)
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
+    return store_folder(given, data_dir)
+
+
+def store_folder(given: dict, data_dir: Path) -> Path:
+    return Path(pipeline.store_directory(str(data_dir), Settings(**given)))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(pictures, tmp_path_factory) -> tuple[Path, float]:
+    """The store that every other one must equal, and the seconds that it took."""
+    begun = time.monotonic()
+    folder = prepared(settings(pictures), tmp_path_factory.mktemp('whole'))
+    return folder, time.monotonic() - begun
+
+
+def test_killed_ten_times_and_run_again_it_is_the_same_to_the_byte(uninterrupted, pictures, tmp_path):
+    expected, seconds = uninterrupted
+    target, chance, begun = store_folder(settings(pictures), tmp_path), random.Random(0), []
+    for _ in range(10):
+        process = start(settings(pictures), tmp_path)
+        time.sleep(chance.uniform(0.5, 1.0) * seconds)
+        process.kill()
+        process.communicate()
+        reports = target.with_name(target.name + '.incomplete') / 'reports'
+        begun.append(len(list(reports.glob('*.json'))) if reports.exists() else 0)
+        if target.exists():  # it was quicker than the first; what is there is whole
+            assert content(target) == content(expected)
+            shutil.rmtree(target)
+    assert any(0 < count < 12 for count in begun), begun  # some were killed between shards
+    assert content(prepared(settings(pictures), tmp_path)) == content(expected)
+    assert [path.name for path in tmp_path.glob('prepared/*')] in (
+        [target.name, f'{target.name}.lock'],
+        [f'{target.name}.lock', target.name],
+    )
+
+
+def test_a_killed_one_leaves_no_process_and_goes_on_where_it_stood(uninterrupted, pictures, tmp_path):
+    process = start(settings(pictures), tmp_path)
+    target = store_folder(settings(pictures), tmp_path)
+    aside = target.with_name(target.name + '.incomplete')
+    while len(list(aside.glob('reports/*.json'))) < 2:
+        assert process.poll() is None
+        time.sleep(0.001)
+    workers = [int(pid) for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
+    assert len(workers) >= 2
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while any(alive(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert not target.exists()
+    before = {path: path.stat().st_mtime_ns for path in aside.glob('reports/*.json')}
+    again = start(settings(pictures), tmp_path)
+    said = again.communicate()[1]
+    assert f'of {TRAINING + VALIDATION} images were prepared before' in said
+    assert content(target) == content(uninterrupted[0])
+    assert len(before) >= 2
+
+
+def alive(pid: int) -> bool:
+    """Whether there is such a process that is not merely waiting to be noticed as dead."""
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize('workers', [1, 4])
+def test_the_number_of_processes_does_not_matter(uninterrupted, pictures, tmp_path, workers):
+    given = settings(pictures, workers=workers)
+    assert content(prepared(given, tmp_path)) == content(uninterrupted[0])
+
+
+def test_what_is_in_the_store(uninterrupted, pictures):
+    folder, _ = uninterrupted
+    store = pipeline.open_store(str(folder), Settings(**settings(pictures)))
+    assert store.class_names == list(CLASSES)
+    assert (len(store.train), len(store.validation)) == (TRAINING - 2, VALIDATION - 1)
+    images = np.stack([store.train[i]['image'] for i in range(len(store.train))])
+    labels = [int(store.train[i]['label']) for i in range(len(store.train))]
+    counts = [sum(1 for i in range(TRAINING) if i % 3 == label and i not in (7, 133)) for label in range(3)]
+    assert labels == sorted(labels)
+    np.testing.assert_array_equal(store.statistics['class_counts'], counts)
+    check_statistics(store.statistics, images)
+    # In the order of the files' names: Pillow alone makes the third of the second class.
+    file = sorted((pictures / 'train' / 'bee').iterdir())[3]  # 001, 004, (007 is cut off,) 010
+    image = Image.open(file)
+    scale = 32 / min(image.size)
+    width, height = (max(32, round(side * scale)) for side in image.size)
+    left, top = (width - 32) // 2, (height - 32) // 2
+    expected = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 32, top + 32))
+    np.testing.assert_array_equal(store.train[counts[0] + 2]['image'], np.asarray(expected))
+
+
+def check_statistics(statistics: dict, images: np.ndarray) -> None:
+    pixels = images.reshape(-1, images.shape[-1]).astype(np.float64)
+    np.testing.assert_allclose(statistics['mean_image'], images.mean(0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(statistics['mean_rgb'], pixels.mean(0), rtol=1e-12)
+    values, vectors = statistics['eigenvalues'], statistics['eigenvectors']
+    covariance = np.cov(pixels.T, bias=True).reshape(len(values), len(values))
+    np.testing.assert_allclose(vectors @ np.diag(values) @ vectors.T, covariance, rtol=1e-9)
+    assert (np.diff(values) > 0).all()
+    assert (vectors.sum(0) > 0).all()
+    assert {array.dtype for name, array in statistics.items() if name != 'class_counts'} == {np.dtype(np.float64)}
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_jpeg_store(pictures, tmp_path, channels):
+    """Read back as Pillow decodes it; statistics are those of what is read back."""
+    given = Settings(**settings(pictures, encoding='jpeg', channels=channels))
+    folder = prepare(given, str(tmp_path))
+    store = pipeline.open_store(folder, given)
+    raw = Settings(**settings(pictures, channels=channels))
+    originals = pipeline.open_store(prepare(raw, str(tmp_path)), raw)
+    images = np.stack([store.train[i]['image'] for i in range(len(store.train))])
+    assert images.shape == (TRAINING - 2, 32, 32, channels)
+    check_statistics(store.statistics, images)
+    for i in (0, 50, 147):
+        record = store.train.source[i]['image']
+        decoded = np.asarray(Image.open(io.BytesIO(record))).reshape(32, 32, channels)
+        np.testing.assert_array_equal(images[i], decoded)
+        difference = images[i].astype(int) - originals.train[i]['image']
+        assert 0 < np.abs(difference).mean() < 4
+        assert store.train[i]['label'] == originals.train[i]['label']
+    size = sum(path.stat().st_size for path in Path(folder).glob('prepared-*'))
+    assert size < sum(path.stat().st_size for path in Path(prepare(raw, str(tmp_path))).glob('prepared-*'))
+
+
+def test_the_zoo_in_a_folder(tmp_path):
+    """Every kind of file by its rule: converted, or named with the reason in skipped.jsonl."""
+    animals = zoo.zoo()
+    for split in ('train', 'val'):
+        (tmp_path / 'zoo' / split / 'all').mkdir(parents=True)
+        for name, (content, _) in animals.items():
+            if split == 'train' or not isinstance(animals[name][1], str):
+                (tmp_path / 'zoo' / split / 'all' / name).write_bytes(content)
+    os.symlink('/nowhere', tmp_path / 'zoo' / 'train' / 'all' / 'zz_link_to_nothing.jpg')
+    given = Settings(source=f'folder:{tmp_path}/zoo', image_size=32, max_bad=0.5)
+    folder = prepare(given, str(tmp_path))
+    skipped = [json.loads(line) for line in (Path(folder) / 'skipped.jsonl').read_text().splitlines()]
+    expected = {f'train/all/{name}': reason for name, (_, reason) in animals.items() if isinstance(reason, str)}
+    expected['train/all/zz_link_to_nothing.jpg'] = 'No such file'
+    assert [line['name'] for line in skipped] == sorted(expected)
+    assert all(re.match(expected[line['name']], line['reason']) for line in skipped)
+    assert {line['split'] for line in skipped} == {'train'}
+    store = pipeline.open_store(folder, given)
+    colours = [colour for _, (_, colour) in sorted(animals.items()) if not isinstance(colour, str)]
+    assert len(store.train) == len(store.validation) == len(colours)
+    for index, colour in enumerate(colours):
+        np.testing.assert_allclose(store.train[index]['image'].mean((0, 1)), colour, atol=3)
+
+
+def test_too_many_unreadable_images_stop_it_and_it_goes_on_when_they_are_allowed(pictures, tmp_path):
+    few = Settings(**settings(pictures, max_bad=0.01))  # of 170: one
+    with pytest.raises(StoreError) as caught:
+        prepare(few, str(tmp_path))
+    message = str(caught.value)
+    assert '\n' not in message
+    assert 'cannot be used: ' in message
+    assert 'train/bee/007.jpg, damaged' in message or 'train/bee/133.jpg' in message
+    assert 'data.max_bad=0.01 of 170 allows 1' in message
+    assert 'raise --max_bad' in message
+    listed = message.split('all are in ')[1].split(';')[0]
+    names = [json.loads(line)['name'] for line in Path(listed).read_text().splitlines()]
+    assert set(names) <= {'train/bee/007.jpg', 'train/bee/133.jpg', 'val/bee/007.jpg'}
+    folder = prepare(Settings(**settings(pictures)), str(tmp_path))
+    assert len((Path(folder) / 'skipped.jsonl').read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ('changes', 'reason'),
+    [
+        ({'validation_fraction': 0.3}, 'config.data.validation_fraction: 0.3, but .* was prepared with 0.2'),
+        (
+            {'class_names': ('a', 'b', 'c')},
+            r"config.data.class_names: \['a', 'b', 'c'\], but .* \['ant', 'bee', 'cow'\]",
+        ),
+        ({}, 'is not what .* was made of: images were added, removed or changed'),
+    ],
+)
+def test_a_store_of_other_settings_or_images_is_refused(pictures, tmp_path, changes, reason):
+    root = shutil.copytree(pictures / 'train', tmp_path / 'pictures')
+    given = Settings(**settings(root, max_bad=0.1, validation_fraction=0.2))
+    folder = prepare(given, str(tmp_path))
+    before = content(Path(folder))
+    assert prepare(given, str(tmp_path)) == folder  # the same again is no work
+    if not changes:
+        (root / 'ant' / 'new.jpg').write_bytes(jpeg(np.random.default_rng(1)))
+    with pytest.raises(ConfigError, match=reason):
+        prepare(Settings(**vars(given) | changes), str(tmp_path))
+    assert content(Path(folder)) == before
+
+
+def test_a_store_that_was_begun_with_other_images_is_begun_anew(pictures, tmp_path):
+    root = shutil.copytree(pictures, tmp_path / 'pictures')
+    with pytest.raises(StoreError):
+        prepare(Settings(**settings(root, max_bad=0.0)), str(tmp_path))
+    for name in ('train/bee/007.jpg', 'train/bee/133.jpg', 'val/bee/007.jpg'):
+        (root / name).write_bytes(jpeg(np.random.default_rng(2)))
+    folder = prepare(Settings(**settings(root, max_bad=0.0)), str(tmp_path))
+    assert (Path(folder) / 'skipped.jsonl').read_text() == ''
+
+
+def test_wrong_numbers_of_class_names_and_full_disks_are_refused(pictures, tmp_path):
+    with pytest.raises(ConfigError, match=r'class_names: 2 names, but .* has 3 classes'):
+        prepare(Settings(**settings(pictures, class_names=('a', 'b'))), str(tmp_path))
+    with pytest.raises(
+        SourceError, match=r'needs [\d.]+ GB and [\d.]+ GB are free: name another data_dir or give --enc'
+    ):
+        prepare(Settings(**settings(pictures, image_size=2**15)), str(tmp_path))
+    with pytest.raises(SourceError, match=r'gs://bucket/d: stores are made on a disk'):
+        prepare(Settings(**settings(pictures)), 'gs://bucket/d')
+
+
+def test_the_summary_of_the_command(pictures, tmp_path):
+    command = [sys.executable, '-m', 'alexnet_jax.prepare', f'--source=folder:{pictures}', f'--data_dir={tmp_path}']
+    run = subprocess.run([*command, '--image_size=32'], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith('alexnet_jax: too many images')
+    run = subprocess.run([*command, '--image_size=32', '--max_bad=0.02'], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0
+    for said in ('167 images', ' GB', 'images/s with 2 processes', 'skipped 3: damaged', 'skipped.jsonl'):
+        assert said in run.stderr
+    assert run.stdout == ''

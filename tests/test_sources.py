@@ -1,0 +1,209 @@
+"""Where raw images come from: folders, IDX files, TFDS data sets of other shapes; and what is refused."""
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+import zoo
+from PIL import Image
+
+from alexnet_jax.data import sources
+
+
+def tree(root: Path, *paths: str) -> Path:
+    """Files below `root`, each holding its own path."""
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(path)
+    return root
+
+
+def opened(source: str, fraction: float = 0.25) -> sources.Source:
+    return sources.open_source(source, '/nowhere', fraction)
+
+
+def content(examples) -> list[tuple]:
+    return [(examples.name(i), *examples[i]) for i in range(len(examples))]
+
+
+def test_folder_with_train_and_val(tmp_path):
+    tree(tmp_path, 'train/dog/b.jpg', 'train/dog/a.jpg', 'train/cat/deep/c.jpg', 'train/dog/.hidden', 'train/x.txt')
+    tree(tmp_path, 'val/dog/d.jpg', '.git/e')
+    (tmp_path / 'train' / 'ant').mkdir()
+    source = opened(f'folder:{tmp_path}')
+    assert source.class_names == ['ant', 'cat', 'dog']
+    assert not source.is_split_here
+    expected = [('train/cat/deep/c.jpg', 1), ('train/dog/a.jpg', 2), ('train/dog/b.jpg', 2)]
+    assert content(source.splits['train']) == [(name, name.encode(), label) for name, label in expected]
+    assert content(source.splits['validation']) == [('val/dog/d.jpg', b'val/dog/d.jpg', 2)]
+    part = source.splits['train'].part(range(1, 3))
+    assert content(part) == content(source.splits['train'])[1:]
+
+
+def test_folder_without_val_holds_out_a_part_of_each_class(tmp_path):
+    tree(tmp_path, *(f'{name}/{i}.jpg' for name, count in (('a', 8), ('b', 40)) for i in range(count)))
+    source = opened(f'folder:{tmp_path}')
+    assert source.is_split_here
+    names = {split: {name for name, *_ in content(source.splits[split])} for split in source.splits}
+    assert not names['train'] & names['validation']
+    assert len(names['train'] | names['validation']) == 48
+    labels = [label for *_, label in content(source.splits['validation'])]
+    assert np.bincount(labels).tolist() == [2, 10]
+    assert content(opened(f'folder:{tmp_path}').splits['validation']) == content(source.splits['validation'])
+    # Not just the first or the last ones, which may be frames of one film.
+    assert {f'b/{i}.jpg' for i in range(10)} - names['validation']
+
+
+def test_fingerprint_tells_a_changed_folder(tmp_path):
+    tree(tmp_path, *(f'a/{i}.jpg' for i in range(8)))
+    prints = [opened(f'folder:{tmp_path}').fingerprint]
+    assert opened(f'folder:{tmp_path}').fingerprint == prints[0]
+    (tmp_path / 'a' / '0.jpg').write_text('longer than before')
+    prints.append(opened(f'folder:{tmp_path}').fingerprint)
+    (tmp_path / 'a' / '0.jpg').rename(tmp_path / 'a' / '9.jpg')
+    prints.append(opened(f'folder:{tmp_path}').fingerprint)
+    (tmp_path / 'b').mkdir()
+    prints.append(opened(f'folder:{tmp_path}').fingerprint)
+    prints.append(opened(f'folder:{tmp_path}', 0.5).fingerprint)
+    assert len(set(prints)) == 5
+
+
+@pytest.mark.parametrize(
+    ('paths', 'reason'),
+    [
+        ([], 'is no folder; folder:DIR wants one'),
+        (['a.jpg'], 'has no folders, of which each would be a class'),
+        (['train/a/.hidden'], 'the folders of its 1 classes are empty'),
+        (['train/a/1.jpg', 'val/b/1.jpg'], 'val/b is a class that .*train does not have'),
+        (['train/a/1.jpg', 'test/b.jpg'], 'test has no images in the folders of the classes'),
+        (['a/1.jpg'], r'data.validation_fraction=0.25 of its 1 training images leaves none'),
+    ],
+)
+def test_folders_that_are_refused(tmp_path, paths, reason):
+    root = tree(tmp_path / 'root', *paths)
+    with pytest.raises(sources.SourceError, match=reason) as caught:
+        opened(f'folder:{root}')
+    assert '\n' not in str(caught.value)
+
+
+def idx(array: np.ndarray) -> bytes:
+    return struct.pack(f'>BBBB{array.ndim}I', 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def write_idx(folder: Path, split: str, images: np.ndarray, labels: np.ndarray, ending: str = '') -> None:
+    folder.mkdir(exist_ok=True)
+    pack = gzip.compress if ending == '.gz' else bytes
+    (folder / f'{split}-images-idx3-ubyte{ending}').write_bytes(pack(idx(images)))
+    (folder / f'{split}-labels-idx1-ubyte{ending}').write_bytes(pack(idx(labels)))
+
+
+GENERATOR = np.random.default_rng(0)
+IMAGES, LABELS = GENERATOR.integers(0, 256, (20, 4, 5), np.uint8), np.arange(20, dtype=np.uint8) % 3
+
+
+@pytest.mark.parametrize('ending', ['', '.gz'])
+def test_idx(tmp_path, ending):
+    write_idx(tmp_path, 'train', IMAGES, LABELS, ending)
+    write_idx(tmp_path, 't10k', IMAGES[:4], LABELS[:4] + 1, ending)
+    source = opened(f'idx:{tmp_path}')
+    assert source.class_names == ['0', '1', '2', '3']
+    for split, start in (('train', 0), ('validation', 1)):
+        for i, (name, pixels, label) in enumerate(content(source.splits[split].part(range(1, 3)))):
+            assert (name, label) == (f'image {i + 1}', LABELS[i + 1] + start)
+            np.testing.assert_array_equal(pixels, IMAGES[i + 1])
+    assert len(source.splits['train']) == 20
+
+
+def test_idx_without_test_images_holds_some_out(tmp_path):
+    write_idx(tmp_path, 'emnist-letters-train', IMAGES, LABELS)
+    source = opened(f'idx:{tmp_path}')
+    assert source.is_split_here
+    found = {split: content(source.splits[split]) for split in source.splits}
+    assert sorted(int(name.split()[1]) for split in found.values() for name, *_ in split) == list(range(20))
+    for name, pixels, label in found['validation']:
+        np.testing.assert_array_equal(pixels, IMAGES[int(name.split()[1])])
+        assert label == LABELS[int(name.split()[1])]
+    assert len(found['validation']) == 6  # a quarter of 7, 7 and 6, rounded
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'reason'),
+    [
+        (lambda folder: (folder / 'train-labels-idx1-ubyte').unlink(), 'train-labels-idx1-ubyte.* there is none'),
+        (lambda folder: (folder / 'a-train-images-idx3').write_bytes(b''), 'there is a-train-images-idx3, train-im'),
+        (lambda folder: cut(folder / 'train-images-idx3-ubyte'), 'is no IDX file of 3 dimensions .* or is cut off'),
+        (lambda folder: cut(folder / 'train-labels-idx1-ubyte', gzip.compress), 'is damaged: .*; get it again'),
+        (lambda folder: write_idx(folder, 'train', IMAGES, LABELS[:9]), '20 train images and 9 labels'),
+    ],
+)
+def test_idx_files_that_are_refused(tmp_path, spoil, reason):
+    write_idx(tmp_path, 'train', IMAGES, LABELS)
+    spoil(tmp_path)
+    with pytest.raises(sources.SourceError, match=reason):
+        opened(f'idx:{tmp_path}')
+
+
+def cut(path: Path, pack=bytes) -> None:
+    path.write_bytes(pack(path.read_bytes())[:-5])
+
+
+class ZooPictures(tfds.core.GeneratorBasedBuilder):
+    """A data set with one split, unusual names of features, and PNGs."""
+
+    VERSION = tfds.core.Version('1.0.0')
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in ('plain', 'boxes')]  # noqa: RUF012
+
+    def _info(self):
+        features = {
+            'photograph': tfds.features.Image(shape=(None, None, 3), encoding_format='png'),
+            'species': tfds.features.ClassLabel(names=['ape', 'bee']),
+            'mood': tfds.features.ClassLabel(names=['calm', 'wild', 'odd']),
+        }
+        if self.builder_config.name == 'boxes':
+            features['other'] = tfds.features.Image()
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=('photograph', 'species'),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {'train': self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(20):
+            pixels = np.full((8, 8, 3), i, np.uint8)
+            yield i, {'photograph': pixels, 'species': i % 2, 'mood': 2}
+
+
+def test_tfds_with_one_split_and_other_names(tmp_path):
+    source = sources.open_source('tfds:zoo_pictures:plain', str(tmp_path), 0.25)
+    assert source.class_names == ['ape', 'bee']
+    assert source.is_split_here
+    assert {split: len(examples) for split, examples in source.splits.items()} == {'train': 15, 'validation': 5}
+    seen = []
+    for examples in source.splits.values():
+        for part in (examples.part(range(0, 2)), examples.part(range(2, len(examples)))):
+            for name, file, label in content(part):
+                assert name.startswith('record ')
+                value = int(np.asarray(Image.open(zoo.io.BytesIO(file)))[0, 0, 0])
+                assert label == value % 2
+                seen.append(value)
+    assert sorted(seen) == list(range(20))
+
+
+@pytest.mark.parametrize(
+    ('source', 'reason'),
+    [
+        ('tfds:zoo_pictures:boxes', 'has no one image with one class label, but .*other: Image'),
+        ('tfds:zoo_pictures:round', r'config.data.source: .tfds:zoo_pictures:round.: .*BuilderConfig'),
+        ('tfds:imagenet2013', "TFDS has no data set 'imagenet2013'"),
+    ],
+)
+def test_tfds_data_sets_that_are_refused(tmp_path, source, reason):
+    with pytest.raises(sources.SourceError, match=reason) as caught:
+        sources.open_source(source, str(tmp_path), 0.25)
+    assert '\n' not in str(caught.value)
