@@ -27,9 +27,10 @@ import tensorflow_datasets as tfds
 from absl import app, flags, logging
 
 from alexnet_jax.config import ConfigError
+from alexnet_jax.data.examples import Source, SourceError
 from alexnet_jax.data.pipeline import DESCRIPTION, StoreError, describe, store_directory
-from alexnet_jax.data.shards import Format, Shard, end_with_parent, write_shard
-from alexnet_jax.data.sources import Source, SourceError, is_at_hand, open_source
+from alexnet_jax.data.shards import Format, Shard, end_with_parent, statistics, write_shard
+from alexnet_jax.data.sources import is_at_hand, open_source
 from alexnet_jax.monitor import Progress, complain, log, read_json, write_json
 
 IMAGES_A_SHARD = 1024
@@ -57,34 +58,6 @@ class Settings:
     validation_fraction: float = 0.1
     max_bad: float = 0.001
     workers: int = 2
-
-
-def statistics(aside: str, shards: list[Shard]) -> dict[str, np.ndarray]:
-    """Statistics of the training images, from the sums of all their shards.
-
-    Returns mean_image (S, S, C), mean_rgb (C,), the eigenvalues (C,), ascending, and the eigenvectors (C, C), in
-    columns, of the covariance of channels over all pixels, all float64 in grey levels, and class_counts (classes,)
-    int64.
-    """
-    sums: dict[str, Any] = collections.Counter()
-    for shard in shards:
-        if shard.split == 'train':
-            with np.load(os.path.join(aside, 'reports', shard.sums)) as file:
-                sums = {name: sums[name] + file[name] for name in file.files}
-    count = sums['class_counts'].sum()
-    mean_image = sums['images'] / count
-    mean_rgb = mean_image.mean((0, 1))
-    pixels = count * mean_image[..., 0].size
-    eigenvalues, eigenvectors = np.linalg.eigh(sums['products'] / pixels - np.outer(mean_rgb, mean_rgb))
-    # An eigenvector's sign is anyone's choice; libraries differ.
-    eigenvectors = eigenvectors * np.where(eigenvectors.sum(0) < 0, -1.0, 1.0)
-    return {
-        'mean_image': mean_image,
-        'mean_rgb': mean_rgb,
-        'eigenvalues': eigenvalues,
-        'eigenvectors': eigenvectors,
-        'class_counts': sums['class_counts'],
-    }
 
 
 def prepare(settings: Settings, data_dir: str) -> str:
@@ -285,7 +258,8 @@ def _complete(
         check_data=False,
         description=f'{description["source"]}, shorter side {format.image_size} pixels, centre square',
     )
-    np.savez(os.path.join(folder, 'statistics.npz'), allow_pickle=False, **statistics(aside, shards))
+    figures = statistics(os.path.join(aside, 'reports'), shards)
+    np.savez(os.path.join(folder, 'statistics.npz'), allow_pickle=False, **figures)
     _write_lines(os.path.join(folder, 'skipped.jsonl'), _skipped(reports))
     images = {split.name: split.num_examples for split in splits}
     write_json(os.path.join(folder, DESCRIPTION), description | {'images': images, 'files': files})

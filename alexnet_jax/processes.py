@@ -117,6 +117,11 @@ def whole(x: Any) -> np.ndarray:
     return multihost_utils.process_allgather(x, tiled=True)
 
 
+def total(count: int) -> int:
+    """Sum of what all processes count; all must call it."""
+    return int(multihost_utils.process_allgather(np.int32(count)).sum())
+
+
 def of_the_first(tree: Any) -> Any:
     """Process 0's arrays (NumPy, of the same shapes and dtypes on all) on every process."""
     return multihost_utils.broadcast_one_to_all(tree)

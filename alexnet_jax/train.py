@@ -355,6 +355,7 @@ class _Run:
             'top5_error': final.get('top5_error'),
             'views': views,
             'images_per_second': self.timed.images_per_second or self.progress['images_per_second'],
+            'damaged_records': processes.total(len(self.store.train.damaged) + len(self.store.validation.damaged)),
             'state_digest': state_digest(self.state),
         }
         if processes.is_first():

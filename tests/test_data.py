@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from alexnet_jax.config import ConfigError, default_config
 from alexnet_jax.data import photos, pipeline
-from alexnet_jax.data.sources import SourceError
+from alexnet_jax.data.examples import SourceError
 from alexnet_jax.prepare import Settings, prepare
 
 ROOT = Path(__file__).parent.parent
@@ -328,8 +329,15 @@ def test_more_damage_than_allowed_stops_the_reading(damaged):
 def test_a_jpeg_that_does_not_decode_is_damage():
     jpeg = io.BytesIO()
     Image.new('RGB', (8, 8), (200, 80, 30)).save(jpeg, 'JPEG')
-    records = [{'image': jpeg.getvalue(), 'label': 1}, {'image': jpeg.getvalue()[:100], 'label': 0}]
-    split = pipeline.Split(records, 'RGB', 'here', 0.5)
+    features = tfds.features.FeaturesDict(
+        {
+            'image': tfds.features.Image(shape=(8, 8, 3), encoding_format='jpeg'),
+            'label': tfds.features.ClassLabel(num_classes=2),
+        }
+    )
+    contents = [io.BytesIO(jpeg.getvalue()), io.BytesIO(jpeg.getvalue()[:100])]
+    records = [features.serialize_example({'image': content, 'label': 1}) for content in contents]
+    split = pipeline.Split(records, (8, 8, 3), 'jpeg', 'here', 0.5)
     assert split[0]['image'].shape == (8, 8, 3)
     assert split[1] is None
     assert split.damaged == {1}

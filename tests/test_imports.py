@@ -28,11 +28,12 @@ ALLOWED = {
     'data': set(),
     'data.photos': set(),
     'data.images': set(),
-    'data.sources': {'data.photos', 'monitor'},
+    'data.examples': set(),
+    'data.sources': {'data.examples', 'data.photos', 'monitor'},
     'data.shards': {'data.images', 'monitor'},
     'data.pipeline': {'config', 'monitor'},
     'data.store': {'config', 'data.pipeline', 'monitor'},
-    'prepare': {'config', 'data.pipeline', 'data.shards', 'data.sources', 'monitor'},
+    'prepare': {'config', 'data.examples', 'data.pipeline', 'data.shards', 'data.sources', 'monitor'},
     'collectives': set(),
     'costs': {'config'},
     'audit': {'collectives', 'config', 'costs', 'flags', 'parallel', 'step'},
@@ -132,6 +133,7 @@ def test_only_launch_imports_train_and_only_when_it_runs():
         'data',
         'data.photos',
         'data.images',
+        'data.examples',
         'data.sources',
         'data.shards',
         'data.pipeline',
@@ -153,7 +155,7 @@ def test_launch_sets_flags_before_jax_is_imported():
 def test_tensorflow_is_not_imported(module):
     names = module_level_imports(parse(FILES[module]))
     assert not is_of(names, 'tensorflow')
-    if module not in ('prepare', 'data.photos', 'data.sources', 'data.shards'):
+    if module not in ('prepare', 'data.photos', 'data.examples', 'data.sources', 'data.shards'):
         assert not is_of(names, 'tensorflow_datasets')
 
 

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 import zoo
 from PIL import Image
 
 from alexnet_jax.config import ConfigError
 from alexnet_jax.data import pipeline
+from alexnet_jax.data.examples import SourceError
 from alexnet_jax.data.pipeline import StoreError
-from alexnet_jax.data.sources import SourceError
 from alexnet_jax.prepare import Settings, prepare
 
 ROOT = Path(__file__).parent.parent
@@ -159,6 +160,9 @@ def test_what_is_in_the_store(uninterrupted, pictures):
     assert labels == sorted(labels)
     np.testing.assert_array_equal(store.statistics['class_counts'], counts)
     check_statistics(store.statistics, images)
+    for i, expected in enumerate(tfds.builder_from_directory(str(folder)).as_data_source('validation')):
+        np.testing.assert_array_equal(store.validation[i]['image'], expected['image'])
+        assert store.validation[i]['label'] == expected['label']
     # In the order of the files' names: Pillow alone makes the third of the second class.
     file = sorted((pictures / 'train' / 'bee').iterdir())[3]  # 001, 004, (007 is cut off,) 010
     image = Image.open(file)
@@ -167,6 +171,12 @@ def test_what_is_in_the_store(uninterrupted, pictures):
     left, top = (width - 32) // 2, (height - 32) // 2
     expected = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 32, top + 32))
     np.testing.assert_array_equal(store.train[counts[0] + 2]['image'], np.asarray(expected))
+
+
+def as_tfds_has_it(folder, split: str):
+    """The records of a store by TFDS's own reading of it; images as they are stored."""
+    builder = tfds.builder_from_directory(str(folder))
+    return builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
 
 
 def check_statistics(statistics: dict, images: np.ndarray) -> None:
@@ -193,8 +203,9 @@ def test_jpeg_store(pictures, tmp_path, channels):
     assert images.shape == (TRAINING - 2, 32, 32, channels)
     check_statistics(store.statistics, images)
     for i in (0, 50, 147):
-        record = store.train.source[i]['image']
-        decoded = np.asarray(Image.open(io.BytesIO(record))).reshape(32, 32, channels)
+        record = as_tfds_has_it(folder, 'train')[i]
+        decoded = np.asarray(Image.open(io.BytesIO(record['image']))).reshape(32, 32, channels)
+        assert record['label'] == store.train[i]['label']
         np.testing.assert_array_equal(images[i], decoded)
         difference = images[i].astype(int) - originals.train[i]['image']
         assert 0 < np.abs(difference).mean() < 4

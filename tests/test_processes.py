@@ -32,7 +32,7 @@ from alexnet_jax.prepare import Settings
 (fault, index), sys.argv = sys.argv[1].split(), ['launch.py', *sys.argv[2:]]
 class Faulty:
     def __init__(self, source):
-        self.source, self.reads = source, 0
+        self.source, self.reads, self.damaged = source, 0, set()
     def __len__(self):
         return len(self.source)
     def __getitem__(self, index):

@@ -81,6 +81,7 @@ def test_files_of_a_run(uninterrupted):
     workdir, result, run = uninterrupted
     assert (result['status'], result['step']) == ('done', STEPS)
     assert len(result['state_digest']) == 64
+    assert result['damaged_records'] == 0
     assert result['views']['1']['examples'] == result['views']['10']['examples'] == 1600
     assert result['top1_error'] == result['views']['10']['top1_error']
     assert 0 < result['top5_error'] < result['top1_error'] < 1

@@ -3,6 +3,7 @@
 Everything is integers, so sums are the same in any order and the files the same with any number of processes.
 """
 
+import collections
 import dataclasses
 import io
 import multiprocessing
@@ -151,6 +152,34 @@ def write_shard(shard: Shard, format: Format, folder: str, reports: str) -> dict
     }
     write_json(os.path.join(reports, shard.report), report)
     return report
+
+
+def statistics(reports: str, shards: list[Shard]) -> dict[str, np.ndarray]:
+    """Statistics of the training images, from the sums of all their shards.
+
+    Returns mean_image (S, S, C), mean_rgb (C,), the eigenvalues (C,), ascending, and the eigenvectors (C, C), in
+    columns, of the covariance of channels over all pixels, all float64 in grey levels, and class_counts (classes,)
+    int64.
+    """
+    sums: dict[str, Any] = collections.Counter()
+    for shard in shards:
+        if shard.split == 'train':
+            with np.load(os.path.join(reports, shard.sums)) as file:
+                sums = {name: sums[name] + file[name] for name in file.files}
+    count = sums['class_counts'].sum()
+    mean_image = sums['images'] / count
+    mean_rgb = mean_image.mean((0, 1))
+    pixels = count * mean_image[..., 0].size
+    eigenvalues, eigenvectors = np.linalg.eigh(sums['products'] / pixels - np.outer(mean_rgb, mean_rgb))
+    # An eigenvector's sign is anyone's choice; libraries differ.
+    eigenvectors = eigenvectors * np.where(eigenvectors.sum(0) < 0, -1.0, 1.0)
+    return {
+        'mean_image': mean_image,
+        'mean_rgb': mean_rgb,
+        'eigenvalues': eigenvalues,
+        'eigenvectors': eigenvectors,
+        'class_counts': sums['class_counts'],
+    }
 
 
 def _to_disk(path: str) -> None:

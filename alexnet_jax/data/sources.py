@@ -1,11 +1,5 @@
-"""Where raw images come from: TFDS, a folder of folders, IDX files, the photographs of the quickstart.
+"""Where raw images come from: TFDS, a folder of folders, IDX files, the photographs of the quickstart."""
 
-A source gives for each split its examples: examples[i] is (content, label), where `content` is a file's bytes or an
-array of pixels, and examples.name(i) is what a person would look for. part() cuts out what a process is to work on.
-"""
-
-import dataclasses
-import functools
 import gzip
 import hashlib
 import os
@@ -16,33 +10,11 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from alexnet_jax.data.examples import Files, Pixels, Records, Source, SourceError
 from alexnet_jax.monitor import log
 
 IMAGENET_TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
 HELD_OUT = ('validation', 'val', 'test', 't10k')  # names of a split to validate on, the first there is
-
-Example = tuple[bytes | np.ndarray, int]
-
-
-class SourceError(ValueError):
-    """A source that cannot be read: one line that says what is missing and what to do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Images with labels.
-
-    Attributes:
-      splits: 'train' and 'validation', each Files, Pixels or Records.
-      class_names: one a label.
-      fingerprint: changes when the images do: names and sizes of files, or what TFDS and IDX files say of themselves.
-      is_split_here: whether the validation images are a fraction of those that the source has to train on.
-    """
-
-    splits: dict[str, Any]
-    class_names: list[str]
-    fingerprint: str
-    is_split_here: bool
 
 
 def is_at_hand(source: str) -> bool:
@@ -90,30 +62,6 @@ def _split_off(examples: Any, fraction: float, where: Any) -> dict[str, Any]:
             f'{fraction:g} of its {len(chosen)} training images leaves none of them, or none to train on'
         )
     return {'train': examples.part(np.flatnonzero(~chosen)), 'validation': examples.part(np.flatnonzero(chosen))}
-
-
-@dataclasses.dataclass(frozen=True)
-class Files:
-    """Examples that are files below `root`."""
-
-    root: str
-    names: list[str]
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> Example:
-        with open(os.path.join(self.root, self.names[index]), 'rb') as file:
-            return file.read(), int(self.labels[index])
-
-    def name(self, index: int) -> str:
-        """The path below `root`."""
-        return self.names[index]
-
-    def part(self, indices: Any) -> 'Files':
-        """The examples at `indices`."""
-        return Files(self.root, [self.names[i] for i in indices], self.labels[indices])
 
 
 def _folder(root: Path, fraction: float) -> Source:
@@ -167,29 +115,6 @@ def _files(root: Path, split: str, classes: list[str]) -> Files:
     return Files(str(root), names, np.array(labels, np.int32))
 
 
-@dataclasses.dataclass(frozen=True)
-class Pixels:
-    """Examples in memory: images (N, H, W) uint8."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    numbers: np.ndarray  # which of the file they are
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.images[index], int(self.labels[index])
-
-    def name(self, index: int) -> str:
-        """The place in the file."""
-        return f'image {self.numbers[index]}'
-
-    def part(self, indices: Any) -> 'Pixels':
-        """The examples at `indices`."""
-        return Pixels(self.images[indices], self.labels[indices], self.numbers[indices])
-
-
 def _idx(folder: Path, fraction: float) -> Source:
     """The format of MNIST: *train*images*idx3*, *train*labels*idx1*, the same with t10k or test, each maybe .gz."""
     train, digests = _idx_split(folder, 'train')
@@ -234,47 +159,6 @@ def _idx_array(path: Path, content: bytes, dimensions: int) -> np.ndarray:
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != 4 + 4 * dimensions + np.prod(shape, dtype=int):
         raise SourceError(f'{path} is no IDX file of {dimensions} dimensions of bytes, or is cut off; get it again')
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class Records:
-    """Examples of a TFDS data set in ArrayRecord, in `directory`; `split` as TFDS writes it, as 'train[10%:]'."""
-
-    directory: str
-    split: str
-    image: str  # names of the features
-    label: str
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def _record(self, index: int) -> dict[str, Any]:
-        return _data_source(self.directory, self.split, self.image)[self.start + index]
-
-    def __getitem__(self, index: int) -> Example:
-        record = self._record(index)
-        return record[self.image], int(record[self.label])
-
-    def name(self, index: int) -> str:
-        """The file's name where the data set keeps it, as ImageNet does; otherwise the place in the split."""
-        place = f'record {self.start + index} of {self.split}'
-        try:
-            record = self._record(index)
-        except RuntimeError:  # damaged
-            return place
-        return record['file_name'].decode() if 'file_name' in record else place
-
-    def part(self, indices: range) -> 'Records':
-        """The examples at `indices`, which follow one another."""
-        return dataclasses.replace(self, start=self.start + indices.start, stop=self.start + indices.stop)
-
-
-@functools.lru_cache(maxsize=4)
-def _data_source(directory: str, split: str, image: str) -> Any:
-    builder = tfds.builder_from_directory(directory)
-    return builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
 
 
 def _tfds(source: str, data_dir: str, fraction: float) -> Source:

@@ -1,0 +1,28 @@
+"""The paper's network from scratch on Oxford Flowers: 1,020 training and 1,020 validation images, 102 classes.
+
+    python launch.py --config=configs/flowers102.py
+
+TFDS downloads the data (330 MB) at the first run; it has not been run here, where nothing can be downloaded. So few
+images do not train 58 million weights well from scratch: this is an example of a data set of large pictures, and of one
+where colour noise and dropout matter. Hardware: a GPU, minutes; two CPU cores, three hours.
+"""
+
+from alexnet_jax.config import default_config
+
+
+def get_config():
+    """Settings for Oxford Flowers 102."""
+    config = default_config()
+    config.model.num_classes = 102
+    # The paper's biases of 1 and weights of 0.01 can take thousands of steps to come off chance; an epoch has 16.
+    config.model.kernel_std = (0.01, 0.02, 0.02, 0.02, 0.02, 0.01, 0.01, 0.01)
+    config.model.bias_init = (0.0, 0.1, 0.0, 0.1, 0.1, 0.1, 0.1, 0.0)
+    config.data.source = 'tfds:oxford_flowers102'
+    config.data.data_dir = 'data'
+    config.train.batch_size = 64
+    config.train.epochs = 100.0
+    config.optimizer.patience = 10
+    config.eval.every = '2 epochs'
+    config.eval.batch_size = 64
+    config.checkpoint.every = '10 epochs'
+    return config
