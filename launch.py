@@ -69,9 +69,11 @@ def _check_same_run(config: dict, workdir: str) -> None:
         old, new = before, now
         for group in groups:
             old, new = old.get(group, {}), new[group]
-        if old.get(name) != new[name]:
+        if name not in old:
+            raise ConfigError(f'--workdir: {workdir} was begun with an older version; name another one')
+        if old[name] != new[name]:
             raise ConfigError(
-                f'config.{field}: {new[name]!r}, but {workdir} was begun with {old.get(name)!r}:'
+                f'config.{field}: {new[name]!r}, but {workdir} was begun with {old[name]!r}:'
                 ' give that, or another --workdir'
             )
 

@@ -13,8 +13,7 @@ from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint.options import MultiprocessingOptions
 
 from alexnet_jax import processes
-from alexnet_jax.monitor import log
-from alexnet_jax.processes import first_line
+from alexnet_jax.monitor import first_line, log
 
 
 def state_digest(state: Any) -> str:

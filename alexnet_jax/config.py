@@ -68,12 +68,13 @@ def default_config() -> ml_collections.ConfigDict:
                 'momentum': 0.9,
                 'weight_decay': 5e-4,
                 'bias_lr_multiplier': 1.0,
-                'schedule': 'plateau',  # plateau | steps | constant
+                'schedule': 'plateau',  # plateau | steps | poly | constant
                 'warmup': '0 steps',  # linear from 0
                 'divisor': 10.0,  # of the rate, at each drop
                 'drops': ('25 epochs', '51 epochs', '79 epochs'),  # schedule 'steps'
                 'patience': 3,  # evaluations without a new lowest error before a drop; schedule 'plateau'
                 'max_drops': 3,  # schedule 'plateau'
+                'power': 2.0,  # of the share of the run that is left; schedule 'poly'
             },
             'train': {
                 'batch_size': 128,  # over all devices
@@ -111,7 +112,7 @@ _CHOICES = {
     'data.encoding': ('raw', 'jpeg'),
     'data.color': ('none', 'original', 'fb', 'paper'),
     'data.mean': ('image', 'channel', 'none'),
-    'optimizer.schedule': ('plateau', 'steps', 'constant'),
+    'optimizer.schedule': ('plateau', 'steps', 'poly', 'constant'),
     'eval.views': (1, 10),
     'mesh.layout': ('towers', 'data', 'hybrid'),
     'mesh.gradient_dtype': ('float32', 'bfloat16'),
@@ -238,6 +239,7 @@ def _check_ranges(config: Any) -> None:
         'optimizer.divisor': (1, 1e6),
         'optimizer.patience': (1, 10**6),
         'optimizer.max_drops': (0, 100),
+        'optimizer.power': (0, 100),
         'train.batch_size': (1, 2**24),
         'train.epochs': (0, 10**6),
         'eval.batch_size': (1, 2**24),
@@ -256,12 +258,23 @@ def _check_ranges(config: Any) -> None:
         if not least <= value <= greatest:
             near = greatest if value > greatest else least
             raise ConfigError(f'config.{field}: {value} is outside {least} to {greatest}; the nearest is {near}')
+    check_class_names(config.data.class_names or ())
     source = config.data.source
     if source != 'photos' and not re.fullmatch(r'tfds:[\w/]+(:[\w.-]+)?|(folder|idx):.+', source):
         raise ConfigError(
             f"config.data.source: {source!r} is not 'photos', 'tfds:NAME[:config]', 'folder:DIR' or 'idx:DIR';"
             " for example 'tfds:imagenet2012'"
         )
+
+
+def check_class_names(names: Any) -> None:
+    """Raise ConfigError where `names` are not different printable texts."""
+    for name in names:
+        if not isinstance(name, str) or not name.isprintable() or name != name.strip() or not name:
+            raise ConfigError(f'config.data.class_names: {name!r} is no printable text without blanks around it')
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise ConfigError(f'config.data.class_names: {twice!r} is there twice')
 
 
 def layer_sizes(crop_size: int, overlapping_pool: bool) -> list[int]:

@@ -44,6 +44,11 @@ def log(message: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, short."""
+    return (str(error).splitlines() or [''])[0][:300] or type(error).__name__
+
+
 class Preemption:
     """While it is open, the first SIGTERM or Ctrl-C only sets `requested`; a second one ends the process as usual."""
 

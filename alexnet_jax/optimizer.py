@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from alexnet_jax.config import duration_in_steps
+from alexnet_jax.config import duration_in_steps, total_steps
 
 
 def make_optimizer(config: Any, learning_rate: jax.Array | float) -> optax.GradientTransformation:
@@ -49,6 +49,8 @@ def scheduled_rate(config: Any, step: int, examples: int, drops_taken: int) -> f
         rate /= optimizer.divisor ** sum(step >= drop for drop in at)
     elif optimizer.schedule == 'plateau':
         rate /= optimizer.divisor**drops_taken
+    elif optimizer.schedule == 'poly':
+        rate *= max(0.0, 1 - step / total_steps(config, examples)) ** optimizer.power
     warmup = duration_in_steps(str(optimizer.warmup), batch_size=batch_size, examples=examples)
     return rate * min(1.0, (step + 1) / warmup) if warmup else rate
 

@@ -16,8 +16,10 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -26,7 +28,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
 
-from alexnet_jax.config import ConfigError
+from alexnet_jax.config import ConfigError, check_class_names
 from alexnet_jax.data.examples import Source, SourceError
 from alexnet_jax.data.pipeline import DESCRIPTION, StoreError, describe, store_directory
 from alexnet_jax.data.shards import Format, Shard, end_with_parent, statistics, write_shard
@@ -111,9 +113,9 @@ def _prepare(settings: Settings, data_dir: str, target: str) -> None:
         'class_names': list(format.class_names),
     }
     aside = f'{target}.incomplete'
-    plan = description | {'images_a_shard': IMAGES_A_SHARD}
+    plan = description | {'images_a_shard': IMAGES_A_SHARD, 'fingerprint': None}  # each shard knows its images
     if read_json(os.path.join(aside, 'plan.json')) != plan:
-        shutil.rmtree(aside, ignore_errors=True)  # begun with other settings or images
+        shutil.rmtree(aside, ignore_errors=True)  # begun with other settings
     for folder in ('store', 'reports'):
         os.makedirs(os.path.join(aside, folder), exist_ok=True)
     write_json(os.path.join(aside, 'plan.json'), plan)
@@ -130,6 +132,7 @@ def _prepare(settings: Settings, data_dir: str, target: str) -> None:
 
 def _format(settings: Settings, source: Source) -> Format:
     names = settings.class_names or tuple(source.class_names)
+    check_class_names(names)
     if len(names) != len(source.class_names):
         raise ConfigError(
             f'config.data.class_names: {len(names)} names, but {settings.source} has {len(source.class_names)} classes'
@@ -149,11 +152,15 @@ def _shards(source: Source) -> list[Shard]:
 
 
 def _reports(shards: list[Shard], aside: str) -> dict[str, dict[str, Any]]:
-    """The reports of the shards that are there and whole, by their names."""
+    """The reports of the shards that are there, whole and of just these images, by their names.
+
+    Those that had something to skip are not among them: it may have been mended.
+    """
     reports = {}
     for shard in shards:
         report, file = read_json(os.path.join(aside, 'reports', shard.report)), os.path.join(aside, 'store', shard.file)
-        if report and os.path.exists(file) and os.path.getsize(file) == report['bytes']:
+        whole = report and os.path.exists(file) and os.path.getsize(file) == report['bytes']
+        if report and whole and not report['skipped'] and report['digest'] == shard.examples.digest():
             reports[shard.report] = report
     return reports
 
@@ -179,15 +186,15 @@ def _write_shards(
     if done:
         log(f'{done:,} of {total:,} images were prepared before')
     todo = [shard for shard in shards if shard.report not in begun]
-    # Not forked: TFDS has started TensorFlow's threads in this process.
+    # Not forked: with TFDS's own data sets, TensorFlow has started threads in this process.
     pool = ProcessPoolExecutor(
         min(settings.workers, max(len(todo), 1)), multiprocessing.get_context('spawn'), initializer=end_with_parent
     )
     folders = os.path.join(aside, 'store'), os.path.join(aside, 'reports')
     progress = Progress(f'prepare {settings.source}', total, 'images', done=done)
     try:
-        _check_skipped(reports, total, aside, settings)
-        futures = {pool.submit(write_shard, shard, format, *folders): shard for shard in todo}
+        with _without_interrupts():  # which the processes inherit; Ctrl-C is this one's to answer
+            futures = {pool.submit(write_shard, shard, format, *folders): shard for shard in todo}
         for future in as_completed(futures):
             shard = futures[future]
             reports[shard.report] = future.result()
@@ -198,10 +205,23 @@ def _write_shards(
             'a process that prepared images was killed, perhaps for want of memory; the same command goes on'
             f' where it stood (fewer than --workers={settings.workers} need less)'
         ) from None
+    except BaseException:
+        for process in multiprocessing.active_children():  # no shard is left half written, so none is waited for
+            process.terminate()
+        raise
     finally:
         progress.close()
         pool.shutdown(cancel_futures=True)
     return reports
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _check_skipped(reports: dict[str, Any], total: int, aside: str, settings: Settings) -> None:
@@ -236,8 +256,7 @@ def _complete(
 ) -> None:
     """Write what belongs to a store besides the shards: statistics, what was skipped, the descriptions."""
     folder = os.path.join(aside, 'store')
-    files = {shard.file: reports[shard.report]['bytes'] for shard in shards}
-    for name in set(os.listdir(folder)) - set(files):
+    for name in set(os.listdir(folder)) - {shard.file for shard in shards}:
         os.remove(os.path.join(folder, name))  # of processes that were killed
     template = tfds.core.ShardedFileTemplate(dataset_name='prepared', data_dir=folder, filetype_suffix='array_record')
     splits = []
@@ -262,6 +281,7 @@ def _complete(
     np.savez(os.path.join(folder, 'statistics.npz'), allow_pickle=False, **figures)
     _write_lines(os.path.join(folder, 'skipped.jsonl'), _skipped(reports))
     images = {split.name: split.num_examples for split in splits}
+    files = {name: os.path.getsize(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
     write_json(os.path.join(folder, DESCRIPTION), description | {'images': images, 'files': files})
 
 
@@ -280,10 +300,23 @@ def _summarise(target: str, reports: dict[str, Any], read: int, seconds: float, 
         log(f'skipped images are named in {target}/skipped.jsonl')
 
 
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        complain(' '.join(str(error).split()))
+        sys.exit(2)
+    if len(rest) > 1:
+        complain(f'{rest[1]!r} is no flag; flags are written --name=value')
+        sys.exit(2)
+    return rest
+
+
 def main(argv: list[str]) -> None:
     """Run as a command; exit code 2 and one line where the source or a flag is wrong, 1 where preparing failed."""
     del argv
     logging.set_verbosity(logging.ERROR)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     names = [field.name for field in dataclasses.fields(Settings)]
@@ -313,7 +346,9 @@ if __name__ == '__main__':
     flags.DEFINE_enum('channels', '3', ['1', '3'], '3, or 1 for grey.')
     flags.DEFINE_enum('encoding', 'raw', ['raw', 'jpeg'], 'Of the images in the store.')
     flags.DEFINE_list('class_names', None, 'In place of those of the source.')
-    flags.DEFINE_float('validation_fraction', 0.1, 'Held out where the source has no split to validate on.')
+    flags.DEFINE_float('validation_fraction', 0.1, 'Held out where the source has no split to validate on.', 0.0, 1.0)
     flags.DEFINE_float('max_bad', 0.001, 'Share of the images that may be unreadable.', 0.0, 1.0)
-    flags.DEFINE_integer('workers', os.cpu_count() or 1, 'Processes.', lower_bound=1)
-    app.run(main)
+    # What SLURM or a container gives, not what the machine has.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    flags.DEFINE_integer('workers', cores, 'Processes.', lower_bound=1)
+    app.run(main, flags_parser=_parse_flags)

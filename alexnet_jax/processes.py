@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from alexnet_jax.config import ConfigError
-from alexnet_jax.monitor import Preemption, belong_to
+from alexnet_jax.monitor import Preemption, belong_to, first_line
 
 SHUTDOWN_TIMEOUT = 60  # seconds; at the end of a run all processes are a few writes apart
 VISIBLE_AFTER = 10.0  # seconds until a file written on one host must be seen on the others
@@ -91,11 +91,6 @@ def _check_free(address: str) -> None:
         ) from None
 
 
-def first_line(error: Exception) -> str:
-    """What an error of a library says, short."""
-    return (str(error).splitlines() or [''])[0][:300] or type(error).__name__
-
-
 def is_first() -> bool:
     """Whether this process writes the files and talks."""
     return jax.process_index() == 0
@@ -117,9 +112,9 @@ def whole(x: Any) -> np.ndarray:
     return multihost_utils.process_allgather(x, tiled=True)
 
 
-def total(count: int) -> int:
-    """Sum of what all processes count; all must call it."""
-    return int(multihost_utils.process_allgather(np.int32(count)).sum())
+def count_any(chosen: np.ndarray) -> int:
+    """How many are chosen on any process; `chosen` (N,) bool, N the same on all, which must call it."""
+    return int(multihost_utils.process_allgather(chosen).reshape(-1, len(chosen)).any(0).sum())
 
 
 def of_the_first(tree: Any) -> Any:

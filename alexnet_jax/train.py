@@ -62,7 +62,7 @@ def run(config: Any, workdir: str, group: dict[str, Any] | None) -> int:
         # Before the processes come together: it may take hours, in which none is to wait for another.
         store = prepared_store(config, preemption)
         if store is None:
-            log('stopped while preparing the data; the same command begins that again')
+            log('stopped while preparing the data; the same command goes on with that')
             return EXIT_PREEMPTED
         if not processes.start(group, config.distributed, preemption):
             log('stopped before all processes had met; the same command begins again')
@@ -347,6 +347,7 @@ class _Run:
         self.checkpoints.close()
         self.watchdog.feed('the last checkpoint')
         self.metrics.close()
+        damages = self.store.train.damage(), self.store.validation.damage()
         result = {
             'status': 'preempted' if preempted else 'done',
             'step': self.step,
@@ -355,7 +356,7 @@ class _Run:
             'top5_error': final.get('top5_error'),
             'views': views,
             'images_per_second': self.timed.images_per_second or self.progress['images_per_second'],
-            'damaged_records': processes.total(len(self.store.train.damaged) + len(self.store.validation.damaged)),
+            'damaged_records': sum(processes.count_any(damage) for damage in damages),
             'state_digest': state_digest(self.state),
         }
         if processes.is_first():

@@ -343,19 +343,26 @@ def test_a_jpeg_that_does_not_decode_is_damage():
     assert split.damaged == {1}
 
 
+def spoil(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
 @pytest.mark.parametrize(
-    ('spoil', 'reason'),
+    ('damage', 'reason'),
     [
         (lambda folder: os.truncate(folder / 'prepared-train.array_record-00003-of-00007', 1000), 'is 1000 bytes, not'),
         (lambda folder: (folder / 'prepared-validation.array_record-00001-of-00002').unlink(), 'is missing, not'),
         (lambda folder: (folder / 'prepared.json').unlink(), 'is no whole store, or of an older version'),
         (lambda folder: (folder / 'prepared.json').write_text('{"sour'), 'is no whole store, or of an older version'),
-        (lambda folder: os.truncate(folder / 'statistics.npz', 3000), r'statistics.npz is damaged'),
+        (lambda folder: (folder / 'prepared.json').write_text('{}'), 'is no whole store, or of an older version'),
+        (lambda folder: os.truncate(folder / 'statistics.npz', 0), r'statistics.npz is 0 bytes, not'),
+        (lambda folder: (folder / 'features.json').unlink(), r'features.json is missing, not'),
+        (lambda folder: spoil(folder / 'statistics.npz'), r'statistics.npz is damaged'),
     ],
 )
-def test_a_store_that_was_not_copied_whole_is_refused(photos_dir, tmp_path, spoil, reason):
+def test_a_store_that_was_not_copied_whole_is_refused(photos_dir, tmp_path, damage, reason):
     shutil.copytree(os.path.join(photos_dir, 'prepared'), tmp_path / 'prepared')
-    spoil(Path(pipeline.store_directory(str(tmp_path), PHOTOS)))
+    damage(Path(pipeline.store_directory(str(tmp_path), PHOTOS)))
     with pytest.raises(ConfigError, match=reason) as caught:
         open_photos(str(tmp_path))
     assert '\n' not in str(caught.value)

@@ -92,6 +92,16 @@ def test_of_a_very_long_picture_the_middle_is_taken():
     np.testing.assert_array_equal(result[16], np.broadcast_to(zoo.COLOUR, (32, 3)))
 
 
+def test_a_very_long_picture_does_not_fill_the_memory():
+    assert square(Image.new('L', (1, 2_000_000), 7), 256, channels=1).max() == 7  # scaled whole it would be 130 GB
+
+
+def test_sixteen_bits_keep_the_upper_eight():
+    values = np.array([[0, 255, 256, 511, 65279, 65280, 65535]], np.uint16)
+    file = zoo.saved(Image.fromarray(values), 'PNG')
+    np.testing.assert_array_equal(np.asarray(read_image(file)), [[0, 0, 1, 1, 254, 255, 255]])
+
+
 def test_the_reason_is_one_short_line():
     for content, expected in ZOO.values():
         if isinstance(expected, str):

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from alexnet_jax.config import default_config, resolve
+from alexnet_jax.config import default_config, resolve, total_steps
 from alexnet_jax.optimizer import make_optimizer, plateau_next, plateau_start, scheduled_rate
 
 RATES = [0.1] * 6 + [0.01] * 6
@@ -144,6 +144,16 @@ def test_rate_drops_by_epochs_steps_and_images():
     config = run_config(schedule='steps', learning_rate=0.8, divisor=2.0, drops=('2 epochs', '30 steps', '4000 images'))
     rates = rates_at(config, [0, 19, 20, 29, 30, 399, 400, 10**6], drops_taken=2)
     assert rates == [0.8, 0.8, 0.4, 0.4, 0.2, 0.2, 0.1, 0.1]
+
+
+def test_rate_falls_with_a_power_of_what_is_left():
+    config = run_config(schedule='poly', learning_rate=0.8, power=2.0)
+    steps = total_steps(config, 100)
+    assert steps == 900
+    expected = [0.8, 0.8 * 0.75**2, 0.2, 0.8 / 900**2, 0.0, 0.0]
+    np.testing.assert_allclose(rates_at(config, [0, 225, 450, 899, 900, 901]), expected, rtol=1e-12)
+    straight = run_config(schedule='poly', learning_rate=0.8, power=1.0)
+    np.testing.assert_allclose(rates_at(straight, [0, 450, 810]), [0.8, 0.4, 0.08], rtol=1e-12)
 
 
 def test_epochs_count_by_the_data_set():

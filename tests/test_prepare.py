@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,8 +20,9 @@ from PIL import Image
 
 from alexnet_jax.config import ConfigError
 from alexnet_jax.data import pipeline
-from alexnet_jax.data.examples import SourceError
+from alexnet_jax.data.examples import Pixels, SourceError
 from alexnet_jax.data.pipeline import StoreError
+from alexnet_jax.data.shards import Format, Shard, write_shard
 from alexnet_jax.prepare import Settings, prepare
 
 ROOT = Path(__file__).parent.parent
@@ -61,9 +63,9 @@ def settings(source: Path, **changes) -> dict:
     return {'source': f'folder:{source}', 'image_size': 32, 'max_bad': 0.02, 'workers': 2} | changes
 
 
-def start(given: dict, data_dir: Path) -> subprocess.Popen:
-    command = [sys.executable, '-c', PROGRAM, json.dumps(given), str(data_dir)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+def start(given: dict, data_dir: Path, command: list[str] | None = None) -> subprocess.Popen:
+    command = command or [sys.executable, '-c', PROGRAM, json.dumps(given), str(data_dir)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def prepared(given: dict, data_dir: Path) -> Path:
@@ -127,12 +129,11 @@ def test_a_killed_one_leaves_no_process_and_goes_on_where_it_stood(uninterrupted
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert not target.exists()
-    before = {path: path.stat().st_mtime_ns for path in aside.glob('reports/*.json')}
     again = start(settings(pictures), tmp_path)
     said = again.communicate()[1]
+    assert again.returncode == 0
     assert f'of {TRAINING + VALIDATION} images were prepared before' in said
     assert content(target) == content(uninterrupted[0])
-    assert len(before) >= 2
 
 
 def alive(pid: int) -> bool:
@@ -279,14 +280,31 @@ def test_a_store_of_other_settings_or_images_is_refused(pictures, tmp_path, chan
     assert content(Path(folder)) == before
 
 
-def test_a_store_that_was_begun_with_other_images_is_begun_anew(pictures, tmp_path):
+@pytest.mark.parametrize('same_size', [True, False])
+def test_after_mending_it_goes_on_with_what_was_mended(uninterrupted, pictures, tmp_path, same_size):
     root = shutil.copytree(pictures, tmp_path / 'pictures')
-    with pytest.raises(StoreError):
-        prepare(Settings(**settings(root, max_bad=0.0)), str(tmp_path))
-    for name in ('train/bee/007.jpg', 'train/bee/133.jpg', 'val/bee/007.jpg'):
-        (root / name).write_bytes(jpeg(np.random.default_rng(2)))
-    folder = prepare(Settings(**settings(root, max_bad=0.0)), str(tmp_path))
-    assert (Path(folder) / 'skipped.jsonl').read_text() == ''
+    given = settings(root, max_bad=0.0)
+    bad = ('train/bee/007.jpg', 'train/bee/133.jpg', 'val/bee/007.jpg')
+    originals = {name: jpeg(np.random.default_rng(3)) for name in bad}
+    for name, whole in originals.items():
+        (root / name).write_bytes(bytes(len(whole)) if same_size else whole[:200])
+    target = store_folder(given, tmp_path)
+    process = start(given, tmp_path)
+    said = process.communicate()[1]
+    assert process.returncode == 1
+    assert 'too many images' in said
+    reports = target.with_name(target.name + '.incomplete') / 'reports'
+    before = {path.name for path in reports.glob('*.json') if not json.loads(path.read_text())['skipped']}
+    for name, whole in originals.items():
+        (root / name).write_bytes(whole)
+    process = start(given, tmp_path)
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
+    if before:
+        assert 'images were prepared before' in said
+    assert (target / 'skipped.jsonl').read_text() == ''
+    fresh = prepared(given, tmp_path / 'fresh')
+    assert content(fresh) == content(target)
 
 
 def test_wrong_numbers_of_class_names_and_full_disks_are_refused(pictures, tmp_path):
@@ -296,16 +314,83 @@ def test_wrong_numbers_of_class_names_and_full_disks_are_refused(pictures, tmp_p
         SourceError, match=r'needs [\d.]+ GB and [\d.]+ GB are free: name another data_dir or give --enc'
     ):
         prepare(Settings(**settings(pictures, image_size=2**15)), str(tmp_path))
+    with pytest.raises(ConfigError, match=r"class_names: 'b ' is no printable text without blanks"):
+        prepare(Settings(**settings(pictures, class_names=('a', 'b ', 'c'))), str(tmp_path))
     with pytest.raises(SourceError, match=r'gs://bucket/d: stores are made on a disk'):
         prepare(Settings(**settings(pictures)), 'gs://bucket/d')
 
 
+def test_a_label_that_is_no_class_is_skipped(tmp_path):
+    """As in the test splits of TFDS that come without labels."""
+    images, labels = np.zeros((3, 8, 8), np.uint8), np.array([0, -1, 5])
+    shard = Shard('train', 0, 1, Pixels(images, labels, np.arange(3)))
+    (tmp_path / 'store').mkdir()
+    report = write_shard(shard, Format(8, 3, 'raw', ('a', 'b')), str(tmp_path / 'store'), str(tmp_path))
+    assert report['examples'] == 1
+    assert [line['reason'] for line in report['skipped']] == ['its label is -1, no class', 'its label is 5, no class']
+
+
+def command(source: str, data_dir: Path, *flags: str) -> list[str]:
+    start = [sys.executable, '-m', 'alexnet_jax.prepare', f'--source={source}', f'--data_dir={data_dir}']
+    return [*start, '--image_size=32', *flags]
+
+
+def test_a_full_disk_is_told_in_one_line(pictures, tmp_path):
+    limited = [
+        'bash',
+        '-c',
+        'ulimit -f 100; exec "$@"',
+        '-',
+        *command(f'folder:{pictures}', tmp_path, '--max_bad=0.02'),
+    ]
+    run = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.count('\n') == 1, run.stderr
+    assert f'{tmp_path}/prepared' in run.stderr
+    assert 'File too large' in run.stderr
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_ends_at_once_in_one_line(pictures, tmp_path, number):
+    process = start(settings(pictures), tmp_path, command(f'folder:{pictures}', tmp_path, '--max_bad=0.02'))
+    aside = store_folder(settings(pictures), tmp_path).with_name(
+        store_folder(settings(pictures), tmp_path).name + '.incomplete'
+    )
+    while not (aside / 'plan.json').exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    time.sleep(0.3)  # the other processes are being started
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    begun = time.monotonic()
+    said = process.communicate()[1]
+    assert time.monotonic() - begun < 5
+    assert process.returncode == 130, said
+    assert said == 'alexnet_jax: stopped; the same command goes on with what is missing\n'
+
+
+@pytest.mark.parametrize(
+    ('flags', 'reason'),
+    [
+        (['pets'], "'pets' is no flag"),
+        (['--image_size=many'], 'flag --image_size=many'),
+        (['--validation_fraction=-0.5'], 'flag --validation_fraction=-0.5'),
+        (['--class_names=a,a,b'], "config.data.class_names: 'a' is there twice"),
+        (['--source=tfds:a-b/c:x'], 'config.data.source: TFDS '),
+    ],
+)
+def test_wrong_flags_are_refused_in_one_line(pictures, tmp_path, flags, reason):
+    run = subprocess.run(command(f'folder:{pictures}', tmp_path, *flags), cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.startswith(f'alexnet_jax: {reason}')
+    assert run.stderr.count('\n') == 1
+
+
 def test_the_summary_of_the_command(pictures, tmp_path):
-    command = [sys.executable, '-m', 'alexnet_jax.prepare', f'--source=folder:{pictures}', f'--data_dir={tmp_path}']
-    run = subprocess.run([*command, '--image_size=32'], cwd=ROOT, capture_output=True, text=True)
+    given = command(f'folder:{pictures}', tmp_path)
+    run = subprocess.run(given, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1].startswith('alexnet_jax: too many images')
-    run = subprocess.run([*command, '--image_size=32', '--max_bad=0.02'], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([*given, '--max_bad=0.02'], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0
     for said in ('167 images', ' GB', 'images/s with 2 processes', 'skipped 3: damaged', 'skipped.jsonl'):
         assert said in run.stderr

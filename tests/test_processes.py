@@ -32,9 +32,11 @@ from alexnet_jax.prepare import Settings
 (fault, index), sys.argv = sys.argv[1].split(), ['launch.py', *sys.argv[2:]]
 class Faulty:
     def __init__(self, source):
-        self.source, self.reads, self.damaged = source, 0, set()
+        self.source, self.reads = source, 0
     def __len__(self):
         return len(self.source)
+    def damage(self):
+        return self.source.damage()
     def __getitem__(self, index):
         self.reads += 1
         if fault == 'slow':

@@ -156,6 +156,23 @@ def test_a_run_does_not_go_on_with_other_images(uninterrupted, photos_dir, tmp_p
     assert 'config.data: the prepared images are not those that' in refused.stderr
 
 
+def test_a_damaged_record_is_counted_and_more_of_them_end_the_run(photos_dir, tmp_path):
+    shutil.copytree(os.path.join(photos_dir, 'prepared'), tmp_path / 'prepared')
+    file = next((tmp_path / 'prepared').glob('*/prepared-train.array_record-00002-of-00007'))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+    short = ('--config.eval.views=1', '--config.eval.every=100')
+    run = launch(str(tmp_path), tmp_path / 'run', *short)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count('is damaged and left out') == 1
+    assert json.loads((tmp_path / 'run' / 'result.json').read_text())['damaged_records'] == 1
+    run = launch(str(tmp_path), tmp_path / 'strict', *short, '--config.data.max_bad=0.0001')
+    assert run.returncode == 1
+    assert '1 of 6400 records of train in' in run.stderr
+    assert 'Traceback' not in run.stderr
+
+
 def test_the_same_command_after_the_end_says_so_at_once(uninterrupted, photos_dir):
     workdir, result, _ = uninterrupted
     start = time.monotonic()

@@ -91,6 +91,8 @@ def zoo() -> dict[str, tuple[bytes, object]]:
         'grey_alpha.png': (saved(Image.new('LA', (WIDTH, HEIGHT), (GREY, 0)), 'PNG'), (255,) * 3),
         'one_bit.png': (saved(Image.new('1', (WIDTH, HEIGHT), 1), 'PNG'), (255,) * 3),
         'grey16.png': (saved(Image.fromarray(grey16), 'PNG'), (GREY,) * 3),
+        'grey16.pgm': (b'P5 %d %d 65535\n' % (WIDTH, HEIGHT) + grey16.astype('>u2').tobytes(), (GREY,) * 3),
+        'program.eps': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n', 'EPS, which is'),
         'colour16.png': (png(WIDTH, HEIGHT, 16, 2, row16 * HEIGHT), COLOUR),
         'damaged.png': (saved(random, 'PNG')[:-600], 'damaged'),
         'one_pixel_wide.png': (saved(Image.new('RGB', (1, 5000), COLOUR), 'PNG'), COLOUR),

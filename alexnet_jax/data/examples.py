@@ -6,6 +6,7 @@ person would look for; part() cuts out what one process is to work on, small eno
 
 import dataclasses
 import functools
+import hashlib
 import os
 from typing import Any
 
@@ -26,22 +27,31 @@ class Source:
     Attributes:
       splits: 'train' and 'validation', each Files, Pixels or Records.
       class_names: one a label.
-      fingerprint: changes when the images do: names and sizes of files, or what TFDS and IDX files say of themselves.
       is_split_here: whether the validation images are a fraction of those that the source has to train on.
     """
 
     splits: dict[str, Any]
     class_names: list[str]
-    fingerprint: str
     is_split_here: bool
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the images do, as far as names and sizes of files, or TFDS, tell."""
+        return digest(*self.class_names, *(f'{split} {part.digest()}' for split, part in self.splits.items()))
+
+
+def digest(*values: Any) -> str:
+    """sha256 of `values` as text, a line each."""
+    return hashlib.sha256('\n'.join(map(str, values)).encode(errors='surrogateescape')).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """Examples that are files below `root`."""
+    """Examples that are files below `root`, of `sizes` in bytes."""
 
     root: str
     names: list[str]
+    sizes: list[int]
     labels: np.ndarray
 
     def __len__(self) -> int:
@@ -57,7 +67,12 @@ class Files:
 
     def part(self, indices: Any) -> 'Files':
         """The examples at `indices`."""
-        return Files(self.root, [self.names[i] for i in indices], self.labels[indices])
+        names, sizes = ([values[i] for i in indices] for values in (self.names, self.sizes))
+        return Files(self.root, names, sizes, self.labels[indices])
+
+    def digest(self) -> str:
+        """Of names, sizes and labels."""
+        return digest(*zip(self.names, self.sizes, self.labels.tolist(), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +97,10 @@ class Pixels:
         """The examples at `indices`."""
         return Pixels(self.images[indices], self.labels[indices], self.numbers[indices])
 
+    def digest(self) -> str:
+        """Of all there is."""
+        return hashlib.sha256(self.images.tobytes() + self.labels.tobytes() + self.numbers.tobytes()).hexdigest()
+
 
 @dataclasses.dataclass(frozen=True)
 class Records:
@@ -93,6 +112,7 @@ class Records:
     label: str
     start: int
     stop: int
+    about: str  # what TFDS says of the data set, which changes with it
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -116,6 +136,10 @@ class Records:
     def part(self, indices: range) -> 'Records':
         """The examples at `indices`, which follow one another."""
         return dataclasses.replace(self, start=self.start + indices.start, stop=self.start + indices.stop)
+
+    def digest(self) -> str:
+        """Of what TFDS says; the folder may be another."""
+        return digest(self.about, self.split, self.start, self.stop)
 
 
 @functools.lru_cache(maxsize=4)

@@ -39,9 +39,12 @@ def read_image(content: bytes | np.ndarray) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of Pillow, about what the rules above decide
             image = Image.open(io.BytesIO(content))
+            if image.format == 'EPS':
+                raise UnreadableImage('EPS, which is a program')
             if image.width * image.height > MAX_PIXELS:
                 raise UnreadableImage(f'more than {MAX_PIXELS:,} pixels')
-            return _grey_or_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)  # in place, it keeps its format
+            return _grey_or_rgb(image)
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
@@ -54,7 +57,7 @@ def read_image(content: bytes | np.ndarray) -> Image.Image:
 
 
 def _grey_or_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith('I;16'):
+    if image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PPM'):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ('I', 'F'):
         raise UnreadableImage('32 bits a pixel, whose range is unknown')

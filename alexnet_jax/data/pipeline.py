@@ -22,6 +22,7 @@ from alexnet_jax.config import ConfigError
 from alexnet_jax.monitor import complain
 
 Batch = dict[str, np.ndarray]
+SETTINGS = ('source', 'image_size', 'channels', 'encoding', 'validation_fraction', 'class_names')
 DESCRIPTION = 'prepared.json'  # in a store: what it was made of, and the sizes of its files
 
 
@@ -74,6 +75,12 @@ class Split:
     def __len__(self) -> int:
         return len(self.records)
 
+    def damage(self) -> np.ndarray:
+        """Which records (N,) bool were found to be damaged since the process was started."""
+        found = np.zeros(len(self), bool)
+        found[list(self.damaged)] = True
+        return found
+
     def __getitem__(self, index: int) -> dict[str, Any] | None:
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -87,6 +94,8 @@ class Split:
             else:
                 image = simplejpeg.decode_jpeg(content, 'GRAY' if self.shape[-1] == 1 else 'RGB')
             return {'image': image, 'label': np.int32(features['label'].int64_list.value[0])}
+        except MemoryError:
+            raise
         except Exception as error:  # of ArrayRecord, protobuf and the decoder, each its own kinds
             self._count(index, error)
             return None
@@ -117,12 +126,13 @@ def describe(directory: str, settings: Any) -> dict[str, Any]:
     """What the store in `directory` was made of. Raises ConfigError: it is no store, or not that of `settings`."""
     try:
         made = json.loads((epath.Path(directory) / DESCRIPTION).read_text())
-    except (OSError, ValueError) as error:
+        made = {name: made[name] for name in ('fingerprint', 'images', 'files', *SETTINGS)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f'config.data.data_dir: {directory} is no whole store, or of an older version ({error}); remove it, and it'
             ' will be made again'
         ) from None
-    for name in ('source', 'image_size', 'channels', 'encoding', 'validation_fraction', 'class_names'):
+    for name in SETTINGS:
         wanted = list(settings.class_names or made[name]) if name == 'class_names' else getattr(settings, name)
         if made[name] not in (wanted, None):
             raise ConfigError(
@@ -163,7 +173,7 @@ def _statistics(path: Any) -> dict[str, np.ndarray]:
     try:
         with path.open('rb') as file, np.load(file) as arrays:
             return dict(arrays)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise ConfigError(
             f'config.data.data_dir: {path} is damaged ({error}); copy the store again, or remove it'
         ) from None

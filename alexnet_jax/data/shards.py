@@ -4,12 +4,14 @@ Everything is integers, so sums are the same in any order and the files the same
 """
 
 import collections
+import contextlib
 import dataclasses
 import io
 import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -116,11 +118,20 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+@contextlib.contextmanager
+def _writing(folder: str) -> Iterator[None]:
+    """Errors of ArrayRecord's writer, such as a full disk, as OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f'{folder}: {str(error).splitlines()[0]}') from None
+
+
 def write_shard(shard: Shard, format: Format, folder: str, reports: str) -> dict[str, Any]:
     """Convert the examples of `shard` into a file in `folder`, whole or not at all, and return its report.
 
     The report, also written into `reports` with the sums, has: examples (stored), bytes (of the file), skipped (a
-    list of split, name and reason).
+    list of split, name and reason), digest (of the shard's examples). Raises OSError: it cannot be written.
     """
     features, sums, skipped = format.features(), Sums(format), []
     serializer = ExampleSerializer(features.get_serialized_info())
@@ -131,6 +142,8 @@ def write_shard(shard: Shard, format: Format, folder: str, reports: str) -> dict
         for index in range(len(shard.examples)):
             try:
                 content, label = shard.examples[index]
+                if not 0 <= label < len(format.class_names):
+                    raise UnreadableImage(f'its label is {label}, no class')
                 pixels = square(read_image(content), format.image_size, format.channels)
             except (UnreadableImage, OSError, RuntimeError) as error:  # the last from a damaged record of TFDS
                 reason = getattr(error, 'strerror', None) or (str(error).splitlines() or [type(error).__name__])[0]
@@ -139,9 +152,12 @@ def write_shard(shard: Shard, format: Format, folder: str, reports: str) -> dict
             stored, read_back = format.encode(pixels)
             sums.add(read_back, label)
             example = serializer.get_tf_example(features.encode_example({'image': stored, 'label': label}))
-            writer.write(example.SerializeToString(deterministic=True))  # otherwise in any order of the features
+            record = example.SerializeToString(deterministic=True)  # otherwise in any order of the features
+            with _writing(folder):
+                writer.write(record)
     finally:
-        writer.close()
+        with _writing(folder):
+            writer.close()
     _to_disk(aside)
     os.replace(aside, os.path.join(folder, shard.file))
     _save(os.path.join(reports, shard.sums), vars(sums))
@@ -149,6 +165,7 @@ def write_shard(shard: Shard, format: Format, folder: str, reports: str) -> dict
         'examples': int(sums.class_counts.sum()),
         'bytes': os.path.getsize(os.path.join(folder, shard.file)),
         'skipped': skipped,
+        'digest': shard.examples.digest(),
     }
     write_json(os.path.join(reports, shard.report), report)
     return report

@@ -1,7 +1,6 @@
 """Where raw images come from: TFDS, a folder of folders, IDX files, the photographs of the quickstart."""
 
 import gzip
-import hashlib
 import os
 import zlib
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from alexnet_jax.data.examples import Files, Pixels, Records, Source, SourceError
+from alexnet_jax.data.examples import Files, Pixels, Records, Source, SourceError, digest
 from alexnet_jax.monitor import log
 
 IMAGENET_TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
@@ -40,10 +39,6 @@ def open_source(source: str, data_dir: str, validation_fraction: float) -> Sourc
     return _tfds(source, data_dir, validation_fraction)
 
 
-def _digest(*values: Any) -> str:
-    return hashlib.sha256('\n'.join(map(str, values)).encode()).hexdigest()
-
-
 def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
     """Which examples (N,) bool to validate on: `fraction` of each class, rounded, always the same ones."""
     chosen = np.zeros(len(labels), bool)
@@ -68,8 +63,11 @@ def _folder(root: Path, fraction: float) -> Source:
     """One folder a class, within train/ and val/ (or validation/, test/), or with neither directly within `root`."""
     if not root.is_dir():
         raise SourceError(f'config.data.source: {root} is no folder; folder:DIR wants one with a folder for each class')
-    has_train = (root / 'train').is_dir()
+    has_train = (root / 'train').is_dir() and bool(_subfolders(root / 'train'))  # not a class of that name
     classes = _subfolders(root / 'train' if has_train else root)
+    odd = next((name for name in classes if not name.isprintable()), None)  # such as bytes that are no UTF-8
+    if odd is not None:
+        raise SourceError(f'{root}: rename the folder {odd!r}: the name of a class must be printable text')
     if not classes:
         raise SourceError(f'{root / "train" if has_train else root} has no folders, of which each would be a class')
     train = _files(root, 'train' if has_train else '', classes)
@@ -85,8 +83,7 @@ def _folder(root: Path, fraction: float) -> Source:
         splits = {'train': train, 'validation': _files(root, held, classes)}
         if not len(splits['validation']):
             raise SourceError(f'{root / held} has no images in the folders of the classes')
-    described = [f'{split} {name} {_size(root / name)}' for split in splits for name in splits[split].names]
-    return Source(splits, classes, _digest(*classes, *described), held is None)
+    return Source(splits, classes, held is None)
 
 
 def _size(path: Path) -> int:
@@ -102,55 +99,69 @@ def _subfolders(folder: Path) -> list[str]:
 
 def _files(root: Path, split: str, classes: list[str]) -> Files:
     """All files in the folders of `classes`, hidden ones apart, in the order of their names."""
-    names, labels = [], []
+    names: list[str] = []
+    labels: list[int] = []
     for label, name in enumerate(classes):
-        found = [
-            os.path.relpath(os.path.join(folder, file), root)
-            for folder, _, files in os.walk(root / split / name, followlinks=True)
-            for file in files
-            if not file.startswith('.')
-        ]
-        names += sorted(found)
+        found = sorted(_walk(root / split / name, {os.path.realpath(root / split / name)}))
+        names += [path[len(str(root)) + 1 :] for path in found]
         labels += [label] * len(found)
-    return Files(str(root), names, np.array(labels, np.int32))
+    return Files(str(root), names, [_size(root / name) for name in names], np.array(labels, np.int32))
+
+
+def _walk(folder: Path, seen: set[str]) -> list[str]:
+    """All files below `folder`, hidden ones apart. Raises SourceError: a link leads to a folder `seen` before."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as iterator:
+        entries = list(iterator)
+    files = []
+    for entry in entries:
+        if entry.name.startswith('.'):
+            continue
+        if not entry.is_dir():
+            files.append(entry.path)
+            continue
+        real = os.path.realpath(entry.path)
+        if any(f'{other}{os.sep}'.startswith(f'{real}{os.sep}') for other in seen):
+            raise SourceError(f'{entry.path} is a link to a folder that it lies in; remove it')
+        files += _walk(Path(entry.path), {*seen, real})
+    return files
 
 
 def _idx(folder: Path, fraction: float) -> Source:
     """The format of MNIST: *train*images*idx3*, *train*labels*idx1*, the same with t10k or test, each maybe .gz."""
-    train, digests = _idx_split(folder, 'train')
+    train = _idx_split(folder, 'train')
     splits = {'train': train}
     for name in ('t10k', 'test'):
         if list(folder.glob(f'*{name}*idx3*')):
-            splits['validation'], more = _idx_split(folder, name)
-            digests += more
+            splits['validation'] = _idx_split(folder, name)
             break
     classes = max(int(examples.labels.max()) for examples in splits.values()) + 1
     is_split_here = 'validation' not in splits
     if is_split_here:
         splits = _split_off(train, fraction, folder)
-    return Source(splits, [str(label) for label in range(classes)], _digest(*digests), is_split_here)
+    return Source(splits, [str(label) for label in range(classes)], is_split_here)
 
 
-def _idx_split(folder: Path, split: str) -> tuple[Pixels, list[str]]:
-    """The examples of a split, and the digests of its two files."""
-    arrays, digests = [], []
+def _idx_split(folder: Path, split: str) -> Pixels:
+    """The examples of a split."""
+    arrays = []
     for what, dimensions in (('images', 3), ('labels', 1)):
         found = sorted(folder.glob(f'*{split}*{what}*idx{dimensions}*'))
         if len(found) != 1:
             names = ', '.join(path.name for path in found) or 'none'
             pattern = f'{split}-{what}-idx{dimensions}-ubyte[.gz]'
             raise SourceError(f'config.data.source: {folder} must have one file {pattern}; there is {names}')
-        content = found[0].read_bytes()
-        arrays.append(_idx_array(found[0], content, dimensions))
-        digests.append(hashlib.sha256(content).hexdigest())
+        arrays.append(_idx_array(found[0], dimensions))
     images, labels = arrays
     if len(images) != len(labels) or not len(images):
         raise SourceError(f'{folder}: {len(images)} {split} images and {len(labels)} labels; they must be as many')
-    return Pixels(images, labels, np.arange(len(images))), digests
+    return Pixels(images, labels, np.arange(len(images)))
 
 
-def _idx_array(path: Path, content: bytes, dimensions: int) -> np.ndarray:
+def _idx_array(path: Path, dimensions: int) -> np.ndarray:
     """The array of unsigned bytes in an IDX file: two zeros, 8 for uint8, dimensions, sizes (4 bytes each), data."""
+    content = path.read_bytes()
     try:
         content = gzip.decompress(content) if content[:2] == b'\x1f\x8b' else content
     except (OSError, EOFError, zlib.error) as error:
@@ -171,19 +182,22 @@ def _tfds(source: str, data_dir: str, fraction: float) -> Source:
         raise SourceError(f'config.data.source: {info.full_name} has no split to train on; there are {sorted(sizes)}')
     held = next((name for name in HELD_OUT if name in sizes), None)
     if held is None:
-        kept = round(100 * (1 - fraction))
-        names = {'train': f'train[:{kept}%]', 'validation': f'train[{kept}%:]'}
+        kept = sizes['train'] - round(fraction * sizes['train'])
+        names = {'train': f'train[:{kept}]', 'validation': f'train[{kept}:]'}
     else:
         names = {'train': 'train', 'validation': held}
+    described = [(name, split.num_examples, split.num_bytes) for name, split in info.splits.items()]
+    about = digest(info.full_name, *described)
     splits = {}
     for split, name in names.items():
         count = info.splits[name].num_examples
-        splits[split] = Records(str(builder.data_dir), name, image, label, 0, count)
+        splits[split] = Records(str(builder.data_dir), name, image, label, 0, count, about)
         if not count:
-            raise SourceError(f'{info.full_name} has {sizes["train"]} images: {name} is none of them')
-    described = [(name, split.num_examples, split.num_bytes) for name, split in sorted(info.splits.items())]
-    fingerprint = _digest(info.full_name, *names.values(), *described)
-    return Source(splits, list(info.features[label].names), fingerprint, held is None)
+            raise SourceError(
+                f'{info.full_name} has no split to validate on, and data.validation_fraction={fraction:g} of its'
+                f' {sizes["train"]} training images leaves none of them, or none to train on'
+            )
+    return Source(splits, list(info.features[label].names), held is None)
 
 
 def _image_and_label(builder: Any) -> tuple[str, str]:
@@ -217,10 +231,7 @@ def _builder(source: str, data_dir: str) -> Any:
                 f'{name} in {data_dir} is there in another format than array_record, which has no random access:'
                 ' name another config.data.data_dir, or remove it'
             ) from None
-        if 'BuilderConfig' in str(error):
-            reason = ' '.join(str(error).split()).partition('BuilderConfig')[2][:300]
-            raise SourceError(f'config.data.source: {source!r}: TFDS has no such config{reason}') from None
-        raise
+        raise SourceError(f'config.data.source: TFDS cannot make {name!r}: {_one_line(error)}') from None
     return builder
 
 
@@ -234,9 +245,12 @@ def _make_ready(builder: Any, source: str, data_dir: str) -> None:
     log(f'reading {source} with TFDS into {builder.data_dir}')
     try:
         builder.download_and_prepare(download_config=config)
-    except (OSError, tfds.download.DownloadError) as error:
-        what = ' '.join(str(error).split())[:300]
-        raise SourceError(f'{source}: TFDS could not get the data: {type(error).__name__}: {what}') from None
+    except Exception as error:  # TFDS, its builders and what they download with raise many kinds
+        raise SourceError(f'{source}: TFDS could not get the data: {_one_line(error)}') from None
+
+
+def _one_line(error: Exception) -> str:
+    return f'{type(error).__name__}: {" ".join(str(error).split())[:400]}'
 
 
 def imagenet_tars(data_dir: str) -> str:

@@ -1,5 +1,7 @@
 """The prepared data of a run: opened, or made first by a process of its own."""
 
+import csv
+import io
 import os
 import signal
 import subprocess
@@ -11,7 +13,7 @@ from etils import epath
 
 from alexnet_jax.config import ConfigError
 from alexnet_jax.data import pipeline
-from alexnet_jax.monitor import Preemption
+from alexnet_jax.monitor import Preemption, first_line
 
 
 def prepared_store(config: Any, preemption: Preemption) -> pipeline.Store | None:
@@ -26,11 +28,14 @@ def prepared_store(config: Any, preemption: Preemption) -> pipeline.Store | None
     """
     data = config.data
     directory = pipeline.store_directory(data.data_dir, data)
-    if not epath.Path(directory).exists():
+    if not _exists(directory):
         # A process of its own, for TensorFlow should not share one with jax.
         names = ('source', 'data_dir', 'image_size', 'channels', 'encoding', 'validation_fraction', 'max_bad')
         command = [sys.executable, '-m', 'alexnet_jax.prepare', *(f'--{name}={data[name]}' for name in names)]
-        command += [f'--class_names={",".join(data.class_names)}'] if data.class_names else []
+        if data.class_names:
+            line = io.StringIO()
+            csv.writer(line, lineterminator='').writerow(data.class_names)  # a name may hold a comma
+            command.append(f'--class_names={line.getvalue()}')
         root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         paths = [root, *filter(None, [os.environ.get('PYTHONPATH')])]
         process = subprocess.Popen(command, env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)})
@@ -53,3 +58,10 @@ def prepared_store(config: Any, preemption: Preemption) -> pipeline.Store | None
             f' the nearest is {classes}'
         )
     return store
+
+
+def _exists(directory: str) -> bool:
+    try:
+        return epath.Path(directory).exists()
+    except Exception as error:  # of whichever library reads gs://
+        raise ConfigError(f'config.data.data_dir: {directory} cannot be reached: {first_line(error)}') from None
