@@ -100,7 +100,7 @@ def test_resolve_leaves_its_argument_alone_and_freezes():
         ({'model.dtype': 'bf16'}, "'bf16' is not one of float32, bfloat16; the nearest is 'bfloat16'"),
         ({'data.color': 'orignal'}, "'orignal' is not one of none, original, fb, paper; the nearest is 'original'"),
         ({'data.mean': 'channels'}, "'channels' is not one of image, channel, none; the nearest is 'channel'"),
-        ({'optimizer.schedule': 'step'}, "'step' is not one of plateau, steps, constant; the nearest is 'steps'"),
+        ({'optimizer.schedule': 'step'}, "'step' is not one of plateau, steps, poly, constant; the nearest is 'steps'"),
         ({'eval.views': 9}, 'config.eval.views: 9 is not one of 1, 10; the nearest is 10'),
         (
             {'mesh.layout': 'tower'},
