@@ -153,6 +153,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
         for name, value in PRESETS[config.model.preset].items():
             if config.model[name] is None:
                 config.model[name] = value
+        config.data.source = config.data.source.rstrip('/')  # which completing a folder's name leaves behind
     for field in _CHOICES:
         _check_choice(config, field)
     _check_ranges(config)

@@ -160,7 +160,7 @@ def _reports(shards: list[Shard], aside: str) -> dict[str, dict[str, Any]]:
     for shard in shards:
         report, file = read_json(os.path.join(aside, 'reports', shard.report)), os.path.join(aside, 'store', shard.file)
         whole = report and os.path.exists(file) and os.path.getsize(file) == report['bytes']
-        if report and whole and not report['skipped'] and report['digest'] == shard.examples.digest():
+        if report and whole and not report['skipped'] and report.get('digest') == shard.examples.digest():
             reports[shard.report] = report
     return reports
 
@@ -319,14 +319,12 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    names = [field.name for field in dataclasses.fields(Settings)]
-    settings = Settings(**{name: flags.FLAGS[name].value for name in names})
-    settings = dataclasses.replace(
-        settings, class_names=tuple(settings.class_names or ()), channels=int(settings.channels)
-    )
+    given = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Settings)}
+    given['source'] = given['source'].rstrip('/')  # which completing a folder's name leaves behind
+    given['channels'], given['class_names'] = int(given['channels']), tuple(given['class_names'] or ())
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints sizes it does not know
-            prepare(settings, flags.FLAGS.data_dir)
+            prepare(Settings(**given), flags.FLAGS.data_dir)
     except (SourceError, ConfigError) as error:
         complain(str(error))
         sys.exit(2)

@@ -64,6 +64,10 @@ def test_what_is_set_wins(field, value):
     assert resolve(changed({field: value})).to_dict() == expected
 
 
+def test_a_folder_is_the_same_with_a_slash_behind_it():
+    assert resolve(changed({'data.source': 'folder:pets/'})).data.source == 'folder:pets'
+
+
 def test_resolve_leaves_its_argument_alone_and_freezes():
     config = default_config()
     resolved = resolve(config)
