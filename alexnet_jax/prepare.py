@@ -13,15 +13,11 @@ import dataclasses
 import fcntl
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
@@ -31,8 +27,9 @@ from absl import app, flags, logging
 from alexnet_jax.config import ConfigError, check_class_names
 from alexnet_jax.data.examples import Source, SourceError
 from alexnet_jax.data.pipeline import DESCRIPTION, StoreError, describe, store_directory
-from alexnet_jax.data.shards import Format, Shard, end_with_parent, statistics, write_shard
+from alexnet_jax.data.shards import Format, Shard, statistics
 from alexnet_jax.data.sources import is_at_hand, open_source
+from alexnet_jax.data.workers import write_shards
 from alexnet_jax.monitor import Progress, complain, log, read_json, write_json
 
 IMAGES_A_SHARD = 1024
@@ -186,42 +183,17 @@ def _write_shards(
     if done:
         log(f'{done:,} of {total:,} images were prepared before')
     todo = [shard for shard in shards if shard.report not in begun]
-    # Not forked: with TFDS's own data sets, TensorFlow has started threads in this process.
-    pool = ProcessPoolExecutor(
-        min(settings.workers, max(len(todo), 1)), multiprocessing.get_context('spawn'), initializer=end_with_parent
-    )
-    folders = os.path.join(aside, 'store'), os.path.join(aside, 'reports')
     progress = Progress(f'prepare {settings.source}', total, 'images', done=done)
-    try:
-        with _without_interrupts():  # which the processes inherit; Ctrl-C is this one's to answer
-            futures = {pool.submit(write_shard, shard, format, *folders): shard for shard in todo}
-        for future in as_completed(futures):
-            shard = futures[future]
-            reports[shard.report] = future.result()
+    folders = os.path.join(aside, 'store'), os.path.join(aside, 'reports')
+    with (
+        contextlib.closing(progress),
+        contextlib.closing(write_shards(todo, format, *folders, settings.workers)) as written,
+    ):
+        for shard, report in written:
+            reports[shard.report] = report
             progress.update(len(shard.examples))
             _check_skipped(reports, total, aside, settings)
-    except BrokenProcessPool:
-        raise StoreError(
-            'a process that prepared images was killed, perhaps for want of memory; the same command goes on'
-            f' where it stood (fewer than --workers={settings.workers} need less)'
-        ) from None
-    except BaseException:
-        for process in multiprocessing.active_children():  # no shard is left half written, so none is waited for
-            process.terminate()
-        raise
-    finally:
-        progress.close()
-        pool.shutdown(cancel_futures=True)
     return reports
-
-
-@contextlib.contextmanager
-def _without_interrupts() -> Iterator[None]:
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def _check_skipped(reports: dict[str, Any], total: int, aside: str, settings: Settings) -> None:

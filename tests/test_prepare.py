@@ -22,7 +22,8 @@ from alexnet_jax.config import ConfigError
 from alexnet_jax.data import pipeline
 from alexnet_jax.data.examples import Pixels, SourceError
 from alexnet_jax.data.pipeline import StoreError
-from alexnet_jax.data.shards import Format, Shard, write_shard
+from alexnet_jax.data.shards import Format, Shard
+from alexnet_jax.data.workers import write_shard
 from alexnet_jax.prepare import Settings, prepare
 
 ROOT = Path(__file__).parent.parent

@@ -1,27 +1,17 @@
-"""The work of one process of `prepare`: a run of examples becomes one file of square images and the sums over them.
+"""The parts that a store is made of: their format, the sums over their images, and the statistics of all.
 
-Everything is integers, so sums are the same in any order and the files the same with any number of processes.
+Sums are of whole numbers, so statistics are the same in any order.
 """
 
 import collections
-import contextlib
 import dataclasses
 import io
-import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
-from tensorflow_datasets.core.example_serializer import ExampleSerializer
-
-from alexnet_jax.data.images import UnreadableImage, read_image, square
-from alexnet_jax.monitor import write_json
 
 # Of JPEG stores; chroma at half resolution. About 33 kB an image of 256 pixels.
 JPEG_QUALITY = 95
@@ -106,71 +96,6 @@ class Sums:
         self.class_counts[label] += 1
 
 
-def end_with_parent() -> None:
-    """Begin as a worker: Ctrl-C is the parent's to answer, and when the parent is gone this process ends at once."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent: Any = multiprocessing.parent_process()
-
-    def watch():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextlib.contextmanager
-def _writing(folder: str) -> Iterator[None]:
-    """Errors of ArrayRecord's writer, such as a full disk, as OSError."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise OSError(f'{folder}: {str(error).splitlines()[0]}') from None
-
-
-def write_shard(shard: Shard, format: Format, folder: str, reports: str) -> dict[str, Any]:
-    """Convert the examples of `shard` into a file in `folder`, whole or not at all, and return its report.
-
-    The report, also written into `reports` with the sums, has: examples (stored), bytes (of the file), skipped (a
-    list of split, name and reason), digest (of the shard's examples). Raises OSError: it cannot be written.
-    """
-    features, sums, skipped = format.features(), Sums(format), []
-    serializer = ExampleSerializer(features.get_serialized_info())
-    aside = os.path.join(folder, f'.{shard.file}.{os.getpid()}')  # of a process that may outlive its parent a moment
-    # Without compression, which would make reading three times as slow; one record a group, for random access.
-    writer = ArrayRecordWriter(aside, 'group_size:1,uncompressed')
-    try:
-        for index in range(len(shard.examples)):
-            try:
-                content, label = shard.examples[index]
-                if not 0 <= label < len(format.class_names):
-                    raise UnreadableImage(f'its label is {label}, no class')
-                pixels = square(read_image(content), format.image_size, format.channels)
-            except (UnreadableImage, OSError, RuntimeError) as error:  # the last from a damaged record of TFDS
-                reason = getattr(error, 'strerror', None) or (str(error).splitlines() or [type(error).__name__])[0]
-                skipped.append({'split': shard.split, 'name': shard.examples.name(index), 'reason': reason})
-                continue
-            stored, read_back = format.encode(pixels)
-            sums.add(read_back, label)
-            example = serializer.get_tf_example(features.encode_example({'image': stored, 'label': label}))
-            record = example.SerializeToString(deterministic=True)  # otherwise in any order of the features
-            with _writing(folder):
-                writer.write(record)
-    finally:
-        with _writing(folder):
-            writer.close()
-    _to_disk(aside)
-    os.replace(aside, os.path.join(folder, shard.file))
-    _save(os.path.join(reports, shard.sums), vars(sums))
-    report = {
-        'examples': int(sums.class_counts.sum()),
-        'bytes': os.path.getsize(os.path.join(folder, shard.file)),
-        'skipped': skipped,
-        'digest': shard.examples.digest(),
-    }
-    write_json(os.path.join(reports, shard.report), report)
-    return report
-
-
 def statistics(reports: str, shards: list[Shard]) -> dict[str, np.ndarray]:
     """Statistics of the training images, from the sums of all their shards.
 
@@ -197,18 +122,3 @@ def statistics(reports: str, shards: list[Shard]) -> dict[str, np.ndarray]:
         'eigenvectors': eigenvectors,
         'class_counts': sums['class_counts'],
     }
-
-
-def _to_disk(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def _save(path: str, arrays: dict[str, np.ndarray]) -> None:
-    """Write `arrays` as .npz, whole or not at all."""
-    aside = f'{path}.{os.getpid()}'
-    with open(aside, 'wb') as file:
-        np.savez(file, allow_pickle=False, **arrays)
-    _to_disk(aside)
-    os.replace(aside, path)

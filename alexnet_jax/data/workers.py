@@ -1,0 +1,140 @@
+"""The processes of `prepare`: each turns a run of examples into a file of square images, and ends with its parent.
+
+Files are the same to the byte whoever writes them.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Generator, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+from alexnet_jax.data.images import UnreadableImage, read_image, square
+from alexnet_jax.data.pipeline import StoreError
+from alexnet_jax.data.shards import Format, Shard, Sums
+from alexnet_jax.monitor import write_json
+
+
+def write_shards(
+    shards: list[Shard], format: Format, folder: str, reports: str, workers: int
+) -> Generator[tuple[Shard, dict[str, Any]], None, None]:
+    """Yield each of `shards` with its report, see write_shard(), as soon as one of `workers` processes is done with it.
+
+    Closing the generator ends the processes at once. Raises StoreError: one was killed; OSError: see write_shard().
+    """
+    # Not forked: with TFDS's own data sets, TensorFlow has started threads in this process.
+    pool = ProcessPoolExecutor(
+        min(workers, max(len(shards), 1)), multiprocessing.get_context('spawn'), initializer=_end_with_parent
+    )
+    try:
+        with _without_interrupts():  # which the processes inherit; Ctrl-C is this one's to answer
+            futures = {pool.submit(write_shard, shard, format, folder, reports): shard for shard in shards}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool:
+        raise StoreError(
+            'a process that prepared images was killed, perhaps for want of memory; the same command goes on'
+            f' where it stood (fewer than --workers={workers} need less)'
+        ) from None
+    except BaseException:
+        for process in multiprocessing.active_children():  # no shard is left half written, so none is waited for
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _end_with_parent() -> None:
+    """Begin as a worker: when the parent is gone this process ends at once."""
+    parent: Any = multiprocessing.parent_process()
+
+    def watch():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _writing(folder: str) -> Iterator[None]:
+    """Errors of ArrayRecord's writer, such as a full disk, as OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f'{folder}: {str(error).splitlines()[0]}') from None
+
+
+def write_shard(shard: Shard, format: Format, folder: str, reports: str) -> dict[str, Any]:
+    """Convert the examples of `shard` into a file in `folder`, whole or not at all, and return its report.
+
+    The report, also written into `reports` with the sums, has: examples (stored), bytes (of the file), skipped (a
+    list of split, name and reason), digest (of the shard's examples). Raises OSError: it cannot be written.
+    """
+    features, sums, skipped = format.features(), Sums(format), []
+    serializer = ExampleSerializer(features.get_serialized_info())
+    aside = os.path.join(folder, f'.{shard.file}.{os.getpid()}')  # of a process that may outlive its parent a moment
+    # Without compression, which would make reading three times as slow; one record a group, for random access.
+    writer = ArrayRecordWriter(aside, 'group_size:1,uncompressed')
+    try:
+        for index in range(len(shard.examples)):
+            try:
+                content, label = shard.examples[index]
+                if not 0 <= label < len(format.class_names):
+                    raise UnreadableImage(f'its label is {label}, no class')
+                pixels = square(read_image(content), format.image_size, format.channels)
+            except (UnreadableImage, OSError, RuntimeError) as error:  # the last from a damaged record of TFDS
+                reason = getattr(error, 'strerror', None) or (str(error).splitlines() or [type(error).__name__])[0]
+                skipped.append({'split': shard.split, 'name': shard.examples.name(index), 'reason': reason})
+                continue
+            stored, read_back = format.encode(pixels)
+            sums.add(read_back, label)
+            example = serializer.get_tf_example(features.encode_example({'image': stored, 'label': label}))
+            record = example.SerializeToString(deterministic=True)  # otherwise in any order of the features
+            with _writing(folder):
+                writer.write(record)
+    finally:
+        with _writing(folder):
+            writer.close()
+    _to_disk(aside)
+    os.replace(aside, os.path.join(folder, shard.file))
+    _save(os.path.join(reports, shard.sums), vars(sums))
+    report = {
+        'examples': int(sums.class_counts.sum()),
+        'bytes': os.path.getsize(os.path.join(folder, shard.file)),
+        'skipped': skipped,
+        'digest': shard.examples.digest(),
+    }
+    write_json(os.path.join(reports, shard.report), report)
+    return report
+
+
+def _to_disk(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _save(path: str, arrays: dict[str, np.ndarray]) -> None:
+    """Write `arrays` as .npz, whole or not at all."""
+    aside = f'{path}.{os.getpid()}'
+    with open(aside, 'wb') as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    _to_disk(aside)
+    os.replace(aside, path)
