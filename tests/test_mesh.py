@@ -337,6 +337,7 @@ def lowered_step(settings):
         'number': struct((rows,), np.uint32),
     }
     prepared = {'mean': struct((size, size, 3), np.float32), 'color': struct((3, 3), np.float32)}
+    prepared['divisor'] = struct((), np.float32)
     train_step = step.make_train_step(settings, mesh)
     return train_step.lower(step.abstract_state(settings, mesh), shapes, struct((), np.float32), prepared)
 
