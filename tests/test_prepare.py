@@ -308,6 +308,24 @@ def test_after_mending_it_goes_on_with_what_was_mended(uninterrupted, pictures, 
     assert content(fresh) == content(target)
 
 
+@pytest.mark.parametrize('change', ['an image', 'a class'])
+def test_what_was_made_of_other_images_or_classes_is_made_again(pictures, tmp_path, change):
+    """One process has made three shards of ants when it meets a bee that is cut off; then the first ant is another."""
+    root = shutil.copytree(pictures, tmp_path / 'pictures')
+    process = start(settings(root, max_bad=0.0, workers=1), tmp_path)
+    process.communicate()
+    assert process.returncode == 1
+    given = settings(root)
+    target = store_folder(given, tmp_path)
+    reports = target.with_name(target.name + '.incomplete') / 'reports'
+    assert {f'train-0000{i}.json' for i in range(3)} <= {path.name for path in reports.iterdir()}
+    if change == 'an image':
+        (root / 'train' / 'ant' / '000.jpg').write_bytes(jpeg(np.random.default_rng(4)))
+    else:
+        (root / 'train' / 'zebra').mkdir()
+    assert content(prepared(given, tmp_path)) == content(prepared(given, tmp_path / 'fresh'))
+
+
 def test_wrong_numbers_of_class_names_and_full_disks_are_refused(pictures, tmp_path):
     with pytest.raises(ConfigError, match=r'class_names: 2 names, but .* has 3 classes'):
         prepare(Settings(**settings(pictures, class_names=('a', 'b'))), str(tmp_path))
