@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-# Of JPEG stores; chroma at half resolution. About 33 kB an image of 256 pixels.
+# Of JPEG stores; chroma at half resolution.
 JPEG_QUALITY = 95
 
 
