@@ -3,9 +3,8 @@
     python launch.py --config=configs/flowers102.py
 
 TFDS downloads the data (330 MB) at the first run; it has not been run here, where nothing can be downloaded. So few
-images do not train 58 million weights well from scratch: this is an example of a data set of large pictures, and of one
-where colour noise and dropout matter. Hardware and time: on two CPU cores about an hour, judging by the
-speed of the step in the README.
+images do not train 58 million weights well from scratch: this is an example of a small data set of large pictures.
+Hardware and time: on two CPU cores about an hour, judging by the speed of the step in the README.
 """
 
 from alexnet_jax.config import default_config
