@@ -92,7 +92,7 @@ def uninterrupted(pictures, tmp_path_factory) -> Path:
 
 
 def test_killed_ten_times_and_run_again_it_is_the_same_to_the_byte(uninterrupted, pictures, tmp_path):
-    # Each is killed a random moment after it wrote none, one or two more shards, so the machine's speed does not matter.
+    # Each is killed a random moment after it wrote none, one or two more shards, however fast the machine is.
     target, chance, begun = store_folder(settings(pictures), tmp_path), random.Random(0), []
     reports = target.with_name(target.name + '.incomplete') / 'reports'
 
