@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 import traceback
 from typing import Any
 
@@ -11,8 +12,10 @@ from ml_collections import config_flags
 
 from alexnet_jax import monitor, startup
 from alexnet_jax.config import ConfigError, resolve
-from alexnet_jax.flags import CONFIG, parse_flags, refuse
-from alexnet_jax.monitor import complain, read_json
+from alexnet_jax.flags import CONFIG, parse_flags, refuse, sweep_of
+from alexnet_jax.monitor import complain
+from alexnet_jax.run_folder import check_same_run, is_finished
+from alexnet_jax.sweep import Variant, configure, print_list, run_all, write_plan
 
 flags.declare_key_flag('config')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; by default runs/ and the name of the config.')
@@ -21,6 +24,14 @@ _COORDINATOR_ADDRESS = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes train together.', lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.', lower_bound=0)
+_SWEEP = flags.DEFINE_string(
+    'sweep',
+    None,
+    'list | all | K: show the runs of the sweep in the config, run all that are not done, or run number K.',
+)
+_SWEEP_JOBS = flags.DEFINE_integer(
+    'sweep_jobs', 1, 'Runs of --sweep=all at once, sharing out the cores.', lower_bound=1
+)
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Several processes, found by JAX on SLURM, TPU or Kubernetes.')
 
 
@@ -46,47 +57,6 @@ def _process_group() -> dict[str, Any] | None:
     return group
 
 
-def _check_same_run(config: dict, workdir: str) -> None:
-    """Raise ConfigError where the checkpoints in `workdir` belong to another network or another order of the data."""
-    if not os.path.isdir(os.path.join(workdir, 'checkpoints')) or not os.listdir(os.path.join(workdir, 'checkpoints')):
-        return
-    before = read_json(os.path.join(workdir, 'config.json'))
-    if before is None:
-        raise ConfigError(f'--workdir: {workdir} has checkpoints but no readable config.json; name another one')
-    now = json.loads(json.dumps(config))
-    fixed = [
-        'seed',
-        'data.source',
-        'data.image_size',
-        'data.channels',
-        'data.encoding',
-        'data.crop_size',
-        'train.batch_size',
-        *(f'model.{name}' for name in now['model']),
-    ]
-    for field in fixed:
-        *groups, name = field.split('.')
-        old, new = before, now
-        for group in groups:
-            old, new = old.get(group, {}), new[group]
-        if name not in old:
-            raise ConfigError(f'--workdir: {workdir} was begun with an older version; name another one')
-        if old[name] != new[name]:
-            raise ConfigError(
-                f'config.{field}: {new[name]!r}, but {workdir} was begun with {old[name]!r}:'
-                ' give that, or another --workdir'
-            )
-
-
-def _finished(config: dict, workdir: str) -> bool:
-    """Whether `workdir` holds the end of just this run; where the data lay does not count."""
-    result, before = (read_json(os.path.join(workdir, name)) for name in ('result.json', 'config.json'))
-    if result is None or before is None or result['status'] != 'done':
-        return False
-    now = json.loads(json.dumps(config))
-    return before | {'data': before.get('data', {}) | {'data_dir': now['data']['data_dir']}} == now
-
-
 def _print_result(workdir: str) -> None:
     """The small table at the end, of several processes from the first one."""
     if monitor.is_silent():
@@ -102,6 +72,27 @@ def _print_result(workdir: str) -> None:
     print(f'files       {workdir}/: result.json, metrics.jsonl, checkpoints/, config.json')
 
 
+def _run_of_sweep(variants: list[Variant]) -> Variant:
+    """Number --sweep of them. Raises ConfigError: there is none."""
+    if not re.fullmatch(r'\d+', _SWEEP.value) or int(_SWEEP.value) >= len(variants):
+        raise ConfigError(f'--sweep: {_SWEEP.value!r} is not list, all or a number from 0 to {len(variants) - 1}')
+    return variants[int(_SWEEP.value)]
+
+
+def _sweep(file: str, workdir: str) -> int:
+    """Show the sweep of the config, or run it; returns the exit code. Raises ConfigError: a run cannot be begun."""
+    variants = sweep_of(file)
+    configs = [configure(CONFIG.value, variant) for variant in variants]
+    if _SWEEP.value == 'list':
+        print_list(variants, configs, workdir)
+        return 0
+    for variant, config in zip(variants, configs, strict=True):
+        check_same_run(config, os.path.join(workdir, variant.directory), every_field=True)
+    write_plan(variants, file, workdir)
+    command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:]]  # of a flag given twice the last one counts
+    return run_all(variants, configs, workdir, command, _SWEEP_JOBS.value)
+
+
 def main(argv: list[str]) -> int:
     """Check the settings, train, print the result; returns the exit code."""
     del argv
@@ -111,9 +102,15 @@ def main(argv: list[str]) -> int:
     workdir = os.path.expanduser(_WORKDIR.value or os.path.join('runs', name))
     try:
         group = _process_group()
-        config = resolve(CONFIG.value)
-        _check_same_run(config.to_dict(), workdir)
-        if _finished(config.to_dict(), workdir):
+        if _SWEEP.value in ('list', 'all'):
+            return _sweep(file, workdir)
+        if _SWEEP.value is None:
+            config = resolve(CONFIG.value)
+        else:
+            variant = _run_of_sweep(sweep_of(file))
+            config, workdir = configure(CONFIG.value, variant), os.path.join(workdir, variant.directory)
+        check_same_run(config, workdir, every_field=_SWEEP.value is not None)
+        if is_finished(config, workdir):
             if not monitor.is_silent():
                 print(f'{workdir} is done; another --workdir begins anew, a longer config.train.epochs goes on.')
             _print_result(workdir)

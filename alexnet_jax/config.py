@@ -183,6 +183,13 @@ def field_names(config: Any, prefix: str = '') -> list[str]:
     return names
 
 
+def field_value(config: Any, field: str) -> Any:
+    """The value of a field by its dotted name."""
+    for name in field.split('.'):
+        config = config[name]
+    return config
+
+
 def _check_fields(config: Any, schema: Any, prefix: str) -> None:
     known = field_names(default_config())
     for name, value in config.items():
@@ -253,9 +260,7 @@ def _check_ranges(config: Any) -> None:
     if config.train.steps is not None:
         bounds['train.steps'] = (0, 2**31 - 1)
     for field, (least, greatest) in bounds.items():
-        value = config
-        for name in field.split('.'):
-            value = value[name]
+        value = field_value(config, field)
         if not least <= value <= greatest:
             near = greatest if value > greatest else least
             raise ConfigError(f'config.{field}: {value} is outside {least} to {greatest}; the nearest is {near}')

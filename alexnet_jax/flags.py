@@ -6,12 +6,14 @@ import os
 import re
 import runpy
 import sys
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax.config import ConfigError, field_names, unknown_field
 from alexnet_jax.monitor import complain
+from alexnet_jax.sweep import Variant, check
 
 QUICKSTART = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'configs', 'quickstart.py')
 
@@ -41,15 +43,27 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def _load(file: str) -> ConfigDict:
     """The settings in `file` (PATH or PATH:PRESET), without overrides. Raises ConfigError: there is no such file."""
+    return _call(file, 'get_config')
+
+
+def sweep_of(file: str) -> list[Variant]:
+    """The sweep that the config `file` has. Raises ConfigError: it has none, or one that cannot be run."""
+    variants = list(_call(file, 'sweep'))
+    check(variants)
+    return variants
+
+
+def _call(file: str, name: str) -> Any:
+    """What the function `name` in `file` (PATH or PATH:PRESET) returns."""
     path, *preset = file.split(':', 1)
     if not os.path.isfile(path):
         raise ConfigError(f'--config: there is no file {path!r}; for example --config=configs/imagenet.py')
-    get_config = runpy.run_path(path).get('get_config')
-    if get_config is None:
-        raise ConfigError(f'--config: {path} has no function get_config')
-    if preset and not inspect.signature(get_config).parameters:
+    function = runpy.run_path(path).get(name)
+    if function is None:
+        raise ConfigError(f'--config: {path} has no function {name}')
+    if preset and not inspect.signature(function).parameters:
         raise ConfigError(f'--config: {path} has no presets, so no :{preset[0]}')
-    return get_config(*preset)
+    return function(*preset)
 
 
 def _check_overrides(argv: list[str], config: ConfigDict) -> None:

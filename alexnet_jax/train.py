@@ -17,7 +17,7 @@ import numpy as np
 from alexnet_jax import parallel, processes
 from alexnet_jax.augment import preprocessing, without_color
 from alexnet_jax.checkpoint import Checkpoints, state_digest
-from alexnet_jax.config import ConfigError, duration_in_steps, field_names, total_steps
+from alexnet_jax.config import ConfigError, duration_in_steps, field_names, field_value, total_steps
 from alexnet_jax.data import pipeline
 from alexnet_jax.data.store import prepared_store
 from alexnet_jax.evaluate import evaluate
@@ -81,12 +81,7 @@ def run(config: Any, workdir: str, group: dict[str, Any] | None) -> int:
 
 def _check_same(config: Any, store: pipeline.Store) -> None:
     """Raise ConfigError where processes have other settings or data; `data_dir` may be another on each host."""
-    settings: dict[str, Any] = {}
-    for field in field_names(config):
-        value = config
-        for name in field.split('.'):
-            value = value[name]
-        settings[f'config.{field}'] = value
+    settings = {f'config.{field}': field_value(config, field) for field in field_names(config)}
     del settings['config.data.data_dir']
     settings['the images in the store'] = store.fingerprint
     processes.check_same(settings)

@@ -1,0 +1,222 @@
+"""Sweeps: the named variants of a configuration, each with some seeds, run one after another or several at once.
+
+A config has a sweep when it has a function `sweep` that returns or yields Variants. Nothing here imports jax.
+"""
+
+import ctypes
+import dataclasses
+import itertools
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import ml_collections
+
+from alexnet_jax.config import ConfigError, field_names, resolve, unknown_field
+from alexnet_jax.monitor import Preemption, Progress, complain, log, read_json, write_json
+from alexnet_jax.run_folder import is_finished
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One row of a sweep's table, or with a seed one run of it.
+
+    Args:
+      name: of its folder, and in the table.
+      overrides: values by dotted name of their field, over those of the configuration and of the command line.
+      published: differences of top-1 and top-5 error to the row 'base' in percentage points, as far as known.
+      source: where those are from.
+      note: what a reader of the table has to know.
+      seed: takes the place of the configuration's.
+    """
+
+    name: str
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    published: tuple[float | None, float | None] | None = None
+    source: str = ''
+    note: str = ''
+    seed: int | None = None
+
+    @property
+    def directory(self) -> str:
+        """Of its run, below the sweep's."""
+        return self.name if self.seed is None else os.path.join(self.name, f'seed_{self.seed}')
+
+
+def grid(fields: dict[str, Sequence[Any]]) -> list[Variant]:
+    """Every combination of the values of `fields` (by dotted name), named like 'towers=1,dropout=0.5'."""
+    return [_named(fields, values) for values in itertools.product(*fields.values())]
+
+
+def zipped(fields: dict[str, Sequence[Any]]) -> list[Variant]:
+    """The first values of all `fields` together, then the second ones. Raises ValueError: they differ in number."""
+    return [_named(fields, values) for values in zip(*fields.values(), strict=True)]
+
+
+def _named(fields: Iterable[str], values: Iterable[Any]) -> Variant:
+    overrides = dict(zip(fields, values, strict=True))
+    return Variant(','.join(f'{field.rsplit(".", 1)[-1]}={value}' for field, value in overrides.items()), overrides)
+
+
+def seeds(variants: Iterable[Variant], count: int) -> list[Variant]:
+    """Each variant with the seeds 0 to count - 1: all variants with seed 0 first, so a half-done sweep has all rows."""
+    variants = list(variants)
+    return [dataclasses.replace(variant, seed=seed) for seed in range(count) for variant in variants]
+
+
+def configure(config: ml_collections.ConfigDict, variant: Variant) -> ml_collections.FrozenConfigDict:
+    """`config` with what `variant` changes, resolved. Raises ConfigError: there is no such field, or a wrong value."""
+    config = config.copy_and_resolve_references()
+    known = field_names(config)
+    overrides = variant.overrides if variant.seed is None else variant.overrides | {'seed': variant.seed}
+    for field, value in overrides.items():
+        if field not in known:
+            raise ConfigError(f'sweep, {variant.name}: {unknown_field(field, known)}')
+        *groups, name = field.split('.')
+        group = config
+        for part in groups:
+            group = group[part]
+        try:
+            group[name] = value
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f'sweep, {variant.name}: config.{field}: {error}') from None
+    try:
+        return resolve(config)
+    except ConfigError as error:
+        raise ConfigError(f'sweep, {variant.name}: {error}') from None
+
+
+def check(variants: list[Variant]) -> None:
+    """Raise ConfigError where there are no runs, two share a folder, or a name cannot be one."""
+    if not variants:
+        raise ConfigError('--sweep: the sweep of this config is empty')
+    directories = [variant.directory for variant in variants]
+    for i, variant in enumerate(variants):
+        if variant.directory in directories[:i]:
+            raise ConfigError(f'--sweep: two runs are named {variant.directory!r}')
+        if not variant.name or variant.name != os.path.basename(variant.name) or variant.name.startswith('.'):
+            raise ConfigError(f'--sweep: {variant.name!r} cannot be the name of a folder')
+
+
+def write_plan(variants: list[Variant], config_file: str, workdir: str) -> None:
+    """Write WORKDIR/sweep.json, which `alexnet_jax.report` reads: what was asked for, and what was published of it."""
+    rows = {variant.name: variant for variant in variants}
+    os.makedirs(workdir, exist_ok=True)
+    plan = {
+        'config': config_file,
+        'base': 'base' if 'base' in rows else None,
+        'variants': [
+            {
+                'name': row.name,
+                'overrides': row.overrides,
+                'published': row.published,
+                'source': row.source,
+                'note': row.note,
+            }
+            for row in rows.values()
+        ],
+        'runs': [
+            {'variant': run.name, 'seed': run.seed, 'directory': run.directory, 'overrides': run.overrides}
+            for run in variants
+        ],
+    }
+    write_json(os.path.join(workdir, 'sweep.json'), plan)
+
+
+def print_list(variants: list[Variant], configs: list[Any], workdir: str) -> None:
+    """One line a run: its number for --sweep=K, folder, state and overrides."""
+    width = max(len(variant.directory) for variant in variants)
+    for i, (variant, config) in enumerate(zip(variants, configs, strict=True)):
+        folder = os.path.join(workdir, variant.directory)
+        state = 'done' if is_finished(config, folder) else 'begun' if os.path.isdir(folder) else ''
+        shown = ' '.join(f'{field}={value}' for field, value in variant.overrides.items())
+        print(f'{i:>4}  {variant.directory:<{width}}  {state:<5}  {shown}'.rstrip())
+    print(
+        f'\n{len(variants)} runs; --sweep=all runs what is not done, --sweep=K one: an array of 0-{len(variants) - 1}'
+    )
+
+
+def run_all(variants: list[Variant], configs: list[Any], workdir: str, command: list[str], jobs: int) -> int:
+    """Run what is not done of the sweep, each run as a process of its own; returns the exit code.
+
+    0: all are done; 1: some failed, which are named with their logs; 75: SIGTERM or Ctrl-C came, the runs under way
+    have saved and the same command goes on. When this process is killed its runs end at once with it (on Linux).
+
+    Args:
+      command: that runs one of them when '--sweep=K' is added.
+      jobs: how many at once; more than one share out this machine's cores.
+    """
+    folders = [os.path.join(workdir, variant.directory) for variant in variants]
+    waiting = [i for i, folder in enumerate(folders) if not is_finished(configs[i], folder)]
+    progress = Progress('sweep', len(variants), 'runs', done=len(variants) - len(waiting))
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else []
+    places = [set(cores[place::jobs]) for place in range(jobs)] if 1 < jobs <= len(cores) else [set()] * jobs
+    running: dict[int, tuple[int, subprocess.Popen]] = {}  # by place: number of the run, its process
+    failed, told = [], False
+    with Preemption() as preemption:
+        while running or (waiting and not preemption.requested):
+            for place, cpus in enumerate(places):
+                if place not in running and waiting and not preemption.requested:
+                    i = waiting.pop(0)
+                    running[place] = i, _start([*command, f'--sweep={i}'], folders[i], cpus)
+            if preemption.requested and not told:
+                told = True
+                for _, process in running.values():
+                    process.terminate()
+            time.sleep(0.1)
+            for place, (i, process) in list(running.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                del running[place]
+                if code == 0:
+                    result = read_json(os.path.join(folders[i], 'result.json')) or {}
+                    log(f'{variants[i].directory}: top-1 error {result.get("top1_error", math.nan):.2%}')
+                    progress.update()
+                elif not preemption.requested:
+                    failed.append(i)
+                    complain(f'{variants[i].directory} ended with {code}: {_last_line(_log_of(folders[i]))}')
+    progress.close()
+    if preemption.requested:
+        log('the sweep was stopped; the same command goes on with what is missing')
+        return 75
+    if failed:
+        names = ', '.join(variants[i].directory for i in failed)
+        complain(f'{len(failed)} of {len(variants)} runs failed: {names}; see log.txt in their folders in {workdir}')
+    return 1 if failed else 0
+
+
+def _log_of(folder: str) -> str:
+    return os.path.join(folder, 'log.txt')
+
+
+def _start(command: list[str], folder: str, cpus: set[int]) -> subprocess.Popen:
+    os.makedirs(folder, exist_ok=True)
+
+    def prepare_child():
+        if cpus:
+            os.sched_setaffinity(0, cpus)
+        if sys.platform == 'linux':
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nobody trains on behind a killed sweep
+
+    # A session of its own: a Ctrl-C reaches the sweep, which passes on one signal; a second one would stop the saving.
+    with open(_log_of(folder), 'ab') as log_file:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log_file,
+            stderr=log_file,
+            start_new_session=True,
+            preexec_fn=prepare_child,
+        )
+
+
+def _last_line(path: str) -> str:
+    with open(path, errors='replace') as file:
+        lines = [line.strip() for line in file if line.strip()]
+    return lines[-1] if lines else 'it said nothing'
