@@ -15,7 +15,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import FrozenConfigDict
 
-from alexnet_jax import costs
+from alexnet_jax import costs, shapes
 from alexnet_jax.collectives import Collective, step_collectives
 from alexnet_jax.config import ConfigError, resolve
 from alexnet_jax.flags import CONFIG, parse_flags, refuse
@@ -81,10 +81,10 @@ def audit(config: Any) -> dict[str, Any]:
         'mean': struct((size, size, channels), np.float32),
         'color': struct((channels, channels), np.float32),
         'divisor': struct((), np.float32),
+        'scale': struct((channels,), np.float32),
     }
-    lowered = step.make_train_step(config, mesh).lower(
-        step.abstract_state(config, mesh), batch, struct((), np.float32), preprocessing
-    )
+    rates = {name: {kind: struct((), np.float32) for kind in ('kernel', 'bias')} for name in shapes.LAYERS}
+    lowered = step.make_train_step(config, mesh).lower(step.abstract_state(config, mesh), batch, rates, preprocessing)
     # Machine code that is never run need not be fast: 0.4 of the time, and the same HLO.
     compiled = lowered.compile(compiler_options={'xla_backend_optimization_level': 0})
     asked = lowered.as_text(dialect='hlo', debug_info=True)

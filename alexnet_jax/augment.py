@@ -28,6 +28,7 @@ def preprocessing(statistics: Any, config: Any) -> dict[str, Any]:
         `paper`: the eigenvalues with pixels from 0 to 255, which is what the sentence in the paper says.
       divisor: float32, of training inputs: 1.1 with `original`, as the original program does to make up for the noise's
         variance, otherwise 1.
+      scale: (C,) float32, what inputs of training and of tests are multiplied with, 1 / config.divisor.
     """
     shape = statistics['mean_image'].shape
     means = {
@@ -42,6 +43,7 @@ def preprocessing(statistics: Any, config: Any) -> dict[str, Any]:
         'mean': means[config.mean].astype(np.float32),
         'color': color.astype(np.float32),
         'divisor': np.float32(1.1 if config.color == 'original' else 1.0),
+        'scale': np.broadcast_to(1 / np.array(config.divisor), shape[-1:]).astype(np.float32),
     }
 
 
@@ -71,7 +73,7 @@ def augment(
         offset = jnp.full((2,), (size - crop) // 2)
         if config.crop:
             offset = jax.random.randint(jax.random.fold_in(window_key, 0), (2,), 0, size - crop + 1)
-        x = _window(image, offset, crop).astype(jnp.float32) - _window(preprocessing['mean'], offset, crop)
+        x = _window(image, offset, crop).astype(jnp.float32) - _mean(preprocessing, offset, config)
         if config.flip:
             x = jnp.where(jax.random.bernoulli(jax.random.fold_in(window_key, 1)), x[:, ::-1], x)
         if config.color != 'none':
@@ -79,22 +81,31 @@ def augment(
                 jax.random.fold_in(key, 2), preprocessing['color'].shape[:1]
             )
             x = x + noise[None, None]
-        return x / preprocessing['divisor']
+        return x / preprocessing['divisor'] * preprocessing['scale'][None, None]
 
     return jax.vmap(one)(images, keys, window_keys)
 
 
-def view(images: jax.Array, preprocessing: dict[str, jax.Array], crop: int, index: jax.Array | int) -> jax.Array:
+def view(images: jax.Array, preprocessing: dict[str, jax.Array], config: Any, index: jax.Array | int) -> jax.Array:
     """One view of each image for testing: index 0 the centre, 1 to 4 the corners, 5 to 9 the same reflected.
 
-    `images` (B, S, S, C) uint8 give (B, crop, crop, C) float32, less the mean, without noise.
+    `images` (B, S, S, C) uint8 give (B, crop_size, crop_size, C) float32, less the mean, without noise; `config` is
+    `data` of a configuration.
     """
+    crop = config.crop_size
     far = images.shape[1] - crop
     offsets = jnp.array([(far // 2, far // 2), (0, 0), (0, far), (far, 0), (far, far)])
     offset = offsets[index % 5]
     batch = jax.vmap(lambda image: _window(image, offset, crop))(images)
-    x = batch.astype(jnp.float32) - _window(preprocessing['mean'], offset, crop)[None]
-    return jnp.where(index >= 5, x[:, :, ::-1], x)
+    x = batch.astype(jnp.float32) - _mean(preprocessing, offset, config)[None]
+    return jnp.where(index >= 5, x[:, :, ::-1], x) * preprocessing['scale'][None, None, None]
+
+
+def _mean(preprocessing: dict[str, jax.Array], offset: jax.Array, config: Any) -> jax.Array:
+    """What is subtracted from a window at `offset`: that window of the mean, or as the original program its centre."""
+    if config.mean_window == 'centre':
+        offset = jnp.full((2,), (preprocessing['mean'].shape[0] - config.crop_size) // 2)
+    return _window(preprocessing['mean'], offset, config.crop_size)
 
 
 def _window(image: jax.Array, offset: jax.Array, size: int) -> jax.Array:

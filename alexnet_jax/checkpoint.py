@@ -17,12 +17,13 @@ from alexnet_jax.monitor import first_line, log
 
 
 def state_digest(state: Any) -> str:
-    """sha256 over parameters and optimiser state: float32 little-endian, leaves in the order of their names.
+    """sha256 over parameters, optimiser state and the statistics of batch normalisation.
 
-    The same on any mesh and number of processes, all of which must call it.
+    float32 little-endian, leaves in the order of their names. The same on any mesh and number of processes, which all
+    must call it.
     """
     digest = hashlib.sha256()
-    leaves = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
+    leaves = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state, state.statistics))
     for path, leaf in sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0])):
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.ascontiguousarray(processes.whole(leaf), dtype='<f4').data)

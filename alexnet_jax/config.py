@@ -12,6 +12,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from alexnet_jax.presets import PRESETS
+from alexnet_jax.shapes import CONVOLUTIONS, DENSE, LAYERS, layers
 
 
 class ConfigError(ValueError):
@@ -31,16 +32,29 @@ def default_config() -> ml_collections.ConfigDict:
             'model': {
                 'preset': 'paper',
                 'widths': config_dict.placeholder(tuple),
+                'kernel_sizes': config_dict.placeholder(tuple),
+                'conv1_stride': config_dict.placeholder(int),
+                'conv1_padding': config_dict.placeholder(tuple),  # (0, 3) for 224 pixels, (0, 0) for 227, (2, 2)
+                'unshared': config_dict.placeholder(tuple),
                 'towers': config_dict.placeholder(int),
+                'exchange': config_dict.placeholder(tuple),
                 'num_classes': config_dict.placeholder(int),
                 'activation': config_dict.placeholder(str),  # relu | tanh
+                'after_conv': config_dict.placeholder(tuple),
                 'lrn': config_dict.placeholder(bool),
                 'lrn_size': config_dict.placeholder(int),
                 'lrn_k': config_dict.placeholder(float),
                 'lrn_alpha': config_dict.placeholder(float),
                 'lrn_beta': config_dict.placeholder(float),
+                'lrn_across_towers': config_dict.placeholder(bool),
+                'spatial_norm_size': config_dict.placeholder(int),
+                'spatial_norm_alpha': config_dict.placeholder(float),
                 'overlapping_pool': config_dict.placeholder(bool),
+                'pool_overhang': config_dict.placeholder(bool),
                 'dropout': config_dict.placeholder(float),
+                'dropout_before': config_dict.placeholder(tuple),
+                'inverted_dropout': config_dict.placeholder(bool),
+                'initializer': config_dict.placeholder(str),  # normal (kernel_std) | xavier | he | torch
                 'kernel_std': config_dict.placeholder(tuple),
                 'bias_init': config_dict.placeholder(tuple),
                 'dtype': 'float32',  # of convolutions and matrix products: float32 | bfloat16
@@ -61,19 +75,30 @@ def default_config() -> ml_collections.ConfigDict:
                 'color': 'original',  # none | original | fb | paper; see augment.py
                 'color_until': config_dict.placeholder(str),  # colour noise ends there, such as '67 epochs'
                 'mean': 'image',  # image | channel | none
+                'mean_window': 'window',  # window: the mean image is cut as the image is; centre: always its centre
+                'divisor': (1.0,),  # of pixels less the mean; one number, or one a channel
                 'threads': 2,  # that read and decode
             },
             'optimizer': {
                 'learning_rate': 0.01,
                 'momentum': 0.9,
                 'weight_decay': 5e-4,
+                'weight_decays': config_dict.placeholder(tuple),  # of conv1 to fc8, in place of weight_decay
+                'bias_decay': False,  # whether biases decay too
+                'trust_coefficient': 0.0,  # of LARS; 0: without
+                'schedule': 'plateau',  # plateau | steps | dexp | poly | constant
                 'bias_lr_multiplier': 1.0,
-                'schedule': 'plateau',  # plateau | steps | poly | constant
+                'bias_schedule': 'same',  # of the biases' rate: same | dexp | constant
+                'layer_rates': (),  # such as (('conv1/kernel', '67 epochs', 1e-5),): its rate from then on
                 'warmup': '0 steps',  # linear from 0
                 'divisor': 10.0,  # of the rate, at each drop
                 'drops': ('25 epochs', '51 epochs', '79 epochs'),  # schedule 'steps'
                 'patience': 3,  # evaluations without a new lowest error before a drop; schedule 'plateau'
                 'max_drops': 3,  # schedule 'plateau'
+                'dexp_factor': 250.0,  # from the first rate to the last one; schedule 'dexp'
+                'dexp_parts': 4,  # equal parts of the run, of one rate each; schedule 'dexp'
+                'bias_dexp_factor': 10.0,
+                'bias_dexp_parts': 2,
                 'power': 2.0,  # of the share of the run that is left; schedule 'poly'
             },
             'train': {
@@ -81,6 +106,9 @@ def default_config() -> ml_collections.ConfigDict:
                 'epochs': 90.0,
                 'steps': config_dict.placeholder(int),  # takes the place of epochs where it is given
                 'log_every': '50 steps',
+                'goal_error': 0.0,  # the run ends when the top-1 error of the steps since the last line is lower
+                'stall_after': '5000 steps',  # the loss is compared with ln(classes) from then on
+                'stall_action': 'warn',  # what a stalled loss leads to: warn | stop
             },
             'eval': {
                 'every': '1 epoch',
@@ -107,12 +135,16 @@ def default_config() -> ml_collections.ConfigDict:
 _CHOICES = {
     'model.preset': tuple(PRESETS),
     'model.activation': ('relu', 'tanh'),
+    'model.initializer': ('normal', 'xavier', 'he', 'torch'),
     'model.dtype': ('float32', 'bfloat16'),
     'data.channels': (1, 3),
     'data.encoding': ('raw', 'jpeg'),
     'data.color': ('none', 'original', 'fb', 'paper'),
     'data.mean': ('image', 'channel', 'none'),
-    'optimizer.schedule': ('plateau', 'steps', 'poly', 'constant'),
+    'data.mean_window': ('window', 'centre'),
+    'optimizer.schedule': ('plateau', 'steps', 'dexp', 'poly', 'constant'),
+    'optimizer.bias_schedule': ('same', 'dexp', 'constant'),
+    'train.stall_action': ('warn', 'stop'),
     'eval.views': (1, 10),
     'mesh.layout': ('towers', 'data', 'hybrid'),
     'mesh.gradient_dtype': ('float32', 'bfloat16'),
@@ -150,7 +182,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
     config = ml_collections.ConfigDict(config.to_dict())
     _check_choice(config, 'model.preset')
     with config.unlocked():
-        for name, value in PRESETS[config.model.preset].items():
+        for name, value in PRESETS[config.model.preset].model.items():
             if config.model[name] is None:
                 config.model[name] = value
         config.data.source = config.data.source.rstrip('/')  # which completing a folder's name leaves behind
@@ -231,7 +263,10 @@ def _check_ranges(config: Any) -> None:
         'model.dropout': (0, 0.95),
         'model.towers': (1, 64),
         'model.num_classes': (2, 10**6),
+        'model.conv1_stride': (1, 64),
         'model.lrn_size': (1, 63),
+        'model.spatial_norm_size': (1, 63),
+        'model.spatial_norm_alpha': (0, 1e6),
         'model.lrn_k': (1e-6, 1e6),  # at 0 a pixel without activation would be 0 / 0
         'model.lrn_alpha': (0, 1e6),
         'model.lrn_beta': (0, 10),
@@ -248,8 +283,14 @@ def _check_ranges(config: Any) -> None:
         'optimizer.patience': (1, 10**6),
         'optimizer.max_drops': (0, 100),
         'optimizer.power': (0, 100),
+        'optimizer.trust_coefficient': (0, 10),
+        'optimizer.dexp_factor': (1, 1e9),
+        'optimizer.dexp_parts': (2, 1000),
+        'optimizer.bias_dexp_factor': (1, 1e9),
+        'optimizer.bias_dexp_parts': (2, 1000),
         'train.batch_size': (1, 2**24),
         'train.epochs': (0, 10**6),
+        'train.goal_error': (0, 1),
         'eval.batch_size': (1, 2**24),
         'checkpoint.keep': (1, 10**6),
         'mesh.model': (1, 4096),
@@ -283,42 +324,85 @@ def check_class_names(names: Any) -> None:
         raise ConfigError(f'config.data.class_names: {twice!r} is there twice')
 
 
-def layer_sizes(crop_size: int, overlapping_pool: bool) -> list[int]:
-    """Side in pixels after conv1, pool1, conv2, pool2, conv3, conv4, conv5, pool5; for 224: 55 27 27 13 13 13 13 6."""
-    window = 3 if overlapping_pool else 2
-    conv1 = (crop_size + 3 - 11) // 4 + 1
-    pool1 = (conv1 - window) // 2 + 1
-    pool2 = (pool1 - window) // 2 + 1
-    return [conv1, pool1, pool1, pool2, pool2, pool2, pool2, (pool2 - window) // 2 + 1]
-
-
 def _check_model(config: Any) -> None:
     model, data = config.model, config.data
-    per_layer: dict[str, tuple[int, Any, float]] = {
-        'widths': (7, int, 1),
-        'kernel_std': (8, (int, float), 0),
-        'bias_init': (8, (int, float), -math.inf),
-    }
-    for field, (length, kind, least) in per_layer.items():
-        if len(model[field]) != length:
-            raise ConfigError(f'config.model.{field}: {len(model[field])} values; {length} are needed, one a layer')
-        for value in model[field]:
-            if not isinstance(value, kind) or isinstance(value, bool) or not least <= value < math.inf:
-                what = 'a whole number from 1' if kind is int else f'a number from {least}'
-                raise ConfigError(f'config.model.{field}: {value!r} is not {what}')
+    _check_lists(config)
     if data.crop_size > data.image_size:
         raise ConfigError(
             f'config.data.crop_size: {data.crop_size} is larger than data.image_size={data.image_size};'
             f' the nearest is {data.image_size}'
         )
-    if layer_sizes(data.crop_size, model.overlapping_pool)[-1] < 1:
-        least = next(size for size in range(data.crop_size, 4096) if layer_sizes(size, model.overlapping_pool)[-1] >= 1)
+    for i in range(5):
+        if model.widths[i] and (i or model.towers > 1):
+            _check_divides(f'config.model.widths (conv{i + 1})', model.widths[i], 'model.towers', model.towers)
+    if _smallest_side(config, data.crop_size) < 1:
+        least = next(size for size in range(data.crop_size, 4096) if _smallest_side(config, size) >= 1)
         field = 'crop_size' if least <= data.image_size else 'image_size'
         raise ConfigError(f'config.data.{field}: {data[field]} leaves nothing after pool5; the nearest is {least}')
-    if model.lrn_size % 2 == 0:
-        raise ConfigError(f'config.model.lrn_size: {model.lrn_size} is even; the nearest is {model.lrn_size + 1}')
-    for layer, width in zip(('conv1', 'conv2', 'conv3', 'conv4', 'conv5'), model.widths, strict=False):
-        _check_divides(f'config.model.widths ({layer})', width, 'model.towers', model.towers)
+    for field in ('lrn_size', 'spatial_norm_size'):
+        if model[field] % 2 == 0:
+            raise ConfigError(f'config.model.{field}: {model[field]} is even; the nearest is {model[field] + 1}')
+    for layer in ('fc6', 'fc7', 'fc8'):
+        width = (*model.widths, model.num_classes)[LAYERS.index(layer)]
+        if width and layer not in model.exchange:
+            _check_divides(f'config.model.widths ({layer})', width, 'model.towers', model.towers)
+
+
+def _smallest_side(config: Any, crop_size: int) -> int:
+    """Pixels a side of the smallest maps of the network."""
+    table = layers(config.model, crop_size, config.data.channels)
+    return min(side for layer in table for side in (*layer.output[:-1], *layer.pooled[:-1]))
+
+
+def _check_lists(config: Any) -> None:
+    """Lists of numbers and of names: their length, and each of their items."""
+    whole, number = (int,), (int, float)
+    lists: dict[str, tuple[tuple[int, ...], Any, float]] = {  # lengths, types, least
+        'model.widths': ((7,), whole, 0),
+        'model.kernel_sizes': ((5,), whole, 1),
+        'model.conv1_padding': ((2,), whole, 0),
+        'model.kernel_std': ((8,), number, 0),
+        'model.bias_init': ((8,), number, -math.inf),
+        'data.divisor': ((1, config.data.channels), number, 1e-6),
+        'optimizer.weight_decays': ((8,), number, 0),
+    }
+    for field, (lengths, kinds, least) in lists.items():
+        values = field_value(config, field)
+        if values is None:
+            continue
+        if len(values) not in lengths:
+            wanted = 'one a layer' if len(lengths) == 1 and lengths[0] > 2 else 'no more and no less'
+            needed = ' or '.join(str(length) for length in lengths)
+            raise ConfigError(f'config.{field}: {len(values)} values; {needed} are needed, {wanted}')
+        for value in values:
+            if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value < math.inf:
+                what = f'a whole number from {least}' if kinds is whole else f'a number from {least}'
+                raise ConfigError(f'config.{field}: {value!r} is not {what}')
+    names = {
+        'model.unshared': CONVOLUTIONS,
+        'model.exchange': LAYERS[1:],
+        'model.dropout_before': DENSE,
+    }
+    for field, known in names.items():
+        for name in field_value(config, field):
+            if name not in known:
+                raise ConfigError(f'config.{field}: {name!r} is not one of {", ".join(known)}')
+    _check_steps(config.model)
+    if not config.model.widths[0]:
+        raise ConfigError('config.model.widths: conv1 cannot be left out, so its width is 1 at least')
+
+
+_STEPS = ('activation', 'lrn', 'spatial_norm', 'batch_norm', 'pool')
+
+
+def _check_steps(model: Any) -> None:
+    if len(model.after_conv) != 5:
+        raise ConfigError(f'config.model.after_conv: {len(model.after_conv)} texts; 5 are needed, one a convolution')
+    for text in model.after_conv:
+        steps = text.split() if isinstance(text, str) else [text]
+        for i, step in enumerate(steps):
+            if step not in _STEPS or step in steps[:i]:
+                raise ConfigError(f'config.model.after_conv: {text!r} is no order of some of {", ".join(_STEPS)}')
 
 
 def _check_divides(field: str, value: int, by_field: str, by: int) -> None:
@@ -330,6 +414,7 @@ def _check_divides(field: str, value: int, by_field: str, by: int) -> None:
 def _check_durations(config: Any) -> None:
     durations = {
         'train.log_every': config.train.log_every,
+        'train.stall_after': config.train.stall_after,
         'eval.every': config.eval.every,
         'checkpoint.every': config.checkpoint.every,
         'optimizer.warmup': config.optimizer.warmup,
@@ -337,6 +422,15 @@ def _check_durations(config: Any) -> None:
     if config.data.color_until is not None:
         durations['data.color_until'] = config.data.color_until
     durations |= {f'optimizer.drops[{i}]': drop for i, drop in enumerate(config.optimizer.drops)}
+    for i, entry in enumerate(config.optimizer.layer_rates):
+        names = [f'{layer}/{kind}' for layer in LAYERS for kind in ('kernel', 'bias')]
+        is_entry = isinstance(entry, tuple | list) and len(entry) == 3 and entry[0] in names
+        if not is_entry or not isinstance(entry[2], int | float) or not entry[2] >= 0:
+            raise ConfigError(
+                f'config.optimizer.layer_rates: {entry!r} is no parameter, time and rate,'
+                " such as ('conv1/kernel', '67 epochs', 1e-5)"
+            )
+        durations[f'optimizer.layer_rates[{i}]'] = entry[1]
     for field, duration in durations.items():
         try:
             steps = duration_in_steps(str(duration), batch_size=1, examples=1)
@@ -359,15 +453,22 @@ def check_mesh(config: Any, data: int, model: int) -> None:
     if layout == 'towers' and towers % model:
         near = max(size for size in range(1, towers + 1) if size <= model and towers % size == 0)
         raise ConfigError(f'config.mesh.model: {model} does not divide model.towers={towers}; the nearest is {near}')
-    side = layer_sizes(config.data.crop_size, config.model.overlapping_pool)[-1]
-    inputs = side * side * widths[4]
+    table = {layer.name: layer for layer in layers(config.model, config.data.crop_size, config.data.channels)}
+    if layout == 'hybrid' and not set(DENSE) <= set(table) & set(config.model.exchange):
+        raise ConfigError(
+            "config.mesh.layout: 'hybrid' needs fc6, fc7 and fc8, and all in model.exchange; the nearest is 'towers'"
+        )
+    if model > 1 and layout == 'towers' and config.model.lrn and config.model.lrn_across_towers:
+        raise ConfigError(f'config.mesh.model: {model} with model.lrn_across_towers; the nearest is 1')
+    inputs = table['fc6'].kernel[0] if 'fc6' in table else model
     if layout == 'hybrid' and inputs % model:
         near = max(size for size in range(1, model) if inputs % size == 0)
         raise ConfigError(
             f'config.mesh.model: {model} does not divide the {inputs} inputs of fc6; the nearest is {near}'
         )
     for layer, width in (('fc6', widths[5]), ('fc7', widths[6])):
-        _check_divides(f'config.model.widths ({layer})', width, 'mesh.model', model)
+        if width:
+            _check_divides(f'config.model.widths ({layer})', width, 'mesh.model', model)
     classes = config.model.num_classes
     if layout != 'hybrid' and classes % model:
         near = max(size for size in range(1, model) if classes % size == 0)

@@ -1,52 +1,17 @@
 """What a training step costs, by arithmetic on the configuration alone: sizes, bytes that must travel, time."""
 
-import dataclasses
+import itertools
 import math
 from typing import Any
 
-from alexnet_jax.config import layer_sizes
+from alexnet_jax import shapes
 
 ITEM_SIZES = {'float32': 4, 'bfloat16': 2}
 
 
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """One layer with weights. output: (height, width, channels) or (units,), of one image, before pooling.
-
-    kernel: (height, width, inputs of one tower, outputs) or (inputs, outputs); as many biases as outputs.
-    """
-
-    name: str
-    output: tuple[int, ...]
-    kernel: tuple[int, ...]
-
-    @property
-    def parameters(self) -> int:
-        """Weights and biases."""
-        return math.prod(self.kernel) + self.kernel[-1]
-
-    @property
-    def multiply_adds(self) -> int:
-        """Multiply-adds of one image's forward pass: every weight once for each pixel of the output."""
-        return math.prod(self.kernel) * math.prod(self.output[:-1])
-
-
-def layers(config: Any) -> list[Layer]:
-    """conv1..conv5, fc6, fc7, fc8 of a resolved configuration."""
-    model = config.model
-    c1, c2, c3, c4, c5, f6, f7 = model.widths
-    side1, _, side2, _, side3, side4, side5, last = layer_sizes(config.data.crop_size, model.overlapping_pool)
-    towers, classes = model.towers, model.num_classes
-    return [
-        Layer('conv1', (side1, side1, c1), (11, 11, config.data.channels, c1)),
-        Layer('conv2', (side2, side2, c2), (5, 5, c1 // towers, c2)),
-        Layer('conv3', (side3, side3, c3), (3, 3, c2, c3)),
-        Layer('conv4', (side4, side4, c4), (3, 3, c3 // towers, c4)),
-        Layer('conv5', (side5, side5, c5), (3, 3, c4 // towers, c5)),
-        Layer('fc6', (f6,), (last * last * c5, f6)),
-        Layer('fc7', (f7,), (f6, f7)),
-        Layer('fc8', (classes,), (f7, classes)),
-    ]
+def layers(config: Any) -> list[shapes.Layer]:
+    """The layers of a resolved configuration, conv1 to fc8."""
+    return shapes.layers(config.model, config.data.crop_size, config.data.channels)
 
 
 def flops_per_image(config: Any) -> int:
@@ -72,10 +37,13 @@ def exchange_bytes(config: Any) -> float:
       and fc8 give (B/d, outputs) in m parts, summed and scattered, the last one by examples. Backward the same bytes.
     """
     mesh, model = config.mesh, config.model
-    sides = layer_sizes(config.data.crop_size, model.overlapping_pool)
-    before_conv3, before_fc6 = sides[3] ** 2 * model.widths[1], sides[7] ** 2 * model.widths[4]
-    units = model.widths[5] + model.widths[6] + model.num_classes
-    numbers = before_fc6 / mesh.model + units if mesh.layout == 'hybrid' else before_conv3 + before_fc6 + units
+    table = layers(config)
+    # What stands before each layer: the maps or units that it takes, which those that see all towers gather.
+    before = {after.name: math.prod(layer.pooled) for layer, after in itertools.pairwise(table)}
+    if mesh.layout == 'hybrid':
+        numbers = before['fc6'] / mesh.model + model.widths[5] + model.widths[6] + model.num_classes
+    else:
+        numbers = sum(size for name, size in before.items() if name in model.exchange) + model.num_classes
     images = config.train.batch_size / mesh.data
     return 2 * ITEM_SIZES[model.dtype] * images * numbers * (mesh.model - 1) / mesh.model
 
@@ -102,7 +70,8 @@ def gradient_bytes(config: Any) -> float:
         if not hybrid_copy:
             kernel[split] //= m
         bias_copy = mesh.layout == 'hybrid' and (hybrid_copy or layer.name == 'fc8')
-        for shape, copied in ((kernel, hybrid_copy), ([layer.kernel[-1] // (1 if bias_copy else m)], bias_copy)):
+        bias = [*layer.bias[:-1], layer.bias[-1] // (1 if bias_copy else m)]
+        for shape, copied in ((kernel, hybrid_copy), (bias, bias_copy)):
             numbers, devices = math.prod(shape), d * m if copied else d
             if mesh.shard_optimizer and len(shape) > 1 and any(side % d == 0 for side in shape):
                 total += numbers * (size + 4) * (d - 1) / d

@@ -11,7 +11,7 @@ from alexnet_jax.monitor import Progress
 
 def evaluate(
     eval_step: Callable,
-    params: Any,
+    state: Any,
     batches: Iterable[dict[str, np.ndarray]],
     preprocessing: dict[str, np.ndarray],
     sharding: Any,
@@ -34,7 +34,7 @@ def evaluate(
         if stop():
             progress.close()
             return None
-        sums += np.asarray(eval_step(params, parallel.put_batch(sharding, batch), preprocessing), np.float64)
+        sums += np.asarray(eval_step(state, parallel.put_batch(sharding, batch), preprocessing), np.float64)
         progress.update()
     progress.close()
     loss, top1_error, top5_error = (float(value) for value in sums[:3] / sums[3])

@@ -1,27 +1,61 @@
-"""AlexNet as the paper's section 3 describes it, two towers and all.
+"""AlexNet as the paper's section 3 describes it, two towers and all, and the published networks that vary it.
 
 Shapes in the comments are those of the `paper` preset on one device; `2x` is a list with one array for each tower.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn import initializers
 
-from alexnet_jax.config import layer_sizes
-from alexnet_jax.layers import convolution, local_response_norm, max_pool
+from alexnet_jax.layers import convolution, local_response_norm, max_pool, spatial_response_norm, unshared_convolution
 from alexnet_jax.parallel import exchange, own_features, sum_parts
+from alexnet_jax.shapes import LAYERS, Layer, layers, pool_window, steps_after
+
+# The original program's constants of the second normalisation in layer 2; its window and alpha are settings.
+SPATIAL_K, SPATIAL_BETA = 1.0, 0.75
+# nvcaffe's batch normalisation has no scale and no bias; the statistics of a test are running means.
+BATCH_NORM = {'use_scale': False, 'use_bias': False, 'momentum': 0.9, 'epsilon': 1e-5}
+
+
+def _initial(layer: Layer, config: Any, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
+    """Kernel and bias before the first step, by model.initializer."""
+    index = LAYERS.index(layer.name)
+    bias = jnp.full(layer.bias, config.bias_init[index], jnp.float32)
+    if config.initializer == 'normal':
+        return config.kernel_std[index] * jax.random.normal(rngs.params(), layer.kernel), bias
+    own = () if layer.shared else (0, 1)  # weights that are not shared: each pixel has its own fans
+    kernel = {
+        'xavier': initializers.glorot_uniform(batch_axis=own),
+        'he': initializers.he_normal(batch_axis=own),
+        'torch': initializers.variance_scaling(1 / 3, 'fan_in', 'uniform', batch_axis=own),
+    }[config.initializer](rngs.params(), layer.kernel, jnp.float32)
+    if config.initializer == 'torch':
+        bound = math.prod(layer.kernel[len(own) : -1]) ** -0.5
+        bias = bias + jax.random.uniform(rngs.params(), layer.bias, minval=-bound, maxval=bound)
+    return kernel, bias
 
 
 class Convolution(nnx.Module):
-    """Kernels (height, width, inputs, outputs) and biases of one layer, divided evenly among the towers."""
+    """Kernels and biases of one layer, see shapes.Layer, divided evenly among the towers."""
 
-    def __init__(self, name, size, inputs, outputs, *, towers, std, bias, dtype, rngs, stride=1, padding='SAME'):
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (size, size, inputs, outputs)))
-        self.bias = nnx.Param(jnp.full((outputs,), bias, jnp.float32))
-        self.name, self.tower_width = name, outputs // towers
-        self.stride, self.padding, self.dtype = stride, padding, dtype
+    def __init__(self, layer: Layer, config: Any, rngs: nnx.Rngs):
+        kernel, bias = _initial(layer, config, rngs)
+        self.kernel, self.bias = nnx.Param(kernel), nnx.Param(bias)
+        self.name, self.shared, self.dtype = layer.name, layer.shared, jnp.dtype(config.dtype)
+        self.size = config.kernel_sizes[LAYERS.index(layer.name)]
+        self.tower_width = layer.kernel[-1] // config.towers
+        self.stride, self.padding = 1, (self.size // 2, (self.size - 1) // 2)
+        if layer.name == 'conv1':
+            self.stride, self.padding = config.conv1_stride, config.conv1_padding
+
+    @property
+    def inputs(self) -> int:
+        """Maps that one output sees."""
+        return self.kernel.shape[2] if self.shared else self.kernel.shape[2] // self.size**2
 
     @property
     def towers(self) -> int:
@@ -31,116 +65,180 @@ class Convolution(nnx.Module):
     def __call__(self, towers: list[jax.Array]) -> list[jax.Array]:
         """Outputs of the towers on this device, each (B, H', W', tower_width), before the nonlinearity."""
         kernels = jnp.split(self.kernel[...].astype(self.dtype), self.towers, -1)
-        biases = jnp.split(self.bias[...].astype(self.dtype), self.towers)
+        biases = jnp.split(self.bias[...].astype(self.dtype), self.towers, -1)
+        padding, outputs = (self.padding, self.padding), []
         with jax.named_scope(self.name):
-            return [
-                convolution(x, kernel, stride=self.stride, padding=self.padding) + bias[None, None, None]
-                for x, kernel, bias in zip(towers, kernels, biases, strict=True)
-            ]
+            for x, kernel, bias in zip(towers, kernels, biases, strict=True):
+                if self.shared:
+                    x = convolution(x, kernel, stride=self.stride, padding=padding)
+                else:
+                    x = unshared_convolution(x, kernel, self.size, stride=self.stride, padding=padding)
+                outputs.append(x + bias.reshape((1,) * (x.ndim - bias.ndim) + bias.shape))
+        return outputs
 
 
 class Dense(nnx.Module):
-    """A fully-connected layer; on a mesh each device of `model` has the kernel's share of outputs, or of inputs."""
+    """A fully-connected layer; on a mesh each device of `model` has the kernel's share of outputs, or of inputs.
 
-    def __init__(self, name, inputs, outputs, *, std, bias, dtype, rngs):
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs)))
-        self.bias = nnx.Param(jnp.full((outputs,), bias, jnp.float32))
-        self.name, self.all_inputs, self.dtype = name, inputs, dtype
+    One that does not see both towers has the kernels of each tower side by side, as a convolution's.
+    """
+
+    def __init__(self, layer: Layer, config: Any, rngs: nnx.Rngs):
+        kernel, bias = _initial(layer, config, rngs)
+        self.kernel, self.bias = nnx.Param(kernel), nnx.Param(bias)
+        self.name, self.all_inputs, self.dtype = layer.name, layer.kernel[0], jnp.dtype(config.dtype)
+        self.tower_width = layer.kernel[-1] // config.towers
 
     @property
     def inputs(self) -> int:
         """Inputs that the kernel on this device takes."""
         return self.kernel.shape[0]
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, inputs on this device) to (B, outputs on this device), before the nonlinearity."""
+    @property
+    def towers(self) -> int:
+        """Towers whose kernels are on this device."""
+        return self.kernel.shape[-1] // self.tower_width
+
+    def __call__(self, parts: list[jax.Array]) -> jax.Array:
+        """(B, outputs on this device), before the nonlinearity, of one (B, inputs) or of one for each tower."""
+        kernels = jnp.split(self.kernel[...].astype(self.dtype), len(parts), -1)
         with jax.named_scope(self.name):
-            x = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+            products = [x.astype(self.dtype) @ kernel for x, kernel in zip(parts, kernels, strict=True)]
+            x = jnp.concatenate(products, -1)
             if self.inputs < self.all_inputs:
                 x = sum_parts(x, self.bias.shape[0])
             return x + self.bias[...].astype(self.dtype)[None]
 
 
 class AlexNet(nnx.Module):
-    """Five convolutional and three fully-connected layers.
+    """Five convolutional and three fully-connected layers, or those of them that have a width.
 
     Args:
       config: `model` of a resolved configuration.
       crop_size: pixels a side of the images, 224 in the paper.
       channels: of the images, 3 or 1.
       rngs: the stream `params` gives the initial kernels.
+      statistics_axes: of the mesh, over which batch normalisation takes its means in training.
     """
 
-    def __init__(self, config: Any, *, crop_size: int, channels: int = 3, rngs: nnx.Rngs):
-        c1, c2, c3, c4, c5, f6, f7 = config.widths
-        towers, dtype = config.towers, jnp.dtype(config.dtype)
-        layers = [
-            {'std': std, 'bias': bias, 'dtype': dtype, 'rngs': rngs}
-            for std, bias in zip(config.kernel_std, config.bias_init, strict=True)
-        ]
-        side = layer_sizes(crop_size, config.overlapping_pool)[-1]
-        # Windows that reach over the right and the lower edge see zeros, as in the original program: 224 gives 55.
-        self.conv1 = Convolution(
-            'conv1', 11, channels, c1, towers=towers, stride=4, padding=((0, 3), (0, 3)), **layers[0]
-        )
-        self.conv2 = Convolution('conv2', 5, c1 // towers, c2, towers=towers, **layers[1])
-        self.conv3 = Convolution('conv3', 3, c2, c3, towers=towers, **layers[2])
-        self.conv4 = Convolution('conv4', 3, c3 // towers, c4, towers=towers, **layers[3])
-        self.conv5 = Convolution('conv5', 3, c4 // towers, c5, towers=towers, **layers[4])
-        self.fc6 = Dense('fc6', side * side * c5, f6, **layers[5])
-        self.fc7 = Dense('fc7', f6, f7, **layers[6])
-        self.fc8 = Dense('fc8', f7, config.num_classes, **layers[7])
+    def __init__(
+        self,
+        config: Any,
+        *,
+        crop_size: int,
+        channels: int = 3,
+        rngs: nnx.Rngs,
+        statistics_axes: tuple[str, ...] = ('data',),
+    ):
         self.config = config
+        table = layers(config, crop_size, channels)
+        self.last_maps = next(layer.pooled[-1] for layer in reversed(table) if layer.name.startswith('conv'))
+        for layer in table:
+            kind = Convolution if layer.name.startswith('conv') else Dense
+            setattr(self, layer.name, kind(layer, config, rngs))
+            if layer.name.startswith('conv') and 'batch_norm' in steps_after(config, layer.name):
+                norm = nnx.BatchNorm(layer.output[-1], axis_name=statistics_axes, rngs=rngs, **BATCH_NORM)
+                setattr(self, f'{layer.name}_norm', norm)
 
     def __call__(self, images: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
         """Logits (B, num_classes), float32, of `images` (B, crop_size, crop_size, channels), float32.
 
-        `dropout_keys` (B,), one an image, switch dropout on; without, outputs are scaled as at the paper's test time.
+        `dropout_keys` (B,), one an image, switch dropout on and give batch normalisation the batch's statistics;
+        without, outputs are scaled as at the paper's test time.
         """
-        config = self.config
-        c2, c5, f6, f7 = (config.widths[i] for i in (1, 4, 5, 6))
+        logits = self.layer_outputs(images, dropout_keys)['fc8']
+        return exchange(logits, self.config.num_classes, 'logits').astype(jnp.float32)
 
-        towers = self.conv1([images.astype(self.conv1.dtype)] * self.conv1.towers)  # 2x (B, 55, 55, 48)
-        towers = [self.pool(self.normalise(self.activate(x))) for x in towers]  # 2x (B, 27, 27, 48)
-        towers = self.conv2(towers)  # 2x (B, 27, 27, 128)
-        towers = [self.pool(self.normalise(self.activate(x))) for x in towers]  # 2x (B, 13, 13, 128)
+    def layer_outputs(self, images: jax.Array, dropout_keys: jax.Array | None = None) -> dict[str, jax.Array]:
+        """What this device has of each layer's output after the nonlinearity, by name: (B, H, W, C) or (B, units)."""
+        outputs: dict[str, jax.Array] = {}
+        towers = [images.astype(self.conv1.dtype)]  # (B, 224, 224, 3)
+        towers = self.convolve('conv1', towers, dropout_keys, outputs)  # 2x (B, 55, 55, 48), pooled (B, 27, 27, 48)
+        towers = self.convolve('conv2', towers, dropout_keys, outputs)  # 2x (B, 27, 27, 128), pooled (B, 13, 13, 128)
+        towers = self.convolve('conv3', towers, dropout_keys, outputs)  # 2x (B, 13, 13, 192)
+        towers = self.convolve('conv4', towers, dropout_keys, outputs)  # 2x (B, 13, 13, 192)
+        towers = self.convolve('conv5', towers, dropout_keys, outputs)  # 2x (B, 13, 13, 128), pooled (B, 6, 6, 128)
+        units = self.connect('fc6', towers, dropout_keys, outputs)  # (B, 4096)
+        units = self.connect('fc7', units, dropout_keys, outputs)  # (B, 4096)
+        self.connect('fc8', units, dropout_keys, outputs)  # (B, 1000)
+        return outputs
 
-        x = exchange(jnp.concatenate(towers, -1), c2, 'conv3')  # (B, 13, 13, 256)
-        towers = self.conv3([x] * self.conv3.towers)  # 2x (B, 13, 13, 192)
-        towers = self.conv4([self.activate(x) for x in towers])  # 2x (B, 13, 13, 192)
-        towers = self.conv5([self.activate(x) for x in towers])  # 2x (B, 13, 13, 128)
-        towers = [self.pool(self.activate(x)) for x in towers]  # 2x (B, 6, 6, 128)
+    def convolve(
+        self, name: str, towers: list[jax.Array], dropout_keys: jax.Array | None, outputs: dict[str, jax.Array]
+    ) -> list[jax.Array]:
+        """One convolution and what follows it; conv3 sees the maps of both towers, others those of their own."""
+        layer = getattr(self, name, None)
+        if layer is not None:
+            if name == 'conv1' or name in self.config.exchange:
+                x = exchange(jnp.concatenate(towers, -1), layer.inputs, name)
+                towers = [x] * layer.towers
+            towers = layer(towers)
+        for step in steps_after(self.config, name):
+            if step == 'activation':
+                towers = [self.activate(x) for x in towers]
+                outputs[name] = jnp.concatenate(towers, -1)
+            elif step == 'lrn':
+                towers = self.normalise(towers)
+            elif step == 'spatial_norm':
+                towers = [self.normalise_in_space(x) for x in towers]
+            elif step == 'batch_norm':
+                norm = getattr(self, f'{name}_norm')
+                x = norm(jnp.concatenate(towers, -1), use_running_average=dropout_keys is None)
+                towers = jnp.split(x, len(towers), -1)
+            elif step == 'pool':
+                towers = [max_pool(x, pool_window(self.config), 2, overhang=self.config.pool_overhang) for x in towers]
+        return towers
 
-        x = exchange(jnp.concatenate(towers, -1), c5, 'fc6')  # (B, 6, 6, 256)
-        x = exchange(x.reshape(x.shape[0], -1), self.fc6.inputs, 'fc6')  # (B, 9216)
-        x = self.activate(self.fc6(x))
-        x = self.dropout(exchange(x, self.fc7.inputs, 'fc7'), dropout_keys, 6, f6)  # (B, 4096)
-        x = self.activate(self.fc7(x))
-        x = self.dropout(exchange(x, self.fc8.inputs, 'fc8'), dropout_keys, 7, f7)  # (B, 4096)
-        return exchange(self.fc8(x), config.num_classes, 'logits').astype(jnp.float32)  # (B, 1000)
+    def connect(
+        self, name: str, parts: list[jax.Array], dropout_keys: jax.Array | None, outputs: dict[str, jax.Array]
+    ) -> list[jax.Array]:
+        """One dense layer, with dropout before and the nonlinearity behind it where it has them."""
+        layer = getattr(self, name, None)
+        if layer is None:
+            return parts
+        sees_all = name in self.config.exchange
+        if parts[0].ndim == 4:  # the maps of each tower
+            if sees_all:
+                parts = [exchange(jnp.concatenate(parts, -1), self.last_maps, name)]  # (B, 6, 6, 256)
+            parts = [x.reshape(x.shape[0], -1) for x in parts]
+        x = jnp.concatenate(parts, -1)
+        if sees_all:
+            x = exchange(x, layer.inputs, name)
+        if name in self.config.dropout_before:
+            x = self.dropout(
+                x, dropout_keys, name, layer.all_inputs if sees_all else layer.all_inputs * self.config.towers
+            )
+        x = layer([x] if sees_all else jnp.split(x, layer.towers, -1))
+        outputs[name] = x if name == 'fc8' else self.activate(x)
+        return [outputs[name]]
 
     def activate(self, x: jax.Array) -> jax.Array:
         """The nonlinearity of section 3.1."""
         return {'relu': jax.nn.relu, 'tanh': jnp.tanh}[self.config.activation](x)
 
-    def normalise(self, x: jax.Array) -> jax.Array:
-        """Response normalisation of section 3.3 over the maps of one tower, where the configuration has it."""
-        if not self.config.lrn:
-            return x
+    def normalise(self, towers: list[jax.Array]) -> list[jax.Array]:
+        """Response normalisation of section 3.3, over the maps of each tower or, as Caffe has it, of all."""
         config = self.config
-        return local_response_norm(x, k=config.lrn_k, n=config.lrn_size, alpha=config.lrn_alpha, beta=config.lrn_beta)
+        constants = {'k': config.lrn_k, 'n': config.lrn_size, 'alpha': config.lrn_alpha, 'beta': config.lrn_beta}
+        if not config.lrn_across_towers:
+            return [local_response_norm(x, **constants) for x in towers]
+        return jnp.split(local_response_norm(jnp.concatenate(towers, -1), **constants), len(towers), -1)
 
-    def pool(self, x: jax.Array) -> jax.Array:
-        """Pooling of section 3.4: windows of 3 pixels, or of 2 where they are not to overlap, 2 pixels apart."""
-        return max_pool(x, 3 if self.config.overlapping_pool else 2, 2)
+    def normalise_in_space(self, x: jax.Array) -> jax.Array:
+        """The original program's second normalisation, over the pixels around each one of a map."""
+        n, alpha = self.config.spatial_norm_size, self.config.spatial_norm_alpha
+        return spatial_response_norm(x, k=SPATIAL_K, n=n, alpha=alpha, beta=SPATIAL_BETA)
 
-    def dropout(self, x: jax.Array, keys: jax.Array | None, layer: int, width: int) -> jax.Array:
-        """Dropout of section 4.2: zeros in training, all outputs times the share that is kept otherwise.
+    def dropout(self, x: jax.Array, keys: jax.Array | None, name: str, width: int) -> jax.Array:
+        """Dropout of section 4.2 on what layer `name` takes: zeros in training, otherwise all times the share kept.
 
-        Each example's mask over the layer's `width` outputs comes from its key; a device takes what it has of them.
+        With `inverted_dropout` what is kept is scaled up in training instead. Each example's mask over all `width`
+        inputs comes from its key; a device takes what it has of them.
         """
-        kept = 1 - self.config.dropout
+        kept, inverted = 1 - self.config.dropout, self.config.inverted_dropout
         if keys is None:
-            return x * kept
-        keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, layer), kept, (width,)))(keys)
-        return jnp.where(own_features(keep, x.shape[-1]), x, jnp.zeros_like(x))
+            return x if inverted else x * kept
+        number = LAYERS.index(name)  # 6 before fc7: behind the sixth layer
+        keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, number), kept, (width,)))(keys)
+        x = jnp.where(own_features(keep, x.shape[-1]), x, jnp.zeros_like(x))
+        return x / kept if inverted else x

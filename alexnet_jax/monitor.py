@@ -189,23 +189,21 @@ def read_json(path: str) -> dict[str, Any] | None:
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line, written through at once.
+    """metrics.jsonl and layers.jsonl: one JSON object a line, written through at once.
 
     Lines later than what is resumed are dropped, so no step is in the file twice.
 
     Args:
       path: of the file; None: nothing is written.
-      step: training lines after this step are dropped.
-      evaluated: validation lines after this step are dropped.
+      last: by `split` the step after which lines are dropped.
     """
 
-    def __init__(self, path: str | None, step: int, evaluated: int):
+    def __init__(self, path: str | None, last: dict[str, int]):
         self.file = None
         if path is None:
             return
         kept = []
         if os.path.exists(path):
-            last = {'train': step, 'validation': evaluated}
             with open(path) as file:
                 kept = [line.rstrip('\n') + '\n' for line in file if _is_kept(line, last)]
         with open(path + '.tmp', 'w') as file:

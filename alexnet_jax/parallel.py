@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -36,9 +37,14 @@ def make_mesh(config: Any) -> Mesh:
     )
 
 
+def batch_axes(layout: str) -> tuple[str, ...]:
+    """The axes of the mesh that split a batch: all in `hybrid`, otherwise `data`, and a row of `model` shares."""
+    return ('data', 'model') if layout == 'hybrid' else ('data',)
+
+
 def batch_spec(layout: str) -> PartitionSpec:
-    """Which devices split a batch: all in `hybrid`, otherwise those along `data`, and a row of `model` shares."""
-    return PartitionSpec(('data', 'model') if layout == 'hybrid' else 'data')
+    """How the rows of a batch lie on the devices, see batch_axes()."""
+    return PartitionSpec(batch_axes(layout))
 
 
 def exchange(x: jax.Array, features: int, layer: str) -> jax.Array:
@@ -176,6 +182,28 @@ def sum_gradients(gradients: Any, specs: Any, split: Any, dtype: str) -> Any:
 
     with jax.named_scope('gradients'):
         return jax.tree.map(add, gradients, specs, split)
+
+
+def sum_shares(sums: Any, split: Any) -> Any:
+    """Sums over what this device updates of each kernel, made sums over whole kernels; `split`: see update_specs()."""
+
+    def add(x, spec):
+        axes = tuple(axis for entry in spec for axis in _axes(entry))
+        return lax.psum(x, axes) if axes else x
+
+    with jax.named_scope('update'):
+        return jax.tree.map(add, sums, split)
+
+
+def share_of_dead(outputs: jax.Array, layer: str, layout: str) -> jax.Array:
+    """The share of the units of `layer` that are 0 for all examples of all devices, a scalar.
+
+    `outputs`: (B, ..., C), what this device has of them, see AlexNet.layer_outputs().
+    """
+    whole = layout == 'hybrid' and layer.startswith('conv')
+    alive = jnp.any(outputs != 0, axis=tuple(range(outputs.ndim - 1))).astype(jnp.float32)
+    dead = jnp.mean((lax.psum(alive, ('data', 'model') if whole else 'data') == 0).astype(jnp.float32))
+    return dead if whole else lax.pmean(dead, 'model')
 
 
 def own_shares(parameters: Any, split: Any) -> Any:

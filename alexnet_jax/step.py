@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,22 +21,32 @@ AUGMENTATION, DROPOUT = 1, 2  # purposes of random keys
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes: parameters and velocities (float32, same tree) and the number of steps taken (int32)."""
+    """What a step changes.
+
+    step: the number of steps taken (int32). params, opt_state: parameters and velocities (float32, same tree).
+    statistics: running means and variances of batch normalisation (float32), empty without.
+    """
 
     step: Any
     params: Any
     opt_state: Any
+    statistics: Any
 
 
-def _network(config: Any) -> tuple[Any, Callable]:
-    """The module's definition without its parameters, and a function of a key that makes those."""
+def network(config: Any) -> tuple[Any, Callable]:
+    """The module's definition, for nnx.merge with parameters and statistics, and a function of a key to make those."""
 
     def build(key):
         data, rngs = config.data, nnx.Rngs(params=key)
-        return AlexNet(config.model, crop_size=data.crop_size, channels=data.channels, rngs=rngs)
+        axes = parallel.batch_axes(config.mesh.layout)
+        return AlexNet(config.model, crop_size=data.crop_size, channels=data.channels, rngs=rngs, statistics_axes=axes)
 
-    graph = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))[0]
-    return graph, lambda key: nnx.to_pure_dict(nnx.state(build(key), nnx.Param))
+    def initial(key):
+        _, params, statistics = nnx.split(build(key), nnx.Param, nnx.BatchStat)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(statistics)
+
+    graph = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))), nnx.Param, nnx.BatchStat)[0]
+    return graph, initial
 
 
 def state_specs(config: Any, mesh: parallel.Mesh) -> TrainState:
@@ -45,12 +56,14 @@ def state_specs(config: Any, mesh: parallel.Mesh) -> TrainState:
         step=parallel.EVERYWHERE,
         params=parallel.parameter_specs(state.params, config.mesh.layout),
         opt_state=parallel.update_specs(state.opt_state, mesh, config.mesh),
+        statistics=parallel.parameter_specs(state.statistics, config.mesh.layout),
     )
 
 
 def _initial_state(config: Any) -> TrainState:
-    params = _network(config)[1](jax.random.key(config.seed))
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config.optimizer, 0.0).init(params))
+    params, statistics = network(config)[1](jax.random.key(config.seed))
+    opt_state = make_optimizer(config.optimizer, 0.0).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, statistics)
 
 
 def init_state(config: Any, mesh: parallel.Mesh) -> TrainState:
@@ -78,18 +91,19 @@ def _errors(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def make_train_step(config: Any, mesh: parallel.Mesh) -> Any:
-    """The compiled step (state, batch, learning_rate, preprocessing) -> (state, metrics); `state` is donated.
+    """The compiled step (state, batch, learning_rates, preprocessing) -> (state, metrics); `state` is donated.
 
     batch: image (B, S, S, C) uint8, label (B,) int32 and number (B,) uint32, the count of images seen before it.
-    learning_rate: float32 scalar. preprocessing: see augment.preprocessing().
+    learning_rates: float32 scalars by layer and kernel or bias, see optimizer.learning_rates(). preprocessing: see
+    augment.preprocessing().
     metrics: loss, top1_error and top5_error of the batch under augmentation and dropout, float32 scalars.
     """
-    graph, build = _network(config)
+    graph, initial = network(config)
     batch_size, layout = config.train.batch_size, config.mesh.layout
-    parameters = jax.eval_shape(build, jax.random.key(0))
+    parameters, _ = jax.eval_shape(initial, jax.random.key(0))
     specs, split = parallel.parameter_specs(parameters, layout), parallel.update_specs(parameters, mesh, config.mesh)
 
-    def train_step(state, batch, learning_rate, preprocessing):
+    def train_step(state, batch, learning_rates, preprocessing):
         number, labels = batch['number'], batch['label']
         keys = example_keys(config.seed, number, AUGMENTATION)
         window_keys = example_keys(config.seed, number // config.data.crop_chunk, AUGMENTATION)
@@ -97,21 +111,24 @@ def make_train_step(config: Any, mesh: parallel.Mesh) -> Any:
         dropout_keys = example_keys(config.seed, parallel.dense_examples(number, layout), DROPOUT)
 
         def share_of_loss(params):
-            logits = nnx.merge(graph, params)(images, dropout_keys)
+            model = nnx.merge(graph, params, state.statistics)
+            logits = model(images, dropout_keys)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.sum() / (batch_size * parallel.copies_of_loss(layout)), (losses, logits)
+            statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+            return losses.sum() / (batch_size * parallel.copies_of_loss(layout)), (losses, logits, statistics)
 
         own = parallel.own_copies(state.params, specs)
-        gradients, (losses, logits) = jax.grad(share_of_loss, has_aux=True)(own)
+        gradients, (losses, logits, statistics) = jax.grad(share_of_loss, has_aux=True)(own)
         gradients = parallel.sum_gradients(gradients, specs, split, config.mesh.gradient_dtype)
-        optimizer = make_optimizer(config.optimizer, learning_rate)
+        rates = {layer: learning_rates[layer] for layer in gradients}
+        optimizer = make_optimizer(config.optimizer, rates, partial(parallel.sum_shares, split=split))
         weights = parallel.own_shares(state.params, split)
         updates, opt_state = optimizer.update(gradients, state.opt_state, weights)
         params = parallel.gather_shares(optax.apply_updates(weights, updates), split)
         sums = jnp.stack([losses.sum(), *(error.sum() for error in _errors(logits, labels))])
         means = parallel.sum_over_examples(sums, layout) / batch_size
         metrics = {'loss': means[0], 'top1_error': means[1], 'top5_error': means[2]}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, statistics), metrics
 
     state, everywhere = state_specs(config, mesh), parallel.EVERYWHERE
     return parallel.compile_on_mesh(
@@ -124,21 +141,15 @@ def make_train_step(config: Any, mesh: parallel.Mesh) -> Any:
 
 
 def make_eval_step(config: Any, mesh: parallel.Mesh, views: int) -> Any:
-    """The compiled evaluation (params, batch, preprocessing) -> sums (4,): loss, top-1 and top-5 errors, images.
+    """The compiled evaluation (state, batch, preprocessing) -> sums (4,): loss, top-1 and top-5 errors, images.
 
     views: 1, the centre, or 10 (see augment.view), whose softmax outputs are averaged (section 4.1).
     batch: image (B, S, S, C) uint8 and label (B,) int32; images labelled -1 are padding and not counted.
     """
-    graph, layout = _network(config)[0], config.mesh.layout
+    layout = config.mesh.layout
 
-    def eval_step(params, batch, preprocessing):
-        model = nnx.merge(graph, params)
-
-        def log_probabilities(index):
-            return jax.nn.log_softmax(model(view(batch['image'], preprocessing, config.data.crop_size, index)))
-
-        scores = jax.lax.map(log_probabilities, jnp.arange(views))
-        scores = jax.nn.logsumexp(scores, 0) - jnp.log(views)
+    def eval_step(state, batch, preprocessing):
+        scores = _log_probabilities(config, state, batch['image'], preprocessing, views)
         counted = batch['label'] >= 0
         labels = jnp.maximum(batch['label'], 0)
         losses = -jnp.take_along_axis(scores, labels[:, None], -1)[:, 0]
@@ -148,6 +159,67 @@ def make_eval_step(config: Any, mesh: parallel.Mesh, views: int) -> Any:
     return parallel.compile_on_mesh(
         eval_step,
         mesh,
-        in_specs=(state_specs(config, mesh).params, parallel.batch_spec(layout), parallel.EVERYWHERE),
+        in_specs=(state_specs(config, mesh), parallel.batch_spec(layout), parallel.EVERYWHERE),
         out_specs=parallel.EVERYWHERE,
     )
+
+
+def make_layer_report(config: Any, mesh: parallel.Mesh) -> Any:
+    """The compiled (state, images, preprocessing) -> what cuda-convnet printed of each layer at a test, float32 (5,).
+
+    By layer: mean |kernel|, mean |last update of the kernel|, the same of the biases, and the share of dead units,
+    those (maps, of a convolution) that are 0 on all of `images` (B, S, S, C) uint8 in the centre view.
+    """
+    graph, layout = network(config)[0], config.mesh.layout
+
+    def layer_report(state, images, preprocessing):
+        specs = state_specs(config, mesh)
+        model = nnx.merge(graph, state.params, state.statistics)
+        outputs = model.layer_outputs(view(images, preprocessing, config.data, 0))
+        weights = _means_of_sizes(state.params, specs.params)
+        updates = _means_of_sizes(state.opt_state[-1].trace, specs.opt_state[-1].trace)
+        report = {}
+        for name in weights:
+            dead = parallel.share_of_dead(outputs[name], name, layout) if name != 'fc8' else jnp.zeros(())
+            sizes = [tree[name][kind] for kind in ('kernel', 'bias') for tree in (weights, updates)]
+            report[name] = jnp.stack([*sizes, dead])
+        return report
+
+    rows = parallel.batch_spec(layout)
+    return parallel.compile_on_mesh(
+        layer_report,
+        mesh,
+        in_specs=(state_specs(config, mesh), rows, parallel.EVERYWHERE),
+        out_specs=parallel.EVERYWHERE,
+    )
+
+
+def _means_of_sizes(tree: Any, specs: Any) -> Any:
+    sums = parallel.sum_shares(jax.tree.map(lambda leaf: jnp.sum(jnp.abs(leaf)), tree), specs)
+    counts = parallel.sum_shares(jax.tree.map(lambda leaf: jnp.float32(leaf.size), tree), specs)
+    return jax.tree.map(jnp.divide, sums, counts)
+
+
+def make_predict_step(config: Any, mesh: parallel.Mesh, views: int) -> Any:
+    """The compiled (state, images, preprocessing) -> log probabilities (B, num_classes) float32, means over `views`.
+
+    images: (B, S, S, C) uint8; see make_eval_step().
+    """
+
+    def predict_step(state, images, preprocessing):
+        return _log_probabilities(config, state, images, preprocessing, views)
+
+    rows = parallel.batch_spec(config.mesh.layout)
+    return parallel.compile_on_mesh(
+        predict_step, mesh, in_specs=(state_specs(config, mesh), rows, parallel.EVERYWHERE), out_specs=rows
+    )
+
+
+def _log_probabilities(config: Any, state: TrainState, images: Any, preprocessing: Any, views: int) -> jax.Array:
+    model = nnx.merge(network(config)[0], state.params, state.statistics)
+
+    def one_view(index):
+        return jax.nn.log_softmax(model(view(images, preprocessing, config.data, index)))
+
+    scores = jax.lax.map(one_view, jnp.arange(views))
+    return jax.nn.logsumexp(scores, 0) - jnp.log(views)

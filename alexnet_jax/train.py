@@ -22,13 +22,17 @@ from alexnet_jax.data import pipeline
 from alexnet_jax.data.store import prepared_store
 from alexnet_jax.evaluate import evaluate
 from alexnet_jax.monitor import Metrics, Preemption, Progress, Watchdog, log, write_json
-from alexnet_jax.optimizer import plateau_next, plateau_start, scheduled_rate
-from alexnet_jax.step import abstract_state, init_state, make_eval_step, make_train_step
+from alexnet_jax.optimizer import learning_rates, plateau_next, plateau_start, scheduled_rate
+from alexnet_jax.step import abstract_state, init_state, make_eval_step, make_layer_report, make_train_step
 
 EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED = 0, 1, 75
 
 
 BATCHES_AHEAD = 3  # read and on the devices before they are wanted
+STALL_MARGIN = 0.02  # a loss that is not this much below ln(classes) is that of guessing
+
+
+NOTHING = {'loss': 0.0, 'top1_error': 0.0, 'steps': 0}
 
 
 class TrainingError(RuntimeError):
@@ -127,6 +131,7 @@ class _Run:
         self.color_until = math.inf if config.data.color_until is None else self.steps_of(config.data.color_until)
         self.train_step = make_train_step(config, mesh)
         self.eval_steps = {views: make_eval_step(config, mesh, views) for views in {1, config.eval.views}}
+        self.layer_report = make_layer_report(config, mesh)
         self.checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), config.checkpoint.keep)
         restored = self.checkpoints.restore(abstract_state(config, mesh))
         if restored:
@@ -141,21 +146,33 @@ class _Run:
             # evaluated: the step of the last evaluation; errors: what it found.
             self.progress = {'step': 0, 'evaluated': -1, 'errors': None, 'plateau': plateau_start()}
             self.progress |= {'images_per_second': 0.0, 'store': store.fingerprint}
+            # window: sums over the steps since the last whole multiple of log_every.
+            self.progress |= {'window': NOTHING, 'goal_step': None, 'stalled_step': None}
             self.state = init_state(config, mesh)
         watchdog.feed('the first state')
-        path = os.path.join(workdir, 'metrics.jsonl') if processes.is_first() else None
-        self.metrics = Metrics(path, self.step, self.progress['evaluated'])
+        metrics, layers = (
+            os.path.join(workdir, name) if processes.is_first() else None for name in ('metrics.jsonl', 'layers.jsonl')
+        )
+        evaluated = self.progress['evaluated']
+        self.metrics = Metrics(metrics, {'train': self.step, 'validation': evaluated})
+        self.layers = Metrics(layers, {'layers': evaluated})
+        self.batch: Any = None  # the last one, on the devices
         self.pending: list[Any] = []  # metrics of steps not yet logged, on the device
         # Of training alone, without the first step of the process, which waits for the compiler.
         self.timed, self.timed_since_line = Timed(), Timed()
         self.note = ''
         self.rate = 0.0  # learning rate of the last step
+        self.log_every = self.steps_of(config.train.log_every)
         self.first_step = self.step
         self.bar = Progress('train', self.total, 'steps', done=self.step)
 
     @property
     def step(self) -> int:
         return self.progress['step']
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.total or self.progress['goal_step'] is not None
 
     def steps_of(self, duration: str) -> int:
         return duration_in_steps(str(duration), batch_size=self.config.train.batch_size, examples=self.examples)
@@ -171,7 +188,6 @@ class _Run:
     def to_the_end(self) -> int:
         config = self.config
         eval_every, save_every = self.steps_of(config.eval.every), self.steps_of(config.checkpoint.every)
-        log_every = self.steps_of(config.train.log_every)
         log(
             f'{config.data.source}: {self.examples} training and {len(self.store.validation)} validation images;'
             f' {jax.process_count()} processes, mesh data={self.mesh.shape["data"]}, model={self.mesh.shape["model"]};'
@@ -179,21 +195,20 @@ class _Run:
         )
         batches = self.batches_ahead()
         while True:
-            done = self.step >= self.total
-            evaluation_due = done or (self.step > 0 and self.step % eval_every == 0)
+            evaluation_due = self.done or (self.step > 0 and self.step % eval_every == 0)
             evaluation_due = evaluation_due and self.step > self.progress['evaluated']
             improved = False
             if not self.asked_to_stop() and evaluation_due:
                 self.log_training()
                 improved = self.validate()
-            stopping = done or self.stop
+            stopping = self.done or self.stop
             if stopping or improved or (self.step % save_every == 0 and self.step > self.first_step):
                 self.save()
             if stopping:
                 break
             self.train_one(batches)
             self.bar.update(note=self.note)
-            if self.step % log_every == 0:
+            if self.step % self.log_every == 0:
                 self.log_training()
         self.bar.close()
         return self.finish()
@@ -222,11 +237,12 @@ class _Run:
 
     def train_one(self, batches: Iterator[Any]) -> None:
         start = time.perf_counter()
-        batch = next(batches)
+        batch = self.batch = next(batches)
         waited = time.perf_counter() - start
         self.rate = self.learning_rate()
+        rates = learning_rates(self.config, self.step, self.examples, self.drops_taken)
         preprocessing = self.preprocessing if self.step < self.color_until else self.colorless
-        self.state, metrics = self.train_step(self.state, batch, np.float32(self.rate), preprocessing)
+        self.state, metrics = self.train_step(self.state, batch, jax.tree.map(np.float32, rates), preprocessing)
         first = self.step == self.first_step
         if first or self.pending:
             jax.block_until_ready(metrics if first else self.pending[-1])  # at most two steps are under way
@@ -241,8 +257,12 @@ class _Run:
             timed.waited += waited
             timed.images += steps * self.config.train.batch_size
 
+    @property
+    def drops_taken(self) -> int:
+        return int(self.progress['plateau']['drops_taken'])
+
     def learning_rate(self) -> float:
-        return scheduled_rate(self.config, self.step, self.examples, int(self.progress['plateau']['drops_taken']))
+        return scheduled_rate(self.config, self.step, self.examples, self.drops_taken)
 
     def log_training(self) -> None:
         """Write the means over the steps since the last line. Raises TrainingError where the loss is not finite."""
@@ -268,6 +288,64 @@ class _Run:
             f'  {timed.images_per_second:.1f} images/s  input wait {timed.waited / timed.seconds:.1%}'
         )
         self.bar.line(self.note)
+        window = self.progress['window']
+        sums = {'loss': means['loss'] * len(values), 'top1_error': means['top1_error'] * len(values)}
+        sums['steps'] = len(values)
+        self.progress['window'] = {name: window[name] + sums[name] for name in window}
+        if self.step % self.log_every == 0:
+            self.judge_window()
+
+    def judge_window(self) -> None:
+        """Look whether the last `log_every` steps reached the goal, or show that training stalls.
+
+        Raises TrainingError: it stalls, and train.stall_action is 'stop'.
+        """
+        window, train = self.progress['window'], self.config.train
+        self.progress['window'] = NOTHING
+        loss, error = window['loss'] / window['steps'], window['top1_error'] / window['steps']
+        if error < train.goal_error and self.progress['goal_step'] is None:
+            self.progress['goal_step'] = self.step
+            log(f'step {self.step}: the training error of {error:.2%} is below train.goal_error={train.goal_error:g}')
+        chance = math.log(self.config.model.num_classes)
+        first = self.progress['stalled_step'] is None and self.step >= self.steps_of(train.stall_after)
+        if first and loss > chance - STALL_MARGIN:
+            self.progress['stalled_step'] = self.step
+            message = self.stall_message(loss)
+            if train.stall_action == 'stop':
+                raise TrainingError(message)
+            log(message)
+
+    def stall_message(self, loss: float) -> str:
+        """One line: that the loss is that of guessing, the likely cause, and what helps."""
+        classes = self.config.model.num_classes
+        dead = {name: values[-1] for name, values in self.measure_layers().items()}
+        worst = max(dead, key=lambda name: dead[name])
+        cause = 'the initial signal fades from layer to layer'
+        if dead[worst] > 0.5:
+            cause = f'{dead[worst]:.0%} of the units of {worst} are dead'
+        return (
+            f'stalled: at step {self.step} the loss is {loss:.4f}, that of guessing among {classes} classes is'
+            f' ln({classes}) = {math.log(classes):.4f}; likely {cause}: try config.model.bias_init with 0.1 in place of'
+            ' 1, config.optimizer.warmup, another config.model.kernel_std or config.optimizer.learning_rate, or'
+            f' another config.seed than {self.config.seed}'
+        )
+
+    def measure_layers(self) -> dict[str, list[float]]:
+        """See step.make_layer_report(), on the last batch."""
+        report = self.layer_report(self.state, self.batch['image'], self.preprocessing)
+        return {name: [float(value) for value in values] for name, values in jax.device_get(report).items()}
+
+    def report_layers(self) -> None:
+        """Write mean sizes of weights and updates and the share of dead units, as cuda-convnet printed at each test."""
+        if self.batch is None:  # resumed where an evaluation is due
+            return
+        names = ('kernel', 'kernel_update', 'bias', 'bias_update', 'dead')
+        report = self.measure_layers()
+        table = {layer: dict(zip(names, values, strict=True)) for layer, values in report.items()}
+        self.layers.write(step=self.step, split='layers', **table)
+        ratios = [f'{layer} {row["kernel_update"] / max(row["kernel"], 1e-30):.1e}' for layer, row in table.items()]
+        dead = [f'{layer} {row["dead"]:.0%}' for layer, row in table.items() if row['dead'] >= 0.005]
+        log(f'update/weight: {"  ".join(ratios)}; dead units: {"  ".join(dead) or "none"}')
 
     def check_finite(self, value: float) -> None:
         """Raise TrainingError where the loss or the sum of the weights is infinite or not a number."""
@@ -290,7 +368,7 @@ class _Run:
         )
         return evaluate(
             self.eval_steps[views],
-            self.state.params,
+            self.state,
             batches,
             self.preprocessing,
             self.batch_sharding,
@@ -315,6 +393,7 @@ class _Run:
             f'  top-1 {errors["top1_error"]:.2%}  top-5 {errors["top5_error"]:.2%}'
             f'  ({errors["examples"]} images, 1 view)'
         )
+        self.report_layers()
         dropped = self.progress['plateau']['drops_taken'] > plateau['drops_taken']
         if dropped and self.config.optimizer.schedule == 'plateau':
             log(f'the error stopped improving: learning rate now {self.learning_rate():g}')
@@ -332,7 +411,7 @@ class _Run:
     def finish(self) -> int:
         """Write result.json: after the last step with the final evaluation, or when preempted with what is known."""
         views = {'1': self.progress['errors']} if self.progress['errors'] else {}
-        preempted = self.step < self.total or self.stop
+        preempted = not self.done or self.stop
         if not preempted and self.config.eval.views != 1:
             errors = self.measure(self.config.eval.views)
             preempted = errors is None
@@ -342,10 +421,13 @@ class _Run:
         self.checkpoints.close()
         self.watchdog.feed('the last checkpoint')
         self.metrics.close()
+        self.layers.close()
         damages = self.store.train.damage(), self.store.validation.damage()
         result = {
             'status': 'preempted' if preempted else 'done',
             'step': self.step,
+            'goal_step': self.progress['goal_step'],
+            'stalled_step': self.progress['stalled_step'],
             'evaluated': self.progress['evaluated'],
             'top1_error': final.get('top1_error'),
             'top5_error': final.get('top5_error'),

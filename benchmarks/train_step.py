@@ -54,6 +54,7 @@ def project_passes(batch_size: int) -> Passes:
     import numpy as np
 
     from alexnet_jax import augment, parallel, step
+    from alexnet_jax.shapes import LAYERS
 
     mesh = parallel.make_mesh(config)
     random, size = np.random.default_rng(0), config.data.image_size
@@ -68,13 +69,14 @@ def project_passes(batch_size: int) -> Passes:
     preprocessing = augment.preprocessing(moments, config.data)
     train_step, eval_step = step.make_train_step(config, mesh), step.make_eval_step(config, mesh, views=1)
     state = step.init_state(config, mesh)
+    rates = {name: {'kernel': np.float32(RATE), 'bias': np.float32(RATE)} for name in LAYERS}
 
     def train() -> float:
         nonlocal state
-        state, metrics = jax.block_until_ready(train_step(state, batch, np.float32(RATE), preprocessing))
+        state, metrics = jax.block_until_ready(train_step(state, batch, rates, preprocessing))
         return float(metrics['loss'])
 
-    return {'train': train, 'forward': lambda: float(np.asarray(eval_step(state.params, batch, preprocessing))[0])}
+    return {'train': train, 'forward': lambda: float(np.asarray(eval_step(state, batch, preprocessing))[0])}
 
 
 def tensorflow_passes(batch_size: int) -> Passes:

@@ -222,14 +222,15 @@ def test_noise_is_one_color_an_image():
 @pytest.mark.parametrize('crop', [CROP, CROP + 1])  # an odd rest: the centre is rounded up and to the left
 def test_ten_views(crop):
     images = random_images()
-    parts = preprocessing(statistics(), data_config())
+    config = data_config(crop_size=crop)
+    parts = preprocessing(statistics(), config)
     far = SIZE - crop
     middle = far // 2
     corners = [(middle, middle), (0, 0), (0, far), (far, 0), (far, far)]
     difference = images.astype(np.float32) - statistics()['mean_image'].astype(np.float32)
     windows = [difference[:, top : top + crop, left : left + crop] for top, left in corners]
     expected = windows + [np.flip(window, 2) for window in windows]
-    one = jax.jit(lambda index: view(images, parts, crop, index))
+    one = jax.jit(lambda index: view(images, parts, config, index))
     for index in range(10):
         np.testing.assert_array_equal(one(index), expected[index], strict=True)
-    np.testing.assert_array_equal(view(images, parts, crop, 7), expected[7])  # an index that is not traced
+    np.testing.assert_array_equal(view(images, parts, config, 7), expected[7])  # an index that is not traced

@@ -40,7 +40,7 @@ def test_preset_fills_the_empty_fields():
 def test_every_preset_fills_every_field(preset):
     model = resolve(changed({'model.preset': preset})).model
     assert None not in model.to_dict().values()
-    assert set(PRESETS[preset]) <= set(model)
+    assert set(PRESETS[preset].model) <= set(model)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,10 @@ def test_resolve_leaves_its_argument_alone_and_freezes():
         ({'model.dtype': 'bf16'}, "'bf16' is not one of float32, bfloat16; the nearest is 'bfloat16'"),
         ({'data.color': 'orignal'}, "'orignal' is not one of none, original, fb, paper; the nearest is 'original'"),
         ({'data.mean': 'channels'}, "'channels' is not one of image, channel, none; the nearest is 'channel'"),
-        ({'optimizer.schedule': 'step'}, "'step' is not one of plateau, steps, poly, constant; the nearest is 'steps'"),
+        (
+            {'optimizer.schedule': 'step'},
+            "'step' is not one of plateau, steps, dexp, poly, constant; the nearest is 'steps'",
+        ),
         ({'eval.views': 9}, 'config.eval.views: 9 is not one of 1, 10; the nearest is 10'),
         (
             {'mesh.layout': 'tower'},

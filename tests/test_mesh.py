@@ -11,6 +11,7 @@ import pytest
 
 from alexnet_jax import augment, config, parallel, step
 from alexnet_jax.checkpoint import CheckpointError, Checkpoints, state_digest
+from alexnet_jax.shapes import LAYERS
 
 MESHES = [(1, 1), (8, 1), (4, 2), (1, 2)]  # of the layout `towers`
 LAYOUTS = [('towers', 8, 1), ('towers', 4, 2), ('data', 8, 1), ('hybrid', 8, 1), ('hybrid', 4, 2), ('hybrid', 2, 4)]
@@ -45,6 +46,11 @@ def batch(number: int, settings) -> dict[str, np.ndarray]:
     }
 
 
+def rates(value: float):
+    """The same learning rate for all kernels and biases."""
+    return {layer: {'kernel': np.float32(value), 'bias': np.float32(value)} for layer in LAYERS}
+
+
 def put_batch(settings, mesh, rows):
     return parallel.put_batch(parallel.batch_sharding(mesh, settings.mesh.layout), rows)
 
@@ -57,7 +63,7 @@ def train(settings, steps: int):
     initial = state_digest(state)
     for number in range(steps):
         rows = put_batch(settings, mesh, batch(number, settings))
-        state, metrics = train_step(state, rows, np.float32(0.01), prepared)
+        state, metrics = train_step(state, rows, rates(0.01), prepared)
         losses.append(float(metrics['loss']))
     return mesh, state, losses, initial
 
@@ -215,7 +221,7 @@ def test_evaluation_is_the_same_on_every_mesh(runs, views):
         rows['label'][-3:] = -1  # padding
         eval_step = step.make_eval_step(settings, mesh, views)
         prepared = augment.preprocessing(STATISTICS, settings.data)
-        sums.append(np.asarray(eval_step(state.params, put_batch(settings, mesh, rows), prepared)))
+        sums.append(np.asarray(eval_step(state, put_batch(settings, mesh, rows), prepared)))
     assert sums[0][3] == 13
     np.testing.assert_allclose(sums, np.broadcast_to(sums[0], (4, 4)), rtol=2e-5)
 
@@ -229,10 +235,10 @@ def test_hybrid_evaluates_as_one_device(runs, views, model):
     for settings in [small_config(1, 1), small_config(8 // model, model, {'mesh': {'layout': 'hybrid'}})]:
         mesh = parallel.make_mesh(settings)
         eval_step = step.make_eval_step(settings, mesh, views)
-        abstract = step.abstract_state(settings, mesh).params
-        params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), state.params, abstract)
+        abstract = step.abstract_state(settings, mesh)
+        moved = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), state, abstract)
         prepared = augment.preprocessing(STATISTICS, settings.data)
-        sums.append(np.asarray(eval_step(params, put_batch(settings, mesh, rows), prepared)))
+        sums.append(np.asarray(eval_step(moved, put_batch(settings, mesh, rows), prepared)))
     np.testing.assert_allclose(sums[1], sums[0], rtol=2e-5)
     assert sums[1][3] == 13
 
@@ -251,7 +257,7 @@ def test_a_checkpoint_moves_between_meshes(runs, tmp_path):
         assert restored.params['fc6']['kernel'].sharding.mesh == mesh
         prepared = augment.preprocessing(STATISTICS, settings.data)
         rows = put_batch(settings, mesh, batch(10, settings))
-        restored, _ = step.make_train_step(settings, mesh)(restored, rows, np.float32(0.01), prepared)
+        restored, _ = step.make_train_step(settings, mesh)(restored, rows, rates(0.01), prepared)
         assert int(restored.step) == 11
     checkpoints.close()
 
@@ -337,9 +343,9 @@ def lowered_step(settings):
         'number': struct((rows,), np.uint32),
     }
     prepared = {'mean': struct((size, size, 3), np.float32), 'color': struct((3, 3), np.float32)}
-    prepared['divisor'] = struct((), np.float32)
+    prepared |= {'divisor': struct((), np.float32), 'scale': struct((3,), np.float32)}
     train_step = step.make_train_step(settings, mesh)
-    return train_step.lower(step.abstract_state(settings, mesh), shapes, struct((), np.float32), prepared)
+    return train_step.lower(step.abstract_state(settings, mesh), shapes, rates(0.01), prepared)
 
 
 def compiled_step(data: int, model: int, batch_size: int, **mesh) -> str:
@@ -464,9 +470,7 @@ def test_images_of_a_chunk_share_a_window_and_a_reflection():
         rows['number'] = np.arange(8, dtype=np.uint32)
         prepared = augment.preprocessing(STATISTICS, settings.data)
         train_step = step.make_train_step(settings, mesh)
-        _, metrics = train_step(
-            step.init_state(settings, mesh), put_batch(settings, mesh, rows), np.float32(0), prepared
-        )
+        _, metrics = train_step(step.init_state(settings, mesh), put_batch(settings, mesh, rows), rates(0), prepared)
         losses[chunk] = float(metrics['loss'])
     np.testing.assert_allclose(losses[8], loss_of_one, rtol=1e-6)
     assert abs(losses[1] / loss_of_one - 1) > 1e-4

@@ -9,7 +9,8 @@ import pytest
 import tensorflow as tf
 from flax import nnx
 
-from alexnet_jax.config import default_config, layer_sizes, resolve
+from alexnet_jax import shapes
+from alexnet_jax.config import default_config, resolve
 from alexnet_jax.model import AlexNet
 
 PAPER_PARAMETERS = {
@@ -188,11 +189,18 @@ def observed_sizes(config, crop_size):
     return [conv1, inputs[1], conv2, inputs[2], conv3, conv4, conv5], dense[0][1]
 
 
+def layer_sizes(config, crop_size):
+    """Sides after conv1, pool1, conv2, pool2, conv3, conv4, conv5, pool5, by the arithmetic of the package."""
+    conv1, conv2, conv3, conv4, conv5 = shapes.layers(config, crop_size, 3)[:5]
+    sides = [layer.output[0] for layer in (conv1, conv2, conv3, conv4, conv5)]
+    return [sides[0], conv1.pooled[0], sides[1], conv2.pooled[0], *sides[2:], conv5.pooled[0]]
+
+
 def test_paper_sizes():
     sizes, fc6_inputs = observed_sizes(model_config(), 224)
     assert sizes == [55, 27, 27, 13, 13, 13, 13]
     assert fc6_inputs == 6 * 6 * 256
-    assert layer_sizes(224, True) == [55, 27, 27, 13, 13, 13, 13, 6]
+    assert layer_sizes(model_config(), 224) == [55, 27, 27, 13, 13, 13, 13, 6]
 
 
 @pytest.mark.parametrize('overlapping_pool', [True, False])
@@ -200,7 +208,7 @@ def test_paper_sizes():
 def test_layer_sizes_are_those_of_the_network(crop_size, overlapping_pool):
     config = model_config(**SMALL, overlapping_pool=overlapping_pool)
     sizes, fc6_inputs = observed_sizes(config, crop_size)
-    *expected, last = layer_sizes(crop_size, overlapping_pool)
+    *expected, last = layer_sizes(config, crop_size)
     assert sizes == expected
     assert fc6_inputs == last * last * config.widths[4]
 
