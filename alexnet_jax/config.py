@@ -222,6 +222,20 @@ def field_value(config: Any, field: str) -> Any:
     return config
 
 
+def set_fields(config: ml_collections.ConfigDict, values: dict[str, Any]) -> None:
+    """Change fields by dotted name. Raises ConfigError: there is no such field, or its type is another."""
+    known = field_names(config)
+    for field, value in values.items():
+        if field not in known:
+            raise unknown_field(field, known)
+        *groups, name = field.split('.')
+        group = field_value(config, '.'.join(groups)) if groups else config
+        try:
+            group[name] = value
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f'config.{field}: {value!r}: {error}') from None
+
+
 def _check_fields(config: Any, schema: Any, prefix: str) -> None:
     known = field_names(default_config())
     for name, value in config.items():

@@ -17,7 +17,7 @@ from typing import Any
 
 import ml_collections
 
-from alexnet_jax.config import ConfigError, field_names, resolve, unknown_field
+from alexnet_jax.config import ConfigError, resolve, set_fields
 from alexnet_jax.monitor import Preemption, Progress, complain, log, read_json, write_json
 from alexnet_jax.run_folder import is_finished
 
@@ -72,20 +72,10 @@ def seeds(variants: Iterable[Variant], count: int) -> list[Variant]:
 def configure(config: ml_collections.ConfigDict, variant: Variant) -> ml_collections.FrozenConfigDict:
     """`config` with what `variant` changes, resolved. Raises ConfigError: there is no such field, or a wrong value."""
     config = config.copy_and_resolve_references()
-    known = field_names(config)
-    overrides = variant.overrides if variant.seed is None else variant.overrides | {'seed': variant.seed}
-    for field, value in overrides.items():
-        if field not in known:
-            raise ConfigError(f'sweep, {variant.name}: {unknown_field(field, known)}')
-        *groups, name = field.split('.')
-        group = config
-        for part in groups:
-            group = group[part]
-        try:
-            group[name] = value
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f'sweep, {variant.name}: config.{field}: {error}') from None
     try:
+        set_fields(config, variant.overrides)
+        if variant.seed is not None:
+            config.seed = variant.seed
         return resolve(config)
     except ConfigError as error:
         raise ConfigError(f'sweep, {variant.name}: {error}') from None
@@ -153,6 +143,7 @@ def run_all(variants: list[Variant], configs: list[Any], workdir: str, command: 
     """
     folders = [os.path.join(workdir, variant.directory) for variant in variants]
     waiting = [i for i, folder in enumerate(folders) if not is_finished(configs[i], folder)]
+    log(f'{workdir}: {len(variants) - len(waiting)} of {len(variants)} runs are done, {jobs} at once')
     progress = Progress('sweep', len(variants), 'runs', done=len(variants) - len(waiting))
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else []
     places = [set(cores[place::jobs]) for place in range(jobs)] if 1 < jobs <= len(cores) else [set()] * jobs

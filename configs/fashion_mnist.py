@@ -34,5 +34,6 @@ def get_config():
     config.optimizer.learning_rate = 0.02
     config.optimizer.schedule = 'poly'
     config.optimizer.power = 1.0
+    config.train.stall_after = '1 epoch'
     config.eval.batch_size = 200
     return config

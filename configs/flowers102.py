@@ -22,6 +22,7 @@ def get_config():
     config.train.batch_size = 64
     config.train.epochs = 100.0
     config.optimizer.patience = 10
+    config.train.stall_after = '20 epochs'
     config.eval.every = '2 epochs'
     config.eval.batch_size = 64
     config.checkpoint.every = '10 epochs'

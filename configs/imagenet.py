@@ -2,13 +2,25 @@
 
 Put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into D/downloads/manual; the first run prepares 252 GB in D.
 
-PRESET      network and training                               published top-1 / top-5 error, ten views
-paper       sections 3 to 5 of the paper as printed (default)  40.7 / 18.2 % (ILSVRC-2012 validation; not run here)
+PRESET          network and training                                published top-1 / top-5 error, views
+paper           sections 3 to 5 of the paper as printed (default)   40.7 / 18.2 %, 10
+krizhevsky2012  net #145, which the paper's tables are of           40.66 / 18.21 %, 10
+half            net #145 on one GPU                                 39.17 / 18.23 %, 10 (ILSVRC-2010)
+no_exchange     net #150: towers that meet in fc8                   41.83 / 19.33 %, 10
+owt             cuda-convnet2's one-GPU net, 2014                   40.42 / 18.15 %, 10
+caffe           BVLC's bvlc_alexnet                                 42.9 / 19.8 %, 1
+caffenet        BVLC's bvlc_reference_caffenet                      42.6 / 19.6 %, 1
+torchvision     torchvision's alexnet                               43.48 / 20.93 %, 1
+bn_lars         AlexNet-BN with LARS, batches of 8,192              about 40 % (not verified)
+d2l             "Dive into Deep Learning", on Fashion-MNIST         about 12 %, 1
+cifar10_13pct   the four-layer net of section 3.3, on CIFAR-10      13 %, 10
+cifar10_11pct   the same with response normalisation                11 %, 10
 
+All are published figures; none was run here. What the presets are stands in alexnet_jax/presets.py.
 Hardware and time: any; the authors' two GTX 580 took five to six days for 90 epochs.
 """
 
-from alexnet_jax.config import ConfigError, default_config
+from alexnet_jax.config import ConfigError, default_config, set_fields
 from alexnet_jax.presets import PRESETS
 
 
@@ -18,4 +30,5 @@ def get_config(preset: str = 'paper'):
         raise ConfigError(f'configs/imagenet.py:{preset}: no such preset; there are {", ".join(PRESETS)}')
     config = default_config()
     config.model.preset = preset
+    set_fields(config, PRESETS[preset].recipe)
     return config

@@ -25,5 +25,6 @@ def get_config():
     config.train.log_every = '50 steps'
     config.optimizer.schedule = 'steps'
     config.optimizer.drops = ('11 epochs', '14 epochs', '15 epochs')
+    config.train.stall_after = '3 epochs'
     config.eval.batch_size = 200
     return config
