@@ -34,6 +34,49 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read or written: one line with the folder, the cause and what to do."""
 
 
+def read_checkpoint(path: str, abstract_state: Any) -> tuple[Any, str]:
+    """`state` and `progress` of the checkpoint in `path`, or None and what is wrong with it: the same on all processes.
+
+    Changes nothing there. `abstract_state` says how the state is laid out; None: only `progress` is read.
+    """
+    # The manager would wait for all processes at its end, which one that finds damage does not reach.
+    index = jax.process_index()
+    alone = MultiprocessingOptions(primary_host=index, active_processes={index}, barrier_sync_key_prefix=f'read{index}')
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
+    arguments: dict[str, Any] = {'progress': ocp.args.JsonRestore()}
+    if abstract_state is not None:
+        arguments['state'] = ocp.args.StandardRestore(abstract_state)
+    restored: Any = None
+    problem = ''
+    try:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+            restored = reader.restore(path, args=ocp.args.Composite(**arguments))
+        written = restored.progress['state_digest']
+    except Exception as error:  # Orbax raises many kinds; the next older checkpoint is the answer to all
+        cause = error.__cause__  # names the file and the parameter, where Orbax lists settings of TensorStore
+        problem = first_line(cause if isinstance(cause, Exception) else error)
+    problem = processes.agree(problem)
+    if problem:
+        return None, problem
+    if abstract_state is not None and state_digest(restored.state) != written:
+        return None, 'its numbers differ from those written'
+    return restored, ''
+
+
+def validation_errors(directory: str) -> dict[int, float | None]:
+    """By step, ascending, the checkpoints in `directory`, each with its top-1 error (0 to 1) where it was measured.
+
+    Changes nothing there. Raises CheckpointError: the folder cannot be read.
+    """
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+    try:
+        with ocp.CheckpointManager(directory, options=options) as manager:
+            metrics = {step: manager.metrics(step) for step in sorted(manager.all_steps())}
+            return {step: found['top1_error'] if found else None for step, found in metrics.items()}
+    except Exception as error:  # of the file system, or of a damaged file of metrics
+        raise CheckpointError(f'{directory}: the checkpoints cannot be listed: {first_line(error)}') from None
+
+
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
         """No: Orbax would ask JAX with the step, the loop asks with a count of its own; mixed, a SIGTERM gets lost."""
@@ -96,7 +139,7 @@ class Checkpoints:
         """
         damaged: list[tuple[int, str]] = []
         for step in sorted(self._steps(), reverse=True):
-            restored, problem = self._read(step, abstract_state)
+            restored, problem = read_checkpoint(os.path.join(self.directory, str(step)), abstract_state)
             if restored is None:
                 damaged.append((step, problem))
                 continue
@@ -115,31 +158,6 @@ class Checkpoints:
         steps = np.array(self.manager.all_steps(), np.int32)
         count = int(processes.of_the_first(np.int32(len(steps))))
         return processes.of_the_first(np.resize(steps, count)).tolist()
-
-    def _read(self, step: int, abstract_state: Any) -> tuple[Any, str]:
-        """What was written at `step`, or None and what is wrong with it: the same on all processes."""
-        # The manager would wait for all processes at its end, which one that finds damage does not reach.
-        index = jax.process_index()
-        alone = MultiprocessingOptions(
-            primary_host=index, active_processes={index}, barrier_sync_key_prefix=f'read{index}'
-        )
-        handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), progress=ocp.args.JsonRestore())
-        restored: Any = None
-        problem = ''
-        try:
-            with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
-                restored = reader.restore(os.path.join(self.directory, str(step)), args=arguments)
-            written = restored.progress['state_digest']
-        except Exception as error:  # Orbax raises many kinds; the next older checkpoint is the answer to all
-            cause = error.__cause__  # names the file and the parameter, where Orbax lists settings of TensorStore
-            problem = first_line(cause if isinstance(cause, Exception) else error)
-        problem = processes.agree(problem)
-        if problem:
-            return None, problem
-        if state_digest(restored.state) != written:
-            return None, 'its numbers differ from those written'
-        return restored, ''
 
     def _move_aside(self, damaged: list[tuple[int, str]]) -> None:
         for step, problem in damaged:

@@ -255,6 +255,9 @@ def update(params, increments, gradients, rates, *, momentum=0.9, weight_decay=5
         new_params[name], new_increments[name] = {}, {}
         for kind, value in layer.items():
             rate = float(rates[name][kind])
+            if rate == 0:  # Weights::update does nothing then
+                new_params[name][kind], new_increments[name][kind] = value, increments[name][kind]
+                continue
             increment = momentum * increments[name][kind] - rate * gradients[name][kind]
             if kind == 'kernel':
                 increment = increment - rate * weight_decay * value

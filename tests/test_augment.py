@@ -53,7 +53,9 @@ def augmented_in_numpy(images, keys, config, figures=None, window_keys=None):
         if config.crop:
             top, left = np.asarray(jax.random.randint(jax.random.fold_in(window_key, 0), (2,), 0, far + 1))
         window = np.s_[top : top + CROP, left : left + CROP]
-        mean = {'image': figures['mean_image'][window], 'channel': figures['mean_rgb'], 'none': 0}[config.mean]
+        middle = np.s_[far // 2 : far // 2 + CROP, far // 2 : far // 2 + CROP]
+        cut = figures['mean_image'][middle if config.mean_window == 'centre' else window]
+        mean = {'image': cut, 'channel': figures['mean_rgb'], 'none': 0}[config.mean]
         x = image[window].astype(np.float32) - np.float32(mean)
         if config.flip and jax.random.bernoulli(jax.random.fold_in(window_key, 1)):
             x = np.flip(x, 1)
@@ -62,7 +64,8 @@ def augmented_in_numpy(images, keys, config, figures=None, window_keys=None):
             variances = figures['eigenvalues']
             strength = {'original': np.sqrt(variances), 'fb': variances / 255, 'paper': variances}[config.color]
             x = x + figures['eigenvectors'] @ (0.1 * strength * normal)
-        result.append(x / 1.1 if config.color == 'original' else x)
+        x = x / 1.1 if config.color == 'original' else x
+        result.append(x if config.divisor == (1.0,) else x / np.array(config.divisor))
     return np.stack(result)
 
 
@@ -234,3 +237,64 @@ def test_ten_views(crop):
     for index in range(10):
         np.testing.assert_array_equal(one(index), expected[index], strict=True)
     np.testing.assert_array_equal(view(images, parts, config, 7), expected[7])  # an index that is not traced
+
+
+def test_centre_of_the_mean_in_every_window():
+    config = data_config(mean_window='centre', color='none')
+    images, keys = np.concatenate([random_images(), np.zeros_like(random_images())]), keys_of(2 * BATCH)
+    ours = augmented(images, keys, config)
+    np.testing.assert_array_equal(ours, augmented_in_numpy(images, keys, config))
+    # Images of zeros show it: the same for all windows, reflected or not.
+    middle = statistics()['mean_image'].astype(np.float32)[3:17, 3:17]
+    assert {x.tobytes() for x in -ours[BATCH:]} == {middle.tobytes(), middle[:, ::-1].tobytes()}
+
+
+DIVISORS = [(1.0,), (58.0,), (58.4, 57.1, 57.4)]
+
+
+def test_divisor():
+    """Of what is left after noise and 1.1; and after without_color() of the window less its mean."""
+    keys, images = keys_of(BATCH), random_images()
+    train = jax.jit(lambda images, parts: augment(images, keys, keys, parts, data_config(color='original')))
+    plain = preprocessing(statistics(), data_config(color='original'))
+    assert plain['divisor'] == np.float32(1.1)
+    for divisor in DIVISORS:
+        config = data_config(color='original', divisor=divisor)
+        parts = preprocessing(statistics(), config)
+        np.testing.assert_array_equal(
+            parts['scale'], np.float32(1 / np.array(divisor)) * np.ones(3, np.float32), strict=True
+        )
+        for name in ('mean', 'color', 'divisor'):
+            np.testing.assert_array_equal(parts[name], plain[name])
+        expected = augmented_in_numpy(images, keys, config)
+        np.testing.assert_allclose(train(images, parts), expected, rtol=0, atol=4e-7 * np.abs(expected).max())
+        expected = augmented_in_numpy(images, keys, data_config(color='none', divisor=divisor))
+        ours = train(images, without_color(parts))
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=4e-7 * np.abs(expected).max())
+
+
+def test_divisor_by_hand():
+    figures = {'mean_image': np.full((1, 1, 3), 100.0), 'mean_rgb': np.full(3, 90.0)}
+    figures |= {'eigenvalues': np.zeros(3), 'eigenvectors': np.eye(3)}
+    image = np.array([[[[144, 122, 56]]]], np.uint8)
+    config = data_config(image_size=1, crop_size=1, crop=False, flip=False, divisor=(2.0, 4.0, 5.0))
+    parts = preprocessing(figures, config)
+    np.testing.assert_allclose(view(image, parts, config, 0)[0, 0, 0], [22, 5.5, -8.8], rtol=1e-6)
+    ours = augmented(image, keys_of(1), config, parts)[0, 0, 0]
+    np.testing.assert_allclose(ours, [20, 5, -8], rtol=1e-6)  # and by 1.1
+
+
+@pytest.mark.parametrize('crop', [CROP, CROP + 1])
+@pytest.mark.parametrize('divisor', DIVISORS)
+def test_ten_views_less_the_centre_of_the_mean_by_the_divisor(crop, divisor):
+    images, mean = random_images(), statistics()['mean_image'].astype(np.float32)
+    config = data_config(crop_size=crop, mean_window='centre', divisor=divisor)
+    parts = preprocessing(statistics(), config)
+    far = SIZE - crop
+    middle = far // 2
+    one = jax.jit(lambda index: view(images, parts, config, index))
+    for index, (top, left) in enumerate([(middle, middle), (0, 0), (0, far), (far, 0), (far, far)]):
+        x = images[:, top : top + crop, left : left + crop] - mean[middle : middle + crop, middle : middle + crop]
+        expected = (x / np.array(divisor)).astype(np.float32)
+        np.testing.assert_allclose(one(index), expected, rtol=2e-7)
+        np.testing.assert_allclose(one(index + 5), np.flip(expected, 2), rtol=2e-7)

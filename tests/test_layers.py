@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from alexnet_jax.layers import convolution, local_response_norm, max_pool
+from alexnet_jax.layers import (
+    convolution,
+    local_response_norm,
+    max_pool,
+    spatial_response_norm,
+    unshared_convolution,
+)
 
 PAPER = {'k': 2.0, 'n': 5, 'alpha': 1e-4, 'beta': 0.75}
 NORMS = [
@@ -256,3 +262,187 @@ def test_convolution_keeps_bfloat16():
 def test_convolution_refuses_channels_that_do_not_fit(channels, inputs, outputs):
     with pytest.raises(ValueError, match=f'{channels} channels do not fit a kernel of {inputs} inputs and {outputs}'):
         convolution(jnp.ones((1, 5, 5, channels)), jnp.ones((3, 3, inputs, outputs)))
+
+
+# Height, width, stride and padding; 5 x 6 windows of 3 pixels a side, 3 x 4 and 2 x 3.
+UNSHARED = [
+    (5, 6, 1, ((1, 1), (1, 1))),
+    (6, 5, 2, ((0, 1), (2, 2))),
+    (4, 5, 2, ((0, 2), (3, 0))),
+    (4, 3, 1, ((0, 0), (0, 2))),
+]
+
+
+def unshared_terms(kernel, size, stride):
+    """For every product: row, column and channel of the padded image, pixel of the output, number of the weight."""
+    rows, columns, weights = kernel.shape[:3]
+    for i, j, channel, row, column in np.ndindex(rows, columns, weights // size**2, size, size):
+        yield (i * stride + row, j * stride + column, channel), (i, j), channel * size**2 + row * size + column
+
+
+def unshared_loop(x, kernel, stride, padding, size=3):
+    """Product by product in float64."""
+    x = np.pad(np.asarray(x, np.float64), ((0, 0), *padding, (0, 0)))
+    y = np.zeros((x.shape[0], *kernel.shape[:2], kernel.shape[3]))
+    for (top, left, channel), (i, j), weight in unshared_terms(kernel, size, stride):
+        y[:, i, j] += np.outer(x[:, top, left, channel], kernel[i, j, weight].astype(np.float64))
+    return y
+
+
+def unshared_gradients(x, kernel, stride, padding, cotangent, size=3):
+    """Of the same sum of products, each giving its two factors to one another."""
+    height, width = x.shape[1:3]
+    x = np.pad(np.asarray(x, np.float64), ((0, 0), *padding, (0, 0)))
+    to_x, to_kernel = np.zeros(x.shape), np.zeros(kernel.shape)
+    for (top, left, channel), (i, j), weight in unshared_terms(kernel, size, stride):
+        to_x[:, top, left, channel] += cotangent[:, i, j] @ kernel[i, j, weight].astype(np.float64)
+        to_kernel[i, j, weight] += x[:, top, left, channel] @ cotangent[:, i, j]
+    (top, _), (left, _) = padding
+    return to_x[:, top : top + height, left : left + width], to_kernel
+
+
+def unshared_case(height, width, stride, padding):
+    rows, columns = ((side + sum(pad) - 3) // stride + 1 for side, pad in zip((height, width), padding, strict=True))
+    return normal((2, height, width, 3), 13), normal((rows, columns, 3 * 9, 4), 14), normal((2, rows, columns, 4), 15)
+
+
+@pytest.mark.parametrize(('height', 'width', 'stride', 'padding'), UNSHARED)
+def test_unshared_convolution_and_its_gradient_are_the_loop(height, width, stride, padding):
+    x, kernel, cotangent = unshared_case(height, width, stride, padding)
+
+    def both(x, kernel, cotangent):
+        y, back = jax.vjp(
+            lambda x, kernel: unshared_convolution(x, kernel, 3, stride=stride, padding=padding), x, kernel
+        )
+        return y, *back(cotangent)
+
+    y, *ours = jax.jit(both)(x, kernel, cotangent)
+    np.testing.assert_allclose(y, unshared_loop(x, kernel, stride, padding), rtol=1e-5, atol=1e-5)
+    for our, expected in zip(ours, unshared_gradients(x, kernel, stride, padding, cotangent), strict=True):
+        np.testing.assert_allclose(our, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_unshared_convolution_by_hand():
+    # Two channels of 2 x 3 pixels; the first window's weights give its pixels as they lie, the second's twice those.
+    x = jnp.array([[[1, 10], [2, 20], [3, 30]], [[4, 40], [5, 50], [6, 60]]], jnp.float32)[None]
+    kernel = jnp.stack([jnp.eye(8), 2 * jnp.eye(8)])[None]
+    y = unshared_convolution(x, kernel, 2, padding=((0, 0), (0, 0)))
+    expected = [[1, 2, 4, 5, 10, 20, 40, 50], [4, 6, 10, 12, 40, 60, 100, 120]]
+    np.testing.assert_array_equal(y[0, 0], expected)
+
+
+SPATIAL_NORMS = [
+    {'k': 1.0, 'n': 5, 'alpha': 2e-5, 'beta': 0.75},
+    {'k': 2.0, 'n': 3, 'alpha': 1e-3, 'beta': 0.5},
+    {'k': 0.5, 'n': 3, 'alpha': 1e-4, 'beta': 0.75},
+    {'k': 1.5, 'n': 5, 'alpha': 1e-4, 'beta': 0.5},
+]
+
+
+def spatial_loop(x, k, n, alpha, beta):
+    """Pixel by pixel in float64; what lies outside does not count."""
+    x = np.asarray(x, np.float64)
+    y = np.empty_like(x)
+    for i, j in np.ndindex(*x.shape[1:3]):
+        rows = slice(max(0, i - n // 2), i + n // 2 + 1)
+        columns = slice(max(0, j - n // 2), j + n // 2 + 1)
+        y[:, i, j] = x[:, i, j] / (k + alpha * (x[:, rows, columns] ** 2).sum((1, 2))) ** beta
+    return y
+
+
+@pytest.mark.parametrize('norm', SPATIAL_NORMS)
+@pytest.mark.parametrize('sides', [(6, 7), (2, 9)])
+def test_spatial_norm_is_the_loop(norm, sides):
+    x = normal((2, *sides, 3), 16, 100)
+    ours = jax.jit(lambda x: spatial_response_norm(x, **norm))(x)
+    np.testing.assert_allclose(ours, spatial_loop(x, **norm), rtol=1e-6)
+
+
+@pytest.mark.parametrize('norm', SPATIAL_NORMS)
+def test_spatial_norm_gradient_is_that_of_the_loop(norm):
+    x, cotangent = normal((1, 6, 4, 2), 17, 100), normal((1, 6, 4, 2), 18)
+    y, ours = jax.jit(jax.value_and_grad(lambda x: (spatial_response_norm(x, **norm) * cotangent).sum()))(x)
+    differences = np.empty(x.shape)
+    for index in np.ndindex(*x.shape):
+        step = np.zeros(x.shape)
+        step[index] = 1e-3
+        rise = spatial_loop(x + step, **norm) - spatial_loop(x - step, **norm)
+        differences[index] = (cotangent * rise).sum() / 2e-3
+    np.testing.assert_allclose(ours, differences, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(y, (cotangent * spatial_loop(x, **norm)).sum(), rtol=1e-5)
+
+
+def test_spatial_norm_window_is_cut_off_at_the_edges():
+    y = spatial_response_norm(jnp.ones((1, 3, 4, 1)), k=1.0, n=3, alpha=1.0, beta=1.0)
+    expected = [[1 / 5, 1 / 7, 1 / 7, 1 / 5], [1 / 7, 1 / 10, 1 / 10, 1 / 7], [1 / 5, 1 / 7, 1 / 7, 1 / 5]]
+    np.testing.assert_allclose(y[0, :, :, 0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('norm', SPATIAL_NORMS[:2])
+def test_spatial_norm_computes_in_float32_for_bfloat16(norm):
+    x = jnp.asarray(normal((2, 6, 5, 3), 19, 100), jnp.bfloat16)
+    y = spatial_response_norm(x, **norm)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y, np.float64), spatial_loop(x, **norm), rtol=2**-8 * 1.001)
+
+
+@pytest.mark.parametrize('n', [2, 4])
+def test_spatial_norm_refuses_an_even_window(n):
+    with pytest.raises(ValueError, match=f'n={n} is even'):
+        spatial_response_norm(jnp.ones((1, 8, 8, 1)), k=2.0, n=n, alpha=1e-4, beta=0.75)
+
+
+def overhanging_windows(sides, window, stride):
+    """Those of cuda-convnet, 1 + ceil((side - window) / stride) a side, cut off at the edge: where, which pixels."""
+    counts = [1 + int(np.ceil((side - window) / stride)) for side in sides]
+    for i, j in np.ndindex(*counts):
+        rows, columns = (
+            slice(at * stride, min(at * stride + window, side)) for at, side in zip((i, j), sides, strict=True)
+        )
+        yield (i, j), (slice(None), rows, columns)
+
+
+# Window, stride, sides, sides of the output; over the lower edge, the right one, both or none.
+OVERHANGS = [
+    (3, 2, (24, 24), (12, 12)),
+    (3, 2, (12, 12), (6, 6)),
+    (3, 2, (7, 8), (3, 4)),
+    (3, 2, (8, 9), (4, 4)),
+    (3, 2, (9, 7), (4, 3)),
+    (2, 2, (5, 4), (3, 2)),
+    (3, 2, (2, 3), (1, 1)),
+    (4, 3, (8, 6), (3, 2)),  # two pixels over the lower edge, one over the right
+]
+
+
+@pytest.mark.parametrize(('window', 'stride', 'sides', 'pooled'), OVERHANGS)
+def test_overhanging_max_pool_and_its_gradient_are_the_loop(window, stride, sides, pooled):
+    mixed, cotangent = distinct((2, *sides, 3), 3), distinct((2, *pooled, 3), 4)
+
+    def both(x, cotangent):
+        y, back = jax.vjp(lambda x: max_pool(x, window, stride, overhang=True), x)
+        return y, *back(cotangent)
+
+    both = jax.jit(both)
+    for x in (mixed, mixed - mixed.max() - 1):  # where all are negative, zeros around the image would win
+        y, gradient = np.full(cotangent.shape, np.nan, np.float32), np.zeros_like(x)
+        for (i, j), pixels in overhanging_windows(sides, window, stride):
+            y[:, i, j] = x[pixels].max((1, 2))
+            gradient[pixels] += (x[pixels] == y[:, i : i + 1, j : j + 1]) * cotangent[:, i : i + 1, j : j + 1]
+        ours, our_gradient = both(x, cotangent)
+        np.testing.assert_array_equal(np.asarray(ours), y, strict=True)
+        np.testing.assert_array_equal(our_gradient, gradient)
+
+
+def test_overhanging_max_pool_of_24_pixels_gives_12_and_then_6():
+    x = jnp.asarray(distinct((1, 24, 24, 1), 5))
+    over = jax.jit(lambda x: max_pool(x, 3, 2, overhang=True))
+    once, inside = over(x), jax.jit(max_pool, static_argnums=(1, 2))(x, 3, 2)
+    assert (once.shape, over(once).shape, inside.shape) == ((1, 12, 12, 1), (1, 6, 6, 1), (1, 11, 11, 1))
+    np.testing.assert_array_equal(once[:, :11, :11], inside)
+
+
+def test_overhanging_max_pool_keeps_bfloat16():
+    y = max_pool(jnp.full((1, 4, 4, 1), -3, jnp.bfloat16), 3, 2, overhang=True)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(y, np.float32), np.full((1, 2, 2, 1), -3))

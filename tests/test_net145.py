@@ -199,7 +199,7 @@ def test_the_first_of_equal_maxima_gets_the_gradient():
 
 
 def test_update():
-    """By hand, with momentum 0.9 and weight decay 0.0005: kernels decay, biases do not, rate 0 leaves the momentum."""
+    """By hand, with momentum 0.9 and weight decay 0.0005: kernels decay, biases do not, rate 0 freezes."""
     params = {'fc8': {'kernel': np.array([[2.0]]), 'bias': np.array([2.0])}}
     increments = {'fc8': {'kernel': np.array([[0.1]]), 'bias': np.array([0.1])}}
     gradients = {'fc8': {'kernel': np.array([[3.0]]), 'bias': np.array([3.0])}}
@@ -210,8 +210,8 @@ def test_update():
     assert after['fc8']['bias'].item() == pytest.approx(2.03, rel=1e-12)
     assert params['fc8']['kernel'].item() == 2
     after, moved = net145.update(after, moved, gradients, {'fc8': {'kernel': 0.0, 'bias': 0.0}})
-    assert moved['fc8']['kernel'].item() == pytest.approx(0.9 * 0.05999, rel=1e-12)
-    assert after['fc8']['bias'].item() == pytest.approx(2.03 + 0.9 * 0.03, rel=1e-12)
+    assert moved['fc8']['kernel'].item() == pytest.approx(0.05999, rel=1e-12)
+    assert after['fc8']['bias'].item() == pytest.approx(2.03, rel=1e-12)
 
 
 def test_a_step_lowers_the_cost(case):

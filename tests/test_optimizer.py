@@ -1,4 +1,4 @@
-"""The update rule against NumPy across a drop of the rate; the schedules against rates written by hand."""
+"""The update rule against NumPy across a drop of the rate, and optax.lars; the schedules against rates by hand."""
 
 import json
 
@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from alexnet_jax.config import default_config, resolve, total_steps
-from alexnet_jax.optimizer import make_optimizer, plateau_next, plateau_start, scheduled_rate
+from alexnet_jax.config import ConfigError, default_config, resolve, total_steps
+from alexnet_jax.optimizer import learning_rates, make_optimizer, plateau_next, plateau_start, scheduled_rate
 
 RATES = [0.1] * 6 + [0.01] * 6
 SHAPES = {'convolution': (2, 2, 3, 4), 'matrix': (5, 4), 'bias': (4,)}
@@ -230,3 +230,305 @@ def test_plateau_next_leaves_the_old_state_alone():
     state = plateau_start()
     plateau_next(state, 0.5, optimizer_config())
     assert state == plateau_start()
+
+
+# cuda-convnet2's rates: from 0.01 in four equal parts to 0.01 / 250; of biases from 0.02 in two to 0.002.
+DEXP = {'schedule': 'dexp', 'learning_rate': 0.01, 'bias_schedule': 'dexp', 'bias_lr_multiplier': 2.0}
+NAMES = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8')
+
+
+def all_rates(config, steps, examples=100, drops_taken=0):
+    """Rates of kernels and of biases at `steps`, which have to be the same in all layers."""
+    every = [learning_rates(config, step, examples, drops_taken) for step in steps]
+    for rates in every:
+        assert tuple(rates) == NAMES
+        assert all(layer == rates['conv1'] for layer in rates.values())
+    return [[rates['conv1'][kind] for rates in every] for kind in ('kernel', 'bias')]
+
+
+def test_dexp_over_90_epochs():
+    # 900 steps. A part begins at the step before which its share of the run is over: 225, counted from 0.
+    config = run_config(**DEXP)
+    kernels = np.repeat([0.01, 0.01 / 250 ** (1 / 3), 0.01 / 250 ** (2 / 3), 0.00004], 225)
+    biases = np.repeat([0.02, 0.002], 450)
+    np.testing.assert_allclose(all_rates(config, range(900)), [kernels, biases], rtol=1e-12)
+    np.testing.assert_allclose(rates_at(config, range(900)), kernels, rtol=1e-12)
+    np.testing.assert_allclose(all_rates(config, [900, 10**6]), [[0.00004] * 2, [0.002] * 2], rtol=1e-12)
+
+
+def test_dexp_on_imagenet():
+    # 90 * 1281167 / 128 are 900821 steps, and the parts begin behind 225205.25, 450410.5 and 675615.75 of them.
+    config = run_config(batch_size=128, **DEXP)
+    assert total_steps(config, 1281167) == 900821
+    steps = [0, 225205, 225206, 450410, 450411, 675615, 675616, 900820]
+    kernels = np.repeat([0.01, 0.01 / 250 ** (1 / 3), 0.01 / 250 ** (2 / 3), 0.00004], 2)
+    biases = np.repeat([0.02, 0.002], 4)
+    np.testing.assert_allclose(all_rates(config, steps, examples=1281167), [kernels, biases], rtol=1e-12)
+
+
+def rate_of_lr_cu(rate, factor, parts, progress):
+    """The loops of cuda-convnet2's lr.cu."""
+    rates = [rate * (1 / factor) ** (i / (parts - 1)) for i in range(parts - 1)] + [rate / factor]
+    return next(rates[i] for i in range(parts) if progress <= (i + 1) / parts)
+
+
+@pytest.mark.parametrize(
+    ('factor', 'parts', 'steps', 'late'),
+    [(250.0, 4, 900, [225, 450, 675]), (250.0, 4, 901, []), (10.0, 2, 7, []), (8.0, 3, 9, [3, 6])],
+)
+def test_dexp_is_that_of_lr_cu(factor, parts, steps, late):
+    # Where a part ends exactly before a step, lr.cu gives that one the old rate still.
+    config = default_config()
+    config.train.steps = steps
+    config.optimizer.update({'schedule': 'dexp', 'dexp_factor': factor, 'dexp_parts': parts})
+    ours = rates_at(resolve(config), range(steps))
+    expected = [rate_of_lr_cu(0.01, factor, parts, (step + (step in late)) / steps) for step in range(steps)]
+    theirs = [rate_of_lr_cu(0.01, factor, parts, step / steps) for step in range(steps)]
+    np.testing.assert_allclose(ours, expected, rtol=1e-12)
+    assert [step for step in range(steps) if abs(ours[step] / theirs[step] - 1) > 1e-6] == late
+
+
+def test_biases_of_the_same_schedule():
+    config = run_config(schedule='steps', learning_rate=0.8, divisor=2.0, drops=('20 steps',), bias_lr_multiplier=2.0)
+    assert all_rates(config, [19, 20]) == [[0.8, 0.4], [1.6, 0.8]]
+    dexp = run_config(**DEXP | {'bias_schedule': 'same'})
+    np.testing.assert_allclose(all_rates(dexp, [0, 899]), [[0.01, 0.00004], [0.02, 0.00008]], rtol=1e-12)
+
+
+@pytest.mark.parametrize('schedule', ['steps', 'plateau', 'dexp', 'poly'])
+def test_constant_biases_stay_while_kernels_drop(schedule):
+    fields = {'schedule': schedule, 'learning_rate': 0.01, 'drops': ('20 steps',), 'bias_lr_multiplier': 2.0}
+    kernels, biases = all_rates(run_config(bias_schedule='constant', **fields), [0, 450, 899], drops_taken=1)
+    assert kernels[2] < 0.0011
+    assert biases == [0.02] * 3
+
+
+def test_biases_of_dexp_beside_kernels_of_another_schedule():
+    config = run_config(**DEXP | {'schedule': 'constant', 'bias_dexp_factor': 27.0, 'bias_dexp_parts': 4})
+    biases = [0.02, 0.02, 0.02 / 3, 0.02 / 9, 0.02 / 27]
+    np.testing.assert_allclose(all_rates(config, [0, 224, 225, 450, 899]), [[0.01] * 5, biases], rtol=1e-12)
+
+
+@pytest.mark.parametrize('bias_schedule', ['same', 'dexp', 'constant'])
+def test_warmup_applies_to_biases(bias_schedule):
+    config = run_config(**DEXP | {'bias_schedule': bias_schedule, 'warmup': '4 steps'})
+    shares = np.array([0.25, 0.5, 0.75, 1, 1, 1])
+    np.testing.assert_allclose(all_rates(config, range(6)), [0.01 * shares, 0.02 * shares], rtol=1e-12)
+
+
+def test_layer_rates():
+    # Steps of 10 images, epochs of 10 steps.
+    entries = (
+        ('conv1/kernel', '2 epochs', 1e-5),
+        ('conv1/kernel', '30 steps', 0.0),
+        ('conv1/bias', '400 images', 0.3),
+        ('fc8/bias', '60 steps', 0.5),
+        ('fc8/bias', '50', 0.7),  # the later entry wins from step 60 on too
+    )
+    config = run_config(schedule='constant', learning_rate=0.8, bias_lr_multiplier=2.0, layer_rates=entries)
+    others = {name: {'kernel': 0.8, 'bias': 1.6} for name in NAMES}
+    expected = {
+        19: {},
+        20: {'conv1': (1e-5, 1.6)},
+        29: {'conv1': (1e-5, 1.6)},
+        30: {'conv1': (0.0, 1.6)},
+        39: {'conv1': (0.0, 1.6)},
+        40: {'conv1': (0.0, 0.3)},
+        49: {'conv1': (0.0, 0.3)},
+        50: {'conv1': (0.0, 0.3), 'fc8': (0.8, 0.7)},
+        60: {'conv1': (0.0, 0.3), 'fc8': (0.8, 0.7)},
+        10**6: {'conv1': (0.0, 0.3), 'fc8': (0.8, 0.7)},
+    }
+    for step, changed in expected.items():
+        changed = {name: {'kernel': kernel, 'bias': bias} for name, (kernel, bias) in changed.items()}
+        assert learning_rates(config, step, 100, 0) == others | changed
+
+
+def test_layer_rates_count_epochs_by_the_data_set_and_are_not_warmed_up():
+    entries = (('fc7/kernel', '1 epoch', 0.5),)
+    config = run_config(schedule='constant', learning_rate=0.8, warmup='40 steps', layer_rates=entries)
+    for examples, first in ((100, 10), (200, 20)):
+        before, after = (learning_rates(config, step, examples, 0)['fc7']['kernel'] for step in (first - 1, first))
+        np.testing.assert_allclose([before, after], [0.8 * first / 40, 0.5], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    'entry',
+    [
+        ('conv9/kernel', '1 epoch', 0.1),
+        ('conv1', '1 epoch', 0.1),
+        ('conv1/scale', '1 epoch', 0.1),
+        ('kernel/conv1', '1 epoch', 0.1),
+        ('conv1/kernel', '1 epoch', -0.1),
+        ('conv1/kernel', '1 epoch', float('nan')),
+        ('conv1/kernel', '1 epoch', '0.1'),
+        ('conv1/kernel', '1 epoch'),
+        ('conv1/kernel', '1 epoch', 0.1, 0.2),
+        'conv1/kernel',
+    ],
+)
+def test_layer_rates_refuse_what_is_no_parameter_time_and_rate(entry):
+    with pytest.raises(ConfigError, match=r'config\.optimizer\.layer_rates: .* is no parameter, time and rate'):
+        run_config(layer_rates=(('conv1/bias', '1 epoch', 0.0), entry))
+
+
+@pytest.mark.parametrize(
+    ('time', 'answer'),
+    [('soon', "'soon' is no duration"), ('-1 epochs', 'is no duration'), ('0 steps', "the nearest is '1 step'")],
+)
+def test_layer_rates_refuse_a_wrong_time(time, answer):
+    with pytest.raises(ConfigError, match=rf'config\.optimizer\.layer_rates\[1\]: .*{answer}'):
+        run_config(layer_rates=(('conv1/bias', '1 epoch', 0.0), ('fc8/bias', time, 0.1)))
+
+
+NET_SHAPES = {
+    'conv1': {'kernel': (2, 2, 3, 4), 'bias': (4,)},
+    'fc6': {'kernel': (5, 4), 'bias': (4,)},
+    'fc7': {'kernel': (4, 3), 'bias': (3,)},
+}
+
+
+def net_draw(seed):
+    rng = np.random.default_rng(seed)
+    is_shape = {'is_leaf': lambda leaf: isinstance(leaf, tuple)}
+    return jax.tree.map(lambda shape: rng.standard_normal(shape).astype(np.float32), NET_SHAPES, **is_shape)
+
+
+def net_steps(make, w, gradients, rates):
+    """Parameters and states before the first step and after each; `make` gives an optimizer for a traced rate."""
+
+    @jax.jit
+    def step(w, state, g, rate):
+        updates, state = make(rate).update(g, state, w)
+        return optax.apply_updates(w, updates), state
+
+    state = make(jax.tree.map(jnp.float32, rates[0])).init(w)
+    history = [(w, state)]
+    for g, rate in zip(gradients, rates, strict=True):
+        history.append(step(*history[-1], g, jax.tree.map(np.float32, rate)))
+    return jax.tree.map(np.asarray, history)
+
+
+def one_update(config, w, g, rate, *whole_sums):
+    optimizer = make_optimizer(config, rate, *whole_sums)
+    return optimizer.update(g, optimizer.init(w), w)[0]
+
+
+@pytest.mark.parametrize('bias_decay', [False, True])
+@pytest.mark.parametrize('by_layer', [False, True])
+def test_weight_decays_by_hand(by_layer, bias_decay):
+    decays = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.0) if by_layer else None
+    config = optimizer_config(weight_decay=0.0625, weight_decays=decays, bias_decay=bias_decay, bias_lr_multiplier=4.0)
+    w = {name: {'kernel': jnp.full((1, 1), 2.0), 'bias': jnp.full((1,), 3.0)} for name in NAMES}
+    updates = one_update(config, w, jax.tree.map(jnp.zeros_like, w), 0.5)
+    for name, decay in zip(NAMES, decays or [0.0625] * 8, strict=True):
+        assert updates[name]['kernel'][0, 0] == -0.5 * decay * 2
+        assert updates[name]['bias'][0] == (-0.5 * 4 * decay * 3 if bias_decay else 0)
+
+
+def test_rates_by_parameter_are_taken_as_they_are():
+    # The multiplier of the biases is in them already, see learning_rates().
+    config = optimizer_config(weight_decay=0.0, bias_lr_multiplier=4.0)
+    w = {name: {'kernel': jnp.ones((1, 1)), 'bias': jnp.ones((1,))} for name in ('conv1', 'fc8')}
+    rates = {
+        'conv1': {'kernel': jnp.float32(0.5), 'bias': jnp.float32(0.25)},
+        'fc8': {'kernel': jnp.float32(0.125), 'bias': jnp.float32(2)},
+    }
+    updates = jax.tree.map(lambda leaf: leaf.item(), one_update(config, w, w, rates))
+    assert updates == {'conv1': {'kernel': -0.5, 'bias': -0.25}, 'fc8': {'kernel': -0.125, 'bias': -2.0}}
+
+
+def bits(tree):
+    return [leaf.view(np.int32).tolist() for leaf in jax.tree.leaves(tree)]
+
+
+def test_at_rate_0_a_parameter_and_its_velocity_stand_still():
+    config = optimizer_config(momentum=0.9, weight_decay=0.1)
+    gradients = [net_draw(seed) for seed in range(1, 6)]
+    gradients[2]['conv1']['kernel'][0, 0] = np.inf  # reaches nothing
+    rates = [jax.tree.map(lambda leaf: 0.1, gradients[0]) for _ in gradients]
+    rates[2]['conv1']['kernel'] = rates[3]['conv1']['kernel'] = 0.0
+    rates[3]['fc6']['bias'] = 0.0
+    history = net_steps(lambda rate: make_optimizer(config, rate), net_draw(0), gradients, rates)
+    frozen = {(2, 'conv1', 'kernel'), (3, 'conv1', 'kernel'), (3, 'fc6', 'bias')}
+    assert np.isfinite(np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(history)])).all()
+    for step, g in enumerate(gradients):
+        (w, (_, _, old)), (new_w, (_, _, new)) = history[step], history[step + 1]
+        for layer in NET_SHAPES:
+            for kind in ('kernel', 'bias'):
+                before, after = (
+                    [tree[layer][kind] for tree in trees] for trees in ((w, old.trace), (new_w, new.trace))
+                )
+                if (step, layer, kind) in frozen:
+                    assert bits(before) == bits(after)
+                    continue
+                # With the velocity as it was before, also where the rate has come back.
+                decay = 0.1 if kind == 'kernel' else 0.0
+                weights, velocity = (np.asarray(leaf, np.float64) for leaf in before)
+                velocity = 0.9 * velocity - 0.1 * (g[layer][kind] + decay * weights)
+                np.testing.assert_allclose(after, [weights + velocity, velocity], rtol=1e-5, atol=1e-6)
+
+
+def test_one_rate_of_0_stops_everything():
+    config = optimizer_config(momentum=0.9, weight_decay=0.1)
+    gradients = [net_draw(seed) for seed in range(1, 4)]
+    history = net_steps(lambda rate: make_optimizer(config, rate), net_draw(0), gradients, [0.1, 0.0, 0.1])
+    assert bits(history[1]) == bits(history[2])
+    assert all(a != b for a, b in zip(bits(history[2]), bits(history[3]), strict=True))
+
+
+@pytest.mark.parametrize('decay', [0.0, 0.05])
+def test_lars_is_that_of_optax(decay):
+    """Across a drop of the rate; a kernel of zeros, and one whose first update is zero, have a ratio of 1."""
+    fields = {'momentum': 0.9, 'trust_coefficient': 0.02}
+    config = optimizer_config(weight_decay=decay, **fields)
+    kernels = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', net_draw(0))
+    masks = {'weight_decay_mask': kernels, 'trust_ratio_mask': kernels}
+    w, gradients, rates = net_draw(0), [net_draw(seed) for seed in range(1, 7)], [2.0] * 3 + [0.2] * 3
+    w['fc6']['kernel'][:] = 0
+    gradients[0]['fc7']['kernel'][:] = 0
+    ours = net_steps(lambda rate: make_optimizer(config, rate), w, gradients, rates)
+    theirs = net_steps(lambda rate: optax.lars(rate, decay, eps=0.0, **masks, **fields), w, gradients, rates)
+    for (our, _), (their, _) in zip(ours, theirs, strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), our, their)
+    first = ours[1][0]
+    np.testing.assert_allclose(first['fc6']['kernel'], -2 * gradients[0]['fc6']['kernel'], rtol=1e-6)
+    if not decay:
+        np.testing.assert_array_equal(first['fc7']['kernel'], w['fc7']['kernel'])
+
+
+def test_lars_by_hand():
+    config = optimizer_config(trust_coefficient=0.5, weight_decay=1.0, bias_lr_multiplier=2.0)
+    w = {'fc8': {'kernel': jnp.array([[3.0], [4.0]]), 'bias': jnp.array([8.0])}}
+    g = {'fc8': {'kernel': jnp.array([[2.0], [8.0]]), 'bias': jnp.array([8.0])}}
+    updates = one_update(config, w, g, 0.1)
+    # g + w = (5, 12) is 13 long, w 5: -.1 * .5 * 5 / 13 * (5, 12).
+    np.testing.assert_allclose(updates['fc8']['kernel'], [[-0.25 * 5 / 13], [-0.25 * 12 / 13]], rtol=1e-6)
+    np.testing.assert_allclose(updates['fc8']['bias'], [-1.6], rtol=1e-6)  # -.1 * 2 * 8
+
+
+def test_lars_takes_both_norms_from_whole_sums():
+    """This device's share of a kernel is 5 and of its update 9; the bias is not scaled."""
+    config = optimizer_config(trust_coefficient=0.5, weight_decay=0.0)
+    w = {'fc8': {'kernel': jnp.array([[5.0]]), 'bias': jnp.array([7.0])}}
+    g = {'fc8': {'kernel': jnp.array([[9.0]]), 'bias': jnp.array([3.0])}}
+    seen = []
+
+    def update(change):
+        def whole_sums(sums):
+            seen.append(jax.tree.map(float, sums))
+            return jax.tree.map(change, sums)
+
+        updates = one_update(config, w, g, 0.1, whole_sums)['fc8']
+        assert updates['bias'][0] == np.float32(-0.1) * 3
+        return updates['kernel'][0, 0]
+
+    # -.1 * .5 * |w| / |update| * 9: 5 / 9, and 13 / 15 where other devices' shares add 144 to 25 and to 81.
+    np.testing.assert_allclose(update(lambda total: total), -0.25, rtol=1e-6)
+    np.testing.assert_allclose(update(lambda total: total + 144), -0.39, rtol=1e-6)
+    # Twice the sums of both, as from two devices with equal shares, leave the ratio as it is.
+    np.testing.assert_allclose(update(lambda total: 2 * total), -0.25, rtol=1e-6)
+    # Twice the sum of the kernel alone, which is the smaller one: sqrt(2) * 5 / 9.
+    np.testing.assert_allclose(update(lambda total: 2 * total if total == 25 else total), -0.35355339, rtol=1e-6)
+    assert sorted(sums['fc8']['kernel'] for sums in seen) == [25.0] * 4 + [81.0] * 4
+    assert sorted(sums['fc8']['bias'] for sums in seen) == [9.0] * 4 + [49.0] * 4

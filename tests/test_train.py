@@ -263,3 +263,98 @@ def test_help_names_the_flags():
     run = subprocess.run([sys.executable, 'launch.py', '--help'], cwd=ROOT, capture_output=True, text=True)
     assert '--workdir' in run.stdout
     assert '--config' in run.stdout
+
+
+def said(run: subprocess.CompletedProcess, word: str) -> list[str]:
+    return [line for line in run.stderr.splitlines() if word in line]
+
+
+def test_layers_at_each_evaluation(uninterrupted):
+    """Sizes against the numbers in the checkpoint."""
+    workdir, _, run = uninterrupted
+    rows = [json.loads(line) for line in (workdir / 'layers.jsonl').read_text().splitlines()]
+    assert [row['step'] for row in rows] == [7, 12]
+    assert len(said(run, 'update/weight')) == 2
+    program = """
+import json, sys
+import numpy as np, orbax.checkpoint as ocp
+state = ocp.StandardCheckpointer().restore(sys.argv[1] + '/checkpoints/12/state')
+kernels, velocities = state['params'], state['opt_state'][-1]['trace']
+sizes = lambda tree: {layer: {kind: float(np.abs(np.asarray(leaf, np.float64)).mean())
+                              for kind, leaf in leaves.items()} for layer, leaves in tree.items()}
+print(json.dumps([sizes(kernels), sizes(velocities)]))
+"""
+    read = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', program, str(workdir)], capture_output=True, text=True, check=True
+    )
+    weights, updates = json.loads(read.stdout)
+    layers = ['conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8']
+    assert sorted(weights) == layers
+    for layer in layers:
+        row = rows[-1][layer]
+        assert row['kernel'] == pytest.approx(weights[layer]['kernel'], rel=1e-5)
+        assert row['bias'] == pytest.approx(weights[layer]['bias'], rel=1e-5)
+        assert row['kernel_update'] == pytest.approx(updates[layer]['kernel'], rel=1e-5)
+        assert row['bias_update'] == pytest.approx(updates[layer]['bias'], rel=1e-5)
+        assert 0 <= row['dead'] < 1
+    assert rows[-1]['fc8']['dead'] == 0
+
+
+def test_a_stalled_run_is_reported_and_a_healthy_one_not(uninterrupted, photos_dir, tmp_path):
+    """fc7 is dead from the start: its biases are far below zero."""
+    biases = '--config.model.bias_init=(0.0,1.0,0.0,1.0,1.0,1.0,-1e4,0.0)'
+    after = '--config.train.stall_after=6 steps'
+    stalled = launch(photos_dir, tmp_path / 'warn', biases, after)
+    assert stalled.returncode == 0, stalled.stderr
+    (line,) = said(stalled, 'stalled')
+    # Six steps, looked at every fourth one.
+    assert 'stalled: at step 8 the loss is 2.7' in line
+    assert 'guessing among 16 classes is ln(16) = 2.7726' in line
+    assert '100% of the units of fc7 are dead' in line
+    for knob in ('config.model.bias_init', 'config.optimizer.warmup', 'config.model.kernel_std', 'config.seed than 0'):
+        assert knob in line
+    result = json.loads((tmp_path / 'warn' / 'result.json').read_text())
+    assert (result['status'], result['stalled_step']) == ('done', 8)
+    (row, *_) = [json.loads(line) for line in (tmp_path / 'warn' / 'layers.jsonl').read_text().splitlines()]
+    assert row['fc7']['dead'] == 1
+
+    stopped = launch(photos_dir, tmp_path / 'stop', biases, after, '--config.train.stall_action=stop')
+    assert stopped.returncode == 1
+    (line,) = said(stopped, 'stalled')
+    assert line.startswith('alexnet_jax: stalled: at step 8 ')
+    assert 'Traceback' not in stopped.stderr
+
+    _, result, run = uninterrupted
+    assert result['stalled_step'] is None
+    assert not said(run, 'stalled')
+
+
+def test_a_goal_ends_a_run_and_kill_changes_nothing(photos_dir, tmp_path):
+    """The window of log_every=4 steps whose mean training error is the first one below the goal."""
+    steps = ['--config.train.steps=28', '--config.eval.every=100', '--config.eval.views=1']
+    whole = launch(photos_dir, tmp_path / 'whole', *steps)
+    assert whole.returncode == 0, whole.stderr
+    training = [line for line in lines(tmp_path / 'whole') if line['split'] == 'train']
+    means, sums, begun = {}, 0.0, 0  # of each four steps, from lines that end at checkpoints too
+    for line in training:
+        sums += line['top1_error'] * (line['step'] - begun)
+        begun = line['step']
+        if begun % 4 == 0:
+            means[begun], sums = sums / 4, 0.0
+    # The first window after the first that is lower than all before it.
+    expected = next(at for at in means if at > 4 and means[at] < min(means[earlier] for earlier in range(4, at, 4)))
+    goal = (means[expected] + min(means[earlier] for earlier in range(4, expected, 4))) / 2
+
+    goal_flag = f'--config.train.goal_error={goal}'
+    run = launch(photos_dir, tmp_path / 'goal', *steps, goal_flag)
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / 'goal' / 'result.json').read_text())
+    assert (result['status'], result['step'], result['goal_step']) == ('done', expected, expected)
+    assert said(run, 'below train.goal_error')
+    again = launch(photos_dir, tmp_path / 'goal', *steps, goal_flag)
+    assert again.returncode == 0
+    assert 'is done' in again.stdout
+    (tmp_path / 'goal' / 'result.json').unlink()  # as if it had been killed before the last file
+    again = launch(photos_dir, tmp_path / 'goal', *steps, goal_flag)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / 'goal' / 'result.json').read_text())['state_digest'] == result['state_digest']

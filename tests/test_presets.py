@@ -1,0 +1,258 @@
+"""Every published network: built, counted against published and hand-made numbers, trained for a step."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from alexnet_jax import augment, config, parallel, shapes, step
+from alexnet_jax.model import AlexNet
+from alexnet_jax.presets import PRESETS
+
+# Parameters and multiply-adds of one image by layer, by hand: kernel height x width x inputs x outputs (+ outputs),
+# times pixels. The totals of `paper` (60,965,224; 724,406,816), of `half` (59,798,312) and of torchvision's
+# (61,100,840, in its documentation; 714.2 million) are published.
+CONV1, FC = (34_944, 105_415_200), {'fc7': (16_781_312, 16_777_216), 'fc8': (4_097_000, 4_096_000)}
+PAPER = {
+    'conv1': CONV1,
+    'conv2': (307_456, 223_948_800),
+    'conv3': (885_120, 149_520_384),
+    'conv4': (663_936, 112_140_288),
+    'conv5': (442_624, 74_760_192),
+    'fc6': (37_752_832, 37_748_736),
+    **FC,
+}
+OWT = {
+    'conv1': (23_296, 70_276_800),
+    'conv2': (307_392, 223_948_800),
+    'conv3': (663_936, 112_140_288),
+    'conv4': (884_992, 149_520_384),
+    'conv5': (590_080, 99_680_256),
+    'fc6': (37_752_832, 37_748_736),
+    **FC,
+}
+HALF = {
+    'conv1': (17_472, 52_707_600),
+    'conv2': (153_728, 111_974_400),
+    'conv3': (221_376, 37_380_096),
+    'conv4': (331_968, 56_070_144),
+    'conv5': (442_624, 74_760_192),
+    'fc6': (37_752_832, 37_748_736),
+    **FC,
+}
+NO_EXCHANGE = PAPER | {
+    'conv3': (442_752, 74_760_192),
+    'fc6': (18_878_464, 18_874_368),
+    'fc7': (8_392_704, 8_388_608),
+}
+D2L = {
+    'conv1': (11_712, 33_872_256),
+    'conv2': (614_656, 415_334_400),
+    'conv3': (885_120, 127_401_984),
+    'conv4': (1_327_488, 191_102_976),
+    'conv5': (884_992, 127_401_984),
+    'fc6': (26_218_496, 26_214_400),
+    'fc7': FC['fc7'],
+    'fc8': (40_970, 40_960),
+}
+CIFAR10 = {
+    'conv1': (4_864, 2_764_800),
+    'conv2': (102_464, 14_745_600),
+    'conv3': (664_704, 663_552),  # 36 pixels with 18,464 weights and biases each
+    'conv4': (332_928, 331_776),
+    'fc8': (11_530, 11_520),
+}
+LAYERS = {
+    'paper': PAPER,
+    'krizhevsky2012': PAPER,
+    'half': HALF,
+    'no_exchange': NO_EXCHANGE,
+    'owt': OWT,
+    'caffe': PAPER,
+    'caffenet': PAPER,
+    'torchvision': OWT,
+    'd2l': D2L,
+    'bn_lars': PAPER,
+    'cifar10_13pct': CIFAR10,
+    'cifar10_11pct': CIFAR10,
+}
+# Sides in pixels after each convolution, and after the last pooling.
+SIDES = {preset: [55, 27, 13, 13, 13, 6] for preset in LAYERS}
+SIDES |= {'d2l': [54, 26, 12, 12, 12, 5], 'cifar10_13pct': [24, 12, 6, 6, 6], 'cifar10_11pct': [24, 12, 6, 6, 6]}
+ERRORS = {  # published, in percent
+    'paper': (40.7, 18.2),
+    'krizhevsky2012': (40.664, 18.21),
+    'half': (39.168, 18.229),
+    'no_exchange': (41.83, 19.33),
+    'owt': (40.42, 18.15),
+    'caffe': (100 - 57.1, 100 - 80.2),
+    'caffenet': (100 - 57.4, 100 - 80.4),
+    'torchvision': (100 - 56.522, 100 - 79.066),
+    'cifar10_13pct': (13, None),
+    'cifar10_11pct': (11, None),
+}
+
+
+def settings(preset, **model):
+    """The preset with its recipe, resolved."""
+    given = config.default_config()
+    given.model.preset = preset
+    config.set_fields(given, PRESETS[preset].recipe)
+    given.model.update(model)
+    return given
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        for value in equation.params.values():
+            inner = getattr(value, 'jaxpr', None)
+            if inner is not None:
+                yield from equations(inner)
+        yield equation
+
+
+def multiply_adds(jaxpr):
+    """Of all convolutions and matrix products of a traced program; a convolution that only moves pixels has none."""
+    total = 0
+    for equation in equations(jaxpr):
+        if equation.primitive.name == 'conv_general_dilated' and equation.params['feature_group_count'] == 1:
+            kernel, output = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+            total += math.prod(kernel) * math.prod(output[1:3])
+        elif equation.primitive.name == 'dot_general':
+            (contracted, _), _ = equation.params['dimension_numbers']
+            left, output = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            total += math.prod(output) * math.prod(left[axis] for axis in contracted)
+    return total
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_layers_parameters_and_multiply_adds(preset):
+    resolved = config.resolve(settings(preset))
+    model, data = resolved.model, resolved.data
+
+    def build():
+        return AlexNet(model, crop_size=data.crop_size, channels=data.channels, rngs=nnx.Rngs(params=0))
+
+    graph, params, statistics = nnx.split(nnx.eval_shape(build), nnx.Param, nnx.BatchStat)
+    images = jax.ShapeDtypeStruct((1, data.crop_size, data.crop_size, data.channels), jnp.float32)
+    traced = jax.make_jaxpr(lambda params, statistics, images: nnx.merge(graph, params, statistics)(images))
+    program = traced(params, statistics, images)
+    expected = LAYERS[preset]
+
+    counted = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(leaves)) for name, leaves in nnx.to_pure_dict(params).items()
+    }
+    assert counted == {name: parameters for name, (parameters, _) in expected.items()}
+    assert sum(counted.values()) == PRESETS[preset].published.parameters
+    table = shapes.layers(model, data.crop_size, data.channels)
+    assert {layer.name: (layer.parameters, layer.multiply_adds) for layer in table} == expected
+    assert multiply_adds(program.jaxpr) == PRESETS[preset].published.multiply_adds
+    assert sum(products for _, products in expected.values()) == PRESETS[preset].published.multiply_adds
+
+    convolutions = [layer for layer in table if layer.name.startswith('conv')]
+    assert [layer.output[0] for layer in convolutions] + [convolutions[-1].pooled[0]] == SIDES[preset]
+    assert program.out_avals[0].shape == (1, model.num_classes)
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_published_errors(preset):
+    published = PRESETS[preset].published
+    if preset in ERRORS:
+        top1, top5 = ERRORS[preset]
+        assert published.top1_error == pytest.approx(top1)
+        assert published.top5_error == (top5 and pytest.approx(top5))
+    assert published.source
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_a_step_with_the_recipe_trains(preset):
+    """Narrow, on small images: the loss is finite and all weights move."""
+    given = settings(preset)
+    given.model.num_classes = 10
+    if not preset.startswith('cifar10'):
+        widths = PRESETS[preset].model['widths']
+        given.model.widths = (*(width // 16 for width in widths[:5]), 32, 32)
+        given.data.crop_size, given.data.image_size = 67, 72
+        given.model.kernel_std = (0.05,) * 8
+    given.train.batch_size = 16
+    given.optimizer.warmup = '0 steps'
+    given.mesh.data = 1
+    resolved = config.resolve(given)
+    mesh = parallel.make_mesh(resolved)
+    size, channels = resolved.data.image_size, resolved.data.channels
+    generator = np.random.default_rng(0)
+    mean = np.full((size, size, channels), 120.0)
+    moments = {
+        'mean_image': mean,
+        'mean_rgb': mean[0, 0],
+        'eigenvalues': np.full(channels, 900.0),
+        'eigenvectors': np.eye(channels),
+    }
+    batch = {
+        'image': generator.integers(0, 256, (16, size, size, channels), np.uint8),
+        'label': generator.integers(0, 10, 16, np.int32),
+        'number': np.arange(16, dtype=np.uint32),
+    }
+    rows = parallel.put_batch(parallel.batch_sharding(mesh, 'towers'), batch)
+    # Small enough for networks whose signal is not that of the full size; LARS does not mind the size of gradients.
+    rate = 0.5 if preset == 'bn_lars' else 1e-4
+    rates = {name: {'kernel': np.float32(rate), 'bias': np.float32(rate)} for name in shapes.LAYERS}
+    prepared = augment.preprocessing(moments, resolved.data)
+    state = step.init_state(resolved, mesh)
+    lowered = step.make_train_step(resolved, mesh).lower(state, rows, rates, prepared)
+    train_step = lowered.compile(compiler_options={'xla_backend_optimization_level': 0})  # three steps need not be fast
+    before = jax.device_get(state.params)
+    losses = []
+    for _ in range(3):
+        state, metrics = train_step(state, rows, rates, prepared)
+        losses.append(float(metrics['loss']))
+    assert np.isfinite(losses).all()
+    after = jax.device_get(state.params)
+    for layer in before:
+        assert not np.array_equal(before[layer]['kernel'], after[layer]['kernel']), layer
+        assert np.isfinite(after[layer]['kernel']).all()
+    assert bool(jax.tree.leaves(state.statistics)) == (preset == 'bn_lars')
+
+
+# Rates of net #145 as its notes have them (layer-params-145.cfg): first epoch, kernels, conv1's kernel, conv1's bias,
+# the other biases, colour noise. An epoch counts from the images seen, so the change "at epoch 25" is behind 25 whole
+# ones.
+NET_145 = [
+    (0, 1e-2, 1e-2, 0.02, 0.02, True),
+    (25, 1e-3, 1e-3, 0.02, 0.02, True),
+    (51, 1e-4, 1e-4, 0.02, 0.02, True),
+    (67, 1e-4, 1e-5, 0.02, 0.02, False),
+    (72, 1e-4, 0.0, 0.0, 0.02, False),
+    (79, 1e-5, 0.0, 0.0, 0.02, False),
+]
+IMAGES = 1_281_167
+
+
+@pytest.mark.parametrize('batch_size', [128, 256])
+def test_rates_freezes_and_colour_of_net_145_over_91_epochs(batch_size):
+    from alexnet_jax.optimizer import learning_rates
+
+    given = settings('krizhevsky2012')
+    given.train.batch_size = batch_size
+    resolved = config.resolve(given)
+    total = config.total_steps(resolved, IMAGES)
+    assert total == round(91 * IMAGES / batch_size)
+    color_until = config.duration_in_steps(resolved.data.color_until, batch_size=batch_size, examples=IMAGES)
+    checked = 0
+    for epoch in range(91):
+        *_, (_, kernels, conv1, conv1_bias, biases, color) = (row for row in NET_145 if row[0] <= epoch)
+        first = round(epoch * IMAGES / batch_size)
+        last = round((epoch + 1) * IMAGES / batch_size) - 1
+        for at in (first, (first + last) // 2, last):
+            rates = learning_rates(resolved, at, IMAGES, drops_taken=0)
+            expected = {name: {'kernel': kernels, 'bias': biases} for name in shapes.LAYERS}
+            expected['conv1'] = {'kernel': conv1, 'bias': conv1_bias}
+            assert rates.keys() == expected.keys()
+            for name in expected:
+                assert rates[name] == pytest.approx(expected[name], rel=1e-12), (epoch, name)
+            assert (at < color_until) == color
+            checked += 1
+    assert checked == 273
