@@ -3,6 +3,7 @@
 #
 #   one task per GPU:       sbatch --nodes=2 --ntasks-per-node=8 --gres=gpu:8 cluster/slurm.sh --workdir=runs/a
 #   CPUs, one per node:     sbatch --nodes=4 --exclusive cluster/slurm.sh --workdir=runs/a
+#   a sweep of 40 runs:     sbatch --array=0-39 cluster/slurm.sh --config=configs/ablations.py:photos --sweep=%a --workdir=runs/a
 #   five runs, %a is 0-4:   sbatch --array=0-4 cluster/slurm.sh --config.seed=%a --workdir=runs/seed_%a
 #
 #SBATCH --job-name=alexnet

@@ -1,0 +1,72 @@
+"""The figure docs/relu_tanh.png and its table, after figure 1 of the paper: python docs/draw_relu_tanh.py SWEEP_DIR
+
+SWEEP_DIR: a finished sweep of configs/relu_tanh.py, or docs/logs/relu_tanh. Needs requirements-docs.txt.
+"""
+
+import json
+import os
+import statistics
+import sys
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+STYLES = {'relu': ('#0072B2', '-'), 'tanh': ('#D55E00', '--')}  # colours of Okabe and Ito
+IMAGES, BATCH_SIZE = 60_000, 128
+
+
+def read(folder: str, directory: str) -> dict[str, Any]:
+    """Epochs and training errors (0 to 1) of the logged windows of a run, and the epochs at which it met the goal."""
+    with open(os.path.join(folder, directory, 'metrics.jsonl')) as file:
+        lines = [json.loads(line) for line in file]
+    with open(os.path.join(folder, directory, 'result.json')) as file:
+        goal_step = json.load(file)['goal_step']
+    training = [line for line in lines if line['split'] == 'train']
+    return {
+        'epochs': [line['step'] * BATCH_SIZE / IMAGES for line in training],
+        'errors': [line['top1_error'] for line in training],
+        'goal': goal_step and goal_step * BATCH_SIZE / IMAGES,
+    }
+
+
+def print_table(runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Epochs to the goal in Markdown, and the ratio of the means."""
+    print('| | epochs to the goal, seed by seed | mean +- standard deviation |\n| --- | --- | --: |')
+    means = {}
+    for name, each in runs.items():
+        goals = [run['goal'] for run in each]
+        if None in goals:
+            raise SystemExit(f'{name}: a run did not reach the goal: {goals}')
+        means[name] = statistics.mean(goals)
+        shown = ', '.join(f'{goal:.1f}' for goal in goals)
+        print(f'| {name} | {shown} | {means[name]:.2f} +- {statistics.stdev(goals):.2f} |')
+    print(f'\nratio of the means: {means["tanh"] / means["relu"]:.1f}')
+
+
+def draw(runs: dict[str, list[dict[str, Any]]], goal: float, file: str) -> None:
+    """A line for each run."""
+    figure, axis = plt.subplots(figsize=(6.5, 4.2), layout='constrained')
+    for name, (colour, line) in STYLES.items():
+        for i, run in enumerate(runs[name]):
+            label = {'relu': 'ReLU', 'tanh': 'tanh'}[name] + f', {len(runs[name])} seeds' if i == 0 else None
+            errors = [100 * error for error in run['errors']]
+            axis.plot(run['epochs'], errors, line, color=colour, linewidth=1.2, alpha=0.8, label=label)
+    axis.axhline(100 * goal, color='black', linewidth=0.8, linestyle=':')
+    axis.annotate(f'goal, {goal:.0%}', (axis.get_xlim()[1], 100 * goal), ha='right', va='bottom')
+    axis.set(xlabel='epochs', ylabel='training error, %', ylim=(0, 60), xlim=(0, None))
+    axis.set_title('Four layers on Fashion-MNIST, as in figure 1 of the paper', fontsize=11)
+    axis.grid(alpha=0.3)
+    axis.spines[['top', 'right']].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == '__main__':
+    folder = sys.argv[1]
+    with open(os.path.join(folder, 'sweep.json')) as file:
+        sweep = json.load(file)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in STYLES}
+    for run in sweep['runs']:
+        found[run['variant']].append(read(folder, run['directory']))
+    print_table(found)
+    draw(found, 0.12, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'relu_tanh.png'))
