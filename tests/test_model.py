@@ -74,44 +74,73 @@ def reference(
     beta=0.75,
     window=3,
     kept=0.5,
+    zeros=None,
+    after=('act lrn pool', 'act lrn pool', 'act', 'act', 'act pool'),
+    sees_all=('conv1', 'conv3', 'fc6', 'fc7', 'fc8'),
+    across=False,
+    halved=('fc7', 'fc8'),
 ):
-    """The paper's network in TensorFlow, float32, at test time: whole layers, cut into towers where the paper cuts."""
+    """The paper's network in TensorFlow, float32, at test time: whole layers, cut into towers where the paper cuts.
+
+    zeros: before and after the image. after: what follows each convolution. across: normalisation over all maps.
+    halved: the layers whose inputs are multiplied with `kept`.
+    """
     act = {'relu': tf.nn.relu, 'tanh': tf.math.tanh}[activation]
+
+    def cut(x):
+        return tf.split(x, towers, -1)
 
     def conv(layer, x, **options):
         kernel, bias = parameters[layer]['kernel'], parameters[layer]['bias']
-        return tf.nn.conv2d(x, kernel, **options) + bias
+        if layer in sees_all:
+            return tf.nn.conv2d(x, kernel, **options) + bias
+        pairs = zip(cut(x), np.split(kernel, towers, 3), strict=True)
+        return tf.concat([tf.nn.conv2d(part, its, **options) for part, its in pairs], 3) + bias
 
-    def grouped(layer, x):
-        kernels = np.split(parameters[layer]['kernel'], towers, 3)
-        maps = [
-            tf.nn.conv2d(part, kernel, 1, 'SAME') for part, kernel in zip(tf.split(x, towers, 3), kernels, strict=True)
-        ]
-        return tf.concat(maps, 3) + parameters[layer]['bias']
+    def normalise(x):
+        parts = [x] if across else cut(x)
+        return tf.concat([tf.nn.lrn(p, depth_radius=size // 2, bias=k, alpha=alpha, beta=beta) for p in parts], 3)
 
-    def normalise_and_pool(x):
-        if lrn:
-            parts = tf.split(x, towers, 3)
-            x = tf.concat([tf.nn.lrn(p, depth_radius=size // 2, bias=k, alpha=alpha, beta=beta) for p in parts], 3)
+    def pool(x):
         return tf.nn.max_pool2d(x, window, 2, 'VALID')
 
     def dense(layer, x):
-        return tf.matmul(x, parameters[layer]['kernel']) + parameters[layer]['bias']
+        kernel, bias = parameters[layer]['kernel'], parameters[layer]['bias']
+        x = x * kept if layer in halved else x
+        if layer in sees_all:
+            return tf.matmul(tf.concat(x, -1), kernel) + bias
+        pairs = zip(x, np.split(kernel, towers, 1), strict=True)
+        return tf.concat([tf.matmul(part, its) for part, its in pairs], 1) + bias
 
-    # The original program's number of modules, 1 + ceil((size - filter) / stride), and zeros where images end.
-    side = images.shape[1]
-    modules = 1 + -(-(side - 11) // 4)
-    zeros = (modules - 1) * 4 + 11 - side
-    x = tf.pad(tf.constant(images), [[0, 0], [0, zeros], [0, zeros], [0, 0]])
-    x = normalise_and_pool(act(conv('conv1', x, strides=4, padding='VALID')))
-    x = normalise_and_pool(act(grouped('conv2', x)))
-    x = act(conv('conv3', x, strides=1, padding='SAME'))
-    x = act(grouped('conv4', x))
-    x = act(grouped('conv5', x))
-    x = tf.nn.max_pool2d(x, window, 2, 'VALID')
-    x = kept * act(dense('fc6', tf.reshape(x, (x.shape[0], -1))))
-    x = kept * act(dense('fc7', x))
-    return dense('fc8', x).numpy()
+    if zeros is None:
+        # The original program's number of modules, 1 + ceil((size - filter) / stride), and zeros where images end.
+        side = images.shape[1]
+        modules = 1 + -(-(side - 11) // 4)
+        zeros = (0, (modules - 1) * 4 + 11 - side)
+    x = tf.pad(tf.constant(images), [[0, 0], zeros, zeros, [0, 0]])
+    for layer, steps in zip(('conv1', 'conv2', 'conv3', 'conv4', 'conv5'), after, strict=True):
+        if layer in parameters:
+            options = {'strides': 4, 'padding': 'VALID'} if layer == 'conv1' else {'strides': 1, 'padding': 'SAME'}
+            x = conv(layer, x, **options)
+        elif 'pool' in steps:
+            steps = 'pool'
+        else:
+            continue
+        for step in steps.split():
+            if step != 'lrn' or lrn:
+                x = {'act': act, 'lrn': normalise, 'pool': pool}[step](x)
+
+    def units(x):  # the towers' units one after another where a layer sees its own tower alone
+        return [tf.reshape(part, (part.shape[0], -1)) for part in cut(x)]
+
+    first = next(layer for layer in ('fc6', 'fc7', 'fc8') if layer in parameters)
+    x = tf.reshape(x, (x.shape[0], -1)) if first in sees_all else tf.stack(units(x))
+    for layer in ('fc6', 'fc7', 'fc8'):
+        if layer in parameters:
+            if layer not in sees_all and len(x.shape) == 2:
+                x = tf.stack(cut(x))
+            x = dense(layer, x) if layer == 'fc8' else act(dense(layer, x))
+    return x.numpy()
 
 
 def test_paper_network_is_the_independent_program():
@@ -158,6 +187,42 @@ def test_each_field_changes_the_network_as_the_independent_program(fields, optio
     if fields and 'towers' not in fields:  # whose parameters have other shapes
         before = logits_of(unchanged, 96, parameters, images)
         assert np.abs(ours - before).max() > 1e-2 * np.abs(before).max()
+
+
+VARIATIONS = [
+    ({'conv1_padding': (0, 0)}, {'zeros': (0, 0)}),  # Caffe, where images have 227 pixels
+    ({'conv1_padding': (2, 2)}, {'zeros': (2, 2)}),  # torchvision
+    ({'lrn_across_towers': True}, {'across': True}),
+    (
+        {'after_conv': ('activation pool lrn', 'lrn pool activation', 'activation lrn', '', 'activation pool')},
+        {'after': ('act pool lrn', 'lrn pool act', 'act lrn', '', 'act pool')},
+    ),
+    ({'dropout_before': ('fc6', 'fc7')}, {'halved': ('fc6', 'fc7')}),
+    ({'inverted_dropout': True}, {'halved': ()}),
+    ({'exchange': ('fc8',)}, {'sees_all': ('conv1', 'fc8')}),
+    ({'exchange': ('conv4', 'fc7')}, {'sees_all': ('conv1', 'conv4', 'fc7')}),
+    (
+        {'widths': (8, 16, 0, 16, 8, 24, 20), 'exchange': ('conv4', 'fc6', 'fc7', 'fc8')},
+        {'sees_all': ('conv1', 'conv4', 'fc6', 'fc7', 'fc8')},
+    ),
+    ({'widths': (8, 16, 24, 16, 0, 24, 0)}, {}),
+    ({'widths': (8, 0, 24, 0, 8, 24, 20)}, {}),
+]
+
+
+@pytest.mark.parametrize(('fields', 'options'), VARIATIONS)
+def test_variations_are_those_of_the_independent_program(fields, options):
+    images = np.random.default_rng(2).standard_normal((2, 98, 98, 3)).astype(np.float32)
+    config = model_config(**SMALL | fields)
+    parameters = random_parameters(network(config, 98)[1], bias_std=0.3)
+    ours = logits_of(config, 98, parameters, images)
+    expected = reference(parameters, images, **{'alpha': 0.3} | options)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    if options and 'sees_all' not in options:  # with the same parameters the paper's network gives something else
+        fc6 = random_parameters(network(model_config(**SMALL), 98)[1], bias_std=0.3)['fc6']['kernel'].shape
+        if fc6 == parameters['fc6']['kernel'].shape:
+            paper = reference(parameters, images, alpha=0.3)
+            assert np.abs(expected - paper).max() > 1e-3 * np.abs(paper).max()
 
 
 def operations(jaxpr):
@@ -277,6 +342,46 @@ def test_initial_values(fields, stds, biases):
     assert abs(np.corrcoef(fourth, fifth)[0, 1]) < 4 / np.sqrt(fourth.size)  # each layer has its own numbers
     other = build(4)
     assert not np.array_equal(other['fc8']['kernel'], layers['fc8']['kernel'])
+
+
+@pytest.mark.parametrize(
+    ('initializer', 'kernel', 'bias'),
+    [  # standard deviation of a kernel with 3 x 3 x 48 inputs and 96 outputs; bound of the biases
+        ('xavier', (2 / (9 * 48 + 9 * 96)) ** 0.5, 0),
+        ('he', (2 / (9 * 48)) ** 0.5, 0),
+        ('torch', (1 / (3 * 9 * 48)) ** 0.5, (9 * 48) ** -0.5),
+    ],
+)
+def test_initializers(initializer, kernel, bias):
+    """Of conv4, half of whose 96 inputs each tower sees."""
+    widths = (24, 64, 96, 96, 96, 128, 256)
+    config = model_config(widths=widths, num_classes=100, initializer=initializer, bias_init=(0.0,) * 8)
+    module = AlexNet(config, crop_size=64, rngs=nnx.Rngs(params=1))
+    conv4 = jax.device_get(nnx.to_pure_dict(nnx.state(module, nnx.Param)))['conv4']
+    assert conv4['kernel'].shape == (3, 3, 48, 96)
+    assert abs(conv4['kernel'].std() / kernel - 1) < 4 / np.sqrt(conv4['kernel'].size)
+    if initializer != 'he':
+        assert np.abs(conv4['kernel']).max() == pytest.approx(kernel * np.sqrt(3), rel=1e-3)  # uniform
+    assert np.abs(conv4['bias']).max() == pytest.approx(bias, rel=0.05)
+
+
+def test_weights_that_pixels_do_not_share_have_the_fans_of_one_pixel():
+    config = model_config(
+        widths=(24, 64, 96, 96, 96, 128, 256), num_classes=100, unshared=('conv3',), initializer='he', towers=1
+    )
+    module = AlexNet(config, crop_size=64, rngs=nnx.Rngs(params=1))
+    kernel = nnx.to_pure_dict(nnx.state(module, nnx.Param))['conv3']['kernel']
+    assert kernel.shape == (3, 3, 64 * 9, 96)
+    assert abs(kernel.std() / (2 / (64 * 9)) ** 0.5 - 1) < 4 / np.sqrt(kernel.size)
+
+
+def test_inverted_dropout_scales_what_it_keeps():
+    config, parameters = masks_network(0.2)
+    inverted = model_config(**config.to_dict() | {'inverted_dropout': True})
+    images, keys = np.zeros((8, 64, 64, 3), np.float32), jax.random.split(jax.random.key(5), 8)
+    plain = logits_of(config, 64, parameters, images, keys)
+    np.testing.assert_allclose(logits_of(inverted, 64, parameters, images, keys), plain / 0.8**2, rtol=1e-6)
+    np.testing.assert_array_equal(logits_of(inverted, 64, parameters, images), np.full((8, 16), 2**16 - 1))
 
 
 def masks_network(dropout):
