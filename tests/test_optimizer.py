@@ -431,11 +431,11 @@ def test_rates_by_parameter_are_taken_as_they_are():
     config = optimizer_config(weight_decay=0.0, bias_lr_multiplier=4.0)
     w = {name: {'kernel': jnp.ones((1, 1)), 'bias': jnp.ones((1,))} for name in ('conv1', 'fc8')}
     rates = {
-        'conv1': {'kernel': jnp.float32(0.5), 'bias': jnp.float32(0.25)},
+        'conv1': {'kernel': jnp.float32(0.5), 'bias': jnp.float32(2**-20)},  # however small
         'fc8': {'kernel': jnp.float32(0.125), 'bias': jnp.float32(2)},
     }
     updates = jax.tree.map(lambda leaf: leaf.item(), one_update(config, w, w, rates))
-    assert updates == {'conv1': {'kernel': -0.5, 'bias': -0.25}, 'fc8': {'kernel': -0.125, 'bias': -2.0}}
+    assert updates == {'conv1': {'kernel': -0.5, 'bias': -(2**-20)}, 'fc8': {'kernel': -0.125, 'bias': -2.0}}
 
 
 def bits(tree):
