@@ -16,7 +16,7 @@ from alexnet_jax.config import default_config, set_fields
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.sweep import Variant, grid, seeds
 
-RATES = (0.003, 0.01, 0.03)
+RATES = (0.003, 0.01, 0.03, 0.1)
 
 
 def get_config(part: str = 'seeds'):
@@ -36,7 +36,7 @@ def get_config(part: str = 'seeds'):
     config.optimizer.weight_decays = None
     config.optimizer.weight_decay = 0.0
     config.optimizer.schedule = 'constant'
-    config.train.goal_error = 0.15
+    config.train.goal_error = 0.0 if part == 'rates' else 0.12
     config.train.epochs = 1.0 if part == 'rates' else 20.0
     config.train.log_every = '0.1 epochs'
     config.train.stall_after = '1 epoch'
