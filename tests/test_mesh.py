@@ -474,3 +474,48 @@ def test_images_of_a_chunk_share_a_window_and_a_reflection():
         losses[chunk] = float(metrics['loss'])
     np.testing.assert_allclose(losses[8], loss_of_one, rtol=1e-6)
     assert abs(losses[1] / loss_of_one - 1) > 1e-4
+
+
+NORMED = ('activation pool batch_norm',) * 2 + ('activation batch_norm',) * 2 + ('activation pool',)
+OTHER_NETWORKS = {
+    'batch_norm_and_lars': {'model': {'after_conv': NORMED}, 'optimizer': {'trust_coefficient': 1.0}},
+    'no_exchange': {'model': {'exchange': ('fc8',)}},
+}
+
+
+@functools.cache
+def four_steps(network: str, layout: str, data: int, model: int, shard_optimizer: bool):
+    """State, losses and report of layers."""
+    groups = OTHER_NETWORKS[network] | {'mesh': {'layout': layout, 'shard_optimizer': shard_optimizer}}
+    settings = small_config(data, model, groups)
+    mesh, state, losses, _ = train(settings, 4)
+    prepared = augment.preprocessing(STATISTICS, settings.data)
+    images = put_batch(settings, mesh, batch(99, settings))['image']
+    report = step.make_layer_report(settings, mesh)(state, images, prepared)
+    return *jax.device_get((state, losses, report)), state.statistics
+
+
+@pytest.mark.parametrize(
+    ('network', 'layout', 'data', 'model', 'shard_optimizer'),
+    [
+        ('batch_norm_and_lars', 'towers', 4, 2, True),
+        ('batch_norm_and_lars', 'hybrid', 2, 4, False),
+        ('no_exchange', 'towers', 4, 2, False),
+    ],
+)
+def test_statistics_norms_and_towers_are_those_of_one_device(network, layout, data, model, shard_optimizer):
+    state, losses, report, statistics = four_steps(network, layout, data, model, shard_optimizer)
+    state1, losses1, report1, _ = four_steps(network, 'towers', 1, 1, False)
+    np.testing.assert_allclose(losses, losses1, rtol=2e-5)
+    assert abs(losses[0] - losses[-1]) > 0.05  # the steps were not too small to tell
+    for name in report1:
+        np.testing.assert_allclose(report[name], report1[name], rtol=1e-4, atol=1e-7)
+    assert max(float(row[-1]) for row in report1.values()) > 0  # some units are dead
+    for ours, expected in zip(jax.tree.leaves(state.statistics), jax.tree.leaves(state1.statistics), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4)
+    for ours, expected in zip(jax.tree.leaves(state.params), jax.tree.leaves(state1.params), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    if network == 'batch_norm_and_lars':
+        assert sorted(statistics) == ['conv1_norm', 'conv2_norm', 'conv3_norm', 'conv4_norm']
+        means = [np.asarray(leaf['mean']) for leaf in state.statistics.values()]
+        assert all(np.abs(mean).max() > 0.1 for mean in means)
