@@ -97,6 +97,11 @@ def sum_over_examples(x: jax.Array, layout: str) -> jax.Array:
         return lax.psum(x, ('data', 'model')) / copies_of_loss(layout)
 
 
+def copies_as_one(x: jax.Array, layout: str) -> jax.Array:
+    """`x` of each example, of which all devices of `model` have copies but in `hybrid`; so that it can be returned."""
+    return x if layout == 'hybrid' else lax.pmean(x, 'model')
+
+
 def copies_of_loss(layout: str) -> int:
     """How many devices compute the same example's loss: a gradient summed over the mesh counts it that often."""
     return 1 if layout == 'hybrid' else lax.axis_size('model')

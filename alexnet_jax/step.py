@@ -207,7 +207,8 @@ def make_predict_step(config: Any, mesh: parallel.Mesh, views: int) -> Any:
     """
 
     def predict_step(state, images, preprocessing):
-        return _log_probabilities(config, state, images, preprocessing, views)
+        scores = _log_probabilities(config, state, images, preprocessing, views)
+        return parallel.copies_as_one(scores, config.mesh.layout)
 
     rows = parallel.batch_spec(config.mesh.layout)
     return parallel.compile_on_mesh(

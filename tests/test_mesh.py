@@ -519,3 +519,18 @@ def test_statistics_norms_and_towers_are_those_of_one_device(network, layout, da
         assert sorted(statistics) == ['conv1_norm', 'conv2_norm', 'conv3_norm', 'conv4_norm']
         means = [np.asarray(leaf['mean']) for leaf in state.statistics.values()]
         assert all(np.abs(mean).max() > 0.1 for mean in means)
+
+
+@pytest.mark.parametrize(('layout', 'data', 'model'), [('towers', 4, 2), ('hybrid', 4, 2)])
+def test_predictions_are_those_of_one_device(runs, layout, data, model):
+    predictions = []
+    for settings in (small_config(1, 1), small_config(data, model, {'mesh': {'layout': layout}})):
+        mesh = parallel.make_mesh(settings)
+        state = jax.tree.map(
+            lambda leaf, like: jax.device_put(leaf, like.sharding), runs[1, 1][1], step.abstract_state(settings, mesh)
+        )
+        images = put_batch(settings, mesh, batch(99, settings))['image']
+        prepared = augment.preprocessing(STATISTICS, settings.data)
+        predictions.append(np.asarray(step.make_predict_step(settings, mesh, 1)(state, images, prepared)))
+    np.testing.assert_allclose(np.exp(predictions[0]).sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(predictions[1], predictions[0], rtol=0, atol=2e-5)
