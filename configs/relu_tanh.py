@@ -36,7 +36,7 @@ def get_config(part: str = 'seeds'):
     config.optimizer.weight_decays = None
     config.optimizer.weight_decay = 0.0
     config.optimizer.schedule = 'constant'
-    config.train.goal_error = 0.0 if part == 'rates' else 0.12
+    config.train.goal_error = 0.0 if part == 'rates' else 0.1
     config.train.epochs = 1.0 if part == 'rates' else 20.0
     config.train.log_every = '0.1 epochs'
     config.train.stall_after = '1 epoch'
@@ -52,7 +52,7 @@ def sweep(part: str = 'seeds') -> list[Variant]:
         variants = grid({'model.activation': ('relu', 'tanh'), 'optimizer.learning_rate': RATES})
         return [dataclasses.replace(variant, seed=100) for variant in variants]
     rows = [
-        Variant('relu', {'optimizer.learning_rate': 0.01}),
-        Variant('tanh', {'model.activation': 'tanh', 'optimizer.learning_rate': 0.01}),
+        Variant('relu', {'optimizer.learning_rate': 0.03}),
+        Variant('tanh', {'model.activation': 'tanh', 'optimizer.learning_rate': 0.03}),
     ]
     return seeds(rows, 5)

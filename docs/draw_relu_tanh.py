@@ -69,4 +69,4 @@ if __name__ == '__main__':
     for run in sweep['runs']:
         found[run['variant']].append(read(folder, run['directory']))
     print_table(found)
-    draw(found, 0.12, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'relu_tanh.png'))
+    draw(found, 0.1, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'relu_tanh.png'))
