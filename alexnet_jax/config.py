@@ -439,7 +439,8 @@ def _check_durations(config: Any) -> None:
     for i, entry in enumerate(config.optimizer.layer_rates):
         names = [f'{layer}/{kind}' for layer in LAYERS for kind in ('kernel', 'bias')]
         is_entry = isinstance(entry, tuple | list) and len(entry) == 3 and entry[0] in names
-        if not is_entry or not isinstance(entry[2], int | float) or not entry[2] >= 0:
+        is_rate = is_entry and isinstance(entry[2], int | float) and not isinstance(entry[2], bool)
+        if not is_rate or not 0 <= entry[2] <= 100:
             raise ConfigError(
                 f'config.optimizer.layer_rates: {entry!r} is no parameter, time and rate,'
                 " such as ('conv1/kernel', '67 epochs', 1e-5)"

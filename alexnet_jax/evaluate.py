@@ -1,12 +1,34 @@
-"""Exact evaluation: every validation image once, one view or the ten of section 4.1."""
+"""Exact evaluation: every validation image once, one view or the ten of section 4.1; of a run, or of several together.
 
-from collections.abc import Callable, Iterable
+    python -m alexnet_jax.evaluate CHECKPOINT... [--views=10] [--weights=0.5,0.3,0.2 | --fit_weights] [--per_class]
+
+CHECKPOINT is the folder WORKDIR of a run (its newest checkpoint), WORKDIR/best (the one with the lowest validation
+error) or WORKDIR/checkpoints/STEP. Of several the probabilities are averaged, as for the ensembles of table 2; one
+network after the other is on the devices, and their predictions, 4 bytes an image and class, in main memory. Nothing is
+changed in these folders, so a run may be going on in them.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import ml_collections
 import numpy as np
+from absl import app, flags, logging
 
-from alexnet_jax import parallel
-from alexnet_jax.monitor import Progress
+from alexnet_jax import ensemble, startup
+from alexnet_jax.config import ConfigError, resolve
+from alexnet_jax.data import pipeline
+from alexnet_jax.data.store import prepared_store
+from alexnet_jax.monitor import Preemption, Progress, complain, log
+from alexnet_jax.run_folder import read_config
+
+FORMS = "a run's folder WORKDIR, WORKDIR/best or WORKDIR/checkpoints/STEP"
+FITTED, REPORTED = slice(0, None, 2), slice(1, None, 2)  # of the validation images, with --fit_weights
 
 
 def evaluate(
@@ -28,6 +50,8 @@ def evaluate(
       what, total: shown as progress, with the number of batches.
       stop: asked before each batch; where it says so the evaluation is given up and the result is None.
     """
+    from alexnet_jax import parallel
+
     sums = np.zeros(4)  # loss, top-1 and top-5 errors, images; float64
     progress = Progress(what, total, 'batches')
     for batch in batches:
@@ -39,3 +63,334 @@ def evaluate(
     progress.close()
     loss, top1_error, top5_error = (float(value) for value in sums[:3] / sums[3])
     return {'loss': loss, 'top1_error': top1_error, 'top5_error': top5_error, 'examples': int(sums[3])}
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A network to evaluate.
+
+    Attributes:
+      name: what the command line calls it.
+      workdir: the folder of its run.
+      which: of the run's checkpoints, 'newest', 'best' or a step.
+      config: that of the run, resolved.
+    """
+
+    name: str
+    workdir: str
+    which: str
+    config: Any
+
+
+def find_member(name: str) -> Member:
+    """What `name`, a CHECKPOINT of the command line, stands for. Raises ConfigError: it is not of a known run."""
+    path = os.path.abspath(os.path.expanduser(name))
+    workdir, which = path, 'newest'
+    parent, last = os.path.split(path)
+    if not os.path.exists(os.path.join(path, 'config.json')):
+        if last == 'best':
+            workdir, which = parent, last
+        elif os.path.basename(parent) == 'checkpoints' and last.isdecimal():
+            workdir, which = os.path.dirname(parent), last
+    if not os.path.isdir(workdir):
+        raise ConfigError(f'{name}: there is no folder {workdir}; name {FORMS}')
+    if not os.path.exists(os.path.join(workdir, 'config.json')):
+        raise ConfigError(f'{name}: {workdir} has no config.json; name {FORMS}')
+    try:
+        return Member(name, workdir, which, read_config(workdir))
+    except ConfigError as error:
+        raise ConfigError(f'{name}: its config.json cannot be used: {error}') from None
+
+
+def _step_of(member: Member) -> int:
+    """The step that `member` stands for at the moment. Raises ConfigError, or CheckpointError: there is none."""
+    from alexnet_jax.checkpoint import validation_errors
+
+    errors = validation_errors(os.path.join(member.workdir, 'checkpoints'))
+    if not errors:
+        raise ConfigError(f'{member.name}: {member.workdir} has no checkpoint; train there first')
+    there = f'there are those of steps {", ".join(map(str, errors))}'
+    if member.which == 'newest':
+        return max(errors)
+    if member.which == 'best':
+        measured = {step: error for step, error in errors.items() if error is not None}
+        if not measured:
+            raise ConfigError(f'{member.name}: no checkpoint has a validation error; {there}')
+        return min(measured, key=lambda step: measured[step])
+    if int(member.which) not in errors:
+        raise ConfigError(f'{member.name}: there is no such checkpoint; {there}')
+    return int(member.which)
+
+
+def _read(member: Member, abstract_state: Any) -> Any:
+    """Its checkpoint, see checkpoint.read_checkpoint(). Raises ConfigError, or CheckpointError: it cannot be read."""
+    from alexnet_jax.checkpoint import CheckpointError, read_checkpoint
+
+    while True:
+        step = _step_of(member)
+        path = os.path.join(member.workdir, 'checkpoints', str(step))
+        restored, problem = read_checkpoint(path, abstract_state)
+        if restored is not None:
+            return restored
+        # A run that goes on there may have put another one in its place meanwhile.
+        if _step_of(member) == step:
+            raise CheckpointError(f'{member.name}: checkpoint {path} is damaged ({problem}); name another one')
+
+
+def _store_of(members: Sequence[Member], data_dir: str | None) -> pipeline.Store:
+    """The images that all members were trained with, their mean and class names; prepared now where they are missing.
+
+    Raises:
+      ConfigError, CheckpointError: they were trained with different ones, or with others than are prepared.
+      StoreError, SystemExit, see prepared_store().
+      KeyboardInterrupt: stopped while preparing.
+    """
+    first, *others = members
+    # Of settings, class names and images in the store, validation images among them.
+    fingerprint = _read(first, None).progress['store']
+    for member in others:
+        if _read(member, None).progress['store'] != fingerprint:
+            theirs, own = first.config.data, member.config.data
+            differ = [name for name in pipeline.SETTINGS if own[name] != theirs[name]]
+            why = ', '.join(f'data.{name}={own[name]!r} and not {theirs[name]!r}' for name in differ)
+            raise ConfigError(
+                f'{member.name}: trained with other classes or images than {first.name}'
+                f' ({why or "the same settings, but another store"}); evaluate it by itself'
+            )
+    data_dir = data_dir or first.config.data.data_dir
+    with Preemption() as preemption:
+        store = prepared_store(_changed(first.config, {'data.data_dir': data_dir}), preemption)
+    if store is None:
+        raise KeyboardInterrupt
+    if store.fingerprint != fingerprint:
+        raise ConfigError(
+            f'{first.name}: the images prepared in {data_dir} are not those it was trained with; name their --data_dir'
+        )
+    return store
+
+
+def _changed(config: Any, values: dict[str, Any]) -> Any:
+    """`config`, resolved, with other `values` by dotted name."""
+    settings = ml_collections.ConfigDict(config.to_dict())
+    settings.update_from_flattened_dict(values)
+    return resolve(settings)
+
+
+def _with_mesh(config: Any) -> tuple[Any, Any]:
+    """`config` and its mesh, where that fits the devices there are; otherwise all devices share out the images."""
+    import jax
+
+    from alexnet_jax import parallel
+
+    try:
+        return config, parallel.make_mesh(config)
+    except ConfigError:
+        all_data = {'mesh.layout': 'data', 'mesh.data': -1, 'mesh.model': 1, 'train.batch_size': jax.device_count()}
+        config = _changed(config, all_data)
+        return config, parallel.make_mesh(config)
+
+
+def predict(member: Member, store: pipeline.Store, views: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """Its step, log probabilities (N, classes) float32 and labels (N,) int32 of the validation images, in their order.
+
+    The probabilities are the means over 1 or 10 views (section 4.1); records damaged on disk are left out.
+    Raises ConfigError, CheckpointError, StoreError.
+    """
+    from alexnet_jax import augment, parallel
+    from alexnet_jax.step import abstract_state, make_predict_step
+
+    config, mesh = _with_mesh(member.config)
+    # Whole, with the velocities: only so does the fingerprint tell whether it is damaged.
+    state = _read(member, abstract_state(config, mesh)).state
+    step = int(state.step)
+    log(f'{member.name}: step {step}; mesh data={mesh.shape["data"]}, model={mesh.shape["model"]}')
+    sharding = parallel.batch_sharding(mesh, config.mesh.layout)
+    parts = parallel.batch_parts(sharding)
+    batch_size = math.ceil(config.eval.batch_size / parts) * parts
+    predict_step = make_predict_step(config, mesh, views)
+    preprocessing = augment.preprocessing(store.statistics, config.data)
+    scores, labels = [], []
+    what = f'evaluate {member.name}, {views} view{"s" * (views > 1)}'
+    progress = Progress(what, math.ceil(len(store.validation) / batch_size), 'batches')
+    for batch in pipeline.validation_batches(store.validation, batch_size=batch_size, threads=config.data.threads):
+        images, counted = parallel.put_batch(sharding, batch['image']), batch['label'] >= 0
+        scores.append(np.asarray(predict_step(state, images, preprocessing))[counted])
+        labels.append(batch['label'][counted])
+        progress.update()
+    progress.close()
+    return step, np.concatenate(scores), np.concatenate(labels)
+
+
+def summarise(
+    members: Sequence[dict[str, Any]],
+    scores: Sequence[np.ndarray],
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    weights: Sequence[float] | None,
+    per_class: bool = False,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """What --json prints, without `views`; and the scores (N, classes) of the ensemble for all images.
+
+    Args:
+      members: what to say of each besides its figures, such as its name.
+      scores: by member, log probabilities (N, classes) float32.
+      labels: (N,) int32.
+      weights: of the members, with the sum 1; None: fitted on the images 0, 2, 4, ..., errors being those on the rest.
+    """
+    reported = slice(None)
+    if weights is None:
+        weights = ensemble.fit_weights([member[FITTED] for member in scores], labels[FITTED]).tolist()
+        reported = REPORTED
+    mixed = ensemble.mixture(scores, weights)
+    own = [ensemble.figures(member[reported], labels[reported]) for member in scores]
+    report: dict[str, Any] = {
+        'images': len(labels[reported]),
+        'fitted_on': len(labels) - len(labels[reported]),
+        'members': [
+            {**member, **figures, 'weight': weight}
+            for member, figures, weight in zip(members, own, weights, strict=True)
+        ],
+    }
+    if len(members) > 1:
+        report['mean'] = {name: float(np.mean([figures[name] for figures in own])) for name in own[0]}
+        report['ensemble'] = ensemble.figures(mixed[reported], labels[reported])
+    if per_class:
+        report['classes'] = ensemble.by_class(mixed[reported], labels[reported], class_names)
+    return report, mixed
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The tables for a reader."""
+    rows = [(f'{member["checkpoint"]}, step {member["step"]}', member) for member in report['members']]
+    together = {'mean of members': 'mean', 'ensemble': 'ensemble'}
+    rows += [(label, report[name]) for label, name in together.items() if name in report]
+    width = max(len(label) for label, _ in rows)
+    views = f'{report["views"]} view{"s" * (report["views"] > 1)}'
+    lines = [f'{report["images"]:,} validation images, {views}']
+    if report['fitted_on']:
+        lines[0] += f': every second one; the weights were fitted on the other {report["fitted_on"]:,}'
+    lines += ['', f'{"":<{width}}{"loss":>10}{"top-1 error":>14}{"top-5 error":>14}{"weight":>10}']
+    for label, figures in rows:
+        weight = f'{figures["weight"]:>10.4f}' if 'weight' in figures else ''
+        lines.append(f'{label:<{width}}{figures["loss"]:>10.4f}{_percents(figures)}{weight}')
+    return '\n'.join(lines + _class_lines(report.get('classes', [])))
+
+
+def _percents(figures: dict[str, Any]) -> str:
+    errors = (figures['top1_error'], figures['top5_error'])
+    return ''.join(f'{"" if error is None else f"{error:.2%}":>14}' for error in errors)
+
+
+def _class_lines(classes: list[dict[str, Any]]) -> list[str]:
+    """The table of ensemble.by_class(), nothing without classes."""
+    if not classes:
+        return []
+    width = max(len('class'), *(len(row['name']) for row in classes))
+    header = f'{"class":<{width}}{"images":>8}{"top-1 error":>14}{"top-5 error":>14}  most often taken for'
+    lines = ['', header]
+    for row in classes:
+        instead = f'  {row["instead"]} ({row["instead_images"]})' if row['instead'] else ''
+        lines.append(f'{row["name"]:<{width}}{row["images"]:>8,}{_percents(row)}{instead}')
+    return lines
+
+
+def _weights(given: list[str] | None, fit: bool, members: int) -> list[float] | None:
+    """The weights of the members, with the sum 1; None: to be fitted. Raises ConfigError: the flags cannot be used."""
+    if fit:
+        if given is not None or members == 1:
+            what = 'name two checkpoints or more' if given is None else 'leave it out, or --weights'
+            raise ConfigError(f'--fit_weights: {what}')
+        return None
+    if given is None:
+        return [1 / members] * members
+    text = f'--weights={",".join(given)}'
+    try:
+        values = [float(value) for value in given]
+    except ValueError:
+        raise ConfigError(f'{text}: not numbers; write for example --weights=0.5,0.3,0.2') from None
+    if len(values) != members:
+        raise ConfigError(f'{text}: {len(values)} for {members} checkpoints; give one for each')
+    total = sum(values)
+    if min(values) < 0 or not 0 < total < math.inf:
+        raise ConfigError(f'{text}: weights are 0 or more, and one at least is above 0')
+    return [value / total for value in values]
+
+
+def _check_predictions(path: str | None) -> None:
+    """Raise ConfigError where the predictions could not be saved, before they are made."""
+    if path is None:
+        return
+    if not path or os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+        raise ConfigError(f'--predictions: {path!r} cannot be written; name a file in a folder that can be')
+
+
+def _save(path: str, **arrays: np.ndarray) -> None:
+    """Write `path` whole or not at all. Raises OSError."""
+    with open(path + '.tmp', 'wb') as file:
+        np.savez(file, allow_pickle=False, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + '.tmp', path)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        complain(' '.join(str(error).split()))
+        sys.exit(2)
+    if len(rest) == 1:
+        complain(f'which checkpoint? Name {FORMS}: python -m alexnet_jax.evaluate CHECKPOINT...')
+        sys.exit(2)
+    return rest
+
+
+def main(argv: list[str]) -> int:
+    """Evaluate the checkpoints argv[1:]; returns the exit code, after one line on what is wrong."""
+    logging.set_verbosity(logging.ERROR)
+    given, names = flags.FLAGS, argv[1:]
+    path = given.predictions and os.path.expanduser(given.predictions)
+    try:
+        weights = _weights(given.weights, given.fit_weights, len(names))
+        _check_predictions(path)
+        members = [find_member(name) for name in names]
+    except ConfigError as error:
+        complain(str(error))
+        return 2
+    if members[0].config.cpu_tuning:
+        startup.tune_cpu()
+    from alexnet_jax.checkpoint import CheckpointError  # after the flags, for it imports jax
+
+    views = int(given.views)
+    try:
+        store = _store_of(members, given.data_dir)
+        steps, scores, labels = zip(*[predict(member, store, views) for member in members], strict=True)
+        told = [{'checkpoint': name, 'step': step} for name, step in zip(names, steps, strict=True)]
+        report, mixed = summarise(told, scores, labels[0], store.class_names, weights, given.per_class)
+        if path is not None:
+            _save(path, probabilities=np.exp(mixed), labels=labels[0], class_names=np.array(store.class_names))
+    except (ConfigError, CheckpointError) as error:
+        complain(str(error))
+        return 2
+    except (pipeline.StoreError, OSError) as error:
+        complain(str(error))
+        return 1
+    except KeyboardInterrupt:
+        complain('stopped')
+        return 130
+    report = {'views': views, **report}
+    print(json.dumps(report) if given.json else as_text(report))
+    return 0
+
+
+if __name__ == '__main__':
+    flags.DEFINE_enum(
+        'views', '10', ['1', '10'], 'Of each image: its centre, or ten with the mean of their softmax outputs.'
+    )
+    flags.DEFINE_string('data_dir', None, "Where the prepared data lie; by default the first run's data.data_dir.")
+    flags.DEFINE_list('weights', None, 'Of the checkpoints, in their order; by default they are equal.')
+    flags.DEFINE_bool('fit_weights', False, 'Fit the weights on every second image, and report errors on the others.')
+    flags.DEFINE_bool('per_class', False, 'Print a table of the classes as well.')
+    flags.DEFINE_string('predictions', None, "FILE.npz to save the probabilities of all images in, the ensemble's.")
+    flags.DEFINE_bool('json', False, 'Print one JSON object.')
+    app.run(main, flags_parser=_parse_flags)

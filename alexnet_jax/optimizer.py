@@ -1,6 +1,5 @@
 """The paper's update rule (section 5), its learning-rate schedules, and those of later recipes."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -108,7 +107,7 @@ def scheduled_rate(config: Any, step: int, examples: int, drops_taken: int) -> f
 
 def _dexp_divisor(factor: float, parts: int, step: int, total: int) -> float:
     """cuda-convnet2's `dexp` (lr.cu): in `parts` equal parts of the run from 1 to `factor`, each by the same factor."""
-    part = min(parts - 1, math.floor(step / max(total, 1) * parts))
+    part = min(parts - 1, step * parts // max(total, 1))
     return factor ** (part / (parts - 1))
 
 

@@ -320,7 +320,7 @@ class _Run:
         classes = self.config.model.num_classes
         dead = {name: values[-1] for name, values in self.measure_layers().items()}
         worst = max(dead, key=lambda name: dead[name])
-        cause = 'the initial signal fades from layer to layer'
+        cause = 'the images make no difference to the logits, for weights are too small or units saturated'
         if dead[worst] > 0.5:
             cause = f'{dead[worst]:.0%} of the units of {worst} are dead'
         return (
