@@ -103,11 +103,16 @@ def main(argv: list[str]) -> int:
     try:
         group = _process_group()
         if _SWEEP.value in ('list', 'all'):
+            if group is not None:
+                raise ConfigError('--sweep: several processes run one of its runs together, --sweep=K')
             return _sweep(file, workdir)
         if _SWEEP.value is None:
             config = resolve(CONFIG.value)
         else:
-            variant = _run_of_sweep(sweep_of(file))
+            variants = sweep_of(file)
+            variant = _run_of_sweep(variants)
+            if not monitor.is_silent() and not os.path.exists(os.path.join(workdir, 'sweep.json')):
+                write_plan(variants, file, workdir)  # the runs of an array have nobody else to write it
             config, workdir = configure(CONFIG.value, variant), os.path.join(workdir, variant.directory)
         check_same_run(config, workdir, every_field=_SWEEP.value is not None)
         if is_finished(config, workdir):

@@ -12,7 +12,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from alexnet_jax.presets import PRESETS
-from alexnet_jax.shapes import CONVOLUTIONS, DENSE, LAYERS, layers
+from alexnet_jax.shapes import CONVOLUTIONS, DENSE, LAYERS, layers, steps_after
 
 
 class ConfigError(ValueError):
@@ -106,7 +106,7 @@ def default_config() -> ml_collections.ConfigDict:
                 'epochs': 90.0,
                 'steps': config_dict.placeholder(int),  # takes the place of epochs where it is given
                 'log_every': '50 steps',
-                'goal_error': 0.0,  # the run ends when the top-1 error of the steps since the last line is lower
+                'goal_error': 0.0,  # the run ends when the mean top-1 error of log_every steps is lower; 0: never
                 'stall_after': '5000 steps',  # the loss is compared with ln(classes) from then on
                 'stall_action': 'warn',  # what a stalled loss leads to: warn | stop
             },
@@ -350,7 +350,9 @@ def _check_model(config: Any) -> None:
         if model.widths[i] and (i or model.towers > 1):
             _check_divides(f'config.model.widths (conv{i + 1})', model.widths[i], 'model.towers', model.towers)
     if _smallest_side(config, data.crop_size) < 1:
-        least = next(size for size in range(data.crop_size, 4096) if _smallest_side(config, size) >= 1)
+        least = next((size for size in range(data.crop_size, 4096) if _smallest_side(config, size) >= 1), None)
+        if least is None:
+            raise ConfigError(f'config.model.kernel_sizes: {model.kernel_sizes!r} are larger than images may be')
         field = 'crop_size' if least <= data.image_size else 'image_size'
         raise ConfigError(f'config.data.{field}: {data[field]} leaves nothing after pool5; the nearest is {least}')
     for field in ('lrn_size', 'spatial_norm_size'):
@@ -473,7 +475,8 @@ def check_mesh(config: Any, data: int, model: int) -> None:
         raise ConfigError(
             "config.mesh.layout: 'hybrid' needs fc6, fc7 and fc8, and all in model.exchange; the nearest is 'towers'"
         )
-    if model > 1 and layout == 'towers' and config.model.lrn and config.model.lrn_across_towers:
+    has_lrn = any('lrn' in steps_after(config.model, name) for name in CONVOLUTIONS)
+    if model > 1 and layout == 'towers' and has_lrn and config.model.lrn_across_towers:
         raise ConfigError(f'config.mesh.model: {model} with model.lrn_across_towers; the nearest is 1')
     inputs = table['fc6'].kernel[0] if 'fc6' in table else model
     if layout == 'hybrid' and inputs % model:

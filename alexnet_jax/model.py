@@ -173,6 +173,7 @@ class AlexNet(nnx.Module):
                 x = exchange(jnp.concatenate(towers, -1), layer.inputs, name)
                 towers = [x] * layer.towers
             towers = layer(towers)
+            outputs[name] = jnp.concatenate(towers, -1)  # of a layer without a nonlinearity
         for step in steps_after(self.config, name):
             if step == 'activation':
                 towers = [self.activate(x) for x in towers]

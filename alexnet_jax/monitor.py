@@ -170,12 +170,13 @@ def _minutes(seconds: float) -> str:
 
 def write_json(path: str, value: Any) -> None:
     """Write `value` to `path` whole or not at all."""
-    with open(path + '.tmp', 'w') as file:
+    aside = f'{path}.{os.getpid()}.tmp'  # the jobs of an array may write the same file
+    with open(aside, 'w') as file:
         json.dump(value, file, indent=1)
         file.write('\n')
         file.flush()
         os.fsync(file.fileno())
-    os.replace(path + '.tmp', path)
+    os.replace(aside, path)
 
 
 def read_json(path: str) -> dict[str, Any] | None:

@@ -32,8 +32,9 @@ class Preset:
 
 
 # Sections 3 to 5 of the paper as printed: two towers, ReLU, then normalisation with the sum over 5 maps times 1e-4,
-# then pooling; biases of 1 in conv2, conv4, conv5, fc6 and fc7. It is not what produced the paper's tables: see the
-# next one.
+# then pooling; biases of 1 in conv2, conv4, conv5, fc6 and fc7. Only its colour noise is that of the original program,
+# for the printed sentence is absurd on pixels from 0 to 255. It is not what produced the paper's tables: see the next
+# one.
 _PAPER = Preset(
     model={
         'widths': (96, 256, 384, 384, 256, 4096, 4096),  # conv1..conv5, fc6, fc7; a layer of width 0 is left out
@@ -70,7 +71,9 @@ _PAPER = Preset(
         'bias_init': (0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0),
     },
     recipe={},
-    published=Published(40.7, 18.2, 10, 'table 2 of the paper, ILSVRC-2012 validation', 60_965_224, 724_406_816),
+    published=Published(
+        40.7, 18.2, 10, 'table 2 of the paper (of net #145), ILSVRC-2012 validation', 60_965_224, 724_406_816
+    ),
 )
 
 # Net #145 of the original program (layers-145.cfg), whose notes end with the errors of the paper's tables. In layer 1
@@ -263,8 +266,9 @@ _D2L = Preset(
 
 # AlexNet-BN, with which LARS was shown on large batches (nvcaffe): batch normalisation without scale and bias in place
 # of response normalisation, behind pool1, pool2 and the ReLUs of conv3 and conv4; 227 pixels divided by 256. Batches of
-# 8,192 at 10 with a trust coefficient of 0.001, four epochs of warm-up, then falling as a square. The errors are from
-# memory of the LARS paper's table, about 60 % right; they were not verified.
+# 8,192 at 10 with a trust coefficient of 0.001, four epochs of warm-up, then falling as a square. Here the decay is
+# part of what LARS scales, as in the paper on it; that fork left it out. Initial values are those of `caffe`, the
+# fork's biases are 0.01 and 0.1. The error is about that of the LARS paper's table; it was not verified.
 _BN_LARS = Preset(
     model=_CAFFE.model
     | {
@@ -284,6 +288,7 @@ _BN_LARS = Preset(
         'optimizer.power': 2.0,
         'optimizer.learning_rate': 10.0,
         'optimizer.trust_coefficient': 0.001,
+        'optimizer.bias_lr_multiplier': 0.064,  # 0.64, a plain rate for such batches: LARS does not scale biases
         'optimizer.warmup': '600 steps',
         'train.batch_size': 8192,
         'train.epochs': 100.0,

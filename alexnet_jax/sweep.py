@@ -94,9 +94,11 @@ def check(variants: list[Variant]) -> None:
 
 
 def write_plan(variants: list[Variant], config_file: str, workdir: str) -> None:
-    """Write WORKDIR/sweep.json, which `alexnet_jax.report` reads: what was asked for, and what was published of it."""
+    """Write WORKDIR/sweep.json, which `alexnet_jax.report` reads: what was asked for, and what was published of it.
+
+    Raises ConfigError: the folder cannot be used.
+    """
     rows = {variant.name: variant for variant in variants}
-    os.makedirs(workdir, exist_ok=True)
     plan = {
         'config': config_file,
         'base': 'base' if 'base' in rows else None,
@@ -115,7 +117,11 @@ def write_plan(variants: list[Variant], config_file: str, workdir: str) -> None:
             for run in variants
         ],
     }
-    write_json(os.path.join(workdir, 'sweep.json'), plan)
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        write_json(os.path.join(workdir, 'sweep.json'), plan)
+    except OSError as error:
+        raise ConfigError(f'--workdir: {workdir} cannot be used: {error}') from None
 
 
 def print_list(variants: list[Variant], configs: list[Any], workdir: str) -> None:

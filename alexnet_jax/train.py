@@ -133,6 +133,7 @@ class _Run:
         self.eval_steps = {views: make_eval_step(config, mesh, views) for views in {1, config.eval.views}}
         self.layer_report = make_layer_report(config, mesh)
         self.checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), config.checkpoint.keep)
+        judged_by = [config.train.goal_error, str(config.train.stall_after), config.train.stall_action]
         restored = self.checkpoints.restore(abstract_state(config, mesh))
         if restored:
             self.state, self.progress = restored
@@ -141,13 +142,15 @@ class _Run:
                     f'config.data: the prepared images are not those that {workdir} was begun with; put those back, or'
                     ' name another --workdir'
                 )
+            if self.progress['judged_by'] != judged_by:  # other goals: what was found by the old ones is void
+                self.progress |= {'judged_by': judged_by, 'goal_step': None, 'stalled_step': None}
             log(f'resuming {workdir} at step {self.step} of {self.total}')
         else:
             # evaluated: the step of the last evaluation; errors: what it found.
             self.progress = {'step': 0, 'evaluated': -1, 'errors': None, 'plateau': plateau_start()}
             self.progress |= {'images_per_second': 0.0, 'store': store.fingerprint}
             # window: sums over the steps since the last whole multiple of log_every.
-            self.progress |= {'window': NOTHING, 'goal_step': None, 'stalled_step': None}
+            self.progress |= {'window': NOTHING, 'judged_by': judged_by, 'goal_step': None, 'stalled_step': None}
             self.state = init_state(config, mesh)
         watchdog.feed('the first state')
         metrics, layers = (
@@ -289,7 +292,7 @@ class _Run:
         )
         self.bar.line(self.note)
         window = self.progress['window']
-        sums = {'loss': means['loss'] * len(values), 'top1_error': means['top1_error'] * len(values)}
+        sums = {name: float(np.sum([value[name] for value in values], dtype=np.float64)) for name in values[0]}
         sums['steps'] = len(values)
         self.progress['window'] = {name: window[name] + sums[name] for name in window}
         if self.step % self.log_every == 0:

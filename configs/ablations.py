@@ -4,8 +4,8 @@
     python -m alexnet_jax.report runs/ablations
 
 DATA           base row                                     seeds   rows
-photos         configs/quickstart.py                          5     those that the paper has numbers or words on
-fashion_mnist  configs/fashion_mnist.py                       5     all but colour
+photos         configs/quickstart.py                          5     LRN, overlap, dropout, towers, tanh, colour
+fashion_mnist  configs/fashion_mnist.py                       5     no overlap, no colour, but depth, exchange, batches
 imagenet       configs/imagenet.py:krizhevsky2012             1     all
 
 Hardware and time: `photos` on two CPU cores in docs/ablations.md. The others were not run here; `fashion_mnist` takes
@@ -142,7 +142,9 @@ def _batch_rows(config, batch_sizes) -> list[Variant]:
     rate, size = config.optimizer.learning_rate, config.train.batch_size
     rows = []
     for batch_size in batch_sizes:
+        # Rates of single layers are of the base's batch size.
         scaled = {'train.batch_size': batch_size, 'optimizer.learning_rate': rate * batch_size / size}
+        scaled['optimizer.layer_rates'] = ()
         warmup = {} if batch_size <= 256 else {'optimizer.warmup': '5 epochs'}
         same = batch_size == 256
         rows.append(
@@ -153,9 +155,13 @@ def _batch_rows(config, batch_sizes) -> list[Variant]:
                 'net #170 with batches of 256: "matches exactly"' if same else '',
             )
         )
+        lars_rate = 10 * (batch_size / 8192) ** 0.5
         lars = {
             'optimizer.trust_coefficient': 0.001,
-            'optimizer.learning_rate': 10 * (batch_size / 8192) ** 0.5,
+            'optimizer.learning_rate': lars_rate,
+            # LARS does not scale biases: they learn as without it.
+            'optimizer.bias_schedule': 'same',
+            'optimizer.bias_lr_multiplier': rate * batch_size / size / lars_rate,
             'optimizer.warmup': '5 epochs',
             'optimizer.schedule': 'poly',
             'optimizer.power': 2.0,

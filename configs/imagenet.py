@@ -1,9 +1,9 @@
 """AlexNet on ImageNet (ILSVRC-2012): python launch.py --config=configs/imagenet.py[:PRESET] --config.data.data_dir=D
 
-Put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into D/downloads/manual; the first run prepares 252 GB in D.
+Put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into D/downloads/manual; the first run prepares 262 GB in D.
 
 PRESET          network and training                                published top-1 / top-5 error, views
-paper           sections 3 to 5 of the paper as printed (default)   40.7 / 18.2 %, 10
+paper           sections 3 to 5 of the paper as printed (default)   40.7 / 18.2 %, 10 (those of the next one)
 krizhevsky2012  net #145, which the paper's tables are of           40.66 / 18.21 %, 10
 half            net #145 on one GPU                                 39.17 / 18.23 %, 10 (ILSVRC-2010)
 no_exchange     net #150: towers that meet in fc8                   41.83 / 19.33 %, 10

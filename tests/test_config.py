@@ -157,6 +157,11 @@ def test_resolve_leaves_its_argument_alone_and_freezes():
             {'model.widths': (96, 256, 384, 383, 256, 4096, 4096)},
             'config.model.widths (conv4): 383 is not divisible by model.towers=2; the nearest is',
         ),
+        ({'model.kernel_sizes': (5000, 5, 3, 3, 3)}, 'config.model.kernel_sizes: (5000, 5, 3, 3, 3) are larger than'),
+        ({'model.kernel_sizes': (11, 5, 3)}, 'config.model.kernel_sizes: 3 values; 5 are needed'),
+        ({'model.exchange': ('conv1',)}, "config.model.exchange: 'conv1' is not one of conv2"),
+        ({'model.after_conv': ('relu',) * 5}, "config.model.after_conv: 'relu' is no order of some of activation"),
+        ({'model.widths': (0, 256, 384, 384, 256, 4096, 4096)}, 'config.model.widths: conv1 cannot be left out'),
         # the mesh
         (
             {'mesh.data': 3},

@@ -32,6 +32,7 @@ COMMON = {
     'train.steps': 40,
     'train.log_every': 20,
     'checkpoint.keep': 2,
+    'eval.batch_size': 150,  # which does not divide the 1600 images
 }
 # Few layers, for the compiler takes the longest; networks, crops and preprocessing differ.
 RUNS = {
@@ -534,11 +535,18 @@ def test_wrong_weights_are_refused(given, fit, reason):
     assert str(error.value).startswith(reason)
 
 
-def without_jax(folder: Path) -> str:
-    """A PYTHONPATH on which jax cannot be imported."""
+def without_jax(folder: Path, instead: str = 'raise ImportError') -> str:
+    """A PYTHONPATH on which importing jax does something else."""
     (folder / 'modules').mkdir()
-    (folder / 'modules' / 'jax.py').write_text('raise ImportError')
+    (folder / 'modules' / 'jax.py').write_text(instead)
     return str(folder / 'modules')
+
+
+def test_the_cpu_is_tuned_before_jax_is_imported(runs, tmp_path):
+    ask = "import os, sys; sys.exit(os.environ['XLA_FLAGS'])"
+    tuned = execute('-c', f'from alexnet_jax import startup; startup.tune_cpu(); {ask}', XLA_FLAGS='')
+    run = command(runs['a'], XLA_FLAGS='', PYTHONPATH=without_jax(tmp_path, ask))
+    assert (run.returncode, run.stderr) == (1, tuned.stderr)
 
 
 def test_help_names_the_flags(tmp_path):

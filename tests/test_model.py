@@ -225,6 +225,21 @@ def test_variations_are_those_of_the_independent_program(fields, options):
             assert np.abs(expected - paper).max() > 1e-3 * np.abs(paper).max()
 
 
+def test_layers_without_a_nonlinearity_have_outputs_too():
+    config = model_config(**SMALL, after_conv=('lrn pool', 'activation pool', '', 'pool activation', ''))
+    parameters = random_parameters(network(config, 67)[1], bias_std=0.3)
+    images = np.random.default_rng(2).standard_normal((2, 67, 67, 3)).astype(np.float32)
+    graph, _ = network(config, 67)
+    outputs = jax.jit(lambda parameters, images: nnx.merge(graph, parameters).layer_outputs(images))(parameters, images)
+    assert list(outputs) == ['conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8']
+    assert [float(outputs[name].min()) < 0 for name in ('conv1', 'conv2', 'conv3', 'conv4')] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+
+
 def operations(jaxpr):
     for equation in jaxpr.eqns:
         for value in equation.params.values():

@@ -157,6 +157,17 @@ def test_layers_parameters_and_multiply_adds(preset):
     assert program.out_avals[0].shape == (1, model.num_classes)
 
 
+@pytest.mark.parametrize('preset', ['caffe', 'bn_lars'])
+def test_only_a_normalisation_over_both_towers_keeps_them_on_one_device(preset):
+    given = settings(preset)
+    given.mesh.model = 2
+    if preset == 'caffe':
+        with pytest.raises(config.ConfigError, match=r'config.mesh.model: 2 with model.lrn_across_towers'):
+            config.resolve(given)
+    else:
+        assert config.resolve(given).mesh.model == 2
+
+
 @pytest.mark.parametrize('preset', PRESETS)
 def test_published_errors(preset):
     published = PRESETS[preset].published

@@ -161,12 +161,19 @@ def paper_rows(half: tuple[int, ...]) -> dict:
     }
 
 
-def batch_rows(batch_size: int, rate: float, lars_rate: float, schedule: dict) -> dict:
+POLY = {'optimizer.schedule': 'poly', 'optimizer.bias_schedule': 'same'}
+NO_RATES = {'optimizer.layer_rates': ()}
+
+
+def batch_rows(
+    batch_size: int, rate: float, lars_rate: float, bias_multiplier: float, schedule: dict, both: dict
+) -> dict:
     """Two rows; `schedule`: what of poly with a power of 2 the base row does not have."""
     name = f'batch_{batch_size}'
     warmup = {'optimizer.warmup': '5 epochs'}
-    size = {'train.batch_size': batch_size}
+    size = {'train.batch_size': batch_size} | both
     lars = {'optimizer.learning_rate': lars_rate, 'optimizer.trust_coefficient': 0.001}
+    lars['optimizer.bias_lr_multiplier'] = bias_multiplier
     return {
         name: size | {'optimizer.learning_rate': rate} | (warmup if batch_size > 256 else {}),
         f'{name}_lars': size | lars | warmup | schedule,
@@ -188,9 +195,9 @@ ROWS = {
         'no_fc7': {'model.widths': (32, 96, 160, 160, 96, 1024, 0)},
         'no_exchange': {'model.exchange': ('fc8',)},
         'exchange_at_conv4': {'model.exchange': WITHOUT_CONV3},
-        **batch_rows(256, 0.04, 1.7677669529663689, {'optimizer.power': 2.0}),
-        **batch_rows(1024, 0.16, 3.5355339059327378, {'optimizer.power': 2.0}),
-        **batch_rows(8192, 1.28, 10.0, {'optimizer.power': 2.0}),
+        **batch_rows(256, 0.04, 1.7677669529663689, 0.022627417, {'optimizer.power': 2.0}, {}),
+        **batch_rows(1024, 0.16, 3.5355339059327378, 0.045254834, {'optimizer.power': 2.0}, {}),
+        **batch_rows(8192, 1.28, 10.0, 0.128, {'optimizer.power': 2.0}, {}),
     },
     'imagenet': {
         **paper_rows((48, 128, 192, 192, 256, 4096, 4096)),
@@ -227,9 +234,9 @@ ROWS = {
         'no_fc7': {'model.widths': (96, 256, 384, 384, 256, 4096, 0)},
         'no_exchange': {'model.exchange': ('fc8',)},
         'exchange_at_conv4': {'model.exchange': WITHOUT_CONV3},
-        **batch_rows(256, 0.02, 1.7677669529663689, {'optimizer.schedule': 'poly'}),
-        **batch_rows(1024, 0.08, 3.5355339059327378, {'optimizer.schedule': 'poly'}),
-        **batch_rows(8192, 0.64, 10.0, {'optimizer.schedule': 'poly'}),
+        **batch_rows(256, 0.02, 1.7677669529663689, 0.0113137085, POLY, NO_RATES),
+        **batch_rows(1024, 0.08, 3.5355339059327378, 0.022627417, POLY, NO_RATES),
+        **batch_rows(8192, 0.64, 10.0, 0.064, POLY, NO_RATES),
     },
 }
 
@@ -419,9 +426,13 @@ sys.exit(3 if number == 1 else 0)
 
 
 @pytest.mark.parametrize('jobs', [1, 2, 3])
-def test_as_many_at_once_as_wanted_and_failures_stop_nothing(tmp_path, capfd, jobs):
-    variants = [Variant(name) for name in 'abcde']
+def test_as_many_at_once_as_wanted_and_failures_stop_nothing(tmp_path, capfd, monkeypatch, jobs):
+    variants = [Variant(name) for name in 'abcdef']
     configs = [configure(default_config(), variant) for variant in variants]
+    (tmp_path / 'sweep' / 'f').mkdir(parents=True)
+    write_json(str(tmp_path / 'sweep' / 'f' / 'config.json'), configs[5].to_dict())
+    write_json(str(tmp_path / 'sweep' / 'f' / 'result.json'), {'status': 'done'})
+    monkeypatch.setattr('alexnet_jax.monitor.LINE_EVERY_SECONDS', 0.0)
     told = tmp_path / 'told'
     command = [sys.executable, '-ISc', SLEEPER, str(told)]
     assert run_all(variants, configs, str(tmp_path / 'sweep'), command, jobs) == 1
@@ -432,13 +443,15 @@ def test_as_many_at_once_as_wanted_and_failures_stop_nothing(tmp_path, capfd, jo
         assert begun == [0, 1, 2, 3, 4]
     under_way = np.cumsum([1 if what == 'begin' else -1 for what, _ in events])
     assert max(under_way) == jobs
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith('alexnet_jax: ')]
+    err = capfd.readouterr().err
+    assert re.findall(r'sweep (\d/\d) runs', err) == ['2/6', '3/6', '4/6']
+    lines = [line for line in err.splitlines() if line.startswith('alexnet_jax: ')]
     assert sorted(lines[:2]) == [
         'alexnet_jax: b ended with 3: the reason',
         'alexnet_jax: c ended with -9: it said nothing',
     ]
     assert re.fullmatch(
-        rf'alexnet_jax: 2 of 5 runs failed: (b, c|c, b); see log\.txt in their folders in {tmp_path}/sweep', lines[2]
+        rf'alexnet_jax: 2 of 6 runs failed: (b, c|c, b); see log\.txt in their folders in {tmp_path}/sweep', lines[2]
     )
     assert len(lines) == 3
     assert (tmp_path / 'sweep' / 'b' / 'log.txt').read_text() == 'something\nthe reason \n\n'
@@ -580,7 +593,8 @@ def begin(place: Place, workdir: Path, after: dict[int, int]) -> tuple[subproces
     step later than that in `after`.
     """
     command = place.command(workdir, '--sweep_jobs=2', '--sweep=all')
-    sweep = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    sweep = subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=pipe, stderr=pipe, text=True)
 
     def numbers():
         assert sweep.poll() is None, sweep.stderr.read()
@@ -666,6 +680,8 @@ def test_a_number_runs_one(first):
     settings = json.loads((workdir / RUNS[1] / 'config.json').read_text())
     assert (settings['seed'], settings['optimizer']['learning_rate']) == (0, 0.0001)
     assert '1 view' in run.stdout
+    # An array of jobs has nobody else to write what the report reads.
+    assert len(json.loads((workdir / 'sweep.json').read_text())['runs']) == 4
 
 
 def test_all_runs_what_is_missing(place, whole):
@@ -743,6 +759,7 @@ def test_the_report_has_the_means_of_the_results(whole):
         (['--sweep=5'], "--sweep: '5' is not list, all or a number from 0 to 3"),
         (['--sweep=-1'], "--sweep: '-1' is not list, all or a number from 0 to 3"),
         (['--sweep=foo'], "--sweep: 'foo' is not list, all or a number from 0 to 3"),
+        (['--sweep=all', '--distributed'], '--sweep: several processes run one of its runs together, --sweep=K'),
         (['--sweep=all', '--config.train.log_every=3 steps'], "config.train.log_every: '3 steps', but "),
         (['--sweep=2', '--config.train.log_every=3 steps'], "config.train.log_every: '3 steps', but "),
     ],
@@ -778,21 +795,28 @@ def half_done(place, whole):
 
 @pytest.fixture(scope='module')
 def killed(place, half_done):
-    """After kill -9 of the sweep: what its runs were given, what was left of them, and the steps they had saved."""
+    """After kill -9 of the sweep: what was left of its runs, the steps they had saved, and what they were given."""
     sweep, processes = begin(place, half_done, {2: 0, 3: 0})
     cores = [os.sched_getaffinity(process) for process in processes.values()]
     sessions = [os.getsid(process) == process for process in processes.values()]
+    inputs = [os.readlink(f'/proc/{process}/fd/0') for process in processes.values()]
     sweep.kill()
     sweep.communicate(timeout=60)
     with contextlib.suppress(AssertionError):
         wait_for(lambda: not running(half_done), 10)
-    return cores, sessions, running(half_done), {number: newest(half_done, RUNS[number]) for number in processes}
+    return (
+        running(half_done),
+        {number: newest(half_done, RUNS[number]) for number in processes},
+        cores,
+        sessions,
+        inputs,
+    )
 
 
 @pytest.fixture(scope='module')
 def stopped(place, half_done, killed):
     """Begun again and ended by SIGTERM: exit code, standard error, the results, and the list of then."""
-    sweep, processes = begin(place, half_done, killed[3])
+    sweep, processes = begin(place, half_done, killed[1])
     sweep.terminate()
     for process in processes.values():  # still standing still, so that it is the first thing they hear
         pending = re.compile(r'^ShdPnd:\t(\w+)$', re.MULTILINE)
@@ -809,15 +833,16 @@ linux = pytest.mark.skipif(sys.platform != 'linux', reason='processes are looked
 
 @linux
 def test_runs_end_with_a_killed_sweep(killed):
-    _, _, left, saved = killed
+    left, saved, *_ = killed
     assert left == {}
     assert all(0 < step < STEPS for step in saved.values())
 
 
 @linux
-def test_runs_share_out_the_cores_and_hear_no_ctrl_c(killed):
-    cores, sessions, _, _ = killed
-    assert sessions == [True, True]
+def test_runs_share_out_the_cores_and_have_no_terminal(killed):
+    _, _, cores, sessions, inputs = killed
+    assert sessions == [True, True]  # no Ctrl-C but the sweep's
+    assert inputs == ['/dev/null'] * 2
     allowed = os.sched_getaffinity(0)
     if len(allowed) > 1:
         assert cores[0] | cores[1] == allowed
@@ -834,7 +859,7 @@ def test_sigterm_lets_the_runs_save(killed, stopped):
     assert 'failed' not in err
     for number, ended in results.items():
         assert ended['status'] == 'preempted'
-        assert killed[3][number] < ended['step'] == saved[number] < STEPS
+        assert killed[1][number] < ended['step'] == saved[number] < STEPS
 
 
 @linux
@@ -854,7 +879,7 @@ def test_the_same_command_finishes_what_is_missing(place, whole, half_done, kill
             assert ended[name] == expected[name], name
         log = (half_done / RUNS[number] / 'log.txt').read_text()
         resumed = [int(step) for step in re.findall(rf'resuming .* at step (\d+) of {STEPS}', log)]
-        assert resumed == [killed[3][number], stopped[3][number]]
+        assert resumed == [killed[1][number], stopped[3][number]]
 
 
 def test_a_run_that_fails_does_not_stop_the_others(place, tmp_path):

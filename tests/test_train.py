@@ -358,3 +358,8 @@ def test_a_goal_ends_a_run_and_kill_changes_nothing(photos_dir, tmp_path):
     again = launch(photos_dir, tmp_path / 'goal', *steps, goal_flag)
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / 'goal' / 'result.json').read_text())['state_digest'] == result['state_digest']
+    further = launch(photos_dir, tmp_path / 'goal', *steps)  # without the goal it goes on
+    assert further.returncode == 0, further.stderr
+    ends = [json.loads((tmp_path / name / 'result.json').read_text()) for name in ('whole', 'goal')]
+    assert ends[1]['goal_step'] is None
+    assert ends[1]['state_digest'] == ends[0]['state_digest']
