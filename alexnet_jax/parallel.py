@@ -99,7 +99,7 @@ def sum_over_examples(x: jax.Array, layout: str) -> jax.Array:
 
 def copies_as_one(x: jax.Array, layout: str) -> jax.Array:
     """`x` of each example, of which all devices of `model` have copies but in `hybrid`; so that it can be returned."""
-    return x if layout == 'hybrid' else lax.pmean(x, 'model')
+    return x if layout == 'hybrid' else lax.pmax(x, 'model')  # the same bits, which a mean may not give
 
 
 def copies_of_loss(layout: str) -> int:

@@ -157,6 +157,11 @@ def test_only_launch_imports_train_and_only_when_it_runs():
         'data.workers',
         'data.pipeline',
         'data.store',
+        'ensemble',
+        'evaluate',
+        'report',
+        'run_folder',
+        'sweep',
     ],
 )
 def test_no_jax_on_import(module):
