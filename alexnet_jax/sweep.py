@@ -3,12 +3,10 @@
 A config has a sweep when it has a function `sweep` that returns or yields Variants. Nothing here imports jax.
 """
 
-import ctypes
 import dataclasses
 import itertools
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -192,24 +190,30 @@ def _log_of(folder: str) -> str:
     return os.path.join(folder, 'log.txt')
 
 
+# What a run does before it becomes the command: it keeps to its cores (argv[2]), and asks to be killed when the sweep
+# (argv[1]) ends, by prctl's PR_SET_PDEATHSIG, so that nobody trains on behind it.
+_BECOME = """
+import os, signal, sys
+sweep, cpus = int(sys.argv[1]), sys.argv[2]
+if cpus:
+    os.sched_setaffinity(0, map(int, cpus.split(',')))
+if sys.platform == 'linux':
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != sweep:
+        sys.exit('the sweep has ended')
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
 def _start(command: list[str], folder: str, cpus: set[int]) -> subprocess.Popen:
     os.makedirs(folder, exist_ok=True)
-
-    def prepare_child():
-        if cpus:
-            os.sched_setaffinity(0, cpus)
-        if sys.platform == 'linux':
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nobody trains on behind a killed sweep
-
+    become = [sys.executable, '-ISc', _BECOME, str(os.getpid()), ','.join(map(str, sorted(cpus)))]
     # A session of its own: a Ctrl-C reaches the sweep, which passes on one signal; a second one would stop the saving.
     with open(_log_of(folder), 'ab') as log_file:
         return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log_file,
-            stderr=log_file,
-            start_new_session=True,
-            preexec_fn=prepare_child,
+            [*become, *command], stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True
         )
 
 

@@ -375,9 +375,15 @@ def test_a_full_disk_is_told_in_one_line(pictures, tmp_path):
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_ends_at_once_in_one_line(pictures, tmp_path, number):
-    process = start(settings(pictures), tmp_path, command(f'folder:{pictures}', tmp_path, '--max_bad=0.02'))
-    aside = store_folder(settings(pictures), tmp_path).with_name(
-        store_folder(settings(pictures), tmp_path).name + '.incomplete'
+    many = tmp_path / 'many'  # so many that no machine is done before the signal
+    for path in pictures.rglob('*.jpg'):
+        folder = many / path.parent.relative_to(pictures)
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(40):
+            os.link(path, folder / f'{path.stem}_{i}.jpg')
+    process = start(settings(many), tmp_path, command(f'folder:{many}', tmp_path, '--max_bad=0.02'))
+    aside = store_folder(settings(many), tmp_path).with_name(
+        store_folder(settings(many), tmp_path).name + '.incomplete'
     )
     while not (aside / 'plan.json').exists():
         assert process.poll() is None

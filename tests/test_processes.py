@@ -88,7 +88,7 @@ with Preemption() as preemption:
     mesh = parallel.make_mesh(config)
     rows = np.arange(16, dtype=np.uint32).reshape(4, 4)[index]
     batch = parallel.put_batch(parallel.batch_sharding(mesh, 'towers'), {'number': rows})
-    state = SimpleNamespace(params={'b': batch['number'].astype('float32')}, opt_state={})
+    state = SimpleNamespace(params={'b': batch['number'].astype('float32')}, opt_state={}, statistics={})
     seen['rows'] = processes.whole(batch['number']).tolist()
     seen['digest'] = state_digest(state)
     seen['agreed'] = processes.agree(f'problem of {index}' if index > 1 else '')

@@ -783,6 +783,13 @@ def test_a_config_without_a_sweep_is_refused():
     assert (run.returncode, run.stderr, run.stdout) == (2, refusal, '')
 
 
+def test_a_folder_that_cannot_be_used_is_refused(place, tmp_path):
+    (tmp_path / 'file').write_text('')
+    run = place.run(tmp_path / 'file', '--sweep=all')
+    assert (run.returncode, run.stderr.count('\n')) == (2, 1)
+    assert run.stderr.startswith(f'alexnet_jax: --workdir: {tmp_path}/file cannot be used: ')
+
+
 @pytest.fixture(scope='module')
 def half_done(place, whole):
     """A sweep of which the runs 0 and 1 are done."""
