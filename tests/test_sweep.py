@@ -21,7 +21,7 @@ from alexnet_jax.config import ConfigError, default_config, field_names, field_v
 from alexnet_jax.flags import sweep_of
 from alexnet_jax.monitor import write_json
 from alexnet_jax.run_folder import check_same_run, is_finished, read_config
-from alexnet_jax.sweep import Variant, check, configure, grid, run_all, seeds, zipped
+from alexnet_jax.sweep import _BECOME, Variant, check, configure, grid, run_all, seeds, zipped
 
 ROOT = Path(__file__).parent.parent
 
@@ -843,6 +843,15 @@ def test_runs_end_with_a_killed_sweep(killed):
     left, saved, *_ = killed
     assert left == {}
     assert all(0 < step < STEPS for step in saved.values())
+
+
+@linux
+@pytest.mark.parametrize('alive', [True, False])
+def test_a_run_whose_sweep_has_ended_meanwhile_does_not_begin(alive):
+    sweep = os.getpid() if alive else os.getppid()
+    command = [sys.executable, '-ISc', _BECOME, str(sweep), '', sys.executable, '-c', 'print("begun")']
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == ((0, 'begun\n') if alive else (1, ''))
 
 
 @linux
