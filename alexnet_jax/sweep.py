@@ -87,7 +87,13 @@ def check(variants: list[Variant]) -> None:
     for i, variant in enumerate(variants):
         if variant.directory in directories[:i]:
             raise ConfigError(f'--sweep: two runs are named {variant.directory!r}')
-        if not variant.name or variant.name != os.path.basename(variant.name) or variant.name.startswith('.'):
+        is_other = next(
+            (row for row in variants[:i] if row.name == variant.name and row.overrides != variant.overrides), None
+        )
+        if is_other:
+            raise ConfigError(f'--sweep: {variant.name!r} is the name of two variants with other overrides')
+        usable = variant.name.isprintable() and len(variant.name.encode()) < 256 and variant.name != 'sweep.json'
+        if not usable or variant.name != os.path.basename(variant.name) or variant.name[:1] in ('', '.'):
             raise ConfigError(f'--sweep: {variant.name!r} cannot be the name of a folder')
 
 

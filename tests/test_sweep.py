@@ -596,22 +596,26 @@ def begin(place: Place, workdir: Path, after: dict[int, int]) -> tuple[subproces
     pipe = subprocess.PIPE
     sweep = subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=pipe, stderr=pipe, text=True)
 
-    def numbers():
-        assert sweep.poll() is None, sweep.stderr.read()
-        return {int(number): process for process, number in running(workdir).items() if number != 'all'}
-
-    processes = wait_for(lambda: set(numbers()) == set(after) and numbers())
+    processes: dict[int, int] = {}
     held = set()
 
     def hold():
         assert sweep.poll() is None, sweep.stderr.read()
-        for number in set(after) - held:
+        if set(processes) != set(after):  # one may be between two programs just now, and has no command line
+            found = {number: process for process, number in running(workdir).items() if number != 'all'}
+            processes.update({int(number): process for number, process in found.items()})
+        for number in set(processes) - held:
             if newest(workdir, RUNS[number]) > after[number]:
                 os.kill(processes[number], signal.SIGSTOP)
                 held.add(number)
-        return len(held) == len(after)
+        return held == set(after)
 
-    wait_for(hold)
+    try:
+        wait_for(hold)
+    except BaseException:
+        sweep.kill()
+        sweep.communicate(timeout=60)
+        raise
     return sweep, processes
 
 
