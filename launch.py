@@ -111,8 +111,7 @@ def main(argv: list[str]) -> int:
         else:
             variants = sweep_of(file)
             variant = _run_of_sweep(variants)
-            if not monitor.is_silent() and not os.path.exists(os.path.join(workdir, 'sweep.json')):
-                write_plan(variants, file, workdir)  # the runs of an array have nobody else to write it
+            write_plan(variants, file, workdir)  # the runs of an array have nobody else to write it
             config, workdir = configure(CONFIG.value, variant), os.path.join(workdir, variant.directory)
         check_same_run(config, workdir, every_field=_SWEEP.value is not None)
         if is_finished(config, workdir):

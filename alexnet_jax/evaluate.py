@@ -12,7 +12,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,10 +20,11 @@ import numpy as np
 from absl import app, flags, logging
 
 from alexnet_jax import ensemble, startup
+from alexnet_jax.command import parse_flags
 from alexnet_jax.config import ConfigError, resolve
 from alexnet_jax.data import pipeline
 from alexnet_jax.data.store import prepared_store
-from alexnet_jax.monitor import Preemption, Progress, complain, log
+from alexnet_jax.monitor import Preemption, Progress, complain, log, write_aside
 from alexnet_jax.run_folder import read_config
 
 FORMS = "a run's folder WORKDIR, WORKDIR/best or WORKDIR/checkpoints/STEP"
@@ -324,27 +324,6 @@ def _check_predictions(path: str | None) -> None:
         raise ConfigError(f'--predictions: {path!r} cannot be written; name a file in a folder that can be')
 
 
-def _save(path: str, **arrays: np.ndarray) -> None:
-    """Write `path` whole or not at all. Raises OSError."""
-    with open(path + '.tmp', 'wb') as file:
-        np.savez(file, allow_pickle=False, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + '.tmp', path)
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        complain(' '.join(str(error).split()))
-        sys.exit(2)
-    if len(rest) == 1:
-        complain(f'which checkpoint? Name {FORMS}: python -m alexnet_jax.evaluate CHECKPOINT...')
-        sys.exit(2)
-    return rest
-
-
 def main(argv: list[str]) -> int:
     """Evaluate the checkpoints argv[1:]; returns the exit code, after one line on what is wrong."""
     logging.set_verbosity(logging.ERROR)
@@ -368,7 +347,11 @@ def main(argv: list[str]) -> int:
         told = [{'checkpoint': name, 'step': step} for name, step in zip(names, steps, strict=True)]
         report, mixed = summarise(told, scores, labels[0], store.class_names, weights, given.per_class)
         if path is not None:
-            _save(path, probabilities=np.exp(mixed), labels=labels[0], class_names=np.array(store.class_names))
+            names_array = np.array(store.class_names)
+            with write_aside(path, 'wb') as file:
+                np.savez(
+                    file, allow_pickle=False, probabilities=np.exp(mixed), labels=labels[0], class_names=names_array
+                )
     except (ConfigError, CheckpointError) as error:
         complain(str(error))
         return 2
@@ -393,4 +376,5 @@ if __name__ == '__main__':
     flags.DEFINE_bool('per_class', False, 'Print a table of the classes as well.')
     flags.DEFINE_string('predictions', None, "FILE.npz to save the probabilities of all images in, the ensemble's.")
     flags.DEFINE_bool('json', False, 'Print one JSON object.')
-    app.run(main, flags_parser=_parse_flags)
+    wanted = f'which checkpoint? Name {FORMS}: python -m alexnet_jax.evaluate CHECKPOINT...'
+    app.run(main, flags_parser=lambda argv: parse_flags(argv, wanted, most=math.inf))

@@ -1,5 +1,6 @@
 """What a run tells: progress on a terminal or in a log, metrics.jsonl, and files that are never half written."""
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 LINE_EVERY_SECONDS = 15.0
@@ -168,15 +170,27 @@ def _minutes(seconds: float) -> str:
     return f'{hours}h{minutes:02d}m' if hours else f'{minutes}m{int(seconds) % 60:02d}s'
 
 
+@contextlib.contextmanager
+def write_aside(path: str, mode: str = 'w') -> Iterator[Any]:
+    """A file that becomes `path` at the end, on disk; where writing fails `path` stays as it was. Raises OSError."""
+    aside = f'{path}.{os.getpid()}.tmp'  # the jobs of an array may write the same file
+    try:
+        with open(aside, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(aside)
+        raise
+
+
 def write_json(path: str, value: Any) -> None:
     """Write `value` to `path` whole or not at all."""
-    aside = f'{path}.{os.getpid()}.tmp'  # the jobs of an array may write the same file
-    with open(aside, 'w') as file:
+    with write_aside(path) as file:
         json.dump(value, file, indent=1)
         file.write('\n')
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def read_json(path: str) -> dict[str, Any] | None:
@@ -207,9 +221,8 @@ class Metrics:
         if os.path.exists(path):
             with open(path) as file:
                 kept = [line.rstrip('\n') + '\n' for line in file if _is_kept(line, last)]
-        with open(path + '.tmp', 'w') as file:
+        with write_aside(path) as file:
             file.writelines(kept)
-        os.replace(path + '.tmp', path)
         self.file = open(path, 'a', buffering=1)  # noqa: SIM115
 
     def write(self, **values: Any) -> None:

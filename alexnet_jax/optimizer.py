@@ -49,12 +49,11 @@ def make_optimizer(
     velocity = optax.trace(config.momentum)
 
     def move(updates, state, _=None):
-        scaled = jax.tree.map(lambda update, rate: -rate * update, updates, rates(updates))
+        each = rates(updates)
+        scaled = jax.tree.map(lambda update, rate: -rate * update, updates, each)
         moved, new_state = velocity.update(scaled, state)
-        moved = jax.tree.map(lambda update, rate: jnp.where(rate > 0, update, 0.0), moved, rates(updates))
-        kept = jax.tree.map(
-            lambda new, old, rate: jnp.where(rate > 0, new, old), new_state.trace, state.trace, rates(updates)
-        )
+        moved = jax.tree.map(lambda update, rate: jnp.where(rate > 0, update, 0.0), moved, each)
+        kept = jax.tree.map(lambda new, old, rate: jnp.where(rate > 0, new, old), new_state.trace, state.trace, each)
         return moved, optax.TraceState(kept)
 
     return optax.chain(

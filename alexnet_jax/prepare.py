@@ -24,13 +24,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
 
+from alexnet_jax.command import parse_flags
 from alexnet_jax.config import ConfigError, check_class_names
 from alexnet_jax.data.examples import Source, SourceError
 from alexnet_jax.data.pipeline import DESCRIPTION, StoreError, describe, store_directory
 from alexnet_jax.data.shards import Format, Shard, statistics
 from alexnet_jax.data.sources import is_at_hand, open_source
 from alexnet_jax.data.workers import write_shards
-from alexnet_jax.monitor import Progress, complain, log, read_json, write_json
+from alexnet_jax.monitor import Progress, complain, log, read_json, write_aside, write_json
 
 IMAGES_A_SHARD = 1024
 JPEG_SHARE = 0.25  # of the size of raw images that JPEGs are taken to need, when the disk is checked
@@ -218,9 +219,8 @@ def _skipped(reports: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _write_lines(path: str, lines: list[dict[str, str]]) -> None:
-    with open(f'{path}.tmp', 'w') as file:
+    with write_aside(path) as file:
         file.writelines(json.dumps(line) + '\n' for line in lines)
-    os.replace(f'{path}.tmp', path)
 
 
 def _complete(
@@ -272,18 +272,6 @@ def _summarise(target: str, reports: dict[str, Any], read: int, seconds: float, 
         log(f'skipped images are named in {target}/skipped.jsonl')
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        complain(' '.join(str(error).split()))
-        sys.exit(2)
-    if len(rest) > 1:
-        complain(f'{rest[1]!r} is no flag; flags are written --name=value')
-        sys.exit(2)
-    return rest
-
-
 def main(argv: list[str]) -> None:
     """Run as a command; exit code 2 and one line where the source or a flag is wrong, 1 where preparing failed."""
     del argv
@@ -321,4 +309,4 @@ if __name__ == '__main__':
     # What SLURM or a container gives, not what the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     flags.DEFINE_integer('workers', cores, 'Processes.', lower_bound=1)
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)

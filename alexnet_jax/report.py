@@ -13,13 +13,13 @@ import json
 import math
 import os
 import statistics
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
 
-from alexnet_jax.monitor import complain, read_json
+from alexnet_jax.command import parse_flags
+from alexnet_jax.monitor import complain, read_json, write_aside
 
 # What is read of sweep.json, and its types.
 _SWEEP = {'config': str, 'base': str | None, 'variants': list, 'runs': list}
@@ -320,26 +320,10 @@ def _write(flag: str, text: str) -> None:
         return
     path = os.path.expanduser(path)
     try:
-        with open(path + '.tmp', 'w', encoding='utf-8') as file:
+        with write_aside(path) as file:
             file.write(text)
-        os.replace(path + '.tmp', path)
     except OSError as error:
         raise ReportError(f'--{flag}: {path} cannot be written: {error.strerror}') from None
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        complain(' '.join(str(error).split()))
-        sys.exit(2)
-    if len(rest) == 1:
-        complain('which sweep? Name its folder: python -m alexnet_jax.report SWEEP_DIR')
-        sys.exit(2)
-    if len(rest) > 2:
-        complain(f'{rest[2]!r} is no flag; flags are written --name=value')
-        sys.exit(2)
-    return rest
 
 
 def main(argv: list[str]) -> int:
@@ -364,4 +348,5 @@ if __name__ == '__main__':
     flags.DEFINE_integer('views', None, 'Whose errors; by default the most that all results have.', lower_bound=1)
     flags.DEFINE_string('markdown', None, 'File to write the table to as well.')
     flags.DEFINE_string('csv', None, 'File to write the figures to, not rounded.')
-    app.run(main, flags_parser=_parse_flags)
+    wanted = 'which sweep? Name its folder: python -m alexnet_jax.report SWEEP_DIR'
+    app.run(main, flags_parser=lambda argv: parse_flags(argv, wanted, most=1))

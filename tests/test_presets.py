@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from test_model import operations
 
 from alexnet_jax import augment, config, parallel, shapes, step
 from alexnet_jax.model import AlexNet
@@ -105,19 +106,10 @@ def settings(preset, **model):
     return given
 
 
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        for value in equation.params.values():
-            inner = getattr(value, 'jaxpr', None)
-            if inner is not None:
-                yield from equations(inner)
-        yield equation
-
-
 def multiply_adds(jaxpr):
     """Of all convolutions and matrix products of a traced program; a convolution that only moves pixels has none."""
     total = 0
-    for equation in equations(jaxpr):
+    for equation in operations(jaxpr):
         if equation.primitive.name == 'conv_general_dilated' and equation.params['feature_group_count'] == 1:
             kernel, output = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
             total += math.prod(kernel) * math.prod(output[1:3])
