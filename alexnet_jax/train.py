@@ -30,8 +30,6 @@ EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED = 0, 1, 75
 
 BATCHES_AHEAD = 3  # read and on the devices before they are wanted
 STALL_MARGIN = 0.02  # a loss that is not this much below ln(classes) is that of guessing
-
-
 NOTHING = {'loss': 0.0, 'top1_error': 0.0, 'steps': 0}
 
 
@@ -240,6 +238,7 @@ class _Run:
 
     def train_one(self, batches: Iterator[Any]) -> None:
         start = time.perf_counter()
+        self.batch = None  # held on to, it makes the reader wait: 5 % of the time, otherwise below 1
         batch = self.batch = next(batches)
         waited = time.perf_counter() - start
         self.rate = self.learning_rate()
