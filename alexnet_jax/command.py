@@ -1,9 +1,11 @@
 """The command line of the package's commands that have no --config: their flags, and its refusals in one line."""
 
+import os
 import sys
 
 from absl import flags
 
+from alexnet_jax.config import ConfigError
 from alexnet_jax.monitor import complain
 
 
@@ -24,3 +26,19 @@ def parse_flags(argv: list[str], wanted: str = '', most: float = 0) -> list[str]
         complain(' '.join(str(error).split()))
         sys.exit(2)
     return rest
+
+
+def check_output(flag: str, path: str | None, endings: tuple[str, ...] = ()) -> str | None:
+    """`path`, which --`flag` names, with ~ replaced; None stays None.
+
+    Raises ConfigError, before any work is done: it has none of `endings`, or cannot be written.
+    """
+    if path is None:
+        return None
+    path = os.path.expanduser(path)
+    folder = os.path.dirname(os.path.abspath(path))
+    if endings and not path.lower().endswith(endings):
+        raise ConfigError(f'--{flag}: {path!r} does not end with {" or ".join(endings)}')
+    if not path or os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise ConfigError(f'--{flag}: {path!r} cannot be written; name a file in a folder that can be')
+    return path

@@ -2,32 +2,26 @@
 
     python -m alexnet_jax.evaluate CHECKPOINT... [--views=10] [--weights=0.5,0.3,0.2 | --fit_weights] [--per_class]
 
-CHECKPOINT is the folder WORKDIR of a run (its newest checkpoint), WORKDIR/best (the one with the lowest validation
-error) or WORKDIR/checkpoints/STEP. Of several the probabilities are averaged, as for the ensembles of table 2; one
-network after the other is on the devices, and their predictions, 4 bytes an image and class, in main memory. Nothing is
-changed in these folders, so a run may be going on in them.
+CHECKPOINT is a run's folder WORKDIR (its newest checkpoint), WORKDIR/best or WORKDIR/checkpoints/STEP. Of several the
+probabilities are averaged, as for the ensembles of table 2; one network after the other is on the devices, and their
+predictions, 4 bytes an image and class, in main memory.
 """
 
-import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 from absl import app, flags, logging
 
 from alexnet_jax import ensemble, startup
-from alexnet_jax.command import parse_flags
-from alexnet_jax.config import ConfigError, resolve
+from alexnet_jax.command import check_output, parse_flags
+from alexnet_jax.config import ConfigError
 from alexnet_jax.data import pipeline
-from alexnet_jax.data.store import prepared_store
-from alexnet_jax.monitor import Preemption, Progress, complain, log, write_aside
-from alexnet_jax.run_folder import read_config
+from alexnet_jax.monitor import Progress, complain, log, write_aside
+from alexnet_jax.trained import FORMS, Member, find, load, store_of
 
-FORMS = "a run's folder WORKDIR, WORKDIR/best or WORKDIR/checkpoints/STEP"
 FITTED, REPORTED = slice(0, None, 2), slice(1, None, 2)  # of the validation images, with --fit_weights
 
 
@@ -65,160 +59,32 @@ def evaluate(
     return {'loss': loss, 'top1_error': top1_error, 'top5_error': top5_error, 'examples': int(sums[3])}
 
 
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """A network to evaluate.
-
-    Attributes:
-      name: what the command line calls it.
-      workdir: the folder of its run.
-      which: of the run's checkpoints, 'newest', 'best' or a step.
-      config: that of the run, resolved.
-    """
-
-    name: str
-    workdir: str
-    which: str
-    config: Any
-
-
-def find_member(name: str) -> Member:
-    """What `name`, a CHECKPOINT of the command line, stands for. Raises ConfigError: it is not of a known run."""
-    path = os.path.abspath(os.path.expanduser(name))
-    workdir, which = path, 'newest'
-    parent, last = os.path.split(path)
-    if not os.path.exists(os.path.join(path, 'config.json')):
-        if last == 'best':
-            workdir, which = parent, last
-        elif os.path.basename(parent) == 'checkpoints' and last.isdecimal():
-            workdir, which = os.path.dirname(parent), last
-    if not os.path.isdir(workdir):
-        raise ConfigError(f'{name}: there is no folder {workdir}; name {FORMS}')
-    if not os.path.exists(os.path.join(workdir, 'config.json')):
-        raise ConfigError(f'{name}: {workdir} has no config.json; name {FORMS}')
-    try:
-        return Member(name, workdir, which, read_config(workdir))
-    except ConfigError as error:
-        raise ConfigError(f'{name}: its config.json cannot be used: {error}') from None
-
-
-def _step_of(member: Member) -> int:
-    """The step that `member` stands for at the moment. Raises ConfigError, or CheckpointError: there is none."""
-    from alexnet_jax.checkpoint import validation_errors
-
-    errors = validation_errors(os.path.join(member.workdir, 'checkpoints'))
-    if not errors:
-        raise ConfigError(f'{member.name}: {member.workdir} has no checkpoint; train there first')
-    there = f'there are those of steps {", ".join(map(str, errors))}'
-    if member.which == 'newest':
-        return max(errors)
-    if member.which == 'best':
-        measured = {step: error for step, error in errors.items() if error is not None}
-        if not measured:
-            raise ConfigError(f'{member.name}: no checkpoint has a validation error; {there}')
-        return min(measured, key=lambda step: measured[step])
-    if int(member.which) not in errors:
-        raise ConfigError(f'{member.name}: there is no such checkpoint; {there}')
-    return int(member.which)
-
-
-def _read(member: Member, abstract_state: Any) -> Any:
-    """Its checkpoint, see checkpoint.read_checkpoint(). Raises ConfigError, or CheckpointError: it cannot be read."""
-    from alexnet_jax.checkpoint import CheckpointError, read_checkpoint
-
-    while True:
-        step = _step_of(member)
-        path = os.path.join(member.workdir, 'checkpoints', str(step))
-        restored, problem = read_checkpoint(path, abstract_state)
-        if restored is not None:
-            return restored
-        # A run that goes on there may have put another one in its place meanwhile.
-        if _step_of(member) == step:
-            raise CheckpointError(f'{member.name}: checkpoint {path} is damaged ({problem}); name another one')
-
-
-def _store_of(members: Sequence[Member], data_dir: str | None) -> pipeline.Store:
-    """The images that all members were trained with, their mean and class names; prepared now where they are missing.
-
-    Raises:
-      ConfigError, CheckpointError: they were trained with different ones, or with others than are prepared.
-      StoreError, SystemExit, see prepared_store().
-      KeyboardInterrupt: stopped while preparing.
-    """
-    first, *others = members
-    # Of settings, class names and images in the store, validation images among them.
-    fingerprint = _read(first, None).progress['store']
-    for member in others:
-        if _read(member, None).progress['store'] != fingerprint:
-            theirs, own = first.config.data, member.config.data
-            differ = [name for name in pipeline.SETTINGS if own[name] != theirs[name]]
-            why = ', '.join(f'data.{name}={own[name]!r} and not {theirs[name]!r}' for name in differ)
-            raise ConfigError(
-                f'{member.name}: trained with other classes or images than {first.name}'
-                f' ({why or "the same settings, but another store"}); evaluate it by itself'
-            )
-    data_dir = data_dir or first.config.data.data_dir
-    with Preemption() as preemption:
-        store = prepared_store(_changed(first.config, {'data.data_dir': data_dir}), preemption)
-    if store is None:
-        raise KeyboardInterrupt
-    if store.fingerprint != fingerprint:
-        raise ConfigError(
-            f'{first.name}: the images prepared in {data_dir} are not those it was trained with; name their --data_dir'
-        )
-    return store
-
-
-def _changed(config: Any, values: dict[str, Any]) -> Any:
-    """`config`, resolved, with other `values` by dotted name."""
-    settings = ml_collections.ConfigDict(config.to_dict())
-    settings.update_from_flattened_dict(values)
-    return resolve(settings)
-
-
-def _with_mesh(config: Any) -> tuple[Any, Any]:
-    """`config` and its mesh, where that fits the devices there are; otherwise all devices share out the images."""
-    import jax
-
-    from alexnet_jax import parallel
-
-    try:
-        return config, parallel.make_mesh(config)
-    except ConfigError:
-        all_data = {'mesh.layout': 'data', 'mesh.data': -1, 'mesh.model': 1, 'train.batch_size': jax.device_count()}
-        config = _changed(config, all_data)
-        return config, parallel.make_mesh(config)
-
-
 def predict(member: Member, store: pipeline.Store, views: int) -> tuple[int, np.ndarray, np.ndarray]:
     """Its step, log probabilities (N, classes) float32 and labels (N,) int32 of the validation images, in their order.
 
     The probabilities are the means over 1 or 10 views (section 4.1); records damaged on disk are left out.
     Raises ConfigError, CheckpointError, StoreError.
     """
-    from alexnet_jax import augment, parallel
-    from alexnet_jax.step import abstract_state, make_predict_step
+    from alexnet_jax import parallel
+    from alexnet_jax.step import make_predict_step
 
-    config, mesh = _with_mesh(member.config)
-    # Whole, with the velocities: only so does the fingerprint tell whether it is damaged.
-    state = _read(member, abstract_state(config, mesh)).state
-    step = int(state.step)
-    log(f'{member.name}: step {step}; mesh data={mesh.shape["data"]}, model={mesh.shape["model"]}')
-    sharding = parallel.batch_sharding(mesh, config.mesh.layout)
-    parts = parallel.batch_parts(sharding)
-    batch_size = math.ceil(config.eval.batch_size / parts) * parts
+    network = load(member)
+    config, mesh = network.config, network.mesh
+    log(f'{member.name}: step {network.step}; mesh data={mesh.shape["data"]}, model={mesh.shape["model"]}')
     predict_step = make_predict_step(config, mesh, views)
-    preprocessing = augment.preprocessing(store.statistics, config.data)
+    preprocessing = network.preprocessing
     scores, labels = [], []
     what = f'evaluate {member.name}, {views} view{"s" * (views > 1)}'
+    batch_size = network.batch_size(len(store.validation))
     progress = Progress(what, math.ceil(len(store.validation) / batch_size), 'batches')
-    for batch in pipeline.validation_batches(store.validation, batch_size=batch_size, threads=config.data.threads):
-        images, counted = parallel.put_batch(sharding, batch['image']), batch['label'] >= 0
-        scores.append(np.asarray(predict_step(state, images, preprocessing))[counted])
+    batches = pipeline.validation_batches(store.validation, batch_size=batch_size, threads=config.data.threads)
+    for batch in batches:
+        images, counted = parallel.put_batch(network.sharding, batch['image']), batch['label'] >= 0
+        scores.append(np.asarray(predict_step(network.state, images, preprocessing))[counted])
         labels.append(batch['label'][counted])
         progress.update()
     progress.close()
-    return step, np.concatenate(scores), np.concatenate(labels)
+    return network.step, np.concatenate(scores), np.concatenate(labels)
 
 
 def summarise(
@@ -316,23 +182,14 @@ def _weights(given: list[str] | None, fit: bool, members: int) -> list[float] | 
     return [value / total for value in values]
 
 
-def _check_predictions(path: str | None) -> None:
-    """Raise ConfigError where the predictions could not be saved, before they are made."""
-    if path is None:
-        return
-    if not path or os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
-        raise ConfigError(f'--predictions: {path!r} cannot be written; name a file in a folder that can be')
-
-
 def main(argv: list[str]) -> int:
     """Evaluate the checkpoints argv[1:]; returns the exit code, after one line on what is wrong."""
     logging.set_verbosity(logging.ERROR)
     given, names = flags.FLAGS, argv[1:]
-    path = given.predictions and os.path.expanduser(given.predictions)
     try:
         weights = _weights(given.weights, given.fit_weights, len(names))
-        _check_predictions(path)
-        members = [find_member(name) for name in names]
+        path = check_output('predictions', given.predictions)
+        members = [find(name) for name in names]
     except ConfigError as error:
         complain(str(error))
         return 2
@@ -342,7 +199,7 @@ def main(argv: list[str]) -> int:
 
     views = int(given.views)
     try:
-        store = _store_of(members, given.data_dir)
+        store = store_of(members, given.data_dir)
         steps, scores, labels = zip(*[predict(member, store, views) for member in members], strict=True)
         told = [{'checkpoint': name, 'step': step} for name, step in zip(names, steps, strict=True)]
         report, mixed = summarise(told, scores, labels[0], store.class_names, weights, given.per_class)

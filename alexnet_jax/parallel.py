@@ -102,6 +102,13 @@ def copies_as_one(x: jax.Array, layout: str) -> jax.Array:
     return x if layout == 'hybrid' else lax.pmax(x, 'model')  # the same bits, which a mean may not give
 
 
+def output_spec(layer: str, dimensions: int, layout: str) -> PartitionSpec:
+    """How the output of `layer`, (B, H, W, C) or (B, units), lies on the mesh: see AlexNet.layer_outputs()."""
+    if layout == 'hybrid' and (layer.startswith('conv') or layer == 'fc8'):
+        return batch_spec(layout)
+    return PartitionSpec('data', *[None] * (dimensions - 2), 'model')
+
+
 def copies_of_loss(layout: str) -> int:
     """How many devices compute the same example's loss: a gradient summed over the mesh counts it that often."""
     return 1 if layout == 'hybrid' else lax.axis_size('model')

@@ -1,13 +1,19 @@
 """What a run's folder says: whether it holds this run, its end, or another one."""
 
+import contextlib
+import importlib.metadata
 import json
 import os
+import platform
+import sys
+import zipfile
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from alexnet_jax.config import ConfigError, field_names, field_value, resolve
-from alexnet_jax.monitor import read_json
+from alexnet_jax.monitor import first_line, read_json, write_aside
 
 # What weights and the order of the data depend on; other settings may change when a run goes on.
 _FIXED = (
@@ -66,3 +72,53 @@ def read_config(workdir: str) -> ml_collections.FrozenConfigDict:
     if written is None:
         raise ConfigError(f'{workdir}: no run, for it has no readable config.json')
     return resolve(ml_collections.ConfigDict(written))
+
+
+def write_inputs(workdir: str, statistics: dict[str, np.ndarray], class_names: list[str]) -> None:
+    """Write inputs.npz: what must be known to use the run's weights where its data are not.
+
+    statistics: see data/shards.statistics(); class_names: one a label.
+    """
+    with write_aside(os.path.join(workdir, 'inputs.npz'), 'wb') as file:
+        np.savez(file, allow_pickle=False, class_names=np.array(class_names), **statistics)
+
+
+def read_inputs(workdir: str) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The statistics and class names in inputs.npz. Raises ConfigError: it is missing or damaged."""
+    path = os.path.join(workdir, 'inputs.npz')
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+        return arrays, arrays.pop('class_names').tolist()
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ConfigError(
+            f'{path} cannot be read ({first_line(error)}); the command that trained there makes it when it goes on'
+        ) from None
+
+
+def environment() -> dict[str, Any]:
+    """What environment.json says: what the run is made with, and on; jax must be ready.
+
+    versions by package, system, processor, devices (their kind), device_count (of all processes), processes, command.
+    """
+    import jax
+
+    packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    return {
+        'versions': {'python': platform.python_version(), **versions},
+        'system': platform.platform(),
+        'processor': _processor(),
+        'devices': jax.devices()[0].device_kind,
+        'device_count': jax.device_count(),
+        'processes': jax.process_count(),
+        'command': [os.path.basename(sys.argv[0]), *sys.argv[1:]],
+    }
+
+
+def _processor() -> str:
+    """Its name and the number of its cores."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:  # Linux has it
+        name = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), name)
+    return f'{name}, {os.cpu_count()} cores'

@@ -216,6 +216,27 @@ def make_predict_step(config: Any, mesh: parallel.Mesh, views: int) -> Any:
     )
 
 
+def make_output_step(config: Any, mesh: parallel.Mesh, layer: str) -> Any:
+    """The compiled (state, images, preprocessing) -> what `layer` gives for the centre view, float32.
+
+    Returns (B, H, W, C) after the nonlinearity, before normalisation and pooling, the first tower's maps first; or
+    (B, units); fc8 gives logits. images: (B, S, S, C) uint8.
+    """
+    graph, layout = network(config)[0], config.mesh.layout
+
+    def output_step(state, images, preprocessing):
+        model = nnx.merge(graph, state.params, state.statistics)
+        return model.layer_outputs(view(images, preprocessing, config.data, 0))[layer].astype(jnp.float32)
+
+    rows = parallel.batch_spec(layout)
+    return parallel.compile_on_mesh(
+        output_step,
+        mesh,
+        in_specs=(state_specs(config, mesh), rows, parallel.EVERYWHERE),
+        out_specs=parallel.output_spec(layer, 4 if layer.startswith('conv') else 2, layout),
+    )
+
+
 def _log_probabilities(config: Any, state: TrainState, images: Any, preprocessing: Any, views: int) -> jax.Array:
     model = nnx.merge(network(config)[0], state.params, state.statistics)
 

@@ -23,6 +23,7 @@ from alexnet_jax.data.store import prepared_store
 from alexnet_jax.evaluate import evaluate
 from alexnet_jax.monitor import Metrics, Preemption, Progress, Watchdog, log, write_json
 from alexnet_jax.optimizer import learning_rates, plateau_next, plateau_start, scheduled_rate
+from alexnet_jax.run_folder import environment, read_inputs, write_inputs
 from alexnet_jax.step import abstract_state, init_state, make_eval_step, make_layer_report, make_train_step
 
 EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED = 0, 1, 75
@@ -76,6 +77,7 @@ def run(config: Any, workdir: str, group: dict[str, Any] | None) -> int:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(workdir, 'result.json'))  # of a shorter run that this one continues
                 write_json(os.path.join(workdir, 'config.json'), config.to_dict())
+                write_json(os.path.join(workdir, 'environment.json'), environment())
             code = _Run(config, workdir, mesh, store, preemption, watchdog).to_the_end()
             jax.distributed.shutdown()
             return code
@@ -124,32 +126,34 @@ class _Run:
         self.times_asked, self.stop = 0, False
         self.examples = len(store.train)
         self.total = total_steps(config, self.examples)
-        self.preprocessing = processes.of_the_first(preprocessing(store.statistics, config.data))
-        self.colorless = without_color(self.preprocessing)
         self.color_until = math.inf if config.data.color_until is None else self.steps_of(config.data.color_until)
         self.train_step = make_train_step(config, mesh)
         self.eval_steps = {views: make_eval_step(config, mesh, views) for views in {1, config.eval.views}}
         self.layer_report = make_layer_report(config, mesh)
         self.checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), config.checkpoint.keep)
         judged_by = [config.train.goal_error, str(config.train.stall_after), config.train.stall_action]
+        # evaluated: the step of the last evaluation; errors: what it found.
+        self.progress: dict[str, Any] = {'step': 0, 'evaluated': -1, 'errors': None, 'plateau': plateau_start()}
+        self.progress |= {'images_per_second': 0.0, 'store': store.fingerprint}
+        # window: sums over the steps since the last whole multiple of log_every.
+        self.progress |= {'window': NOTHING, 'judged_by': judged_by, 'goal_step': None, 'stalled_step': None}
         restored = self.checkpoints.restore(abstract_state(config, mesh))
         if restored:
-            self.state, self.progress = restored
-            if self.progress['store'] != store.fingerprint:
+            self.state, self.progress = restored[0], self.progress | restored[1]
+            if self.progress['store'] not in (store.fingerprint, None):  # None: weights from elsewhere
                 raise ConfigError(
                     f'config.data: the prepared images are not those that {workdir} was begun with; put those back, or'
                     ' name another --workdir'
                 )
+            self.progress['store'] = store.fingerprint
             if self.progress['judged_by'] != judged_by:  # other goals: what was found by the old ones is void
                 self.progress |= {'judged_by': judged_by, 'goal_step': None, 'stalled_step': None}
             log(f'resuming {workdir} at step {self.step} of {self.total}')
         else:
-            # evaluated: the step of the last evaluation; errors: what it found.
-            self.progress = {'step': 0, 'evaluated': -1, 'errors': None, 'plateau': plateau_start()}
-            self.progress |= {'images_per_second': 0.0, 'store': store.fingerprint}
-            # window: sums over the steps since the last whole multiple of log_every.
-            self.progress |= {'window': NOTHING, 'judged_by': judged_by, 'goal_step': None, 'stalled_step': None}
             self.state = init_state(config, mesh)
+        statistics = self.inputs_of_the_run(bool(restored))
+        self.preprocessing = processes.of_the_first(preprocessing(statistics, config.data))
+        self.colorless = without_color(self.preprocessing)
         watchdog.feed('the first state')
         metrics, layers = (
             os.path.join(workdir, name) if processes.is_first() else None for name in ('metrics.jsonl', 'layers.jsonl')
@@ -166,6 +170,14 @@ class _Run:
         self.log_every = self.steps_of(config.train.log_every)
         self.first_step = self.step
         self.bar = Progress('train', self.total, 'steps', done=self.step)
+
+    def inputs_of_the_run(self, goes_on: bool) -> dict[str, np.ndarray]:
+        """The statistics that images are prepared with: those it was begun with, or of the store, written down now."""
+        if goes_on and os.path.exists(os.path.join(self.workdir, 'inputs.npz')):
+            return read_inputs(self.workdir)[0]
+        if processes.is_first():
+            write_inputs(self.workdir, self.store.statistics, self.store.class_names)
+        return self.store.statistics
 
     @property
     def step(self) -> int:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize  # type: ignore[import-untyped]
 
-from alexnet_jax import checkpoint, ensemble, evaluate
+from alexnet_jax import checkpoint, ensemble, evaluate, trained
+from alexnet_jax.config import resolve
 from alexnet_jax.data import pipeline
 from configs.quickstart import get_config
 
@@ -267,13 +268,13 @@ def test_a_run_may_be_called_best(runs, tmp_path):
         ('checkpoints/7', 'checkpoints/7', 'newest'),
         ('best/checkpoints/40/', 'best', '40'),
     ]:
-        member = evaluate.find_member(f'{tmp_path}/{name}')
+        member = trained.find(f'{tmp_path}/{name}')
         assert (member.workdir, member.which) == (str(tmp_path / workdir), which)
 
 
 def opened(photos_dir: str) -> pipeline.Store:
     directory = next(Path(photos_dir).glob('prepared/*/prepared.json')).parent
-    return pipeline.open_store(str(directory), evaluate.resolve(get_config()).data)
+    return pipeline.open_store(str(directory), resolve(get_config()).data)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +292,7 @@ def test_several_devices_give_the_numbers_of_one(runs, evaluations, photos_dir, 
     settings['mesh'] |= mesh
     settings['eval']['batch_size'] = 197  # no multiple of the devices
     file.write_text(json.dumps(settings))
-    step, scores, labels = evaluate.predict(evaluate.find_member(str(tmp_path / 'a')), opened(photos_dir), 1)
+    step, scores, labels = evaluate.predict(trained.find(str(tmp_path / 'a')), opened(photos_dir), 1)
     _, saved = evaluations['a']
     assert step == 40
     np.testing.assert_array_equal(labels, saved['labels'])
@@ -311,10 +312,10 @@ def test_a_newer_checkpoint_takes_the_place_of_one_that_is_gone_meanwhile(runs, 
         return read(path, abstract_state)
 
     monkeypatch.setattr(checkpoint, 'read_checkpoint', read_late)
-    assert evaluate._read(evaluate.find_member(str(tmp_path / 'b')), None).progress['step'] == 40
+    assert trained.read(trained.find(str(tmp_path / 'b')), None).progress['step'] == 40
     assert asked == ['40', '41']
     with pytest.raises(evaluate.ConfigError, match=r'checkpoints/40: there is no such checkpoint; .* steps 41$'):
-        evaluate._read(evaluate.find_member(str(folder / '40')), None)
+        trained.read(trained.find(str(folder / '40')), None)
 
 
 # The arithmetic, by hand.
@@ -603,11 +604,11 @@ def test_what_cannot_be_evaluated_is_refused_and_left_as_it_is(runs, photos_dir,
         for run, reason in zip(refused, by_command.values(), strict=True):
             assert refusal(run).startswith(reason)
     for (name, folder), reason in by_function.items():
-        members = [evaluate.find_member(str(each)) for each in ((b, name) if name == larger else (name,))]
+        members = [trained.find(str(each)) for each in ((b, name) if name == larger else (name,))]
         with pytest.raises((evaluate.ConfigError, checkpoint.CheckpointError)) as error:
-            evaluate._store_of(members, folder and str(folder))
+            trained.store_of(members, folder and str(folder))
         assert str(error.value).startswith(reason)
     assert traces(tmp_path) == before
     with pytest.raises(SystemExit, match='2'):
-        evaluate._store_of([evaluate.find_member(str(gone))], str(nowhere))
+        trained.store_of([trained.find(str(gone))], str(nowhere))
     assert capfd.readouterr().err.startswith('alexnet_jax: config.data.source: /nowhere is no folder; folder:DIR wants')

@@ -212,11 +212,11 @@ def training_batches(
 
 
 def validation_batches(
-    source: Any, *, batch_size: int, threads: int, share: int = 0, shares: int = 1
+    source: Any, *, batch_size: int, threads: int, share: int = 0, shares: int = 1, first_batch: int = 0
 ) -> Iterator[Batch]:
     """Every image once, in order, in batches filled up with black images labelled -1; of each the rows of `share`.
 
-    A damaged record is such a black image too.
+    A damaged record is such a black image too. `first_batch`: how many batches are passed over.
 
     Yields:
       image (B, S, S, C) uint8 and label (B,) int32; B is batch_size // shares.
@@ -226,7 +226,7 @@ def validation_batches(
     padded = _Padded(source, batch_size)
     return iter(
         grain.MapDataset.range(len(padded))
-        .batch(batch_size // shares)[share::shares]
+        .batch(batch_size // shares)[first_batch * shares + share :: shares]
         .map(lambda indices: _filled(padded, indices))
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     )

@@ -1,0 +1,122 @@
+"""The features of a whole training set, and its images nearest to given ones: the right half of the paper's figure 4.
+
+The features of an image are the outputs of the last hidden layer (fc7, 4096 numbers, section 6.1) for its centre view;
+near is what has a small Euclidean distance. The features lie on disk, in the run's folder, and are computed once: what
+was killed goes on where it stood. Memory holds a batch of images or a block of features at a time.
+"""
+
+import dataclasses
+import os
+import shutil
+import time
+from typing import Any
+
+import numpy as np
+
+from alexnet_jax.config import ConfigError
+from alexnet_jax.data import pipeline
+from alexnet_jax.monitor import Progress, read_json, write_json
+from alexnet_jax.shapes import layers
+from alexnet_jax.trained import Network
+
+BLOCK = 4096  # rows of features that are on a device at a time
+SAVE_SECONDS = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """Features of the training images: (N, units) float32 on disk, in the order of the store; NaN where damaged."""
+
+    features: np.ndarray
+    layer: str
+
+
+def hidden_layer(config: Any) -> str:
+    """The last layer before the logits: fc7, where there is one."""
+    return layers(config.model, config.data.crop_size, config.data.channels)[-2].name
+
+
+def index_of(network: Network, store: pipeline.Store) -> Index:
+    """The features of all training images, computed where they are missing: WORKDIR/features/LAYER_DIGEST/.
+
+    Raises:
+      ConfigError: they cannot be written, or do not fit on the disk.
+      StoreError: too many records of the store are damaged.
+    """
+    from alexnet_jax import parallel
+    from alexnet_jax.step import make_output_step
+
+    layer, images = hidden_layer(network.config), len(store.train)
+    folder = os.path.join(network.workdir, 'features', f'{layer}_{network.digest[:16]}_{store.fingerprint[:16]}')
+    path, state = os.path.join(folder, 'features.npy'), os.path.join(folder, 'state.json')
+    done = (read_json(state) or {}).get('done', 0)
+    units = int(np.prod(network.state.params[layer]['bias'].shape))
+    features = _open(folder, path, (images, units), begun=done > 0)
+    if done == images:
+        return Index(features, layer)
+    batch_size = network.batch_size(images)
+    output_step = make_output_step(network.config, network.mesh, layer)
+    preprocessing, damaged = network.preprocessing, np.full(units, np.nan, np.float32)
+    first_batch = done // batch_size
+    progress = Progress(f'features of {layer}', images, 'images', done=first_batch * batch_size)
+    batches = pipeline.validation_batches(
+        store.train, batch_size=batch_size, threads=network.config.data.threads, first_batch=first_batch
+    )
+    saved = time.monotonic()
+    for number, batch in enumerate(batches, first_batch):
+        rows = parallel.put_batch(network.sharding, batch['image'])
+        found = np.asarray(output_step(network.state, rows, preprocessing)).reshape(batch_size, units)
+        start, stop = number * batch_size, min((number + 1) * batch_size, images)
+        features[start:stop] = np.where(batch['label'][:, None] >= 0, found, damaged)[: stop - start]
+        progress.update(stop - start)
+        if stop == images or time.monotonic() - saved > SAVE_SECONDS:
+            features.flush()
+            write_json(state, {'done': stop})
+            saved = time.monotonic()
+    progress.close()
+    return Index(features, layer)
+
+
+def _open(folder: str, path: str, shape: tuple[int, int], begun: bool) -> np.memmap:
+    """The file of features to go on with, or a new one. Raises ConfigError."""
+    try:
+        if begun:
+            features = np.load(path, mmap_mode='r+')
+            if features.shape == shape:
+                return features
+            raise ValueError(f'it has shape {features.shape} and not {shape}')
+        os.makedirs(folder, exist_ok=True)
+        needed, free = 4 * shape[0] * shape[1], shutil.disk_usage(folder).free
+        if needed > free:
+            raise ConfigError(
+                f'{folder}: {needed / 1e9:.1f} GB of features, and {free / 1e9:.1f} GB are free; make room'
+            )
+        return np.lib.format.open_memmap(path, 'w+', np.float32, shape)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f'{path} cannot be used ({error}); remove {folder}, and it is made anew') from None
+
+
+def nearest(index: Index, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` rows of `index` nearest to each of `queries` (Q, units) float32, nearest first.
+
+    Returns their numbers (Q, count) int64 and distances (Q, count) float32; of equal distances the first row, and never
+    a damaged record, unless there are fewer than `count` others.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def distances(block, query):  # from differences: that of a row to itself is 0, which |a|^2 - 2ab + |b|^2 misses
+        return jnp.sqrt(jnp.sum(jnp.square(block - query[None]), -1))
+
+    found: list[list[np.ndarray]] = [[] for _ in queries]
+    for start in range(0, len(index.features), BLOCK):
+        block = jnp.asarray(index.features[start : start + BLOCK])
+        for query, of_query in zip(queries, found, strict=True):
+            of_query.append(np.asarray(distances(block, query)))
+    everywhere = np.stack([np.concatenate(blocks) for blocks in found])
+    everywhere = np.where(np.isnan(everywhere), np.inf, everywhere)
+    order = np.argsort(everywhere, -1, kind='stable')[:, :count]
+    return order, np.take_along_axis(everywhere, order, -1)
