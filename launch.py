@@ -13,6 +13,7 @@ from ml_collections import config_flags
 from alexnet_jax import monitor, startup
 from alexnet_jax.config import ConfigError, resolve
 from alexnet_jax.flags import CONFIG, parse_flags, refuse, sweep_of
+from alexnet_jax.instruments import Wanted, check_wandb, parse_profile
 from alexnet_jax.monitor import complain
 from alexnet_jax.run_folder import check_same_run, is_finished
 from alexnet_jax.sweep import Variant, configure, print_list, run_all, write_plan
@@ -32,6 +33,9 @@ _SWEEP = flags.DEFINE_string(
 _SWEEP_JOBS = flags.DEFINE_integer(
     'sweep_jobs', 1, 'Runs of --sweep=all at once, sharing out the cores.', lower_bound=1
 )
+_TENSORBOARD = flags.DEFINE_bool('tensorboard', False, 'Event files for TensorBoard in WORKDIR/tensorboard.')
+_WANDB = flags.DEFINE_string('wandb', None, 'Project of Weights & Biases to show the run in; needs its package.')
+_PROFILE = flags.DEFINE_string('profile', None, "Trace these steps into WORKDIR/profile: --profile='steps 20:25'.")
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Several processes, found by JAX on SLURM, TPU or Kubernetes.')
 
 
@@ -102,6 +106,8 @@ def main(argv: list[str]) -> int:
     workdir = os.path.expanduser(_WORKDIR.value or os.path.join('runs', name))
     try:
         group = _process_group()
+        check_wandb(_WANDB.value)
+        wanted = Wanted(_TENSORBOARD.value, _WANDB.value, parse_profile(_PROFILE.value))
         if _SWEEP.value in ('list', 'all'):
             if group is not None:
                 raise ConfigError('--sweep: several processes run one of its runs together, --sweep=K')
@@ -126,7 +132,7 @@ def main(argv: list[str]) -> int:
     from alexnet_jax import processes, train  # after the flags, for they import jax
 
     try:
-        code = train.run(config, workdir, group)
+        code = train.run(config, workdir, group, wanted)
     except Exception as error:
         code = _explain(error)
         processes.leave(code)

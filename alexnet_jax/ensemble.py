@@ -64,6 +64,12 @@ def fit_weights(scores: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
         weights = weights * np.mean(likelihoods / mixed[:, None], 0)
 
 
+def best(probabilities: np.ndarray, class_names: Sequence[str], top: int) -> list[tuple[str, float]]:
+    """The `top` classes with the highest probabilities (classes,), highest first, of equals the first ones."""
+    order = np.argsort(-probabilities, kind='stable')[:top]
+    return [(class_names[index], float(probabilities[index])) for index in order]
+
+
 def by_class(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
     """A row a class: name, images, top1_error and top5_error (0 to 1, None without images), instead, instead_images.
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 LINE_EVERY_SECONDS = 15.0
@@ -211,10 +211,13 @@ class Metrics:
     Args:
       path: of the file; None: nothing is written.
       last: by `split` the step after which lines are dropped.
+      watchers: are given each line too.
     """
 
-    def __init__(self, path: str | None, last: dict[str, int]):
-        self.file = None
+    def __init__(
+        self, path: str | None, last: dict[str, int], watchers: Sequence[Callable[[dict[str, Any]], None]] = ()
+    ):
+        self.file, self.watchers = None, watchers
         if path is None:
             return
         kept = []
@@ -229,6 +232,8 @@ class Metrics:
         """Append one line."""
         if self.file:
             self.file.write(json.dumps(values) + '\n')
+            for watcher in self.watchers:
+                watcher(values)
 
     def close(self) -> None:
         """Close the file."""

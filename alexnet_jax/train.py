@@ -21,6 +21,7 @@ from alexnet_jax.config import ConfigError, duration_in_steps, field_names, fiel
 from alexnet_jax.data import pipeline
 from alexnet_jax.data.store import prepared_store
 from alexnet_jax.evaluate import evaluate
+from alexnet_jax.instruments import Dashboards, Profile, Samples, Wanted
 from alexnet_jax.monitor import Metrics, Preemption, Progress, Watchdog, log, write_json
 from alexnet_jax.optimizer import learning_rates, plateau_next, plateau_start, scheduled_rate
 from alexnet_jax.run_folder import environment, read_inputs, write_inputs
@@ -38,7 +39,7 @@ class TrainingError(RuntimeError):
     """Training that cannot go on: one line with the cause and what to try."""
 
 
-def run(config: Any, workdir: str, group: dict[str, Any] | None) -> int:
+def run(config: Any, workdir: str, group: dict[str, Any] | None, wanted: Wanted) -> int:
     """Train `config` (resolved) to its end in `workdir`, from its newest checkpoint if there is one.
 
     Writes config.json, metrics.jsonl, checkpoints/ and result.json. Returns the exit code: 0, or 75 when SIGTERM or
@@ -47,6 +48,7 @@ def run(config: Any, workdir: str, group: dict[str, Any] | None) -> int:
     Args:
       group: the processes that do this together, see processes.start(). Where an error is raised, those that have
         come together are still waiting for one another, so processes.leave() is the only way out.
+      wanted: what is to be seen of the run besides its log; the same on all processes.
 
     Raises:
       ConfigError: mesh, data, settings and processes do not fit one another, or `workdir` cannot be used.
@@ -78,7 +80,7 @@ def run(config: Any, workdir: str, group: dict[str, Any] | None) -> int:
                     os.remove(os.path.join(workdir, 'result.json'))  # of a shorter run that this one continues
                 write_json(os.path.join(workdir, 'config.json'), config.to_dict())
                 write_json(os.path.join(workdir, 'environment.json'), environment())
-            code = _Run(config, workdir, mesh, store, preemption, watchdog).to_the_end()
+            code = _Run(config, workdir, mesh, store, preemption, watchdog, wanted).to_the_end()
             jax.distributed.shutdown()
             return code
 
@@ -116,6 +118,7 @@ class _Run:
         store: pipeline.Store,
         preemption: Preemption,
         watchdog: Watchdog,
+        wanted: Wanted,
     ):
         self.config, self.workdir, self.mesh, self.store = config, workdir, mesh, store
         self.preemption, self.watchdog = preemption, watchdog
@@ -159,8 +162,11 @@ class _Run:
             os.path.join(workdir, name) if processes.is_first() else None for name in ('metrics.jsonl', 'layers.jsonl')
         )
         evaluated = self.progress['evaluated']
-        self.metrics = Metrics(metrics, {'train': self.step, 'validation': evaluated})
-        self.layers = Metrics(layers, {'layers': evaluated})
+        self.dashboards = Dashboards(wanted, workdir, self.step, config, processes.is_first())
+        self.samples = Samples(config, mesh, store.validation) if wanted.pictures else None
+        self.profile = Profile(wanted.profile, workdir)
+        self.metrics = Metrics(metrics, {'train': self.step, 'validation': evaluated}, [self.dashboards.line])
+        self.layers = Metrics(layers, {'layers': evaluated}, [self.dashboards.line])
         self.batch: Any = None  # the last one, on the devices
         self.pending: list[Any] = []  # metrics of steps not yet logged, on the device
         # Of training alone, without the first step of the process, which waits for the compiler.
@@ -219,10 +225,12 @@ class _Run:
                 self.save()
             if stopping:
                 break
+            self.profile.at(self.step, self.state)
             self.train_one(batches)
             self.bar.update(note=self.note)
             if self.step % self.log_every == 0:
                 self.log_training()
+        self.profile.end(self.state)
         self.bar.close()
         return self.finish()
 
@@ -361,6 +369,15 @@ class _Run:
         dead = [f'{layer} {row["dead"]:.0%}' for layer, row in table.items() if row['dead'] >= 0.005]
         log(f'update/weight: {"  ".join(ratios)}; dead units: {"  ".join(dead) or "none"}')
 
+    def show_pictures(self) -> None:
+        """The kernels of conv1 and what is seen in some validation images, where a dashboard is wanted."""
+        if self.samples is None:
+            return
+        scores = self.samples.scores(self.state, self.preprocessing)
+        kernel = processes.whole(self.state.params['conv1']['kernel'])
+        towers, class_names = self.config.model.towers, self.store.class_names
+        self.dashboards.pictures(self.step, kernel, towers, self.samples.examples, scores, class_names)
+
     def check_finite(self, value: float) -> None:
         """Raise TrainingError where the loss or the sum of the weights is infinite or not a number."""
         if not math.isfinite(value):
@@ -408,6 +425,7 @@ class _Run:
             f'  ({errors["examples"]} images, 1 view)'
         )
         self.report_layers()
+        self.show_pictures()
         dropped = self.progress['plateau']['drops_taken'] > plateau['drops_taken']
         if dropped and self.config.optimizer.schedule == 'plateau':
             log(f'the error stopped improving: learning rate now {self.learning_rate():g}')
@@ -434,8 +452,8 @@ class _Run:
         final = views.get(str(self.config.eval.views)) or self.progress['errors'] or {}
         self.checkpoints.close()
         self.watchdog.feed('the last checkpoint')
-        self.metrics.close()
-        self.layers.close()
+        for output in (self.metrics, self.layers, self.dashboards):
+            output.close()
         damages = self.store.train.damage(), self.store.validation.damage()
         result = {
             'status': 'preempted' if preempted else 'done',

@@ -1,6 +1,6 @@
 """The figure docs/relu_tanh.png and its table, after figure 1 of the paper: python docs/draw_relu_tanh.py SWEEP_DIR
 
-SWEEP_DIR: a finished sweep of configs/relu_tanh.py, or docs/logs/relu_tanh. Needs requirements-docs.txt.
+SWEEP_DIR: a finished sweep of configs/relu_tanh.py, or docs/logs/relu_tanh.
 """
 
 import json

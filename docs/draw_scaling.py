@@ -1,7 +1,7 @@
 """The figure docs/scaling.png and the tables of docs/scaling.md: python -m docs.draw_scaling
 
 Every point is an audit of the compiled `paper` step; nothing is executed. Some minutes on two cores.
-Needs requirements-docs.txt.
+
 """
 
 import os

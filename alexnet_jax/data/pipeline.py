@@ -179,6 +179,12 @@ def _statistics(path: Any) -> dict[str, np.ndarray]:
         ) from None
 
 
+def spread(split: Any, count: int) -> list[tuple[int, dict[str, Any]]]:
+    """About `count` records of a Split with their numbers, evenly spread over it, without damaged ones."""
+    numbers = dict.fromkeys(np.linspace(0, len(split) - 1, count).astype(int).tolist())
+    return [(number, example) for number in numbers if (example := split[number]) is not None]
+
+
 def training_batches(
     source: Any, *, seed: int, batch_size: int, first_step: int, threads: int, share: int = 0, shares: int = 1
 ) -> Iterator[Batch]:

@@ -1,0 +1,164 @@
+"""Features of a training set and what is near: eager layers on crops by NumPy, brute force in float64, interruptions."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from small_runs import centre, make_run, small_config, store_of
+
+from alexnet_jax import features, trained
+from alexnet_jax.config import ConfigError
+from alexnet_jax.data.pipeline import Store
+from alexnet_jax.step import make_output_step, network
+
+
+@pytest.fixture(scope='module')
+def config(photos_dir):
+    return small_config(photos_dir)
+
+
+@pytest.fixture(scope='module')
+def store(config) -> Store:
+    return store_of(config)
+
+
+@pytest.fixture(scope='module')
+def loaded(config, tmp_path_factory) -> trained.Network:
+    return trained.load(trained.find(make_run(tmp_path_factory.mktemp('runs') / 'run', config)))
+
+
+@pytest.fixture(scope='module')
+def index(loaded, store) -> features.Index:
+    return features.index_of(loaded, store)
+
+
+def eager(loaded, image: np.ndarray, layer: str) -> np.ndarray:
+    """What `layer` gives for one image, without compiled step, mesh and augment.py."""
+    state = jax.device_get(loaded.state)
+    model = nnx.merge(network(loaded.config)[0], state.params, state.statistics)
+    return np.asarray(model.layer_outputs(jnp.asarray(centre(image, loaded.config, loaded.statistics))[None])[layer][0])
+
+
+def test_features_are_those_of_each_image_in_order(loaded, store, index):
+    assert index.layer == 'fc7'
+    assert index.features.shape == (len(store.train), 32)
+    for number in (0, 47, 48, 3000, len(store.train) - 1):
+        np.testing.assert_allclose(
+            index.features[number], eager(loaded, store.train[number]['image'], 'fc7'), rtol=1e-4, atol=1e-5
+        )
+    assert len(np.unique(np.asarray(index.features[:500]), axis=0)) > 400
+
+
+def test_the_nearest_are_those_of_brute_force_and_an_image_is_nearest_to_itself(index):
+    numbers = np.arange(0, len(index.features), 97)
+    found, distances = features.nearest(index, np.asarray(index.features[numbers]), 7)
+    assert found.shape == distances.shape == (len(numbers), 7)
+    every = np.asarray(index.features, np.float64)
+    for row, number in enumerate(numbers):
+        exact = np.sqrt(((every - every[number]) ** 2).sum(-1))
+        assert distances[row, 0] == 0
+        assert number in found[row][distances[row] == 0]
+        np.testing.assert_allclose(distances[row], np.sort(exact)[:7], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(exact[found[row]], np.sort(exact)[:7], rtol=1e-5, atol=1e-6)  # recall 1, ties aside
+
+
+def test_blocks_do_not_matter_and_damaged_records_are_never_near(monkeypatch):
+    monkeypatch.setattr(features, 'BLOCK', 10)
+    rows = np.random.default_rng(0).normal(size=(37, 5)).astype(np.float32)
+    rows[20] = rows[3]
+    rows[[4, 36]] = np.nan
+    found, distances = features.nearest(features.Index(rows, 'fc7'), rows[[3, 35]], 35)
+    assert found[0, :2].tolist() == [3, 20]  # of equal ones the first
+    assert found[1, 0] == 35
+    assert not set(found.flat) & {4, 36}
+    assert np.isfinite(distances).all()
+    assert np.isinf(features.nearest(features.Index(rows, 'fc7'), rows[:1], 37)[1][0, -2:]).all()
+
+
+class Interrupted:
+    """A split that is asked for few images before the process is interrupted."""
+
+    def __init__(self, split, after: float):
+        self.split, self.after, self.asked = split, after, []
+
+    def __len__(self):
+        return len(self.split)
+
+    def __getitem__(self, number):
+        self.asked.append(number)
+        if len(self.asked) > self.after:
+            raise KeyboardInterrupt
+        return self.split[number]
+
+
+def test_an_interrupted_index_goes_on_where_it_stood(config, store, index, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, 'SAVE_SECONDS', 0.0)
+    loaded = trained.load(trained.find(make_run(tmp_path / 'run', config)))
+    stopped = Interrupted(store.train, 2000)
+    with pytest.raises(KeyboardInterrupt):
+        features.index_of(loaded, Store(stopped, None, {}, [], store.fingerprint))
+    (state,) = (tmp_path / 'run').glob('features/*/state.json')
+    done = json.loads(state.read_text())['done']
+    assert 0 < done <= 2000
+    rest = Interrupted(store.train, np.inf)
+    again = features.index_of(loaded, Store(rest, None, {}, [], store.fingerprint))
+    np.testing.assert_array_equal(again.features, index.features)
+    assert min(set(rest.asked) - {0}) >= done  # 0: asked for the shape of an image
+    finished = Interrupted(store.train, 0)
+    features.index_of(loaded, Store(finished, None, {}, [], store.fingerprint))
+    assert finished.asked == []
+
+
+def test_damaged_and_foreign_files_of_features_are_named(config, store, tmp_path, monkeypatch):
+    loaded = trained.load(trained.find(make_run(tmp_path / 'run', config)))
+    few = Interrupted(store.train, 2000)
+    with pytest.raises(KeyboardInterrupt):
+        features.index_of(loaded, Store(few, None, {}, [], store.fingerprint))
+    (file,) = (tmp_path / 'run').glob('features/*/features.npy')
+    (file.parent / 'state.json').write_text('{"done": 48}')
+    file.write_bytes(b'no array')
+    with pytest.raises(ConfigError, match=r'features.npy cannot be used .*; remove .*, and it is made anew$'):
+        features.index_of(loaded, store)
+    (file.parent / 'state.json').unlink()
+    monkeypatch.setattr(features.shutil, 'disk_usage', lambda folder: type('Usage', (), {'free': 1000}))
+    with pytest.raises(ConfigError, match=r'0.0 GB of features, and 0.0 GB are free; make room$'):
+        features.index_of(loaded, store)
+
+
+WIDE = {
+    'model__widths': (8, 16, 16, 16, 16, 32, 32),
+    'model__after_conv': ('activation lrn pool', 'activation', 'activation', 'activation', 'activation'),
+}
+
+
+@pytest.mark.parametrize(('layout', 'data', 'model'), [('towers', 4, 2), ('hybrid', 2, 4), ('data', 8, 1)])
+def test_outputs_of_every_layer_on_a_mesh_are_those_of_one_device(photos_dir, store, tmp_path, layout, data, model):
+    config = small_config(photos_dir, **WIDE, mesh__layout=layout, mesh__data=data, mesh__model=model)
+    loaded = trained.load(trained.find(make_run(tmp_path / 'run', config)))
+    assert dict(loaded.mesh.shape) == {'data': data, 'model': model}
+    images = [store.train[number]['image'] for number in range(11)]
+    for layer in ('conv1', 'conv3', 'conv5', 'fc6', 'fc7', 'fc8'):
+        compiled = make_output_step(loaded.config, loaded.mesh, layer)
+        rows = list(loaded.rows(compiled, images, batch_size=8))
+        assert len(rows) == 11
+        for number in (0, 10):
+            expected = eager(loaded, images[number], layer)
+            assert rows[number].shape == expected.shape
+            np.testing.assert_allclose(rows[number], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_create_refuses_what_is_there_and_leaves_nothing_half_made(config, tmp_path):
+    used = tmp_path / 'used'
+    used.mkdir()
+    (used / 'thesis.txt').write_text('...')
+    with pytest.raises(ConfigError, match=r'used is there already; name a new folder$'):
+        make_run(used, config)
+    with pytest.raises(ConfigError, match='cannot be written'):
+        make_run(tmp_path / 'used' / 'thesis.txt' / 'run', config)
+    assert [path.name for path in tmp_path.rglob('*')] == ['used', 'thesis.txt']
+    assert Path(make_run(tmp_path / 'new', config)).is_dir()
+    assert {path.name for path in tmp_path.iterdir()} == {'used', 'new'}

@@ -1,0 +1,161 @@
+"""TensorBoard's event files read by TensorFlow, a run of Weights & Biases without network, a trace, and refusals."""
+
+import gzip
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_jax.config import ConfigError
+from alexnet_jax.instruments import as_scalars, check_wandb, parse_profile
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures('compiled_programs')
+
+
+def launch(data_dir: str, workdir: Path, *flags: str) -> subprocess.CompletedProcess:
+    settings = {
+        'data.data_dir': data_dir,
+        'model.widths': '(16,0,0,0,32,0,64)',
+        'train.log_every': 3,
+        'eval.every': 6,
+        'eval.views': 1,
+    }
+    environment = {**os.environ, 'JAX_NUM_CPU_DEVICES': '2', 'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true'}
+    fields = [f'--config.{field}={value}' for field, value in settings.items()]
+    command = [sys.executable, '-X', 'importtime', 'launch.py', f'--workdir={workdir}', *fields, *flags]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope='module')
+def watched(photos_dir, tmp_path_factory) -> tuple[Path, str]:
+    """A run of 12 steps, lengthened to 18 by a second command, with all that can watch it; and its standard error."""
+    workdir = tmp_path_factory.mktemp('watched') / 'run'
+    everything = ('--tensorboard', '--wandb=alexnet', '--profile=steps 8:10')
+    first = launch(photos_dir, workdir, '--config.train.steps=12', *everything)
+    assert first.returncode == 0, first.stderr
+    second = launch(photos_dir, workdir, '--config.train.steps=18', *everything)
+    assert second.returncode == 0, second.stderr
+    return workdir, first.stderr
+
+
+def lines(workdir: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+
+
+def events(workdir: Path) -> list:
+    import tensorflow as tf
+
+    files = sorted((workdir / 'tensorboard').iterdir(), key=lambda file: file.stat().st_mtime)
+    assert len(files) == 2
+    return [list(tf.compat.v1.train.summary_iterator(str(file))) for file in files]
+
+
+def test_event_files_have_the_numbers_of_the_log(watched):
+    workdir, _ = watched
+    found = {
+        (value.tag, event.step): value.simple_value
+        for file in events(workdir)
+        for event in file
+        for value in event.summary.value
+        if value.HasField('simple_value')
+    }
+    expected = {}
+    for line in lines(workdir, 'metrics.jsonl'):
+        expected |= {(f'{line["split"]}/{name}', line['step']): line[name] for name in set(line) - {'split', 'step'}}
+    for line in lines(workdir, 'layers.jsonl'):
+        for layer in set(line) - {'split', 'step'}:
+            expected |= {(f'layers/{layer}/{name}', line['step']): value for name, value in line[layer].items()}
+    assert set(found) == set(expected)
+    assert {('train/loss', 18), ('validation/top1_error', 12), ('layers/conv1/dead', 6)} < set(found)
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-6), name
+
+
+def test_event_files_have_kernels_and_predictions_at_each_evaluation(watched):
+    workdir, _ = watched
+    pictures: dict = {}
+    for file in events(workdir):
+        for event in file:
+            for value in event.summary.value:
+                if value.HasField('image'):
+                    pictures[value.tag, event.step] = np.asarray(
+                        Image.open(io.BytesIO(value.image.encoded_image_string))
+                    )
+    assert set(pictures) == {(name, step) for name in ('kernels', 'predictions') for step in (6, 12, 18)}
+    for (_, _), pixels in pictures.items():
+        assert pixels.shape[2] == 3
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+    assert (pictures['kernels', 6] != pictures['kernels', 18]).any()
+    assert (pictures['predictions', 6] != pictures['predictions', 18]).any()
+
+
+def test_a_run_that_goes_on_hides_later_events_of_its_first_part(watched):
+    second = events(watched[0])[1]
+    assert [event.step for event in second if event.HasField('session_log')] == [13]
+    assert min(event.step for event in second if event.summary.value) == 15
+
+
+def test_training_with_tensorboard_does_not_import_tensorflow(watched):
+    imported = set(re.findall(r'\| +([\w.]+)$', watched[1], re.MULTILINE))
+    assert {'jax', 'tensorboardX'} <= imported
+    assert not [name for name in imported if name.split('.')[0] in ('tensorflow', 'tensorboard')]
+
+
+def test_weights_and_biases_goes_on_with_the_same_run(watched):
+    workdir, _ = watched
+    identity = json.loads((workdir / 'wandb.json').read_text())['id']
+    folders = sorted((workdir / 'wandb').glob('offline-run-*'))
+    assert [folder.name.endswith(f'-{identity}') for folder in folders] == [True, True]
+    assert [len(list(folder.glob('files/media/images/*.png'))) for folder in folders] == [4, 2]
+    content = b''.join((folder / f'run-{identity}.wandb').read_bytes() for folder in folders)
+    for name in (b'train/loss', b'validation/top1_error', b'layers/conv1/dead', b'image_size'):
+        assert name in content
+
+
+def test_the_trace_has_the_steps_asked_for(watched):
+    workdir, said = watched
+    (trace,) = (workdir / 'profile').rglob('perfetto_trace.json.gz')
+    names = [event.get('name', '') for event in json.loads(gzip.decompress(trace.read_bytes()))['traceEvents']]
+    assert names.count('PjitFunction(train_step)') == 2 * 2  # the profiler has each call twice
+    assert list((workdir / 'profile').rglob('*.xplane.pb'))
+    assert f'{workdir}/profile: trace for TensorBoard' in said
+
+
+def test_lines_as_scalars():
+    line = {'step': 3, 'split': 'layers', 'conv1': {'kernel': 1.5, 'dead': 0}, 'loss': 2, 'name': 'text'}
+    assert as_scalars(line) == {'layers/conv1/kernel': 1.5, 'layers/conv1/dead': 0.0, 'layers/loss': 2.0}
+
+
+@pytest.mark.parametrize('text', ['steps 20:25', '20:25', ' steps  20:25'])
+def test_ranges_of_steps(text):
+    assert parse_profile(text) == (20, 25)
+    assert parse_profile(None) is None
+
+
+@pytest.mark.parametrize('text', ['', 'steps', 'steps 25:20', 'steps 20:20', 'epochs 1:2', '20', '-1:2', '1.5:2'])
+def test_ranges_that_are_none(text):
+    with pytest.raises(ConfigError, match=rf"^--profile: {re.escape(repr(text))} is no range of steps; write .*'$"):
+        parse_profile(text)
+
+
+def test_wrong_flags_are_refused_before_anything_is_done(photos_dir, tmp_path):
+    done = launch(photos_dir, tmp_path / 'run', '--profile=20')
+    assert done.returncode == 2
+    assert "--profile: '20' is no range of steps" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    check_wandb('project')
+    check_wandb(None)
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    with pytest.raises(ConfigError, match='--wandb=project: the package wandb is not installed; pip install wandb'):
+        check_wandb('project')
