@@ -1,11 +1,13 @@
 # make demo: train the quickstart.   make test: the whole suite.   make check: format, lint, types, import direction.
-# make slurm: the Debian packages that tests/test_slurm.py needs (as root).
+# make slurm, make chromium: the Debian packages that tests/test_slurm.py and tests/test_page.py need (as root).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
-INSTALL_SLURM := apt-get install -qq --yes --no-install-recommends slurm-wlm munge > /dev/null
+INSTALL := apt-get install -qq --yes --no-install-recommends
+INSTALL_SLURM := $(INSTALL) slurm-wlm munge > /dev/null
+INSTALL_CHROMIUM := $(INSTALL) chromium chromium-driver > /dev/null
 
-.PHONY: demo test check format slurm
+.PHONY: demo test check format slurm chromium
 
 demo: $(VENV)/runtime.installed
 	$(RUN) launch.py --config=configs/quickstart.py
@@ -23,9 +25,12 @@ format: $(VENV)/dev.installed
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/ruff check --fix
 
-slurm: export DEBIAN_FRONTEND = noninteractive
+slurm chromium: export DEBIAN_FRONTEND = noninteractive
 slurm:
 	@PATH=$$PATH:/usr/sbin; command -v slurmctld > /dev/null || $(INSTALL_SLURM) || { apt-get update -qq && $(INSTALL_SLURM); }
+
+chromium:
+	@command -v chromedriver > /dev/null || $(INSTALL_CHROMIUM) || { apt-get update -qq && $(INSTALL_CHROMIUM); }
 
 $(VENV)/runtime.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("Python 3.11 is needed: make PYTHON=/path/to/python3.11")'

@@ -74,6 +74,7 @@ def _print_result(workdir: str) -> None:
     if result['images_per_second']:
         print(f'\ntraining    {result["images_per_second"]:.1f} images/s, {result["step"]} steps')
     print(f'files       {workdir}/: result.json, metrics.jsonl, checkpoints/, config.json')
+    print(f'a page      python -m alexnet_jax.report {workdir} --html={workdir}/report.html')
 
 
 def _run_of_sweep(variants: list[Variant]) -> Variant:

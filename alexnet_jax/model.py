@@ -184,8 +184,8 @@ class AlexNet(nnx.Module):
                 towers = [self.normalise_in_space(x) for x in towers]
             elif step == 'batch_norm':
                 norm = getattr(self, f'{name}_norm')
-                x = norm(jnp.concatenate(towers, -1), use_running_average=dropout_keys is None)
-                towers = jnp.split(x, len(towers), -1)
+                x = norm(jnp.concatenate(towers, -1).astype(jnp.float32), use_running_average=dropout_keys is None)
+                towers = jnp.split(x.astype(towers[0].dtype), len(towers), -1)
             elif step == 'pool':
                 towers = [max_pool(x, pool_window(self.config), 2, overhang=self.config.pool_overhang) for x in towers]
         return towers

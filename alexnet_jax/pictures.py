@@ -77,6 +77,6 @@ def of_files(files: Iterable[str], data: Any, class_names: Sequence[str]) -> Ite
 def of_validation(store: pipeline.Store, count: int) -> list[Picture]:
     """About `count` validation images, evenly spread over them."""
     return [
-        Picture(f'validation image {number}', example['image'], store.class_names[example['label']])
+        Picture(f'validation {number}', example['image'], store.class_names[example['label']])
         for number, example in pipeline.spread(store.validation, count)
     ]

@@ -103,6 +103,7 @@ def environment() -> dict[str, Any]:
     """
     import jax
 
+    here = os.getcwd() + os.sep
     packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
     versions = {package: importlib.metadata.version(package) for package in packages}
     return {
@@ -112,7 +113,7 @@ def environment() -> dict[str, Any]:
         'devices': jax.devices()[0].device_kind,
         'device_count': jax.device_count(),
         'processes': jax.process_count(),
-        'command': [os.path.basename(sys.argv[0]), *sys.argv[1:]],
+        'command': [os.path.basename(sys.argv[0]), *(each.replace(here, '') for each in sys.argv[1:])],
     }
 
 

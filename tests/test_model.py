@@ -475,11 +475,15 @@ def test_normalisation_stays_within_a_tower(layer, seen):
     assert np.abs(brighter(seen) - before).max() > 1e-2 * np.abs(before).max()
 
 
-def test_bfloat16_is_near_float32():
-    parameters = random_parameters(network(model_config(**SMALL), 96)[1], bias_std=0.3)
+@pytest.mark.parametrize('norm', ['lrn', 'batch_norm'])
+def test_bfloat16_is_near_float32(norm):
+    small = SMALL | {'after_conv': (f'activation {norm} pool', f'activation {norm} pool', *('activation',) * 2, 'pool')}
+    parameters = random_parameters(network(model_config(**small), 96)[1], bias_std=0.3)
+    for layer in filter(lambda layer: layer.endswith('_norm'), parameters):
+        parameters[layer]['var'] = 1 + np.abs(parameters[layer]['var'])
     images = np.random.default_rng(4).standard_normal((4, 96, 96, 3)).astype(np.float32)
-    exact = logits_of(model_config(**SMALL), 96, parameters, images)
-    rounded = logits_of(model_config(**SMALL, dtype='bfloat16'), 96, parameters, images)
+    exact = logits_of(model_config(**small), 96, parameters, images)
+    rounded = logits_of(model_config(**small, dtype='bfloat16'), 96, parameters, images)
     assert rounded.dtype == np.float32
     error = np.abs(rounded - exact).max() / np.abs(exact).max()
     assert 1e-4 < error < 2e-2

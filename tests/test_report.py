@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from scipy.stats import ttest_ind  # type: ignore[import-untyped]
 
-from alexnet_jax.report import Row, read_results, read_sweep, summarise, welch_interval
+from alexnet_jax.sweep_results import read_results, read_sweep
+from alexnet_jax.sweep_table import Row, summarise, welch_interval
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,0 +1,132 @@
+"""A trained network for elsewhere: its weights as safetensors, or its whole program as StableHLO or ONNX.
+
+The programs take pictures of crop_size pixels a side, uint8, any number at a time, and give logits: the preprocessing
+of the run's centre view is inside, and so are the weights. They are programs of one device, whatever mesh was trained
+on.
+"""
+
+import importlib
+import json
+import os
+from typing import Any
+
+import numpy as np
+
+from alexnet_jax.config import ConfigError
+from alexnet_jax.monitor import write_aside
+from alexnet_jax.run_folder import read_config
+
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+_LIBRARIES = {'.safetensors': 'safetensors', '.stablehlo': 'flatbuffers', '.onnx': 'onnx'}
+_LIMIT = 2**31 - 2**20  # bytes of weights in a program, with some room for the rest
+
+
+def check(path: str) -> str:
+    """The ending of `path`: .safetensors, .stablehlo or .onnx, which says what write() makes.
+
+    Raises ConfigError: it has another one, cannot be written, or the library for it is not installed.
+    """
+    path = os.path.expanduser(path)
+    ending = os.path.splitext(path)[1].lower()
+    if ending not in _LIBRARIES:
+        raise ConfigError(f'{path}: its ending must say what to write: .safetensors, .stablehlo or .onnx')
+    if os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+        raise ConfigError(f'{path} cannot be written; name a file in a folder that can be')
+    library = _LIBRARIES[ending]
+    try:
+        importlib.import_module(library)
+    except ImportError:
+        raise ConfigError(f'{path}: {library} is not installed: pip install -r requirements-export.txt') from None
+    return ending
+
+
+def write(network: Any, path: str) -> None:
+    """Write `network`, see trained.Network, to `path`, whole or not at all.
+
+    .safetensors: float32 arrays 'conv1.kernel', 'conv1.bias', 'conv1_norm.mean', ... in this project's layout, and
+      'statistics.mean_image', ... of the training images as they are; metadata: format ('alexnet_jax'), config (JSON,
+      of the run), class_names (JSON), step.
+    .stablehlo: what jax.export makes of a function of images (b, crop_size, crop_size, channels) uint8 that gives
+      logits (b, num_classes) float32, for CPU, CUDA and TPU; it computes in the network's own dtype.
+    .onnx: the same with the names `images` and `logits`; it computes in float32. metadata: class_names (JSON), preset,
+      step.
+
+    Raises:
+      ConfigError: see check(); or the weights are too large for a file of that kind.
+      OSError: the disk does not take it.
+    """
+    import jax
+
+    ending = check(path)
+    params, batch_statistics = jax.device_get((network.state.params, network.state.statistics))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    if ending != '.safetensors' and size > _LIMIT:
+        raise ConfigError(
+            f'{path}: its limit is 2 GB, and these are {size / 1e9:.1f} GB of weights; write .safetensors'
+        )
+    convert = {'.safetensors': _safetensors, '.stablehlo': _stablehlo, '.onnx': _onnx}[ending]
+    content = convert(network, params, batch_statistics)
+    with write_aside(os.path.expanduser(path), 'wb') as file:
+        file.write(content)
+
+
+def _safetensors(network: Any, params: Any, batch_statistics: Any) -> bytes:
+    import safetensors.numpy
+
+    groups = {**params, **batch_statistics, 'statistics': network.statistics}
+    # The library writes memory as it lies, in whatever order the dimensions are.
+    arrays = {
+        f'{group}.{name}': np.ascontiguousarray(array)
+        for group, members in groups.items()
+        for name, array in members.items()
+    }
+    config = read_config(network.workdir)  # network.config has a mesh for this machine
+    metadata = {'format': 'alexnet_jax', 'config': json.dumps(config.to_dict()), **_labels(network)}
+    return safetensors.numpy.save(arrays, metadata)
+
+
+def _stablehlo(network: Any, params: Any, batch_statistics: Any) -> bytes | bytearray:
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+    from jax import export
+
+    from alexnet_jax.step import network as definition
+
+    graph, data = definition(network.config)[0], network.config.data
+    mean, scale = _preprocessing(network)
+
+    def logits(images):
+        inputs = (images.astype(jnp.float32) - mean[None]) * scale[None, None, None]
+        return nnx.merge(graph, params, batch_statistics)(inputs)
+
+    (batch,) = export.symbolic_shape('b')
+    images = jax.ShapeDtypeStruct((batch, data.crop_size, data.crop_size, data.channels), jnp.uint8)
+    setting = 'jax_hlo_source_file_canonicalization_regex'
+    before = getattr(jax.config, setting)
+    jax.config.update(setting, '.*/')  # the names of this machine's folders stay here
+    try:
+        return export.export(jax.jit(logits), platforms=PLATFORMS)(images).serialize()
+    finally:
+        jax.config.update(setting, before)
+
+
+def _onnx(network: Any, params: Any, batch_statistics: Any) -> bytes:
+    import onnx
+
+    from alexnet_jax import onnx_graph
+
+    model = onnx_graph.build(network.config, params, batch_statistics, *_preprocessing(network))
+    onnx.helper.set_model_props(model, {'preset': network.config.model.preset, **_labels(network)})
+    return model.SerializeToString()
+
+
+def _labels(network: Any) -> dict[str, str]:
+    return {'class_names': json.dumps(network.class_names), 'step': str(network.step)}
+
+
+def _preprocessing(network: Any) -> tuple[np.ndarray, np.ndarray]:
+    """What is subtracted from the centre view, (crop_size, crop_size, C), and what it is multiplied with, (C,)."""
+    preprocessing, crop = network.preprocessing, network.config.data.crop_size
+    start = (preprocessing['mean'].shape[0] - crop) // 2
+    return preprocessing['mean'][start : start + crop, start : start + crop], preprocessing['scale']

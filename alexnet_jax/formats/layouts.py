@@ -1,0 +1,187 @@
+"""From the names and layouts of torchvision, Caffe and this project's own files to parameters of the network.
+
+PyTorch and Caffe have kernels (outputs, inputs, height, width) and flatten maps channel by channel before fc6; here
+kernels are (height, width, inputs, outputs) and maps are flattened pixel by pixel. Caffe's images are BGR.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from alexnet_jax.formats import FormatError
+from alexnet_jax.shapes import CONVOLUTIONS, LAYERS, Layer, layers, steps_after
+
+TORCHVISION = {
+    'conv1': 'features.0',
+    'conv2': 'features.3',
+    'conv3': 'features.6',
+    'conv4': 'features.8',
+    'conv5': 'features.10',
+    'fc6': 'classifier.1',
+    'fc7': 'classifier.4',
+    'fc8': 'classifier.6',
+}
+
+
+@dataclasses.dataclass
+class Weights:
+    """Kernel and bias of one layer as a file has them, each with the name that it has there."""
+
+    kernel_name: str
+    kernel: np.ndarray
+    bias_name: str
+    bias: np.ndarray
+
+
+def of_torchvision(tensors: Mapping[str, np.ndarray]) -> dict[str, Weights]:
+    """The weights of each layer in a state dict of torchvision's `alexnet`; wrappers' prefixes are passed over.
+
+    Raises FormatError: some are missing, or there are others.
+    """
+    names = {_without_wrappers(name): name for name in tensors}
+    first = f'{TORCHVISION["conv1"]}.weight'
+    prefix = next((name.removesuffix(first) for name in names if f'.{name}'.endswith(f'.{first}')), '')
+    wanted = {f'{prefix}{module}.{kind}' for module in TORCHVISION.values() for kind in ('weight', 'bias')}
+    _check_names([name.removeprefix(prefix) for name in names], {name.removeprefix(prefix) for name in wanted})
+
+    def of(module: str) -> Weights:
+        kernel, bias = (names[f'{prefix}{module}.{kind}'] for kind in ('weight', 'bias'))
+        return Weights(kernel, tensors[kernel], bias, tensors[bias])
+
+    return {layer: of(module) for layer, module in TORCHVISION.items()}
+
+
+def _without_wrappers(name: str) -> str:
+    """A parameter's name without what DataParallel and torch.compile put into it."""
+    return '.'.join(part for part in name.split('.') if part not in ('module', '_orig_mod'))
+
+
+def of_caffe(blobs: Mapping[str, list[np.ndarray]]) -> dict[str, Weights]:
+    """The weights of each layer of a network of Caffe; where a fine-tuned one renamed fc8, the layer left over is it.
+
+    Raises FormatError: some are missing, or there are others.
+    """
+    others = [name for name in blobs if name not in LAYERS]
+    names = {layer: layer for layer in LAYERS}
+    if 'fc8' not in blobs and len(others) == 1:
+        names['fc8'] = others[0]
+    _check_names(blobs, set(names.values()))
+    for name, arrays in blobs.items():
+        if len(arrays) != 2:
+            raise FormatError(f'{name} has {len(arrays)} blobs; kernel and bias are wanted')
+    return {
+        layer: Weights(f'{name} (kernel)', _squeezed(blobs[name][0], layer), f'{name} (bias)', blobs[name][1].ravel())
+        for layer, name in names.items()
+    }
+
+
+def _squeezed(kernel: np.ndarray, layer: str) -> np.ndarray:
+    """A dense layer's kernel without the two axes of 1 that Caffe's older files have in front."""
+    is_dense = layer not in CONVOLUTIONS and kernel.ndim == 4 and kernel.shape[:2] == (1, 1)
+    return kernel[0, 0] if is_dense else kernel
+
+
+def _check_names(found: Iterable[str], wanted: set[str]) -> None:
+    missing, others = wanted - set(found), set(found) - wanted
+    has = f'it has {_some(others)}, which no layer of AlexNet has'
+    if missing:
+        raise FormatError(f'it lacks {_some(missing)}{f"; {has}" if others else ""}')
+    if others:
+        raise FormatError(has)
+
+
+def _some(names: set[str]) -> str:
+    ordered = sorted(names)
+    return ', '.join(ordered[:3]) + (f' and {len(ordered) - 3} more' if len(ordered) > 3 else '')
+
+
+def widths(found: Mapping[str, Weights]) -> tuple[int, ...]:
+    """Outputs of conv1 to fc8, from the biases, which have one number for each."""
+    return tuple(found[layer].bias.size for layer in LAYERS)
+
+
+def parameters(layer: Layer, weights: Weights, maps: tuple[int, ...], is_bgr: bool) -> dict[str, np.ndarray]:
+    """Kernel and bias (float32, `layer.kernel` and `layer.bias`) of a layer from elsewhere.
+
+    Args:
+      maps: (height, width, maps), which fc6 flattens.
+      is_bgr: whether conv1 takes blue first.
+
+    Raises FormatError: shapes differ from the layer's, or numbers are not finite.
+    """
+    wanted = layer.kernel[-1:] + layer.kernel[-2:-1] + layer.kernel[:-2]
+    if weights.kernel.shape != wanted:
+        swapped = ', the same axes in another order' * (sorted(weights.kernel.shape) == sorted(wanted))
+        raise FormatError(f'{weights.kernel_name} has the shape {weights.kernel.shape}{swapped}; {wanted} is wanted')
+    if weights.bias.shape != layer.bias:
+        raise FormatError(f'{weights.bias_name} has the shape {weights.bias.shape}; {layer.bias} is wanted')
+    kernel = weights.kernel
+    if layer.name == 'fc6':
+        kernel = kernel.reshape(-1, maps[2], *maps[:2]).transpose(2, 3, 1, 0)
+    elif layer.name in CONVOLUTIONS:
+        kernel = kernel.transpose(2, 3, 1, 0)
+        if layer.name == 'conv1' and is_bgr:
+            kernel = kernel[:, :, ::-1]
+    else:
+        kernel = kernel.T
+    return {
+        'kernel': _float32(kernel, weights.kernel_name).reshape(layer.kernel),
+        'bias': _float32(weights.bias, weights.bias_name),
+    }
+
+
+def _float32(array: np.ndarray, name: str) -> np.ndarray:
+    """A copy in main memory, in C order."""
+    if array.dtype.kind not in 'fV':  # V: bfloat16
+        raise FormatError(f'{name} has {array.dtype} numbers; floating-point ones are wanted')
+    with np.errstate(over='ignore'):
+        copy = np.array(array, np.float32, order='C')
+    finite = np.isfinite(copy).sum()
+    if finite < copy.size:
+        raise FormatError(f'{name} has {copy.size - finite} numbers of {copy.size} that are not finite in float32')
+    return copy
+
+
+def own_names(config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the arrays in this project's own files, for a resolved configuration.
+
+    They are 'conv1.kernel', 'conv1.bias' to 'fc8.bias', for batch normalisation 'conv1_norm.mean' and '.var', and of
+    the training images 'statistics.mean_image' and the others of data/shards.statistics().
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    size, channels = config.data.image_size, config.data.channels
+    for layer in layers(config.model, config.data.crop_size, channels):
+        shapes |= {f'{layer.name}.kernel': layer.kernel, f'{layer.name}.bias': layer.bias}
+        if layer.name in CONVOLUTIONS and 'batch_norm' in steps_after(config.model, layer.name):
+            shapes |= {f'{layer.name}_norm.{kind}': layer.output[-1:] for kind in ('mean', 'var')}
+    return shapes | {
+        'statistics.mean_image': (size, size, channels),
+        'statistics.mean_rgb': (channels,),
+        'statistics.eigenvalues': (channels,),
+        'statistics.eigenvectors': (channels, channels),
+        'statistics.class_counts': (config.model.num_classes,),
+    }
+
+
+def own(arrays: Mapping[str, np.ndarray], config: Any) -> tuple[dict, dict, dict[str, np.ndarray]]:
+    """Parameters, statistics of batch normalisation, and statistics of the training images of this project's own file.
+
+    Raises FormatError: names or shapes differ from those of `config`, or weights are not finite.
+    """
+    wanted = own_names(config)
+    _check_names(arrays, set(wanted))
+    params: dict[str, dict[str, np.ndarray]] = {}
+    norms: dict[str, dict[str, np.ndarray]] = {}
+    statistics: dict[str, np.ndarray] = {}
+    for name, shape in wanted.items():
+        if arrays[name].shape != shape:
+            raise FormatError(f'{name} has the shape {arrays[name].shape}; {shape} is wanted')
+        layer, kind = name.split('.')
+        if layer == 'statistics':
+            statistics[kind] = arrays[name].astype(np.int64 if kind == 'class_counts' else np.float64)
+        else:
+            target = norms if layer.endswith('_norm') else params
+            target.setdefault(layer, {})[kind] = _float32(arrays[name], name)
+    return params, norms, statistics

@@ -1,0 +1,190 @@
+"""The network of section 3 as an ONNX graph: one standard operator for each of its layers, in the order (B, C, H, W).
+
+The maps of the towers lie one tower behind the other, so that a convolution which sees its own tower's alone is one
+with groups. Everything is float32, the network's dtype notwithstanding: runtimes seldom have convolutions in bfloat16.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+
+from alexnet_jax.model import BATCH_NORM, SPATIAL_BETA, SPATIAL_K
+from alexnet_jax.shapes import CONVOLUTIONS, Layer, layers, pool_window, steps_after
+
+# Of 2021: runtimes of these years read it, and the operators used here have since got other dtypes but nothing more.
+OPSET = 15
+
+
+def build(config: Any, params: Any, batch_statistics: Any, mean: np.ndarray, scale: np.ndarray) -> onnx.ModelProto:
+    """`images` (batch, crop_size, crop_size, channels) uint8 to `logits` (batch, num_classes) float32.
+
+    Args:
+      config: resolved.
+      params, batch_statistics: as in step.TrainState, NumPy arrays.
+      mean: (crop_size, crop_size, channels) float32, subtracted from the images.
+      scale: (channels,) float32, what they are multiplied with then.
+    """
+    graph = _Graph(config, params, batch_statistics)
+    graph.preprocess(mean, scale)
+    table = {layer.name: layer for layer in layers(config.model, config.data.crop_size, config.data.channels)}
+    for name in CONVOLUTIONS:
+        if name in table:
+            graph.convolve(table[name])
+        for step in steps_after(config.model, name):
+            graph.follow(name, step)
+    for layer in table.values():
+        if layer.name not in CONVOLUTIONS:
+            graph.connect(layer)
+    shape = ('batch', config.data.crop_size, config.data.crop_size, config.data.channels)
+    images = onnx.helper.make_tensor_value_info('images', onnx.TensorProto.UINT8, shape)
+    logits = onnx.helper.make_tensor_value_info('logits', onnx.TensorProto.FLOAT, ('batch', config.model.num_classes))
+    opset = onnx.helper.make_opsetid('', OPSET)
+    return onnx.helper.make_model(
+        onnx.helper.make_graph(graph.nodes, config.model.preset, [images], [logits], graph.arrays),
+        producer_name='alexnet_jax',
+        opset_imports=[opset],
+        ir_version=onnx.helper.find_min_ir_version_for([opset]),
+    )
+
+
+class _Graph:
+    """Nodes and arrays, with the name `x` of the last output and its `shape`, (C, H, W) or (units,)."""
+
+    def __init__(self, config: Any, params: Any, batch_statistics: Any):
+        self.model, self.params, self.batch_statistics = config.model, params, batch_statistics
+        self.shape: tuple[int, ...] = (config.data.channels, config.data.crop_size, config.data.crop_size)
+        self.nodes: list[onnx.NodeProto] = []
+        self.arrays: list[onnx.TensorProto] = []
+        self.x = 'images'
+
+    def array(self, name: str, value: Any, dtype: Any = np.float32) -> str:
+        """A constant; returns its name."""
+        self.arrays.append(onnx.numpy_helper.from_array(np.ascontiguousarray(value, dtype), name))
+        return name
+
+    def node(self, kind: str, output: str, *constants: str, **attributes: Any) -> str:
+        """Apply an operator to `x` and `constants`, which makes its output the new `x`."""
+        inputs, self.x = [self.x, *constants], output
+        self.nodes.append(onnx.helper.make_node(kind, inputs, [output], name=output, **attributes))
+        return output
+
+    def reshape(self, output: str, shape: Sequence[int]) -> None:
+        """Make `shape` that of each batch; -1 is the batch."""
+        self.node('Reshape', output, self.array(f'{output}_shape', shape, np.int64))
+
+    def preprocess(self, mean: np.ndarray, scale: np.ndarray) -> None:
+        """Centred and scaled images."""
+        self.node('Transpose', 'images_by_channel', perm=[0, 3, 1, 2])
+        self.node('Cast', 'images_float', to=onnx.TensorProto.FLOAT)
+        self.node('Sub', 'images_centred', self.array('mean', mean.transpose(2, 0, 1)))
+        self.node('Mul', 'inputs', self.array('scale', scale[:, None, None]))
+
+    def convolve(self, layer: Layer) -> None:
+        """One convolution with its bias."""
+        name, sees_all = layer.name, layer.name == 'conv1' or layer.name in self.model.exchange
+        size = self.model.kernel_sizes[CONVOLUTIONS.index(name)]
+        stride, (before, after) = 1, (size // 2, (size - 1) // 2)
+        if name == 'conv1':
+            stride, (before, after) = self.model.conv1_stride, self.model.conv1_padding
+        windows = {'kernel_shape': [size] * 2, 'strides': [stride] * 2, 'pads': [before, before, after, after]}
+        groups = 1 if sees_all else self.model.towers
+        kernel, bias = self.params[name]['kernel'], self.params[name]['bias']
+        height, width, outputs = layer.output
+        if layer.shared:
+            arrays = self.array(f'{name}.kernel', kernel.transpose(3, 2, 0, 1)), self.array(f'{name}.bias', bias)
+            self.node('Conv', name, *arrays, group=groups, **windows)
+        else:
+            inputs = layer.kernel[2]
+            self.cut_windows(f'{name}_windows', windows)  # (B, groups * inputs, H', W')
+            self.reshape(f'{name}_windows_by_tower', (-1, groups, inputs, height, width))
+            self.node('Transpose', f'{name}_windows_by_pixel', perm=[3, 4, 1, 0, 2])  # rows for a matrix a pixel
+            matrices = kernel.reshape(height, width, inputs, groups, outputs // groups).transpose(0, 1, 3, 2, 4)
+            self.node('MatMul', f'{name}_by_pixel', self.array(f'{name}.kernel', matrices))
+            self.node('Transpose', f'{name}_by_tower', perm=[3, 2, 4, 0, 1])
+            self.reshape(f'{name}_products', (-1, outputs, height, width))
+            self.node('Add', name, self.array(f'{name}.bias', bias.transpose(2, 0, 1)))
+        self.shape = (outputs, height, width)
+
+    def cut_windows(self, output: str, windows: dict[str, Any]) -> None:
+        """The pixels of each window as channels, those of a map together: what a convolution with ones picks out."""
+        maps, (rows, columns) = self.shape[0], windows['kernel_shape']
+        ones = np.tile(np.eye(rows * columns).reshape(-1, 1, rows, columns), (maps, 1, 1, 1))
+        self.node('Conv', output, self.array(f'{output}_ones', ones), group=maps, **windows)
+
+    def follow(self, name: str, step: str) -> None:
+        """One of the steps after a convolution, see shapes.steps_after()."""
+        model, output = self.model, f'{name}_{step}'
+        maps, height, width = self.shape
+        if step == 'activation':
+            self.activate(output)
+        elif step == 'lrn':
+            towers = 1 if model.lrn_across_towers else model.towers
+            if towers > 1:  # a tower as an image of its own
+                self.reshape(f'{name}_towers', (-1, maps // towers, height, width))
+            n, alpha = model.lrn_size, model.lrn_alpha * model.lrn_size  # the operator divides by the size
+            self.node('LRN', output, size=n, alpha=alpha, beta=model.lrn_beta, bias=model.lrn_k)
+            if towers > 1:
+                self.reshape(f'{name}_both', (-1, maps, height, width))
+        elif step == 'spatial_norm':
+            self.normalise_in_space(output)
+        elif step == 'batch_norm':
+            mean, variance = (self.batch_statistics[f'{name}_norm'][kind] for kind in ('mean', 'var'))
+            arrays = {'scale': np.ones(maps), 'bias': np.zeros(maps), 'mean': mean, 'var': variance}
+            names = [self.array(f'{name}_norm.{kind}', array) for kind, array in arrays.items()]
+            self.node('BatchNormalization', output, *names, epsilon=BATCH_NORM['epsilon'])
+        elif step == 'pool':
+            window = pool_window(model)
+            missing = (window - height) % 2 if model.pool_overhang else 0
+            self.node('MaxPool', output, kernel_shape=[window] * 2, strides=[2] * 2, pads=[0, 0, missing, missing])
+            side = (height + missing - window) // 2 + 1
+            self.shape = (maps, side, side)
+
+    def activate(self, output: str) -> None:
+        """The nonlinearity."""
+        self.node({'relu': 'Relu', 'tanh': 'Tanh'}[self.model.activation], output)
+
+    def normalise_in_space(self, output: str) -> None:
+        """x / (k + alpha * sum of the squares in the window) ** beta."""
+        n, x = self.model.spatial_norm_size, self.x
+        self.node('Mul', f'{output}_squares', x)
+        self.node('AveragePool', f'{output}_means', kernel_shape=[n] * 2, pads=[n // 2] * 4, count_include_pad=1)
+        self.node('Mul', f'{output}_sums', self.array(f'{output}_alpha', self.model.spatial_norm_alpha * n * n))
+        self.node('Add', f'{output}_denominator', self.array(f'{output}_k', SPATIAL_K))
+        self.node('Pow', f'{output}_factor', self.array(f'{output}_power', -SPATIAL_BETA))
+        self.node('Mul', output, x)
+
+    def connect(self, layer: Layer) -> None:
+        """One dense layer, dropout's scale at the test included, with the nonlinearity behind it where it has one."""
+        name, model = layer.name, self.model
+        towers = 1 if name in model.exchange else model.towers
+        kernel, bias = self.params[name]['kernel'], self.params[name]['bias']
+        if len(self.shape) == 3:  # the original order of inputs is (H, W, C)
+            maps, height, width = self.shape
+            self.node('Flatten', f'{name}_inputs')
+            kernel = kernel.reshape(height, width, maps // towers, -1).transpose(2, 0, 1, 3).reshape(kernel.shape)
+        scaled = name in model.dropout_before and not model.inverted_dropout
+        kept = 1 - model.dropout if scaled else 1.0
+        output = 'logits' if name == 'fc8' else name
+        if towers == 1:
+            self.node(
+                'Gemm', output, self.array(f'{name}.kernel', kernel), self.array(f'{name}.bias', bias), alpha=kept
+            )
+        else:
+            self.connect_towers(output, np.split(kernel, towers, -1), np.split(bias, towers), kept)
+        self.shape = (layer.output[0],)
+        if name != 'fc8':
+            self.activate(f'{name}_activation')
+
+    def connect_towers(self, output: str, kernels: Sequence[Any], biases: Sequence[Any], kept: float) -> None:
+        """A dense layer for each tower."""
+        parts = [f'{output}_inputs_{i}' for i in range(len(kernels))]
+        self.nodes.append(onnx.helper.make_node('Split', [self.x], parts, name=f'{output}_split', axis=1))
+        outputs = []
+        for i, (part, kernel, bias) in enumerate(zip(parts, kernels, biases, strict=True)):
+            self.x = part
+            arrays = self.array(f'{output}.kernel_{i}', kernel), self.array(f'{output}.bias_{i}', bias)
+            outputs.append(self.node('Gemm', f'{output}_{i}', *arrays, alpha=kept))
+        self.x = outputs[0]
+        self.node('Concat', output, *outputs[1:], axis=1)

@@ -1,0 +1,450 @@
+"""Weights from elsewhere: logits against PyTorch's own and against Caffe's layers in NumPy; and what is refused.
+
+The files of fixtures/ are real torch's, see fixtures/make_torch_fixture.py.
+"""
+
+import io
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import caffe_files
+import ml_dtypes
+import numpy as np
+import pytest
+from fixtures.make_torch_fixture import CLASSES, WIDTHS, pictures
+from PIL import Image
+from safetensors.numpy import save_file
+
+from alexnet_jax import convert, export, trained
+from alexnet_jax.config import ConfigError, default_config, resolve, set_fields
+from alexnet_jax.formats import FormatError, layouts, recognise, torch_file
+from alexnet_jax.presets import PRESETS
+from alexnet_jax.step import make_output_step
+
+ROOT = Path(__file__).parent.parent
+FIXTURES = Path(__file__).parent / 'fixtures'
+TORCH = np.load(FIXTURES / 'torch_expected.npz')
+CAFFE_WIDTHS = (8, 12, 8, 12, 8, 10, 9, 7)
+
+
+def import_file(path, workdir, preset=None, mean=None, class_names=None) -> None:
+    given = types.SimpleNamespace(preset=preset, mean=mean, class_names=class_names)
+    convert.import_file(str(path), recognise(str(path)), str(workdir), given)
+
+
+def network_of(path, workdir, **flags) -> trained.Network:
+    import_file(path, workdir, **flags)
+    return trained.load(trained.find(str(workdir)))
+
+
+def logits(network: trained.Network, images: np.ndarray) -> np.ndarray:
+    step = make_output_step(network.config, network.mesh, 'fc8')
+    return np.stack(list(network.rows(step, images, network.batch_size(len(images)))))
+
+
+def state_dict() -> dict[str, np.ndarray]:
+    return torch_file.read(str(FIXTURES / 'torchvision_zip.pth'))
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    settings = {**os.environ, 'JAX_NUM_CPU_DEVICES': '1'}
+    call = [sys.executable, '-m', 'alexnet_jax.convert', *map(str, arguments)]
+    return subprocess.run(call, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300)
+
+
+# PyTorch
+
+
+@pytest.mark.parametrize('name', ['torchvision_zip', 'torchvision_legacy', 'training', 'hub'])
+def test_logits_are_those_of_torch(name, tmp_path):
+    path = FIXTURES / f'{name}.pth'
+    if name == 'hub':
+        path = tmp_path / 'model'  # the content tells, not the ending
+        save_file({f'model.{key}': array.copy() for key, array in state_dict().items()}, path, {'format': 'pt'})
+    network = network_of(path, tmp_path / 'run')
+    expected = TORCH['logits_half' if name == 'training' else 'logits']
+    np.testing.assert_allclose(logits(network, pictures()), expected, atol=1e-4, rtol=0)
+    config = network.config
+    assert (*config.model.widths, config.model.num_classes) == (*WIDTHS, CLASSES)
+    assert (config.model.preset, config.data.crop_size, config.data.image_size) == ('torchvision', 224, 256)
+    assert network.step == 0
+    assert network.class_names == [f'class {label}' for label in range(CLASSES)]
+
+
+@pytest.mark.parametrize('name', ['views', 'views_legacy'])
+def test_tensors_that_share_storages(name):
+    """Strides, offsets, expanded axes, empty and single numbers, types; all of them as torch has them."""
+    tensors = torch_file.read(str(FIXTURES / f'{name}.pth'))
+    assert tensors.keys() == set(TORCH.files) - {'logits', 'logits_half'}
+    for key, array in tensors.items():
+        np.testing.assert_array_equal(array.astype(np.float64), TORCH[key], strict=True)
+    types_of = {'half': np.float16, 'brain': ml_dtypes.bfloat16, 'double': np.float64, 'whole numbers': np.int64}
+    for key, array in tensors.items():
+        assert array.dtype == types_of.get(key, np.float32)
+        assert not array.flags.writeable or array.size == 0
+    assert np.shares_memory(tensors['whole'], tensors['part'])
+
+
+def test_other_ways_of_saving(tmp_path):
+    """Without checksums, as torch does when told to; and names that torch.compile and DataParallel leave together."""
+    content = bytearray((FIXTURES / 'torchvision_zip.pth').read_bytes())
+    for entry in zipfile.ZipFile(io.BytesIO(content)).infolist():
+        written = struct.pack('<I', entry.CRC)
+        while written in content:
+            content[content.index(written) : content.index(written) + 4] = bytes(4)
+    path = tmp_path / 'plain.pth'
+    path.write_bytes(content)
+    before = state_dict()
+    for key, array in torch_file.read(str(path)).items():
+        np.testing.assert_array_equal(array, before[key], strict=True)
+    renamed = {'net.' + key.replace('s.', 's._orig_mod.module.'): array for key, array in before.items()}
+    found = layouts.of_torchvision(renamed)
+    assert found['conv2'].kernel_name == 'net.features._orig_mod.module.3.weight'
+    np.testing.assert_array_equal(found['fc8'].bias, before['classifier.6.bias'])
+
+
+# Caffe
+
+
+@pytest.mark.parametrize(
+    ('preset', 'form', 'mean_form'),
+    [('caffe', 'old', 'binaryproto'), ('caffenet', 'new', 'npy'), ('caffe', 'double', 'numbers')],
+)
+def test_logits_are_those_of_caffes_layers(preset, form, mean_form, tmp_path):
+    generator = np.random.default_rng(5)
+    layers = caffe_files.random_layers(generator, CAFFE_WIDTHS)
+    name = {'caffe': 'AlexNet', 'caffenet': 'CaffeNet'}[preset]
+    written = {
+        'old': lambda: caffe_files.old_net(name, layers),
+        'new': lambda: caffe_files.net(name, {('fc8_mine' if key == 'fc8' else key): layers[key] for key in layers}),
+        'double': lambda: caffe_files.net(name, layers, is_double=True),
+    }
+    path = tmp_path / 'net.caffemodel'
+    path.write_bytes(written[form]())
+
+    mean = generator.uniform(80, 140, (3, 8, 8)).repeat(32, 1).repeat(32, 2).astype(np.float32)  # BGR
+    mean[:, 100:, 50:] -= 20
+    given = str(tmp_path / 'mean')
+    if mean_form == 'binaryproto':
+        Path(given).write_bytes(caffe_files.old_blob(mean))
+    elif mean_form == 'npy':
+        np.save(given, mean)
+        given += '.npy'
+    else:
+        mean[:] = np.array([104, 117, 123])[:, None, None]
+        given = '123, 117,104'
+    images = pictures()[:4]
+    network = network_of(path, tmp_path / 'run', mean=given)
+    assert network.config.model.preset == preset
+    assert network.config.model.num_classes == CAFFE_WIDTHS[-1]
+    assert network.config.data.mean == ('channel' if mean_form == 'numbers' else 'image')
+
+    inputs = images.transpose(0, 3, 1, 2)[:, ::-1].astype(np.float64) - mean
+    inputs = inputs[:, :, 14:241, 14:241]
+    expected = caffe_files.logits(layers, inputs, pool_first=preset == 'caffenet')
+    assert np.ptp(expected, 0).min() > 0.05  # pictures matter
+    np.testing.assert_allclose(logits(network, images), expected, atol=1e-4, rtol=0)
+
+
+def caffemodel(folder: Path, name: str = 'AlexNet', **changes) -> Path:
+    layers = caffe_files.random_layers(np.random.default_rng(0), CAFFE_WIDTHS) | changes
+    path = folder / 'net.caffemodel'
+    path.write_bytes(caffe_files.net(name, {key: layers[key] for key in layers if layers[key]}))
+    return path
+
+
+def test_means(tmp_path):
+    """What --mean takes, and what it does not."""
+    np.testing.assert_array_equal(convert.read_mean('1,2.5,-3', 'caffe'), [1, 2.5, -3])
+    np.testing.assert_allclose(
+        convert.read_mean(None, 'torchvision'), 255 * np.array([0.485, 0.456, 0.406]), rtol=1e-12
+    )
+    path = tmp_path / 'mean'
+    array = np.arange(3 * 227 * 227, dtype=np.float32).reshape(3, 227, 227)
+    for content in (caffe_files.old_blob(array), caffe_files.blob(array), caffe_files.blob(array[None], True)):
+        path.write_bytes(content)
+        mean = convert.read_mean(str(path), 'caffe')
+        assert mean.shape == (227, 227, 3)
+        np.testing.assert_array_equal(mean[2, 1], [array[2, 2, 1], array[1, 2, 1], array[0, 2, 1]])
+    np.save(tmp_path / 'pixel.npy', array[:, 0, 0])
+    np.testing.assert_array_equal(convert.read_mean(str(tmp_path / 'pixel.npy'), 'caffe'), array[::-1, 0, 0])
+    refused = {
+        None: 'not in the file; give --mean=FILE',
+        '1,2': 'not three numbers',
+        '1,2,inf,': 'No such file',
+        '1,2,': 'not three numbers',
+        str(tmp_path / 'none'): 'No such file',
+        str(tmp_path): 'Is a directory',
+    }
+    others = {
+        'grey': array[:1],
+        'wide': array[:, :3],
+        'small': array[:, 1:, 1:],
+        'nan': array * np.nan,
+        'whole': array.astype(int),
+    }
+    for name, other in others.items():
+        np.save(tmp_path / f'{name}.npy', other)
+        wanted = 'floating-point' if name in ('nan', 'whole') else re.escape(str(other.shape))
+        refused[str(tmp_path / f'{name}.npy')] = wanted
+    np.save(tmp_path / 'objects.npy', np.array([{}], object), allow_pickle=True)
+    refused[str(tmp_path / 'objects.npy')] = 'one of Python objects'
+    path.write_bytes(caffe_files.old_blob(array)[:-1])
+    refused[str(path)] = 'cut off or damaged'
+    for text, reason in refused.items():
+        with pytest.raises(ConfigError, match=reason):
+            convert.read_mean(text, 'caffe')
+
+
+def test_statistics_of_a_mean_image(tmp_path):
+    """The mean image goes into the run, a smaller one with smaller pictures, and mean_rgb is its mean."""
+    mean = np.random.default_rng(0).uniform(0, 255, (3, 230, 230)).astype(np.float32)
+    np.save(tmp_path / 'mean.npy', mean)
+    network = network_of(caffemodel(tmp_path), tmp_path / 'run', mean=str(tmp_path / 'mean.npy'))
+    assert (network.config.data.image_size, network.config.data.mean) == (230, 'image')
+    np.testing.assert_array_equal(network.statistics['mean_image'][:, :, 0], mean[2])
+    np.testing.assert_allclose(network.statistics['mean_rgb'], mean[::-1].mean((1, 2)), rtol=1e-6)
+    np.testing.assert_array_equal(network.preprocessing['color'], np.zeros((3, 3)))
+
+
+# What does not fit
+
+
+def fits_not(tensors: dict[str, np.ndarray], folder: Path, preset: str | None = None) -> str:
+    """What is said of a .safetensors with these arrays; nothing is left behind."""
+    path = folder / 'weights'
+    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, path)
+    with pytest.raises(FormatError) as error:
+        import_file(path, folder / 'run', preset=preset, mean='1,2,3' if preset else None)
+    assert os.listdir(folder) == ['weights']
+    return str(error.value)
+
+
+def test_names_and_shapes_that_do_not_fit(tmp_path):
+    state = {name: array.copy() for name, array in state_dict().items()}
+    conv2, fc6 = 'features.3.weight', 'classifier.1.weight'
+
+    def said(changes, **flags):
+        arrays = {name: array for name, array in (state | changes).items() if array is not None}
+        return fits_not(arrays, tmp_path, **flags)
+
+    assert said({'classifier.6.bias': None}) == 'it lacks classifier.6.bias'
+    assert said({'features.12.weight': state[conv2]}) == 'it has features.12.weight, which no layer of AlexNet has'
+    renamed = said({conv2: None, 'features.4.weight': state[conv2]})
+    assert renamed == 'it lacks features.3.weight; it has features.4.weight, which no layer of AlexNet has'
+    many = said({name: None for name in state if name.startswith('features')})
+    assert many == 'it lacks features.0.bias, features.0.weight, features.10.bias and 7 more'
+    start = 'it does not fit the preset torchvision: '
+    assert said({conv2: state[conv2].swapaxes(0, 1)}) == (
+        f'{start}{conv2} has the shape (4, 6, 5, 5), the same axes in another order; (6, 4, 5, 5) is wanted'
+    )
+    assert (
+        said({conv2: state[conv2][:, :, :3, :3]})
+        == f'{start}{conv2} has the shape (6, 4, 3, 3); (6, 4, 5, 5) is wanted'
+    )
+    assert said({fc6: state[fc6][:, :-36]}) == f'{start}{fc6} has the shape (8, 108); (8, 144) is wanted'
+    assert said({'classifier.4.bias': state['classifier.4.bias'][None]}).endswith('the shape (1, 8); (8,) is wanted')
+    state_with_nan = state[fc6].copy()
+    state_with_nan[1, 2:4] = np.nan, np.inf
+    assert said({fc6: state_with_nan}) == f'{start}{fc6} has 2 numbers of 1152 that are not finite in float32'
+    assert 'has 1 numbers of 5' in said({'classifier.6.bias': np.array([1e300, 0, 0, 0, 0])})
+    assert 'has int8 numbers' in said({'classifier.6.weight': state['classifier.6.weight'].astype(np.int8)})
+    assert 'features.3.weight has the shape (6, 4, 5, 5); (6, 2, 5, 5) is wanted' in said({}, preset='caffe')
+    narrow = said({'features.0.bias': state['features.0.bias'][:3]}, preset='caffe')
+    assert narrow.startswith('it does not fit the preset caffe: config.model.widths (conv1): 3 is not divisible')
+
+
+def test_layers_of_caffe_that_do_not_fit(tmp_path):
+    layers = caffe_files.random_layers(np.random.default_rng(0), CAFFE_WIDTHS)
+    kernel, bias = layers['conv2']
+
+    def said(**changes):
+        with pytest.raises(FormatError) as error:
+            import_file(caffemodel(tmp_path, **changes), tmp_path / 'run', mean='1,2,3')
+        return str(error.value)
+
+    assert said(conv2=[kernel]) == 'conv2 has 1 blobs; kernel and bias are wanted'
+    assert said(conv2=[]) == 'it lacks conv2'
+    assert said(fc9=layers['fc8']) == 'it has fc9, which no layer of AlexNet has'
+    whole = np.concatenate([kernel, kernel], 1)
+    assert 'conv2 (kernel) has the shape (12, 8, 5, 5); (12, 4, 5, 5) is wanted' in said(conv2=[whole, bias])
+    with pytest.raises(ConfigError, match=r"of the name 'Mine'.*--preset=caffe"):
+        import_file(caffemodel(tmp_path, name='Mine'), tmp_path / 'run', mean='1,2,3')
+    with pytest.raises(ConfigError, match=r'--mean: which.*preset caffenet'):
+        import_file(caffemodel(tmp_path, name='Mine'), tmp_path / 'run', preset='caffenet')
+    shape = caffe_files.content(7, caffe_files.content(1, b'\x0c'))
+    damaged = caffemodel(tmp_path).read_bytes().replace(shape, shape[:-1] + b'\x0d', 1)
+    (tmp_path / 'damaged').write_bytes(damaged)
+    with pytest.raises(FormatError, match=r'damaged: conv2 has a blob of shape \(13,\) with 48 bytes'):
+        import_file(tmp_path / 'damaged', tmp_path / 'run', mean='1,2,3')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_names_of_classes(tmp_path):
+    ids = convert.class_names(None, 1000)
+    assert (len(set(ids)), ids[0], ids[999], ids == sorted(ids)) == (1000, 'n01440764', 'n15075141', True)
+    assert convert.class_names(None, 3) == ['class 0', 'class 1', 'class 2']
+    path = tmp_path / 'names.txt'
+    path.write_text('n02012849 crane\nn01440764 tench, Tinca tinca\nn03126707 crane\n\n', encoding='utf-8')
+    assert convert.class_names(str(path), 3) == ['n02012849 crane', 'tench, Tinca tinca', 'n03126707 crane']
+    path.write_bytes('Löwe \r\nHund\r\n'.encode())
+    assert convert.class_names(str(path), 2) == ['Löwe', 'Hund']
+    refused = {
+        b'a\nb\nc': '3 names; the network has 2 classes',
+        b'a\na\n': "'a' is there twice",
+        b'\xff\n': 'not UTF-8',
+    }
+    for content, reason in refused.items():
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=f'^--class_names={path}: {reason}'):
+            convert.class_names(str(path), 2)
+    with pytest.raises(ConfigError, match='No such file'):
+        convert.class_names(str(tmp_path / 'none'), 2)
+
+
+# This project's own files
+
+
+def own_file(path: Path, **changes) -> tuple[dict, dict]:
+    """A file as the export writes it, of a network with batch normalisation; returns its arrays and settings."""
+    config = default_config()
+    config.model.preset = 'bn_lars'
+    small = {'model.widths': (4, 6, 4, 6, 4, 5, 4), 'model.num_classes': 3, 'data.image_size': 70, 'data.crop_size': 67}
+    set_fields(config, PRESETS['bn_lars'].recipe | small)
+    settings = resolve(config).to_dict()
+    sizes = {
+        'conv1': (11, 11, 3, 4),
+        'conv2': (5, 5, 2, 6),
+        'conv3': (3, 3, 6, 4),
+        'conv4': (3, 3, 2, 6),
+        'conv5': (3, 3, 3, 4),
+        'fc6': (4, 5),
+        'fc7': (5, 4),
+        'fc8': (4, 3),
+    }
+    generator = np.random.default_rng(0)
+    arrays = {f'{layer}.kernel': generator.normal(size=size) for layer, size in sizes.items()}
+    arrays |= {f'{layer}.bias': generator.normal(size=size[-1:]) for layer, size in sizes.items()}
+    for layer in ('conv1', 'conv2', 'conv3', 'conv4'):
+        arrays |= {f'{layer}_norm.{kind}': generator.uniform(1, 2, sizes[layer][-1:]) for kind in ('mean', 'var')}
+    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+    arrays |= {
+        'statistics.mean_image': generator.uniform(0, 255, (70, 70, 3)),
+        'statistics.mean_rgb': generator.uniform(0, 255, 3),
+        'statistics.eigenvalues': generator.uniform(0, 255, 3),
+        'statistics.eigenvectors': generator.normal(size=(3, 3)),
+        'statistics.class_counts': np.array([5, 7, 9]),
+    }
+    metadata = {
+        'format': 'alexnet_jax',
+        'config': json.dumps(settings),
+        'class_names': '["ape", "bee", "cat"]',
+        'step': '40',
+    }
+    arrays |= {name: array for name, array in changes.items() if '.' in name}
+    metadata |= {name: text for name, text in changes.items() if '.' not in name}
+    save_file(arrays, path, metadata)
+    return arrays, settings
+
+
+def test_own_files(tmp_path):
+    """All numbers, settings and names come back."""
+    path = tmp_path / 'own.safetensors'
+    arrays, settings = own_file(path)
+    network = network_of(path, tmp_path / 'run')
+    found = {
+        f'{layer}.{name}': np.asarray(array)
+        for tree in (network.state.params, network.state.statistics)
+        for layer, leaves in tree.items()
+        for name, array in leaves.items()
+    } | {f'statistics.{name}': array for name, array in network.statistics.items()}
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array, strict=True)
+    assert network.class_names == ['ape', 'bee', 'cat']
+    assert trained.find(str(tmp_path / 'run')).config.to_dict() == settings
+    names = tmp_path / 'names'
+    names.write_text('x\ny\nz')
+    assert network_of(path, tmp_path / 'named', class_names=str(names)).class_names == ['x', 'y', 'z']
+    for flag in ('mean', 'preset'):
+        with pytest.raises(ConfigError, match=f'^--{flag}: .* has its own'):
+            import_file(path, tmp_path / 'other', **{flag: 'caffe'})
+
+
+def test_in_and_out_and_in_again(tmp_path):
+    network = network_of(FIXTURES / 'torchvision_legacy.pth', tmp_path / 'run')
+    export.write(network, str(tmp_path / 'out.safetensors'))
+    again = network_of(tmp_path / 'out.safetensors', tmp_path / 'again')
+    assert again.digest == network.digest
+    assert again.config == network.config
+    for name, array in network.statistics.items():
+        np.testing.assert_array_equal(again.statistics[name], array, strict=True)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'reason'),
+    [
+        ({'config': '{"model": {}}'}, 'its metadata cannot be used: config'),
+        ({'config': '[1'}, 'its metadata cannot be used'),
+        ({'class_names': '["ape"]'}, 'its metadata cannot be used: 1 names of 3 classes'),
+        ({'conv2_norm.var': np.ones(5, np.float32)}, r'conv2_norm.var has the shape \(5,\); \(6,\) is wanted'),
+        ({'statistics.mean_rgb': np.ones(1)}, r'statistics.mean_rgb has the shape \(1,\); \(3,\) is wanted'),
+        ({'conv5_norm.var': np.ones(4, np.float32)}, 'it has conv5_norm.var, which no layer of AlexNet has'),
+        ({'fc8.bias': np.full(3, np.nan, np.float32)}, 'fc8.bias has 3 numbers of 3 that are not finite'),
+    ],
+)
+def test_own_files_that_do_not_fit(changes, reason, tmp_path):
+    own_file(tmp_path / 'own', **changes)
+    with pytest.raises(FormatError, match=f'^{reason}'):
+        import_file(tmp_path / 'own', tmp_path / 'run')
+    assert os.listdir(tmp_path) == ['own']
+
+
+# The command
+
+
+def test_the_command(tmp_path):
+    """What it makes is a run for other commands; what is there already is left alone."""
+    source, run = FIXTURES / 'torchvision_legacy.pth', tmp_path / 'run'
+    names = tmp_path / 'names'
+    names.write_text('ape\nbee\ncat\ndog\neel')
+    done = command(source, run, f'--class_names={names}', '--mean=120,110,100')
+    assert (done.returncode, done.stdout) == (0, '')
+    assert f'{run}: torchvision, widths 4, 6, 8, 6, 4, 8, 8, 5 classes' in done.stderr
+    network = trained.load(trained.find(f'{run}/checkpoints/0'))
+    assert network.class_names == ['ape', 'bee', 'cat', 'dog', 'eel']
+    np.testing.assert_array_equal(network.preprocessing['mean'][7, 9], [120, 110, 100])
+    assert sorted(os.listdir(tmp_path)) == ['names', 'run']
+
+    def traces():
+        return {str(path): path.stat().st_mtime_ns for path in run.rglob('*')}
+
+    before = traces()
+    again = command(source, run)
+    assert (again.returncode, again.stderr) == (2, f'alexnet_jax: {run} is there already; name a new folder\n')
+    assert traces() == before
+    Image.new('RGB', (8, 8)).save(tmp_path / 'weights.pth', 'PNG')
+    refusals = {
+        (source,): (2, 'where to?'),
+        (tmp_path / 'none.pth', tmp_path / 'new'): (2, 'no such file or folder'),
+        (run, tmp_path / 'out.safetensors', '--preset=caffe'): (2, '--preset: of no use'),
+        (run, tmp_path / 'out.pth'): (2, 'its ending must say what to write'),
+        (tmp_path / 'best', tmp_path / 'out.onnx'): (2, 'has no config.json'),
+        (caffemodel(tmp_path), tmp_path / 'new'): (2, '--mean: which?'),
+        (tmp_path / 'weights.pth', tmp_path / 'new'): (1, f'{tmp_path}/weights.pth: a picture; weights are wanted'),
+        (source, names / 'new'): (2, 'cannot be written'),
+    }
+    for arguments, (code, reason) in refusals.items():
+        refused = command(*arguments)
+        lines = [line for line in refused.stderr.splitlines() if 'alexnet_jax: ' in line]
+        assert (refused.returncode, len(lines)) == (code, 1), refused.stderr
+        assert reason in lines[0]
+        assert 'Traceback' not in refused.stderr
+        assert not (tmp_path / 'new').exists()

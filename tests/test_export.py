@@ -1,0 +1,377 @@
+"""Files for elsewhere: what they give against the network itself, on pictures whose mean is subtracted in NumPy."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import safetensors
+import safetensors.numpy
+from flax import nnx
+from jax import export as jax_export
+
+from alexnet_jax import export, step, trained
+from alexnet_jax.config import ConfigError, default_config, resolve
+from alexnet_jax.presets import PRESETS
+
+ROOT = Path(__file__).parent.parent
+CLASSES = ['tench', 'Gänse "grau"', 'a, b', *(f'class {i}' for i in range(9))]
+SMALL = {'model.widths': (8, 16, 24, 16, 8, 24, 20), 'model.num_classes': 12, 'data.image_size': 75}
+STRONG = {'model.lrn_alpha': 0.05}  # for activations of about 1
+CASES = {
+    'paper': ('paper', {**SMALL, **STRONG, 'data.image_size': 107, 'data.crop_size': 96}),  # fc6 sees 2 x 2 pixels
+    'krizhevsky2012': (
+        'krizhevsky2012',
+        {'data.crop_size': 64, 'model.spatial_norm_alpha': 0.05, **SMALL, **STRONG},
+    ),
+    'no_exchange': ('no_exchange', {**SMALL, **STRONG, 'data.image_size': 107, 'data.crop_size': 96}),
+    'caffe': ('caffe', {'data.crop_size': 67, **SMALL, **STRONG}),
+    'torchvision': ('torchvision', {'data.crop_size': 64, **SMALL}),
+    'bn_lars': ('bn_lars', {'data.crop_size': 67, **SMALL}),
+    'cifar10_13pct': ('cifar10_13pct', {'model.widths': (8, 8, 6, 4, 0, 0, 0), 'model.num_classes': 12}),
+    'd2l': ('d2l', {'data.crop_size': 69, **SMALL}),
+    # What no preset has: conv4 with weights of its own at each pixel that sees its tower alone, even windows, layers
+    # left out.
+    'odd': (
+        'krizhevsky2012',
+        {
+            **SMALL,
+            **STRONG,
+            'data.crop_size': 64,
+            'model.widths': (8, 16, 24, 16, 0, 24, 0),
+            'model.kernel_sizes': (8, 4, 3, 2, 3),
+            'model.unshared': ('conv4',),
+            'model.exchange': ('conv2',),
+            'model.activation': 'tanh',
+            'model.overlapping_pool': False,
+            'model.dropout': 0.2,
+            'model.dropout_before': ('fc6', 'fc8'),
+        },
+    ),
+}
+
+
+def settings(preset, changes):
+    """The network and the preprocessing of a preset, with `changes`, resolved."""
+    config = default_config()
+    recipe = {name: value for name, value in PRESETS[preset].recipe.items() if name.startswith('data.')}
+    config.update_from_flattened_dict({'model.preset': preset, **recipe, **changes})
+    return resolve(config)
+
+
+def weights(config):
+    """Random ones: activations, and logits, are of about 1."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(step.network(config)[1], jax.random.key(0))
+
+    def one(path, leaf):
+        layer, kind = path[-2].key, path[-1].key
+        if layer.endswith('_norm'):
+            low, high = {'mean': (-0.5, 0.5), 'var': (0.5, 2.0)}[kind]
+            return rng.uniform(low, high, leaf.shape).astype(np.float32)
+        std = 0.1
+        if kind == 'kernel':
+            halved = layer in config.model.dropout_before and not config.model.inverted_dropout
+            inputs = leaf.shape[2:3] if layer in config.model.unshared else leaf.shape[:-1]
+            std = np.sqrt((8 if halved else 2) / np.prod(inputs))
+        if (layer, kind) == ('conv1', 'kernel'):
+            std *= np.mean(config.data.divisor) / 64
+        return (std * rng.standard_normal(leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def statistics(config):
+    """Of training images that never were."""
+    rng = np.random.default_rng(1)
+    size, channels, classes = config.data.image_size, config.data.channels, config.model.num_classes
+    values = rng.standard_normal((channels, channels))
+    eigenvalues, eigenvectors = np.linalg.eigh(values @ values.T)
+    return {
+        'mean_image': rng.uniform(60, 190, (size, size, channels)),
+        'mean_rgb': rng.uniform(100, 140, channels),
+        'eigenvalues': eigenvalues,
+        'eigenvectors': eigenvectors,
+        'class_counts': rng.integers(1, 99, classes),
+    }
+
+
+def network_of(config):
+    params, batch_statistics = weights(config)
+    return trained.Network(
+        name='run',
+        workdir='',
+        step=321,
+        digest='',
+        config=config,
+        mesh=None,
+        state=step.TrainState(np.int32(321), params, {}, batch_statistics),
+        statistics=statistics(config),
+        class_names=CLASSES,
+    )
+
+
+def pictures(config, count=7):
+    """(count, S, S, C) as stored, and their centres of crop_size pixels as an export takes them."""
+    size, crop = config.data.image_size, config.data.crop_size
+    blocks = np.random.default_rng(2).integers(0, 256, (count, 11, 11, config.data.channels), np.uint8)
+    images = blocks.repeat(-(-size // 11), 1).repeat(-(-size // 11), 2)[:, :size, :size]  # noise is all alike
+    start = (size - crop) // 2
+    return images, images[:, start : start + crop, start : start + crop]
+
+
+def logits_of(network, centres):
+    """The model's own, with its preprocessing in NumPy."""
+    data = network.config.data
+    start = (data.image_size - data.crop_size) // 2
+    centre = slice(start, start + data.crop_size)
+    mean = {
+        'image': network.statistics['mean_image'][centre, centre],
+        'channel': network.statistics['mean_rgb'],
+        'none': 0.0,
+    }[data.mean]
+    inputs = ((centres - mean) / np.array(data.divisor)).astype(np.float32)
+    graph, state = step.network(network.config)[0], network.state
+    model = jax.jit(lambda params, means, x: nnx.merge(graph, params, means)(x))
+    return np.asarray(model(state.params, state.statistics, inputs))
+
+
+@pytest.fixture(scope='module', params=CASES)
+def case(request):
+    """A network, pictures of the crop's size, and its logits for them."""
+    network = network_of(settings(*CASES[request.param]))
+    centres = pictures(network.config)[1]
+    logits = logits_of(network, centres)
+    assert np.abs(logits).max() < 20
+    assert logits.std(0).mean() > 0.1  # else a wrong picture would pass
+    return network, centres, logits
+
+
+def test_stablehlo_gives_the_logits_of_the_network(case, tmp_path):
+    network, centres, logits = case
+    export.write(network, str(tmp_path / 'net.stablehlo'))
+    exported = jax_export.deserialize(bytearray((tmp_path / 'net.stablehlo').read_bytes()))
+    assert exported.platforms == ('cpu', 'cuda', 'tpu')
+    for rows in (1, 7):
+        np.testing.assert_allclose(exported.call(centres[:rows]), logits[:rows], rtol=0, atol=1e-4)
+
+
+def test_onnx_gives_the_logits_of_the_network(case, tmp_path):
+    network, centres, logits = case
+    path = str(tmp_path / 'net.onnx')
+    export.write(network, path)
+    onnx.checker.check_model(path, full_check=True)
+    session = onnxruntime.InferenceSession(path)
+    for rows in (1, 7):
+        (given,) = session.run(['logits'], {'images': centres[:rows]})
+        np.testing.assert_allclose(given, logits[:rows], rtol=0, atol=1e-4)
+
+
+def test_onnx_graph_of_the_paper_is_one_operator_a_layer(tmp_path):
+    network = network_of(settings(*CASES['paper']))
+    export.write(network, str(tmp_path / 'net.onnx'))
+    model = onnx.load(tmp_path / 'net.onnx')
+    kinds = [node.op_type for node in model.graph.node]
+    counts = {kind: kinds.count(kind) for kind in ('Conv', 'LRN', 'MaxPool', 'Gemm', 'Relu')}
+    assert counts == {'Conv': 5, 'LRN': 2, 'MaxPool': 3, 'Gemm': 3, 'Relu': 7}
+    assert len(kinds) == 29
+    attributes = [attribute for node in model.graph.node for attribute in node.attribute]
+    groups = [attribute.i for attribute in attributes if attribute.name == 'group']
+    assert groups == [1, 2, 1, 2, 2]
+    labels = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(labels.pop('class_names')) == CLASSES
+    assert labels == {'preset': 'paper', 'step': '321'}
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    (images,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert (images.name, images.type, images.shape) == ('images', 'tensor(uint8)', ['batch', 96, 96, 3])
+    assert (logits.name, logits.type, logits.shape) == ('logits', 'tensor(float)', ['batch', 12])
+
+
+def run_stablehlo(path, images):
+    return np.asarray(jax_export.deserialize(bytearray(path.read_bytes())).call(images))
+
+
+def run_onnx(path, images):
+    return onnxruntime.InferenceSession(str(path)).run(['logits'], {'images': images})[0]
+
+
+def test_stablehlo_of_a_network_in_bfloat16_computes_in_that_and_onnx_in_float32(tmp_path):
+    preset, changes = CASES['torchvision']
+    network = network_of(settings(preset, {**changes, 'model.dtype': 'bfloat16'}))
+    centres = pictures(network.config)[1]
+    own, exact = logits_of(network, centres), logits_of(network_of(settings(preset, changes)), centres)
+    rounding = np.abs(own - exact).mean()
+    assert rounding > 0.01
+    export.write(network, str(tmp_path / 'net.stablehlo'))
+    export.write(network, str(tmp_path / 'net.onnx'))
+    # Compilers may keep more digits between two operations in one program than in the other.
+    assert np.abs(run_stablehlo(tmp_path / 'net.stablehlo', centres) - own).mean() < 0.1 * rounding
+    np.testing.assert_allclose(run_onnx(tmp_path / 'net.onnx', centres), exact, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope='module')
+def on_a_mesh(tmp_path_factory):
+    """A run, read from its folder onto four devices times two."""
+    preset, changes = CASES['bn_lars']
+    config = settings(preset, {**changes, 'mesh.data': 4, 'mesh.model': 2, 'train.batch_size': 32})
+    workdir = str(tmp_path_factory.mktemp('runs') / 'run')
+    params, batch_statistics = weights(config)
+    trained.create(workdir, config, params, batch_statistics, statistics(config), CLASSES)
+    return trained.load(trained.find(workdir))
+
+
+def test_exports_of_a_sharded_network_give_what_its_prediction_gives(on_a_mesh, tmp_path):
+    network = on_a_mesh
+    assert dict(network.mesh.shape) == {'data': 4, 'model': 2}
+    assert not network.state.params['fc6']['kernel'].sharding.is_fully_replicated
+    stored, centres = pictures(network.config)
+    predict = step.make_predict_step(network.config, network.mesh, views=1)
+    wanted = np.stack(list(network.rows(predict, stored, network.batch_size(len(stored)))))
+    for ending, run in (('stablehlo', run_stablehlo), ('onnx', run_onnx)):
+        export.write(network, str(tmp_path / f'net.{ending}'))
+        given = jax.nn.log_softmax(run(tmp_path / f'net.{ending}', centres))
+        np.testing.assert_allclose(given, wanted, rtol=0, atol=1e-4)
+
+
+def test_safetensors_have_all_arrays_as_they_are(on_a_mesh, tmp_path):
+    path = str(tmp_path / 'net.safetensors')
+    by_columns = {name: np.asfortranarray(array) for name, array in on_a_mesh.statistics.items()}
+    network = dataclasses.replace(on_a_mesh, statistics=by_columns)
+    export.write(network, path)
+    params, batch_statistics = weights(network.config)
+    groups = {**params, **batch_statistics, 'statistics': network.statistics}
+    wanted = {f'{group}.{name}': array for group, arrays in groups.items() for name, array in arrays.items()}
+    given = safetensors.numpy.load_file(path)
+    assert given.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert given[name].dtype == array.dtype
+        np.testing.assert_array_equal(given[name], array)
+    assert {'conv1.kernel', 'fc8.bias', 'conv2_norm.mean', 'statistics.mean_image'} <= given.keys()
+    with safetensors.safe_open(path, 'numpy') as file:
+        metadata = file.metadata()
+    assert {name: metadata[name] for name in ('format', 'step')} == {'format': 'alexnet_jax', 'step': '0'}
+    assert json.loads(metadata['class_names']) == CLASSES
+    assert resolve(ml_collections.ConfigDict(json.loads(metadata['config']))) == network.config
+
+
+def test_safetensors_have_the_settings_of_the_run_whatever_devices_there_are(on_a_mesh, tmp_path):
+    shutil.copytree(on_a_mesh.workdir, tmp_path / 'run')
+    path = tmp_path / 'run' / 'config.json'
+    written = json.loads(path.read_text())
+    written['mesh']['data'] = 8
+    path.write_text(json.dumps(written))
+    network = trained.load(trained.find(str(tmp_path / 'run')))
+    assert network.config.mesh.model == 1  # 16 devices are too many
+    export.write(network, str(tmp_path / 'net.safetensors'))
+    with safetensors.safe_open(tmp_path / 'net.safetensors', 'numpy') as file:
+        assert json.loads(file.metadata()['config']) == written
+
+
+def examples():
+    """The loaders in the documentation, by the ending of what they load."""
+    text = (ROOT / 'docs' / 'weights.md').read_text().split('## Weights for elsewhere')[1]
+    blocks = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    return {re.search(r"'alexnet\.(\w+)'", block)[1]: block for block in blocks}
+
+
+FOREIGN = {'stablehlo': ('alexnet_jax', 'flax'), 'onnx': ('alexnet_jax', 'jax', 'onnx'), 'safetensors': ()}
+
+
+@pytest.mark.parametrize('ending', FOREIGN)
+def test_loader_of_the_documentation_in_another_process(on_a_mesh, tmp_path, ending):
+    stored, centres = pictures(on_a_mesh.config)
+    export.write(on_a_mesh, str(tmp_path / f'alexnet.{ending}'))
+    np.save(tmp_path / 'images.npy', stored if ending == 'safetensors' else centres)
+    program = f"""
+import sys
+import numpy as np
+images = np.load('images.npy')
+{examples()[ending]}
+imported = [name for name in {FOREIGN[ending]} if name in sys.modules]
+assert not imported, imported
+np.save('logits.npy', np.asarray(logits))
+"""
+    python_path = str(ROOT) if ending == 'safetensors' else ''
+    environment = {**os.environ, 'PYTHONPATH': python_path, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'}
+    subprocess.run([sys.executable, '-c', program], cwd=tmp_path, env=environment, check=True, timeout=120)
+    wanted = logits_of(network_of(on_a_mesh.config), centres)
+    np.testing.assert_allclose(np.load(tmp_path / 'logits.npy'), wanted, rtol=0, atol=1e-4)
+
+
+def test_no_folder_of_this_machine_is_in_a_program(tmp_path):
+    network = network_of(settings(*CASES['paper']))
+    for ending in ('stablehlo', 'onnx'):
+        export.write(network, str(tmp_path / f'net.{ending}'))
+        content = (tmp_path / f'net.{ending}').read_bytes()
+        assert len(content) > 50_000
+        assert str(ROOT).encode() not in content
+        assert sys.prefix.encode() not in content
+    assert jax.config.jax_hlo_source_file_canonicalization_regex is None
+
+
+@pytest.mark.parametrize('name', ['net', 'net.pb', 'net.onnx.gz', 'onnx'])
+def test_other_endings_are_refused(tmp_path, name):
+    wanted = f'{name}: its ending must say what to write: .safetensors, .stablehlo or .onnx'
+    with pytest.raises(ConfigError, match=re.escape(wanted)):
+        export.write(None, str(tmp_path / name))
+    assert not list(tmp_path.iterdir())
+
+
+def test_capital_endings_and_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    export.write(network_of(settings(*CASES['cifar10_13pct'])), '~/NET.ONNX')
+    onnx.checker.check_model(str(tmp_path / 'NET.ONNX'))
+
+
+@pytest.mark.parametrize('path', ['none/net.onnx', 'folder.onnx'])
+def test_files_that_cannot_be_written_are_refused(tmp_path, path):
+    (tmp_path / 'folder.onnx').mkdir()
+    with pytest.raises(ConfigError, match=f'{path} cannot be written; name a file in a folder that can be'):
+        export.write(None, str(tmp_path / path))
+
+
+@pytest.mark.parametrize(('ending', 'library'), [('onnx', 'onnx'), ('stablehlo', 'flatbuffers')])
+def test_missing_library_is_named_with_what_installs_it(tmp_path, monkeypatch, ending, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ConfigError, match=f'{library} is not installed: pip install -r requirements-export.txt'):
+        export.write(None, str(tmp_path / f'net.{ending}'))
+    assert f'\n{library}==' in (ROOT / 'requirements-export.txt').read_text()
+
+
+@pytest.mark.parametrize('ending', ['onnx', 'stablehlo'])
+def test_weights_beyond_the_limit_of_a_program_are_refused(tmp_path, ending):
+    params = {'fc6': {'kernel': np.broadcast_to(np.float32(0), (2**15, 2**14))}}
+    network = types.SimpleNamespace(state=types.SimpleNamespace(params=params, statistics={}))
+    with pytest.raises(ConfigError, match=r'limit is 2 GB, and these are 2\.1 GB of weights; write \.safetensors'):
+        export.write(network, str(tmp_path / f'net.{ending}'))
+
+
+@pytest.mark.parametrize('ending', ['safetensors', 'onnx', 'stablehlo'])
+def test_a_failing_export_leaves_what_was_there(tmp_path, monkeypatch, ending):
+    network = dataclasses.replace(network_of(settings(*CASES['cifar10_13pct'])), workdir=str(tmp_path))
+    (tmp_path / 'config.json').write_text(json.dumps(network.config.to_dict()))
+    target = tmp_path / f'net.{ending}'
+    target.write_bytes(b'before')
+
+    def full(file):
+        raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'fsync', full)
+        with pytest.raises(OSError, match='No space left'):
+            export.write(network, str(target))
+    assert target.read_bytes() == b'before'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['config.json', target.name]
+    export.write(network, str(target))
+    assert target.stat().st_size > 10_000

@@ -1,0 +1,336 @@
+"""Files that are refused: pickles that would run something, files of other kinds, damaged ones."""
+
+import gzip
+import io
+import os
+import pickle
+import pickletools
+import struct
+import tarfile
+import zipfile
+from pathlib import Path
+
+import caffe_files
+import h5py  # type: ignore[import-untyped]
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save
+
+from alexnet_jax.formats import FormatError, caffe_file, recognise, safetensors_file, torch_file
+
+FIXTURES = Path(__file__).parent / 'fixtures'
+ZIP, LEGACY = ((FIXTURES / f'torchvision_{name}.pth').read_bytes() for name in ('zip', 'legacy'))
+
+
+def read(path: Path) -> object:
+    kind = recognise(str(path))
+    return {'torch': torch_file, 'safetensors': safetensors_file, 'caffe': caffe_file}[kind].read(str(path))
+
+
+def refusal(content: bytes, folder: Path) -> str:
+    """What is said of a file with this content."""
+    path = folder / 'weights.pth'
+    path.write_bytes(content)
+    with pytest.raises(FormatError) as error:
+        read(path)
+    message = str(error.value)
+    assert message.isprintable()
+    assert len(message) < 400
+    return message
+
+
+def zipped(entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, 'w', compression) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def entries(content: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def as_zip(pickled: bytes) -> bytes:
+    return zipped({'net/data.pkl': pickled, 'net/version': b'3\n', 'net/data/0': bytes(16)})
+
+
+def as_legacy(pickled: bytes) -> bytes:
+    parts = (0x1950A86A20F9469CFC6C, 1001, {'protocol_version': 1001, 'little_endian': True, 'type_sizes': {}})
+    return b''.join(pickle.dumps(part, 2) for part in parts) + pickled + pickle.dumps([], 2)
+
+
+# Pickles that would run something
+
+
+class Evil:
+    """Python's own pickle of it makes the file `marker` when it is read."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+def attacks(marker: str) -> dict[str, tuple[bytes, str]]:
+    """Pickles, and what is refused in each by its name."""
+    touch = f'touch {marker}'
+    code = f'open({marker!r}, "w").close()'
+    system = pickle.dumps(Evil(os.system, touch), 2)
+    nested = {'state_dict': {'features.0.weight': [1, (2, {'x': Evil(os.system, touch)})]}}
+    text = touch.encode()
+    short = bytes([len(text)]) + text
+    return {
+        'system': (system, 'posix.system'),
+        'eval': (pickle.dumps(Evil(eval, code), 2), '__builtin__.eval'),
+        'exec by two texts': (pickle.dumps(Evil(exec, code), 4), 'builtins.exec'),
+        'nested': (pickle.dumps(nested, 2), 'posix.system'),
+        'behind an ordered dict': (
+            b'\x80\x02ccollections\nOrderedDict\n)R(X\x01\x00\x00\x00a' + system[2:-1] + b'u.',
+            'posix.system',
+        ),
+        'INST': (b'(S' + repr(touch).encode() + b'\nios\nsystem\n.', 'STRING'),
+        'INST with new texts': (b'\x80\x02(U' + short + b'ios\nsystem\n.', 'os.system'),
+        'INST of a known name': (
+            b'\x80\x02(itorch._utils\n_rebuild_tensor_v2\n.',
+            'torch._utils._rebuild_tensor_v2',
+        ),
+        'OBJ': (b'\x80\x02(cos\nsystem\nU' + short + b'o.', 'os.system'),
+        'NEWOBJ': (b'\x80\x02csubprocess\nPopen\n(]U\x04trueaU\x01xt\x81.', 'subprocess.Popen'),
+        'getattr': (b'\x80\x02c__builtin__\ngetattr\n.', '__builtin__.getattr'),
+        'in the name': (b'\x80\x04\x8c\x05torch\x8c\x12_utils.os.system  \x93U' + short + b'\x85R.', 'torch._utils.os'),
+        '__setstate__': (b'\x80\x02c__main__\nEvil\n)\x81}U\x01aK\x01sb.', '__main__.Evil'),
+        'persistent id as text': (b'Pposix system\n.', 'PERSID'),
+        'persistent id with a name': (b'\x80\x02(U\x06modulecos\nsystem\nU\x01xtQ.', 'os.system'),
+        'persistent id of a module': (
+            b'\x80\x02(U\x06modulectorch\nFloatStorage\nU\x010U\x01xK\x04tQ.',
+            'persistent id',
+        ),
+        'persistent id of a view': (
+            b'\x80\x02(U\x07storagectorch\nFloatStorage\nU\x010U\x01xK\x04U\x01vK\x00K\x02\x87tQ.',
+            'persistent id',
+        ),
+        'persistent id that is a number': (b'\x80\x02K\x05Q.', 'persistent id'),
+        'extension': (b'\x80\x02\x82\x01.', 'EXT1'),
+        'control characters': (b'\x80\x02c\x1b[2J\nx\r\n.', "'\\x1b[2J.x"),
+    }
+
+
+@pytest.mark.parametrize('form', [bytes, as_zip, as_legacy])
+@pytest.mark.parametrize('name', attacks('x'))
+def test_nothing_in_a_pickle_is_run(name, form, tmp_path):
+    marker = tmp_path / 'marker'
+    pickled, refused = attacks(str(marker))[name]
+    if form is bytes:  # a plain pickle, or with the text words of the oldest protocol no file that is known
+        refused = 'of no kind' if pickled[:1] != b'\x80' else refused
+        refused = 'a Python pickle, but not one that torch.save wrote' if refused == 'persistent id' else refused
+    assert refused in refusal(form(pickled), tmp_path)
+    assert os.listdir(tmp_path) == ['weights.pth']
+
+
+@pytest.mark.parametrize(
+    'name', ['system', 'eval', 'exec by two texts', 'nested', 'INST', 'INST with new texts', 'OBJ']
+)
+def test_the_attacks_are_attacks(name, tmp_path):
+    """Python's own reader runs them."""
+    pickle.loads(attacks(str(tmp_path / 'marker'))[name][0])
+    assert (tmp_path / 'marker').exists()
+
+
+def test_known_names_are_not_called(tmp_path):
+    """Neither are the names that a state dict needs: their results are looked at, or not used."""
+    storage = b'(U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x04tQ'
+    tensor = b'ctorch._utils\n_rebuild_tensor_v2\n('
+
+    def state(value: bytes) -> bytes:
+        return as_zip(b'\x80\x02}U\x01a' + value + b's.')
+
+    path = tmp_path / 'good'
+    path.write_bytes(state(tensor + storage + b'K\x01K\x03\x85K\x01\x85\x89}tR'))
+    np.testing.assert_array_equal(torch_file.read(str(path))['a'], np.zeros(3, np.float32), strict=True)
+    outside = 'a tensor reaches out of its storage'
+    assert outside in refusal(state(tensor + storage + b'K\x02K\x03\x85K\x01\x85\x89}tR'), tmp_path)
+    assert outside in refusal(state(tensor + storage + b'K\x00K\x03\x85K\x02\x85\x89}tR'), tmp_path)
+    assert outside in refusal(state(tensor + storage + b'J\xff\xff\xff\xffK\x03\x85K\x01\x85\x89}tR'), tmp_path)
+    assert outside in refusal(state(tensor + storage + b'K\x00K\x03\x85J\xff\xff\xff\xff\x85\x89}tR'), tmp_path)
+    assert outside in refusal(state(tensor + storage + b'K\x00\x8a\x06\0\0\0\0\0\x7f\x85K\x00\x85\x89}tR'), tmp_path)
+    assert outside in refusal(state(tensor + storage + b'K\x00K\x02\x85)\x89}tR'), tmp_path)
+    assert outside in refusal(state(tensor + b'U\x04textK\x00K\x02\x85K\x01\x85\x89}tR'), tmp_path)
+    longer = storage.replace(b'K\x04', b'K\x05')
+    assert 'storage 0 has 16 bytes' in refusal(state(tensor + longer + b'K\x00K\x03\x85K\x01\x85\x89}tR'), tmp_path)
+    other = storage.replace(b'U\x010', b'U\x011')
+    assert 'net/data/1 is missing' in refusal(state(tensor + other + b'K\x00K\x03\x85K\x01\x85\x89}tR'), tmp_path)
+    twice = tensor + storage + b'K\x00K\x02\x85K\x01\x85\x89}tRs' + b'U\x01b' + tensor
+    twice += storage.replace(b'Float', b'Int') + b'K\x00K\x02\x85K\x01\x85\x89}tR'
+    assert 'has two types' in refusal(state(twice), tmp_path)
+    good = tensor + storage + b'K\x01K\x03\x85K\x01\x85\x89}tR'
+    assert 'tuple where another type belongs' in refusal(as_zip(b'\x80\x02}K\x01K\x02\x86' + good + b's.'), tmp_path)
+    path.write_bytes(as_zip(b'\x80\x02ccollections\nOrderedDict\n]](U\x01a' + good + b'ea\x85R.'))  # as Python 2 does
+    assert torch_file.read(str(path))['a'].shape == (3,)
+    assert 'no tensors by name' in refusal(state(b'ctorch\nFloatStorage\n\x8a\x06\0\0\0\0\0\x7f\x85R'), tmp_path)
+
+
+# Files of other kinds
+
+
+def picture(form: str) -> bytes:
+    file = io.BytesIO()
+    Image.new('RGB', (40, 30), 'red').save(file, form)
+    return file.getvalue()
+
+
+def hdf5() -> bytes:
+    file = io.BytesIO()
+    with h5py.File(file, 'w') as written:
+        written['kernel'] = np.zeros(3)
+    return file.getvalue()
+
+
+def numpy_file(save_with, *arrays) -> bytes:
+    file = io.BytesIO()
+    save_with(file, *arrays)
+    return file.getvalue()
+
+
+def tar() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode='w') as archive:
+        archive.addfile(tarfile.TarInfo('storages'), io.BytesIO())
+    return file.getvalue()
+
+
+def onnx() -> bytes:
+    """ModelProto: ir_version, producer_name, producer_version, graph."""
+    start = caffe_files.number(1, 8) + caffe_files.content(2, b'pytorch') + caffe_files.content(3, b'2.13.0')
+    return start + caffe_files.content(7, caffe_files.content(2, b'main_graph'))
+
+
+MODULE = pickle.dumps({'a': 1}, 2)[:2] + b'ctorchvision.models.alexnet\nAlexNet\n)\x81}b.'
+TENSOR = b'\x80\x02ctorch._utils\n_rebuild_tensor_v2\n()K\x00))tR.'
+BLOB = caffe_files.old_blob(np.ones((3, 4, 4), np.float32))
+
+OTHERS = {
+    **{form: (picture(form), '^a picture') for form in ('PNG', 'JPEG', 'GIF', 'BMP', 'TIFF', 'WEBP')},
+    'empty': (b'', '^an empty file'),
+    'page': (b'\n<!DOCTYPE html><html><title>404</title></html>', '^a web page'),
+    'xml': (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', '^XML or a web page'),
+    'pointer': (b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 244\n', '^a Git LFS pointer'),
+    'keras': (hdf5(), "^HDF5, such as Keras' .h5"),
+    'keras 3': (zipped({'metadata.json': b'{}', 'model.weights.h5': hdf5()}), '^a model of Keras'),
+    'onnx': (onnx(), '^an ONNX model'),
+    'npz': (numpy_file(np.savez, np.zeros(3)), r'^NumPy.s \.npz'),
+    'npy': (numpy_file(np.save, np.zeros(3)), '^a NumPy array'),
+    'gzip': (gzip.compress(ZIP), '^a compressed file; unpack it first'),
+    'tar': (tar(), '^a tar archive'),
+    'zip': (zipped({'readme.txt': b'x'}), "^a ZIP archive whose first file is 'readme.txt'"),
+    'empty zip': (b'PK\x03\x04', '^a ZIP archive that is cut off or damaged'),
+    'packed zip': (zipped(entries(ZIP), zipfile.ZIP_DEFLATED), 'is compressed, which torch.save never does'),
+    'pdf': (b'%PDF-1.7', '^a PDF'),
+    'json': (b'{"a": 1}', '^JSON'),
+    'prototxt': (b'# net\nname: "AlexNet"\nlayer {\n', '^a prototxt of Caffe'),
+    'solver': (b'\x7fELF\x02\x01\x01', '^a program'),
+    'text': (b'what is this\n', "^of no kind that is known here .it begins with 'what is this '"),
+    'noise': (np.random.default_rng(3).bytes(4000), '^of no kind that is known here'),
+    'module': (as_zip(MODULE), r'^a whole pickled module .torchvision.models.alexnet.AlexNet.'),
+    'old module': (as_legacy(MODULE), r'^a whole pickled module .torchvision.models.alexnet.AlexNet.'),
+    'torchscript': (zipped({'net/constants.pkl': b'', 'net/data.pkl': MODULE}), '^a TorchScript module'),
+    'tensor': (as_zip(TENSOR), '^it holds a tensor, no state dict'),
+    'list': (as_zip(pickle.dumps([1], 2)), '^it holds a list, no state dict'),
+    'no tensors': (as_zip(pickle.dumps({'epoch': 3}, 2)), '^it holds no tensors by name'),
+    'pickle': (pickle.dumps({'epoch': 3}, 4), '^a Python pickle, but not one that torch.save wrote'),
+    'arrays': (pickle.dumps({'a': np.zeros(3)}, 2), r'^refused: its pickle asks for numpy\._?core\.multiarray'),
+    'big-endian': (zipped({**entries(ZIP), 'torchvision_zip/byteorder': b'big'}), '^written on a big-endian machine'),
+    'mean': (BLOB, '^a single array, such as a mean image; give it as --mean'),
+    'no weights': (caffe_files.net('AlexNet', {}), '^not a network of Caffe with weights'),
+    'twice': (2 * caffe_files.net('', {'conv1': [np.ones(3)]}), "^it has two layers 'conv1'"),
+}
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_other_files_say_what_they_are(name, tmp_path):
+    content, reason = OTHERS[name]
+    path = tmp_path / 'file'
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=reason):
+        read(path)
+
+
+# Damaged files
+
+
+def damaged_copies(content: bytes, generator: np.random.Generator, count: int):
+    """Copies that are cut off, or have one to three bytes changed."""
+    for cut in np.linspace(1, len(content) - 1, count // 2).astype(int):
+        yield content[:cut]
+    for _ in range(count // 2):
+        copy = bytearray(content)
+        for place in generator.integers(0, len(copy), generator.integers(1, 4)):
+            copy[place] = generator.integers(0, 256)
+        yield bytes(copy)
+
+
+def wire(is_old: bool) -> bytes:
+    layers = caffe_files.random_layers(np.random.default_rng(0), (2, 2, 2, 2, 2, 2, 2, 2))
+    return (caffe_files.old_net if is_old else caffe_files.net)('AlexNet', layers)
+
+
+GOOD = {
+    'zip': ZIP,
+    'legacy': LEGACY,
+    'views': (FIXTURES / 'views.pth').read_bytes(),
+    'views_legacy': (FIXTURES / 'views_legacy.pth').read_bytes(),
+    'training': (FIXTURES / 'training.pth').read_bytes(),
+    'caffe': wire(is_old=False),
+    'old caffe': wire(is_old=True),
+    'safetensors': save({'a': np.zeros((3, 4), np.float32), 'b': np.zeros(5, np.float16)}, {'format': 'pt'}),
+}
+
+
+@pytest.mark.parametrize('name', GOOD)
+def test_damaged_files_are_refused_or_read(name, tmp_path):
+    """Never another error; cut off, they are never read."""
+    path, content = tmp_path / 'file', GOOD[name]
+    refusals = []
+    for copy in damaged_copies(content, np.random.default_rng(1), 300):
+        path.write_bytes(copy)
+        try:
+            read(path)
+        except FormatError as error:
+            refusals.append((len(copy), str(error)))
+    assert all(reason.isprintable() for _, reason in refusals)
+    assert sum(length < len(content) for length, _ in refusals) == 150
+    path.write_bytes(content)
+    assert read(path)
+
+
+def test_a_changed_number_is_noticed_in_the_newer_format(tmp_path):
+    place = ZIP.index(entries(ZIP)['torchvision_zip/data/10']) + 1001
+    changed = bytearray(ZIP)
+    changed[place] ^= 1
+    reason = 'damaged: the content of torchvision_zip/data/10 is not what was written'
+    assert reason in refusal(bytes(changed), tmp_path)
+
+
+def test_storages_of_the_older_format(tmp_path):
+    """Their number, and what each says of its length."""
+    reader = io.BytesIO(LEGACY)
+    for _ in range(4):
+        all(pickletools.genops(reader))
+    before = reader.tell()
+    keys = pickle.load(reader)
+    behind = last = place = reader.tell()
+    while place < len(LEGACY):
+        last, (count,) = place, struct.unpack_from('<q', LEGACY, place)
+        place += 8 + 4 * count
+    cases = {
+        LEGACY[:last] + struct.pack('<q', count - 1) + LEGACY[last + 8 :]: f"at storage '{keys[-1]}'",
+        LEGACY[:last] + struct.pack('<q', -1) + LEGACY[last + 8 :]: f"at storage '{keys[-1]}'",
+        LEGACY[:-1]: f"at storage '{keys[-1]}'",
+        LEGACY[:before] + pickle.dumps(keys[:-1], 2) + LEGACY[behind:]: f"storage '{keys[-1]}' is missing in it",
+        LEGACY[:before] + pickle.dumps([*keys, '7'], 2) + LEGACY[behind:]: "no tensor has storage '7'",
+    }
+    for content, reason in cases.items():
+        assert reason in refusal(content, tmp_path)
