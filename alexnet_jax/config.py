@@ -132,6 +132,14 @@ def default_config() -> ml_collections.ConfigDict:
     )
 
 
+def preset_config(name: str) -> ml_collections.ConfigDict:
+    """The settings of a published network and its training; `name`: one of presets.PRESETS."""
+    config = default_config()
+    config.model.preset = name
+    set_fields(config, PRESETS[name].recipe)
+    return config
+
+
 _CHOICES = {
     'model.preset': tuple(PRESETS),
     'model.activation': ('relu', 'tanh'),

@@ -22,10 +22,9 @@ from absl import app, flags, logging
 
 from alexnet_jax import export, startup
 from alexnet_jax.command import parse_flags
-from alexnet_jax.config import ConfigError, check_class_names, default_config, resolve, set_fields
+from alexnet_jax.config import ConfigError, check_class_names, preset_config, resolve, set_fields
 from alexnet_jax.formats import FormatError, caffe_file, layouts, recognise, safetensors_file, torch_file
 from alexnet_jax.monitor import Progress, complain, log
-from alexnet_jax.presets import PRESETS
 from alexnet_jax.shapes import layers
 from alexnet_jax.trained import FORMS, check_new, create, find, load
 
@@ -82,7 +81,7 @@ def read_mean(text: str | None, preset: str) -> np.ndarray:
     except (FormatError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f'--mean={text}: {reason}; give {MEAN_FORMS}') from None
-    crop = PRESETS[preset].recipe.get('data.crop_size', default_config().data.crop_size)
+    crop = preset_config(preset).data.crop_size
     channels, *sides = mean.shape
     if channels != 3 or len(set(sides)) > 1 or min(sides, default=crop) < crop:
         raise ConfigError(f'--mean={text}: the shape {mean.shape}; (3, S, S) with S from {crop}, or (3,), is wanted')
@@ -91,14 +90,13 @@ def read_mean(text: str | None, preset: str) -> np.ndarray:
 
 def settings(preset: str, widths: tuple[int, ...], mean: np.ndarray) -> Any:
     """The preset's network and training, resolved, with outputs of conv1 to fc8 `widths`. Raises ConfigError."""
-    config = default_config()
-    config.model.preset = preset
+    config = preset_config(preset)
     values = {'model.widths': widths[:7], 'model.num_classes': widths[7]}
     if mean.ndim == 1:
         values['data.mean'] = 'channel'
     else:
         values |= {'data.mean': 'image', 'data.image_size': len(mean)}
-    set_fields(config, PRESETS[preset].recipe | values)
+    set_fields(config, values)
     return resolve(config)
 
 

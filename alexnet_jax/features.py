@@ -9,6 +9,7 @@ import dataclasses
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,18 @@ def _open(folder: str, path: str, shape: tuple[int, int], begun: bool) -> np.mem
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f'{path} cannot be used ({error}); remove {folder}, and it is made anew') from None
+
+
+def of_images(network: Network, index: Index, images: Sequence[np.ndarray]) -> np.ndarray:
+    """The features (Q, units) float32 of `images` (S, S, C) uint8.
+
+    They come in batches as large as those of the index, so that a training image is at a distance of 0 from itself.
+    """
+    from alexnet_jax.step import make_output_step
+
+    output_step = make_output_step(network.config, network.mesh, index.layer)
+    rows = network.rows(output_step, images, network.batch_size(len(index.features)))
+    return np.stack([row.reshape(-1) for row in rows])
 
 
 def nearest(index: Index, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ All are published figures; none was run here. What the presets are stands in ale
 Hardware and time: any; the authors' two GTX 580 took five to six days for 90 epochs.
 """
 
-from alexnet_jax.config import ConfigError, default_config, set_fields
+from alexnet_jax.config import ConfigError, preset_config
 from alexnet_jax.presets import PRESETS
 
 
@@ -28,7 +28,4 @@ def get_config(preset: str = 'paper'):
     """Settings of one of the published networks."""
     if preset not in PRESETS:
         raise ConfigError(f'configs/imagenet.py:{preset}: no such preset; there are {", ".join(PRESETS)}')
-    config = default_config()
-    config.model.preset = preset
-    set_fields(config, PRESETS[preset].recipe)
-    return config
+    return preset_config(preset)

@@ -12,8 +12,7 @@ another seed. They, hardware, time and results are in docs/ablations.md.
 
 import dataclasses
 
-from alexnet_jax.config import default_config, set_fields
-from alexnet_jax.presets import PRESETS
+from alexnet_jax.config import preset_config
 from alexnet_jax.sweep import Variant, grid, seeds
 
 RATES = (0.003, 0.01, 0.03, 0.1)
@@ -21,9 +20,7 @@ RATES = (0.003, 0.01, 0.03, 0.1)
 
 def get_config(part: str = 'seeds'):
     """Settings of both rows but for nonlinearity and learning rate."""
-    config = default_config()
-    config.model.preset = 'cifar10_13pct'
-    set_fields(config, PRESETS['cifar10_13pct'].recipe)
+    config = preset_config('cifar10_13pct')
     config.model.conv1_stride = 2
     config.model.widths = (32, 32, 32, 32, 0, 0, 0)
     config.model.kernel_std = (0.05, 0.05, 0.05, 0.05, 0.01, 0.01, 0.01, 0.05)

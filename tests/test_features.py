@@ -1,4 +1,4 @@
-"""Features of a training set and what is near: eager layers on crops by NumPy, brute force in float64, interruptions."""
+"""Features of a training set and what is near: eager layers, crops by NumPy, brute force in float64, interruptions."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from small_runs import centre, make_run, small_config, store_of
 
 from alexnet_jax import features, trained
 from alexnet_jax.config import ConfigError
-from alexnet_jax.data.pipeline import Store
+from alexnet_jax.data.pipeline import Store, validation_batches
 from alexnet_jax.step import make_output_step, network
 
 
@@ -76,6 +76,8 @@ def test_blocks_do_not_matter_and_damaged_records_are_never_near(monkeypatch):
     assert found[1, 0] == 35
     assert not set(found.flat) & {4, 36}
     assert np.isfinite(distances).all()
+    equal = features.Index(np.zeros((300, 5), np.float32), 'fc7')
+    assert features.nearest(equal, rows[:1], 40)[0].tolist() == [list(range(40))]
     assert np.isinf(features.nearest(features.Index(rows, 'fc7'), rows[:1], 37)[1][0, -2:]).all()
 
 
@@ -111,6 +113,13 @@ def test_an_interrupted_index_goes_on_where_it_stood(config, store, index, tmp_p
     finished = Interrupted(store.train, 0)
     features.index_of(loaded, Store(finished, None, {}, [], store.fingerprint))
     assert finished.asked == []
+
+
+def test_a_share_of_batches_from_a_later_one_on(store):
+    batches = validation_batches(store.validation, batch_size=100, threads=1, share=1, shares=2, first_batch=3)
+    expected = np.stack([store.validation[number]['image'] for number in range(350, 400)])
+    np.testing.assert_array_equal(next(batches)['image'], expected)
+    assert len(list(batches)) == 12
 
 
 def test_damaged_and_foreign_files_of_features_are_named(config, store, tmp_path, monkeypatch):

@@ -112,7 +112,6 @@ ALLOWED = {
         'figures.network',
         'monitor',
         'pictures',
-        'presets',
         'step',
         'trained',
     },

@@ -164,11 +164,12 @@ def test_wrong_arguments_are_refused_in_one_line(run, tmp_path, arguments, messa
 
 
 def test_folders_stand_for_their_files_in_order(tmp_path):
-    for name in ('b.png', 'a/z.png', 'a/.git/x.png', '.x.png', 'c.png'):
+    for name in ('e.png', 'b.png', 'f.png', 'a/z.png', 'a/.git/x.png', '.x.png', 'd.png', 'c.png'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     files = picture_files([str(tmp_path / 'c.png'), str(tmp_path)])
-    assert [os.path.relpath(file, tmp_path) for file in files] == ['c.png', 'a/z.png', 'b.png', 'c.png']
+    found = [os.path.relpath(file, tmp_path) for file in files]
+    assert found == ['c.png', 'a/z.png', *(f'{letter}.png' for letter in 'bcdef')]
     with pytest.raises(ConfigError, match='a folder without files'):
         picture_files([str(tmp_path / 'a' / '.git' / '..' / '..' / 'a' / '.git' / 'x.png'), str(_empty(tmp_path))])
 

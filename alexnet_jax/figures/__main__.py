@@ -1,0 +1,191 @@
+"""The command that draws the paper's figures from runs and pictures.
+
+    python -m alexnet_jax.figures kernels CHECKPOINT                figure 3: what conv1 has learned
+    python -m alexnet_jax.figures maps CHECKPOINT PICTURE...        what --layer makes of each picture
+    python -m alexnet_jax.figures neighbours CHECKPOINT PICTURE...  figure 4, right: the nearest training images
+    python -m alexnet_jax.figures confusion CHECKPOINT              which validation images are taken for which
+    python -m alexnet_jax.figures network PRESET                    figure 2: a published network, or a CHECKPOINT's
+    python -m alexnet_jax.figures curves WORKDIR...                 loss, errors and learning rate of runs or a sweep
+
+CHECKPOINT, PICTURE and --validation=8: see predict.py, which draws the left half of figure 4. A figure is saved as
+WORKDIR/figures/KIND.png, that of several runs as curves.png, that of a preset as PRESET.png, or as --out says. `maps`
+makes a figure for each picture: of several they are KIND_1.png, KIND_2.png and so on.
+"""
+
+import itertools
+import math
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from absl import app, flags, logging
+
+from alexnet_jax import startup
+from alexnet_jax.command import check_output, parse_flags
+from alexnet_jax.config import ConfigError
+from alexnet_jax.data.pipeline import StoreError
+from alexnet_jax.monitor import complain, log
+from alexnet_jax.pictures import Picture, of_files, of_validation, picture_files
+from alexnet_jax.presets import PRESETS
+from alexnet_jax.shapes import layers
+from alexnet_jax.trained import Member, find, load, store_of
+
+# What stands behind each kind, the most names it takes, and its flags besides --out.
+KINDS: dict[str, tuple[str, float, tuple[str, ...]]] = {
+    'kernels': ('CHECKPOINT', 1, ()),
+    'maps': ('CHECKPOINT PICTURE...', math.inf, ('layer', 'validation', 'data_dir')),
+    'neighbours': ('CHECKPOINT PICTURE...', math.inf, ('validation', 'data_dir')),
+    'confusion': ('CHECKPOINT', 1, ('views', 'data_dir')),
+    'network': ('PRESET|CHECKPOINT', 1, ()),
+    'curves': ('WORKDIR...', math.inf, ()),
+}
+
+
+def check_kind(kind: str, names: list[str], given: Any) -> None:
+    """Raise ConfigError: there is no such kind of figure, or it takes other names or flags."""
+    if kind not in KINDS:
+        raise ConfigError(f'{kind!r} is no kind of figure; there are {", ".join(KINDS)}')
+    wanted, most, own = KINDS[kind]
+    if not 1 <= len(names) <= most:
+        raise ConfigError(f'{kind} takes other names: python -m alexnet_jax.figures {kind} {wanted}')
+    for flag in ('layer', 'validation', 'views', 'data_dir'):
+        if given[flag].present and flag not in own:
+            raise ConfigError(f'--{flag}: {kind} has no such flag; leave it out')
+    if 'validation' in own and len(names) == 1 and not given.validation:
+        raise ConfigError('which pictures? Name files or folders behind the checkpoint, or --validation=8')
+
+
+def check_layer(member: Member, layer: str) -> None:
+    """Raise ConfigError: the network has no such layer."""
+    data = member.config.data
+    names = [each.name for each in layers(member.config.model, data.crop_size, data.channels)]
+    if layer not in names:
+        raise ConfigError(f'--layer={layer}: no layer of {member.name}; it has {", ".join(names)}')
+
+
+def out_path(out: str | None, workdir: str | None, name: str) -> str:
+    """Where to save a figure: `out`, or `name`.png among those of a run, or here. Raises ConfigError: it cannot be."""
+    if out is None and workdir is not None:
+        folder = os.path.join(os.path.expanduser(workdir), 'figures')
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f'{folder} cannot be made ({error.strerror}); name another place by --out') from None
+        name = os.path.join(folder, name)
+    path = check_output('out', out or f'{name}.png', ('.png', '.pdf'))
+    assert path is not None
+    return path
+
+
+def readable(pictures: Iterable[Picture], unread: list[str]) -> Iterator[Picture]:
+    """Those of `pictures` that can be read; the names of the others are told, and added to `unread`."""
+    for picture in pictures:
+        if picture.problem:
+            complain(f'{picture.name}: {picture.problem}')
+            unread.append(picture.name)
+        else:
+            yield picture
+
+
+def save(figures: Iterable[Any], path: str, count: int = 1) -> None:
+    """Save a figure as `path`, each of `count` with a number behind that name; says where. Raises OSError."""
+    from alexnet_jax.figures import style
+
+    name, ending = os.path.splitext(path)
+    for i, figure in enumerate(figures):
+        file = path if count == 1 else f'{name}_{i + 1}{ending}'
+        style.save(figure, file)
+        print(file, flush=True)
+
+
+def draw_settings(kind: str, names: list[str], out: str | None) -> None:
+    """The kinds that need no weights: `network` and `curves`. Raises ConfigError, OSError."""
+    from alexnet_jax.figures import runs
+
+    if kind == 'curves':
+        figure = runs.curves_of(runs.find_runs(names))  # first, for there may be no such folder
+        save([figure], out_path(out, names[0] if len(names) == 1 else None, kind))
+    elif names[0] in PRESETS:
+        path = out_path(out, None, names[0])
+        save([runs.network_of_preset(names[0])], path)
+    elif not os.path.exists(os.path.expanduser(names[0])):
+        raise ConfigError(f'{names[0]}: no preset and no folder of a run; presets are {", ".join(PRESETS)}')
+    else:
+        member = find(names[0])
+        path = out_path(out, member.workdir, kind)
+        save([runs.network_of_config(member.config, member.name)], path)
+
+
+def draw_weights(kind: str, names: list[str], given: Any) -> int:
+    """The other kinds; returns how many pictures could not be read. Raises ConfigError, StoreError, OSError."""
+    member, files = find(names[0]), picture_files(names[1:])
+    if kind == 'maps':
+        check_layer(member, given.layer)
+    path = out_path(given.out, member.workdir, kind)
+    if member.config.cpu_tuning:
+        startup.tune_cpu()
+    from alexnet_jax.checkpoint import CheckpointError  # after the flags, for it imports jax
+    from alexnet_jax.figures import runs
+
+    try:
+        if kind == 'kernels':
+            save([runs.kernels_of(load(member))], path)
+            return 0
+        if kind == 'confusion':
+            save([runs.confusion_of(member, store_of([member], given.data_dir), int(given.views))], path)
+            return 0
+        return draw_pictures(kind, member, files, path, given)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
+
+
+def draw_pictures(kind: str, member: Member, files: list[str], path: str, given: Any) -> int:
+    """`maps` and `neighbours`; returns how many pictures could not be read. Raises as draw_weights()."""
+    from alexnet_jax.figures import neighbours, runs
+
+    store = store_of([member], given.data_dir) if given.validation or kind == 'neighbours' else None
+    network = load(member)
+    of_store = of_validation(store, given.validation) if store and given.validation else []
+    unread: list[str] = []
+    pictures = readable(itertools.chain(of_files(files, network.config.data, network.class_names), of_store), unread)
+    count = len(files) + len(of_store)
+    if store and kind == 'neighbours':
+        shown = list(itertools.islice(pictures, neighbours.MOST))
+        log(f'{path}: {len(shown)} of {count} pictures')
+        save([runs.neighbours_of(network, store, shown)] if shown else [], path)
+    else:
+        save(runs.maps_of(network, pictures, given.layer, count), path, count)
+    return len(unread)
+
+
+def main(argv: list[str]) -> int:
+    """Draw the figure of kind argv[1] of what argv[2:] name; returns the exit code, after one line on what is wrong."""
+    logging.set_verbosity(logging.ERROR)
+    given, kind, names = flags.FLAGS, argv[1], argv[2:]
+    try:
+        check_kind(kind, names, given)
+        if kind in ('network', 'curves'):
+            draw_settings(kind, names, given.out)
+            return 0
+        return 1 if draw_weights(kind, names, given) else 0
+    except ConfigError as error:
+        complain(str(error))
+        return 2
+    except (StoreError, OSError) as error:
+        complain(str(error))
+        return 1
+    except KeyboardInterrupt:
+        complain('stopped')
+        return 130
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('out', None, 'FILE.png or FILE.pdf to save the figure as.')
+    flags.DEFINE_string('layer', 'conv1', 'Of `maps`: the layer.')
+    flags.DEFINE_integer(
+        'validation', 0, "Images of the run's validation data to draw besides, evenly spread.", lower_bound=0
+    )
+    flags.DEFINE_enum('views', '10', ['1', '10'], 'Of `confusion`: of each image its centre, or ten.')
+    flags.DEFINE_string('data_dir', None, "Where the prepared data lie; by default the run's data.data_dir.")
+    wanted = f'which figure? Name {", ".join(KINDS)}: python -m alexnet_jax.figures KIND ...'
+    app.run(main, flags_parser=lambda argv: parse_flags(argv, wanted, most=math.inf))

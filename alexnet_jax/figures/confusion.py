@@ -1,0 +1,138 @@
+"""Which classes are taken for which: a matrix of up to 40 classes; of more the hardest, and the usual confusions."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from alexnet_jax.ensemble import errors
+from alexnet_jax.figures import style
+
+MOST = 40  # classes of a matrix
+_NUMBERED = 20  # classes with numbers in the matrix
+_BARS = 20  # in each panel where there are more classes
+_MARGIN, _BAR = 0.12, 0.19  # inches
+_ARROW = ' \u2192 '
+_COLOURS = 'Blues'  # its lightness falls all the way, so it can be printed in grey
+
+
+def count(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Images by true class (rows) and by the class they are taken for: (classes, classes) int64.
+
+    Errors are those of ensemble.errors(); an image without any score that is a number is left out.
+
+    Args:
+      scores: (N, classes) float32, log probabilities.
+      labels: (N,) int32.
+    """
+    wrong, _ = errors(scores, labels)
+    others = np.where(np.isnan(scores), -np.inf, scores)
+    np.put_along_axis(others, labels[:, None], -np.inf, -1)
+    taken = np.where(wrong, others.argmax(-1), labels)
+    known = ~wrong | (others.max(-1) > -np.inf)
+    counts = np.zeros((scores.shape[-1],) * 2, np.int64)
+    np.add.at(counts, (labels[known], taken[known]), 1)
+    return counts
+
+
+@style.drawing
+def draw(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """A matrix of up to 40 classes; of more the 20 with the greatest errors, and the 20 most frequent confusions.
+
+    Args:
+      counts: (classes, classes) int, images by true class (rows) and by the class that got the best score (columns).
+      class_names: in their order.
+    """
+    return _draw_matrix(counts, class_names) if len(class_names) <= MOST else _draw_bars(counts, class_names)
+
+
+def hardest(counts: np.ndarray, most: int) -> list[tuple[int, float, int]]:
+    """Class, error (0 to 1) and number of images of those with the greatest errors; classes without images are not."""
+    images = counts.sum(1)
+    shares = 1 - np.diagonal(counts) / np.maximum(images, 1)
+    order = [int(row) for row in np.argsort(-shares, kind='stable') if images[row]]
+    return [(row, float(shares[row]), int(images[row])) for row in order[:most]]
+
+
+def confusions(counts: np.ndarray, most: int) -> list[tuple[int, int, int]]:
+    """True class, the one it was taken for, and how often, the most frequent first; none that never happened."""
+    wrong = counts - np.diag(np.diagonal(counts))
+    order = np.argsort(-wrong, axis=None, kind='stable')[:most]
+    found = [divmod(int(place), len(counts)) for place in order]
+    return [(row, column, int(wrong[row, column])) for row, column in found if wrong[row, column]]
+
+
+def _draw_matrix(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+    count = len(class_names)
+    names = [style.fit(name, 90) for name in class_names]
+    label = max(style.text_width(name) for name in names) / 72 + 0.12
+    side = min(style.WIDTH - label - 1.1, max(0.45 * count, 1.0))
+    width, height = label + side + 1.1, label + side + 0.5
+    figure = style.new_figure(max(width, 3.6), height)
+    across = figure.get_size_inches()[0]
+    axes = figure.add_axes(((label + 0.25) / across, (label + 0.25) / height, side / across, side / height))
+    images = counts.sum(1, keepdims=True)
+    shares = np.where(images > 0, 100 * counts / np.maximum(images, 1), np.nan)
+    shown = axes.imshow(shares, cmap=_COLOURS, vmin=0, vmax=100, interpolation='nearest', aspect='auto')
+    axes.set_xticks(range(count), names, rotation=90)
+    axes.set_yticks(range(count), names)
+    axes.set(xlabel='taken for', ylabel='true class')
+    axes.tick_params(length=0)
+    right, total = int(np.trace(counts)), int(counts.sum())
+    axes.set_title(f'{total:,} images, error {_percent(total - right, total)}', loc='left')
+    if count <= _NUMBERED:
+        for row, column in np.argwhere(counts > 0):
+            colour = 'white' if shares[row, column] > 60 else 'black'
+            axes.text(column, row, f'{counts[row, column]}', ha='center', va='center', color=colour)
+    bar = figure.add_axes(((label + 0.35 + side) / across, (label + 0.25) / height, 0.1 / across, side / height))
+    figure.colorbar(shown, cax=bar).set_label('% of the true class')
+    return figure
+
+
+def _draw_bars(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+    side = (style.WIDTH - 3 * _MARGIN) / 2
+    height = _BARS * _BAR
+    figure = style.new_figure(style.WIDTH, height + 0.4)
+    worst, taken = hardest(counts, _BARS), confusions(counts, _BARS)
+    _draw_panel(
+        style.blank_axes(figure, _MARGIN, _MARGIN, side, height),
+        'hardest classes: top-1 error',
+        [class_names[row] for row, _, _ in worst],
+        [error for _, error, _ in worst],
+        [f'{_percent(error, 1)} of {images:,}' for _, error, images in worst],
+    )
+    _draw_panel(
+        style.blank_axes(figure, 2 * _MARGIN + side, _MARGIN, side, height),
+        f'most frequent confusions: true class{_ARROW}taken for',
+        [_pair(class_names[row], class_names[column], side * 72 - 40) for row, column, _ in taken],
+        [times / taken[0][2] for _, _, times in taken],
+        [f'{times:,}' for _, _, times in taken],
+    )
+    return figure
+
+
+def _pair(true: str, taken: str, points: float) -> str:
+    """Both names with an arrow between them, each cut only where it takes more than half and leaves the other less."""
+    room = points - style.text_width(_ARROW)
+    widths = [style.text_width(style.plain(name)) for name in (true, taken)]
+    limits = [max(room / 2, room - other) for other in reversed(widths)]
+    return _ARROW.join(style.fit(name, limit) for name, limit in zip((true, taken), limits, strict=True))
+
+
+def _draw_panel(axes: Axes, title: str, labels: list[str], lengths: list[float], texts: list[str]) -> None:
+    """Bars of `lengths` from 0 to 1, a label on each and a text at its right."""
+    axes.set_title(title, loc='left', pad=3)
+    axes.set(xlim=(0, 1), ylim=(_BARS - 0.5, -0.5))
+    points = axes.get_position().width * style.WIDTH * 72
+    for i, (label, length, text) in enumerate(zip(labels, lengths, texts, strict=True)):
+        axes.barh(i, length, height=0.84, color=style.SKY)
+        label = style.fit(label, points - style.text_width(text) - 14)
+        axes.text(0.01, i, label, va='center_baseline', path_effects=style.OUTLINE)
+        axes.text(0.99, i, text, va='center_baseline', ha='right', path_effects=style.OUTLINE)
+    if not labels:
+        axes.text(0, 0, 'none')
+
+
+def _percent(part: float, whole: float) -> str:
+    return f'{100 * part / whole:.1f} %' if whole else 'unknown'

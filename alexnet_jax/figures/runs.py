@@ -1,0 +1,106 @@
+"""Figures of runs and networks: what the drawing modules are given, read from a run's folder or computed."""
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from alexnet_jax import features
+from alexnet_jax.config import ConfigError, preset_config, resolve
+from alexnet_jax.data.pipeline import Store
+from alexnet_jax.evaluate import predict
+from alexnet_jax.figures import confusion, curves, kernels, maps, neighbours, network
+from alexnet_jax.monitor import read_json
+from alexnet_jax.pictures import Picture
+from alexnet_jax.trained import Member, Network
+
+NEAREST = 6  # training images in a row, as in the paper
+
+
+def network_of_preset(name: str) -> Figure:
+    """The published network `name` and the images that it was trained with."""
+    return network_of_config(resolve(preset_config(name)), name)
+
+
+def network_of_config(config: Any, title: str) -> Figure:
+    """The network of a resolved configuration."""
+    return network.draw(config.model, config.data.crop_size, config.data.channels, title)
+
+
+def find_runs(names: Iterable[str]) -> dict[str, str]:
+    """The folders of runs among `names`, and of sweeps there those of the runs that have begun; by what differs.
+
+    Raises ConfigError: of a sweep no run has begun.
+    """
+    folders = []
+    for folder in map(os.path.abspath, map(os.path.expanduser, names)):
+        sweep = read_json(os.path.join(folder, 'sweep.json'))
+        if sweep is None:
+            folders.append(folder)
+            continue
+        runs = [os.path.join(folder, run['directory']) for run in sweep.get('runs', [])]
+        begun = [run for run in runs if os.path.exists(os.path.join(run, 'metrics.jsonl'))]
+        if not begun:
+            raise ConfigError(f'{folder}: a sweep of which no run has begun; wait for one')
+        folders += begun
+    above = os.path.commonpath([os.path.dirname(folder) for folder in folders])
+    return {os.path.relpath(folder, above): folder for folder in folders}
+
+
+def curves_of(runs: dict[str, str]) -> Figure:
+    """The metrics of folders by name. Raises ConfigError: one has none."""
+    read = {name: curves.read_metrics(folder) for name, folder in runs.items()}
+    for name, lines in read.items():
+        if not lines:
+            raise ConfigError(f'{runs[name]}: its metrics.jsonl has no line yet; wait for one, or leave it out')
+    return curves.draw(read)
+
+
+def kernels_of(trained: Network) -> Figure:
+    """The kernels of conv1."""
+    return kernels.draw(np.asarray(trained.state.params['conv1']['kernel']), trained.config.model.towers)
+
+
+def maps_of(trained: Network, pictures: Iterable[Picture], layer: str, count: int) -> Iterator[Figure]:
+    """What `layer` makes of the centre of each of about `count` pictures, all of which could be read."""
+    from alexnet_jax.step import make_output_step
+
+    config = trained.config
+    step = make_output_step(config, trained.mesh, layer)
+    shown, seen = itertools.tee(pictures)
+    outputs = trained.rows(step, (picture.pixels for picture in seen), trained.batch_size(count))
+    crop, far = config.data.crop_size, (config.data.image_size - config.data.crop_size) // 2
+    towers = 1 if layer == 'fc8' else config.model.towers
+    for picture, output in zip(shown, outputs, strict=False):
+        centre = picture.pixels[far : far + crop, far : far + crop]
+        yield maps.draw(centre, output if output.ndim == 3 else output[None, None], layer, towers)
+
+
+def neighbours_of(trained: Network, store: Store, pictures: Sequence[Picture]) -> Figure:
+    """The training images nearest to each of `pictures`, 1 to 50. Raises as features.index_of()."""
+    index = features.index_of(trained, store)
+    queries = features.of_images(trained, index, [picture.pixels for picture in pictures])
+    rows = []
+    for picture, numbers, distances in zip(pictures, *features.nearest(index, queries, NEAREST), strict=True):
+        whole = np.isfinite(distances)  # damaged records come in only where there are few others
+        found = [store.train[int(number)] for number in numbers[whole]]
+        rows.append(
+            neighbours.Neighbours(
+                query=picture.pixels,
+                name=os.path.basename(picture.name),
+                images=[example['image'] for example in found],
+                labels=[store.class_names[example['label']] for example in found],
+                distances=distances[whole].tolist(),
+                label=picture.label,
+            )
+        )
+    return neighbours.draw(rows)
+
+
+def confusion_of(member: Member, store: Store, views: int) -> Figure:
+    """What the validation images are taken for. Raises as evaluate.predict()."""
+    _, scores, labels = predict(member, store, views)
+    return confusion.draw(confusion.count(scores, labels), store.class_names)

@@ -1,0 +1,161 @@
+"""What the files in a run's folder say, whatever of them is missing or damaged."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+from typing import Any
+
+import numpy as np
+
+from alexnet_jax.config import ConfigError
+from alexnet_jax.figures import curves
+from alexnet_jax.monitor import read_json
+from alexnet_jax.run_folder import read_config, read_inputs
+from alexnet_jax.sweep_results import read_result, standing, views_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the files of a run say; what is missing or damaged is empty.
+
+    Attributes:
+      workdir: its folder.
+      config: resolved; None with the reason in `config_problem`.
+      result: result.json.
+      metrics: see curves.read_metrics(); [] with the reason in `metrics_problem`.
+      environment: environment.json.
+      class_names, examples: of the data, and how many training images there are; [] and 0 with `inputs_problem`.
+    """
+
+    workdir: str
+    config: Any
+    config_problem: str
+    result: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    metrics_problem: str
+    environment: dict[str, Any]
+    class_names: list[str]
+    examples: int
+    inputs_problem: str
+
+    @property
+    def name(self) -> str:
+        """The folder's own."""
+        return os.path.basename(os.path.abspath(self.workdir))
+
+    @property
+    def command(self) -> str:
+        """That trains there: as it was given, or with the settings to be filled in."""
+        given = self.environment.get('command')
+        if isinstance(given, list) and given and all(isinstance(part, str) for part in given):
+            return shlex.join(['python', *given])
+        return f'python launch.py --config=... --workdir={shlex.quote(self.workdir)}'
+
+    @property
+    def state(self) -> str:
+        """Whether it is done, and at which step it stands."""
+        step = number(self.result.get('step'))
+        if read_result(self.workdir) and step is not None:
+            return f'done at step {step:,.0f}'
+        if self.result.get('status') == 'preempted':
+            return f'preempted, {standing(self.workdir)}'
+        return f'not done: {standing(self.workdir)}'
+
+
+def read_run(workdir: str) -> Run:
+    """What the files in `workdir` say."""
+    config, metrics, class_names, examples = None, [], list[str](), 0
+    config_problem = metrics_problem = inputs_problem = ''
+    try:
+        config = read_config(workdir)
+    except ConfigError as error:
+        config_problem = str(error)
+    try:
+        metrics = read_metrics(workdir)
+    except ConfigError as error:
+        metrics_problem = str(error)
+    try:
+        statistics, class_names = read_inputs(workdir)
+        examples = int(statistics.get('class_counts', np.zeros(0)).sum())
+    except ConfigError as error:
+        inputs_problem = str(error)
+    result, environment = (read_json(os.path.join(workdir, name)) or {} for name in ('result.json', 'environment.json'))
+    return Run(
+        workdir=workdir,
+        config=config,
+        config_problem=config_problem,
+        result=result,
+        metrics=metrics,
+        metrics_problem=metrics_problem,
+        environment=environment,
+        class_names=class_names,
+        examples=examples,
+        inputs_problem=inputs_problem,
+    )
+
+
+def read_metrics(workdir: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that can be drawn. Raises ConfigError: there are none."""
+    lines = []
+    with contextlib.suppress(ConfigError):
+        lines = [line for line in curves.read_metrics(workdir) if number(line['step']) is not None]
+    if not lines:
+        raise ConfigError(f'{os.path.join(workdir, "metrics.jsonl")} is missing or has no line that can be read')
+    return lines
+
+
+def number(value: Any) -> float | None:
+    """A finite number as it is in a file; None in place of anything else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and abs(value) < 1e300 else None
+
+
+def percent(value: Any) -> str:
+    """A share from 0 to 1; '' where it is not known."""
+    known = number(value)
+    return '' if known is None else f'{100 * known:.2f} %'
+
+
+def errors_of(run: Run) -> list[list[str]]:
+    """Views, loss, errors and images of each of its evaluations; of a run that has not ended, the last on the way."""
+    views = run.result.get('views')
+    found = [(name, values) for name, values in (views if isinstance(views, dict) else {}).items() if values]
+    what = 'this run'
+    if not found:
+        on_the_way = [line for line in run.metrics if line['split'] == 'validation']
+        found = [('1', line) for line in on_the_way[-1:]]
+        what = f'this run, step {on_the_way[-1]["step"]:,}' if on_the_way else ''
+    lines = []
+    for name, values in found:
+        if isinstance(values, dict):
+            loss, images = number(values.get('loss')), number(values.get('examples'))
+            errors = [percent(values.get('top1_error')), percent(values.get('top5_error'))]
+            cells = ['' if loss is None else f'{loss:.4f}', *errors, '' if images is None else f'{images:,.0f}']
+            lines.append([what, str(name), *cells])
+    return lines
+
+
+def summary(run: Run) -> str:
+    """The run for a terminal."""
+    lines = [f'{run.workdir}: {run.state}']
+    for _, views, loss, top1, top5, _ in errors_of(run):
+        lines.append(f'  {views_of(views):<8}  loss {loss}  top-1 error {top1}  top-5 error {top5}')
+    return '\n'.join(lines) + '\n'
+
+
+def views_of(text: str) -> str:
+    """The name of an evaluation in result.json, for a reader."""
+    return views_text(int(text)) if text.isdecimal() else text
+
+
+def read_layers(path: str) -> dict[str, Any]:
+    """The last whole line of a layers.jsonl; {} where there is none."""
+    last: dict[str, Any] = {}
+    with contextlib.suppress(OSError), open(path, errors='replace') as file:
+        for text in file:
+            with contextlib.suppress(ValueError):  # the line a killed run was writing
+                line = json.loads(text)
+                last = line if isinstance(line, dict) else last
+    return last

@@ -1,0 +1,64 @@
+"""A run's settings beside those of its preset, and what was published of that."""
+
+from typing import Any
+
+from alexnet_jax.config import field_names, field_value, preset_config, resolve, total_steps
+from alexnet_jax.presets import PRESETS
+from alexnet_jax.sweep_results import views_text
+
+# What a published error is of, besides the network's settings.
+_SAME_IMAGES = ('data.source', 'data.channels', 'data.image_size', 'data.crop_size')
+
+
+def length(config: Any, examples: int) -> str:
+    """How long a run is, for a reader; `examples`: training images, 0 where not known."""
+    train = config.train
+    if not examples:
+        whole = f'{train.epochs:g} epochs' if train.steps is None else f'{train.steps:,} steps'
+        return f'{whole} of batches of {train.batch_size:,} images'
+    steps = total_steps(config, examples)
+    epochs = steps * train.batch_size / examples
+    return f'{steps:,} steps of {train.batch_size:,} images: {epochs:.4g} epochs of {examples:,} training images'
+
+
+def differences(config: Any) -> list[list[str]]:
+    """Settings whose values are not the preset's: name, the preset's value, the run's; without seed and data_dir."""
+    preset = resolve(preset_config(config.model.preset))
+    pairs = {
+        field: (_shown(field_value(preset, field)), _shown(field_value(config, field)))
+        for field in field_names(config)
+        if field not in ('seed', 'data.data_dir')
+    }
+    return [[f'`{field}`', *pair] for field, pair in pairs.items() if pair[0] != pair[1]]
+
+
+def _shown(value: Any) -> str:
+    """A setting's value, a list read from JSON and a tuple alike."""
+    if isinstance(value, list | tuple):
+        return f'({", ".join(map(_shown, value))})'
+    return f'{value:g}' if isinstance(value, float) else str(value)
+
+
+def published(config: Any) -> tuple[list[str], str]:
+    """The line of the published errors where they can be compared, otherwise []; and what to say of them."""
+    figures, preset = PRESETS[config.model.preset].published, resolve(preset_config(config.model.preset))
+    errors = ['' if error is None else f'{error:g} %' for error in (figures.top1_error, figures.top5_error)]
+    fields = [field for field in field_names(config) if field.startswith('model.') and field != 'model.dtype']
+    differ = [
+        f'`{field}` is {_shown(field_value(config, field))} and not {_shown(field_value(preset, field))}'
+        for field in (*_SAME_IMAGES, *fields)
+        if _shown(field_value(config, field)) != _shown(field_value(preset, field))
+    ]
+    if not differ and 'ILSVRC-2010' in figures.source:  # which is not the data set that the settings name
+        differ = [f'these images are of `{config.data.source}`']
+    name = f'the preset `{config.model.preset}`'
+    if not differ:
+        line = ['published', '' if figures.views is None else str(figures.views), '', *errors, '']
+        return line, f'Published for {name}, not measured here: {figures.source}.'
+    told = [f'top-{1 if i == 0 else 5} error {error}' for i, error in enumerate(errors) if error]
+    views = '' if figures.views is None else f' with {views_text(figures.views)}'
+    more = f'; {len(differ) - 3} more settings differ' if len(differ) > 3 else ''
+    return [], (
+        f'Published for {name}: {", ".join(told)}{views} ({figures.source}). Not comparable with this run:'
+        f' {"; ".join(differ[:3])}{more}.'
+    )

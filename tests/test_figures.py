@@ -1,0 +1,738 @@
+"""Figures: the numbers behind what is drawn, its pixels and places, and the files; against NumPy loops and by hand."""
+
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
+from matplotlib.text import Text
+from PIL import Image
+
+from alexnet_jax.config import ConfigError, default_config, preset_config, resolve, set_fields
+from alexnet_jax.figures import confusion, curves, kernels, maps, neighbours, network, predictions, style
+from alexnet_jax.presets import PRESETS
+
+ROOT = Path(__file__).parent.parent
+ODD_NAMES = [
+    'cost $5 and $x_{',
+    'under_score^2 %d',
+    'two\nlines\tand  more',
+    '中文 крот \U0001d5a0',
+    '\udcff\x00\x1b',
+    '$\\frac{1}{$',
+    '',
+]
+
+
+def image(seed=0, side=20, channels=3):
+    return np.random.default_rng(seed).integers(0, 256, (side, side, channels), np.uint8)
+
+
+def written(text):
+    return text.get_text().replace('\u00d7', 'x')
+
+
+def texts(figure):
+    return [written(text) for text in figure.findobj(Text) if text.get_text()]
+
+
+def pixels(figure):
+    return np.asarray(Image.open(io.BytesIO(style.as_png(figure))).convert('RGB'))
+
+
+def shown_texts(figure):
+    """What can be read, without the labels of ticks that are beyond the ends of an axis."""
+    hidden = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            for tick in axis.get_major_ticks() + axis.get_minor_ticks():
+                if not low <= tick.get_loc() <= high or not axes.axison:
+                    hidden |= {tick.label1, tick.label2}
+    found = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    return [text for text in found if text not in hidden]
+
+
+def check_print(figure):
+    """At most a page wide, letters of 7 points, nothing beyond the edges, no two texts over each other."""
+    figure.canvas.draw()
+    across, up = figure.get_size_inches()
+    assert across <= 7.2 + 1e-9
+    renderer = figure.canvas.get_renderer()
+    left, bottom, right, top = figure.get_tightbbox(renderer).extents
+    assert min(left, bottom) >= -0.01
+    assert right <= across + 0.01
+    assert top <= up + 0.01
+    shown = shown_texts(figure)
+    assert all(text.get_fontsize() >= 7 for text in shown)
+    boxes = [(text, text.get_window_extent(renderer).padded(-1)) for text in shown]
+    for (one, box), (other, around) in itertools.combinations(boxes, 2):
+        assert not box.overlaps(around), (one.get_text(), other.get_text())
+
+
+# Kernels
+
+
+def test_saturation_by_hand():
+    def of(*kernels_of_one_weight):
+        return kernels.saturation(np.array(kernels_of_one_weight, np.float32).T[None, None], 1)[0]
+
+    assert of((1, 1, 1)) == 0
+    assert of((1, -1, 0)) == 1
+    assert of((0, 2, 0)) == pytest.approx(2 / 3)
+    assert of((0, 0, 0)) == 0
+    assert of((1, 1, 1), (3, -3, 0)) == pytest.approx(18 / 21)  # large ones count for more
+    assert kernels.saturation(np.ones((2, 2, 1, 4), np.float32), 2) == [0, 0]
+
+
+def test_saturation_is_that_of_a_loop_for_each_tower():
+    kernel = np.random.default_rng(1).normal(0.3, 1, (5, 4, 3, 6)).astype(np.float32)
+    kernel[..., 3:] *= np.array([1, 0.2, 0.1], np.float32)[:, None]
+    for tower, share in enumerate(kernels.saturation(kernel, 2)):
+        colour = energy = 0.0
+        for y, x, n in itertools.product(range(5), range(4), range(3 * tower, 3 * tower + 3)):
+            mean = sum(float(kernel[y, x, c, n]) for c in range(3)) / 3
+            colour += sum((float(kernel[y, x, c, n]) - mean) ** 2 for c in range(3))
+            energy += sum(float(kernel[y, x, c, n]) ** 2 for c in range(3))
+        assert share == pytest.approx(colour / energy, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('shape', 'towers', 'columns'),
+    [
+        ((11, 11, 3, 96), 2, 16),
+        ((11, 11, 3, 24), 2, 12),
+        ((11, 11, 1, 34), 2, 9),
+        ((5, 5, 3, 64), 1, 16),
+        ((3, 3, 3, 40), 4, 10),
+        ((7, 7, 3, 1), 1, 1),
+    ],
+)
+def test_every_weight_of_every_kernel_has_its_colour_in_the_picture(shape, towers, columns):
+    """Read from the PNG: each kernel from its own minimum to its maximum, in rows, a white line between."""
+    kernel = np.random.default_rng(2).normal(size=shape).astype(np.float32) * np.arange(1, shape[-1] + 1)
+    figure = kernels.draw(kernel, towers)
+    picture = pixels(figure)
+    rows = -(-shape[-1] // towers // columns)
+    assert len(figure.axes) == towers
+    for tower, axes in enumerate(figure.axes):
+        box = axes.get_window_extent().extents / figure.dpi * style.DPI
+        left, top = round(box[0]), picture.shape[0] - round(box[3])
+        size = round((box[2] - box[0]) / (columns * (shape[1] + 1) - 1), 6)
+        assert size == int(size) == pytest.approx((box[3] - box[1]) / (rows * (shape[0] + 1) - 1))
+        for i in range(shape[-1] // towers):
+            one = kernel[..., tower * shape[-1] // towers + i].astype(np.float64)
+            wanted = (one - one.min()) / (one.max() - one.min()) * 255
+            y0, x0 = i // columns * (shape[0] + 1), i % columns * (shape[1] + 1)
+            ys = (top + (y0 + np.arange(shape[0]) + 0.5) * size).astype(int)
+            xs = (left + (x0 + np.arange(shape[1]) + 0.5) * size).astype(int)
+            np.testing.assert_allclose(picture[np.ix_(ys, xs)], np.broadcast_to(wanted, (*one.shape[:2], 3)), atol=1)
+            assert (picture[ys[0] : ys[-1], xs[-1] + int(size)] == 255).all()
+    check_print(figure)
+
+
+def test_towers_stand_apart_with_their_numbers():
+    kernel = np.random.default_rng(3).normal(size=(11, 11, 3, 24)).astype(np.float32)
+    kernel[..., :12] = kernel[:, :, :1, :12]
+    figure = kernels.draw(kernel, 2)
+    first, second = figure.axes
+    assert (first.get_position().y0 - second.get_position().y1) * figure.get_size_inches()[1] > 0.25
+    share = kernels.saturation(kernel, 2)[1]
+    assert 'tower 1: 12 kernels, colour saturation 0.00' in texts(figure)
+    assert f'tower 2: 12 kernels, colour saturation {share:.2f}' in texts(figure)
+    assert any('its own minimum to its maximum' in text for text in texts(figure))
+    assert not any('saturation' in text.lower() for text in texts(kernels.draw(kernel[:, :, :1], 2)))
+
+
+@pytest.mark.parametrize('value', [0.0, -3.0, np.nan, np.inf])
+def test_kernels_without_a_range_are_grey(value):
+    kernel = np.random.default_rng(4).normal(size=(5, 5, 3, 2)).astype(np.float32)
+    kernel[..., 0] = value if np.isfinite(value) else kernel[..., 0]
+    kernel[2, 1, 0, 0] = value
+    sheet = kernels.grid(kernel)
+    assert (sheet[:, :5] == 0.5).all()
+    assert sheet[:, 6:].min() == 0
+    assert sheet[:, 6:].max() == 1
+    kernels.draw(kernel, 1)
+
+
+# Maps
+
+
+@pytest.mark.parametrize(('side', 'gap'), [(1, 1), (6, 1), (13, 1), (27, 2), (55, 3)])
+def test_maps_stand_in_rows_on_one_scale(side, gap):
+    values = np.random.default_rng(5).normal(size=(side, side, 40)).astype(np.float32) ** 2
+    figure = maps.draw(image(), values, 'conv3', 2)
+    picture, first, second, bar = figure.axes
+    np.testing.assert_array_equal(picture.images[0].get_array(), image())
+    for tower, axes in enumerate((first, second)):
+        sheet = axes.images[0].get_array().filled(np.nan)
+        assert sheet.shape == (2 * side + gap, 10 * side + 9 * gap)
+        assert axes.images[0].get_clim() == (0, values.max())
+        for i in range(20):
+            top, left = i // 10 * (side + gap), i % 10 * (side + gap)
+            np.testing.assert_array_equal(sheet[top : top + side, left : left + side], values[..., 20 * tower + i])
+        assert np.isnan(sheet).sum() == sheet.size - 20 * side * side
+    assert bar.get_xlim() == (0, pytest.approx(values.max()))
+    check_print(figure)
+
+
+def test_maps_of_both_signs_have_zero_in_the_middle_and_odd_ones_are_drawn():
+    values = np.array([-1, 3], np.float32).reshape(1, 1, 2)
+    figure = maps.draw(image(channels=1), values, 'fc8', 1)
+    assert figure.axes[1].images[0].get_clim() == (-3, 3)
+    assert 'fc8: 2 units' in texts(figure)
+    for odd in (np.zeros((3, 3, 2)), np.full((3, 3, 2), np.nan), np.array([[[np.inf, 1]]])):
+        check_print(maps.draw(image(), odd.astype(np.float32), 'conv5', 2))
+
+
+# Predictions and neighbours
+
+
+def test_predictions_have_bars_as_long_as_they_are_likely_and_the_true_one_is_marked():
+    top = [('cat', 0.6), ('dog', 0.25), ('mite', 0.1), ('van', 0.04), ('jay', 0.01)]
+    shown = [
+        predictions.Prediction(image(), 'one.png', 'dog', top),
+        predictions.Prediction(image(channels=1), 'two.png', None, top[:2]),
+        predictions.Prediction(image(), 'three.png', 'a class that is not among them', top),
+    ]
+    figure = predictions.draw(shown)
+    for given, bars in zip(shown, figure.axes[1::2], strict=True):
+        assert [bar.get_width() for bar in bars.patches] == [share for _, share in given.top]
+        marked = [name for bar, (name, _) in zip(bars.patches, given.top, strict=True) if bar.get_hatch()]
+        colours = {bar.get_facecolor() for bar in bars.patches if not bar.get_hatch()}
+        assert marked == (['dog'] if given.label == 'dog' else [])
+        assert all(bar.get_facecolor() not in colours for bar in bars.patches if bar.get_hatch())
+        told = [text.get_text() for text in bars.texts]
+        assert told[::2] == [name for name, _ in given.top]
+    assert [text.get_text() for text in figure.axes[1].texts][1::2] == ['60 %', '25 %', '10 %', '4 %', '1 %']
+    bold = [text.get_text() for text in figure.findobj(Text) if text.get_weight() == 'bold']
+    assert bold[0] == 'dog'
+    assert bold[1].startswith('a class')
+    assert bold[1].endswith('\u2026')
+    check_print(figure)
+
+
+@pytest.mark.parametrize('count', [1, 4, 9])
+def test_many_predictions_and_neighbours_are_not_in_each_others_way(count):
+    long = 'German short-haired pointer, that is a hunting dog of great endurance'
+    top = [(long, 0.99), *((f'{long} {i}', 0.0) for i in range(3)), ('x', float('nan'))]
+    check_print(predictions.draw([predictions.Prediction(image(), f'{long}.png', long, top)] * count))
+    near = neighbours.Neighbours(image(), f'{long}.png', [image()] * 6, [long] * 6, [12345.678] * 6, long)
+    check_print(neighbours.draw([near] * count))
+
+
+def test_neighbours_stand_beside_their_query_and_those_of_its_class_are_framed():
+    found = [image(seed) for seed in range(1, 7)]
+    labels = ['dog', 'cat', 'dog', 'dog', 'van', 'cat']
+    distances = [0.0, 0.004, 1.5, 22.25, 333.0, 4444.4]
+    known = neighbours.Neighbours(image(), 'file.png', found, labels, distances, 'dog')
+    unknown = neighbours.Neighbours(image(9), 'other.png', found[:2], labels[:2], distances[:2])
+    figure = neighbours.draw([known, unknown])
+    query, *rest = figure.axes[:7]
+    np.testing.assert_array_equal(query.images[0].get_array(), known.query)
+    for axes, picture, label, distance in zip(
+        rest, found, labels, ['0.00', '4.0e-03', '1.50', '22.25', '333.00', '4444.40'], strict=True
+    ):
+        np.testing.assert_array_equal(axes.images[0].get_array(), picture)
+        assert [text.get_text() for text in axes.texts] == [label, distance]
+        assert [type(patch) for patch in axes.patches] == ([Rectangle] if label == 'dog' else [])
+    places = [axes.get_position() for axes in (query, *rest)]
+    gaps = [right.x0 - left.x1 for left, right in itertools.pairwise(places)]
+    assert gaps[0] > 2 * max(gaps[1:])
+    assert [len(axes.patches) for axes in figure.axes[7:]] == [0, 0, 0]
+    assert figure.axes[7].get_position().y1 < query.get_position().y0
+    check_print(figure)
+
+
+@pytest.mark.parametrize(('module', 'most'), [(predictions, 100), (neighbours, 50)])
+def test_there_are_neither_no_pictures_nor_too_many(module, most):
+    for rows in ([], [None] * (most + 1)):
+        with pytest.raises(ValueError, match=f'{len(rows)} .* 1 to {most}'):
+            module.draw(rows)
+
+
+# The network
+
+
+def preset(name):
+    return resolve(preset_config(name))
+
+
+def draw_network(config, title='net'):
+    return network.draw(config.model, config.data.crop_size, config.data.channels, title)
+
+
+def arrows(figure):
+    """(layer, from tower, to tower) of each arrow."""
+    gids = [patch.get_gid().split(':')[1:] for patch in figure.findobj(FancyArrowPatch)]
+    return sorted((layer, int(source), int(target)) for layer, source, target in gids)
+
+
+CROSSING = [(0, 1), (1, 0)]
+STRAIGHT = [(0, 0), (1, 1)]
+ARROWS = {
+    'paper': {'conv3': CROSSING, 'fc6': CROSSING, 'fc7': CROSSING},
+    'no_exchange': {},
+    'half': None,
+    'cifar10_11pct': None,
+}
+
+
+@pytest.mark.parametrize('name', ARROWS)
+def test_arrows_are_who_sees_whom(name):
+    figure = draw_network(preset(name))
+    layers = ['conv1', 'conv2', 'conv3', 'conv4', *([] if 'cifar' in name else ['conv5', 'fc6', 'fc7']), 'fc8']
+    wanted = []
+    for layer in layers:
+        if ARROWS[name] is None:
+            wanted.append((layer, 0, 0))
+        elif layer in ('conv1', 'fc8'):  # from the one image, to the one column of logits
+            wanted += [(layer, 0, 0), (layer, *((0, 1) if layer == 'conv1' else (1, 0)))]
+        else:
+            wanted += [(layer, *pair) for pair in STRAIGHT + ARROWS[name].get(layer, [])]
+    assert arrows(figure) == sorted(wanted)
+
+
+def boxes(figure):
+    """By name and tower the bounds in inches of a box's front."""
+    found = {}
+    for patch in figure.findobj(Polygon):
+        if patch.get_gid() and patch.get_gid().startswith('box:'):
+            _, name, tower = patch.get_gid().split(':')
+            corners = patch.get_xy()
+            found[name, int(tower)] = (*corners.min(0), *corners.max(0))
+    return found
+
+
+def test_the_boxes_of_the_paper_stand_in_two_rows_with_their_shapes():
+    figure = draw_network(preset('paper'), 'the $paper_')
+    found = boxes(figure)
+    names = ['conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7']
+    assert set(found) == {('image', 0), ('fc8', 0), *itertools.product(names, (0, 1))}
+    for name in names:
+        assert found[name, 0][0] == found[name, 1][0]
+        assert found[name, 0][1] > found[name, 1][3] + 0.3  # the first tower above, with a gap
+    order = [found[name, 0][0] for name in ('image', *names, 'fc8')]
+    assert order == sorted(order)
+    middle = (found['image', 0][1] + found['image', 0][3]) / 2
+    assert found['conv1', 0][1] > middle > found['conv1', 1][3]
+    height = {name: found[name, 0][3] - found[name, 0][1] for name in ('image', *names)}
+    assert height['image'] > height['conv1'] > height['conv2'] > height['conv3'] == height['conv5']
+    assert height['conv1'] / height['image'] == pytest.approx((55 / 224) ** 0.4)
+    width = {name: found[name, 0][2] - found[name, 0][0] for name in ('conv1', 'conv3')}
+    assert width['conv1'] / width['conv3'] == pytest.approx((48 / 192) ** 0.4)
+    shapes = {text.get_gid(): written(text) for text in figure.findobj(Text) if text.get_gid()}
+    by_hand = ['55x55x48', '27x27x128', '13x13x192', '13x13x192', '13x13x128', '2048', '2048']
+    for name, shape in zip(names, by_hand, strict=True):
+        assert shapes[f'shape:{name}:0'] == shapes[f'shape:{name}:1'] == shape
+    assert shapes['shape:image:0'] == '224x224x3'
+    assert shapes['shape:fc8:0'] == '1000'
+    told = texts(figure)
+    assert 'the $paper_' in told
+    assert {'11x11x3', '3x3x256', '9216x4096', '34,944', '37,752,832', '105,415,200'} <= set(told)
+
+
+def test_arrows_begin_and_end_at_their_boxes():
+    figure = draw_network(preset('paper'))
+    found = boxes(figure)
+    order = ['image', 'conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8']
+    for arrow in figure.findobj(FancyArrowPatch):
+        _, layer, source, target = arrow.get_gid().split(':')
+        corners = arrow.get_path().vertices
+        begin, end = corners[0], corners[corners[:, 0].argmax()]
+        before = found[order[order.index(layer) - 1], int(source)]
+        after = found[layer, int(target)]
+        assert before[2] < begin[0] < before[2] + 0.4
+        assert before[1] < begin[1] < before[3] + 0.4
+        assert end[0] == pytest.approx(after[0], abs=0.02)
+        assert after[1] < end[1] < after[3]
+
+
+def window(figure, name):
+    """Height of the first window for layer `name` and of the side that it is on, in inches."""
+    corners = next(patch.get_xy() for patch in figure.findobj(Polygon) if patch.get_gid() == f'window:{name}')
+    return corners[3, 1] - corners[0, 1]
+
+
+def test_windows_are_as_large_as_kernels_see():
+    figure = draw_network(preset('paper'))
+    found = boxes(figure)
+    for name, before, share in (('conv1', 'image', 11 / 224), ('conv2', 'conv1', 5 / 27), ('conv3', 'conv2', 3 / 13)):
+        side = found[before, 0][3] - found[before, 0][1]
+        assert window(figure, name) == pytest.approx(share * side)
+    assert sum((patch.get_gid() or '').startswith('window') for patch in figure.findobj(Polygon)) == 1 + 4 * 2
+
+
+def table(figure, name):
+    """By layer, the lines of the row `name` beneath the boxes."""
+    found = figure.findobj(Text)
+    first = {text.get_text(): text for text in found if text.get_weight() == 'bold' and text.get_ha() == 'center'}
+    rows = ['kernels', 'followed by', 'parameters', 'multiply-adds']
+    heights = {text.get_text(): text.get_position()[1] for text in found if text.get_text() in rows}
+    below = [height for height in heights.values() if height < heights[name]]
+    lowest = max(below, default=0)
+    return {
+        layer: [
+            written(text)
+            for text in found
+            if text.get_position()[0] == head.get_position()[0] and lowest < text.get_position()[1] <= heights[name]
+        ]
+        for layer, head in first.items()
+    }
+
+
+def test_what_follows_each_layer_is_written_in_its_order():
+    rows = table(draw_network(preset('krizhevsky2012')), 'followed by')
+    assert rows['conv1'] == ['LRN', 'pool 3x3', '→ 27x27', 'ReLU']
+    assert rows['conv2'] == ['ReLU', 'LRN', 'LRN 5x5', 'pool 3x3', '→ 13x13']
+    assert rows['conv3'] == ['ReLU']
+    assert rows['conv5'] == ['pool 3x3', '→ 6x6', 'ReLU']
+    assert rows['fc6'] == rows['fc7'] == ['ReLU', 'dropout']
+    assert rows['fc8'] == ['softmax']
+    assert table(draw_network(preset('torchvision')), 'followed by')['conv5'][-1] == 'dropout'
+    assert table(draw_network(preset('caffenet')), 'followed by')['conv1'] == [
+        'ReLU',
+        'pool 3x3',
+        '→ 27x27',
+        'LRN, all',
+    ]
+    assert table(draw_network(preset('cifar10_13pct')), 'kernels')['conv3'] == ['3x3x64', '32 kernels', 'at each pixel']
+
+
+def test_pooling_of_layers_that_are_left_out_stays():
+    config = default_config()
+    set_fields(config, {'model.widths': (96, 0, 0, 0, 256, 0, 4096), 'model.dropout': 0.0, 'model.activation': 'tanh'})
+    figure = draw_network(resolve(config))
+    assert {name for name, _ in boxes(figure)} == {'image', 'conv1', 'conv5', 'fc7', 'fc8'}
+    rows = table(figure, 'followed by')
+    assert rows['conv1'] == ['tanh', 'LRN', 'pool 3x3', 'pool 3x3', '→ 13x13']
+    assert rows['fc7'] == ['tanh']
+
+
+def test_logits_that_see_one_tower_stand_in_it():
+    config = default_config()
+    set_fields(config, {'model.exchange': ('conv3',)})
+    figure = draw_network(resolve(config))
+    assert {('fc8', 0), ('fc8', 1)} <= set(boxes(figure))
+    assert [arrow for arrow in arrows(figure) if arrow[0] == 'fc8'] == [('fc8', 0, 0), ('fc8', 1, 1)]
+    shapes = {text.get_gid(): written(text) for text in figure.findobj(Text)}
+    assert shapes['shape:fc8:0'] == shapes['shape:fc8:1'] == '500'
+
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_every_preset_is_drawn_whole(name):
+    figure = draw_network(preset(name), name)
+    check_print(figure)
+    published = PRESETS[name].published
+    costs = f'{published.parameters:,} parameters, {published.multiply_adds:,} multiply-adds for an image'
+    assert any(text.startswith(costs) for text in texts(figure))
+    renderer = figure.canvas.get_renderer()
+    around = [patch.get_window_extent(renderer) for patch in figure.findobj(Polygon)]
+    labels = [text for text in figure.findobj(Text) if (text.get_gid() or '').startswith('shape')]
+    assert labels
+    for label in labels:
+        extent = label.get_window_extent(renderer)
+        assert not any(extent.overlaps(box) for box in around), label.get_text()
+
+
+@pytest.mark.parametrize('towers', [3, 4, 6])
+def test_more_towers_are_drawn_up_to_four(towers):
+    config = default_config()
+    set_fields(config, {'model.towers': towers, 'model.widths': (96, 192, 384, 384, 192, 4032, 4032)})
+    figure = draw_network(resolve(config))
+    check_print(figure)
+    drawn = min(towers, 4)
+    assert sum(name == 'conv2' for name, _ in boxes(figure)) == drawn
+    assert len([arrow for arrow in arrows(figure) if arrow[0] == 'conv3']) == drawn**2
+    assert any(f'4 of {towers} towers' in text for text in texts(figure)) == (towers > 4)
+    shapes = {text.get_gid(): written(text) for text in figure.findobj(Text)}
+    assert shapes['shape:conv3:0'] == f'13x13x{384 // towers}'
+
+
+# Curves
+
+
+def line(step, split, loss, **values):
+    values = {'top1_error': 0.5, 'top5_error': 0.25, 'learning_rate': 0.01} | values
+    return {'step': step, 'split': split, 'loss': loss, **values}
+
+
+def data(figure, panel, gid):
+    axes = figure.axes[list(curves.PANELS).index(panel)]
+    found = next(each for each in axes.lines if each.get_gid() == gid)
+    return np.asarray(found.get_xdata()).tolist(), np.asarray(found.get_ydata()).tolist()
+
+
+def test_lines_are_the_metrics(tmp_path):
+    lines = [
+        line(50, 'train', 2.5, top1_error=0.75),
+        line(100, 'train', 1.5, learning_rate=0.01),
+        line(100, 'validation', 1.75, top5_error=0.125, learning_rate=0.001),
+        line(150, 'train', 1.25, learning_rate=0.001),
+    ]
+    (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(each) + '\n' for each in lines))
+    read = curves.read_metrics(str(tmp_path))
+    assert read == lines
+    figure = curves.draw({'run': read})
+    assert data(figure, 'loss', 'train:run') == ([50, 100, 150], [2.5, 1.5, 1.25])
+    assert data(figure, 'loss', 'validation:run') == ([100], [1.75])
+    assert data(figure, 'top1_error', 'train:run') == ([50, 100, 150], [75, 50, 50])
+    assert data(figure, 'top5_error', 'validation:run') == ([100], [12.5])
+    assert data(figure, 'learning_rate', 'train:run') == ([50, 100, 100, 150], [0.01, 0.01, 0.001, 0.001])
+    assert [axes.get_yscale() for axes in figure.axes] == ['linear'] * 3 + ['log']
+    assert [axes.get_title(loc='left') for axes in figure.axes] == [heading for heading, _ in curves.PANELS.values()]
+    check_print(figure)
+
+
+def test_metrics_that_are_cut_or_missing(tmp_path):
+    (tmp_path / 'metrics.jsonl').write_text(json.dumps(line(1, 'train', 1.0)) + '\n[1]\n{"step": 2}\n{"step": 3, "spl')
+    assert [each['step'] for each in curves.read_metrics(str(tmp_path))] == [1]
+    (tmp_path / 'metrics.jsonl').write_text('')
+    assert curves.read_metrics(str(tmp_path)) == []
+    with pytest.raises(ConfigError, match=r'none/metrics\.jsonl: No such file'):
+        curves.read_metrics(str(tmp_path / 'none'))
+
+
+def test_values_that_are_no_numbers_are_gaps():
+    lines = [line(1, 'train', float('nan')), line(2, 'train', 2.0, learning_rate=0), line(3, 'train', float('inf'))]
+    lines += [{'step': 4, 'split': 'train'}, line(5, 'train', None, top1_error='x'), line(6, 'train', 1.0)]
+    figure = curves.draw({'$\\odd_{name}\n中': lines, 'without any': []})
+    steps, losses = data(figure, 'loss', 'train:$\\odd_{name}\n中')
+    assert steps == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_array_equal(losses, [np.nan, 2, np.nan, np.nan, np.nan, 1])
+    check_print(figure)
+    check_print(curves.draw({'empty': []}))
+    dot = curves.draw({'short': lines[-1:]}).axes[0].lines[0]
+    assert dot.get_marker() == '.'  # a line of one point would not be seen
+    with pytest.raises(ValueError, match='no run'):
+        curves.draw({})
+
+
+def test_up_to_eight_runs_have_a_colour_each():
+    each = {f'run {i}': [line(1, split, i) for split in ('train', 'validation')] for i in range(8)}
+    figure = curves.draw(each)
+    losses = figure.axes[0].lines
+    assert len(losses) == 16
+    for split in ('train', 'validation'):
+        looks = [line for line in losses if line.get_gid().startswith(f'{split}:')]
+        assert len({line.get_color() for line in looks}) == 8
+    marked = [line for line in losses if line.get_gid().startswith('validation')]
+    assert len({line.get_marker() for line in marked}) == 8  # to be told apart without colours
+    assert [text for text in texts(figure) if text.startswith('run')] == list(each)
+    check_print(figure)
+
+
+def test_groups_begin_with_nine_runs():
+    names = [f'a/seed_{i}' for i in range(9)]
+    assert curves.groups(names[:8]) == {name: [name] for name in names[:8]}
+    assert curves.groups(names) == {'a': names}
+    assert curves.groups([*names, 'b', 'c/d']) == {'a': names, 'b': ['b'], 'c': ['c/d']}
+
+
+def test_of_more_runs_those_of_one_folder_share_a_colour_and_have_a_mean():
+    random = np.random.default_rng(6)
+    each = {
+        f'{name}/seed_{i}': [line(step, 'validation', float(random.random())) for step in range(10, 40 + 10 * i, 10)]
+        for name in ('a_$', 'b', 'c')
+        for i in range(3)
+    }
+    figure = curves.draw(each)
+    assert curves.groups(list(each)) == {name: [f'{name}/seed_{i}' for i in range(3)] for name in ('a_$', 'b', 'c')}
+    steps, means = data(figure, 'loss', 'validation:mean:b')
+    assert steps == [10, 20, 30]
+    wanted = [np.mean([each[f'b/seed_{i}'][j]['loss'] for i in range(3)]) for j in range(3)]
+    np.testing.assert_allclose(means, wanted, rtol=1e-12)
+    colours = {axis.get_color() for axis in figure.axes[0].lines}
+    assert len(colours) == 3
+    assert {'a_$, mean of 3', 'b, mean of 3', 'c, mean of 3'} <= set(texts(figure))
+    check_print(figure)
+
+
+# Confusion
+
+
+def test_count_is_a_loop_and_errors_are_those_of_the_evaluation():
+    random = np.random.default_rng(7)
+    scores = random.integers(-3, 0, (300, 6)).astype(np.float32)  # with ties
+    scores[:5] = np.nan
+    scores[5:10, 2] = np.nan
+    labels = random.integers(0, 6, 300).astype(np.int32)
+    wanted = np.zeros((6, 6), int)
+    for row, label in zip(scores, labels, strict=True):
+        others = [(-row[c], c) for c in range(6) if c != label and not np.isnan(row[c])]
+        right = all(row[c] < row[label] for c in range(6) if c != label)
+        if right or others:
+            wanted[label, label if right else min(others)[1]] += 1
+    found = confusion.count(scores, labels)
+    np.testing.assert_array_equal(found, wanted)
+    assert found.sum() == 295
+
+
+def some_counts(classes, seed=8):
+    random = np.random.default_rng(seed)
+    counts = random.integers(0, 4, (classes, classes)) * (random.random((classes, classes)) < 0.2)
+    counts += np.diag(random.integers(1, 30, classes))
+    if classes > 2:
+        counts[2] = 0
+    return counts
+
+
+@pytest.mark.parametrize('classes', [1, 2, 16, 40])
+def test_a_matrix_of_few_classes(classes):
+    counts = some_counts(classes)
+    names = [f'class {i} of {classes}' for i in range(classes)]
+    figure = confusion.draw(counts, names)
+    shares = figure.axes[0].images[0].get_array().filled(np.nan)
+    for row in range(classes):
+        total = counts[row].sum()
+        wanted = [100 * counts[row, column] / total if total else np.nan for column in range(classes)]
+        np.testing.assert_allclose(shares[row], wanted)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == names
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == names
+    error = 100 * (1 - np.trace(counts) / counts.sum())
+    assert f'{counts.sum():,} images, error {error:.1f} %' in texts(figure)
+    numbers = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
+    if classes <= 20:
+        assert numbers == {(j, i): str(counts[i, j]) for i in range(classes) for j in range(classes) if counts[i, j]}
+    check_print(figure)
+
+
+@pytest.mark.parametrize('classes', [41, 1000])
+def test_bars_of_many_classes(classes):
+    counts = some_counts(classes)
+    names = [f'a class with a rather long name, number {i}' for i in range(classes)]
+    figure = confusion.draw(counts, names)
+    left, right = figure.axes
+    errors = {i: 1 - counts[i, i] / counts[i].sum() for i in range(classes) if counts[i].sum()}
+    hardest = sorted(errors, key=lambda i: -errors[i])[:20]
+    np.testing.assert_allclose([bar.get_width() for bar in left.patches], [errors[i] for i in hardest])
+    assert [text.get_text() for text in left.texts][1::2] == [
+        f'{100 * errors[i]:.1f} % of {counts[i].sum():,}' for i in hardest
+    ]
+    pairs = [(i, j) for i in range(classes) for j in range(classes) if i != j and counts[i, j]]
+    pairs = sorted(pairs, key=lambda pair: -counts[pair])[:20]
+    assert confusion.confusions(counts, 20) == [(*pair, counts[pair]) for pair in pairs]
+    assert [text.get_text() for text in right.texts][1::2] == [str(counts[pair]) for pair in pairs]
+    assert all(' \u2192 ' in text.get_text() for text in right.texts[::2])
+    check_print(figure)
+
+
+def test_pairs_of_names_are_cut_to_what_there_is_room_for():
+    long, short = 'a class with a rather long name that goes on and on and does not want to end', 'b'
+    for true, taken in ((long, long), (long, short), (short, long), (short, short)):
+        figure = confusion.draw(np.eye(41, dtype=int)[::-1], [true] * 20 + ['-'] + [taken] * 20)
+        label = figure.axes[1].texts[0].get_text()
+        first, second = label.split(' \u2192 ')
+        assert first == true or first.endswith('\u2026')
+        assert second == taken or second.endswith('\u2026')
+        room = figure.axes[1].get_position().width * 7.2 * 72 - 40
+        assert style.text_width(label) <= room
+        assert style.text_width(label) > room - 20 or (true, taken) == (short, short)
+
+
+def test_no_confusion_at_all():
+    figure = confusion.draw(np.diag(np.arange(50)), [str(i) for i in range(50)])
+    assert 'none' in texts(figure)
+    assert 'unknown' in ' '.join(texts(confusion.draw(np.zeros((3, 3), int), list('abc'))))
+
+
+# Text and files
+
+
+def test_text_is_one_line_of_letters_that_the_font_has():
+    assert style.plain('two\nlines\tand  more ') == 'two lines and more'
+    assert style.plain('中 a\x00\udcff') == '\u25a1 a\u25a1\u25a1'
+    assert style.plain('каток → ß $5_{x} 100%') == 'каток → ß $5_{x} 100%'
+    assert style.plain('a\u202eb\u200bc') == 'a\u25a1b\u25a1c'  # what would turn the text round, or not be seen
+    assert style.plain('\U0001d5a0') == '\U0001d5a0'
+    assert style.plain('\U0001d5a0', bold=True) == '\u25a1'  # the bold font has fewer letters
+
+
+def test_text_that_is_too_long_ends_with_an_ellipsis():
+    name = 'German short-haired pointer'
+    assert style.fit(name, style.text_width(name)) == name
+    cut = style.fit(name, style.text_width(name) - 0.1)
+    assert cut.endswith('\u2026')
+    for points in (0, 5, 20, 60):
+        cut = style.fit(name, points)
+        assert cut == '\u2026' or style.text_width(cut) <= points
+        longer = name[: len(cut)] + '\u2026'
+        assert style.text_width(longer) > points
+    assert style.text_width(name, bold=True) > style.text_width(name)
+
+
+def odd_figures():
+    """One of each kind, with names that a formula or a font could choke on."""
+    counts = np.arange(49).reshape(7, 7)
+    many = [*ODD_NAMES, *map(str, range(40))]
+    top = [(name, 0.2) for name in ODD_NAMES]
+    return {
+        'kernels': kernels.draw(np.ones((3, 3, 3, 4), np.float32), 2),
+        'maps': maps.draw(image(), np.ones((3, 3, 4), np.float32), 'conv1', 2),
+        'predictions': predictions.draw([predictions.Prediction(image(), name, name, top) for name in ODD_NAMES]),
+        'neighbours': neighbours.draw(
+            [neighbours.Neighbours(image(), name, [image()] * 7, ODD_NAMES, [1.0] * 7, name) for name in ODD_NAMES[2:4]]
+        ),
+        'network': draw_network(preset('paper'), ' '.join(ODD_NAMES)),
+        'curves': curves.draw({name: [line(1, 'train', 1.0)] for name in ODD_NAMES}),
+        'matrix': confusion.draw(counts, ODD_NAMES),
+        'confusion': confusion.draw(np.ones((len(many),) * 2, int), many),
+    }
+
+
+def save_all(folder):
+    """Each of odd_figures() as a PNG and as a PDF."""
+    for name, figure in odd_figures().items():
+        for ending in ('png', 'pdf'):
+            style.save(figure, f'{folder}/{name}.{ending}')
+
+
+def test_odd_names_are_drawn_as_they_are():
+    assert {style.fit(name, 90) for name in ODD_NAMES[:6]} <= set(texts(odd_figures()['matrix']))
+    assert 'cost $5 and $x_{' in texts(odd_figures()['curves'])
+    check_print(odd_figures()['neighbours'])
+
+
+PROGRAM = "import sys; sys.path.insert(0, 'tests'); import test_figures; test_figures.save_all(sys.argv[1])"
+
+
+def test_another_process_with_other_settings_makes_the_same_files(tmp_path):
+    """Another order of hashes, another second, another style in the reader's matplotlibrc."""
+    (tmp_path / 'matplotlibrc').write_text('font.size: 20\naxes.grid: True\ntext.parse_math: True\nsavefig.dpi: 50\n')
+    (tmp_path / 'here').mkdir()
+    (tmp_path / 'there').mkdir()
+    own = {'PYTHONHASHSEED': '7', 'MATPLOTLIBRC': str(tmp_path), 'JAX_NUM_CPU_DEVICES': '1'}
+    save_all(tmp_path / 'here')
+    subprocess.run([sys.executable, '-c', PROGRAM, tmp_path / 'there'], check=True, cwd=ROOT, env=os.environ | own)
+    names = sorted(path.name for path in (tmp_path / 'here').iterdir())
+    assert len(names) == 16
+    for name in names:
+        content = (tmp_path / 'here' / name).read_bytes()
+        assert content == (tmp_path / 'there' / name).read_bytes(), name
+        assert content.startswith(b'\x89PNG\r\n\x1a\n' if name.endswith('png') else b'%PDF-')
+        assert b'CreationDate' not in content
+
+
+def test_drawing_changes_no_setting_of_matplotlib():
+    with matplotlib.rc_context({'font.size': 21, 'axes.grid': True}):
+        before = dict(matplotlib.rcParams)
+        style.as_png(kernels.draw(np.ones((3, 3, 3, 4), np.float32), 2))
+        assert dict(matplotlib.rcParams) == before
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    (tmp_path / 'taken.png').mkdir()
+    with pytest.raises(OSError, match=r'taken\.png'):
+        style.save(kernels.draw(np.ones((3, 3, 3, 4), np.float32), 2), str(tmp_path / 'taken.png'))
+    assert [path.name for path in tmp_path.iterdir()] == ['taken.png']
+    with pytest.raises(KeyError):
+        style.save(kernels.draw(np.ones((3, 3, 3, 4), np.float32), 2), str(tmp_path / 'figure.jpg'))
+    assert [path.name for path in tmp_path.iterdir()] == ['taken.png']

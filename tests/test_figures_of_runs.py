@@ -1,0 +1,187 @@
+"""Figures of runs: layers against a loop, neighbours, the folders of sweeps, and the command with its refusals."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.text import Text
+from PIL import Image
+from small_runs import centre, make_run, small_config, store_of
+
+from alexnet_jax import trained
+from alexnet_jax.config import ConfigError
+from alexnet_jax.figures import kernels, runs
+from alexnet_jax.pictures import Picture
+
+ROOT = Path(__file__).parent.parent
+LINE = json.dumps({'step': 1, 'split': 'train', 'loss': 1.0}) + '\n'
+
+
+def image(side, channels=3):
+    return np.random.default_rng(0).integers(0, 256, (side, side, channels), np.uint8)
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+@pytest.fixture(scope='module')
+def config(photos_dir):
+    # Wide enough for products of other batch sizes to be rounded otherwise.
+    return small_config(photos_dir, model__widths=(8, 0, 0, 0, 64, 0, 64))
+
+
+@pytest.fixture(scope='module')
+def run(config, tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp('runs') / 'run', config)
+
+
+@pytest.fixture(scope='module')
+def loaded(run):
+    return trained.load(trained.find(run))
+
+
+def test_maps_are_those_of_the_layer(loaded, config):
+    """Against a loop over windows: conv1, stride 8, padded by zeros after the last row and column, then ReLU."""
+    store = store_of(config)
+    shown = [Picture(f'{i}', store.validation[i]['image'], None) for i in (3, 40)]
+    kernel = np.asarray(loaded.state.params['conv1']['kernel'])
+    for picture, figure in zip(shown, runs.maps_of(loaded, iter(shown), 'conv1', 2), strict=True):
+        np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), picture.pixels[4:68, 4:68])
+        seen = np.pad(centre(picture.pixels, config, store.statistics), ((0, 3), (0, 3), (0, 0)))
+        sheets = [axes.images[0].get_array().filled(np.nan) for axes in figure.axes[1:3]]
+        for n, (y, x) in itertools.product(range(8), [(0, 0), (3, 5), (7, 7)]):
+            value = float(np.sum(seen[8 * y : 8 * y + 11, 8 * x : 8 * x + 11] * kernel[..., n], dtype=np.float64))
+            drawn = sheets[n // 4][y, n % 4 * 8 + n % 4 + x]
+            assert drawn == pytest.approx(max(value, 0), rel=1e-4, abs=1e-4)
+    logits = next(runs.maps_of(loaded, iter(shown[:1]), 'fc8', 1))
+    assert 'fc8: 16 units' in texts(logits)
+
+
+def test_a_training_image_is_its_own_nearest_neighbour(loaded, config):
+    store = store_of(config)
+    numbers = [5, 700]
+    examples = [store.train[i] for i in numbers]
+    own = [
+        Picture(f'/data/{i}.png', example['image'], store.class_names[example['label']])
+        for i, example in zip(numbers, examples, strict=True)
+    ]
+    figure = runs.neighbours_of(loaded, store, own)
+    for row, picture in enumerate(own):
+        query, first, *others = figure.axes[7 * row : 7 * row + 7]
+        np.testing.assert_array_equal(query.images[0].get_array(), picture.pixels)
+        np.testing.assert_array_equal(first.images[0].get_array(), picture.pixels)
+        assert [text.get_text() for text in query.texts] == [f'{numbers[row]}.png', picture.label]
+        assert first.texts[1].get_text() == '0.00'
+        assert float(others[0].texts[1].get_text()) > 0
+        assert len(first.patches) == 1
+
+
+def test_kernels_are_those_of_the_checkpoint(loaded):
+    figure = runs.kernels_of(loaded)
+    kernel = np.asarray(loaded.state.params['conv1']['kernel'])
+    shares = kernels.saturation(kernel, 2)
+    assert f'tower 2: 4 kernels, colour saturation {shares[1]:.2f}' in texts(figure)
+    np.testing.assert_allclose(
+        figure.axes[0].images[0].get_array()[0, 0], kernels.grid(kernel[..., :4])[0, 0], rtol=1e-6
+    )
+
+
+def test_runs_of_a_sweep_are_those_that_have_begun(tmp_path):
+    for name in ('a/seed_0', 'a/seed_1', 'b/seed_0'):
+        (tmp_path / 'sweep' / name).mkdir(parents=True)
+    for name in ('a/seed_0', 'b/seed_0'):
+        (tmp_path / 'sweep' / name / 'metrics.jsonl').write_text(LINE)
+    planned = [{'directory': name} for name in ('a/seed_0', 'a/seed_1', 'b/seed_0')]
+    (tmp_path / 'sweep' / 'sweep.json').write_text(json.dumps({'runs': planned}))
+    found = runs.find_runs([str(tmp_path / 'sweep')])
+    assert found == {name: str(tmp_path / 'sweep' / name) for name in ('a/seed_0', 'b/seed_0')}
+    assert list(runs.find_runs([f'{tmp_path}/x/', f'{tmp_path}/y', f'{tmp_path}/x'])) == ['x', 'y']
+    assert list(runs.find_runs([f'{tmp_path}/x'])) == ['x']
+    (tmp_path / 'sweep' / 'sweep.json').write_text(json.dumps({'runs': planned[1:2]}))
+    with pytest.raises(ConfigError, match='no run has begun'):
+        runs.find_runs([str(tmp_path / 'sweep')])
+
+
+def command(*arguments, cwd=ROOT):
+    env = os.environ | {'JAX_NUM_CPU_DEVICES': '1', 'PYTHONPATH': str(ROOT)}
+    return subprocess.run(
+        [sys.executable, '-m', 'alexnet_jax.figures', *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=env,
+    )
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'reason'),
+    [
+        ([], 'which figure? Name kernels, maps, neighbours, confusion, network, curves'),
+        (['heads', 'x'], "'heads' is no kind of figure; there are kernels, maps"),
+        (['kernels'], 'kernels takes other names: python -m alexnet_jax.figures kernels CHECKPOINT'),
+        (['kernels', '{run}', 'two'], 'kernels takes other names'),
+        (['kernels', '{run}', '--layer=conv2'], '--layer: kernels has no such flag'),
+        (['kernels', '{tmp}'], 'has no config.json'),
+        (['kernels', '{run}/checkpoints/7'], 'there is no such checkpoint'),
+        (['maps', '{run}'], 'which pictures?'),
+        (
+            ['maps', '{run}', 'a.png', '--layer=conv2'],
+            'no layer of {run}; it has conv1, conv5, fc7, fc8',
+        ),
+        (['network', 'Paper'], 'Paper: no preset and no folder of a run; presets are paper, krizhevsky2012'),
+        (['network', 'paper', '--out=net.svg'], "--out: 'net.svg' does not end with .png or .pdf"),
+        (['network', 'paper', '--out={tmp}/none/net.png'], 'cannot be written'),
+        (['curves', '{tmp}'], '{tmp}/metrics.jsonl: No such file or directory; name the folder of a run'),
+        (['curves', '{empty}'], 'has no line yet'),
+    ],
+)
+def test_refusals_are_one_line(arguments, reason, run, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'empty' / 'metrics.jsonl').write_text('')
+    places = {'run': run, 'tmp': tmp_path, 'empty': tmp_path / 'empty'}
+    done = command(*(argument.format(**places) for argument in arguments))
+    assert done.returncode == 2
+    assert done.stdout == ''
+    assert done.stderr.startswith('alexnet_jax: ')
+    assert reason.format(**places) in done.stderr
+    assert done.stderr.count('\n') == 1
+    assert [path.name for path in tmp_path.rglob('*')] == ['empty', 'metrics.jsonl']
+
+
+def test_each_kind_of_figure_by_one_command(run, tmp_path):
+    (tmp_path / 'pictures').mkdir()
+    Image.fromarray(image(side=90)).save(tmp_path / 'pictures' / 'a.png')
+    (tmp_path / 'pictures' / 'b.png').write_text('no picture')
+    Image.fromarray(image(side=100)[..., 0]).save(tmp_path / 'pictures' / 'c.png')
+    done = command('maps', run, tmp_path / 'pictures', f'--out={tmp_path}/maps.pdf', '--layer=conv5')
+    assert done.returncode == 1
+    assert done.stdout.split() == [f'{tmp_path}/maps_1.pdf', f'{tmp_path}/maps_2.pdf']
+    assert [each for each in done.stderr.splitlines() if each.startswith('alexnet_jax: ')] == [
+        f'alexnet_jax: {tmp_path}/pictures/b.png: no image, or of a kind that Pillow does not know'
+    ]
+    for arguments, wanted in (
+        (['kernels', run], f'{run}/figures/kernels.png'),
+        (['neighbours', run, '--validation=2'], f'{run}/figures/neighbours.png'),
+        (['confusion', run, '--views=1'], f'{run}/figures/confusion.png'),
+        (['network', run], f'{run}/figures/network.png'),
+    ):
+        done = command(*arguments)
+        assert (done.returncode, done.stdout) == (0, f'{wanted}\n'), done.stderr
+        with Image.open(wanted) as picture:
+            assert picture.width > 600
+
+
+def test_figures_of_no_single_run_lie_here(tmp_path):
+    for name in 'ab':
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'metrics.jsonl').write_text(LINE)
+    assert command('curves', 'a', 'b', cwd=tmp_path).stdout == 'curves.png\n'
+    assert command('curves', 'a', cwd=tmp_path).stdout == 'a/figures/curves.png\n'
+    assert command('network', 'half', cwd=tmp_path).stdout == 'half.png\n'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['a', 'b', 'curves.png', 'half.png']
