@@ -221,7 +221,7 @@ def alone(photos_dir, tmp_path_factory) -> Path:
 @pytest.fixture(scope='module')
 def together(photos_dir, tmp_path_factory) -> Group:
     """Two processes with four devices each."""
-    return run(2, 4, photos_dir, tmp_path_factory.mktemp('together') / 'run')
+    return run(2, 4, photos_dir, tmp_path_factory.mktemp('together') / 'run', '--tensorboard')
 
 
 @pytest.fixture(scope='module')
@@ -243,6 +243,9 @@ def test_two_processes_train_as_one(together, alone):
     assert together.said(1) == together.said(1, 'out') == ''
     assert '1 view' in together.said(0, 'out')
     assert together.said(0).count('resuming') == 0
+    (events,) = (together.workdir / 'tensorboard').iterdir()  # of the first process
+    content = events.read_bytes()
+    assert (content.count(b'kernels'), content.count(b'predictions')) == (2, 2)  # with weights of both
 
 
 def test_sigterm_to_one_stops_all_at_one_step_and_they_go_on(photos_dir, tmp_path, preempted, together):
