@@ -6,6 +6,7 @@ was killed goes on where it stood. Memory holds a batch of images or a block of 
 """
 
 import dataclasses
+import math
 import os
 import shutil
 import time
@@ -17,7 +18,7 @@ import numpy as np
 from alexnet_jax.config import ConfigError
 from alexnet_jax.data import pipeline
 from alexnet_jax.monitor import Progress, read_json, write_json
-from alexnet_jax.shapes import layers
+from alexnet_jax.shapes import Layer, layers
 from alexnet_jax.trained import Network
 
 BLOCK = 4096  # rows of features that are on a device at a time
@@ -32,9 +33,9 @@ class Index:
     layer: str
 
 
-def hidden_layer(config: Any) -> str:
+def hidden_layer(config: Any) -> Layer:
     """The last layer before the logits: fc7, where there is one."""
-    return layers(config.model, config.data.crop_size, config.data.channels)[-2].name
+    return layers(config.model, config.data.crop_size, config.data.channels)[-2]
 
 
 def index_of(network: Network, store: pipeline.Store) -> Index:
@@ -47,11 +48,11 @@ def index_of(network: Network, store: pipeline.Store) -> Index:
     from alexnet_jax import parallel
     from alexnet_jax.step import make_output_step
 
-    layer, images = hidden_layer(network.config), len(store.train)
+    hidden, images = hidden_layer(network.config), len(store.train)
+    layer, units = hidden.name, math.prod(hidden.output)
     folder = os.path.join(network.workdir, 'features', f'{layer}_{network.digest[:16]}_{store.fingerprint[:16]}')
     path, state = os.path.join(folder, 'features.npy'), os.path.join(folder, 'state.json')
     done = (read_json(state) or {}).get('done', 0)
-    units = int(np.prod(network.state.params[layer]['bias'].shape))
     features = _open(folder, path, (images, units), begun=done > 0)
     if done == images:
         return Index(features, layer)

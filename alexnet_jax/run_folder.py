@@ -92,7 +92,7 @@ def read_inputs(workdir: str) -> tuple[dict[str, np.ndarray], list[str]]:
         return arrays, arrays.pop('class_names').tolist()
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ConfigError(
-            f'{path} cannot be read ({first_line(error)}); the command that trained there makes it when it goes on'
+            f'{path} cannot be read ({first_line(error)}); a run writes it when it begins and when it goes on'
         ) from None
 
 

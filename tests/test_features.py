@@ -160,6 +160,33 @@ def test_outputs_of_every_layer_on_a_mesh_are_those_of_one_device(photos_dir, st
             np.testing.assert_allclose(rows[number], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_features_of_a_network_without_hidden_dense_layers_are_maps(photos_dir, store, tmp_path):
+    config = small_config(photos_dir, model__widths=(8, 0, 0, 0, 16, 0, 0))
+    loaded = trained.load(trained.find(make_run(tmp_path / 'run', config)))
+    few = Store(Few(store.train), None, {}, [], store.fingerprint)
+    index = features.index_of(loaded, few)
+    assert (index.layer, index.features.shape) == ('conv5', (50, 8 * 8 * 16))
+    expected = eager(loaded, store.train[49]['image'], 'conv5').reshape(-1)
+    np.testing.assert_allclose(index.features[49], expected, rtol=1e-4, atol=1e-5)
+    queries = features.of_images(loaded, index, [store.train[number]['image'] for number in (3, 49)])
+    found, distances = features.nearest(index, queries, 2)
+    assert found[:, 0].tolist() == [3, 49]
+    assert distances[:, 0].tolist() == [0, 0]
+
+
+class Few:
+    """The first fifty records."""
+
+    def __init__(self, split):
+        self.split = split
+
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, number):
+        return self.split[number]
+
+
 def test_create_refuses_what_is_there_and_leaves_nothing_half_made(config, tmp_path):
     used = tmp_path / 'used'
     used.mkdir()
