@@ -118,7 +118,8 @@ def main(argv: list[str]) -> int:
         else:
             variants = sweep_of(file)
             variant = _run_of_sweep(variants)
-            write_plan(variants, file, workdir)  # the runs of an array have nobody else to write it
+            if not monitor.is_silent():
+                write_plan(variants, file, workdir)  # the runs of an array have nobody else to write it
             config, workdir = configure(CONFIG.value, variant), os.path.join(workdir, variant.directory)
         check_same_run(config, workdir, every_field=_SWEEP.value is not None)
         if is_finished(config, workdir):

@@ -1,5 +1,6 @@
 """The command line of the package's commands that have no --config: their flags, and its refusals in one line."""
 
+import io
 import os
 import sys
 
@@ -16,6 +17,9 @@ def parse_flags(argv: list[str], wanted: str = '', most: float = 0) -> list[str]
       wanted: what to say where there is no argument; '': none is wanted.
       most: arguments there may be.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')  # names of files need not be text
     try:
         rest = flags.FLAGS(argv)
         if wanted and len(rest) == 1:

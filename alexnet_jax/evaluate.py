@@ -68,7 +68,7 @@ def predict(member: Member, store: pipeline.Store, views: int) -> tuple[int, np.
     from alexnet_jax import parallel
     from alexnet_jax.step import make_predict_step
 
-    network = load(member)
+    network = load(member, store)
     config, mesh = network.config, network.mesh
     log(f'{member.name}: step {network.step}; mesh data={mesh.shape["data"]}, model={mesh.shape["model"]}')
     predict_step = make_predict_step(config, mesh, views)

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax.config import ConfigError
+from alexnet_jax.config import ConfigError, default_config
 from alexnet_jax.monitor import write_aside
 from alexnet_jax.run_folder import read_config
+from alexnet_jax.trained import changed
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 _LIBRARIES = {'.safetensors': 'safetensors', '.stablehlo': 'flatbuffers', '.onnx': 'onnx'}
@@ -80,7 +81,8 @@ def _safetensors(network: Any, params: Any, batch_statistics: Any) -> bytes:
         for group, members in groups.items()
         for name, array in members.items()
     }
-    config = read_config(network.workdir)  # network.config has a mesh for this machine
+    # network.config has a mesh for this machine; and where data lie is nobody else's.
+    config = changed(read_config(network.workdir), {'data.data_dir': default_config().data.data_dir})
     metadata = {'format': 'alexnet_jax', 'config': json.dumps(config.to_dict()), **_labels(network)}
     return safetensors.numpy.save(arrays, metadata)
 

@@ -5,19 +5,21 @@ near is what has a small Euclidean distance. The features lie on disk, in the ru
 was killed goes on where it stood. Memory holds a batch of images or a block of features at a time.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from alexnet_jax.config import ConfigError
 from alexnet_jax.data import pipeline
-from alexnet_jax.monitor import Progress, read_json, write_json
+from alexnet_jax.monitor import Progress, log, read_json, write_json
 from alexnet_jax.shapes import Layer, layers
 from alexnet_jax.trained import Network
 
@@ -45,17 +47,34 @@ def index_of(network: Network, store: pipeline.Store) -> Index:
       ConfigError: they cannot be written, or do not fit on the disk.
       StoreError: too many records of the store are damaged.
     """
+    hidden, images = hidden_layer(network.config), len(store.train)
+    layer, units = hidden.name, math.prod(hidden.output)
+    above = os.path.join(network.workdir, 'features')
+    folder = os.path.join(above, f'{layer}_{network.digest[:16]}_{store.fingerprint[:16]}')
+    path, state = os.path.join(folder, 'features.npy'), os.path.join(folder, 'state.json')
+    shape = (images, units)
+    if (read_json(state) or {}).get('done') == images:
+        return Index(_read(path, shape, 'r'), layer)
+    others = [
+        other for other in (os.listdir(above) if os.path.isdir(above) else []) if other != os.path.basename(folder)
+    ]
+    if others:
+        log(f'{above}: {", ".join(sorted(others))} are of other weights or images, and may be removed')
+    with _alone(folder):
+        _compute(network, store, layer, path, state, shape)
+    return Index(_read(path, shape, 'r'), layer)
+
+
+def _compute(
+    network: Network, store: pipeline.Store, layer: str, path: str, state: str, shape: tuple[int, int]
+) -> None:
+    """Write the features that are missing to the file `path`; `state` is the file that says how far it is."""
     from alexnet_jax import parallel
     from alexnet_jax.step import make_output_step
 
-    hidden, images = hidden_layer(network.config), len(store.train)
-    layer, units = hidden.name, math.prod(hidden.output)
-    folder = os.path.join(network.workdir, 'features', f'{layer}_{network.digest[:16]}_{store.fingerprint[:16]}')
-    path, state = os.path.join(folder, 'features.npy'), os.path.join(folder, 'state.json')
+    images, units = shape
     done = (read_json(state) or {}).get('done', 0)
-    features = _open(folder, path, (images, units), begun=done > 0)
-    if done == images:
-        return Index(features, layer)
+    features = _read(path, shape, 'r+') if done else _new(path, shape)
     batch_size = network.batch_size(images)
     output_step = make_output_step(network.config, network.mesh, layer)
     preprocessing, damaged = network.preprocessing, np.full(units, np.nan, np.float32)
@@ -76,28 +95,42 @@ def index_of(network: Network, store: pipeline.Store) -> Index:
             write_json(state, {'done': stop})
             saved = time.monotonic()
     progress.close()
-    return Index(features, layer)
 
 
-def _open(folder: str, path: str, shape: tuple[int, int], begun: bool) -> np.memmap:
-    """The file of features to go on with, or a new one. Raises ConfigError."""
+@contextlib.contextmanager
+def _alone(folder: str) -> Iterator[None]:
+    """Make `folder`, and let no other process compute there. Raises ConfigError: one does, or it cannot be made."""
     try:
-        if begun:
-            features = np.load(path, mmap_mode='r+')
-            if features.shape == shape:
-                return features
-            raise ValueError(f'it has shape {features.shape} and not {shape}')
         os.makedirs(folder, exist_ok=True)
-        needed, free = 4 * shape[0] * shape[1], shutil.disk_usage(folder).free
-        if needed > free:
-            raise ConfigError(
-                f'{folder}: {needed / 1e9:.1f} GB of features, and {free / 1e9:.1f} GB are free; make room'
-            )
-        return np.lib.format.open_memmap(path, 'w+', np.float32, shape)
+        lock = open(os.path.join(folder, 'lock'), 'w')  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(f'{folder} cannot be written ({error.strerror}), and the features go there') from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f'{folder}: another process is computing these features; wait for it') from None
+        yield
+
+
+def _new(path: str, shape: tuple[int, int]) -> np.memmap:
+    needed, free = 4 * shape[0] * shape[1], shutil.disk_usage(os.path.dirname(path)).free
+    if needed > free:
+        raise ConfigError(f'{path}: {needed / 1e9:.1f} GB of features, and {free / 1e9:.1f} GB are free; make room')
+    return np.lib.format.open_memmap(path, 'w+', np.float32, shape)
+
+
+def _read(path: str, shape: tuple[int, int], mode: Any) -> np.memmap:
+    """The file as an array on disk. Raises ConfigError: it is not that."""
+    try:
+        features = np.load(path, mmap_mode=mode)
+        if features.shape != shape:
+            raise ValueError(f'it has shape {features.shape} and not {shape}')
+        return features
     except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f'{path} cannot be used ({error}); remove {folder}, and it is made anew') from None
+        raise ConfigError(
+            f'{path} cannot be used ({error}); remove {os.path.dirname(path)}, and it is made anew'
+        ) from None
 
 
 def of_images(network: Network, index: Index, images: Sequence[np.ndarray]) -> np.ndarray:

@@ -107,13 +107,13 @@ class Dashboards:
     def pictures(
         self,
         step: int,
-        kernel: np.ndarray,
+        kernel: np.ndarray | None,
         towers: int,
         examples: list[dict[str, Any]],
         scores: np.ndarray,
         class_names: list[str],
     ) -> None:
-        """Show conv1's `kernel` (h, w, C, N), and `examples` with their log probabilities `scores` (n, classes)."""
+        """Show conv1's `kernel` (h, w, C, N), if any, and `examples` with log probabilities `scores` (n, classes)."""
         if not self.each:
             return
         from alexnet_jax.ensemble import best
@@ -128,7 +128,9 @@ class Dashboards:
             )
             for example, row in zip(examples, scores, strict=True)
         ]
-        figures = {'kernels': kernels.draw(kernel, towers), 'predictions': predictions.draw(drawn)}
+        figures = {'predictions': predictions.draw(drawn)}
+        if kernel is not None:
+            figures['kernels'] = kernels.draw(kernel, towers)
         for name, figure in figures.items():
             pixels = as_pixels(style.as_png(figure))
             for each in self.each:
@@ -200,7 +202,7 @@ class Profile:
     """A trace of JAX's profiler of the steps from `steps[0]` until before `steps[1]`, in WORKDIR/profile."""
 
     def __init__(self, steps: tuple[int, int] | None, workdir: str):
-        self.steps, self.folder, self.runs = steps, os.path.join(workdir, 'profile'), False
+        self.steps, self.folder, self.runs, self.begun = steps, os.path.join(workdir, 'profile'), False, False
 
     def at(self, step: int, state: Any) -> None:
         """`step` steps are taken, and `state` is what they led to. Begins and ends the trace."""
@@ -209,14 +211,16 @@ class Profile:
         if self.steps and step == self.steps[0]:
             jax.block_until_ready(state)  # what came before is not part of it
             jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
-            self.runs = True
+            self.runs = self.begun = True
         elif self.steps and step == self.steps[1]:
             self.end(state)
 
     def end(self, state: Any) -> None:
-        """Write the trace where one was begun."""
+        """Write the trace where one was begun; say so where one was wanted and never was."""
         import jax
 
+        if self.steps and not self.begun:
+            log(f'no trace: this run did not come to step {self.steps[0]} of --profile')
         if self.runs:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -173,7 +174,7 @@ def _minutes(seconds: float) -> str:
 @contextlib.contextmanager
 def write_aside(path: str, mode: str = 'w') -> Iterator[Any]:
     """A file that becomes `path` at the end, on disk; where writing fails `path` stays as it was. Raises OSError."""
-    aside = f'{path}.{os.getpid()}.tmp'  # the jobs of an array may write the same file
+    aside = f'{path}.{uuid.uuid4().hex}.tmp'  # jobs on several hosts may write the same file
     try:
         with open(aside, mode) as file:
             yield file

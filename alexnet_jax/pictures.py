@@ -19,14 +19,20 @@ def picture_files(names: Iterable[str]) -> list[str]:
         if not os.path.isdir(name):
             files.append(name)
             continue
-        below = []
-        for folder, folders, found in os.walk(name):
-            folders[:] = [each for each in folders if not each.startswith('.')]
-            below += [os.path.join(folder, file) for file in found if not file.startswith('.')]
+        below = list(_files_below(name))
         if not below:
             raise ConfigError(f'{name}: a folder without files; name pictures or a folder with some')
         files += sorted(below)
     return files
+
+
+def _files_below(folder: str) -> Iterator[str]:
+    """Files, and folders that cannot be looked into, so that reading them says why."""
+    closed: list[str] = []
+    for where, folders, found in os.walk(folder, onerror=lambda error: closed.append(error.filename)):
+        folders[:] = [each for each in folders if not each.startswith('.')]
+        yield from (os.path.join(where, file) for file in found if not file.startswith('.'))
+    yield from closed
 
 
 def read_picture(file: str, data: Any) -> np.ndarray:

@@ -28,7 +28,7 @@ from alexnet_jax.monitor import Progress, complain, log
 from alexnet_jax.pictures import Picture, of_files, of_validation, picture_files
 from alexnet_jax.trained import FORMS, Network, find, load, store_of
 
-IN_A_FIGURE = 24  # pictures
+IN_A_FIGURE, BARS = 24, 5  # pictures, and the most classes of each
 
 
 def predict_pictures(
@@ -87,7 +87,7 @@ def _predict(network: Network, pictures: Iterable[Picture], count: int, given: A
                 image=picture.pixels,
                 name=os.path.basename(picture.name),
                 label=picture.label,
-                top=[(row['class'], row['probability']) for row in told['top']],
+                top=[(row['class'], row['probability']) for row in told['top'][:BARS]],
             )
             for picture, told in drawn
         ]
@@ -115,8 +115,9 @@ def main(argv: list[str]) -> int:
     from alexnet_jax.checkpoint import CheckpointError  # after the flags, for it imports jax
 
     try:
-        of_store = of_validation(store_of([member], given.data_dir), given.validation) if given.validation else []
-        network = load(member)
+        store = store_of([member], given.data_dir) if given.validation else None
+        of_store = of_validation(store, given.validation) if store else []
+        network = load(member, store)
         log(f'{network.name}: step {network.step}, {len(network.class_names)} classes')
         pictures = itertools.chain(of_files(files, network.config.data, network.class_names), of_store)
         return 1 if _predict(network, pictures, len(files) + len(of_store), given) else 0

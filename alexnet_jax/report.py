@@ -38,6 +38,9 @@ def _write(flag: str, content: str | bytes) -> None:
 
 def _report_sweep(folder: str, given: Any, made_by: str) -> str:
     """Write the files that are wanted; returns what to print. Raises ReportError."""
+    for name in ('data_dir', 'neighbours'):
+        if given[name].present:
+            raise ReportError(f'--{name}: {folder} is a sweep and no run; leave it out')
     sweep = read_sweep(folder)
     results = read_results(folder, sweep)
     views = choose_views(results, given.views)
@@ -73,11 +76,13 @@ def _is_run(folder: str) -> bool:
 def main(argv: list[str]) -> int:
     """Report the sweep or the run in the folder argv[1]; returns the exit code, after one line on what is wrong."""
     logging.set_verbosity(logging.ERROR)
-    given = flags.FLAGS
+    given, folder = flags.FLAGS, os.path.expanduser(argv[1])
     try:
+        if not _is_run(folder) and not os.path.exists(os.path.join(folder, 'sweep.json')):
+            raise ReportError(f'{folder}: no run and no sweep; name the folder that was the --workdir of one')
         check_output('html', given.html, ('.html', '.htm'))
         made_by = shlex.join(['python', '-m', 'alexnet_jax.report', *sys.argv[1:]])
-        text = (_report_run if _is_run(argv[1]) else _report_sweep)(argv[1], given, made_by)
+        text = (_report_run if _is_run(folder) else _report_sweep)(folder, given, made_by)
     except (ReportError, ConfigError) as error:
         complain(str(error))
         return 2

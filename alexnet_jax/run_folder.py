@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 import zipfile
 from typing import Any
@@ -13,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from alexnet_jax.config import ConfigError, field_names, field_value, resolve
-from alexnet_jax.monitor import first_line, read_json, write_aside
+from alexnet_jax.monitor import first_line, log, read_json, write_aside
 
 # What weights and the order of the data depend on; other settings may change when a run goes on.
 _FIXED = (
@@ -96,6 +97,22 @@ def read_inputs(workdir: str) -> tuple[dict[str, np.ndarray], list[str]]:
         ) from None
 
 
+def check_names(name: str, own: list[str], of_data: list[str]) -> None:
+    """Say where weights from elsewhere, `name`, have other names of classes (`own`) than the data.
+
+    Raises ConfigError: they are the same ones in another order, so every image would be taken for another.
+    """
+    if own == of_data:
+        return
+    if sorted(own) == sorted(of_data):
+        place = next(i for i, pair in enumerate(zip(own, of_data, strict=True)) if pair[0] != pair[1])
+        raise ConfigError(
+            f'{name}: its classes are those of the data in another order, such as {own[place]!r} and not'
+            f' {of_data[place]!r} as number {place}; prepare the data with config.data.class_names in its order'
+        )
+    log(f'{name}: its classes have other names than those of the data, {own[0]!r} and {of_data[0]!r} the first ones')
+
+
 def environment() -> dict[str, Any]:
     """What environment.json says: what the run is made with, and on; jax must be ready.
 
@@ -103,7 +120,7 @@ def environment() -> dict[str, Any]:
     """
     import jax
 
-    here = os.getcwd() + os.sep
+    here = re.escape(os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep)
     packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
     versions = {package: importlib.metadata.version(package) for package in packages}
     return {
@@ -113,7 +130,7 @@ def environment() -> dict[str, Any]:
         'devices': jax.devices()[0].device_kind,
         'device_count': jax.device_count(),
         'processes': jax.process_count(),
-        'command': [os.path.basename(sys.argv[0]), *(each.replace(here, '') for each in sys.argv[1:])],
+        'command': [os.path.basename(sys.argv[0]), *(re.sub(f'(^|=){here}', r'\1', each) for each in sys.argv[1:])],
     }
 
 

@@ -27,10 +27,8 @@ def read_sweep(folder: str) -> dict[str, Any]:
         and all(_has(each, _RUN) for each in sweep['runs'])
     ):
         return sweep
-    wrong = f'{path} is damaged' if os.path.exists(path) else f'{folder} has no sweep.json'
-    if not os.path.isdir(folder):
-        wrong = f'there is no folder {folder}'
-    raise ReportError(f'{wrong}: run `python launch.py --config=... --sweep=all --workdir={folder}` first')
+    wrong = 'is damaged' if os.path.exists(path) else 'is missing'
+    raise ReportError(f'{path} {wrong}: run `python launch.py --config=... --sweep=all --workdir={folder}` first')
 
 
 def _has(value: Any, types: dict[str, Any]) -> bool:

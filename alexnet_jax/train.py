@@ -24,7 +24,7 @@ from alexnet_jax.evaluate import evaluate
 from alexnet_jax.instruments import Dashboards, Profile, Samples, Wanted
 from alexnet_jax.monitor import Metrics, Preemption, Progress, Watchdog, log, write_json
 from alexnet_jax.optimizer import learning_rates, plateau_next, plateau_start, scheduled_rate
-from alexnet_jax.run_folder import environment, read_inputs, write_inputs
+from alexnet_jax.run_folder import check_names, environment, read_inputs, write_inputs
 from alexnet_jax.step import abstract_state, init_state, make_eval_step, make_layer_report, make_train_step
 
 EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED = 0, 1, 75
@@ -179,11 +179,13 @@ class _Run:
 
     def inputs_of_the_run(self, goes_on: bool) -> dict[str, np.ndarray]:
         """The statistics that images are prepared with: those it was begun with, or of the store, written down now."""
+        statistics, names = self.store.statistics, self.store.class_names
         if goes_on and os.path.exists(os.path.join(self.workdir, 'inputs.npz')):
-            return read_inputs(self.workdir)[0]
+            statistics, own = read_inputs(self.workdir)
+            check_names(self.workdir, own, names)
         if processes.is_first():
-            write_inputs(self.workdir, self.store.statistics, self.store.class_names)
-        return self.store.statistics
+            write_inputs(self.workdir, statistics, names)
+        return statistics
 
     @property
     def step(self) -> int:
@@ -375,8 +377,9 @@ class _Run:
             return
         scores = self.samples.scores(self.state, self.preprocessing)
         kernel = processes.whole(self.state.params['conv1']['kernel'])
-        towers, class_names = self.config.model.towers, self.store.class_names
-        self.dashboards.pictures(self.step, kernel, towers, self.samples.examples, scores, class_names)
+        model, class_names = self.config.model, self.store.class_names
+        shared = None if 'conv1' in model.unshared else kernel  # otherwise there are others at each pixel
+        self.dashboards.pictures(self.step, shared, model.towers, self.samples.examples, scores, class_names)
 
     def check_finite(self, value: float) -> None:
         """Raise TrainingError where the loss or the sum of the weights is infinite or not a number."""

@@ -19,7 +19,7 @@ from alexnet_jax.config import ConfigError, resolve
 from alexnet_jax.data import pipeline
 from alexnet_jax.data.store import prepared_store
 from alexnet_jax.monitor import Preemption, write_json
-from alexnet_jax.run_folder import read_config, read_inputs, write_inputs
+from alexnet_jax.run_folder import check_names, read_config, read_inputs, write_inputs
 
 FORMS = "a run's folder WORKDIR, WORKDIR/best or WORKDIR/checkpoints/STEP"
 
@@ -144,6 +144,9 @@ def store_of(members: Sequence[Member], data_dir: str | None) -> pipeline.Store:
         store = prepared_store(changed(first.config, {'data.data_dir': data_dir}), preemption)
     if store is None:
         raise KeyboardInterrupt
+    for member, other in fingerprints:
+        if other is None:
+            check_names(member.name, read_inputs(member.workdir)[1], store.class_names)
     if fingerprint not in (store.fingerprint, None):
         raise ConfigError(
             f'{first.name}: the images prepared in {data_dir} are not those it was trained with; name their --data_dir'
@@ -211,8 +214,11 @@ class Network:
             yield from np.asarray(outputs)[: len(batch)]
 
 
-def load(member: Member) -> Network:
+def load(member: Member, store: pipeline.Store | None = None) -> Network:
     """Read the weights of `member` onto the devices there are.
+
+    Args:
+      store: of store_of(); its statistics and names stand in where a run of an earlier version has not kept them.
 
     Raises:
       ConfigError: its folder lacks something, or there is no such checkpoint.
@@ -220,7 +226,10 @@ def load(member: Member) -> Network:
     """
     from alexnet_jax.step import abstract_state
 
-    statistics, class_names = read_inputs(member.workdir)
+    if store is not None and not os.path.exists(os.path.join(member.workdir, 'inputs.npz')):
+        statistics, class_names = store.statistics, store.class_names
+    else:
+        statistics, class_names = read_inputs(member.workdir)
     config, mesh = _with_mesh(member.config)
     # Whole, with the velocities: only so does the fingerprint tell whether it is damaged.
     restored = read(member, abstract_state(config, mesh))

@@ -1,5 +1,6 @@
 """Features of a training set and what is near: eager layers, crops by NumPy, brute force in float64, interruptions."""
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -185,6 +186,36 @@ class Few:
 
     def __getitem__(self, number):
         return self.split[number]
+
+
+def test_a_whole_index_is_read_where_nothing_can_be_written(config, store, index, tmp_path, capfd):
+    loaded = trained.load(trained.find(make_run(tmp_path / 'run', config)))
+    few = Store(Few(store.train), None, {}, [], store.fingerprint)
+    made = features.index_of(loaded, few)
+    (folder,) = (tmp_path / 'run' / 'features').iterdir()
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    again = features.index_of(loaded, few)
+    assert isinstance(again.features, np.memmap)
+    assert again.features.mode == made.features.mode == 'r'
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+    other = Store(Few(store.train), None, {}, [], 'of other images')
+    with open(tmp_path / 'run' / 'features' / 'blocked', 'w'):
+        features.index_of(loaded, other)
+    said = capfd.readouterr().err
+    assert f'blocked, {folder.name} are of other weights or images, and may be removed' in said
+
+
+def test_one_process_at_a_time_computes_features(config, store, tmp_path):
+    loaded = trained.load(trained.find(make_run(tmp_path / 'run', config)))
+    few = Store(Few(store.train), None, {}, [], store.fingerprint)
+    features.index_of(loaded, few)
+    (folder,) = (tmp_path / 'run' / 'features').iterdir()
+    (folder / 'state.json').unlink()
+    with open(folder / 'lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match='another process is computing these features; wait for it'):
+            features.index_of(loaded, few)
+    assert features.index_of(loaded, few).features.shape == (50, 32)
 
 
 def test_create_refuses_what_is_there_and_leaves_nothing_half_made(config, tmp_path):

@@ -92,20 +92,29 @@ def test_kernels_are_those_of_the_checkpoint(loaded):
     )
 
 
+def write_sweep(folder, directories):
+    planned = [{'variant': 'a', 'seed': 0, 'directory': name} for name in directories]
+    sweep = {'config': 'c.py', 'base': None, 'variants': [], 'runs': planned}
+    (folder / 'sweep.json').write_text(json.dumps(sweep))
+
+
 def test_runs_of_a_sweep_are_those_that_have_begun(tmp_path):
-    for name in ('a/seed_0', 'a/seed_1', 'b/seed_0'):
-        (tmp_path / 'sweep' / name).mkdir(parents=True)
-    for name in ('a/seed_0', 'b/seed_0'):
-        (tmp_path / 'sweep' / name / 'metrics.jsonl').write_text(LINE)
-    planned = [{'directory': name} for name in ('a/seed_0', 'a/seed_1', 'b/seed_0')]
-    (tmp_path / 'sweep' / 'sweep.json').write_text(json.dumps({'runs': planned}))
-    found = runs.find_runs([str(tmp_path / 'sweep')])
-    assert found == {name: str(tmp_path / 'sweep' / name) for name in ('a/seed_0', 'b/seed_0')}
+    folder = tmp_path / 'sweep'
+    for name, text in {'a/seed_0': LINE, 'a/seed_1': None, 'a/seed_2': '', 'b/seed_0': LINE}.items():
+        (folder / name).mkdir(parents=True)
+        if text is not None:
+            (folder / name / 'metrics.jsonl').write_text(text)
+    write_sweep(folder, ['a/seed_0', 'a/seed_1', 'a/seed_2', 'b/seed_0'])
+    found = runs.find_runs([str(folder)])
+    assert found == {name: str(folder / name) for name in ('a/seed_0', 'b/seed_0')}
     assert list(runs.find_runs([f'{tmp_path}/x/', f'{tmp_path}/y', f'{tmp_path}/x'])) == ['x', 'y']
     assert list(runs.find_runs([f'{tmp_path}/x'])) == ['x']
-    (tmp_path / 'sweep' / 'sweep.json').write_text(json.dumps({'runs': planned[1:2]}))
+    write_sweep(folder, ['a/seed_1', 'a/seed_2'])
     with pytest.raises(ConfigError, match='no run has begun'):
-        runs.find_runs([str(tmp_path / 'sweep')])
+        runs.find_runs([str(folder)])
+    (folder / 'sweep.json').write_text('{"runs": [1]}')
+    with pytest.raises(ConfigError, match=r'sweep\.json is damaged'):
+        runs.find_runs([str(folder)])
 
 
 def command(*arguments, cwd=ROOT):

@@ -35,7 +35,7 @@ ALLOWED = {
     'formats.safetensors_file': {'formats'},
     'formats.layouts': {'formats', 'shapes'},
     'onnx_graph': {'model', 'shapes'},
-    'export': {'config', 'monitor', 'onnx_graph', 'run_folder', 'step'},
+    'export': {'config', 'monitor', 'onnx_graph', 'run_folder', 'step', 'trained'},
     'convert': {
         'checkpoint',
         'command',
@@ -110,9 +110,9 @@ ALLOWED = {
         'figures.maps',
         'figures.neighbours',
         'figures.network',
-        'monitor',
         'pictures',
         'step',
+        'sweep_results',
         'trained',
     },
     'figures.__main__': {

@@ -814,7 +814,7 @@ def test_a_run_is_summarised_on_the_terminal(folders):
         (['{run}', '--html={tmp}/page.txt'], "--html: '{tmp}/page.txt' does not end with .html or .htm"),
         (['{run}', '--html={tmp}/no/page.html'], "--html: '{tmp}/no/page.html' cannot be written; name a file in"),
         (['{run}', '--views=10'], '--views: {run} is a run and no sweep; leave it out, --html makes a page'),
-        (['{tmp}', '--html={tmp}/page.html'], '{tmp} has no sweep.json: run `python launch.py'),
+        (['{tmp}', '--html={tmp}/page.html'], '{tmp}: no run and no sweep; name the folder'),
     ],
 )
 def test_wrong_arguments_are_refused(folders, tmp_path, arguments, reason):

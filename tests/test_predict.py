@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +226,39 @@ def test_weights_from_elsewhere_keep_their_own_mean_and_can_be_trained_on(config
     assert environment['versions']['jax'] == jax.__version__
     assert {*command_line, '--config=configs/quickstart.py'} == set(environment['command'])
     assert environment['device_count'] == 8
+
+
+def test_names_of_classes_in_another_order_are_refused(config, run, tmp_path, capfd):
+    store, loaded = store_of(config), trained.load(trained.find(run))
+    params, batch_statistics = jax.device_get((loaded.state.params, loaded.state.statistics))
+    for workdir, names in {'turned': store.class_names[::-1], 'numbers': [f'class {i}' for i in range(16)]}.items():
+        trained.create(str(tmp_path / workdir), config, params, batch_statistics, loaded.statistics, names)
+    with pytest.raises(ConfigError, match=r"turned: .* such as 'stereo_motorcycle' and not 'astronaut' as number 0"):
+        trained.store_of([trained.find(str(tmp_path / 'turned'))], None)
+    trained.store_of([trained.find(str(tmp_path / 'numbers'))], None)
+    assert "other names than those of the data, 'class 0' and 'astronaut' the first ones" in capfd.readouterr().err
+
+
+def test_a_run_of_an_earlier_version_is_evaluated_with_the_statistics_of_its_images(config, run, tmp_path):
+    store = store_of(config)
+    expected = evaluate.predict(trained.find(run), store, views=1)[1]
+    shutil.copytree(run, tmp_path / 'run')
+    (tmp_path / 'run' / 'inputs.npz').unlink()
+    member = trained.find(str(tmp_path / 'run'))
+    np.testing.assert_array_equal(evaluate.predict(member, store, views=1)[1], expected)
+    with pytest.raises(ConfigError, match=r'inputs\.npz cannot be read'):
+        trained.load(member)
+
+
+def test_names_that_are_no_text_do_not_stop_the_rest(run, animals, tmp_path):
+    odd = os.fsencode(tmp_path) + b'/caf\xe9.png'
+    with open(odd, 'wb') as file:
+        file.write((animals / 'brick' / 'wall.png').read_bytes())
+    environment = {**os.environ, 'PYTHONIOENCODING': 'utf-8:strict', 'JAX_NUM_CPU_DEVICES': '1'}
+    arguments = [sys.executable, '-m', 'alexnet_jax.predict', run, str(tmp_path), '--views=1', '--top=1']
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert b'caf\\udce9.png\n' in done.stdout
 
 
 def _labels(store) -> np.ndarray:

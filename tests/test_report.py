@@ -347,10 +347,13 @@ def test_a_damaged_sweep_is_refused(tmp_path, text):
 
 
 def test_folders_without_a_sweep_are_refused(tmp_path):
-    end = ': run `python launch.py --config=... --sweep=all --workdir={}` first'
-    assert refusal(str(tmp_path)) == f'{tmp_path} has no sweep.json' + end.format(tmp_path)
-    nowhere = os.path.join(tmp_path, 'nowhere')
-    assert refusal(nowhere) == f'there is no folder {nowhere}' + end.format(nowhere)
+    for folder in (str(tmp_path), os.path.join(tmp_path, 'nowhere')):
+        assert refusal(folder) == f'{folder}: no run and no sweep; name the folder that was the --workdir of one'
+
+
+def test_flags_of_a_run_are_none_of_a_sweep(whole):
+    assert refusal(whole, '--noneighbours') == f'--neighbours: {whole} is a sweep and no run; leave it out'
+    assert refusal(whole, '--data_dir=d') == f'--data_dir: {whole} is a sweep and no run; leave it out'
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,8 @@ def draw_pictures(kind: str, member: Member, files: list[str], path: str, given:
     count = len(files) + len(of_store)
     if store and kind == 'neighbours':
         shown = list(itertools.islice(pictures, neighbours.MOST))
-        log(f'{path}: {len(shown)} of {count} pictures')
         save([runs.neighbours_of(network, store, shown)] if shown else [], path)
+        log(f'{path}: {len(shown)} of {count} pictures')
     else:
         save(runs.maps_of(network, pictures, given.layer, count), path, count)
     return len(unread)

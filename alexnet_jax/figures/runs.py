@@ -13,8 +13,8 @@ from alexnet_jax.config import ConfigError, preset_config, resolve
 from alexnet_jax.data.pipeline import Store
 from alexnet_jax.evaluate import predict
 from alexnet_jax.figures import confusion, curves, kernels, maps, neighbours, network
-from alexnet_jax.monitor import read_json
 from alexnet_jax.pictures import Picture
+from alexnet_jax.sweep_results import ReportError, read_sweep
 from alexnet_jax.trained import Member, Network
 
 NEAREST = 6  # training images in a row, as in the paper
@@ -37,12 +37,15 @@ def find_runs(names: Iterable[str]) -> dict[str, str]:
     """
     folders = []
     for folder in map(os.path.abspath, map(os.path.expanduser, names)):
-        sweep = read_json(os.path.join(folder, 'sweep.json'))
-        if sweep is None:
+        if not os.path.exists(os.path.join(folder, 'sweep.json')):
             folders.append(folder)
             continue
-        runs = [os.path.join(folder, run['directory']) for run in sweep.get('runs', [])]
-        begun = [run for run in runs if os.path.exists(os.path.join(run, 'metrics.jsonl'))]
+        try:
+            sweep = read_sweep(folder)
+        except ReportError as error:
+            raise ConfigError(str(error)) from None
+        runs = [os.path.join(folder, run['directory']) for run in sweep['runs']]
+        begun = [run for run in runs if os.path.exists(os.path.join(run, 'metrics.jsonl')) and curves.read_metrics(run)]
         if not begun:
             raise ConfigError(f'{folder}: a sweep of which no run has begun; wait for one')
         folders += begun
@@ -60,7 +63,9 @@ def curves_of(runs: dict[str, str]) -> Figure:
 
 
 def kernels_of(trained: Network) -> Figure:
-    """The kernels of conv1."""
+    """The kernels of conv1. Raises ConfigError: it has others at each pixel."""
+    if 'conv1' in trained.config.model.unshared:
+        raise ConfigError(f'{trained.name}: conv1 has other weights at each pixel, so there are no kernels to show')
     return kernels.draw(np.asarray(trained.state.params['conv1']['kernel']), trained.config.model.towers)
 
 

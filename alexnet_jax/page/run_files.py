@@ -57,6 +57,8 @@ class Run:
     def state(self) -> str:
         """Whether it is done, and at which step it stands."""
         step = number(self.result.get('step'))
+        if self.class_names and not (self.metrics or self.environment or self.result):
+            return 'weights from elsewhere, which were not trained here'
         if read_result(self.workdir) and step is not None:
             return f'done at step {step:,.0f}'
         if self.result.get('status') == 'preempted':
