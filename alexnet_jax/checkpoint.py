@@ -1,7 +1,9 @@
 """Checkpoints: Orbax behind one small class, with a fingerprint that tells a damaged file from a good one."""
 
+import gc
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -55,12 +57,23 @@ def read_checkpoint(path: str, abstract_state: Any) -> tuple[Any, str]:
     except Exception as error:  # Orbax raises many kinds; the next older checkpoint is the answer to all
         cause = error.__cause__  # names the file and the parameter, where Orbax lists settings of TensorStore
         problem = first_line(cause if isinstance(cause, Exception) else error)
+    if problem:
+        _collect_quietly()
     problem = processes.agree(problem)
     if problem:
         return None, problem
     if abstract_state is not None and state_digest(restored.state) != written:
         return None, 'its numbers differ from those written'
     return restored, ''
+
+
+def _collect_quietly() -> None:
+    """Collect what Orbax has left of an unfinished reading, whose last words would be pages on standard error."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 def validation_errors(directory: str) -> dict[int, float | None]:

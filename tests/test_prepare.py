@@ -23,7 +23,7 @@ from alexnet_jax.data import pipeline
 from alexnet_jax.data.examples import Pixels, SourceError
 from alexnet_jax.data.pipeline import StoreError
 from alexnet_jax.data.shards import Format, Shard
-from alexnet_jax.data.workers import write_shard
+from alexnet_jax.data.workers import _interrupts_held_back, write_shard
 from alexnet_jax.prepare import Settings, prepare
 
 ROOT = Path(__file__).parent.parent
@@ -373,8 +373,9 @@ def test_a_full_disk_is_told_in_one_line(pictures, tmp_path):
     assert 'File too large' in run.stderr
 
 
+@pytest.mark.parametrize('delay', [0.0, 0.03, 0.3])  # seconds; in the first ones other processes are being started
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_ends_at_once_in_one_line(pictures, tmp_path, number):
+def test_interrupted_it_ends_at_once_in_one_line(pictures, tmp_path, number, delay):
     many = tmp_path / 'many'  # so many that no machine is done before the signal
     for path in pictures.rglob('*.jpg'):
         folder = many / path.parent.relative_to(pictures)
@@ -388,7 +389,7 @@ def test_interrupted_it_ends_at_once_in_one_line(pictures, tmp_path, number):
     while not (aside / 'plan.json').exists():
         assert process.poll() is None
         time.sleep(0.001)
-    time.sleep(0.3)  # the other processes are being started
+    time.sleep(delay)
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     begun = time.monotonic()
     said = process.communicate()[1]
@@ -424,3 +425,16 @@ def test_the_summary_of_the_command(pictures, tmp_path):
     for said in ('167 images', ' GB', 'images/s with 2 processes', 'skipped 3: damaged', 'skipped.jsonl'):
         assert said in run.stderr
     assert run.stdout == ''
+
+
+def test_an_interrupt_while_processes_are_started_is_not_lost_and_none_of_theirs():
+    with pytest.raises(KeyboardInterrupt), _interrupts_held_back():
+        child = subprocess.Popen(['sleep', '60'])
+        signal.raise_signal(signal.SIGINT)
+        held_back = True
+    assert held_back
+    child.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert child.poll() is None
+    child.terminate()
+    assert child.wait() == -signal.SIGTERM

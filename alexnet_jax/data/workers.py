@@ -35,7 +35,7 @@ def write_shards(
         min(workers, max(len(shards), 1)), multiprocessing.get_context('spawn'), initializer=_end_with_parent
     )
     try:
-        with _without_interrupts():  # which the processes inherit; Ctrl-C is this one's to answer
+        with _interrupts_held_back():  # which the processes inherit; Ctrl-C is this one's to answer
             futures = {pool.submit(write_shard, shard, format, folder, reports): shard for shard in shards}
         for future in as_completed(futures):
             yield futures[future], future.result()
@@ -53,12 +53,13 @@ def write_shards(
 
 
 @contextlib.contextmanager
-def _without_interrupts() -> Iterator[None]:
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C that comes meanwhile is answered at the end, by this process alone."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent() -> None:
