@@ -260,7 +260,7 @@ class _Run:
 
     def train_one(self, batches: Iterator[Any]) -> None:
         start = time.perf_counter()
-        self.batch = None  # held on to, it makes the reader wait: 5 % of the time, otherwise below 1
+        self.batch = None  # held on to, it makes the reader wait: 5 % of the time, otherwise 1
         batch = self.batch = next(batches)
         waited = time.perf_counter() - start
         self.rate = self.learning_rate()
