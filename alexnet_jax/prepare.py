@@ -276,6 +276,7 @@ def main(argv: list[str]) -> None:
     """Run as a command; exit code 2 and one line where the source or a flag is wrong, 1 where preparing failed."""
     del argv
     logging.set_verbosity(logging.ERROR)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a script runs in the background
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()

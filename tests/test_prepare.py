@@ -428,6 +428,7 @@ def test_the_summary_of_the_command(pictures, tmp_path):
 
 
 def test_an_interrupt_while_processes_are_started_is_not_lost_and_none_of_theirs():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     with pytest.raises(KeyboardInterrupt), _interrupts_held_back():  # noqa: PT012
         child = subprocess.Popen(['sleep', '60'])
         signal.raise_signal(signal.SIGINT)
