@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alexnet_jax.layers import stored
+
 
 def example_keys(seed: int, number: jax.Array, purpose: int) -> jax.Array:
     """One key (B,) an image: from the run's seed and `number` (B,) uint32, which counts images seen since the start."""
@@ -77,13 +79,13 @@ def augment(
         if config.flip:
             x = jnp.where(jax.random.bernoulli(jax.random.fold_in(window_key, 1)), x[:, ::-1], x)
         if config.color != 'none':
-            noise = preprocessing['color'] @ jax.random.normal(
-                jax.random.fold_in(key, 2), preprocessing['color'].shape[:1]
-            )
-            x = x + noise[None, None]
+            color = preprocessing['color']
+            strengths = jax.random.normal(jax.random.fold_in(key, 2), color.shape[:1])
+            # Not a product of matrices: XLA's library for those would take the whole function with it, on one core.
+            x = x + jnp.sum(color * strengths[None], 1)[None, None]
         return x / preprocessing['divisor'] * preprocessing['scale'][None, None]
 
-    return jax.vmap(one)(images, keys, window_keys)
+    return stored(jax.vmap(one)(images, keys, window_keys))
 
 
 def view(images: jax.Array, preprocessing: dict[str, jax.Array], config: Any, index: jax.Array | int) -> jax.Array:

@@ -1,6 +1,6 @@
 """The layers of the paper's section 3 as pure functions on (B, H, W, C) arrays."""
 
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -131,11 +131,43 @@ def _negative_power(x: jax.Array, exponent: float) -> jax.Array:
     return x**-exponent
 
 
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """`x` (..., C) plus `bias` (C,) or of the shape of an example of `x`, in the dtype of `x`."""
+    if bias.ndim == 1:
+        return _add_bias_of_maps(x, bias)
+    return x + bias[None]
+
+
+@jax.custom_vjp
+def _add_bias_of_maps(x: jax.Array, bias: jax.Array) -> jax.Array:
+    return x + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+
+
+def _add_bias_backward(_, gradient):
+    # As a product with ones the sum over all pixels takes a CPU a quarter of the time of a reduction.
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    ones = jnp.ones((1, rows.shape[0]), rows.dtype)
+    return gradient, lax.dot(ones, rows, precision=lax.Precision.HIGHEST)[0]
+
+
+_add_bias_of_maps.defvjp(lambda x, bias: (_add_bias_of_maps(x, bias), None), _add_bias_backward)
+
+
+def stored(x: jax.Array) -> jax.Array:
+    """`x`, written to memory: otherwise a CPU's compiler works it out again in each loop that reads it.
+
+    A maximum over windows of one value and one of padding, which none of the compiler's passes looks through; that for
+    CPUs drops lax.optimization_barrier() before it joins loops.
+    """
+    window, padding = (2,) + (1,) * x.ndim, ((0, 1),) + ((0, 0),) * x.ndim
+    lowest = jnp.array(-jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min, x.dtype)
+    return lax.reduce_window(x[None], lowest, lax.max, window, (1,) * (x.ndim + 1), padding)[0]
+
+
 def max_pool(x: jax.Array, window: int, stride: int, *, overhang: bool = False) -> jax.Array:
     """Maximum over windows of `window` x `window` pixels, `stride` apart, without padding (section 3.4).
 
-    Rows first, then columns, by elementwise maxima: on a CPU the gradient of a windowed reduction takes three times as
-    long. Where values tie, the gradient is shared among them instead of going to the first.
+    The gradient of a window goes to its maximum, of equal ones to the first, row by row.
 
     Args:
       x: (B, H, W, C).
@@ -144,14 +176,59 @@ def max_pool(x: jax.Array, window: int, stride: int, *, overhang: bool = False) 
     Returns:
       (B, (H - window) // stride + 1, (W - window) // stride + 1, C); with `overhang` the quotients are rounded up.
     """
-    for axis in (1, 2):
-        missing = (window - x.shape[axis]) % stride if overhang else 0
-        if missing:
-            lowest = jnp.array(-jnp.inf, x.dtype)
-            x = lax.pad(x, lowest, [(0, missing if i == axis else 0, 0) for i in range(x.ndim)])
-        last = x.shape[axis] - window + 1
-        pooled = lax.slice_in_dim(x, 0, last, stride, axis)
-        for offset in range(1, window):
-            pooled = jnp.maximum(pooled, lax.slice_in_dim(x, offset, last + offset, stride, axis))
-        x = pooled
-    return x
+    if overhang:
+        missing = [(window - size) % stride for size in x.shape[1:3]]
+        x = lax.pad(x, jnp.array(-jnp.inf, x.dtype), [(0, 0, 0), *((0, pixels, 0) for pixels in missing), (0, 0, 0)])
+    return _max_pool(x, window, stride)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
+    return reduce(jnp.maximum, _pixels_of_windows(x, window, stride))
+
+
+def _pixels_of_windows(x: jax.Array, window: int, stride: int) -> list[jax.Array]:
+    """The first pixels of all windows, the second ones, and so on, row by row: each (B, H', W', C)."""
+    height, width = ((size - window) // stride * stride + 1 for size in x.shape[1:3])
+    strides = (1, stride, stride, 1)
+    return [
+        lax.slice(x, (0, row, column, 0), (x.shape[0], row + height, column + width, x.shape[3]), strides)
+        for row in range(window)
+        for column in range(window)
+    ]
+
+
+def _max_pool_forward(x, window, stride):
+    largest, *pixels = _pixels_of_windows(x, window, stride)
+    where = jnp.zeros(largest.shape, jnp.int8)  # in each window, the number of its maximum
+    for number, pixel in enumerate(pixels, 1):
+        where = jnp.where(pixel > largest, jnp.int8(number), where)
+        largest = jnp.maximum(largest, pixel)
+    return stored(largest), (stored(where), x.shape[1:3])
+
+
+def _max_pool_backward(window, stride, saved, gradient):
+    where, size = saved
+    rows, columns = (jnp.arange(pixels) for pixels in size)
+    total = jnp.zeros((), gradient.dtype)
+    # A pixel lies in the window that begins at or next before it, and in those before while they reach so far.
+    for up in range(-(-window // stride)):
+        for left in range(-(-window // stride)):
+            row, column = rows % stride + up * stride, columns % stride + left * stride  # of the pixel in the window
+            number = jnp.where(column[None] < window, row[:, None] * window + column[None], -2).astype(jnp.int8)
+            here = _at_pixels(where, size, stride, up, left) == number[None, :, :, None]
+            total = total + jnp.where(here, _at_pixels(gradient, size, stride, up, left), 0)
+    return (total,)
+
+
+def _at_pixels(x: jax.Array, size: tuple[int, int], stride: int, up: int, left: int) -> jax.Array:
+    """For each of `size` pixels the value of the window that begins at it or next before, less `up` and `left`."""
+    counts = [-(-pixels // stride) for pixels in size]
+    padding = [(0, 0, 0), (up, counts[0] - x.shape[1] - up, 0), (left, counts[1] - x.shape[2] - left, 0), (0, 0, 0)]
+    x = lax.pad(x, jnp.array(-1, x.dtype), padding)[:, :, None, :, None]
+    x = jnp.broadcast_to(x, (x.shape[0], counts[0], stride, counts[1], stride, x.shape[-1]))
+    x = x.reshape(x.shape[0], counts[0] * stride, counts[1] * stride, x.shape[-1])
+    return x[:, : size[0], : size[1]]
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)

@@ -1,6 +1,7 @@
 """AlexNet as the paper's section 3 describes it, two towers and all, and the published networks that vary it.
 
-Shapes in the comments are those of the `paper` preset on one device; `2x` is a list with one array for each tower.
+Shapes in the comments are those of the `paper` preset on one device; `2x` is a list with one array for each tower,
+which is kept so that the next layer need not take them apart again.
 """
 
 import math
@@ -11,7 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
-from alexnet_jax.layers import convolution, local_response_norm, max_pool, spatial_response_norm, unshared_convolution
+from alexnet_jax.layers import (
+    add_bias,
+    convolution,
+    local_response_norm,
+    max_pool,
+    spatial_response_norm,
+    unshared_convolution,
+)
 from alexnet_jax.parallel import exchange, own_features, sum_parts
 from alexnet_jax.shapes import LAYERS, Layer, layers, pool_window, steps_after
 
@@ -57,24 +65,28 @@ class Convolution(nnx.Module):
         """Maps that one output sees."""
         return self.kernel.shape[2] if self.shared else self.kernel.shape[2] // self.size**2
 
-    @property
-    def towers(self) -> int:
-        """Towers whose kernels are on this device."""
-        return self.kernel.shape[-1] // self.tower_width
+    def __call__(self, parts: list[jax.Array]) -> list[jax.Array]:
+        """Outputs before the nonlinearity, (B, H', W', C): one array where all kernels see the same maps.
 
-    def __call__(self, towers: list[jax.Array]) -> list[jax.Array]:
-        """Outputs of the towers on this device, each (B, H', W', tower_width), before the nonlinearity."""
-        kernels = jnp.split(self.kernel[...].astype(self.dtype), self.towers, -1)
-        biases = jnp.split(self.bias[...].astype(self.dtype), self.towers, -1)
+        Otherwise there is one for each tower on this device, and of those each kernel sees the maps of its own.
+        """
+        groups = sum(x.shape[-1] for x in parts) // self.inputs
+        kernels = jnp.split(self.kernel[...].astype(self.dtype), groups, -1)
+        biases = jnp.split(self.bias[...].astype(self.dtype), groups, -1)
         padding, outputs = (self.padding, self.padding), []
         with jax.named_scope(self.name):
-            for x, kernel, bias in zip(towers, kernels, biases, strict=True):
+            for x, kernel, bias in zip(_divided(parts, groups), kernels, biases, strict=True):
                 if self.shared:
                     x = convolution(x, kernel, stride=self.stride, padding=padding)
                 else:
                     x = unshared_convolution(x, kernel, self.size, stride=self.stride, padding=padding)
-                outputs.append(x + bias.reshape((1,) * (x.ndim - bias.ndim) + bias.shape))
+                outputs.append(add_bias(x, bias))
         return outputs
+
+
+def _divided(parts: list[jax.Array], count: int) -> list[jax.Array]:
+    """The channels of `parts` in `count` equal parts, in the same order."""
+    return parts if len(parts) == count else jnp.split(jnp.concatenate(parts, -1), count, -1)
 
 
 class Dense(nnx.Module):
@@ -152,43 +164,44 @@ class AlexNet(nnx.Module):
     def layer_outputs(self, images: jax.Array, dropout_keys: jax.Array | None = None) -> dict[str, jax.Array]:
         """What this device has of each layer's output after the nonlinearity, by name: (B, H, W, C) or (B, units)."""
         outputs: dict[str, jax.Array] = {}
-        towers = [images.astype(self.conv1.dtype)]  # (B, 224, 224, 3)
-        towers = self.convolve('conv1', towers, dropout_keys, outputs)  # 2x (B, 55, 55, 48), pooled (B, 27, 27, 48)
-        towers = self.convolve('conv2', towers, dropout_keys, outputs)  # 2x (B, 27, 27, 128), pooled (B, 13, 13, 128)
-        towers = self.convolve('conv3', towers, dropout_keys, outputs)  # 2x (B, 13, 13, 192)
-        towers = self.convolve('conv4', towers, dropout_keys, outputs)  # 2x (B, 13, 13, 192)
-        towers = self.convolve('conv5', towers, dropout_keys, outputs)  # 2x (B, 13, 13, 128), pooled (B, 6, 6, 128)
-        units = self.connect('fc6', towers, dropout_keys, outputs)  # (B, 4096)
+        parts = [images.astype(self.conv1.dtype)]  # (B, 224, 224, 3)
+        parts = self.convolve('conv1', parts, dropout_keys, outputs)  # (B, 55, 55, 96), pooled (B, 27, 27, 96)
+        parts = self.convolve('conv2', parts, dropout_keys, outputs)  # 2x (B, 27, 27, 128), pooled (B, 13, 13, 128)
+        parts = self.convolve('conv3', parts, dropout_keys, outputs)  # (B, 13, 13, 384)
+        parts = self.convolve('conv4', parts, dropout_keys, outputs)  # 2x (B, 13, 13, 192)
+        parts = self.convolve('conv5', parts, dropout_keys, outputs)  # 2x (B, 13, 13, 128), pooled (B, 6, 6, 128)
+        units = self.connect('fc6', parts, dropout_keys, outputs)  # (B, 4096)
         units = self.connect('fc7', units, dropout_keys, outputs)  # (B, 4096)
         self.connect('fc8', units, dropout_keys, outputs)  # (B, 1000)
         return outputs
 
     def convolve(
-        self, name: str, towers: list[jax.Array], dropout_keys: jax.Array | None, outputs: dict[str, jax.Array]
+        self, name: str, parts: list[jax.Array], dropout_keys: jax.Array | None, outputs: dict[str, jax.Array]
     ) -> list[jax.Array]:
         """One convolution and what follows it; conv3 sees the maps of both towers, others those of their own."""
         layer = getattr(self, name, None)
         if layer is not None:
             if name == 'conv1' or name in self.config.exchange:
-                x = exchange(jnp.concatenate(towers, -1), layer.inputs, name)
-                towers = [x] * layer.towers
-            towers = layer(towers)
-            outputs[name] = jnp.concatenate(towers, -1)  # of a layer without a nonlinearity
+                parts = [exchange(jnp.concatenate(parts, -1), layer.inputs, name)]
+            parts = layer(parts)
+            outputs[name] = jnp.concatenate(parts, -1)  # of a layer without a nonlinearity
         for step in steps_after(self.config, name):
-            if step == 'activation':
-                towers = [self.activate(x) for x in towers]
-                outputs[name] = jnp.concatenate(towers, -1)
-            elif step == 'lrn':
-                towers = self.normalise(towers)
-            elif step == 'spatial_norm':
-                towers = [self.normalise_in_space(x) for x in towers]
-            elif step == 'batch_norm':
-                norm = getattr(self, f'{name}_norm')
-                x = norm(jnp.concatenate(towers, -1).astype(jnp.float32), use_running_average=dropout_keys is None)
-                towers = jnp.split(x.astype(towers[0].dtype), len(towers), -1)
-            elif step == 'pool':
-                towers = [max_pool(x, pool_window(self.config), 2, overhang=self.config.pool_overhang) for x in towers]
-        return towers
+            with jax.named_scope(f'{name}/{step}'):
+                if step == 'activation':
+                    parts = [self.activate(x) for x in parts]
+                    outputs[name] = jnp.concatenate(parts, -1)
+                elif step == 'lrn':
+                    parts = self.normalise(parts, layer.tower_width)
+                elif step == 'spatial_norm':
+                    parts = [self.normalise_in_space(x) for x in parts]
+                elif step == 'batch_norm':
+                    norm = getattr(self, f'{name}_norm')
+                    x = norm(jnp.concatenate(parts, -1).astype(jnp.float32), use_running_average=dropout_keys is None)
+                    parts = jnp.split(x.astype(parts[0].dtype), len(parts), -1)
+                elif step == 'pool':
+                    overhang = self.config.pool_overhang
+                    parts = [max_pool(x, pool_window(self.config), 2, overhang=overhang) for x in parts]
+        return parts
 
     def connect(
         self, name: str, parts: list[jax.Array], dropout_keys: jax.Array | None, outputs: dict[str, jax.Array]
@@ -198,9 +211,11 @@ class AlexNet(nnx.Module):
         if layer is None:
             return parts
         sees_all = name in self.config.exchange
-        if parts[0].ndim == 4:  # the maps of each tower
+        if parts[0].ndim == 4:  # maps
             if sees_all:
                 parts = [exchange(jnp.concatenate(parts, -1), self.last_maps, name)]  # (B, 6, 6, 256)
+            else:
+                parts = _divided(parts, layer.towers)
             parts = [x.reshape(x.shape[0], -1) for x in parts]
         x = jnp.concatenate(parts, -1)
         if sees_all:
@@ -217,13 +232,14 @@ class AlexNet(nnx.Module):
         """The nonlinearity of section 3.1."""
         return {'relu': jax.nn.relu, 'tanh': jnp.tanh}[self.config.activation](x)
 
-    def normalise(self, towers: list[jax.Array]) -> list[jax.Array]:
+    def normalise(self, parts: list[jax.Array], tower_width: int) -> list[jax.Array]:
         """Response normalisation of section 3.3, over the maps of each tower or, as Caffe has it, of all."""
         config = self.config
         constants = {'k': config.lrn_k, 'n': config.lrn_size, 'alpha': config.lrn_alpha, 'beta': config.lrn_beta}
-        if not config.lrn_across_towers:
-            return [local_response_norm(x, **constants) for x in towers]
-        return jnp.split(local_response_norm(jnp.concatenate(towers, -1), **constants), len(towers), -1)
+        if config.lrn_across_towers:
+            return jnp.split(local_response_norm(jnp.concatenate(parts, -1), **constants), len(parts), -1)
+        towers = [x.reshape(*x.shape[:-1], -1, tower_width) for x in parts]
+        return [local_response_norm(x, **constants).reshape(*x.shape[:-2], -1) for x in towers]
 
     def normalise_in_space(self, x: jax.Array) -> jax.Array:
         """The original program's second normalisation, over the pixels around each one of a map."""

@@ -51,9 +51,10 @@ def make_optimizer(
     def move(updates, state, _=None):
         each = rates(updates)
         scaled = jax.tree.map(lambda update, rate: -rate * update, updates, each)
-        moved, new_state = velocity.update(scaled, state)
-        moved = jax.tree.map(lambda update, rate: jnp.where(rate > 0, update, 0.0), moved, each)
+        _, new_state = velocity.update(scaled, state)
         kept = jax.tree.map(lambda new, old, rate: jnp.where(rate > 0, new, old), new_state.trace, state.trace, each)
+        # Of the velocity as it is stored: so the compiler updates it in place, where it would copy it first.
+        moved = jax.tree.map(lambda update, rate: jnp.where(rate > 0, update, 0.0), kept, each)
         return moved, optax.TraceState(kept)
 
     return optax.chain(

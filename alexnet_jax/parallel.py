@@ -190,6 +190,8 @@ def sum_gradients(gradients: Any, specs: Any, split: Any, dtype: str) -> Any:
         if dimension is not None:
             x = lax.psum_scatter(x, 'data', scatter_dimension=dimension, tiled=True)
             axes = tuple(axis for axis in axes if axis != 'data')
+        if lax.axis_size(('data', 'model')) == 1:
+            axes = ()  # a sum over one device would be compiled to a copy
         return (lax.psum(x, axes) if axes else x).astype('float32')
 
     with jax.named_scope('gradients'):
@@ -254,9 +256,12 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
 def compile_on_mesh(
     function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any, donate_argnums: tuple[int, ...] = ()
 ) -> Any:
-    """`function` as device code on every device of `mesh`, compiled with shardings (jax.jit, once called pjit)."""
+    """`function` as device code on every device of `mesh`, compiled with shardings (jax.jit, once called pjit).
+
+    JAX checks that what is said to be the same on several devices is summed over them, if there are several.
+    """
     return jax.jit(
-        jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs),
+        jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=mesh.size > 1),
         in_shardings=shardings(mesh, in_specs),
         out_shardings=shardings(mesh, out_specs),
         donate_argnums=donate_argnums,
