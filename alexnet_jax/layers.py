@@ -126,8 +126,7 @@ def _window_sum(x: jax.Array, window: tuple[int, ...]) -> jax.Array:
 
 def _negative_power(x: jax.Array, exponent: float) -> jax.Array:
     if exponent == 0.75:  # the paper's; two roots cost half of a power
-        root = lax.rsqrt(x)
-        return root * lax.sqrt(root)
+        return lax.rsqrt(x * lax.sqrt(x))
     return x**-exponent
 
 

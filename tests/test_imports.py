@@ -57,7 +57,7 @@ ALLOWED = {
     'startup': set(),
     'monitor': set(),
     'layers': set(),
-    'augment': set(),
+    'augment': {'layers'},
     'optimizer': {'config', 'shapes'},
     'parallel': {'config'},
     'model': {'layers', 'parallel', 'shapes'},

@@ -263,8 +263,11 @@ def observed_sizes(config, crop_size):
             outputs.append(operation.outvars[0].aval.shape[1])
         elif operation.primitive.name == 'dot_general':
             dense.append(shape)
-    inputs, outputs = inputs[:: config.towers], outputs[:: config.towers]  # the towers come one after another
-    conv1, conv2, conv3, conv4, conv5 = outputs
+    # Where both towers see the same maps there is one convolution, otherwise they come one after another.
+    towers = config.towers
+    assert len(outputs) == 2 + 3 * towers
+    firsts = [0, 1, 1 + towers, 2 + towers, 2 + 2 * towers]
+    inputs, (conv1, conv2, conv3, conv4, conv5) = [inputs[i] for i in firsts], [outputs[i] for i in firsts]
     assert inputs == [crop_size, inputs[1], inputs[2], conv3, conv4]
     return [conv1, inputs[1], conv2, inputs[2], conv3, conv4, conv5], dense[0][1]
 
