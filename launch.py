@@ -129,6 +129,8 @@ def main(argv: list[str]) -> int:
             return 0
         if config.cpu_tuning:
             startup.tune_cpu()
+        if group is None:
+            startup.use_compilation_cache()
     except ConfigError as error:
         return refuse(str(error))
     from alexnet_jax import processes, train  # after the flags, for they import jax

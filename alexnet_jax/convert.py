@@ -243,6 +243,7 @@ def main(argv: list[str]) -> int:
         return _refuse(argv[1], error)
     if member is None or member.config.cpu_tuning:
         startup.tune_cpu()
+    startup.use_compilation_cache()
     from alexnet_jax.checkpoint import CheckpointError  # after the flags, for it imports jax
 
     try:

@@ -195,6 +195,7 @@ def main(argv: list[str]) -> int:
         return 2
     if members[0].config.cpu_tuning:
         startup.tune_cpu()
+    startup.use_compilation_cache()
     from alexnet_jax.checkpoint import CheckpointError  # after the flags, for it imports jax
 
     views = int(given.views)

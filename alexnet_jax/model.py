@@ -191,7 +191,7 @@ class AlexNet(nnx.Module):
                     parts = [self.activate(x) for x in parts]
                     outputs[name] = jnp.concatenate(parts, -1)
                 elif step == 'lrn':
-                    parts = self.normalise(parts, layer.tower_width)
+                    parts = self.normalise(name, parts)
                 elif step == 'spatial_norm':
                     parts = [self.normalise_in_space(x) for x in parts]
                 elif step == 'batch_norm':
@@ -232,13 +232,14 @@ class AlexNet(nnx.Module):
         """The nonlinearity of section 3.1."""
         return {'relu': jax.nn.relu, 'tanh': jnp.tanh}[self.config.activation](x)
 
-    def normalise(self, parts: list[jax.Array], tower_width: int) -> list[jax.Array]:
+    def normalise(self, name: str, parts: list[jax.Array]) -> list[jax.Array]:
         """Response normalisation of section 3.3, over the maps of each tower or, as Caffe has it, of all."""
         config = self.config
         constants = {'k': config.lrn_k, 'n': config.lrn_size, 'alpha': config.lrn_alpha, 'beta': config.lrn_beta}
         if config.lrn_across_towers:
             return jnp.split(local_response_norm(jnp.concatenate(parts, -1), **constants), len(parts), -1)
-        towers = [x.reshape(*x.shape[:-1], -1, tower_width) for x in parts]
+        width = getattr(self, name).tower_width
+        towers = [x.reshape(*x.shape[:-1], -1, width) for x in parts]
         return [local_response_norm(x, **constants).reshape(*x.shape[:-2], -1) for x in towers]
 
     def normalise_in_space(self, x: jax.Array) -> jax.Array:

@@ -1,13 +1,23 @@
-"""What must happen before jax is imported."""
+"""What must happen before jax is imported, and before it compiles."""
 
+import contextlib
 import ctypes
+import glob
 import importlib.metadata
 import importlib.util
 import os
+import re
+import warnings
+from typing import Any
+
+from alexnet_jax.monitor import log
 
 # XLA ends the process on a flag it does not know, so this one is only set where it was tried.
 CPU_LIBRARY_FUSION = '--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT'
 TRIED_WITH_JAXLIB = ('0.10.2',)
+
+KEPT = 1 << 30  # bytes of compiled programs
+CACHE_WARNING = r"Error (reading|writing) persistent compilation cache entry for '(.+?)': (.*)"  # as JAX 0.10 has it
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of mallopt(3)
 
@@ -32,3 +42,73 @@ def tune_cpu() -> None:
         library.mallopt(M_ARENA_MAX, 1)  # the arenas of threads map large blocks whatever M_MMAP_MAX says
         library.mallopt(M_MMAP_MAX, 0)
         library.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def use_compilation_cache() -> None:
+    """Have JAX keep what it compiles in the user's cache folder, where the next start finds it. Imports jax.
+
+    The folder is alexnet_jax/compiled/ in $XDG_CACHE_HOME or ~/.cache; above 1 GB the programs go that were not used
+    for longest. Each number of cores has one of its own in it, for XLA splits work over the cores it sees, and JAX does
+    not look at them when it takes a program from the disk; it does look at the processor's features, XLA's flags,
+    devices and versions.
+    JAX_COMPILATION_CACHE_DIR names another folder, which is left to JAX and the user. Does nothing with
+    JAX_ENABLE_COMPILATION_CACHE=false; where the folder cannot be written only says so.
+    """
+    # JAX itself leaves out what takes less than a second, evaluation for one.
+    os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+    import jax
+
+    settings: Any = jax.config
+    if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
+        return
+    root = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'alexnet_jax', 'compiled')
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    folder = os.path.join(root, f'{cores}_cores')
+    with contextlib.suppress(OSError):
+        if os.path.isabs(folder):
+            os.makedirs(folder, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        log(f'{folder} cannot be written, so each start compiles anew; JAX_COMPILATION_CACHE_DIR names another folder')
+        return
+    _remove_oldest(root)
+    _mend(folder)
+    settings.update('jax_compilation_cache_dir', folder)
+
+
+def _remove_oldest(root: str) -> None:
+    """Remove the files below `root` that were not used for longest while there are more than KEPT bytes.
+
+    JAX's own limit locks the folder at every read, and fails for good where a process was killed while it wrote.
+    """
+    files = []
+    for folder, _, names in os.walk(root):
+        for path in (os.path.join(folder, name) for name in names):
+            with contextlib.suppress(OSError):  # another process may have removed it
+                status = os.stat(path)
+                files.append((max(status.st_atime, status.st_mtime), status.st_size, path))
+    size = sum(file[1] for file in files)
+    for _, of_file, path in sorted(files):
+        if size <= KEPT:
+            break
+        with contextlib.suppress(OSError):
+            os.remove(path)
+        size -= of_file
+
+
+def _mend(folder: str) -> None:
+    """Say in one line what JAX warns of about `folder`, and remove programs that are damaged: JAX leaves them there."""
+    show = warnings.showwarning
+
+    def show_shorter(message: Any, *where: Any, **more: Any) -> None:
+        found = re.match(CACHE_WARNING, str(message))
+        if not found:
+            show(message, *where, **more)
+        elif found[1] == 'writing':
+            log(f'{folder}: {found[2]} cannot be kept: {found[3]}')
+        else:
+            log(f'{folder}: {found[2]} is damaged ({found[3]}); it is removed and compiled again')
+            for path in glob.glob(glob.escape(os.path.join(folder, found[2])) + '-*'):
+                with contextlib.suppress(OSError):
+                    os.remove(path)
+
+    warnings.showwarning = show_shorter

@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
+os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # that of the user is left alone
 
 from alexnet_jax import startup
 
@@ -33,6 +34,7 @@ def photos_dir(tmp_path_factory) -> str:
 def compiled_programs(tmp_path_factory):
     """Processes that a test starts find what those before them have compiled."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('JAX_ENABLE_COMPILATION_CACHE', 'true')
         patch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path_factory.mktemp('compiled')))
         patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
         yield

@@ -54,7 +54,7 @@ ALLOWED = {
     },
     'sweep': {'config', 'monitor', 'run_folder'},
     'flags': {'config', 'monitor', 'sweep'},
-    'startup': set(),
+    'startup': {'monitor'},
     'monitor': set(),
     'layers': set(),
     'augment': {'layers'},

@@ -1,10 +1,16 @@
-"""CPU tuning before jax is imported: the XLA flag, and freed memory that stays with the process."""
+"""The start of a process: CPU tuning before jax is imported, compiled programs kept on disk, answers without jax."""
 
+import json
 import os
+import re
+import socket
 import subprocess
 import sys
+import warnings
+import zlib
 from pathlib import Path
 
+import jax
 import pytest
 
 from alexnet_jax import startup
@@ -87,3 +93,180 @@ print('ynn' in compiled.as_text())
             [sys.executable, '-c', program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
         )
         assert run.stdout.strip() == fused, run.stderr
+
+
+@pytest.mark.parametrize(
+    ('flag', 'code', 'said'),
+    [
+        ('--help', 1, '--[no]distributed'),
+        ('--config.optimizer.lr=3', 2, 'config.optimizer.lr: no such field'),
+        ('--config.model.towers=3', 2, 'not divisible by model.towers=3'),
+    ],
+)
+def test_a_question_or_a_mistake_is_answered_without_heavy_imports(flag, code, said):
+    command = [sys.executable, '-X', 'importtime', 'launch.py', flag]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == code
+    assert said in run.stdout + run.stderr
+    imported = set(re.findall(r'^import time:.*\| +(\w+)', run.stderr, re.MULTILINE))
+    assert 'ml_collections' in imported
+    heavy = {'jax', 'jaxlib', 'flax', 'optax', 'orbax', 'grain', 'tensorflow', 'tensorflow_datasets', 'matplotlib'}
+    assert not imported & heavy
+
+
+@pytest.fixture
+def caches(tmp_path, monkeypatch):
+    """The folder of a user's caches, empty, and JAX as it is when a command begins."""
+    folder = tmp_path / 'caches'
+    monkeypatch.setenv('XDG_CACHE_HOME', str(folder))
+    monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+    monkeypatch.setattr(warnings, 'showwarning', warnings.showwarning)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {0, 1, 2})
+    jax.config.update('jax_enable_compilation_cache', True)
+    yield folder
+    jax.config.update('jax_enable_compilation_cache', False)
+    jax.config.update('jax_compilation_cache_dir', None)
+
+
+def folder_in_use() -> str | None:
+    startup.use_compilation_cache()
+    return jax.config.jax_compilation_cache_dir
+
+
+def test_programs_are_kept_in_the_folder_of_the_users_caches(caches):
+    assert folder_in_use() == str(caches / 'alexnet_jax' / 'compiled' / '3_cores')
+    assert os.listdir(caches / 'alexnet_jax' / 'compiled') == ['3_cores']
+
+
+def test_that_folder_is_by_default_in_the_home(caches, monkeypatch):
+    monkeypatch.delenv('XDG_CACHE_HOME')
+    monkeypatch.setenv('HOME', str(caches))
+    assert folder_in_use() == str(caches / '.cache' / 'alexnet_jax' / 'compiled' / '3_cores')
+
+
+def test_a_folder_of_the_user_is_left_to_jax(caches, monkeypatch):
+    jax.config.update('jax_compilation_cache_dir', 'gs://bucket/compiled')  # JAX_COMPILATION_CACHE_DIR in a new process
+    show = warnings.showwarning
+    assert folder_in_use() == 'gs://bucket/compiled'
+    assert not caches.exists()
+    assert warnings.showwarning is show
+
+
+def test_the_user_can_do_without(caches):
+    jax.config.update('jax_enable_compilation_cache', False)  # JAX_ENABLE_COMPILATION_CACHE=false in a new process
+    assert folder_in_use() is None
+    assert not caches.exists()
+
+
+@pytest.mark.parametrize('place', ['relative', '{}/file'])
+def test_without_a_folder_to_write_in_a_line_says_so(caches, monkeypatch, capsys, tmp_path, place):
+    (tmp_path / 'file').touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('XDG_CACHE_HOME', place.format(tmp_path))
+    assert folder_in_use() is None
+    assert 'alexnet_jax/compiled/3_cores cannot be written' in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ['file']
+
+
+def test_programs_not_used_for_longest_are_removed(caches, monkeypatch):
+    monkeypatch.setattr(startup, 'KEPT', 250)
+    used = {'2_cores/old': (1, 1), '3_cores/older_but_read': (9, 0), '3_cores/oldest': (0, 0), '4_cores/new': (8, 8)}
+    for name, times in used.items():
+        file = caches / 'alexnet_jax' / 'compiled' / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(bytes(100))
+        os.utime(file, times)
+    startup.use_compilation_cache()
+    left = {path.name for path in (caches / 'alexnet_jax').rglob('*') if path.is_file()}
+    assert left == {'older_but_read', 'new'}
+
+
+def test_what_cannot_be_kept_is_told_in_a_line(caches, monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(warnings, 'showwarning', lambda *warning: shown.append(warning))
+    startup.use_compilation_cache()
+    text = "Error writing persistent compilation cache entry for 'jit_f': OSError: [Errno 28] No space left on device"
+    for message in (text, 'another thing'):
+        warnings.showwarning(UserWarning(message), UserWarning, 'somewhere.py', 1)
+    told = capsys.readouterr().err
+    assert told.endswith('/3_cores: jit_f cannot be kept: OSError: [Errno 28] No space left on device\n')
+    assert [str(warning[0]) for warning in shown] == ['another thing']
+
+
+PROGRAM = """
+import os, sys
+from alexnet_jax import startup
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(sys.argv[1])])
+startup.use_compilation_cache()
+import jax, jax.numpy as jnp
+hits = []
+jax.monitoring.register_event_listener(lambda event, **kind: hits.append(event.endswith('/cache_hits')))
+x = jax.device_put(jnp.ones((512, 512)))
+before = x.unsafe_buffer_pointer()
+y = jax.jit(lambda x: jnp.tanh(x) * 2, donate_argnums=0)(x)
+print(sum(hits), x.is_deleted(), y.unsafe_buffer_pointer() == before)
+"""
+
+
+def test_a_program_of_the_same_flags_and_cores_is_found_and_still_donates(tmp_path):
+    kept = {'XDG_CACHE_HOME': str(tmp_path), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+    kept |= {'JAX_ENABLE_COMPILATION_CACHE': 'true', 'XLA_FLAGS': '', 'JAX_NUM_CPU_DEVICES': '1'}
+
+    def run(cores='2', **environment):
+        command = [sys.executable, '-c', PROGRAM, cores]
+        run = subprocess.run(command, cwd=ROOT, env=os.environ | kept | environment, capture_output=True, text=True)
+        assert (run.returncode, run.stderr) == (0, '')
+        hits, *donated = run.stdout.split()
+        assert donated == ['True', 'True']
+        return int(hits)
+
+    assert run() == 0
+    assert run() == len(list(tmp_path.rglob('*-cache'))) > 0
+    assert run(XLA_FLAGS='--xla_cpu_enable_fast_math=true') == 0
+    assert run(cores='1') == 0  # split over two cores it would be as right, but slower than one made for them
+
+
+def train(caches: Path, data_dir: str, workdir: Path, *flags: str) -> tuple[str, str]:
+    """Digest and standard error of a run of two steps on eight devices, with a user's caches in `caches`."""
+    settings = {'data.data_dir': data_dir, 'model.widths': '(16,0,0,0,32,0,64)', 'train.steps': 2, 'eval.views': 1}
+    fields = [f'--config.{field}={value}' for field, value in settings.items()]
+    kept = {'XDG_CACHE_HOME': str(caches), 'JAX_ENABLE_COMPILATION_CACHE': 'true', 'JAX_NUM_CPU_DEVICES': '8'}
+    kept |= {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+    run = subprocess.run(
+        [sys.executable, 'launch.py', f'--workdir={workdir}', *fields, *flags],
+        cwd=ROOT,
+        env=os.environ | kept,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads((workdir / 'result.json').read_text())['state_digest'], run.stderr
+
+
+def test_a_run_is_the_same_with_programs_compiled_kept_or_damaged(photos_dir, tmp_path):
+    def programs():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*-cache')}
+
+    cold, _ = train(tmp_path, photos_dir, tmp_path / 'cold')
+    compiled = programs()
+    evaluation, step = sorted(path for path in compiled if re.match('jit_(train|eval)_step-', path.name))
+    assert step.name.startswith('jit_train_step-')
+    evaluation.write_bytes(evaluation.read_bytes()[:1000])
+
+    warm, told = train(tmp_path, photos_dir, tmp_path / 'warm')
+    assert warm == cold
+    # What is not found is written, so all others were found.
+    assert {path for path, time in programs().items() if compiled.get(path) != time} == {evaluation}
+    zlib.decompress(evaluation.read_bytes())
+    assert len(re.findall('jit_eval_step is damaged .* compiled again', told)) == 1
+    assert not re.search('Warning|machine', told)
+
+
+def test_several_processes_keep_nothing_on_their_own(photos_dir, tmp_path):
+    group = ['--coordinator_address=localhost:{}', '--num_processes=1', '--process_id=0', '--config.train.steps=0']
+    with socket.socket() as listener:
+        listener.bind(('', 0))
+        group[0] = group[0].format(listener.getsockname()[1])
+    train(tmp_path, photos_dir, tmp_path / 'run', *group)
+    assert not (tmp_path / 'alexnet_jax').exists()

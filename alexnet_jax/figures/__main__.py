@@ -124,6 +124,7 @@ def draw_weights(kind: str, names: list[str], given: Any) -> int:
     path = out_path(given.out, member.workdir, kind)
     if member.config.cpu_tuning:
         startup.tune_cpu()
+    startup.use_compilation_cache()
     from alexnet_jax.checkpoint import CheckpointError  # after the flags, for it imports jax
     from alexnet_jax.figures import runs
 

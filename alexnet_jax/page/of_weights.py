@@ -56,6 +56,7 @@ def read_network(workdir: str) -> Network:
     member = find(workdir)
     if member.config.cpu_tuning:
         startup.tune_cpu()
+    startup.use_compilation_cache()
     from alexnet_jax.checkpoint import CheckpointError  # now, for it imports jax
 
     try:
