@@ -24,7 +24,7 @@ such thing of resident set sizes, looked at every 0.2 s.
 
 import argparse
 import contextlib
-import ctypes
+import datetime
 import functools
 import itertools
 import json
@@ -41,14 +41,17 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from benchmarks.workers import NO_GPU, ROOT, Worker, machine, serve
+
 PROJECT, PEERS = ('raw', 'jpeg'), ('tensorflow', 'pillow')
 MODULES = {'raw': 'grain', 'jpeg': 'grain', 'tensorflow': 'tensorflow', 'pillow': 'PIL'}  # whose versions are shown
 PHOTOGRAPHS = ('astronaut', 'chelsea', 'coffee', 'hubble_deep_field', 'retina', 'rocket', 'stereo_motorcycle')
@@ -56,7 +59,6 @@ SIZE, QUALITY = (500, 375), 93  # of the JPEGs: 53 kB on average
 VALIDATION = 32  # of them, for `prepare` wants some
 CROP, AREA, ASPECT = 224, (0.08, 1.0), (3 / 4, 4 / 3)
 MEAN, DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet
-NO_GPU = {'JAX_PLATFORMS': 'cpu', 'CUDA_VISIBLE_DEVICES': '-1', 'TF_CPP_MIN_LOG_LEVEL': '3'}
 
 
 @functools.cache
@@ -187,16 +189,8 @@ def pillow_batches(pictures: str, batch_size: int, threads: int) -> Iterator[Any
         yield batch
 
 
-def serve(side: str, pictures: str, batch_size: int, cores: int) -> None:
-    """A worker: says in JSON what it is, then for every line 'UNTIMED TIMED', batches to read, [seconds, memory].
-
-    Seconds are of the timed batches; memory is the peak so far in bytes.
-    """
-    if sys.platform == 'linux':
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a stopped process would outlive its parent
-    answers = os.fdopen(os.dup(1), 'w')
-    os.dup2(2, 1)  # what libraries print, from C too, goes to stderr
-    sys.path.insert(0, ROOT)
+def start(side: str, pictures: str, batch_size: int, cores: int) -> tuple[dict[str, str], Callable[[Any], Any]]:
+    """In a worker: what it is, and what reads so many batches untimed, then so many timed: (seconds, peak memory)."""
     if side in PROJECT:
         batches = project_batches(side, pictures, batch_size, cores)
     elif side == 'tensorflow':
@@ -204,51 +198,19 @@ def serve(side: str, pictures: str, batch_size: int, cores: int) -> None:
     else:
         batches = pillow_batches(pictures, batch_size, cores)
     batch = next(batches)
-    said = {'version': sys.modules[MODULES[side]].__version__, 'batch': f'{batch.dtype} {batch.shape}'}
-    print(json.dumps(said), file=answers, flush=True)
-    del batch
-    for line in sys.stdin:
-        untimed, timed = map(int, line.split())
+    about = {'version': sys.modules[MODULES[side]].__version__, 'batch': f'{batch.dtype} {batch.shape}'}
+
+    def read(request: tuple[int, int]) -> tuple[float, int]:
+        untimed, timed = request
         for _ in range(untimed):
             next(batches)
-        start = time.perf_counter()
+        begin = time.perf_counter()
         for _ in range(timed):
             next(batches)
-        seconds = time.perf_counter() - start
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-        print(json.dumps([seconds, memory]), file=answers, flush=True)
+        seconds = time.perf_counter() - begin
+        return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
-
-class Worker:
-    """The process of one side, stopped but while it is asked for something, and killed when `stack` ends."""
-
-    def __init__(self, side: str, pictures: str, batch_size: int, cores: int, stack: contextlib.ExitStack):
-        self.side, self.errors = side, tempfile.TemporaryFile('w+')  # noqa: SIM115
-        command = [sys.executable, os.path.abspath(__file__), f'--worker={side}', f'--folder={pictures}']
-        command += [f'--batch_size={batch_size}', f'--cores={cores}']
-        pipes: dict[str, Any] = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'stderr': self.errors}
-        self.process: Any = subprocess.Popen(command, **pipes, text=True, env=os.environ | NO_GPU)
-        stack.callback(self.process.wait)
-        stack.callback(self.process.kill)  # first
-        self.about, self.memory = self.answer(), 0
-
-    def answer(self) -> Any:
-        """The next line the worker says; exits with the worker's stderr where it died instead."""
-        line = self.process.stdout.readline()
-        if not line:
-            code = self.process.wait()
-            self.errors.seek(0)
-            sys.exit(f'{self.errors.read()}\ninput: the {self.side} side ended with exit code {code}; see above')
-        self.process.send_signal(signal.SIGSTOP)
-        return json.loads(line)
-
-    def read(self, untimed: int, timed: int) -> float:
-        """Seconds to read `timed` batches after `untimed` ones, now."""
-        self.process.send_signal(signal.SIGCONT)
-        with contextlib.suppress(BrokenPipeError):  # answer() says why
-            print(untimed, timed, file=self.process.stdin, flush=True)
-        seconds, self.memory = self.answer()
-        return seconds
+    return about, read
 
 
 def memory_of(process: Any) -> int:
@@ -284,13 +246,9 @@ def prepare(pictures: str, encoding: str, workers: int) -> tuple[float, int]:
 
 def report(result: dict[str, Any]) -> str:
     """The table for people."""
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists('/proc/cpuinfo'):
-        with open('/proc/cpuinfo') as file:
-            cpu = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), cpu)
     versions, speeds = result['versions'], result['images_per_second']
     size = f'{SIZE[0]}x{SIZE[1]} pixels, {result["bytes_a_picture"] / 1e3:.0f} kB'
-    lines = [f'{result["cores"]} of {os.cpu_count()} cores, {cpu}; Python {versions["python"]}']
+    lines = [result['machine']]
     lines += [f'{result["images"]:,} JPEGs of {size}; batches of {result["batch_size"]}', '']
     lines += [f'{"":<31}{"images/s":>18}{"project/peer":>18}{"peak":>9}']
     lines += [f'{"side":<12}{"version":<19}{"median":>9}{"best":>9}{"raw":>9}{"jpeg":>9}{"MB":>9}  a batch']
@@ -325,7 +283,7 @@ def main() -> None:
         parser.error('--images is at least --batch_size')
     cores = arguments.cores
     if arguments.worker:
-        return serve(arguments.worker, arguments.folder, arguments.batch_size, cores)
+        return serve(lambda: start(arguments.worker, arguments.folder, arguments.batch_size, cores))
     if hasattr(os, 'sched_setaffinity'):  # else libraries may use more
         there = sorted(os.sched_getaffinity(0))
         cores = min(cores, len(there))
@@ -339,20 +297,24 @@ def main() -> None:
         sizes = [path.stat().st_size for path in training_files(pictures)]
         shutil.rmtree(f'{pictures}.stores', ignore_errors=True)  # for preparing is measured
         prepared = {side: prepare(pictures, side, cores) for side in PROJECT}
-        workers = [Worker(side, pictures, arguments.batch_size, cores, stack) for side in (*PROJECT, *PEERS)]
+        command = [sys.executable, os.path.abspath(__file__), f'--folder={pictures}', f'--cores={cores}']
+        command += [f'--batch_size={arguments.batch_size}']
+        workers = [Worker(side, [*command, f'--worker={side}'], NO_GPU, stack) for side in (*PROJECT, *PEERS)]
         untimed = 12 + 2 * cores  # more batches than any side has ready: 10 of tensorflow, 2 a thread of the project
-        table = [[w.read(untimed, arguments.batches) for w in workers] for _ in range(1 + arguments.rounds)]
+        table = [[w.ask((untimed, arguments.batches)) for w in workers] for _ in range(1 + arguments.rounds)]
+        memory = {worker.side: peak for worker, (_, peak) in zip(workers, table[-1], strict=True)}
         if arguments.whole_epoch:
             rest = math.ceil(arguments.images / arguments.batch_size) - len(table) * (untimed + arguments.batches)
             for worker in workers[: len(PROJECT)]:
-                worker.read(max(rest, 0), 0)
+                memory[worker.side] = worker.ask((max(rest, 0), 0))[1]
 
     result: dict[str, Any] = {'images_per_second': {}, 'best_images_per_second': {}, 'read_memory': {}, 'batch': {}}
-    for worker, seconds in zip(workers, zip(*table[1:], strict=True), strict=True):
+    for worker, answers in zip(workers, zip(*table[1:], strict=True), strict=True):
+        seconds = [each for each, _ in answers]
         read = arguments.batches * arguments.batch_size
         result['images_per_second'][worker.side] = read / statistics.median(seconds)
         result['best_images_per_second'][worker.side] = read / min(seconds)
-        result['read_memory'][worker.side], result['batch'][worker.side] = worker.memory, worker.about['batch']
+        result['read_memory'][worker.side], result['batch'][worker.side] = memory[worker.side], worker.about['batch']
     for prefix, peer in zip(('', 'pillow_'), PEERS, strict=True):
         speeds = result['images_per_second']
         result |= {f'{side}_{prefix}ratio': speeds[side] / speeds[peer] for side in PROJECT}
@@ -362,6 +324,7 @@ def main() -> None:
     result |= {'bytes_a_picture': statistics.mean(sizes), 'cores': cores}
     versions = {MODULES[worker.side]: worker.about['version'] for worker in workers}
     result['versions'] = {'python': platform.python_version()} | versions
+    result |= {'machine': machine(), 'date': datetime.date.today().isoformat()}
     print(json.dumps(result) if arguments.json else report(result))
     return None
 

@@ -1,229 +1,158 @@
-"""Speed of one `paper` train step and forward pass on a CPU, in turn with the same in TensorFlow and in PyTorch.
+"""Speed of one `paper` train step and forward pass, in turn with the same in TensorFlow and in PyTorch.
 
     python benchmarks/train_step.py [--batch_size=128] [--rounds=6] [--torch_python=PATH] [--json]
+    python benchmarks/train_step.py --platform=gpu --dtype=bfloat16 --batch_size=1024
 
-Timed, in float32 with the batch in memory and until the result is there:
+Timed with the batch in memory and until the result is there:
   train    forward with LRN and dropout, gradient, momentum update with weight decay. The project runs the step of its
            training loop on uint8 images of 256 pixels: augmentation and error rates are within its time, where the
            peers are fed ready float images of 224 pixels. The project does more work.
   forward  logits without dropout. The project runs its evaluation of the centre view: cutting it out, the mean,
            softmax, loss and errors are within its time; the peers sum their logits.
+  product  of two square matrices, for the rate that the machine reaches at its best, with whichever library and size
+           that is. The FLOPs of a step are those of its convolutions and matrix products.
 
-Every side has a process of its own, and these take turns step by step, so that a change in the machine's speed meets
-all; the ones not asked sleep. Ratios are the peer's median time over the project's: above 1 the project is faster.
+Before that the project's losses, logits, velocities and updated weights are compared with those of a plain
+implementation (plain.py). Where they are not the same but for rounding nothing is timed.
+
+Every side has a process of its own; these take turns step by step, so that a change in the machine's speed meets all,
+and the ones not asked are stopped. Ratios are the peer's median time over the project's: above 1 the project is faster.
+
+--config.a.b=value goes to the project's side. On a TPU there are no peers; neither GPU nor TPU could be tried here.
 """
 
 import argparse
+import ast
 import contextlib
-import importlib.util
+import datetime
+import functools
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from benchmarks import peers
+from benchmarks.peers import tensorflow_passes, torch_passes
+from benchmarks.workers import NO_GPU, Worker, machine, serve
+
 PROJECT, *PEERS = SIDES = ('jax', 'tensorflow', 'torch')  # each named as the package it needs
 PASSES = ('train', 'forward')
-CPU_ONLY = {'JAX_PLATFORMS': 'cpu', 'CUDA_VISIBLE_DEVICES': '-1', 'TF_ENABLE_ONEDNN_OPTS': '1'}
-RATE, MOMENTUM, DECAY = 0.01, 0.9, 5e-4
+PLATFORMS = {
+    'cpu': NO_GPU | {'TF_ENABLE_ONEDNN_OPTS': '1'},
+    # All sides are on the same device at once.
+    'gpu': {'JAX_PLATFORMS': 'cuda', 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', 'TF_FORCE_GPU_ALLOW_GROWTH': 'true'},
+    'tpu': {'JAX_PLATFORMS': 'tpu'},
+}
+PRODUCTS = {'cpu': (2048, 4096), 'gpu': (4096, 8192), 'tpu': (4096, 8192)}  # rows of square matrices
 
-Passes = dict[str, Callable[[], float]]  # each runs once, to its end, and returns a number that must be finite
 Times = dict[str, dict[str, tuple[float, ...]]]  # seconds of each round by pass and side
 
 
-def project_passes(batch_size: int) -> Passes:
-    """This project's own compiled steps on a mesh of one device."""
-    from alexnet_jax import config as settings
+def configuration(arguments: argparse.Namespace, overrides: list[str]) -> Any:
+    """The project's settings, resolved; exits with 2 where they cannot be used."""
+    from alexnet_jax.config import ConfigError, default_config, resolve, set_fields
+
+    values: dict[str, Any] = {'train.batch_size': arguments.batch_size, 'model.dtype': arguments.dtype, 'mesh.data': 1}
+    for override in overrides:
+        field, text = override.removeprefix('--config.').split('=', 1)
+        try:
+            values[field] = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            values[field] = text
+    config = default_config()
+    try:
+        set_fields(config, values)
+        return resolve(config)
+    except ConfigError as error:
+        print(f'train_step: {error}', file=sys.stderr)
+        sys.exit(2)
+
+
+def project_passes(config: Any) -> dict[str, Callable[[], Any]]:
+    """This project's passes, and `check`, see check.worst()."""
     from alexnet_jax import startup
 
-    config = settings.default_config()
-    config.train.batch_size = batch_size
-    config.mesh.data = 1
-    config = settings.resolve(config)
-    startup.tune_cpu()
-
+    if config.cpu_tuning:
+        startup.tune_cpu()
     import jax
-    import numpy as np
 
-    from alexnet_jax import augment, parallel, step
-    from alexnet_jax.shapes import LAYERS
+    from benchmarks.project import Project
 
-    mesh = parallel.make_mesh(config)
-    random, size = np.random.default_rng(0), config.data.image_size
-    batch = {
-        'image': random.integers(0, 256, (batch_size, size, size, 3), np.uint8),
-        'label': random.integers(0, config.model.num_classes, batch_size, np.int32),
-        'number': np.arange(batch_size, dtype=np.uint32),
-    }
-    batch = jax.block_until_ready(parallel.put_batch(parallel.batch_sharding(mesh, config.mesh.layout), batch))
-    moments = {'mean_rgb': np.full(3, 127.5), 'eigenvalues': np.full(3, 5e3), 'eigenvectors': np.eye(3)}
-    moments['mean_image'] = np.full((size, size, 3), 127.5)
-    preprocessing = augment.preprocessing(moments, config.data)
-    train_step, eval_step = step.make_train_step(config, mesh), step.make_eval_step(config, mesh, views=1)
-    state = step.init_state(config, mesh)
-    rates = {name: {'kernel': np.float32(RATE), 'bias': np.float32(RATE)} for name in LAYERS}
+    project = Project(config)
 
-    def train() -> float:
-        nonlocal state
-        state, metrics = jax.block_until_ready(train_step(state, batch, rates, preprocessing))
-        return float(metrics['loss'])
+    def check() -> tuple[str, float, float]:
+        from benchmarks.check import differences, worst
 
-    return {'train': train, 'forward': lambda: float(np.asarray(eval_step(state, batch, preprocessing))[0])}
+        exact = config.model.dtype == 'float32' and jax.default_backend() == 'cpu'
+        return worst(differences(project), exact)
+
+    return {'train': project.train, 'forward': project.forward, 'check': check}
 
 
-def tensorflow_passes(batch_size: int) -> Passes:
-    """The network in TensorFlow: oneDNN, NHWC, compiled by tf.function, its own LRN, groups as split convolutions."""
-    import tensorflow as tf
+def project_product(size: int, dtype: str) -> Callable[[], float]:
+    """A product of two `size` x `size` matrices."""
+    import jax
 
-    shapes: list[tuple[int, ...]]
-    shapes = [(11, 11, 3, 96), (5, 5, 48, 256), (3, 3, 256, 384), (3, 3, 192, 384), (3, 3, 192, 256)]
-    shapes += [(9216, 4096), (4096, 4096), (4096, 1000)]
-    kernels = [tf.Variable(tf.random.normal(shape, stddev=0.01)) for shape in shapes]
-    biases = [tf.Variable(tf.fill([shape[-1]], 0.1)) for shape in shapes]
-    variables = kernels + biases
-    velocities = [tf.Variable(tf.zeros_like(variable)) for variable in variables]
-    images = tf.random.normal((batch_size, 224, 224, 3))
-    labels = tf.random.uniform((batch_size,), 0, 1000, tf.int32)
-
-    def convolution(x, layer, stride, padding):
-        kernel, bias = kernels[layer], biases[layer]
-        x = tf.pad(x, [[0, 0], [padding, padding], [padding, padding], [0, 0]])
-        groups = x.shape[-1] // kernel.shape[2]
-        pairs = zip(tf.split(x, groups, -1), tf.split(kernel, groups, -1), strict=True)
-        parts = [tf.nn.conv2d(part, part_kernel, stride, 'VALID') for part, part_kernel in pairs]
-        return tf.nn.relu(tf.concat(parts, -1) + bias)
-
-    def pool(x):
-        return tf.nn.max_pool2d(x, 3, 2, 'VALID')
-
-    def logits(dropout):
-        x = pool(tf.nn.local_response_normalization(convolution(images, 0, 4, 2), 2, 2.0, 1e-4, 0.75))
-        x = pool(tf.nn.local_response_normalization(convolution(x, 1, 1, 2), 2, 2.0, 1e-4, 0.75))
-        for layer in (2, 3, 4):
-            x = convolution(x, layer, 1, 1)
-        x = tf.reshape(pool(x), [batch_size, -1])
-        for layer in (5, 6):
-            x = tf.nn.relu(x @ kernels[layer] + biases[layer])
-            x = tf.nn.dropout(x, 0.5) if dropout else x
-        return x @ kernels[7] + biases[7]
-
-    @tf.function
-    def train_step():
-        with tf.GradientTape() as tape:
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits(dropout=True))
-            loss = tf.reduce_mean(losses)
-        gradients = tape.gradient(loss, variables)
-        for variable, gradient, velocity in zip(variables, gradients, velocities, strict=True):
-            velocity.assign(MOMENTUM * velocity - RATE * (gradient + DECAY * variable))
-            variable.assign_add(velocity)
-        return loss
-
-    forward = tf.function(lambda: tf.reduce_sum(logits(dropout=False)))
-    return {'train': lambda: float(train_step()), 'forward': lambda: float(forward())}
+    matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    product = jax.jit(lambda matrix: matrix @ matrix)
+    return lambda: float(product(matrix)[0, 0])
 
 
-def torch_passes(batch_size: int) -> Passes:
-    """The network in PyTorch: torch.compile, channels_last, LRN as shifted adds, SGD over all tensors at once."""
-    import torch
-    from torch import nn
-    from torch.nn import functional
+def start(arguments: argparse.Namespace, overrides: list[str]) -> tuple[str | None, Callable[[str], Any]]:
+    """In a worker: the version of its side, None without, and what times one of its passes (or runs `check`)."""
+    side, device = arguments.worker, 'cuda' if arguments.platform == 'gpu' else 'cpu'
+    batch_size, dtype = arguments.batch_size, arguments.dtype
+    passes: dict[str, Callable[[], Any]] = {}
+    product: Callable[[int, str], Callable[[], float]] = project_product
+    if side == PROJECT:
+        passes = project_passes(configuration(arguments, overrides))
+    elif side == 'tensorflow' and peers.has_tensorflow(arguments.platform):
+        passes, product = tensorflow_passes(batch_size, dtype), peers.tensorflow_product
+    elif side == 'torch' and peers.has_torch(arguments.platform):
+        passes = torch_passes(batch_size, dtype, device)
+        product = functools.partial(peers.torch_product, device=device)
+    if not passes:
+        return None, lambda name: None
+    passes |= {f'product {size}': product(size, dtype) for size in PRODUCTS[arguments.platform]}
 
-    class LocalResponseNorm(nn.Module):
-        def forward(self, x):
-            channels = x.shape[1]
-            squares = functional.pad(x * x, (0, 0, 0, 0, 2, 2))
-            root = torch.rsqrt(2.0 + 1e-4 * sum(squares[:, i : i + channels] for i in range(5)))
-            return x * (root * torch.sqrt(root))  # to the power of -0.75
-
-    network: Any = nn.Sequential(
-        *(nn.Conv2d(3, 96, 11, 4, 2), nn.ReLU(), LocalResponseNorm(), nn.MaxPool2d(3, 2)),
-        *(nn.Conv2d(96, 256, 5, 1, 2, groups=2), nn.ReLU(), LocalResponseNorm(), nn.MaxPool2d(3, 2)),
-        *(nn.Conv2d(256, 384, 3, 1, 1), nn.ReLU()),
-        *(nn.Conv2d(384, 384, 3, 1, 1, groups=2), nn.ReLU()),
-        *(nn.Conv2d(384, 256, 3, 1, 1, groups=2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Flatten()),
-        *(nn.Linear(9216, 4096), nn.ReLU(), nn.Dropout(0.5)),
-        *(nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout(0.5)),
-        nn.Linear(4096, 1000),
-    ).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(network.parameters(), RATE, momentum=MOMENTUM, weight_decay=DECAY, foreach=True)
-    images = torch.randn(batch_size, 3, 224, 224).to(memory_format=torch.channels_last)
-    labels = torch.randint(0, 1000, (batch_size,))
-    compiled = torch.compile(network)
-
-    def train() -> float:
-        network.train()
-        optimizer.zero_grad()
-        loss = functional.cross_entropy(compiled(images), labels)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    def forward() -> float:
-        network.eval()
-        with torch.no_grad():
-            return compiled(images).sum().item()
-
-    return {'train': train, 'forward': forward}
-
-
-def serve(side: str, batch_size: int) -> None:
-    """A worker: says its version or null in one line of JSON, then for every line 'train' or 'forward' its seconds."""
-    answers = os.fdopen(os.dup(1), 'w')
-    os.dup2(2, 1)  # what libraries print, from C too, goes to stderr
-    if importlib.util.find_spec(side) is None:
-        print(json.dumps(None), file=answers, flush=True)
-        return
-    sys.path.insert(0, ROOT)
-    passes = {'jax': project_passes, 'tensorflow': tensorflow_passes, 'torch': torch_passes}[side](batch_size)
-    print(json.dumps(sys.modules[side].__version__), file=answers, flush=True)
-    for line in sys.stdin:
-        start = time.perf_counter()
-        value = passes[line.strip()]()
-        seconds = time.perf_counter() - start
+    def respond(name: str) -> Any:
+        if name == 'check':
+            return passes[name]()
+        begin = time.perf_counter()
+        value = passes[name]()
+        seconds = time.perf_counter() - begin
         if not math.isfinite(value):
-            raise FloatingPointError(f'{line.strip()} gave {value}')
-        print(json.dumps(seconds), file=answers, flush=True)
+            raise FloatingPointError(f'{name} gave {value}')
+        return seconds
+
+    return sys.modules[side].__version__, respond
 
 
-class Worker:
-    """The process of one side."""
-
-    def __init__(self, side: str, python: str, batch_size: int):
-        self.side, self.errors = side, tempfile.TemporaryFile('w+')  # noqa: SIM115
-        command = [python, os.path.abspath(__file__), f'--worker={side}', f'--batch_size={batch_size}']
-        pipes: dict[str, Any] = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'stderr': self.errors}
-        self.process: Any = subprocess.Popen(command, **pipes, text=True, env=os.environ | CPU_ONLY)
-        self.version = self.answer()
-
-    def answer(self) -> Any:
-        """The next line the worker says; exits with the worker's stderr where it died instead."""
-        line = self.process.stdout.readline()
-        if not line:
-            code = self.process.wait()
-            self.errors.seek(0)
-            sys.exit(f'{self.errors.read()}\ntrain_step: the {self.side} side ended with exit code {code}; see above')
-        return json.loads(line)
-
-    def seconds(self, name: str) -> float:
-        """Time of one pass, 'train' or 'forward', run now."""
-        with contextlib.suppress(BrokenPipeError):  # answer() says why
-            print(name, file=self.process.stdin, flush=True)
-        return self.answer()
+def equal_to_plain(worker: Worker) -> dict[str, float]:
+    """The name and the largest distance from the plain implementation; exits where rounding does not explain it."""
+    name, distance, tolerance = worker.ask('check')
+    if not distance <= tolerance:  # nor what is not a number
+        sys.exit(
+            f'train_step: {name} differs by {distance:.1e} of its size from the plain implementation; rounding explains'
+            f' {tolerance:g}. The step is wrong, or given other settings than plain.py has (then --unchecked)'
+        )
+    return {name: distance}
 
 
-def measure(workers: list[Worker], rounds: int, warmup: int) -> Times:
+def measure(workers: list[Worker], passes: tuple[str, ...], rounds: int, warmup: int) -> Times:
     """Seconds of each round; the sides take turns."""
     times = {}
-    for name in PASSES:
-        table = [[worker.seconds(name) for worker in workers] for _ in range(warmup + rounds)]
+    for name in passes:
+        table = [[worker.ask(name) for worker in workers] for _ in range(warmup + rounds)]
         columns = zip(*table[warmup:], strict=True)
         times[name] = {worker.side: column for worker, column in zip(workers, columns, strict=True)}
     return times
@@ -236,68 +165,104 @@ def ratio(seconds: dict[str, tuple[float, ...]], peer: str) -> float | None:
     return statistics.median(seconds[peer]) / statistics.median(seconds[PROJECT])
 
 
-def report(times: Times, versions: dict[str, str | None], batch_size: int) -> str:
+def results(times: Times, config: Any) -> dict[str, Any]:
+    """What --json prints of the times: images/s, ratios, rates in FLOP/s, and shares of the best product's rate."""
+    from alexnet_jax import costs
+
+    batch_size, found = config.train.batch_size, {}
+    rates = dict.fromkeys(times['train'], 0.0)
+    for name in times.keys() - set(PASSES):
+        flops = 2 * int(name.split()[1]) ** 3
+        rates = {side: max(rate, flops / min(times[name][side])) for side, rate in rates.items()}
+    forward = 2 * sum(layer.multiply_adds for layer in costs.layers(config))
+    for prefix, name, flops in (('', 'train', costs.flops_per_image(config)), ('forward_', 'forward', forward)):
+        speeds = {side: batch_size / statistics.median(seconds) for side, seconds in times[name].items()}
+        found[f'{prefix}images_per_second'] = speeds.get(PROJECT)
+        found |= {f'{peer}_{prefix}images_per_second': speeds.get(peer) for peer in PEERS}
+        found |= {f'{peer}_{prefix}ratio': ratio(times[name], peer) for peer in PEERS}
+        found[f'{prefix}flops_per_image'] = flops
+        found[f'{prefix}share_of_product'] = {side: flops * s / max(rates.values()) for side, s in speeds.items()}
+        found[f'{prefix}best_images_per_second'] = {side: batch_size / min(s) for side, s in times[name].items()}
+    return found | {'product_flops_per_second': rates}
+
+
+def report(result: dict[str, Any]) -> str:
     """The table for people."""
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists('/proc/cpuinfo'):
-        with open('/proc/cpuinfo') as file:
-            cpu = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), cpu)
-    lines = [f'{os.cpu_count()} cores, {cpu}; Python {versions["python"]}; batch {batch_size}, float32; images/s', '']
-    lines += [f'{"":<26}{"train":>9}{"":>9}{"forward":>10}{"":>9}{"project/peer":>17}']
-    lines += [f'{"side":<12}{"version":<14}{"median":>9}{"best":>9}{"median":>10}{"best":>9}{"train":>8}{"forward":>9}']
+    shares, versions = result['share_of_product'], result['versions']
+    rates = ', '.join(f'{rate / 1e9:.0f} with {side}' for side, rate in result['product_flops_per_second'].items())
+    lines = [
+        f'{result["machine"]}; batch {result["batch_size"]}, {result["dtype"]}, {result["platform"]}; images/s',
+        f'GFLOP an image: train {result["flops_per_image"] / 1e9:.2f}, forward'
+        f' {result["forward_flops_per_image"] / 1e9:.2f}; GFLOP/s of a matrix product at its best: {rates}',
+        '',
+        f'{"":<26}{"train":>9}{"":>9}{"share of":>10}{"forward":>10}{"":>9}{"project/peer":>17}',
+        f'{"side":<12}{"version":<14}{"median":>9}{"best":>9}{"product":>10}{"median":>10}{"best":>9}{"train":>8}'
+        f'{"forward":>9}',
+    ]
     for side in [side for side in SIDES if side in versions]:
         if versions[side] is None:
             lines.append(f'{side:<12}absent')
             continue
-        speeds = [batch_size / f(times[name][side]) for name in PASSES for f in (statistics.median, min)]
-        row = f'{side:<12}{versions[side]:<14}{speeds[0]:>9.1f}{speeds[1]:>9.1f}{speeds[2]:>10.1f}{speeds[3]:>9.1f}'
-        ratios = [ratio(times[name], side) for name in PASSES]
+        prefix = '' if side == PROJECT else f'{side}_'
+        row = f'{side:<12}{versions[side]:<14}{result[f"{prefix}images_per_second"]:>9.1f}'
+        row += f'{result["best_images_per_second"][side]:>9.1f}{shares[side]:>10.2f}'
+        row += f'{result[f"{prefix}forward_images_per_second"]:>10.1f}'
+        row += f'{result["forward_best_images_per_second"][side]:>9.1f}'
+        ratios = [result.get(f'{side}_{prefix}ratio') for prefix in ('', 'forward_')]
         lines.append(row + ''.join('' if r is None else f'{r:>{w}.2f}' for r, w in zip(ratios, (8, 9), strict=True)))
+    for name, value in result['difference'].items():
+        lines += ['', f'Equal to the plain implementation but for rounding; at most by {value:.1e}, of {name}.']
     return '\n'.join(lines)
 
 
-def main() -> None:
-    """Run the sides asked for and print what came out."""
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and those that are settings of the project; exits with 2 where one is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--batch_size', type=int, default=128)
     parser.add_argument('--rounds', type=int, default=6, help='timed, of each pass')
     parser.add_argument('--warmup', type=int, default=2, help='rounds before those, compilation included')
+    parser.add_argument('--platform', choices=PLATFORMS, default='cpu')
+    parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='of all sides')
     parser.add_argument('--sides', default=','.join(SIDES), help='which of %(default)s to run')
     parser.add_argument('--torch_python', default=sys.executable, metavar='PATH', help='an interpreter that has torch')
+    parser.add_argument('--unchecked', action='store_true', help='leave out the plain implementation')
     parser.add_argument('--json', action='store_true', help='one JSON object in place of the table')
     parser.add_argument('--worker', choices=SIDES, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments, overrides = parser.parse_known_args()
+    if unknown := [argument for argument in overrides if not re.match(r'--config\.[\w.]+=', argument)]:
+        parser.error(f'{unknown[0]!r} is no flag; settings of the project are written --config.a.b=value')
     if min(arguments.batch_size, arguments.rounds, arguments.warmup) < 1:
         parser.error('--batch_size, --rounds and --warmup are at least 1')
-    if arguments.worker:
-        return serve(arguments.worker, arguments.batch_size)
-    sides = arguments.sides.split(',')
-    if unknown := set(sides) - set(SIDES):
-        parser.error(f'--sides: there is no {", ".join(sorted(unknown))}; there are {", ".join(SIDES)}')
+    if unknown := sorted(set(arguments.sides.split(',')) - set(SIDES)):
+        parser.error(f'--sides: there is no {", ".join(unknown)}; there are {", ".join(SIDES)}')
     if not shutil.which(arguments.torch_python):
         parser.error(f'--torch_python: {arguments.torch_python!r} is no program')
+    return arguments, overrides
 
-    pythons = {'torch': arguments.torch_python}
-    workers: list[Worker] = []
-    try:
-        for side in [side for side in SIDES if side in sides]:
-            workers.append(Worker(side, pythons.get(side, sys.executable), arguments.batch_size))
-        present = [worker for worker in workers if worker.version is not None]
-        times = measure(present, arguments.rounds, arguments.warmup)
-    finally:
-        for worker in workers:
-            worker.process.kill()
-    versions = {'python': platform.python_version()} | {worker.side: worker.version for worker in workers}
-    if not arguments.json:
-        print(report(times, versions, arguments.batch_size))
-        return None
-    result: dict[str, Any] = {}
-    for prefix, name in (('', 'train'), ('forward_', 'forward')):
-        own = times[name].get(PROJECT)
-        result[f'{prefix}images_per_second'] = own and arguments.batch_size / statistics.median(own)
-        result |= {f'{peer}_{prefix}ratio': ratio(times[name], peer) for peer in PEERS}
-    result |= {'batch_size': arguments.batch_size, 'rounds': arguments.rounds, 'versions': versions}
-    print(json.dumps(result))
+
+def main() -> None:
+    """Run the sides asked for and print what came out."""
+    arguments, overrides = parse()
+    if arguments.worker:
+        return serve(lambda: start(arguments, overrides))
+    config = configuration(arguments, overrides)
+    passes = (*PASSES, *(f'product {size}' for size in PRODUCTS[arguments.platform]))
+    pythons: dict[str, str] = {'torch': arguments.torch_python}
+    difference: dict[str, float] = {}
+    with contextlib.ExitStack() as stack:
+        workers = []
+        for side in [side for side in SIDES if side in arguments.sides.split(',')]:
+            command = [pythons.get(side, sys.executable), os.path.abspath(__file__), f'--worker={side}', *sys.argv[1:]]
+            workers.append(Worker(side, command, PLATFORMS[arguments.platform], stack))
+        present = [worker for worker in workers if worker.about is not None]
+        if present and present[0].side == PROJECT and not arguments.unchecked:
+            difference = equal_to_plain(present[0])
+        times = measure(present, passes, arguments.rounds, arguments.warmup)
+    versions = {'python': platform.python_version()} | {worker.side: worker.about for worker in workers}
+    result = results(times, config) | {'difference': difference, 'config': overrides}
+    result |= {name: getattr(arguments, name) for name in ('batch_size', 'rounds', 'platform', 'dtype')}
+    result |= {'versions': versions, 'machine': machine(), 'date': datetime.date.today().isoformat()}
+    print(json.dumps(result) if arguments.json else report(result))
     return None
 
 

@@ -1,0 +1,114 @@
+"""How far the project's steps are from the plain implementation's, on the same images, parameters and dropout masks."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import plain
+from benchmarks.project import Project
+
+# Velocities before the step, and a rate at which what the step adds to them and to the weights is larger than these.
+VELOCITY, RATE = 1e-5, 1.0
+
+# The largest distances that are rounding's. In float32 sums of thousands of terms in another order differ by 1e-7 to
+# 1e-6 of their size. That turns the sign, or the place of a maximum, of one unit in 300,000; its gradient then goes
+# elsewhere, which is sqrt(2 / 300,000) = 2.6e-3 of the norm. No such unit stands between the dense layers and the loss.
+# Arithmetic in bfloat16, or what GPUs and TPUs make of float32, rounds 2 ** 13 to 2 ** 16 times as coarsely.
+FLOAT32 = {'dense': 1e-5, 'conv': 1e-2}
+COARSE = {'dense': 0.1, 'conv': 0.5}
+
+
+def differences(project: Project) -> dict[str, float]:
+    """Relative differences, as Euclidean norms over whole arrays, of the preset `paper` on one device.
+
+    Of the logits of a test and the losses of both steps; of each kernel and bias after a training step; and of their
+    velocities, as shares of what the step added to them. The steps are those that `project` is timed with; kernels
+    before them are larger than the paper's first ones, so that few units have nearly the same values.
+    """
+    from alexnet_jax import augment, step
+
+    config, batch = project.config, project.batch
+    keys = step.example_keys(config.seed, batch['number'], step.AUGMENTATION)
+    inputs = _images(lambda images, rest: augment.augment(images, keys, keys, rest, config.data), project)
+    centre = _images(lambda images, rest: augment.view(images, rest, config.data, 0), project)
+    random, state = np.random.default_rng(1), project.state
+    parameters = jax.tree_util.tree_map_with_path(lambda path, w: _weights(random, path, w.shape), state.params)
+    velocities = jax.tree.map(lambda w: VELOCITY * random.standard_normal(w.shape, np.float32), parameters)
+    params, opt_state = _replaced(state.params, parameters), _replaced(state.opt_state, velocities)
+    state = step.TrainState(jnp.copy(state.step), params, opt_state, state.statistics)  # the step uses it up
+
+    logits = step.make_output_step(config, project.mesh, 'fc8')(state, batch['image'], project.preprocessing)
+    loss = project.eval_step(state, batch, project.preprocessing)[0]
+    plain_logits = jax.jit(plain.logits)(parameters, centre)
+    found = {'logits': distance(logits, plain_logits)}
+    found['loss of the evaluation'] = distance(loss, plain.losses(plain_logits, batch['label']).sum())
+
+    masks = plain.dropout_masks(config.seed, batch['number'], config.model.widths[-1])
+    results = jax.jit(plain.train_step)(parameters, velocities, inputs, batch['label'], masks, jnp.float32(RATE))
+    plain_parameters, plain_velocities, plain_loss = jax.tree.map(np.asarray, results)
+    state, metrics = project.train_step(state, batch, project.rates(RATE), project.preprocessing)
+    found['loss'] = distance(metrics['loss'], plain_loss)
+    new_velocities = _velocities(state.opt_state)
+    for layer, kinds in parameters.items():
+        for kind in kinds:
+            wanted = plain_velocities[layer][kind]
+            added = wanted - plain.MOMENTUM * velocities[layer][kind]
+            found[f'velocity of {layer}/{kind}'] = distance(new_velocities[layer, kind], wanted, np.linalg.norm(added))
+            found[f'{layer}/{kind}'] = distance(state.params[layer][kind], plain_parameters[layer][kind])
+    return found
+
+
+def distance(found: Any, wanted: Any, size: Any = None) -> float:
+    """The Euclidean norm of the difference over `size`, by default that of `wanted`."""
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    return float(np.linalg.norm(found - wanted) / (np.linalg.norm(wanted) if size is None else size))
+
+
+def worst(distances: dict[str, float], exact: bool) -> tuple[str, float, float]:
+    """Of what differences() gives the name, distance and tolerance of the one that is the largest for its tolerance.
+
+    `exact`: both sides compute in float32 on a CPU. What is not a number is beyond every tolerance.
+    """
+    tolerances = FLOAT32 if exact else COARSE
+
+    def judge(name: str) -> tuple[float, str, float, float]:
+        allowed = tolerances['conv' if 'conv' in name else 'dense']
+        excess = distances[name] / allowed
+        return math.inf if math.isnan(excess) else excess, name, distances[name], allowed
+
+    return max(map(judge, distances))[1:]
+
+
+def _images(function: Any, project: Project) -> jax.Array:
+    """What the project makes of its images, float32."""
+    return jax.jit(function)(project.batch['image'], project.preprocessing)
+
+
+def _weights(random: Any, path: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Kernels that keep the size of a signal of ReLUs from layer to layer, and small biases."""
+    deviation = 0.1 if path[-1].key == 'bias' else 0.01 if path[-2].key == 'conv1' else (2 / np.prod(shape[:-1])) ** 0.5
+    return np.float32(deviation) * random.standard_normal(shape, np.float32)
+
+
+def _is_of_layer(path: Any) -> bool:
+    return len(path) > 1 and all(isinstance(entry, jax.tree_util.DictKey) for entry in path[-2:])
+
+
+def _replaced(tree: Any, new: dict[str, Any]) -> Any:
+    """The optimiser's state, or the parameters, with other values by layer and kind."""
+
+    def replace(path, leaf):
+        if not _is_of_layer(path):
+            return jnp.copy(leaf)
+        return jax.device_put(new[path[-2].key][path[-1].key], leaf.sharding, may_alias=False)
+
+    return jax.tree_util.tree_map_with_path(replace, tree)
+
+
+def _velocities(opt_state: Any) -> dict[tuple[str, str], Any]:
+    """By layer and kind."""
+    leaves = jax.tree_util.tree_leaves_with_path(opt_state)
+    return {(path[-2].key, path[-1].key): leaf for path, leaf in leaves if _is_of_layer(path)}

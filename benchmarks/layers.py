@@ -1,0 +1,277 @@
+"""Where the time of the `paper` step goes on a CPU: a table by layer, and what each part could take at the least.
+
+    python benchmarks/layers.py [--pass=train|forward] [--batch_size=128] [--rounds=3] [--json]
+
+The compiled step of the training loop, or of the evaluation, is traced by the profiler. What a thread does belongs to
+the instruction of the program that it executes, or whose task it works on. Each moment is shared evenly among the
+threads that do something then, so the parts add up to the time of the step; in `idle` none of them does anything.
+
+An instruction belongs to the part of the step whose scope it has (jax.named_scope; see hlo.py). The compiler fuses:
+what it does at once counts for what comes last, so `lrn` may hold a bias and ReLU that were computed anew for it.
+
+FLOPs are those of convolutions and matrix products; bytes those of the operands and results of each instruction, caches
+aside. `least` is the time that the larger of the two needs at the machine's rate, which is measured in the same run: of
+a product of large matrices, and of adding two large arrays. `of it` is its share of the time: 1 is the roofline. A part
+above 1 found its operands in a cache. Of the traced steps the one of median time is shown.
+"""
+
+import argparse
+import collections
+import datetime
+import glob
+import heapq
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from benchmarks.hlo import STEPS, Program
+from benchmarks.workers import NO_GPU, machine
+
+PRODUCT_SIZES, ADDED = (2048, 4096), 2**26  # rows of square matrices; float32 numbers of an array
+ORDER: tuple[str, ...] = (
+    'augment',
+    'conv1',
+    'conv2',
+    'conv3',
+    'conv4',
+    'conv5',
+    'fc6',
+    'fc7',
+    'fc8',
+    'dropout',
+    'logits',
+)
+ORDER += ('loss', 'gradients', 'update', 'metrics', 'other', 'idle')
+
+# (time in ns, thread, what, of what): an instruction begins; a task is handed on, or begins; something ends.
+Action = tuple[float, int, str, Any]
+
+
+def time_by_instruction(actions: Iterable[Action]) -> dict[str | None, float]:
+    """Nanoseconds that each instruction takes of the time between the first and the last action; None: nothing is done.
+
+    Args:
+      actions: in order of time.
+        (time, thread, 'instruction', name): it begins on the thread, within what the thread does already.
+        (time, thread, 'record', task): what the thread does hands on a task.
+        (time, thread, 'task', task): the thread begins to work on that.
+        (time, thread, 'end', None): what the thread began last is over.
+    """
+    doing: dict[int, list[str | None]] = collections.defaultdict(list)
+    owners: dict[Any, str | None] = {}
+    totals: dict[str | None, float] = collections.defaultdict(float)
+    last = None
+    for now, thread, what, value in actions:
+        busy = [stack[-1] for stack in doing.values() if stack and stack[-1] is not None]
+        for name in busy or (None,):
+            totals[name] += (now - (now if last is None else last)) / max(1, len(busy))
+        last = now if last is not None or what == 'instruction' else None
+        if what == 'record':
+            owners[value] = doing[thread][-1] if doing[thread] else None
+        elif what == 'end':
+            doing[thread].pop()
+        else:
+            doing[thread].append(value if what == 'instruction' else owners.get(value))
+    return totals
+
+
+def actions_of_thread(thread: int, events: list[Any], module: str) -> Iterator[Action]:
+    """The actions in the profiler's events of one thread: instructions of `module`, and tasks of its thread pool."""
+    spans: list[tuple[float, float, str, Any]] = []  # (begin, end, what, of what)
+    begun: list[int] = []  # tasks that are not over
+    for event in sorted(events, key=lambda event: event.start_ns):
+        kind = event.name.removeprefix('ThreadpoolListener::')
+        if kind == 'StartRegion':
+            begun.append(len(spans))
+            spans.append((event.start_ns, float('inf'), 'task', dict(event.stats)['_c']))
+        elif kind == 'StopRegion':
+            if begun:  # else it began before the trace
+                i = begun.pop()
+                spans[i] = (spans[i][0], event.start_ns, *spans[i][2:])
+        elif kind == 'Record':
+            spans.append((event.start_ns, event.start_ns, 'record', dict(event.stats)['_p']))
+        elif not event.name.startswith('end: '):
+            stats = dict(event.stats)
+            if stats.get('hlo_module') == module:
+                spans.append((event.start_ns, event.end_ns, 'instruction', stats['hlo_op']))
+    last = max((event.start_ns for event in events), default=0.0)
+    ends: list[float] = []
+    for begin, end, what, value in sorted(spans, key=lambda span: (span[0], -span[1])):
+        while ends and (ends[-1] < begin or (ends[-1] == begin and what != 'record')):
+            yield ends.pop(), thread, 'end', None
+        yield begin, thread, what, value
+        if what != 'record':
+            ends.append(min(end, ends[-1] if ends else last))
+    while ends:
+        yield ends.pop(), thread, 'end', None
+
+
+def traced(run: Callable[[], Any], module: str) -> list[Action]:
+    """What the threads do while `run` runs the compiled `module` once."""
+    import jax
+
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory(prefix='layers_') as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            run()
+        (path,) = glob.glob(f'{folder}/**/*.xplane.pb', recursive=True)
+        planes = jax.profiler.ProfileData.from_file(path).planes
+        threads = enumerate(line for plane in planes for line in plane.lines)
+        each = [list(actions_of_thread(i, list(line.events), module)) for i, line in threads]
+    return list(heapq.merge(*each, key=lambda action: action[0]))
+
+
+def rows_of(actions: list[Action], program: Program, product: float, bandwidth: float) -> list[dict[str, Any]]:
+    """The rows of the table: seconds, FLOPs, bytes and the least seconds of each part, forward and backward.
+
+    product, bandwidth: FLOP/s and bytes/s of the machine.
+    """
+    executed = collections.Counter(value for _, _, what, value in actions if what == 'instruction')
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, nanoseconds in time_by_instruction(actions).items():
+        part, direction = ('idle', 'forward') if name is None else program.part(name)
+        empty = {'part': part, 'pass': direction, 'seconds': 0.0, 'flops': 0, 'bytes': 0, 'least_seconds': 0.0}
+        row = rows.setdefault((part, direction), empty)
+        row['seconds'] += nanoseconds / 1e9
+        if name is not None:
+            flops, size = executed[name] * program.flops(name), executed[name] * program.bytes(name)
+            row['flops'] += flops
+            row['bytes'] += size
+            row['least_seconds'] += max(flops / product, size / bandwidth)
+    return sorted(rows.values(), key=lambda row: (*_place(row['part']), row['pass'] == 'backward'))
+
+
+def _place(part: str) -> tuple[int, int]:
+    layer, _, step = part.partition('/')
+    return ORDER.index(layer), ('', *STEPS, 'copies').index(step)
+
+
+def kind(part: str) -> str:
+    """What a part does, in whatever layer."""
+    layer, _, step = part.partition('/')
+    return step or ('convolutions' if layer.startswith('conv') else 'products' if layer.startswith('fc') else layer)
+
+
+def by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows summed over layers, forward and backward, the longest first."""
+    sums: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        total = sums.setdefault(kind(row['part']), {'part': kind(row['part']), 'pass': ''})
+        for name in ('seconds', 'flops', 'bytes', 'least_seconds'):
+            total[name] = total.get(name, 0) + row[name]
+    return sorted(sums.values(), key=lambda row: -row['seconds'])
+
+
+def machine_rates() -> tuple[float, float]:
+    """FLOP/s of a product of large matrices and bytes/s of adding large arrays, now."""
+    import jax
+    import jax.numpy as jnp
+
+    def seconds(function: Callable[..., Any], *arrays: Any) -> float:
+        compiled, times = jax.jit(function), []
+        for _ in range(4):
+            begin = time.perf_counter()
+            jax.block_until_ready(compiled(*arrays))
+            times.append(time.perf_counter() - begin)
+        return min(times[1:])
+
+    matrices = [jnp.ones((size, size)) for size in PRODUCT_SIZES]
+    arrays = jnp.ones(ADDED), jnp.zeros(ADDED)
+    product = max(2 * len(matrix) ** 3 / seconds(lambda a: a @ a, matrix) for matrix in matrices)
+    return product, 3 * arrays[0].nbytes / seconds(lambda a, b: a + b, *arrays)
+
+
+def profile(name: str, batch_size: int, rounds: int) -> dict[str, Any]:
+    """What --json prints of the pass `name`."""
+    from alexnet_jax import startup
+    from alexnet_jax.config import default_config, resolve
+
+    config = default_config()
+    config.train.batch_size, config.mesh.data = batch_size, 1
+    startup.tune_cpu()
+    import jax
+
+    from benchmarks.project import Project
+
+    project = Project(resolve(config))
+    if name == 'train':
+        project.train_step = compiled = project.train_step.lower(*project.train_arguments).compile()
+        run = project.train
+    else:
+        project.eval_step = compiled = project.eval_step.lower(*project.eval_arguments).compile()
+        run = project.forward
+    program = Program(compiled.as_text())
+    for _ in range(2):
+        run()
+    rates, traces = [machine_rates()], []
+    for _ in range(rounds):
+        traces.append(traced(run, program.module))
+        rates.append(machine_rates())
+    product, bandwidth = (max(each) for each in zip(*rates, strict=True))
+    tables = [rows_of(trace, program, product, bandwidth) for trace in traces]
+    tables.sort(key=lambda rows: sum(row['seconds'] for row in rows))
+    rows = tables[(rounds - 1) // 2]
+    return {
+        'pass': name,
+        'batch_size': batch_size,
+        'seconds': sum(row['seconds'] for row in rows),
+        'flops': sum(row['flops'] for row in rows),
+        'product_flops_per_second': product,
+        'bytes_per_second': bandwidth,
+        'rows': rows,
+        'kinds': by_kind(rows),
+        'versions': {'jax': jax.__version__},
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """The tables for people."""
+    product, bandwidth = result['product_flops_per_second'], result['bytes_per_second']
+    lines = [
+        f'{result["machine"]}; jax {result["versions"]["jax"]}',
+        f'{result["pass"]}, batch {result["batch_size"]}, float32',
+        f'{result["seconds"]:.3f} s, {result["batch_size"] / result["seconds"]:.1f} images/s,'
+        f' {result["flops"] / result["seconds"] / 1e9:.0f} GFLOP/s; the machine: products {product / 1e9:.0f} GFLOP/s,'
+        f' memory {bandwidth / 1e9:.1f} GB/s',
+    ]
+    for rows in (result['rows'], result['kinds']):
+        lines += [
+            '',
+            f'{"part":<18}{"":<9}{"ms":>8}{"share":>8}{"GFLOP/s":>9}{"MB":>8}{"GB/s":>7}{"least":>8}{"of it":>7}',
+        ]
+        for row in rows:
+            seconds = max(row['seconds'], 1e-9)
+            line = f'{row["part"]:<18}{row["pass"]:<9}{seconds * 1e3:>8.1f}{seconds / result["seconds"]:>8.1%}'
+            line += f'{row["flops"] / seconds / 1e9:>9.0f}' if row['flops'] else f'{"":>9}'
+            if row['bytes']:
+                line += f'{row["bytes"] / 1e6:>8.0f}{row["bytes"] / seconds / 1e9:>7.1f}'
+                line += f'{row["least_seconds"] * 1e3:>8.1f}{row["least_seconds"] / seconds:>7.2f}'
+            lines.append(line)
+    return '\n'.join(lines)
+
+
+def main() -> None:
+    """Profile the pass asked for and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--pass', choices=('train', 'forward'), default='train', dest='name')
+    parser.add_argument('--batch_size', type=int, default=128)
+    parser.add_argument('--rounds', type=int, default=3, help='traced steps')
+    parser.add_argument('--json', action='store_true', help='one JSON object in place of the tables')
+    arguments = parser.parse_args()
+    if min(arguments.batch_size, arguments.rounds) < 1:
+        parser.error('--batch_size and --rounds are at least 1')
+    os.environ |= NO_GPU
+    result = profile(arguments.name, arguments.batch_size, arguments.rounds)
+    result |= {'machine': machine(), 'date': datetime.date.today().isoformat()}
+    print(json.dumps(result) if arguments.json else report(result))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,204 @@
+"""Step times of all presets, ablations and mesh layouts, in turn with those of another checkout of the project.
+
+    python benchmarks/presets.py --against=CHECKOUT [--only=REGEX] [--rounds=5] [--json]
+
+Cases are `preset/NAME` (the published networks, 16 images a step, the small ones 128), `ablation/NAME` (the rows of
+configs/ablations.py, each on the smallest network that has it) and `mesh/LAYOUT` (the quickstart on eight simulated
+devices). Timed are a training step and an evaluation of the centre view (`forward`), batch in memory.
+
+Three processes take turns: this checkout, the other one, and the other one again. What the other one differs from
+itself, by the medians, is noise: a case is slower where its time is longer by more than MARGIN times the root mean
+square of that over all cases, and by more than FLOOR. Then the exit code is 1. Ratios are the other's time over this
+one's: above 1 this checkout is faster. Cases that the other checkout does not have are left out.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib
+import json
+import math
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from benchmarks import project
+from benchmarks.workers import NO_GPU, ROOT, Worker, machine, serve
+
+PASSES = ('train', 'forward')
+SIDES = ('this', 'other', 'again')
+MARGIN, FLOOR = 3.0, 0.03
+SHORTEST = 0.3  # seconds of what is timed; short steps are repeated for so long
+DEVICES = 8
+MESHES: dict[str, dict[str, Any]] = {
+    'data_8x1': {'mesh.data': 8, 'mesh.layout': 'data'},
+    'towers_8x1': {'mesh.data': 8},
+    'towers_4x2': {'mesh.data': 4, 'mesh.model': 2},
+    'hybrid_4x2': {'mesh.data': 4, 'mesh.model': 2, 'mesh.layout': 'hybrid'},
+    'towers_4x2_shard_optimizer': {'mesh.data': 4, 'mesh.model': 2, 'mesh.shard_optimizer': True},
+    'hybrid_4x2_shard_optimizer': {
+        'mesh.data': 4,
+        'mesh.model': 2,
+        'mesh.layout': 'hybrid',
+        'mesh.shard_optimizer': True,
+    },
+}
+
+# What a worker is asked to prepare: a module of configs, what its get_config() is given, and fields by dotted name.
+Case = tuple[str, str | None, dict[str, Any]]
+
+
+def cases() -> dict[str, Case]:
+    """All cases by name."""
+    from alexnet_jax.presets import PRESETS
+    from configs import ablations
+
+    found: dict[str, Case] = {}
+    for name in PRESETS:
+        batch_size = 128 if name.startswith('cifar10') else 16
+        found[f'preset/{name}'] = ('imagenet', name, {'train.batch_size': batch_size, 'mesh.data': 1})
+    for data in ablations.SEEDS:
+        for variant in ablations.sweep(data):
+            if 'train.batch_size' not in variant.overrides:
+                batch_size = 16 if data == 'imagenet' else 64
+                fields = {'train.batch_size': batch_size, 'mesh.data': 1} | variant.overrides
+                found.setdefault(f'ablation/{variant.name}', ('ablations', data, fields))
+    for name, fields in MESHES.items():
+        found[f'mesh/{name}'] = ('quickstart', None, fields)
+    return found
+
+
+def start(checkout: str) -> tuple[None, Callable[[Any], Any]]:
+    """In a worker: answers ['prepare', case] with whether it has that, and [pass, repeats] with seconds of one."""
+    sys.path.insert(0, checkout)
+    from alexnet_jax import startup
+    from alexnet_jax.config import ConfigError, resolve, set_fields
+
+    assert startup.__file__.startswith(checkout)
+    startup.tune_cpu()
+    timed: dict[str, Callable[[], float]] = {}
+
+    def prepare(module: str, argument: str | None, fields: dict[str, Any]) -> bool:
+        timed.clear()  # frees the memory of the last one
+        try:
+            get_config = importlib.import_module(f'configs.{module}').get_config
+            config = get_config(argument) if argument else get_config()
+            set_fields(config, {name: _tuples(value) for name, value in fields.items()})
+            made = project.Project(resolve(config))
+        except ConfigError:
+            return False
+        timed.update(train=made.train, forward=made.forward)
+        return True
+
+    def respond(request: list[Any]) -> Any:
+        what, *rest = request
+        if what == 'prepare':
+            return prepare(*rest[0])
+        begin = time.perf_counter()
+        for _ in range(rest[0]):
+            timed[what]()
+        return (time.perf_counter() - begin) / rest[0]
+
+    return None, respond
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists alone, the configuration tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def measure(workers: list[Worker], rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds by pass and side of what the workers have prepared; the sides take turns."""
+    medians = {}
+    for name in PASSES:
+        for worker in workers:
+            worker.ask([name, 1])  # compiles
+        repeats = math.ceil(SHORTEST / max(worker.ask([name, 1]) for worker in workers))
+        table = [[worker.ask([name, repeats]) for worker in workers] for _ in range(rounds)]
+        columns = zip(*table, strict=True)
+        medians[name] = {w.side: statistics.median(column) for w, column in zip(workers, columns, strict=True)}
+    return medians
+
+
+def judge(times: dict[str, dict[str, dict[str, float]]]) -> tuple[float, list[tuple[str, str]]]:
+    """The margin, as a share of the time, and the (case, pass) that are slower by more; `times` by case."""
+    each = {(case, name): seconds for case, passes in times.items() for name, seconds in passes.items()}
+    noise = [math.log(seconds['again'] / seconds['other']) for seconds in each.values()]
+    margin = max(FLOOR, MARGIN * math.sqrt(statistics.mean(x * x for x in noise)))
+    # Whichever of the other's two times is longer: noise in one of them is no reason.
+    slower = [key for key, s in each.items() if s['this'] > (1 + margin) * max(s['other'], s['again'])]
+    return margin, slower
+
+
+def report(result: dict[str, Any]) -> str:
+    """The table for people."""
+    lines = [f'{result["machine"]}; this checkout against {result["against"]}', '']
+    lines += [f'{"case":<36}{"pass":<9}{"this, ms":>10}{"other, ms":>11}{"ratio":>8}{"other / itself":>16}']
+    for case, passes in result['seconds'].items():
+        for name, seconds in passes.items():
+            mark = '  slower' if [case, name] in result['slower'] else ''
+            line = f'{case:<36}{name:<9}{seconds["this"] * 1e3:>10.1f}{seconds["other"] * 1e3:>11.1f}'
+            line += f'{seconds["other"] / seconds["this"]:>8.2f}{seconds["other"] / seconds["again"]:>16.2f}{mark}'
+            lines.append(line)
+    lines += [f'{case:<36}not there in the other checkout' for case in result['absent']]
+    lines += ['', f'{len(result["slower"])} slower by more than the noise, {result["margin"]:.1%}']
+    return '\n'.join(lines)
+
+
+def main() -> int:
+    """Time the cases asked for and print what came out; the exit code is 1 where one is slower."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--against', required=True, metavar='CHECKOUT', help='another checkout of the project')
+    parser.add_argument('--only', default='', metavar='REGEX', help='the cases in whose names it is found')
+    parser.add_argument('--rounds', type=int, default=5, help='timed, of each pass')
+    parser.add_argument('--json', action='store_true', help='one JSON object in place of the table')
+    parser.add_argument('--worker', choices=SIDES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    against = os.path.abspath(arguments.against)
+    if arguments.worker:
+        serve(lambda: start(ROOT if arguments.worker == 'this' else against))
+        return 0
+    if not os.path.isdir(os.path.join(against, 'alexnet_jax')):
+        parser.error(f'--against: {arguments.against!r} has no folder alexnet_jax')
+    wanted = {name: case for name, case in cases().items() if re.search(arguments.only, name)}
+    if not wanted or arguments.rounds < 1:
+        parser.error(f'--only: none of {", ".join(cases())}' if arguments.rounds > 0 else '--rounds is at least 1')
+
+    times: dict[str, dict[str, dict[str, float]]] = {}
+    absent: list[str] = []
+    for devices in (1, DEVICES):
+        names = [name for name in wanted if name.startswith('mesh/') == (devices > 1)]
+        if not names:
+            continue
+        with contextlib.ExitStack() as stack:
+            # The second process of the other checkout finds there what the first one has compiled.
+            cache = stack.enter_context(tempfile.TemporaryDirectory(prefix='presets_'))
+            environment = NO_GPU | {'JAX_NUM_CPU_DEVICES': str(devices), 'JAX_COMPILATION_CACHE_DIR': cache}
+            command = [sys.executable, os.path.abspath(__file__), f'--against={against}']
+            workers = [Worker(side, [*command, f'--worker={side}'], environment, stack) for side in SIDES]
+            for number, name in enumerate(names, 1):
+                print(f'{name}, {number} of {len(names)}', file=sys.stderr, flush=True)
+                there = [worker.ask(['prepare', wanted[name]]) for worker in workers]
+                if all(there):
+                    times[name] = measure(workers, arguments.rounds)
+                else:
+                    absent.append(name)
+    if not times:
+        sys.exit(f'presets: {arguments.against} has none of these cases: {", ".join(absent)}')
+    margin, slower = judge(times)
+    result = {'seconds': times, 'absent': absent, 'margin': margin, 'slower': list(map(list, slower))}
+    result |= {'against': against, 'rounds': arguments.rounds}
+    result |= {'machine': machine(), 'date': datetime.date.today().isoformat()}
+    print(json.dumps(result) if arguments.json else report(result))
+    return bool(slower)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""This project's compiled steps on random images in memory, called as its training loop and its evaluation do."""
+
+from typing import Any
+
+import numpy as np
+
+RATE = 0.01
+
+
+class Project:
+    """Steps of one configuration on its mesh; jax must have its settings before.
+
+    Args:
+      config: resolved.
+    """
+
+    def __init__(self, config: Any):
+        import jax
+
+        from alexnet_jax import augment, parallel, step
+
+        self.config, self.mesh = config, parallel.make_mesh(config)
+        random, data = np.random.default_rng(0), config.data
+        batch_size, size, channels = config.train.batch_size, data.image_size, data.channels
+        batch = {
+            'image': random.integers(0, 256, (batch_size, size, size, channels), np.uint8),
+            'label': random.integers(0, config.model.num_classes, batch_size, np.int32),
+            'number': np.arange(batch_size, dtype=np.uint32),
+        }
+        sharding = parallel.batch_sharding(self.mesh, config.mesh.layout)
+        self.batch = jax.block_until_ready(parallel.put_batch(sharding, batch))
+        moments = {
+            'mean_rgb': np.full(channels, 127.5),
+            'mean_image': np.full((size, size, channels), 127.5),
+            'eigenvalues': np.full(channels, 5e3),
+            'eigenvectors': np.eye(channels),
+        }
+        self.preprocessing = augment.preprocessing(moments, data)
+        self.train_step = step.make_train_step(config, self.mesh)
+        self.eval_step = step.make_eval_step(config, self.mesh, views=1)
+        self.state = step.init_state(config, self.mesh)
+
+    @property
+    def train_arguments(self) -> tuple[Any, ...]:
+        """What the train step takes: the state, which it uses up, images, rates and preprocessing."""
+        return self.state, self.batch, self.rates(RATE), self.preprocessing
+
+    @property
+    def eval_arguments(self) -> tuple[Any, ...]:
+        """What the evaluation takes."""
+        return self.state, self.batch, self.preprocessing
+
+    def rates(self, rate: float) -> dict[str, dict[str, np.float32]]:
+        """The same learning rate for all kernels and biases."""
+        from alexnet_jax.shapes import LAYERS
+
+        return {name: {kind: np.float32(rate) for kind in ('kernel', 'bias')} for name in LAYERS}
+
+    def train(self) -> float:
+        """One training step, to its end; its loss."""
+        import jax
+
+        self.state, metrics = jax.block_until_ready(self.train_step(*self.train_arguments))
+        return float(metrics['loss'])
+
+    def forward(self) -> float:
+        """One evaluation of the centre view, to its end; the sum of its losses."""
+        return float(np.asarray(self.eval_step(*self.eval_arguments))[0])

@@ -1,0 +1,79 @@
+"""The sides of a benchmark, each in a process of its own, taking turns; those not asked for anything are stopped."""
+
+import contextlib
+import ctypes
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+NO_GPU = {'JAX_PLATFORMS': 'cpu', 'CUDA_VISIBLE_DEVICES': '-1', 'TF_CPP_MIN_LOG_LEVEL': '3'}
+
+
+def machine() -> str:
+    """Cores and processor of this machine, and the Python that runs."""
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists('/proc/cpuinfo'):
+        with open('/proc/cpuinfo') as file:
+            cpu = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), cpu)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return f'{cores} cores, {cpu}; Python {platform.python_version()}'
+
+
+def serve(start: Callable[[], tuple[Any, Callable[[Any], Any]]]) -> None:
+    """In the process of a side: says what it is, then answers requests until there are no more. A line of JSON each.
+
+    `start` returns what the side says of itself, and a function of a request that gives the answer. What it and
+    libraries print, from C too, goes to stderr.
+    """
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a stopped process would outlive its parent
+    with os.fdopen(os.dup(1), 'w') as answers:
+        os.dup2(2, 1)
+        about, respond = start()
+        print(json.dumps(about), file=answers, flush=True)
+        for line in sys.stdin:
+            print(json.dumps(respond(json.loads(line))), file=answers, flush=True)
+
+
+class Worker:
+    """The process of one side, killed when `stack` ends.
+
+    Args:
+      side: its name in messages.
+      command: which ends in serve().
+      environment: variables that it has besides those of this process.
+
+    `about` is what the side said of itself.
+    """
+
+    def __init__(self, side: str, command: list[str], environment: dict[str, str], stack: contextlib.ExitStack):
+        self.side, self.errors = side, tempfile.TemporaryFile('w+')  # noqa: SIM115
+        pipes: dict[str, Any] = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'stderr': self.errors}
+        self.process: Any = subprocess.Popen(command, **pipes, text=True, env=os.environ | environment)
+        stack.callback(self.process.wait)
+        stack.callback(self.process.kill)  # first
+        self.about = self._answer()
+
+    def ask(self, request: Any) -> Any:
+        """What the side answers to `request`, both of which JSON can hold. Exits where the process died instead."""
+        self.process.send_signal(signal.SIGCONT)
+        with contextlib.suppress(BrokenPipeError):  # _answer() says why
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            self.errors.seek(0)
+            name = os.path.basename(sys.argv[0]).removesuffix('.py')
+            sys.exit(f'{self.errors.read()}\n{name}: the {self.side} side ended with exit code {code}; see above')
+        self.process.send_signal(signal.SIGSTOP)
+        return json.loads(line)

@@ -1,0 +1,270 @@
+"""The benchmarks' own arithmetic: against numbers by hand, and the plain implementation against the project."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from alexnet_jax import costs
+from alexnet_jax.config import default_config, resolve
+from alexnet_jax.presets import PRESETS
+from alexnet_jax.shapes import LAYERS
+from benchmarks import check, layers, plain, presets, table
+from benchmarks.hlo import Program
+from benchmarks.project import Project
+
+ROOT = Path(__file__).parent.parent
+
+HLO = """HloModule jit_train_step, is_scheduled=true
+
+%fused_computation (param_0: f32[8,6,6,4], param_1: f32[3,3,4,10]) -> f32[8,10,6,6] {
+  %param_0 = f32[8,6,6,4]{3,2,1,0} parameter(0)
+  %param_1 = f32[3,3,4,10]{3,2,1,0} parameter(1)
+  %convolution.1 = f32[8,6,6,10]{3,2,1,0} convolution(%param_0, %param_1), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f, metadata={op_name="jit(train_step)/jvp(conv2)/conv_general_dilated" stack_frame_id=1}
+  ROOT %transpose.1 = f32[8,10,6,6]{3,2,1,0} transpose(%convolution.1), dimensions={0,3,1,2}
+}
+
+%fused_computation.1 (param_0.1: f32[8,6,6,10]) -> bf16[8,6,6,10] {
+  %param_0.1 = f32[8,6,6,10]{3,2,1,0} parameter(0)
+  ROOT %copy.1 = bf16[8,6,6,10]{3,2,1,0} copy(%param_0.1)
+}
+
+ENTRY %main (x: f32[8,6,6,4], kernel: f32[3,3,4,10], rows: f32[8,20], weights: f32[20,30]) -> (f32[8,30], f32[8,10,6,6]) {
+  %x = f32[8,6,6,4]{3,2,1,0} parameter(0)
+  %kernel = f32[3,3,4,10]{3,2,1,0} parameter(1)
+  %rows = f32[8,20]{1,0} parameter(2)
+  %weights = f32[20,30]{1,0} parameter(3)
+  %fusion = f32[8,10,6,6]{3,2,1,0} fusion(%x, %kernel), kind=kCustom, calls=%fused_computation
+  %convolution.2 = f32[8,3,3,10]{3,2,1,0} convolution(%x, %kernel), window={size=3x3 stride=2x2 pad=1_0x1_0}, dim_labels=b01f_01io->b01f, metadata={op_name="jit(train_step)/jvp(conv1)/conv_general_dilated"}
+  %grouped = f32[8,6,6,10]{3,2,1,0} convolution(%x, %half), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f, feature_group_count=2
+  %half = f32[3,3,2,10]{3,2,1,0} slice(%kernel), slice={[0:3], [0:3], [0:2], [0:10]}
+  %dilated = f32[8,6,6,4]{3,2,1,0} convolution(%convolution.2, %kernel), window={size=3x3 pad=1_2x1_2 lhs_dilate=2x2}, dim_labels=b01f_01oi->b01f, metadata={op_name="jit(train_step)/transpose(jvp(conv1))/conv_general_dilated"}
+  %fusion.1 = bf16[8,6,6,10]{3,2,1,0} fusion(%grouped), kind=kLoop, calls=%fused_computation.1
+  %maximum.1 = f32[8,6,6,10]{3,2,1,0} maximum(%grouped, %grouped), metadata={op_name="jit(train_step)/transpose(jvp(conv3/activation))/max"}
+  %add.1 = f32[8,6,6,10]{3,2,1,0} add(%grouped, %grouped), metadata={op_name="jit(train_step)/jvp(conv3)/add"}
+  %dot.1 = f32[8,30]{1,0} dot(%rows, %weights), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(train_step)/update/gradients/dot_general"}
+  %gradient = f32[8,3,3,10]{3,2,1,0} subtract(%convolution.2, %convolution.2), metadata={op_name="jit(train_step)/transpose(jvp(conv4/bias))/sub"}
+  %by_weights = f32[3,3,4,10]{3,2,1,0} convolution(%x, %gradient), window={size=3x3 pad=1_0x1_0 rhs_dilate=2x2}, dim_labels=f01b_i01o->01bf
+  %moved = f32[3,3,4,10]{3,2,1,0} subtract(%kernel, %by_weights), metadata={op_name="jit(train_step)/update/sub"}
+  %copy.2 = f32[8,20]{1,0} copy(%rows)
+  %multiply.1 = f32[8,20]{1,0} multiply(%copy.2, %copy.2), metadata={op_name="jit(train_step)/jvp()/mul"}
+  ROOT %tuple = (f32[8,30]{1,0}, f32[8,10,6,6]{3,2,1,0}) tuple(%dot.1, %fusion)
+}
+"""  # noqa: E501
+
+
+def test_flops_and_bytes_of_instructions_are_those_by_hand():
+    program = Program(HLO)
+    assert program.module == 'jit_train_step'
+    flops = {name: program.flops(name) for name in program.instructions}
+    assert flops['fusion'] == flops['convolution.1'] == 2 * 8 * 6 * 6 * 10 * (3 * 3 * 4)
+    assert flops['convolution.2'] == 2 * 8 * 3 * 3 * 10 * (3 * 3 * 4)
+    assert flops['grouped'] == 2 * 8 * 6 * 6 * 10 * (3 * 3 * 2)
+    assert flops['dilated'] == flops['convolution.2']  # the gradient by the inputs takes as many as the layer
+    assert flops['by_weights'] == flops['convolution.2']  # and that by the weights
+    assert flops['dot.1'] == 2 * 8 * 30 * 20
+    assert flops['maximum.1'] == flops['copy.2'] == 0
+    assert program.bytes('fusion') == 4 * (8 * 6 * 6 * 4 + 3 * 3 * 4 * 10 + 8 * 10 * 6 * 6)
+    assert program.bytes('fusion.1') == (4 + 2) * 8 * 6 * 6 * 10
+    assert program.bytes('tuple') == program.bytes('x') == 0
+
+
+def test_instructions_belong_to_the_part_that_they_are_made_for():
+    program = Program(HLO)
+    wanted = {
+        'convolution.2': ('conv1', 'forward'),
+        'dilated': ('conv1', 'backward'),
+        'fusion': ('conv2', 'forward'),  # what the fusion consists of
+        'maximum.1': ('conv3/activation', 'backward'),
+        'grouped': ('conv3', 'backward'),  # by who uses it
+        'fusion.1': ('other', 'forward'),  # nothing on its way has a name
+        'add.1': ('conv3/bias', 'forward'),
+        'gradient': ('conv4/bias', 'backward'),
+        'by_weights': ('conv4', 'backward'),  # though it is made for the update
+        'moved': ('update', 'forward'),
+        'dot.1': ('gradients', 'forward'),
+        'multiply.1': ('other', 'forward'),
+    }
+    assert {name: program.part(name) for name in wanted} == wanted
+
+
+@pytest.fixture(scope='module')
+def project():
+    config = default_config()
+    config.model.widths = (8, 16, 16, 16, 16, 32, 32)
+    config.model.num_classes = 10
+    config.data.image_size, config.data.crop_size = 72, 64
+    config.train.batch_size, config.mesh.data = 8, 1
+    return Project(resolve(config))
+
+
+def test_flops_of_the_compiled_step_are_those_of_its_layers(project):
+    program = Program(project.train_step.lower(*project.train_arguments).compile().as_text())
+    fused = {each.name for fusion in program.instructions.values() for each in fusion.fused}
+    total = sum(program.flops(name) for name in program.instructions.keys() - fused)
+    assert total == pytest.approx(8 * costs.flops_per_image(project.config), rel=0.02)  # sums are products too
+
+
+def test_the_plain_implementation_gives_what_the_project_gives(project):
+    distances = check.differences(project)
+    weights = [f'{layer}/{kind}' for layer in LAYERS for kind in ('kernel', 'bias')]
+    velocities = [f'velocity of {name}' for name in weights]
+    assert distances.keys() == {'logits', 'loss', 'loss of the evaluation', *weights, *velocities}
+    assert max(distances.values()) < 1e-5
+    assert check.worst(distances, exact=True)[1] in distances.values()
+
+
+def test_the_plain_response_norm_and_pooling_are_those_by_hand():
+    x = np.arange(1.0, 9.0, dtype=np.float32).reshape(1, 1, 1, 8) * 100  # towers of 4 maps
+    squares = x[0, 0, 0] ** 2
+    near = [squares[:3], squares[:4], squares[:4], squares[1:4], squares[4:7], squares[4:], squares[4:], squares[5:]]
+    wanted = [value / (2 + 1e-4 * sum(window)) ** 0.75 for value, window in zip(x[0, 0, 0], near, strict=True)]
+    np.testing.assert_allclose(plain.response_norm(x)[0, 0, 0], wanted, rtol=1e-6)
+    pixels = np.arange(25, dtype=np.float32).reshape(1, 5, 5, 1)
+    np.testing.assert_array_equal(plain.max_pool(pixels)[0, :, :, 0], [[12, 14], [22, 24]])
+
+
+def test_the_worst_distance_is_the_one_that_is_nearest_to_its_tolerance():
+    distances = {'logits': 5e-6, 'velocity of conv1/kernel': 1e-3, 'fc6/bias': 1e-7}
+    assert check.worst(distances, exact=True) == ('logits', 5e-6, 1e-5)
+    assert check.worst(distances | {'conv2/bias': math.nan}, exact=True)[0] == 'conv2/bias'
+
+
+def test_threads_share_each_moment_among_what_they_do():
+    actions = [
+        (0, 0, 'task', 'unknown'),  # it was handed on before the trace: nothing
+        (10, 0, 'instruction', 'a'),
+        (20, 0, 'record', 7),  # by a
+        (30, 0, 'end', None),
+        (30, 0, 'instruction', 'b'),
+        (40, 1, 'task', 7),  # a and b share 40 to 60
+        (50, 1, 'record', 8),  # by a, though a has returned
+        (60, 0, 'end', None),
+        (70, 1, 'instruction', 'c'),  # within the task: c alone from 70 to 80
+        (80, 1, 'end', None),
+        (90, 1, 'end', None),
+        (100, 2, 'task', 8),  # nothing from 90 to 100
+        (130, 2, 'end', None),
+    ]
+    # a: 10 to 30, half of 40 to 60, 60 to 70, 80 to 90, 100 to 130; b: 30 to 40 and half of 40 to 60.
+    assert layers.time_by_instruction(actions) == {'a': 80, 'b': 20, 'c': 10, None: 10}
+
+
+def test_events_of_a_thread_become_what_it_does():
+    def event(name, start, end, **stats):
+        return SimpleNamespace(name=name, start_ns=start, end_ns=end, stats=stats.items())
+
+    events = [
+        event('ThreadpoolListener::StopRegion', 5, 5),  # of a task that began before the trace
+        event('ThreadpoolListener::StartRegion', 10, 10, _c=3),
+        event('ThunkExecutor::Execute', 11, 60),
+        event('outer', 20, 50, hlo_module='jit_step', hlo_op='outer'),
+        event('elsewhere', 21, 22, hlo_module='jit_other', hlo_op='elsewhere'),
+        event('ThreadpoolListener::Record', 25, 25, _p=4),
+        event('inner', 30, 30, hlo_module='jit_step', hlo_op='inner'),  # took no time
+        event('end: inner', 30, 31, hlo_module='jit_step'),
+        event('ThreadpoolListener::Record', 50, 50, _p=5),
+        event('ThreadpoolListener::StopRegion', 60, 60),
+    ]
+    assert list(layers.actions_of_thread(1, events[::-1], 'jit_step')) == [
+        (10, 1, 'task', 3),
+        (20, 1, 'instruction', 'outer'),
+        (25, 1, 'record', 4),
+        (30, 1, 'instruction', 'inner'),
+        (30, 1, 'end', None),
+        (50, 1, 'record', 5),
+        (50, 1, 'end', None),
+        (60, 1, 'end', None),
+    ]
+
+
+def test_rows_are_sums_over_the_instructions_of_a_part():
+    actions = [(0, 0, 'instruction', 'convolution.2'), (3e9, 0, 'end', None), (5e9, 0, 'instruction', 'dilated')]
+    actions += [(6e9, 0, 'end', None), (6e9, 0, 'instruction', 'dilated'), (7e9, 0, 'end', None)]
+    rows = layers.rows_of(actions, Program(HLO), product=1e4, bandwidth=1e3)
+    flops, size = 2 * 8 * 3 * 3 * 10 * 36, 4 * (8 * 6 * 6 * 4 + 360 + 8 * 3 * 3 * 10)
+    assert [(row['part'], row['pass'], row['seconds']) for row in rows] == [
+        ('conv1', 'forward', 3.0),
+        ('conv1', 'backward', 2.0),
+        ('idle', 'forward', 2.0),
+    ]
+    assert [(row['flops'], row['bytes']) for row in rows] == [(flops, size), (2 * flops, 2 * size), (0, 0)]
+    assert rows[0]['least_seconds'] == pytest.approx(max(flops / 1e4, size / 1e3))
+    (convolutions, idle) = layers.by_kind(rows)
+    assert (convolutions['part'], convolutions['seconds'], convolutions['flops']) == ('convolutions', 5.0, 3 * flops)
+    assert idle['seconds'] == 2.0
+
+
+def test_only_what_exceeds_the_noise_is_slower():
+    def seconds(this, other, again):
+        return {'train': {'this': this, 'other': other, 'again': again}}
+
+    times = {'a': seconds(1.05, 1.0, 1.0), 'b': seconds(1.0, 1.0, 1.1), 'c': seconds(2.0, 2.0, 2.0)}
+    margin, slower = presets.judge(times)
+    assert margin == pytest.approx(3 * math.sqrt(math.log(1.1) ** 2 / 3))  # 16.5 %
+    assert slower == []
+    assert presets.judge(times | {'d': seconds(1.4, 1.1, 1.0)})[1] == [('d', 'train')]
+    assert presets.judge({'a': times['a']}) == (0.03, [('a', 'train')])
+
+
+def test_cases_are_all_presets_all_ablations_and_all_layouts():
+    found = presets.cases()
+    assert {name.split('/')[1] for name in found if name.startswith('preset/')} == set(PRESETS)
+    assert {'ablation/no_lrn', 'ablation/no_dropout', 'ablation/no_overlap', 'ablation/one_tower'} <= found.keys()
+    assert {'ablation/no_conv4', 'ablation/no_exchange', 'ablation/no_spatial_norm'} <= found.keys()
+    assert {case[2]['mesh.layout'] for name, case in found.items() if 'mesh.layout' in case[2]} == {'data', 'hybrid'}
+    assert json.loads(json.dumps(found)).keys() == found.keys()
+
+
+RESULTS: dict = {
+    'train_step': {
+        'images_per_second': 40.0,
+        'forward_images_per_second': 100.0,
+        'tensorflow_images_per_second': 50.0,
+        'tensorflow_forward_images_per_second': 80.0,
+        'tensorflow_ratio': 0.8,
+        'tensorflow_forward_ratio': 1.25,
+        'torch_images_per_second': 20.0,
+        'torch_forward_images_per_second': 100.0,
+        'torch_ratio': 2.0,
+        'torch_forward_ratio': 1.0,
+        'share_of_product': {'jax': 0.55},
+        'forward_share_of_product': {'jax': 0.66},
+        'product_flops_per_second': {'jax': 2e11, 'torch': 3e11},
+        'batch_size': 128,
+        'dtype': 'float32',
+        'versions': {'python': '3.11.7', 'jax': '0.10', 'tensorflow': '2.21', 'torch': None},
+        'machine': '2 cores',
+        'date': '2026-01-02',
+    },
+    'startup': {'help': 0.44, 'warm': 7.96, 'stages': {}, 'machine': '2 cores', 'date': '2026-01-09'},
+}
+
+
+def test_the_table_of_the_readme_is_made_of_the_results_alone():
+    made = table.table(RESULTS)
+    assert made.splitlines()[2:] == [
+        '| train step of `paper`, batch 128, float32: images/s | 40.0 | TensorFlow, oneDNN | 50.0 | 0.80 |',
+        '|  |  | PyTorch, `torch.compile` | 20.0 | 2.00 |',
+        '| its FLOP/s, as a share of the 300 G that a matrix product reaches | 0.55 |  |  |  |',
+        '| forward pass of `paper`, batch 128, float32: images/s | 100.0 | TensorFlow, oneDNN | 80.0 | 1.25 |',
+        '|  |  | PyTorch, `torch.compile` | 100.0 | 1.00 |',
+        '| its FLOP/s, as a share of the 300 G that a matrix product reaches | 0.66 |  |  |  |',
+        '| `launch.py --help`: seconds | 0.4 |  |  |  |',
+        '| first step of `paper`, compiled before: seconds | 8.0 |  |  |  |',
+        '',
+        '2 cores; jax 0.10, tensorflow 2.21. Measured 2026-01-02 to 2026-01-09.',
+    ]
+    readme = f'# Title\n\n{table.BEGIN}\nold\n{table.END}\n\nmore\n'
+    assert table.put_into(readme, made) == f'# Title\n\n{table.BEGIN}\n{made}\n{table.END}\n\nmore\n'
+    for wrong in (readme.replace(table.END, ''), readme + table.END, readme.replace(table.BEGIN, '')):
+        with pytest.raises(ValueError, match='one line'):
+            table.put_into(wrong, made)
+
+
+def test_the_readme_has_the_table_of_the_kept_results():
+    readme, kept = (ROOT / table.README).read_text(), json.loads((ROOT / table.RESULTS).read_text())
+    assert table.put_into(readme, table.table(kept)) == readme
