@@ -1,0 +1,115 @@
+"""What makes the step fast on a CPU, looked for in the compiled program of a narrow `paper`."""
+
+import math
+import re
+from collections import Counter
+
+import pytest
+
+from alexnet_jax.config import default_config, resolve
+from alexnet_jax.shapes import LAYERS
+from benchmarks.hlo import HOLLOW, Program
+from benchmarks.project import Project
+
+WIDTHS = (16, 32, 32, 32, 32, 64, 48)
+# Where both towers see the same maps there is one convolution.
+CONVOLUTIONS = {'conv1': 1, 'conv2': 2, 'conv3': 1, 'conv4': 2, 'conv5': 2}
+CONV1_MAPS = 8 * 15 * 15 * 16  # numbers in them
+
+
+@pytest.fixture(scope='module')
+def text() -> str:
+    """Of the step on one device, two towers, 8 images."""
+    config = default_config()
+    config.model.widths, config.model.num_classes = WIDTHS, 10
+    config.data.image_size, config.data.crop_size = 72, 64
+    config.train.batch_size, config.mesh.data = 8, 1
+    project = Project(resolve(config))
+    return project.train_step.lower(*project.train_arguments).compile().as_text()
+
+
+@pytest.fixture(scope='module')
+def program(text) -> Program:
+    return Program(text)
+
+
+@pytest.fixture(scope='module')
+def alone(program) -> list:
+    """The instructions that are no part of a fusion, and do something."""
+    fused = {each.name for fusion in program.instructions.values() for each in fusion.fused}
+    return [each for name, each in program.instructions.items() if name not in fused and each.opcode not in HOLLOW]
+
+
+def numbers(instruction) -> int:
+    """In the largest array that it gives."""
+    return max(math.prod(shape) for _, shape in instruction.tensors)
+
+
+def test_towers_that_see_the_same_maps_convolve_as_one(program, alone):
+    found = Counter(program.part(each.name) for each in alone if each.opcode == 'convolution')
+    forward = {(layer, 'forward'): count for layer, count in CONVOLUTIONS.items()}
+    # By the weights and, but for the images, by the maps.
+    backward = {(layer, 'backward'): count * (1 + (layer != 'conv1')) for layer, count in CONVOLUTIONS.items()}
+    assert found == forward | backward
+
+
+def test_the_state_is_updated_where_it_lies(text, program, alone):
+    [aliases] = re.findall(r'input_output_alias=\{(.*?) \}, ', text)
+    pairs = re.findall(r'\{(\d+)\}: \((\d+), \{\}', aliases)
+    assert [tuple(map(int, pair)) for pair in pairs] == [(i, i) for i in range(1 + 2 * 2 * len(LAYERS))]
+    copied = [program.instructions[each.operands[0]].op_name for each in alone if each.opcode == 'copy']
+    of_state = [name.replace('\\', '') for name in copied if name.startswith('state.')]
+    # Of 61 million weights those of convolutions are 2 million.
+    assert not [name for name in of_state if re.match(r"state\.opt_state|state\.params\['fc\d'\]\['kernel'\]", name)]
+
+
+def test_one_device_sums_no_gradients_over_devices(alone):
+    summed = [numbers(each) for each in alone if each.opcode.startswith(('all-', 'reduce-scatter', 'collective-'))]
+    assert all(count <= 3 for count in summed)  # what is logged
+
+
+def test_pooling_takes_maxima_pixel_by_pixel(program):
+    opcodes = Counter(each.opcode for each in program.instructions.values())
+    assert opcodes['select-and-scatter'] == 0
+    # Kept for the gradients: the number of each maximum in its window, a byte.
+    kept = [each.tensors[0][1] for each in program.instructions.values() if each.opcode == 'reduce-window']
+    assert kept.count((1, 8, 7, 7, 16)) == 2  # maxima and numbers of conv1, stored
+
+
+def test_gradients_of_biases_are_products(program, alone):
+    dots = Counter(program.part(each.name)[0] for each in alone if each.opcode == 'dot' and each.tensors[0][1][0] == 1)
+    assert dots == CONVOLUTIONS
+
+
+def test_images_are_augmented_once_and_without_products(program, alone):
+    [image] = [
+        name for name, each in program.instructions.items() if each.op_name.replace('\\', '') == "batch['image']"
+    ]
+    assert len([each for each in alone if image in each.operands]) == 1
+    assert {program.part(each.name)[0] for each in alone if program.flops(each.name)} == set(LAYERS)
+
+
+# Arrays of their size that are written, and how often such arrays are read.
+WRITTEN = {
+    ('conv1', 'forward'): 1,
+    ('conv1/lrn', 'forward'): 3,  # squares, their sums, what is multiplied with
+    ('conv1/lrn', 'backward'): 3,
+    ('conv1/activation', 'backward'): 2,  # for the gradients of bias and kernel
+}
+READ = {
+    ('conv1/lrn', 'forward'): 3,
+    ('conv1/pool', 'forward'): 4,  # for the maxima and for where they are
+    ('conv1/lrn', 'backward'): 5,
+    ('conv1/activation', 'backward'): 6,
+    ('conv1', 'backward'): 2,
+}
+
+
+def test_no_more_passes_over_the_maps_of_conv1_than_were_counted(program, alone):
+    maps = {name for name, each in program.instructions.items() if numbers(each) == CONV1_MAPS}
+    assert Counter(program.part(each.name) for each in alone if each.name in maps) <= Counter(WRITTEN)
+    assert Counter(program.part(each.name) for each in alone for name in each.operands if name in maps) <= Counter(READ)
+
+
+def test_powers_are_roots(program):
+    assert 'power' not in {each.opcode for each in program.instructions.values()}
