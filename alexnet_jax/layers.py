@@ -163,6 +163,24 @@ def stored(x: jax.Array) -> jax.Array:
     return lax.reduce_window(x[None], lowest, lax.max, window, (1,) * (x.ndim + 1), padding)[0]
 
 
+@jax.custom_vjp
+def read_before_update(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`x` and `kernel` as they are, for a product of them whose gradient by the kernel waits for that by `x`.
+
+    The latter reads the kernel: where it may come after the update, XLA copies the kernel first, in every step.
+    """
+    return x, kernel
+
+
+def _read_before_update_backward(_, gradients):
+    to_x, to_kernel = gradients
+    # What it waits for is 0, but no compiler may say so, for it might not be a number.
+    return to_x, to_kernel + 0 * to_x[(0,) * to_x.ndim].astype(to_kernel.dtype)
+
+
+read_before_update.defvjp(lambda x, kernel: ((x, kernel), None), _read_before_update_backward)
+
+
 def max_pool(x: jax.Array, window: int, stride: int, *, overhang: bool = False) -> jax.Array:
     """Maximum over windows of `window` x `window` pixels, `stride` apart, without padding (section 3.4).
 
@@ -188,7 +206,7 @@ def _max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
 
 def _pixels_of_windows(x: jax.Array, window: int, stride: int) -> list[jax.Array]:
     """The first pixels of all windows, the second ones, and so on, row by row: each (B, H', W', C)."""
-    height, width = ((size - window) // stride * stride + 1 for size in x.shape[1:3])
+    height, width = (size - window + 1 for size in x.shape[1:3])
     strides = (1, stride, stride, 1)
     return [
         lax.slice(x, (0, row, column, 0), (x.shape[0], row + height, column + width, x.shape[3]), strides)

@@ -17,6 +17,7 @@ from alexnet_jax.layers import (
     convolution,
     local_response_norm,
     max_pool,
+    read_before_update,
     spatial_response_norm,
     unshared_convolution,
 )
@@ -115,8 +116,8 @@ class Dense(nnx.Module):
         """(B, outputs on this device), before the nonlinearity, of one (B, inputs) or of one for each tower."""
         kernels = jnp.split(self.kernel[...].astype(self.dtype), len(parts), -1)
         with jax.named_scope(self.name):
-            products = [x.astype(self.dtype) @ kernel for x, kernel in zip(parts, kernels, strict=True)]
-            x = jnp.concatenate(products, -1)
+            pairs = [read_before_update(x.astype(self.dtype), w) for x, w in zip(parts, kernels, strict=True)]
+            x = jnp.concatenate([x @ kernel for x, kernel in pairs], -1)
             if self.inputs < self.all_inputs:
                 x = sum_parts(x, self.bias.shape[0])
             return x + self.bias[...].astype(self.dtype)[None]

@@ -45,6 +45,11 @@ def numbers(instruction) -> int:
     return max(math.prod(shape) for _, shape in instruction.tensors)
 
 
+def stored(program) -> list[tuple[int, ...]]:
+    """Shapes of what layers.stored() gives, and of sums over windows."""
+    return [each.tensors[0][1] for each in program.instructions.values() if each.opcode == 'reduce-window']
+
+
 def test_towers_that_see_the_same_maps_convolve_as_one(program, alone):
     found = Counter(program.part(each.name) for each in alone if each.opcode == 'convolution')
     forward = {(layer, 'forward'): count for layer, count in CONVOLUTIONS.items()}
@@ -71,9 +76,7 @@ def test_one_device_sums_no_gradients_over_devices(alone):
 def test_pooling_takes_maxima_pixel_by_pixel(program):
     opcodes = Counter(each.opcode for each in program.instructions.values())
     assert opcodes['select-and-scatter'] == 0
-    # Kept for the gradients: the number of each maximum in its window, a byte.
-    kept = [each.tensors[0][1] for each in program.instructions.values() if each.opcode == 'reduce-window']
-    assert kept.count((1, 8, 7, 7, 16)) == 2  # maxima and numbers of conv1, stored
+    assert stored(program).count((1, 8, 7, 7, 16)) == 2  # conv1's maxima, and their numbers in their windows
 
 
 def test_gradients_of_biases_are_products(program, alone):
@@ -86,6 +89,7 @@ def test_images_are_augmented_once_and_without_products(program, alone):
         name for name, each in program.instructions.items() if each.op_name.replace('\\', '') == "batch['image']"
     ]
     assert len([each for each in alone if image in each.operands]) == 1
+    assert (1, 8, 64, 64, 3) in stored(program)
     assert {program.part(each.name)[0] for each in alone if program.flops(each.name)} == set(LAYERS)
 
 

@@ -7,10 +7,13 @@ import pytest
 import tensorflow as tf
 
 from alexnet_jax.layers import (
+    add_bias,
     convolution,
     local_response_norm,
     max_pool,
+    read_before_update,
     spatial_response_norm,
+    stored,
     unshared_convolution,
 )
 
@@ -182,9 +185,80 @@ def test_max_pool_gives_the_gradient_to_the_first_of_equal_values(values, expect
 
 def test_max_pool_keeps_bfloat16():
     x = jnp.asarray(distinct((1, 5, 5, 4)), jnp.bfloat16)
-    y = max_pool(x, 3, 2)
-    assert y.dtype == jnp.bfloat16
+    y, back = jax.vjp(lambda x: max_pool(x, 3, 2), x)
+    [gradient] = back(y)
+    assert (y.dtype, gradient.dtype) == (jnp.bfloat16, jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(y, np.float32), pool_loop(np.asarray(x, np.float32), 3, 2))
+
+
+def kept_for_gradient(function, x):
+    """Sizes and dtypes of the arrays that wait for the gradient of the output."""
+    return sorted((leaf.size, str(leaf.dtype)) for leaf in jax.tree.leaves(jax.vjp(function, x)[1]))
+
+
+def test_lrn_keeps_its_input_and_the_denominator():
+    x = jnp.asarray(normal((2, 5, 5, 16)))
+    assert kept_for_gradient(lambda x: local_response_norm(x, **PAPER), x) == [(x.size, 'float32')] * 2
+
+
+def test_max_pool_keeps_a_byte_a_window():
+    x = jnp.asarray(distinct((2, 7, 9, 5)))
+    assert kept_for_gradient(lambda x: max_pool(x, 3, 2), x) == [(2 * 3 * 4 * 5, 'int8')]
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('own_of_pixels', [False, True])
+def test_add_bias_and_its_gradient_are_sums(own_of_pixels, dtype):
+    # Whole numbers of at most 8 bits, and their sums.
+    x, cotangent = (np.random.default_rng(seed).integers(-2, 3, (2, 3, 4, 5)).astype(np.float32) for seed in (20, 21))
+    bias = distinct((3, 4, 5) if own_of_pixels else (5,), 22)
+
+    def both(x, bias, cotangent):
+        y, back = jax.vjp(add_bias, x, bias)
+        return y, *back(cotangent)
+
+    y, to_x, to_bias = jax.jit(both)(*(jnp.asarray(each, dtype) for each in (x, bias, cotangent)))
+    assert {each.dtype for each in (y, to_x, to_bias)} == {jnp.dtype(dtype)}
+    np.testing.assert_array_equal(np.asarray(y, np.float32), x + bias)
+    np.testing.assert_array_equal(np.asarray(to_x, np.float32), cotangent)
+    expected = np.zeros(bias.shape)
+    for index in np.ndindex(*x.shape):
+        expected[index[4 - bias.ndim :]] += cotangent[index]
+    np.testing.assert_array_equal(np.asarray(to_bias, np.float32), expected)
+
+
+def test_sums_of_bias_gradients_are_not_rounded_where_products_are():
+    program = str(jax.make_jaxpr(jax.grad(lambda bias: add_bias(jnp.ones((2, 3, 3, 4)), bias).sum()))(jnp.ones(4)))
+    assert 'Precision.HIGHEST' in program
+
+
+@pytest.mark.parametrize(
+    'values',
+    [
+        np.float32([[-np.inf, -1.5, 0.0], [3.5, np.inf, -1e-30]]),
+        np.int8([[-128, -1, 0], [127, 5, -7]]),
+        jnp.asarray([[-3.0, -1.5, 0.25]], jnp.bfloat16),
+    ],
+    ids=['float32', 'int8', 'bfloat16'],
+)
+def test_what_is_stored_stays_as_it_is(values):
+    y = jax.jit(stored)(values)
+    assert (y.shape, y.dtype) == (values.shape, values.dtype)
+    np.testing.assert_array_equal(np.asarray(y, np.float64), np.asarray(values, np.float64))
+
+
+def test_reading_before_the_update_changes_nothing():
+    x, kernel, cotangent = distinct((4, 3), 23), distinct((3, 5), 24), distinct((4, 5), 25)
+
+    def both(x, kernel, cotangent):
+        y, back = jax.vjp(lambda x, kernel: jnp.matmul(*read_before_update(x, kernel)), x, kernel)
+        return y, *back(cotangent)
+
+    y, to_x, to_kernel = jax.jit(both)(x, kernel, cotangent)
+    np.testing.assert_array_equal(y, x @ kernel)
+    np.testing.assert_array_equal(to_x, cotangent @ kernel.T)
+    np.testing.assert_array_equal(to_kernel, x.T @ cotangent)
+    np.testing.assert_array_equal(jnp.matmul(*read_before_update(x, kernel)), x @ kernel)
 
 
 def convolution_loop(x, kernel, stride, padding):
