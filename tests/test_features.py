@@ -37,11 +37,12 @@ def index(loaded, store) -> features.Index:
     return features.index_of(loaded, store)
 
 
-def eager(loaded, image: np.ndarray, layer: str) -> np.ndarray:
-    """What `layer` gives for one image, without compiled step, mesh and augment.py."""
+def eager(loaded, image: np.ndarray) -> dict[str, np.ndarray]:
+    """What each layer gives for one image, without compiled step, mesh and augment.py."""
     state = jax.device_get(loaded.state)
     model = nnx.merge(network(loaded.config)[0], state.params, state.statistics)
-    return np.asarray(model.layer_outputs(jnp.asarray(centre(image, loaded.config, loaded.statistics))[None])[layer][0])
+    outputs = model.layer_outputs(jnp.asarray(centre(image, loaded.config, loaded.statistics))[None])
+    return {layer: np.asarray(output[0]) for layer, output in outputs.items()}
 
 
 def test_features_are_those_of_each_image_in_order(loaded, store, index):
@@ -49,7 +50,7 @@ def test_features_are_those_of_each_image_in_order(loaded, store, index):
     assert index.features.shape == (len(store.train), 32)
     for number in (0, 47, 48, 3000, len(store.train) - 1):
         np.testing.assert_allclose(
-            index.features[number], eager(loaded, store.train[number]['image'], 'fc7'), rtol=1e-4, atol=1e-5
+            index.features[number], eager(loaded, store.train[number]['image'])['fc7'], rtol=1e-4, atol=1e-5
         )
     assert len(np.unique(np.asarray(index.features[:500]), axis=0)) > 400
 
@@ -151,14 +152,14 @@ def test_outputs_of_every_layer_on_a_mesh_are_those_of_one_device(photos_dir, st
     loaded = trained.load(trained.find(make_run(tmp_path / 'run', config)))
     assert dict(loaded.mesh.shape) == {'data': data, 'model': model}
     images = [store.train[number]['image'] for number in range(11)]
+    expected = {number: eager(loaded, images[number]) for number in (0, 10)}
     for layer in ('conv1', 'conv3', 'conv5', 'fc6', 'fc7', 'fc8'):
         compiled = make_output_step(loaded.config, loaded.mesh, layer)
         rows = list(loaded.rows(compiled, images, batch_size=8))
         assert len(rows) == 11
-        for number in (0, 10):
-            expected = eager(loaded, images[number], layer)
-            assert rows[number].shape == expected.shape
-            np.testing.assert_allclose(rows[number], expected, rtol=1e-4, atol=1e-5)
+        for number, outputs in expected.items():
+            assert rows[number].shape == outputs[layer].shape
+            np.testing.assert_allclose(rows[number], outputs[layer], rtol=1e-4, atol=1e-5)
 
 
 def test_features_of_a_network_without_hidden_dense_layers_are_maps(photos_dir, store, tmp_path):
@@ -167,7 +168,7 @@ def test_features_of_a_network_without_hidden_dense_layers_are_maps(photos_dir, 
     few = Store(Few(store.train), None, {}, [], store.fingerprint)
     index = features.index_of(loaded, few)
     assert (index.layer, index.features.shape) == ('conv5', (50, 8 * 8 * 16))
-    expected = eager(loaded, store.train[49]['image'], 'conv5').reshape(-1)
+    expected = eager(loaded, store.train[49]['image'])['conv5'].reshape(-1)
     np.testing.assert_allclose(index.features[49], expected, rtol=1e-4, atol=1e-5)
     queries = features.of_images(loaded, index, [store.train[number]['image'] for number in (3, 49)])
     found, distances = features.nearest(index, queries, 2)

@@ -58,6 +58,7 @@ def write_tars(folder: Path) -> None:
 def launch(data_dir: Path, workdir: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, 'launch.py', '--config=configs/imagenet.py', f'--workdir={workdir}']
     command += [f'--config.data.data_dir={data_dir}', '--config.train.steps=3', '--config.train.batch_size=8']
+    command += ['--config.model.widths=(16,32,32,32,32,64,64)']
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 

@@ -13,6 +13,8 @@ from alexnet_jax import augment, config, parallel, step
 from alexnet_jax.checkpoint import CheckpointError, Checkpoints, state_digest
 from alexnet_jax.shapes import LAYERS
 
+# Machine code that is run for some steps or never need not be fast; what is done on which device is the same.
+FAST = {'xla_backend_optimization_level': 0}
 MESHES = [(1, 1), (8, 1), (4, 2), (1, 2)]  # of the layout `towers`
 LAYOUTS = [('towers', 8, 1), ('towers', 4, 2), ('data', 8, 1), ('hybrid', 8, 1), ('hybrid', 4, 2), ('hybrid', 2, 4)]
 STATISTICS = {
@@ -57,13 +59,14 @@ def put_batch(settings, mesh, rows):
 
 def train(settings, steps: int):
     mesh = parallel.make_mesh(settings)
-    train_step = step.make_train_step(settings, mesh)
     prepared = augment.preprocessing(STATISTICS, settings.data)
     state, losses = step.init_state(settings, mesh), []
     initial = state_digest(state)
+    rows = [put_batch(settings, mesh, batch(number, settings)) for number in range(steps)]
+    lowered = step.make_train_step(settings, mesh).lower(state, rows[0], rates(0.01), prepared)
+    train_step = lowered.compile(FAST)
     for number in range(steps):
-        rows = put_batch(settings, mesh, batch(number, settings))
-        state, metrics = train_step(state, rows, rates(0.01), prepared)
+        state, metrics = train_step(state, rows[number], rates(0.01), prepared)
         losses.append(float(metrics['loss']))
     return mesh, state, losses, initial
 
@@ -353,9 +356,7 @@ def compiled_step(data: int, model: int, batch_size: int, **mesh) -> str:
     settings = config.default_config()
     settings.mesh.update({'data': data, 'model': model, **mesh})
     settings.train.batch_size = settings.eval.batch_size = batch_size
-    # Machine code that is never run need not be fast.
-    options = {'xla_backend_optimization_level': 0}
-    return lowered_step(config.resolve(settings)).compile(compiler_options=options).as_text()
+    return lowered_step(config.resolve(settings)).compile(FAST).as_text()
 
 
 def test_towers_exchange_where_the_paper_does_and_nowhere_else():

@@ -57,7 +57,7 @@ SCREENS = {'desktop': (1280, 900, False), 'phone': (360, 740, True)}
 
 
 def execute(*command, **environment: str) -> subprocess.CompletedProcess:
-    settings = {**os.environ, 'JAX_NUM_CPU_DEVICES': '1', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', **environment}
+    settings = {**os.environ, 'JAX_NUM_CPU_DEVICES': '1', **environment}
     return subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300
     )

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def command(data_dir: str, workdir: Path, *overrides: str) -> list[str]:
     """A narrow quickstart: 12 steps of 640 images, ten an epoch, evaluated and saved in the middle of epochs."""
     settings = {
         'data.data_dir': data_dir,
-        'model.widths': '(16,32,32,32,32,64,64)',
+        'model.widths': '(8,16,16,16,16,32,32)',
         'train.batch_size': 640,
         'train.steps': STEPS,
         'train.log_every': 4,
@@ -130,15 +131,21 @@ def test_an_interrupted_run_ends_as_the_uninterrupted(uninterrupted, photos_dir,
 def test_colour_noise_ends_where_it_is_told_to(photos_dir, tmp_path):
     """As if the run had been stopped there and gone on without."""
     short = ('--config.eval.views=1', '--config.eval.every=100', '--config.train.steps=6')
-    ended = launch(photos_dir, tmp_path / 'ended', *short, '--config.data.color_until=4 steps')
-    assert ended.returncode == 0, ended.stderr
-    for steps, color in ((4, 'original'), (6, 'none')):
-        run = launch(
-            photos_dir, tmp_path / 'two', *short, f'--config.data.color={color}', f'--config.train.steps={steps}'
-        )
-        assert run.returncode == 0, run.stderr
-    always = launch(photos_dir, tmp_path / 'always', *short)
-    assert always.returncode == 0, always.stderr
+    commands = {
+        'ended': [['--config.data.color_until=4 steps']],
+        'two': [
+            [f'--config.data.color={color}', f'--config.train.steps={n}'] for n, color in ((4, 'original'), (6, 'none'))
+        ],
+        'always': [[]],
+    }
+
+    def train(name: str) -> None:
+        for flags in commands[name]:
+            run = launch(photos_dir, tmp_path / name, *short, *flags)
+            assert run.returncode == 0, run.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(train, commands))
     digests = [
         json.loads((tmp_path / name / 'result.json').read_text())['state_digest'] for name in ('ended', 'two', 'always')
     ]
