@@ -181,7 +181,7 @@ def flags(data_dir: str, workdir: Path) -> list[str]:
     """A narrow quickstart: 32 steps of 128 images, saved every four, evaluated at the end."""
     settings = {
         'data.data_dir': data_dir,
-        'model.widths': '(16,0,0,0,32,0,64)',
+        'model.widths': '(16,32,32,32,32,64,64)',
         'train.batch_size': 128,
         'train.steps': STEPS,
         'eval.every': STEPS,
