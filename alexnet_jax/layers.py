@@ -105,13 +105,15 @@ def _response_norm(x: jax.Array, k: float, window: tuple[int, ...], alpha: float
 
 
 def _response_norm_forward(x, k, window, alpha, beta):
-    denominator = k + alpha * _window_sum(x * x, window)
-    return x * _negative_power(denominator, beta), (x, denominator)
+    return _response_norm(x, k, window, alpha, beta), x
 
 
-def _response_norm_backward(k, window, alpha, beta, saved, gradient):
-    # Written out because the derived one keeps five arrays of the size of x and takes the roots apart again.
-    x, denominator = saved
+def _response_norm_backward(k, window, alpha, beta, x, gradient):
+    # Written out because the derived one keeps five arrays of the size of x, and takes the roots apart again. The sums
+    # are taken anew: kept, they and their roots are a third of a step's memory. The compiler would do so, and find them
+    # again in the forward pass, but for the 0, which might not be a number.
+    late = x + 0 * gradient[(0,) * x.ndim]
+    denominator = k + alpha * _window_sum(late * late, window)
     scaled = gradient * _negative_power(denominator, beta)
     return (scaled - 2 * alpha * beta * x * _window_sum(scaled * x / denominator, window),)
 

@@ -97,13 +97,13 @@ def test_images_are_augmented_once_and_without_products(program, alone):
 WRITTEN = {
     ('conv1', 'forward'): 1,
     ('conv1/lrn', 'forward'): 3,  # squares, their sums, what is multiplied with
-    ('conv1/lrn', 'backward'): 3,
+    ('conv1/lrn', 'backward'): 5,  # the squares and sums again
     ('conv1/activation', 'backward'): 2,  # for the gradients of bias and kernel
 }
 READ = {
     ('conv1/lrn', 'forward'): 3,
     ('conv1/pool', 'forward'): 4,  # for the maxima and for where they are
-    ('conv1/lrn', 'backward'): 5,
+    ('conv1/lrn', 'backward'): 7,
     ('conv1/activation', 'backward'): 6,
     ('conv1', 'backward'): 2,
 }
