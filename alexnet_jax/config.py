@@ -103,6 +103,8 @@ def default_config() -> ml_collections.ConfigDict:
             },
             'train': {
                 'batch_size': 128,  # over all devices
+                'micro_batches': 1,  # parts of a device's images, one after another, whose gradients are added up
+                'remat': False,  # whether gradients compute convolutions anew instead of keeping what they need
                 'epochs': 90.0,
                 'steps': config_dict.placeholder(int),  # takes the place of epochs where it is given
                 'log_every': '50 steps',

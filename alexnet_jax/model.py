@@ -132,6 +132,8 @@ class AlexNet(nnx.Module):
       channels: of the images, 3 or 1.
       rngs: the stream `params` gives the initial kernels.
       statistics_axes: of the mesh, over which batch normalisation takes its means in training.
+      remat: whether the gradient of a convolution and of what follows it keeps their inputs alone, and computes them
+        again.
     """
 
     def __init__(
@@ -142,8 +144,9 @@ class AlexNet(nnx.Module):
         channels: int = 3,
         rngs: nnx.Rngs,
         statistics_axes: tuple[str, ...] = ('data',),
+        remat: bool = False,
     ):
-        self.config = config
+        self.config, self.remat = config, remat
         table = layers(config, crop_size, channels)
         self.last_maps = next(layer.pooled[-1] for layer in reversed(table) if layer.name.startswith('conv'))
         for layer in table:
@@ -181,28 +184,42 @@ class AlexNet(nnx.Module):
     ) -> list[jax.Array]:
         """One convolution and what follows it; conv3 sees the maps of both towers, others those of their own."""
         layer = getattr(self, name, None)
+        if layer is not None and (name == 'conv1' or name in self.config.exchange):
+            parts = [exchange(jnp.concatenate(parts, -1), layer.inputs, name)]
+        norm, training = getattr(self, f'{name}_norm', None), dropout_keys is not None
+
+        def compute(layer, norm, parts):
+            return self.compute(name, layer, norm, parts, training)
+
+        parts, output = (nnx.remat(compute) if self.remat and training else compute)(layer, norm, parts)
+        if output is not None:
+            outputs[name] = output
+        return parts
+
+    def compute(
+        self, name: str, layer: Convolution | None, norm: nnx.BatchNorm | None, parts: list[jax.Array], training: bool
+    ) -> tuple[list[jax.Array], jax.Array | None]:
+        """convolve() without what crosses between devices: what comes after pooling, and the output of the layer."""
+        output = None
         if layer is not None:
-            if name == 'conv1' or name in self.config.exchange:
-                parts = [exchange(jnp.concatenate(parts, -1), layer.inputs, name)]
             parts = layer(parts)
-            outputs[name] = jnp.concatenate(parts, -1)  # of a layer without a nonlinearity
+            output = jnp.concatenate(parts, -1)  # of a layer without a nonlinearity
         for step in steps_after(self.config, name):
             with jax.named_scope(f'{name}/{step}'):
                 if step == 'activation':
                     parts = [self.activate(x) for x in parts]
-                    outputs[name] = jnp.concatenate(parts, -1)
+                    output = jnp.concatenate(parts, -1)
                 elif step == 'lrn':
                     parts = self.normalise(name, parts)
                 elif step == 'spatial_norm':
                     parts = [self.normalise_in_space(x) for x in parts]
                 elif step == 'batch_norm':
-                    norm = getattr(self, f'{name}_norm')
-                    x = norm(jnp.concatenate(parts, -1).astype(jnp.float32), use_running_average=dropout_keys is None)
+                    x = norm(jnp.concatenate(parts, -1).astype(jnp.float32), use_running_average=not training)
                     parts = jnp.split(x.astype(parts[0].dtype), len(parts), -1)
                 elif step == 'pool':
                     overhang = self.config.pool_overhang
                     parts = [max_pool(x, pool_window(self.config), 2, overhang=overhang) for x in parts]
-        return parts
+        return parts, output
 
     def connect(
         self, name: str, parts: list[jax.Array], dropout_keys: jax.Array | None, outputs: dict[str, jax.Array]

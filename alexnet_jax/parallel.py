@@ -265,7 +265,18 @@ def compile_on_mesh(
         in_shardings=shardings(mesh, in_specs),
         out_shardings=shardings(mesh, out_specs),
         donate_argnums=donate_argnums,
+        compiler_options=_compiler_options(mesh),
     )
+
+
+def _compiler_options(mesh: Mesh) -> dict[str, Any]:
+    """What XLA is told besides its defaults; docs/devices.md says why, and what was left at its default."""
+    platform = mesh.devices.flat[0].platform
+    if platform == 'cpu':
+        return {'xla_disable_hlo_passes': 'cse_barrier_expander'}  # keeps the barriers of lax.optimization_barrier()
+    if platform == 'gpu' and mesh.size > 1:
+        return {'xla_gpu_enable_latency_hiding_scheduler': True}
+    return {}
 
 
 def batch_sharding(mesh: Mesh, layout: str) -> NamedSharding:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import lax
 
 from alexnet_jax import parallel
 from alexnet_jax.augment import augment, example_keys, view
@@ -39,7 +40,14 @@ def network(config: Any) -> tuple[Any, Callable]:
     def build(key):
         data, rngs = config.data, nnx.Rngs(params=key)
         axes = parallel.batch_axes(config.mesh.layout)
-        return AlexNet(config.model, crop_size=data.crop_size, channels=data.channels, rngs=rngs, statistics_axes=axes)
+        return AlexNet(
+            config.model,
+            crop_size=data.crop_size,
+            channels=data.channels,
+            rngs=rngs,
+            statistics_axes=axes,
+            remat=config.train.remat,
+        )
 
     def initial(key):
         _, params, statistics = nnx.split(build(key), nnx.Param, nnx.BatchStat)
@@ -90,6 +98,26 @@ def _errors(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]
     return (better >= 1).astype(jnp.float32), (better >= 5).astype(jnp.float32)
 
 
+def _added_up(gradients_of: Callable, batch: dict[str, jax.Array], count: int, parameters: Any) -> tuple[Any, Any, Any]:
+    """`gradients_of(batch)`: gradients (like `parameters`), sums over the rows, and means over them (two trees).
+
+    With a `count` above 1 they are taken of that many equal parts of the rows, one after another.
+    """
+    if count == 1:
+        return gradients_of(batch)
+
+    def add(gradients, rows):
+        # Or a CPU would begin with all parts at once, and keep what the gradients of each need.
+        rows, gradients = lax.optimization_barrier((rows, gradients))
+        more, sums, means = gradients_of(rows)
+        return jax.tree.map(jnp.add, gradients, more), (sums, means)
+
+    parts = jax.tree.map(lambda rows: rows.reshape(count, -1, *rows.shape[1:]), batch)
+    unroll = jax.default_backend() == 'cpu'  # where XLA runs the body of a loop on one core
+    gradients, (sums, means) = lax.scan(add, jax.tree.map(jnp.zeros_like, parameters), parts, unroll=unroll)
+    return gradients, jax.tree.map(lambda x: x.sum(0), sums), jax.tree.map(lambda x: x.mean(0), means)
+
+
 def make_train_step(config: Any, mesh: parallel.Mesh) -> Any:
     """The compiled step (state, batch, learning_rates, preprocessing) -> (state, metrics); `state` is donated.
 
@@ -104,28 +132,33 @@ def make_train_step(config: Any, mesh: parallel.Mesh) -> Any:
     specs, split = parallel.parameter_specs(parameters, layout), parallel.update_specs(parameters, mesh, config.mesh)
 
     def train_step(state, batch, learning_rates, preprocessing):
-        number, labels = batch['number'], batch['label']
-        keys = example_keys(config.seed, number, AUGMENTATION)
-        window_keys = example_keys(config.seed, number // config.data.crop_chunk, AUGMENTATION)
-        images = augment(batch['image'], keys, window_keys, preprocessing, config.data)
-        dropout_keys = example_keys(config.seed, parallel.dense_examples(number, layout), DROPOUT)
-
-        def share_of_loss(params):
-            model = nnx.merge(graph, params, state.statistics)
-            logits = model(images, dropout_keys)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-            return losses.sum() / (batch_size * parallel.copies_of_loss(layout)), (losses, logits, statistics)
-
         own = parallel.own_copies(state.params, specs)
-        gradients, (losses, logits, statistics) = jax.grad(share_of_loss, has_aux=True)(own)
+
+        def gradients_of(rows):
+            number, labels = rows['number'], rows['label']
+            keys = example_keys(config.seed, number, AUGMENTATION)
+            window_keys = example_keys(config.seed, number // config.data.crop_chunk, AUGMENTATION)
+            images = augment(rows['image'], keys, window_keys, preprocessing, config.data)
+            dropout_keys = example_keys(config.seed, parallel.dense_examples(number, layout), DROPOUT)
+
+            def share_of_loss(params):
+                model = nnx.merge(graph, params, state.statistics)
+                logits = model(images, dropout_keys)
+                losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+                statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+                return losses.sum() / (batch_size * parallel.copies_of_loss(layout)), (losses, logits, statistics)
+
+            gradients, (losses, logits, statistics) = jax.grad(share_of_loss, has_aux=True)(own)
+            sums = jnp.stack([losses.sum(), *(error.sum() for error in _errors(logits, labels))])
+            return gradients, sums, statistics
+
+        gradients, sums, statistics = _added_up(gradients_of, batch, config.train.micro_batches, own)
         gradients = parallel.sum_gradients(gradients, specs, split, config.mesh.gradient_dtype)
         rates = {layer: learning_rates[layer] for layer in gradients}
         optimizer = make_optimizer(config.optimizer, rates, partial(parallel.sum_shares, split=split))
         weights = parallel.own_shares(state.params, split)
         updates, opt_state = optimizer.update(gradients, state.opt_state, weights)
         params = parallel.gather_shares(optax.apply_updates(weights, updates), split)
-        sums = jnp.stack([losses.sum(), *(error.sum() for error in _errors(logits, labels))])
         means = parallel.sum_over_examples(sums, layout) / batch_size
         metrics = {'loss': means[0], 'top1_error': means[1], 'top5_error': means[2]}
         return TrainState(state.step + 1, params, opt_state, statistics), metrics
