@@ -313,6 +313,7 @@ def _check_ranges(config: Any) -> None:
         'optimizer.bias_dexp_factor': (1, 1e9),
         'optimizer.bias_dexp_parts': (2, 1000),
         'train.batch_size': (1, 2**24),
+        'train.micro_batches': (1, 2**24),
         'train.epochs': (0, 10**6),
         'train.goal_error': (0, 1),
         'eval.batch_size': (1, 2**24),
@@ -508,3 +509,12 @@ def check_mesh(config: Any, data: int, model: int) -> None:
     if data != -1:
         by, parts = ('mesh.data x mesh.model', data * model) if layout == 'hybrid' else ('mesh.data', data)
         _check_divides('config.train.batch_size', config.train.batch_size, by, parts)
+        images, count = config.train.batch_size // parts, config.train.micro_batches
+        if images % count:
+            near = min(
+                (size for size in range(1, images + 1) if images % size == 0), key=lambda size: abs(size - count)
+            )
+            raise ConfigError(
+                f'config.train.micro_batches: {count} does not divide the {images} images of train.batch_size that'
+                f' each device has; the nearest is {near}'
+            )

@@ -98,10 +98,33 @@ def _errors(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]
     return (better >= 1).astype(jnp.float32), (better >= 5).astype(jnp.float32)
 
 
-def _added_up(gradients_of: Callable, batch: dict[str, jax.Array], count: int, parameters: Any) -> tuple[Any, Any, Any]:
-    """`gradients_of(batch)`: gradients (like `parameters`), sums over the rows, and means over them (two trees).
+def _gradients_of(
+    config: Any, graph: Any, parameters: Any, statistics: Any, preprocessing: Any, rows: dict[str, jax.Array]
+) -> tuple[Any, jax.Array, Any]:
+    """Gradients of the loss of this device's `rows`, sums (3,) of their losses and errors, and new statistics."""
+    number, labels, layout = rows['number'], rows['label'], config.mesh.layout
+    keys = example_keys(config.seed, number, AUGMENTATION)
+    window_keys = example_keys(config.seed, number // config.data.crop_chunk, AUGMENTATION)
+    images = augment(rows['image'], keys, window_keys, preprocessing, config.data)
+    dropout_keys = example_keys(config.seed, parallel.dense_examples(number, layout), DROPOUT)
 
-    With a `count` above 1 they are taken of that many equal parts of the rows, one after another.
+    def share_of_loss(params):
+        model = nnx.merge(graph, params, statistics)
+        logits = model(images, dropout_keys)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        share = losses.sum() / (config.train.batch_size * parallel.copies_of_loss(layout))
+        return share, (losses, logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+
+    gradients, (losses, logits, new_statistics) = jax.grad(share_of_loss, has_aux=True)(parameters)
+    sums = jnp.stack([losses.sum(), *(error.sum() for error in _errors(logits, labels))])
+    return gradients, sums, new_statistics
+
+
+def _added_up(gradients_of: Callable, batch: dict[str, jax.Array], count: int, parameters: Any) -> tuple[Any, Any, Any]:
+    """_gradients_of() `batch`, or of `count` equal parts of its rows, one after another.
+
+    Gradients, like `parameters`, and sums are added up. Of the statistics, of which batch normalisation takes one's own
+    for each part, the mean is taken.
     """
     if count == 1:
         return gradients_of(batch)
@@ -109,13 +132,14 @@ def _added_up(gradients_of: Callable, batch: dict[str, jax.Array], count: int, p
     def add(gradients, rows):
         # Or a CPU would begin with all parts at once, and keep what the gradients of each need.
         rows, gradients = lax.optimization_barrier((rows, gradients))
-        more, sums, means = gradients_of(rows)
-        return jax.tree.map(jnp.add, gradients, more), (sums, means)
+        more, sums, statistics = gradients_of(rows)
+        return jax.tree.map(jnp.add, gradients, more), (sums, statistics)
 
     parts = jax.tree.map(lambda rows: rows.reshape(count, -1, *rows.shape[1:]), batch)
     unroll = jax.default_backend() == 'cpu'  # where XLA runs the body of a loop on one core
-    gradients, (sums, means) = lax.scan(add, jax.tree.map(jnp.zeros_like, parameters), parts, unroll=unroll)
-    return gradients, jax.tree.map(lambda x: x.sum(0), sums), jax.tree.map(lambda x: x.mean(0), means)
+    zeros = jax.tree.map(jnp.zeros_like, parameters)
+    gradients, (sums, statistics) = lax.scan(add, zeros, parts, unroll=unroll)
+    return gradients, sums.sum(0), jax.tree.map(lambda x: x.mean(0), statistics)
 
 
 def make_train_step(config: Any, mesh: parallel.Mesh) -> Any:
@@ -133,25 +157,7 @@ def make_train_step(config: Any, mesh: parallel.Mesh) -> Any:
 
     def train_step(state, batch, learning_rates, preprocessing):
         own = parallel.own_copies(state.params, specs)
-
-        def gradients_of(rows):
-            number, labels = rows['number'], rows['label']
-            keys = example_keys(config.seed, number, AUGMENTATION)
-            window_keys = example_keys(config.seed, number // config.data.crop_chunk, AUGMENTATION)
-            images = augment(rows['image'], keys, window_keys, preprocessing, config.data)
-            dropout_keys = example_keys(config.seed, parallel.dense_examples(number, layout), DROPOUT)
-
-            def share_of_loss(params):
-                model = nnx.merge(graph, params, state.statistics)
-                logits = model(images, dropout_keys)
-                losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-                statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-                return losses.sum() / (batch_size * parallel.copies_of_loss(layout)), (losses, logits, statistics)
-
-            gradients, (losses, logits, statistics) = jax.grad(share_of_loss, has_aux=True)(own)
-            sums = jnp.stack([losses.sum(), *(error.sum() for error in _errors(logits, labels))])
-            return gradients, sums, statistics
-
+        gradients_of = partial(_gradients_of, config, graph, own, state.statistics, preprocessing)
         gradients, sums, statistics = _added_up(gradients_of, batch, config.train.micro_batches, own)
         gradients = parallel.sum_gradients(gradients, specs, split, config.mesh.gradient_dtype)
         rates = {layer: learning_rates[layer] for layer in gradients}

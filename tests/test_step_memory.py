@@ -1,0 +1,153 @@
+"""What saves memory in a step: micro-batches, convolutions computed again, bfloat16, and the state updated in place."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+from test_mesh import NORMED, STATISTICS, batch, collectives, lowered_step, put_batch, rates, small_config, train
+
+from alexnet_jax import augment, parallel, step
+from alexnet_jax.config import ConfigError, default_config, resolve
+
+
+def compiled(settings):
+    """The step in machine code that is never run, so that it need not be fast."""
+    return lowered_step(settings).compile(compiler_options={'xla_backend_optimization_level': 0})
+
+
+@functools.cache
+def three_steps(**fields):
+    """State and losses of three steps; `fields` of `train`, and `mesh`: (layout, data, model, shard_optimizer)."""
+    layout, data, model, shard_optimizer = fields.pop('mesh', ('towers', 1, 1, False))
+    groups = {'mesh': {'layout': layout, 'shard_optimizer': shard_optimizer}, 'train': fields}
+    return train(small_config(data, model, groups), 3)[1:3]
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {'micro_batches': 4},
+        {'micro_batches': 2, 'mesh': ('towers', 4, 2, False)},
+        {'micro_batches': 2, 'remat': True, 'mesh': ('hybrid', 2, 4, True)},
+        {'remat': True, 'mesh': ('towers', 4, 2, False)},
+    ],
+    ids=str,
+)
+def test_memory_is_saved_without_changing_the_numbers(fields):
+    """Of one device, all rows at once, everything kept."""
+    expected, losses = three_steps()
+    state, found = three_steps(**fields)
+    np.testing.assert_allclose(found, losses, rtol=2e-5)
+    for (path, leaf), whole in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(np.asarray(leaf), np.asarray(whole), rtol=1e-4, atol=2e-6, err_msg=name)
+
+
+def test_accelerators_loop_over_micro_batches_and_add_up_gradients_between_devices_once(monkeypatch):
+    """On them a loop is compiled, on CPUs its body as often as there are parts."""
+    settings = small_config(4, 2, {'train': {'micro_batches': 2}})
+    once, unrolled = (collectives(compiled(each).as_text()) for each in (small_config(4, 2), settings))
+    expected, losses = three_steps()
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    hlo = compiled(settings).as_text()
+    state, found = train(settings, 3)[1:3]
+    np.testing.assert_allclose(found, losses, rtol=2e-5)
+    kernels = (np.asarray(each.params['conv1']['kernel']) for each in (state, expected))
+    np.testing.assert_allclose(*kernels, rtol=1e-4, atol=2e-6)
+    rolled = collectives(hlo)
+    assert sorted(rolled['all-reduce']) == sorted(unrolled['all-reduce']) == sorted(once['all-reduce'])
+    assert len(unrolled['all-gather']) == 2 * len(once['all-gather']) == 2 * len(rolled['all-gather'])
+    loops = [
+        re.search(rf'^{name} .*?^}}', hlo, re.DOTALL | re.MULTILINE)[0] for name in re.findall(r'body=(\S+),', hlo)
+    ]
+    [loop] = [loop for loop in loops if ' convolution(' in loop]
+    assert sorted(collectives(loop)) == ['all-gather', 'reduce-scatter']
+
+
+def test_statistics_of_micro_batches_are_the_means_of_those_of_each():
+    """Each as a batch of its own; also where convolutions are computed again, which must not count a batch twice."""
+    model = {'after_conv': NORMED}
+    whole = small_config(1, 1, {'model': model, 'train': {'micro_batches': 2, 'remat': True}})
+    half = small_config(1, 1, {'model': model, 'train': {'batch_size': 8}})
+    rows, mesh, found = batch(0, whole), parallel.make_mesh(whole), []
+    prepared = augment.preprocessing(STATISTICS, whole.data)
+    steps = {id(settings): step.make_train_step(settings, mesh) for settings in (whole, half)}
+    for settings, part in ((whole, slice(None)), (half, slice(8)), (half, slice(8, None))):
+        part_rows = put_batch(settings, mesh, {name: values[part] for name, values in rows.items()})
+        state, metrics = steps[id(settings)](step.init_state(settings, mesh), part_rows, rates(0.0), prepared)
+        found.append(jax.tree.leaves(jax.device_get((state.statistics, metrics))))
+    assert len(found[0]) == 8 + 3
+    for ours, first, second in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, (first + second) / 2, rtol=1e-5, atol=1e-7)
+    assert max(np.abs(first - second).max() for first, second in zip(*found[1:], strict=True)) > 1e-2
+
+
+def test_bytes_that_a_step_of_the_whole_network_needs_besides_its_state():
+    needed = {}
+    for count, remat in ((1, False), (2, False), (4, False), (1, True)):
+        settings = default_config()
+        settings.mesh.data, settings.train.micro_batches, settings.train.remat = 1, count, remat
+        needed[count, remat] = compiled(resolve(settings)).memory_analysis().temp_size_in_bytes
+    gradients = 4 * 60_965_224
+    # Besides the gradients nearly all is of images: half of it for half of them, and one kernel's gradient more.
+    assert needed[2, False] - gradients < 0.7 * (needed[1, False] - gradients)
+    assert needed[4, False] - gradients < 0.45 * (needed[1, False] - gradients)
+    assert needed[1, True] - gradients < 0.6 * (needed[1, False] - gradients)
+
+
+def test_the_state_is_updated_in_place():
+    for mesh in ({}, {'mesh': {'layout': 'hybrid', 'shard_optimizer': True}}):
+        settings = small_config(4, 2, mesh) if mesh else small_config(1, 1)
+        program = compiled(settings)
+        state = step.abstract_state(settings, parallel.make_mesh(settings))
+        leaves = jax.tree.leaves(state)
+        aliases = re.search(r'input_output_alias={ (.*?) }, entry', program.as_text())[1]
+        pairs = re.findall(r'\{(\d+)\}: \((\d+), \{\}', aliases)
+        # The state comes first among what the step takes and what it gives.
+        assert sorted(map(int, sum(pairs, ()))) == sorted([*range(len(leaves))] * 2)
+        assert all(given == taken for given, taken in pairs)
+        sizes = [np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=int) * leaf.dtype.itemsize for leaf in leaves]
+        assert program.memory_analysis().alias_size_in_bytes == sum(sizes)
+
+
+def test_bfloat16_is_what_products_and_convolutions_compute_in_and_nothing_else():
+    settings = small_config(1, 1, {'model': {'dtype': 'bfloat16'}})
+    text = lowered_step(settings).as_text()
+    products = re.findall(r'stablehlo\.(?:convolution|dot_general).*?: \((.*?)\) -> (\S+)', text)
+    assert len(products) >= 3 * 8 - 1
+    assert all('f32' not in operands.replace('bf16', '') for operands, _ in products)
+    exact, losses = three_steps()
+    _, state, found, _ = train(settings, 3)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {np.dtype('float32'), np.dtype('int32')}
+    assert 1e-6 < np.abs(np.array(found) / losses - 1).max() < 2e-3
+    for layer, kinds in state.opt_state[-1].trace.items():
+        ours, expected = np.asarray(kinds['kernel']), np.asarray(exact.opt_state[-1].trace[layer]['kernel'])
+        difference = np.linalg.norm(ours - expected) / np.linalg.norm(expected)
+        # Of 8 bits, a rounding is up to 1 / 512. The further down, the more units have another sign or maximum.
+        assert 1e-3 < difference < (0.4 if layer.startswith('conv') else 0.1), layer
+
+
+@pytest.mark.parametrize(
+    ('data', 'model', 'groups', 'reason'),
+    [
+        (1, 1, {'train': {'micro_batches': 0}}, r'config.train.micro_batches: 0 is outside 1 to'),
+        (
+            8,
+            1,
+            {'train': {'batch_size': 48, 'micro_batches': 4}},
+            r'^config.train.micro_batches: 4 does not divide the 6 images of train.batch_size that each device has;'
+            r' the nearest is 3$',
+        ),
+        (
+            4,
+            2,
+            {'mesh': {'layout': 'hybrid'}, 'train': {'micro_batches': 4}},
+            r'micro_batches: 4 does not divide the 2 images .*; the nearest is 2$',
+        ),
+    ],
+)
+def test_micro_batches_that_do_not_fit_are_refused_with_the_numbers(data, model, groups, reason):
+    with pytest.raises(ConfigError, match=reason):
+        small_config(data, model, groups)
