@@ -197,7 +197,7 @@ class AlexNet(nnx.Module):
         return parts
 
     def compute(
-        self, name: str, layer: Convolution | None, norm: nnx.BatchNorm | None, parts: list[jax.Array], training: bool
+        self, name: str, layer: Convolution | None, norm: Any, parts: list[jax.Array], training: bool
     ) -> tuple[list[jax.Array], jax.Array | None]:
         """convolve() without what crosses between devices: what comes after pooling, and the output of the layer."""
         output = None

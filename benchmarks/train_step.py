@@ -19,6 +19,8 @@ Every side has a process of its own; these take turns step by step, so that a ch
 and the ones not asked are stopped. Ratios are the peer's median time over the project's: above 1 the project is faster.
 
 --config.a.b=value goes to the project's side. On a TPU there are no peers; neither GPU nor TPU could be tried here.
+There all sides hold memory at the same time, as little as their allocators can do with. float32 means what a platform
+makes of it for JAX: on GPUs from Ampere on the products of all sides round their inputs to TF32, on TPUs to bfloat16.
 """
 
 import argparse
@@ -52,7 +54,8 @@ PLATFORMS = {
     'gpu': {'JAX_PLATFORMS': 'cuda', 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', 'TF_FORCE_GPU_ALLOW_GROWTH': 'true'},
     'tpu': {'JAX_PLATFORMS': 'tpu'},
 }
-PRODUCTS = {'cpu': (2048, 4096), 'gpu': (4096, 8192), 'tpu': (4096, 8192)}  # rows of square matrices
+# Rows of square matrices, the larger ones so that starting a product and fetching a number take no time beside it.
+PRODUCTS = {'cpu': (2048, 4096), 'gpu': (8192, 16384), 'tpu': (8192, 16384)}
 
 Times = dict[str, dict[str, tuple[float, ...]]]  # seconds of each round by pass and side
 
@@ -87,6 +90,11 @@ def project_passes(config: Any) -> dict[str, Callable[[], Any]]:
 
     from benchmarks.project import Project
 
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):  # the latter without the package for it
+        platforms = os.environ.get('JAX_PLATFORMS')
+        sys.exit(f'train_step: jax finds no device for JAX_PLATFORMS={platforms}; is its package installed?')
     project = Project(config)
 
     def check() -> tuple[str, float, float]:

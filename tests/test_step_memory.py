@@ -129,6 +129,15 @@ def test_bfloat16_is_what_products_and_convolutions_compute_in_and_nothing_else(
         assert 1e-3 < difference < (0.4 if layer.startswith('conv') else 0.1), layer
 
 
+def test_what_is_computed_again_is_not_sent_again():
+    again, once = (
+        collectives(compiled(small_config(4, 2, {'train': {'remat': on}})).as_text()) for on in (True, False)
+    )
+    assert {kind: sorted(shapes) for kind, shapes in again.items()} == {
+        kind: sorted(shapes) for kind, shapes in once.items()
+    }
+
+
 @pytest.mark.parametrize(
     ('data', 'model', 'groups', 'reason'),
     [
