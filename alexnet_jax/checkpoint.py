@@ -5,10 +5,11 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
@@ -96,9 +97,15 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
+@jax.jit
+def _copied(state: Any) -> Any:
+    return jax.tree.map(jnp.copy, state)
+
+
 class Checkpoints:
     """The checkpoints of a run, written in the background: the newest `keep` and the one with the lowest error.
 
+    A thread writes a copy of the state that is made on the devices, which need that much memory for it meanwhile.
     All processes of the run call the same methods in the same order; each writes what its devices hold.
 
     Args:
@@ -128,21 +135,38 @@ class Checkpoints:
                 multiprocessing_options=everyone,
             ),
         )
+        self.writer = ThreadPoolExecutor(1)
+        self.writing: Future[None] | None = None
 
     def save(self, state: Any, progress: dict[str, Any], error: float | None) -> None:
         """Begin to write `state` and `progress` (JSON); `error` is the validation error at this step, if measured.
 
-        Raises CheckpointError: this one, or the one before it in the background, could not be written.
+        `state` may be donated afterwards. Waits only for the checkpoint before it, where that is still being written.
+        What goes wrong with this one is told by the next call.
+
+        Args:
+          progress: with `step`, that of `state`.
+
+        Raises:
+          CheckpointError: the one before could not be written.
         """
-        step = int(state.step)
-        if step in self._steps():
+        self.wait()
+        if progress['step'] in self._steps():
             return
+        copy = _copied(state)
+        # Collectives must come in the same order on all processes: not from a thread beside the training.
+        digest = state_digest(copy) if any(processes.is_spread(leaf) for leaf in jax.tree.leaves(copy)) else None
+        self.writing = self.writer.submit(self._write, copy, {**progress}, digest, error)
+
+    def _write(self, copy: Any, progress: dict[str, Any], digest: str | None, error: float | None) -> None:
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            progress=ocp.args.JsonSave({**progress, 'state_digest': state_digest(state)}),
+            state=ocp.args.StandardSave(copy),
+            progress=ocp.args.JsonSave(progress | {'state_digest': digest or state_digest(copy)}),
         )
         metrics = None if error is None else {'top1_error': error}
-        self._written(lambda: self.manager.save(step, args=arguments, metrics=metrics))
+        self.manager.save(progress['step'], args=arguments, metrics=metrics)
+        self.manager.wait_until_finished()
+        self.manager.check_for_errors()
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest checkpoint that is whole, laid out as `abstract_state` says, and its progress; None without any.
@@ -181,18 +205,17 @@ class Checkpoints:
         processes.agree()
         self.manager.reload()
 
-    def _written(self, write: Callable[[], Any]) -> None:
-        try:
-            write()
-        except Exception as error:  # a full disk, a lost mount: told by Orbax in many ways
-            raise CheckpointError(f'{self.directory}: a checkpoint was not written: {first_line(error)}') from None
-
     def wait(self) -> None:
         """Return when everything is on disk. Raises CheckpointError: something could not be written."""
-        self._written(self.manager.wait_until_finished)
-        self._written(self.manager.check_for_errors)
+        writing, self.writing = self.writing, None
+        try:
+            if writing:
+                writing.result()
+        except Exception as error:  # a full disk, a lost mount: told by Orbax in many ways
+            raise CheckpointError(f'{self.directory}: a checkpoint was not written: {first_line(error)}') from None
 
     def close(self) -> None:
         """Wait and release."""
         self.wait()
+        self.writer.shutdown()
         self.manager.close()

@@ -44,19 +44,26 @@ def evaluate(
       what, total: shown as progress, with the number of batches.
       stop: asked before each batch; where it says so the evaluation is given up and the result is None.
     """
-    from alexnet_jax import parallel
+    import jax
 
-    sums = np.zeros(4)  # loss, top-1 and top-5 errors, images; float64
+    from alexnet_jax import parallel
+    from alexnet_jax.totals import Totals
+
+    totals, previous = Totals(), None
     progress = Progress(what, total, 'batches')
     for batch in batches:
         if stop():
             progress.close()
             return None
-        sums += np.asarray(eval_step(state, parallel.put_batch(sharding, batch), preprocessing), np.float64)
+        sums = eval_step(state, parallel.put_batch(sharding, batch), preprocessing)
+        totals.add(sums)
+        jax.block_until_ready(previous)  # at most two batches are under way
+        previous = sums
         progress.update()
     progress.close()
-    loss, top1_error, top5_error = (float(value) for value in sums[:3] / sums[3])
-    return {'loss': loss, 'top1_error': top1_error, 'top5_error': top5_error, 'examples': int(sums[3])}
+    loss, top1_error, top5_error, examples = totals.read().tolist()
+    means = {'loss': loss, 'top1_error': top1_error, 'top5_error': top5_error}
+    return {name: value / examples for name, value in means.items()} | {'examples': int(examples)}
 
 
 def predict(member: Member, store: pipeline.Store, views: int) -> tuple[int, np.ndarray, np.ndarray]:

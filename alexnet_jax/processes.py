@@ -107,9 +107,14 @@ def agree(problem: str = '') -> str:
     return next(filter(None, texts), '')
 
 
-def whole(x: Any) -> np.ndarray:
-    """All numbers of `x`, an array on the mesh of which other processes may hold a part; all must call it."""
-    return multihost_utils.process_allgather(x, tiled=True)
+def is_spread(x: jax.Array) -> bool:
+    """Whether no process holds all numbers of `x`, so that they travel in whole()."""
+    return not x.is_fully_replicated and not x.is_fully_addressable
+
+
+def whole(x: jax.Array) -> np.ndarray:
+    """All numbers of `x`, an array on the mesh; where it is_spread() all processes must call it."""
+    return multihost_utils.process_allgather(x, tiled=True) if is_spread(x) else np.asarray(x)
 
 
 def count_any(chosen: np.ndarray) -> int:

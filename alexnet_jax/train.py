@@ -26,6 +26,7 @@ from alexnet_jax.monitor import Metrics, Preemption, Progress, Watchdog, log, wr
 from alexnet_jax.optimizer import learning_rates, plateau_next, plateau_start, scheduled_rate
 from alexnet_jax.run_folder import check_names, environment, read_inputs, write_inputs
 from alexnet_jax.step import abstract_state, init_state, make_eval_step, make_layer_report, make_train_step
+from alexnet_jax.totals import Totals
 
 EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED = 0, 1, 75
 
@@ -91,6 +92,12 @@ def _check_same(config: Any, store: pipeline.Store) -> None:
     del settings['config.data.data_dir']
     settings['the images in the store'] = store.fingerprint
     processes.check_same(settings)
+
+
+@jax.jit
+def _size(params: Any) -> jax.Array:
+    """Sum of |weight| over all weights: a number only where all of them are."""
+    return sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(params))
 
 
 @dataclasses.dataclass
@@ -168,7 +175,8 @@ class _Run:
         self.metrics = Metrics(metrics, {'train': self.step, 'validation': evaluated}, [self.dashboards.line])
         self.layers = Metrics(layers, {'layers': evaluated}, [self.dashboards.line])
         self.batch: Any = None  # the last one, on the devices
-        self.pending: list[Any] = []  # metrics of steps not yet logged, on the device
+        self.totals = Totals()  # of the metrics of steps not yet logged
+        self.last_metrics: Any = None  # those of the last step, on the devices
         # Of training alone, without the first step of the process, which waits for the compiler.
         self.timed, self.timed_since_line = Timed(), Timed()
         self.note = ''
@@ -267,10 +275,10 @@ class _Run:
         rates = learning_rates(self.config, self.step, self.examples, self.drops_taken)
         preprocessing = self.preprocessing if self.step < self.color_until else self.colorless
         self.state, metrics = self.train_step(self.state, batch, jax.tree.map(np.float32, rates), preprocessing)
+        self.totals.add(metrics)
         first = self.step == self.first_step
-        if first or self.pending:
-            jax.block_until_ready(metrics if first else self.pending[-1])  # at most two steps are under way
-        self.pending.append(metrics)
+        jax.block_until_ready(metrics if first else self.last_metrics)  # at most two steps are under way
+        self.last_metrics = metrics
         self.progress['step'] += 1
         if not first:
             self.time(time.perf_counter() - start, waited, steps=1)
@@ -290,13 +298,14 @@ class _Run:
 
     def log_training(self) -> None:
         """Write the means over the steps since the last line. Raises TrainingError where the loss is not finite."""
-        if not self.pending:
+        steps = self.totals.count
+        if not steps:
             return
         start = time.perf_counter()
-        values = jax.device_get(self.pending)
+        sums = {name: float(value) for name, value in self.totals.read().items()}
         self.time(time.perf_counter() - start, 0.0, steps=0)
-        self.pending = []
-        means = {name: float(np.mean([value[name] for value in values])) for name in values[0]}
+        self.totals = Totals()
+        means = {name: value / steps for name, value in sums.items()}
         timed, self.timed_since_line = self.timed_since_line, Timed()
         self.check_finite(means['loss'])
         self.metrics.write(
@@ -313,9 +322,7 @@ class _Run:
         )
         self.bar.line(self.note)
         window = self.progress['window']
-        sums = {name: float(np.sum([value[name] for value in values], dtype=np.float64)) for name in values[0]}
-        sums['steps'] = len(values)
-        self.progress['window'] = {name: window[name] + sums[name] for name in window}
+        self.progress['window'] = {name: window[name] + (sums | {'steps': steps})[name] for name in window}
         if self.step % self.log_every == 0:
             self.judge_window()
 
@@ -436,8 +443,7 @@ class _Run:
 
     def save(self) -> None:
         self.log_training()
-        for leaf in jax.tree.leaves(self.state.params):
-            self.check_finite(float(jnp.sum(jnp.abs(leaf))))  # what cannot go on is not written
+        self.check_finite(float(_size(self.state.params)))  # what cannot go on is not written
         self.progress['images_per_second'] = self.timed.images_per_second or self.progress['images_per_second']
         measured = self.progress['errors'] if self.progress['evaluated'] == self.step else None
         self.checkpoints.save(self.state, self.progress, measured and measured['top1_error'])

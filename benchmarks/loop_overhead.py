@@ -1,0 +1,236 @@
+"""What the training loop costs on a CPU: images/s of launch.py beside those of the compiled step, and saving.
+
+  python benchmarks/loop_overhead.py [--parts=quickstart,paper,checkpoint] [--rounds=N] [--json]
+
+quickstart   launch.py as `make demo` starts it, and
+paper        the full network, batch 128, from a store of 2,000 images of 256 pixels in 1,000 classes, made now from
+             the photographs inside scikit-image: reading, augmentation, logging, all between two lines of
+             metrics.jsonl, by this program's clock. In turn with it another process calls the compiled step of the same
+             configuration on one batch in memory, two steps under way at a time, as the loop does; the process not
+             asked is stopped. The ratio is the step's median time over that of launch.py: 1 is a loop that costs
+             nothing. No evaluation and no checkpoint falls into what is timed.
+checkpoint   steps of the full network, and a checkpoint of its state (488 MB) that is written meanwhile. `saving` is
+             the time from the call to the end of the writing, `held up` what the call takes, `slowed down` the time
+             that the steps meanwhile took longer than others, the copy of the state on the device included.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from benchmarks.workers import NO_GPU, ROOT, Worker, machine, serve
+
+PARTS = ('quickstart', 'paper', 'checkpoint')
+CONFIGS = {'quickstart': 'configs/quickstart.py', 'paper': 'configs/imagenet.py:paper'}
+STEPS = {'quickstart': 50, 'paper': 5, 'checkpoint': 2}  # a round
+ROUNDS = {'quickstart': 8, 'paper': 4, 'checkpoint': 3}
+IMAGES, CLASSES, SIZE = 2000, 1000, 256
+NEVER = '1000000000 steps'
+
+
+def make_pictures(folder: str) -> None:
+    """A folder for each class in `folder`, with random parts of photographs."""
+    import numpy as np
+    from PIL import Image
+
+    from alexnet_jax.data.photos import PHOTOGRAPHS, photograph
+
+    photographs, random = [Image.fromarray(photograph(name)) for name in PHOTOGRAPHS], np.random.default_rng(0)
+    for i in range(IMAGES):
+        image = photographs[i % len(photographs)]
+        side = min(image.size) * random.uniform(0.5, 1)
+        left, top = (random.uniform(0, length - side) for length in image.size)
+        path = os.path.join(folder, f'{i % CLASSES:03d}')
+        os.makedirs(path, exist_ok=True)
+        part = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+        part.save(os.path.join(path, f'{i}.jpg'), quality=90)
+
+
+def overrides(part: str, folder: str) -> dict[str, Any]:
+    """Settings of `part` by dotted name, with its data in `folder`."""
+    values: dict[str, Any] = {'data.data_dir': folder, 'train.log_every': f'{STEPS[part]} steps'}
+    values |= {'train.stall_after': NEVER, 'eval.every': NEVER, 'checkpoint.every': NEVER}
+    if part == 'paper':
+        values['data.source'] = f'folder:{folder}/pictures'
+    return values
+
+
+def configuration(part: str, folder: str) -> Any:
+    """What launch.py makes of the same flags."""
+    from alexnet_jax.config import preset_config, resolve, set_fields
+    from configs import quickstart
+
+    config = quickstart.get_config() if part == 'quickstart' else preset_config('paper')
+    set_fields(config, {} if part == 'checkpoint' else overrides(part, folder))
+    config.mesh.data = 1
+    return resolve(config)
+
+
+def start(part: str, folder: str) -> tuple[None, Callable[[Any], Any]]:
+    """In a worker: what gives the seconds of a number of steps, or of the part `checkpoint` those of saving one."""
+    from alexnet_jax import startup
+
+    config = configuration(part, folder)
+    if config.cpu_tuning:
+        startup.tune_cpu()
+    import jax
+
+    from benchmarks.project import Project
+
+    project = Project(config)
+    _, *arguments = jax.device_put(project.train_arguments)
+    previous: Any = None
+
+    def step() -> None:
+        nonlocal previous
+        project.state, metrics = project.train_step(project.state, *arguments)
+        jax.block_until_ready(previous)
+        previous = metrics
+
+    def seconds(steps: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(steps):
+            step()
+        jax.block_until_ready(project.state)
+        return time.perf_counter() - begin
+
+    if part != 'checkpoint':
+        return None, seconds
+    from alexnet_jax.checkpoint import Checkpoints
+
+    checkpoints, saved = Checkpoints(os.path.join(folder, 'checkpoints'), keep=1), 0
+
+    def save(steps: int) -> dict[str, float]:
+        nonlocal saved
+        usual, saved = seconds(steps) / steps, saved + 1
+        begin = time.perf_counter()
+        checkpoints.save(project.state, {'step': saved}, None)
+        held_up, ended = time.perf_counter() - begin, []
+        writing = checkpoints.writing
+        assert writing is not None
+        writing.add_done_callback(lambda _: ended.append(time.perf_counter()))
+        steps = 0
+        while not ended:
+            step()
+            steps += 1
+        jax.block_until_ready(project.state)
+        slowed_down = time.perf_counter() - begin - held_up - steps * usual
+        checkpoints.wait()
+        return {'saving': ended[0] - begin, 'held_up': held_up, 'slowed_down': slowed_down, 'step': usual}
+
+    return None, save
+
+
+class Launched:
+    """launch.py, stopped but while it is asked for a line of metrics.jsonl; killed when `stack` ends."""
+
+    def __init__(self, part: str, folder: str, stack: contextlib.ExitStack):
+        self.file, self.errors = f'{folder}/{part}/metrics.jsonl', tempfile.TemporaryFile('w+')  # noqa: SIM115
+        flags = [f'--config.{name}={value}' for name, value in overrides(part, folder).items()]
+        command = [sys.executable, 'launch.py', f'--config={CONFIGS[part]}', f'--workdir={folder}/{part}', *flags]
+        environment = os.environ | NO_GPU | {'JAX_NUM_CPU_DEVICES': '1'}
+        self.process: Any = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=self.errors)
+        stack.callback(self.process.wait)
+        stack.callback(self.process.kill)  # first
+        self.seconds()
+
+    def seconds(self) -> float:
+        """Until the next line; exits where none comes."""
+        before = self._size()
+        self.process.send_signal(signal.SIGCONT)
+        begin = time.perf_counter()
+        while self._size() == before:
+            if self.process.poll() is not None:
+                self.errors.seek(0)
+                sys.exit(
+                    f'{self.errors.read()}\nloop_overhead: launch.py ended with {self.process.returncode}; see above'
+                )
+            time.sleep(0.005)
+        seconds = time.perf_counter() - begin
+        self.process.send_signal(signal.SIGSTOP)
+        return seconds
+
+    def _size(self) -> int:
+        return os.path.getsize(self.file) if os.path.exists(self.file) else 0
+
+
+def measure(part: str, folder: str, rounds: int) -> dict[str, Any]:
+    """The figures of a part."""
+    command, steps = [sys.executable, os.path.abspath(__file__), f'--worker={part}', f'--folder={folder}'], STEPS[part]
+    with contextlib.ExitStack() as stack:
+        if part == 'checkpoint':
+            saver = Worker(part, command, NO_GPU, stack)
+            table = [saver.ask(steps) for _ in range(1 + rounds)]
+            found = {name: statistics.median(row[name] for row in table[1:]) for name in table[0]}
+            ratios = {f'{name}_share': found[name] / found['saving'] for name in ('held_up', 'slowed_down')}
+            return found | ratios | {'first_held_up': table[0]['held_up']}
+        if part == 'paper':
+            make_pictures(os.path.join(folder, 'pictures'))
+        alone = Worker(part, command, NO_GPU, stack)
+        alone.ask(steps)
+        launched = Launched(part, folder, stack)
+        table = [(launched.seconds(), alone.ask(steps)) for _ in range(rounds)]
+    of_loop, of_step = (statistics.median(column) for column in zip(*table, strict=True))
+    images = steps * configuration(part, folder).train.batch_size
+    speeds = {'images_per_second': images / of_loop, 'step_images_per_second': images / of_step}
+    return speeds | {'ratio': of_step / of_loop, 'steps': steps * rounds}
+
+
+def report(result: dict[str, Any]) -> str:
+    """The tables for people."""
+    lines = [result['machine'], '']
+    if set(result['parts']) & set(CONFIGS):
+        lines.append(f'{"":<12}{"steps":>8}{"launch.py, images/s":>22}{"step alone":>12}{"ratio":>8}')
+    for part, found in result['parts'].items():
+        if part in CONFIGS:
+            row = f'{part:<12}{found["steps"]:>8}{found["images_per_second"]:>22,.1f}'
+            lines.append(f'{row}{found["step_images_per_second"]:>12,.1f}{found["ratio"]:>8.3f}')
+    if found := result['parts'].get('checkpoint'):
+        lines += [
+            '',
+            f'a checkpoint: {found["saving"]:.2f} s; training held up {found["held_up"]:.4f} s'
+            f' ({found["held_up_share"]:.2%}; the first {found["first_held_up"]:.3f} s), steps slowed down'
+            f' {found["slowed_down"]:.2f} s ({found["slowed_down_share"]:.1%}); a step {found["step"]:.2f} s',
+        ]
+    return '\n'.join(lines)
+
+
+def main() -> None:
+    """Measure the parts asked for and print what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--parts', default=','.join(PARTS), help='which of %(default)s to measure')
+    parser.add_argument('--rounds', type=int, help='timed, of each part')
+    parser.add_argument('--json', action='store_true', help='one JSON object in place of the tables')
+    parser.add_argument('--worker', choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument('--folder', help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        return serve(lambda: start(arguments.worker, arguments.folder))
+    parts = arguments.parts.split(',')
+    if unknown := sorted(set(parts) - set(PARTS)):
+        parser.error(f'--parts: there is no {", ".join(unknown)}; there are {", ".join(PARTS)}')
+    if arguments.rounds is not None and arguments.rounds < 1:
+        parser.error('--rounds is at least 1')
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what follows is cleared up
+    result: dict[str, Any] = {'parts': {}, 'machine': machine(), 'date': datetime.date.today().isoformat()}
+    with tempfile.TemporaryDirectory(prefix='loop_') as folder:
+        for part in parts:
+            result['parts'][part] = measure(part, folder, arguments.rounds or ROUNDS[part])
+    print(json.dumps(result) if arguments.json else report(result))
+    return None
+
+
+if __name__ == '__main__':
+    main()
