@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 import re
+import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -202,14 +203,15 @@ def training_batches(
     """
     import grain
 
-    def batch(numbers_and_indices):
-        numbers, indices = numbers_and_indices
-        return _filled(_Whole(source), indices) | {'number': numbers}
+    rows, whole = batch_size // shares, _Whole(source)
+    indices = grain.MapDataset.range(len(source)).seed(seed).shuffle()
 
-    indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
-    numbered = indices.map_with_index(lambda number, index: (np.uint32(number), index))
+    def batch(part):
+        numbers = range(part * rows, (part + 1) * rows)  # in one go: to hand each on by itself takes a third longer
+        return _filled(whole, [indices[number] for number in numbers]) | {'number': np.array(numbers, np.uint32)}
+
     batches = iter(
-        numbered.batch(batch_size // shares)[share::shares]
+        grain.MapDataset.range(sys.maxsize)[share::shares]
         .map(batch)
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     )
@@ -238,7 +240,7 @@ def validation_batches(
     )
 
 
-def _filled(source: Any, indices: np.ndarray) -> Batch:
+def _filled(source: Any, indices: Sequence[int] | np.ndarray) -> Batch:
     """The images at `indices` in one array: three times as fast as to read them all and stack them."""
     labels = np.empty(len(indices), np.int32)
     for row, index in enumerate(indices):
