@@ -16,7 +16,7 @@ import numpy as np
 
 from alexnet_jax import parallel, processes
 from alexnet_jax.augment import preprocessing, without_color
-from alexnet_jax.checkpoint import Checkpoints, state_digest
+from alexnet_jax.checkpoint import CheckpointError, Checkpoints, state_digest
 from alexnet_jax.config import ConfigError, duration_in_steps, field_names, field_value, total_steps
 from alexnet_jax.data import pipeline
 from alexnet_jax.data.store import prepared_store
@@ -81,7 +81,13 @@ def run(config: Any, workdir: str, group: dict[str, Any] | None, wanted: Wanted)
                     os.remove(os.path.join(workdir, 'result.json'))  # of a shorter run that this one continues
                 write_json(os.path.join(workdir, 'config.json'), config.to_dict())
                 write_json(os.path.join(workdir, 'environment.json'), environment())
-            code = _Run(config, workdir, mesh, store, preemption, watchdog, wanted).to_the_end()
+            part = _Run(config, workdir, mesh, store, preemption, watchdog, wanted)
+            try:
+                code = part.to_the_end()
+            except Exception:
+                if jax.process_count() == 1:  # others may not get as far as this one
+                    part.end_saving()
+                raise
             jax.distributed.shutdown()
             return code
 
@@ -391,6 +397,7 @@ class _Run:
     def check_finite(self, value: float) -> None:
         """Raise TrainingError where the loss or the sum of the weights is infinite or not a number."""
         if not math.isfinite(value):
+            self.end_saving()
             raise TrainingError(
                 f'the loss or the weights are {value} at step {self.step}: lower config.optimizer.learning_rate'
                 f' ({self.rate:g}) or raise config.optimizer.warmup; {self.workdir} can be resumed'
@@ -448,6 +455,11 @@ class _Run:
         measured = self.progress['errors'] if self.progress['evaluated'] == self.step else None
         self.checkpoints.save(self.state, self.progress, measured and measured['top1_error'])
         self.watchdog.feed(f'the checkpoint of step {self.step}')
+
+    def end_saving(self) -> None:
+        """Let a checkpoint be written to its end before training is given up for another reason."""
+        with contextlib.suppress(CheckpointError):
+            self.checkpoints.wait()
 
     def finish(self) -> int:
         """Write result.json: after the last step with the final evaluation, or when preempted with what is known."""

@@ -63,7 +63,7 @@ def overrides(part: str, folder: str) -> dict[str, Any]:
     values: dict[str, Any] = {'data.data_dir': folder, 'train.log_every': f'{STEPS[part]} steps'}
     values |= {'train.stall_after': NEVER, 'eval.every': NEVER, 'checkpoint.every': NEVER}
     if part == 'paper':
-        values['data.source'] = f'folder:{folder}/pictures'
+        values |= {'data.source': f'folder:{folder}/pictures', 'data.validation_fraction': 0.5}
     return values
 
 

@@ -188,6 +188,7 @@ ALLOWED = {
         'parallel',
         'startup',
         'step',
+        'totals',
         'trained',
     },
     'checkpoint': {'monitor', 'processes'},
@@ -210,6 +211,7 @@ ALLOWED = {
         'data.workers',
         'monitor',
     },
+    'totals': set(),
     'collectives': set(),
     'costs': {'shapes'},
     'audit': {'collectives', 'config', 'costs', 'flags', 'parallel', 'shapes', 'step'},
@@ -227,6 +229,7 @@ ALLOWED = {
         'processes',
         'run_folder',
         'step',
+        'totals',
     },
 }
 

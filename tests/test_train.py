@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,8 +46,13 @@ def launch(*arguments, **options) -> subprocess.CompletedProcess:
     )
 
 
-def interrupt(number: signal.Signals, data_dir: str, workdir: Path) -> subprocess.CompletedProcess:
-    """Start a run and send the signal as soon as the checkpoint of step 5 is whole."""
+def interrupt(
+    number: signal.Signals, data_dir: str, workdir: Path, before: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess:
+    """Start a run and send the signal as soon as the checkpoint of step 5 is whole, and `before` is done, if given.
+
+    Meanwhile the run stands still.
+    """
     process = subprocess.Popen(
         command(data_dir, workdir),
         cwd=ROOT,
@@ -60,6 +66,9 @@ def interrupt(number: signal.Signals, data_dir: str, workdir: Path) -> subproces
     while not first.exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.002)
+    if before:
+        process.send_signal(signal.SIGSTOP)
+        before()
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -201,14 +210,42 @@ def test_another_network_or_batch_is_refused_in_a_used_workdir(uninterrupted, ph
         assert field in refused.stderr
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(photos_dir, tmp_path):
-    # The rate alone may leave a network whose every unit is dead, and a finite loss.
-    large = f'--config.model.kernel_std={(1e9,) * 8}'
-    run = launch(photos_dir, tmp_path, '--config.optimizer.learning_rate=100', large)
+@pytest.mark.parametrize(
+    ('overrides', 'what', 'rate'),
+    [
+        # The rate alone may leave a network whose every unit is dead, and a finite loss.
+        (('--config.optimizer.learning_rate=100', f'--config.model.kernel_std={(1e9,) * 8}'), 'nan at step', '100'),
+        # fc7 is dead, which leaves the loss finite.
+        (
+            ('--config.model.bias_init=(0.0,1.0,0.0,1.0,1.0,1.0,-1e39,0.0)', '--config.checkpoint.every=1'),
+            'inf at step 1: ',
+            '0.01',
+        ),
+    ],
+)
+def test_a_loss_or_weights_that_are_not_finite_end_the_run_in_one_line(photos_dir, tmp_path, overrides, what, rate):
+    run = launch(photos_dir, tmp_path, *overrides)
     assert run.returncode == 1
-    assert 'the loss or the weights are nan at step' in run.stderr
-    assert 'optimizer.learning_rate (100)' in run.stderr
+    assert f'the loss or the weights are {what}' in run.stderr
+    assert f'optimizer.learning_rate ({rate})' in run.stderr
+    assert f'{tmp_path} can be resumed from step 0' in run.stderr
     assert 'Traceback' not in run.stderr
+    assert not (tmp_path / 'result.json').exists()
+    assert list((tmp_path / 'checkpoints').iterdir()) == []
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(photos_dir, tmp_path):
+    checkpoints = tmp_path / 'checkpoints'
+
+    def put_a_file_in_the_way():
+        shutil.rmtree(checkpoints)
+        checkpoints.write_text('')
+
+    stopped = interrupt(signal.SIGCONT, photos_dir, tmp_path, before=put_a_file_in_the_way)
+    assert stopped.returncode == 1
+    last = stopped.stderr.splitlines()[-1]
+    assert last.startswith(f'alexnet_jax: {checkpoints}: a checkpoint was not written: ')
+    assert 'Traceback' not in stopped.stderr
     assert not (tmp_path / 'result.json').exists()
 
 

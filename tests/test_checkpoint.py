@@ -1,0 +1,120 @@
+"""Checkpoints are written beside the training: what they hold, what a killed or failing writer leaves."""
+
+import subprocess
+import sys
+import textwrap
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax.checkpoint import CheckpointError, Checkpoints
+from alexnet_jax.step import TrainState
+from alexnet_jax.totals import Totals
+
+
+def small_state(value: float) -> TrainState:
+    params = {'conv1': {'kernel': jnp.full((4, 3), value), 'bias': jnp.full(3, -value)}}
+    return TrainState(jnp.int32(value), params, jax.tree.map(lambda leaf: leaf / 2, params), {})
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    return Checkpoints(str(tmp_path / 'checkpoints'), keep=2)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(checkpoints, tmp_path):
+    train_step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    held = threading.Event()
+    checkpoints.writer.submit(held.wait)  # as if it were slow
+    state = small_state(1.0)
+    progress = {'step': 1}
+    checkpoints.save(state, progress, error=None)
+    for step in (2, 3):
+        before, state = state, train_step(state)
+        assert before.params['conv1']['kernel'].is_deleted()  # its memory is that of the new one
+        progress['step'] = step
+    assert list((tmp_path / 'checkpoints').iterdir()) == []
+    held.set()
+    checkpoints.save(state, progress, error=None)  # waits for the one before
+    assert (tmp_path / 'checkpoints' / '1').is_dir()
+    checkpoints.wait()
+    for step in (3, 1):
+        restored, progress = checkpoints.restore(jax.eval_shape(lambda: small_state(1.0)))
+        assert progress['step'] == int(restored.step) == step
+        np.testing.assert_array_equal(restored.opt_state['conv1']['bias'], np.full(3, step - 1.5))
+        np.testing.assert_array_equal(restored.params['conv1']['kernel'], np.full((4, 3), step))
+        np.testing.assert_array_equal(restored.params['conv1']['bias'], np.full(3, step - 2))
+        checkpoints.manager.delete(step)
+    checkpoints.close()
+
+
+KILLED = """
+    import glob, os, signal, sys
+    import jax.numpy as jnp
+    import numpy as np
+    from alexnet_jax.checkpoint import Checkpoints
+    from alexnet_jax.step import TrainState
+
+    checkpoints = Checkpoints(sys.argv[1], keep=2)
+    weights = jnp.asarray(np.random.default_rng(0).standard_normal(5 * 10**7, np.float32))
+    checkpoints.save(TrainState(jnp.int32(1), {'weights': weights[:9]}, {}, {}), {'step': 1}, None)
+    checkpoints.save(TrainState(jnp.int32(2), {'weights': weights}, {}, {}), {'step': 2}, None)
+    while not glob.glob(f'{sys.argv[1]}/2*/state/*'):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_writer_leaves_the_checkpoint_before(tmp_path):
+    command = [sys.executable, '-c', textwrap.dedent(KILLED), str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == -9, run.stderr
+    (unfinished,) = (path.name for path in tmp_path.iterdir() if path.name != '1')
+    assert unfinished.startswith('2.')
+    checkpoints = Checkpoints(str(tmp_path), keep=2)
+    abstract = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32), {'weights': jax.ShapeDtypeStruct((9,), jnp.float32)}, {}, {}
+    )
+    restored, progress = checkpoints.restore(abstract)
+    assert progress['step'] == 1
+    wanted = np.random.default_rng(0).standard_normal(5 * 10**7, np.float32)[:9]
+    np.testing.assert_array_equal(restored.params['weights'], wanted)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize('told_by', ['save', 'wait', 'close'])
+def test_what_could_not_be_written_is_told_by_the_next_call(checkpoints, tmp_path, told_by):
+    (tmp_path / 'checkpoints').rmdir()
+    (tmp_path / 'checkpoints').write_text('')
+    checkpoints.save(small_state(1.0), {'step': 1}, error=None)
+    call = {'save': lambda: checkpoints.save(small_state(2.0), {'step': 2}, None)}
+    with pytest.raises(CheckpointError, match='checkpoints: a checkpoint was not written: ') as error:
+        call.get(told_by, getattr(checkpoints, told_by))()
+    assert '\n' not in str(error.value)
+
+
+def test_sums_on_the_device_are_as_good_as_float64_sums():
+    random = np.random.default_rng(0)
+    values = (random.standard_normal((3000, 4)) * 10.0 ** random.integers(-4, 5, (3000, 4))).astype(np.float32)
+    totals = Totals()
+    for row in values:
+        totals.add({'row': jnp.asarray(row), 'first': jnp.asarray(row[0])})
+    found, wanted = totals.read(), values.astype(np.float64).sum(0)
+    assert totals.count == 3000
+    assert found['row'].dtype == np.float64
+    np.testing.assert_allclose(found['row'], wanted, rtol=1e-9)
+    np.testing.assert_allclose(found['first'], wanted[0], rtol=1e-9)
+    with np.testing.assert_raises(AssertionError):  # which the values ask for
+        np.testing.assert_allclose(np.add.accumulate(values, dtype=np.float32)[-1], wanted, rtol=1e-6)
+
+
+def test_what_is_not_finite_shows_in_sums():
+    totals = Totals()
+    for value in (1.0, np.nan, 2.0):
+        totals.add({'loss': jnp.float32(value)})
+    assert not np.isfinite(totals.read()['loss'])
+    with pytest.raises(ValueError, match='nothing was added'):
+        Totals().read()
