@@ -101,7 +101,7 @@ def _sweep(file: str, workdir: str) -> int:
 def main(argv: list[str]) -> int:
     """Check the settings, train, print the result; returns the exit code."""
     del argv
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # Orbax logs where it raises, pages long; _explain() says it
     file = config_flags.get_config_filename(flags.FLAGS['config'])
     name = os.path.basename(file).replace('.py', '').replace(':', '_')
     workdir = os.path.expanduser(_WORKDIR.value or os.path.join('runs', name))

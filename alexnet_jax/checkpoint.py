@@ -141,8 +141,8 @@ class Checkpoints:
     def save(self, state: Any, progress: dict[str, Any], error: float | None) -> None:
         """Begin to write `state` and `progress` (JSON); `error` is the validation error at this step, if measured.
 
-        `state` may be donated afterwards. Waits only for the checkpoint before it, where that is still being written.
-        What goes wrong with this one is told by the next call.
+        `state` may be donated afterwards. Waits for its copy, and for the checkpoint before it where that is still
+        being written. What goes wrong with this one is told by the next call.
 
         Args:
           progress: with `step`, that of `state`.
@@ -153,7 +153,7 @@ class Checkpoints:
         self.wait()
         if progress['step'] in self._steps():
             return
-        copy = _copied(state)
+        copy = jax.block_until_ready(_copied(state))  # and not while the next step waits for it
         # Collectives must come in the same order on all processes: not from a thread beside the training.
         digest = state_digest(copy) if any(processes.is_spread(leaf) for leaf in jax.tree.leaves(copy)) else None
         self.writing = self.writer.submit(self._write, copy, {**progress}, digest, error)

@@ -101,7 +101,7 @@ def _check_same(config: Any, store: pipeline.Store) -> None:
 
 
 @jax.jit
-def _size(params: Any) -> jax.Array:
+def size_of_weights(params: Any) -> jax.Array:
     """Sum of |weight| over all weights: a number only where all of them are."""
     return sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(params))
 
@@ -450,7 +450,7 @@ class _Run:
 
     def save(self) -> None:
         self.log_training()
-        self.check_finite(float(_size(self.state.params)))  # what cannot go on is not written
+        self.check_finite(float(size_of_weights(self.state.params)))  # what cannot go on is not written
         self.progress['images_per_second'] = self.timed.images_per_second or self.progress['images_per_second']
         measured = self.progress['errors'] if self.progress['evaluated'] == self.step else None
         self.checkpoints.save(self.state, self.progress, measured and measured['top1_error'])

@@ -3,15 +3,17 @@
   python benchmarks/loop_overhead.py [--parts=quickstart,paper,checkpoint] [--rounds=N] [--json]
 
 quickstart   launch.py as `make demo` starts it, and
-paper        the full network, batch 128, from a store of 2,000 images of 256 pixels in 1,000 classes, made now from
+paper        the full network, batch 128, from a store of 1,000 images of 256 pixels in 1,000 classes, made now from
              the photographs inside scikit-image: reading, augmentation, logging, all between two lines of
              metrics.jsonl, by this program's clock. In turn with it another process calls the compiled step of the same
              configuration on one batch in memory, two steps under way at a time, as the loop does; the process not
              asked is stopped. The ratio is the step's median time over that of launch.py: 1 is a loop that costs
              nothing. No evaluation and no checkpoint falls into what is timed.
 checkpoint   steps of the full network, and a checkpoint of its state (488 MB) that is written meanwhile. `saving` is
-             the time from the call to the end of the writing, `held up` what the call takes, `slowed down` the time
-             that the steps meanwhile took longer than others, the copy of the state on the device included.
+             the time from the call to the end of the writing, `held up` that until the weights are looked over and the
+             state is copied, so that the next step can begin, `slowed down` how much longer than others the steps
+             meanwhile took, which share the cores with the writing. `memory` is by how much the peak of the process
+             rose.
 """
 
 import argparse
@@ -109,13 +111,16 @@ def start(part: str, folder: str) -> tuple[None, Callable[[Any], Any]]:
     if part != 'checkpoint':
         return None, seconds
     from alexnet_jax.checkpoint import Checkpoints
+    from alexnet_jax.train import size_of_weights
+    from benchmarks.memory import peak
 
     checkpoints, saved = Checkpoints(os.path.join(folder, 'checkpoints'), keep=1), 0
 
     def save(steps: int) -> dict[str, float]:
         nonlocal saved
         usual, saved = seconds(steps) / steps, saved + 1
-        begin = time.perf_counter()
+        memory, begin = peak(), time.perf_counter()
+        float(size_of_weights(project.state.params))
         checkpoints.save(project.state, {'step': saved}, None)
         held_up, ended = time.perf_counter() - begin, []
         writing = checkpoints.writing
@@ -128,7 +133,8 @@ def start(part: str, folder: str) -> tuple[None, Callable[[Any], Any]]:
         jax.block_until_ready(project.state)
         slowed_down = time.perf_counter() - begin - held_up - steps * usual
         checkpoints.wait()
-        return {'saving': ended[0] - begin, 'held_up': held_up, 'slowed_down': slowed_down, 'step': usual}
+        found = {'saving': ended[0] - begin, 'held_up': held_up, 'slowed_down': slowed_down, 'step': usual}
+        return found | {'memory': peak() - memory}
 
     return None, save
 
@@ -175,8 +181,11 @@ def measure(part: str, folder: str, rounds: int) -> dict[str, Any]:
             table = [saver.ask(steps) for _ in range(1 + rounds)]
             found = {name: statistics.median(row[name] for row in table[1:]) for name in table[0]}
             ratios = {f'{name}_share': found[name] / found['saving'] for name in ('held_up', 'slowed_down')}
-            return found | ratios | {'first_held_up': table[0]['held_up']}
+            return (
+                found | ratios | {'first_held_up': table[0]['held_up'], 'memory': max(row['memory'] for row in table)}
+            )
         if part == 'paper':
+            print('loop_overhead: making pictures', file=sys.stderr, flush=True)
             make_pictures(os.path.join(folder, 'pictures'))
         alone = Worker(part, command, NO_GPU, stack)
         alone.ask(steps)
@@ -202,7 +211,8 @@ def report(result: dict[str, Any]) -> str:
             '',
             f'a checkpoint: {found["saving"]:.2f} s; training held up {found["held_up"]:.4f} s'
             f' ({found["held_up_share"]:.2%}; the first {found["first_held_up"]:.3f} s), steps slowed down'
-            f' {found["slowed_down"]:.2f} s ({found["slowed_down_share"]:.1%}); a step {found["step"]:.2f} s',
+            f' {found["slowed_down"]:.2f} s ({found["slowed_down_share"]:.1%}); a step {found["step"]:.2f} s;'
+            f' {found["memory"] / 1e6:,.0f} MB more at its peak',
         ]
     return '\n'.join(lines)
 

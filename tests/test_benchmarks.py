@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ from alexnet_jax import costs
 from alexnet_jax.config import default_config, resolve
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.shapes import LAYERS
-from benchmarks import check, layers, plain, presets, table
+from benchmarks import check, layers, loop_overhead, memory, plain, presets, table
 from benchmarks.hlo import Program
 from benchmarks.project import Project
 
@@ -242,6 +244,104 @@ RESULTS: dict = {
     },
     'startup': {'help': 0.44, 'warm': 7.96, 'stages': {}, 'machine': '2 cores', 'date': '2026-01-09'},
 }
+
+
+LOOP = {
+    'machine': '2 cores',
+    'date': '2026-01-05',
+    'parts': {
+        'quickstart': {'images_per_second': 1980.0, 'step_images_per_second': 2000.0, 'ratio': 0.99, 'steps': 400},
+        'checkpoint': {
+            'saving': 2.5,
+            'held_up': 0.05,
+            'held_up_share': 0.02,
+            'first_held_up': 0.5,
+            'slowed_down': 1.0,
+            'slowed_down_share': 0.4,
+            'step': 3.25,
+            'memory': 488e6,
+        },
+    },
+}
+MEMORY = {
+    'jax': {'version': '0.10', 'imported': 2e8, 'made': 1e9, 'first_step': 2e9, 'peak': 2.5e9}
+    | {'state': 488e6, 'batch': 25e6, 'temporary': 9e8},
+    'torch': {'version': '2.13', 'imported': 3e8, 'made': 9e8, 'first_step': 2e9, 'peak': 2e9},
+    'ratio': 1.25,
+    'batch_size': 128,
+    'steps': 10,
+    'machine': '2 cores',
+    'date': '2026-01-05',
+}
+
+
+def test_reports_of_the_loop_and_of_memory():
+    assert loop_overhead.report(LOOP).splitlines() == [
+        '2 cores',
+        '',
+        '               steps   launch.py, images/s  step alone   ratio',
+        'quickstart       400               1,980.0     2,000.0   0.990',
+        '',
+        'a checkpoint: 2.50 s; training held up 0.0500 s (2.00%; the first 0.500 s), steps slowed down 1.00 s (40.0%);'
+        ' a step 3.25 s; 488 MB more at its peak',
+    ]
+    assert memory.report(MEMORY).splitlines() == [
+        '2 cores; batch 128, float32, 10 steps; peak memory so far, MB',
+        '',
+        'side        version           imported        made  first step        peak',
+        'jax         0.10                   200       1,000       2,000       2,500',
+        'torch       2.13                   300         900       2,000       2,000',
+        '',
+        'compiled step: state 488, batch 25, temporary 900 MB',
+        'jax / torch: 1.25',
+    ]
+    rows = table.loop_overhead_rows(LOOP) + table.memory_rows(MEMORY)
+    assert [row[1:] for row in rows] == [
+        ('1,980.0', 'the step alone', '2,000.0', '0.990'),
+        ('0.050', '', '', ''),
+        ('2,500', 'PyTorch, `torch.compile`', '2,000', '0.80'),
+    ]
+
+
+@pytest.mark.parametrize(
+    ('script', 'flag', 'reason'),
+    [
+        ('loop_overhead', '--parts=paper,pages', '--parts: there is no pages; there are quickstart, paper, checkpoint'),
+        ('loop_overhead', '--rounds=0', '--rounds is at least 1'),
+        ('memory', '--sides=jax,caffe', '--sides: there is no caffe; there are jax, torch'),
+        ('memory', '--steps=0', '--batch_size and --steps are at least 1'),
+        ('memory', '--confg.seed=1', "'--confg.seed=1' is no flag"),
+        ('memory', '--config.seed=-1', 'config.seed: -1 is outside'),
+        ('memory', '--torch_python=/no/python', "--torch_python: '/no/python' is no program"),
+    ],
+)
+def test_wrong_flags_of_benchmarks_are_refused_in_one_line(monkeypatch, capsys, script, flag, reason):
+    monkeypatch.setattr('sys.argv', [script, flag])
+    with pytest.raises(SystemExit) as refused:
+        {'loop_overhead': loop_overhead, 'memory': memory}[script].main()
+    assert refused.value.code == 2
+    assert reason in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_memory_of_a_narrow_network():
+    flags = ['--config.model.widths=(8,16,16,16,16,32,32)', '--sides=jax', '--batch_size=2', '--steps=2', '--json']
+    run = subprocess.run([sys.executable, 'benchmarks/memory.py', *flags], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    found = result['jax']
+    kernels = 11 * 11 * 3 * 8 + 25 * 4 * 16 + 9 * 16 * 16 + 2 * (9 * 8 * 16) + 6 * 6 * 16 * 32 + 32 * 32 + 32 * 1000
+    assert found['state'] == 2 * 4 * (kernels + 8 + 4 * 16 + 2 * 32 + 1000) + 4  # weights, velocities, the step
+    assert 2 * 256 * 256 * 3 < found['batch'] < 2 * 256 * 256 * 3 + 2**20  # images, and the mean one
+    assert 0 < found['imported'] < found['made'] <= found['first_step'] <= found['peak'] < 4e9
+    assert result['ratio'] is None
+
+
+def test_the_loop_is_that_of_launch_without_evaluation(photos_dir):
+    for part, batch_size in (('quickstart', 64), ('paper', 128), ('checkpoint', 128)):
+        assert loop_overhead.configuration(part, photos_dir).train.batch_size == batch_size
+    config = loop_overhead.configuration('quickstart', photos_dir)
+    assert (config.data.data_dir, config.train.log_every) == (photos_dir, '50 steps')
+    assert config.eval.every == config.checkpoint.every == config.train.stall_after == loop_overhead.NEVER
 
 
 def test_the_table_of_the_readme_is_made_of_the_results_alone():
