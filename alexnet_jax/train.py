@@ -103,7 +103,7 @@ def _check_same(config: Any, store: pipeline.Store) -> None:
 @jax.jit
 def size_of_weights(params: Any) -> jax.Array:
     """Sum of |weight| over all weights: a number only where all of them are."""
-    return sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(params))
+    return jnp.stack([jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(params)]).sum()
 
 
 @dataclasses.dataclass

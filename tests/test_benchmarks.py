@@ -336,11 +336,11 @@ def test_memory_of_a_narrow_network():
     assert result['ratio'] is None
 
 
-def test_the_loop_is_that_of_launch_without_evaluation(photos_dir):
+def test_the_loop_is_that_of_launch_without_evaluation():
     for part, batch_size in (('quickstart', 64), ('paper', 128), ('checkpoint', 128)):
-        assert loop_overhead.configuration(part, photos_dir).train.batch_size == batch_size
-    config = loop_overhead.configuration('quickstart', photos_dir)
-    assert (config.data.data_dir, config.train.log_every) == (photos_dir, '50 steps')
+        assert loop_overhead.configuration(part, '/data').train.batch_size == batch_size
+    config = loop_overhead.configuration('quickstart', '/data')
+    assert (config.data.data_dir, config.train.log_every) == ('/data', '50 steps')
     assert config.eval.every == config.checkpoint.every == config.train.stall_after == loop_overhead.NEVER
 
 
