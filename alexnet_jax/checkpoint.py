@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -52,6 +53,7 @@ def read_checkpoint(path: str, abstract_state: Any) -> tuple[Any, str]:
     restored: Any = None
     problem = ''
     try:
+        sys.excepthook = _drop_late_answers
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
             restored = reader.restore(path, args=ocp.args.Composite(**arguments))
         written = restored.progress['state_digest']
@@ -66,6 +68,12 @@ def read_checkpoint(path: str, abstract_state: Any) -> tuple[Any, str]:
     if abstract_state is not None and state_digest(restored.state) != written:
         return None, 'its numbers differ from those written'
     return restored, ''
+
+
+def _drop_late_answers(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """An excepthook for TensorStore's threads, which may still answer where Orbax has given up a damaged checkpoint."""
+    if str(error) != 'Event loop is closed':
+        sys.__excepthook__(kind, error, trace)
 
 
 def _collect_quietly() -> None:

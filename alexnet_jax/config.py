@@ -28,7 +28,7 @@ def default_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             'seed': 0,
-            'cpu_tuning': True,  # an XLA flag that makes a CPU faster; see startup.py
+            'cpu_tuning': True,  # an XLA flag and allocator settings that make a CPU faster; see startup.py
             'model': {
                 'preset': 'paper',
                 'widths': config_dict.placeholder(tuple),

@@ -101,10 +101,12 @@ def training_files(pictures: str) -> list[Path]:
 
 
 def project_batches(encoding: str, pictures: str, batch_size: int, threads: int) -> Iterator[Any]:
-    """This project's pipeline from its store of `pictures`, as a run has it."""
+    """This project's pipeline from its store of `pictures`, with the allocator's settings of a run."""
+    from alexnet_jax import startup
     from alexnet_jax.config import default_config
     from alexnet_jax.data import pipeline
 
+    startup.tune_cpu()
     data = default_config().data
     data.source, data.data_dir, data.encoding = f'folder:{pictures}', f'{pictures}.stores', encoding
     store = pipeline.open_store(pipeline.store_directory(data.data_dir, data), data)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alexnet_jax import checkpoint
 from alexnet_jax.checkpoint import CheckpointError, Checkpoints
 from alexnet_jax.step import TrainState
 from alexnet_jax.totals import Totals
@@ -118,3 +119,9 @@ def test_what_is_not_finite_shows_in_sums():
     assert not np.isfinite(totals.read()['loss'])
     with pytest.raises(ValueError, match='nothing was added'):
         Totals().read()
+
+
+@pytest.mark.parametrize(('message', 'shown'), [('Event loop is closed', False), ('Another cause', True)])
+def test_only_answers_that_come_too_late_are_dropped(capsys, message, shown):
+    checkpoint._drop_late_answers(RuntimeError, RuntimeError(message), None)
+    assert (message in capsys.readouterr().err) == shown

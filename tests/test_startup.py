@@ -16,6 +16,43 @@ import pytest
 from alexnet_jax import startup
 
 ROOT = Path(__file__).parent.parent
+COUNT_FAULTS = """
+import ctypes, resource, sys, threading
+from alexnet_jax import startup
+if 'tuned' in sys.argv:
+    startup.tune_cpu()
+library, size = ctypes.CDLL(None), 100 << 20
+library.malloc.restype = ctypes.c_void_p
+library.malloc.argtypes = [ctypes.c_size_t]
+library.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+library.free.argtypes = [ctypes.c_void_p]
+def use():
+    block = library.malloc(size)
+    library.memset(block, 1, size)
+    library.free(block)
+def in_thread():
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+in_thread()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+in_thread()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(*arguments: str) -> int:
+    """Pages that a thread has mapped for 100 MB of memory the second time it uses them."""
+    run = subprocess.run(
+        [sys.executable, '-c', COUNT_FAULTS, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return int(run.stdout)
+
+
+def test_memory_of_a_step_is_not_mapped_anew():
+    pages = (100 << 20) // os.sysconf('SC_PAGE_SIZE')
+    assert page_faults() >= pages
+    assert page_faults('tuned') < pages / 100
 
 
 @pytest.mark.parametrize(
