@@ -101,9 +101,9 @@ def _check_same(config: Any, store: pipeline.Store) -> None:
 
 
 @jax.jit
-def size_of_weights(params: Any) -> jax.Array:
-    """Sum of |weight| over all weights: a number only where all of them are."""
-    return jnp.stack([jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(params)]).sum()
+def sizes_of_weights(params: Any) -> Any:
+    """By parameter the sum of |weight|, float32: a number only where all of them are."""
+    return jax.tree.map(lambda leaf: jnp.sum(jnp.abs(leaf)), params)
 
 
 @dataclasses.dataclass
@@ -450,7 +450,8 @@ class _Run:
 
     def save(self) -> None:
         self.log_training()
-        self.check_finite(float(size_of_weights(self.state.params)))  # what cannot go on is not written
+        for size in jax.tree.leaves(sizes_of_weights(self.state.params)):
+            self.check_finite(float(size))  # what cannot go on is not written
         self.progress['images_per_second'] = self.timed.images_per_second or self.progress['images_per_second']
         measured = self.progress['errors'] if self.progress['evaluated'] == self.step else None
         self.checkpoints.save(self.state, self.progress, measured and measured['top1_error'])
