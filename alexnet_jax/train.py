@@ -101,9 +101,9 @@ def _check_same(config: Any, store: pipeline.Store) -> None:
 
 
 @jax.jit
-def sizes_of_weights(params: Any) -> Any:
-    """By parameter the sum of |weight|, float32: a number only where all of them are."""
-    return jax.tree.map(lambda leaf: jnp.sum(jnp.abs(leaf)), params)
+def are_finite(params: Any) -> Any:
+    """By parameter whether all of its numbers are finite, bool; a sum of them takes a CPU four times as long."""
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params)
 
 
 @dataclasses.dataclass
@@ -450,8 +450,10 @@ class _Run:
 
     def save(self) -> None:
         self.log_training()
-        for size in jax.tree.leaves(sizes_of_weights(self.state.params)):
-            self.check_finite(float(size))  # what cannot go on is not written
+        finite = jax.tree.leaves(jax.device_get(are_finite(self.state.params)))
+        for leaf, is_finite in zip(jax.tree.leaves(self.state.params), finite, strict=True):
+            if not is_finite:  # what cannot go on is not written
+                self.check_finite(float(jnp.sum(jnp.abs(leaf))))
         self.progress['images_per_second'] = self.timed.images_per_second or self.progress['images_per_second']
         measured = self.progress['errors'] if self.progress['evaluated'] == self.step else None
         self.checkpoints.save(self.state, self.progress, measured and measured['top1_error'])

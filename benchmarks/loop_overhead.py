@@ -111,7 +111,7 @@ def start(part: str, folder: str) -> tuple[None, Callable[[Any], Any]]:
     if part != 'checkpoint':
         return None, seconds
     from alexnet_jax.checkpoint import Checkpoints
-    from alexnet_jax.train import sizes_of_weights
+    from alexnet_jax.train import are_finite
     from benchmarks.memory import peak
 
     checkpoints, saved = Checkpoints(os.path.join(folder, 'checkpoints'), keep=1), 0
@@ -120,7 +120,7 @@ def start(part: str, folder: str) -> tuple[None, Callable[[Any], Any]]:
         nonlocal saved
         usual, saved = seconds(steps) / steps, saved + 1
         memory, begin = peak(), time.perf_counter()
-        jax.device_get(sizes_of_weights(project.state.params))
+        jax.device_get(are_finite(project.state.params))
         checkpoints.save(project.state, {'step': saved}, None)
         held_up, ended = time.perf_counter() - begin, []
         writing = checkpoints.writing
