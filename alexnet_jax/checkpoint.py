@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -53,8 +52,8 @@ def read_checkpoint(path: str, abstract_state: Any) -> tuple[Any, str]:
         arguments['state'] = ocp.args.StandardRestore(abstract_state)
     restored: Any = None
     problem = ''
+    _drop_late_answers()
     try:
-        sys.excepthook = _drop_late_answers
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
             restored = reader.restore(path, args=ocp.args.Composite(**arguments))
         written = restored.progress['state_digest']
@@ -71,14 +70,20 @@ def read_checkpoint(path: str, abstract_state: Any) -> tuple[Any, str]:
     return restored, ''
 
 
-def _drop_late_answers(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """An excepthook for TensorStore's threads, which may still answer where Orbax has given up a damaged checkpoint."""
-    if str(error) != 'Event loop is closed':
-        sys.__excepthook__(kind, error, trace)
+@functools.cache
+def _drop_late_answers() -> None:
+    """Show nothing of TensorStore's threads that still answer where Orbax has given up a damaged checkpoint."""
+    show = sys.unraisablehook
+
+    def show_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != 'Event loop is closed':
+            show(unraisable)
+
+    sys.unraisablehook = show_others
 
 
 def _collect_quietly() -> None:
-    """Collect what Orbax has left of an unfinished reading, whose last words would be pages on standard error."""
+    """Collect what Orbax has left unfinished, whose last words would be pages on standard error."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         gc.collect()
