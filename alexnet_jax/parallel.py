@@ -289,6 +289,11 @@ def put_batch(sharding: NamedSharding, batch: Any) -> Any:
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
+def put_everywhere(mesh: Mesh, values: Any) -> Any:
+    """NumPy arrays, the same on all processes, as arrays that each device of `mesh` holds."""
+    return put_batch(NamedSharding(mesh, EVERYWHERE), values)
+
+
 def batch_parts(sharding: NamedSharding) -> int:
     """How many parts `sharding`, see batch_sharding(), splits a batch into."""
     return len(set(_rows(sharding).values()))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import parallel, processes
+from alexnet_jax import parallel, processes, startup
 from alexnet_jax.augment import preprocessing, without_color
 from alexnet_jax.checkpoint import CheckpointError, Checkpoints, state_digest
 from alexnet_jax.config import ConfigError, duration_in_steps, field_names, field_value, total_steps
@@ -168,8 +168,10 @@ class _Run:
         else:
             self.state = init_state(config, mesh)
         statistics = self.inputs_of_the_run(bool(restored))
-        self.preprocessing = processes.of_the_first(preprocessing(statistics, config.data))
-        self.colorless = without_color(self.preprocessing)
+        prepared = processes.of_the_first(preprocessing(statistics, config.data))
+        # Once: a mean image on its way to a device makes a CPU compute the step in a thread, see startup.tune_cpu().
+        self.preprocessing = parallel.put_everywhere(mesh, prepared)
+        self.colorless = parallel.put_everywhere(mesh, without_color(prepared))
         watchdog.feed('the first state')
         metrics, layers = (
             os.path.join(workdir, name) if processes.is_first() else None for name in ('metrics.jsonl', 'layers.jsonl')
@@ -264,7 +266,7 @@ class _Run:
         )
 
         def fetch():
-            return parallel.put_batch(self.batch_sharding, next(batches))
+            return jax.block_until_ready(parallel.put_batch(self.batch_sharding, next(batches)))
 
         with ThreadPoolExecutor(1) as reader:
             ahead = collections.deque(reader.submit(fetch) for _ in range(BATCHES_AHEAD))
@@ -280,9 +282,13 @@ class _Run:
         self.rate = self.learning_rate()
         rates = learning_rates(self.config, self.step, self.examples, self.drops_taken)
         preprocessing = self.preprocessing if self.step < self.color_until else self.colorless
-        self.state, metrics = self.train_step(self.state, batch, jax.tree.map(np.float32, rates), preprocessing)
-        self.totals.add(metrics)
+        arguments = self.state, batch, jax.tree.map(np.float32, rates), preprocessing
         first = self.step == self.first_step
+        if first:
+            self.train_step = self.train_step.lower(*arguments).compile()
+            startup.give_back_memory()  # before the step takes its own
+        self.state, metrics = self.train_step(*arguments)
+        self.totals.add(metrics)
         jax.block_until_ready(metrics if first else self.last_metrics)  # at most two steps are under way
         self.last_metrics = metrics
         self.progress['step'] += 1

@@ -35,7 +35,7 @@ class Project:
             'eigenvalues': np.full(channels, 5e3),
             'eigenvectors': np.eye(channels),
         }
-        self.preprocessing = augment.preprocessing(moments, data)
+        self.preprocessing = parallel.put_everywhere(self.mesh, augment.preprocessing(moments, data))
         self.train_step = step.make_train_step(config, self.mesh)
         self.eval_step = step.make_eval_step(config, self.mesh, views=1)
         self.state = step.init_state(config, self.mesh)

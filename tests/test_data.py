@@ -326,6 +326,28 @@ def test_more_damage_than_allowed_stops_the_reading(damaged):
         take(pipeline.training_batches(copy.train, seed=0, batch_size=640, first_step=0, threads=2), 10)
 
 
+@pytest.mark.parametrize(('limit', 'reads'), [(3 * 192, 1), (3 * 192 - 1, 2)])
+def test_a_small_split_is_read_once(monkeypatch, limit, reads):
+    class Records(list):
+        read = ()
+
+        def __getitem__(self, index):
+            self.read += (index,)
+            return super().__getitem__(index)
+
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    image = tfds.features.Tensor(shape=(8, 8, 3), dtype=np.uint8, encoding='bytes')
+    features = tfds.features.FeaturesDict({'image': image, 'label': tfds.features.ClassLabel(num_classes=3)})
+    monkeypatch.setattr(pipeline, 'KEPT', limit)
+    records = Records(features.serialize_example({'image': images[i], 'label': i}) for i in range(3))
+    split = pipeline.Split(records, (8, 8, 3), 'raw', 'here', 0.0)
+    for _ in range(2):
+        for index in (2, 0, 1):
+            np.testing.assert_array_equal(split[index]['image'], images[index])
+            assert split[index]['label'] == index
+    assert records.read == ((2, 0, 1) if reads == 1 else (2, 2, 0, 0, 1, 1) * 2)
+
+
 def test_a_jpeg_that_does_not_decode_is_damage():
     jpeg = io.BytesIO()
     Image.new('RGB', (8, 8), (200, 80, 30)).save(jpeg, 'JPEG')

@@ -228,6 +228,7 @@ ALLOWED = {
         'parallel',
         'processes',
         'run_folder',
+        'startup',
         'step',
         'totals',
     },
