@@ -95,7 +95,7 @@ def test_an_untried_jaxlib_gets_no_flag(monkeypatch):
     assert os.environ['XLA_FLAGS'] == ''
 
 
-def test_the_flag_takes_convolutions_out_of_library_fusions():
+def test_the_flag_takes_convolutions_and_biases_out_of_library_fusions():
     program = """
 import sys
 from alexnet_jax import startup
@@ -103,10 +103,13 @@ if 'tuned' in sys.argv:
     startup.tune_cpu()
 import jax, jax.numpy as jnp
 from alexnet_jax.layers import convolution
-compiled = jax.jit(convolution).lower(jnp.ones((8, 13, 13, 32)), jnp.ones((3, 3, 32, 32))).compile()
-print('ynn' in compiled.as_text())
+convolved = jax.jit(convolution).lower(jnp.ones((8, 13, 13, 32)), jnp.ones((3, 3, 32, 32))).compile()
+product = jax.jit(lambda x, kernel, bias: x @ kernel + bias[None])
+product = product.lower(jnp.ones((128, 512)), jnp.ones((512, 512)), jnp.ones(512)).compile().as_text()
+fusion = next((line for line in product.splitlines() if 'ynn_fusion' in line and ' fusion(' in line), '')
+print('ynn' in convolved.as_text(), fusion.split(' fusion(')[-1].split(')')[0].count('%'))
 """
-    for arguments, fused in (([], 'True'), (['tuned'], 'False')):
+    for arguments, fused in (([], 'True 2'), (['tuned'], 'False 2')):
         environment = {**os.environ, 'XLA_FLAGS': ''}
         run = subprocess.run(
             [sys.executable, '-c', program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
