@@ -35,7 +35,8 @@ class Project:
             'eigenvalues': np.full(channels, 5e3),
             'eigenvectors': np.eye(channels),
         }
-        self.preprocessing = parallel.put_everywhere(self.mesh, augment.preprocessing(moments, data))
+        everywhere = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+        self.preprocessing = jax.device_put(augment.preprocessing(moments, data), everywhere)
         self.train_step = step.make_train_step(config, self.mesh)
         self.eval_step = step.make_eval_step(config, self.mesh, views=1)
         self.state = step.init_state(config, self.mesh)
