@@ -124,7 +124,7 @@ def test_the_trace_has_the_steps_asked_for(watched):
     workdir, said = watched
     (trace,) = (workdir / 'profile').rglob('perfetto_trace.json.gz')
     names = [event.get('name', '') for event in json.loads(gzip.decompress(trace.read_bytes()))['traceEvents']]
-    assert names.count('PjitFunction(train_step)') == 2 * 2  # the profiler has each call twice
+    assert names.count('PjitFunction(jit(train_step))') == 2 * 2  # the profiler has each call twice
     assert list((workdir / 'profile').rglob('*.xplane.pb'))
     assert f'{workdir}/profile: trace for TensorBoard' in said
 
