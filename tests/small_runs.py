@@ -40,7 +40,7 @@ def store_of(config: Any) -> pipeline.Store:
 
 def make_run(workdir: Path, config: Any) -> str:
     """A run at step 0 with random weights, and the statistics of the photographs."""
-    options = {'xla_backend_optimization_level': '1'}  # as in step.init_state()
+    options = {'xla_backend_optimization_level': '2'}  # as in step.init_state()
     params, batch_statistics = jax.device_get(jax.jit(network(config)[1], compiler_options=options)(jax.random.key(3)))
     store = store_of(config)
     trained.create(str(workdir), config, params, batch_statistics, store.statistics, store.class_names)
