@@ -30,7 +30,7 @@ def tune_cpu() -> None:
     added, with which fc6 takes 2.6 times as long. It is left out on another version of jaxlib or where XLA_FLAGS
     already says what to do about it; all else there is kept.
     The allocator keeps the 824 MB that a step of the full network takes and gives back, instead of having 200,000 pages
-    mapped anew in every step: a twelfth of the time. It does so only for the main thread, so JAX computes there, not in
+    mapped anew in every step: 4 to 12 % of the time. It does so only for the main thread, so JAX computes there, not in
     one beside it; computations on several devices it still gives to others. Memory once used there stays with the
     process.
     Imports jax. Does nothing on a machine with a GPU or TPU plugin.

@@ -56,7 +56,7 @@ class Split:
     """Random access to {'image': (S, S, C) uint8, 'label': int32}; None for a record that is damaged on disk.
 
     Every record has a checksum. A damaged one is named and counted once. Of a split of at most 256 MB an image stays in
-    memory once it was read, for reading takes five times as long as the rest of a batch.
+    memory once it was read, for reading is the most of what a batch costs.
 
     Args:
       records: random access to serialised tf.train.Examples.
