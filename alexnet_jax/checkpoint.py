@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 import time
+import types
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -61,7 +62,7 @@ def read_checkpoint(path: str, abstract_state: Any) -> tuple[Any, str]:
         cause = error.__cause__  # names the file and the parameter, where Orbax lists settings of TensorStore
         problem = first_line(cause if isinstance(cause, Exception) else error)
     if problem:
-        _collect_quietly()
+        gc.collect()  # of what was read in part, so that there is room for another
     problem = processes.agree(problem)
     if problem:
         return None, problem
@@ -72,23 +73,19 @@ def read_checkpoint(path: str, abstract_state: Any) -> tuple[Any, str]:
 
 @functools.cache
 def _drop_late_answers() -> None:
-    """Show nothing of TensorStore's threads that still answer where Orbax has given up a damaged checkpoint."""
+    """Show nothing of what Orbax leaves unfinished of a damaged checkpoint: pages on standard error, at any time later.
+
+    Its coroutines end with the error that was told already, and TensorStore's threads answer to a loop that is closed.
+    """
     show = sys.unraisablehook
 
     def show_others(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != 'Event loop is closed':
+        coroutine = isinstance(unraisable.object, types.CoroutineType)
+        of_orbax = coroutine and f'{os.sep}orbax{os.sep}' in unraisable.object.cr_code.co_filename
+        if not of_orbax and str(unraisable.exc_value) != 'Event loop is closed':
             show(unraisable)
 
     sys.unraisablehook = show_others
-
-
-def _collect_quietly() -> None:
-    """Collect what Orbax has left unfinished, whose last words would be pages on standard error."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        gc.collect()
-    finally:
-        sys.unraisablehook = hook
 
 
 def validation_errors(directory: str) -> dict[int, float | None]:

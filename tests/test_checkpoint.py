@@ -1,5 +1,7 @@
 """Checkpoints are written beside the training: what they hold, what a killed or failing writer leaves."""
 
+import asyncio
+import os
 import subprocess
 import sys
 import textwrap
@@ -141,6 +143,32 @@ def test_what_is_not_finite_shows_in_sums():
     assert not np.isfinite(totals.read()['loss'])
     with pytest.raises(ValueError, match='nothing was added'):
         Totals().read()
+
+
+ORBAX = os.path.join('site-packages', 'orbax', 'checkpoint', 'serialization.py')
+
+
+@pytest.mark.parametrize(
+    ('file', 'message', 'shown'),
+    [(ORBAX, 'Encountered error', False), ('other.py', 'Another cause', True)],
+)
+def test_only_what_orbax_leaves_unfinished_is_dropped(monkeypatch, file, message, shown):
+    seen = []
+    monkeypatch.setattr(sys, 'unraisablehook', seen.append)
+    checkpoint._drop_late_answers.__wrapped__()
+    source = f"""
+async def read():
+    try:
+        await asyncio.sleep(0)
+    finally:
+        raise RuntimeError({message!r})
+"""
+    names = {'asyncio': asyncio}
+    exec(compile(source, file, 'exec'), names)
+    reading = names['read']()
+    reading.send(None)
+    del reading
+    assert [str(unraisable.exc_value) for unraisable in seen] == [message] * shown
 
 
 @pytest.mark.parametrize(('message', 'shown'), [('Event loop is closed', False), ('Another cause', True)])
