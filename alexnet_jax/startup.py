@@ -67,11 +67,12 @@ def use_compilation_cache() -> None:
     JAX_COMPILATION_CACHE_DIR names another folder, which is left to JAX and the user. Does nothing with
     JAX_ENABLE_COMPILATION_CACHE=false; where the folder cannot be written only says so.
     """
-    # JAX itself leaves out what takes less than a second, evaluation for one.
-    os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
     import jax
 
     settings: Any = jax.config
+    if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
+        # JAX itself leaves out what takes less than a second: evaluation, and the program of the first weights.
+        settings.update('jax_persistent_cache_min_compile_time_secs', 0.1)
     if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
         return
     root = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'alexnet_jax', 'compiled')

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import lax
+from ml_collections import FrozenConfigDict
 
 from alexnet_jax import parallel
 from alexnet_jax.augment import augment, example_keys, view
@@ -59,7 +60,7 @@ def network(config: Any) -> tuple[Any, Callable]:
 
 def state_specs(config: Any, mesh: parallel.Mesh) -> TrainState:
     """How a TrainState lies on the mesh: see parallel.parameter_specs() and update_specs(); the step everywhere."""
-    state = jax.eval_shape(lambda: _initial_state(config))
+    state = _shapes(FrozenConfigDict(config))
     return TrainState(
         step=parallel.EVERYWHERE,
         params=parallel.parameter_specs(state.params, config.mesh.layout),
@@ -74,6 +75,12 @@ def _initial_state(config: Any) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, statistics)
 
 
+@lru_cache(1)
+def _shapes(config: FrozenConfigDict) -> TrainState:
+    """Shapes and dtypes of _initial_state(), for each of a run's programs: a fourth of a second where it has five."""
+    return jax.eval_shape(lambda: _initial_state(config))
+
+
 def init_state(config: Any, mesh: parallel.Mesh) -> TrainState:
     """The state before the first step; the same numbers on every mesh."""
     out_shardings = parallel.shardings(mesh, state_specs(config, mesh))
@@ -84,7 +91,7 @@ def init_state(config: Any, mesh: parallel.Mesh) -> TrainState:
 
 def abstract_state(config: Any, mesh: parallel.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of init_state(), without its numbers."""
-    shapes = jax.eval_shape(lambda: _initial_state(config))
+    shapes = _shapes(FrozenConfigDict(config))
     shardings = parallel.shardings(mesh, state_specs(config, mesh))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
@@ -150,10 +157,11 @@ def make_train_step(config: Any, mesh: parallel.Mesh) -> Any:
     augment.preprocessing().
     metrics: loss, top1_error and top5_error of the batch under augmentation and dropout, float32 scalars.
     """
-    graph, initial = network(config)
+    graph, _ = network(config)
     batch_size, layout = config.train.batch_size, config.mesh.layout
-    parameters, _ = jax.eval_shape(initial, jax.random.key(0))
-    specs, split = parallel.parameter_specs(parameters, layout), parallel.update_specs(parameters, mesh, config.mesh)
+    state, everywhere = state_specs(config, mesh), parallel.EVERYWHERE
+    parameters = _shapes(FrozenConfigDict(config)).params
+    specs, split = state.params, parallel.update_specs(parameters, mesh, config.mesh)
 
     def train_step(state, batch, learning_rates, preprocessing):
         own = parallel.own_copies(state.params, specs)
@@ -169,7 +177,6 @@ def make_train_step(config: Any, mesh: parallel.Mesh) -> Any:
         metrics = {'loss': means[0], 'top1_error': means[1], 'top5_error': means[2]}
         return TrainState(state.step + 1, params, opt_state, statistics), metrics
 
-    state, everywhere = state_specs(config, mesh), parallel.EVERYWHERE
     return parallel.compile_on_mesh(
         train_step,
         mesh,

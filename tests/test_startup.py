@@ -145,7 +145,9 @@ def caches(tmp_path, monkeypatch):
     monkeypatch.setattr(warnings, 'showwarning', warnings.showwarning)
     monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {0, 1, 2})
     jax.config.update('jax_enable_compilation_cache', True)
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
     yield folder
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', least)
     jax.config.update('jax_enable_compilation_cache', False)
     jax.config.update('jax_compilation_cache_dir', None)
 
@@ -158,6 +160,16 @@ def folder_in_use() -> str | None:
 def test_programs_are_kept_in_the_folder_of_the_users_caches(caches):
     assert folder_in_use() == str(caches / 'alexnet_jax' / 'compiled' / '3_cores')
     assert os.listdir(caches / 'alexnet_jax' / 'compiled') == ['3_cores']
+
+
+@pytest.mark.parametrize(('users', 'seconds'), [(None, 0.1), ('30', 0.0)])
+def test_what_compiles_in_less_than_a_second_is_kept_too(caches, monkeypatch, users, seconds):
+    monkeypatch.delenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS')
+    if users:
+        monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', users)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)  # JAX was imported before
+    folder_in_use()
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == seconds
 
 
 def test_that_folder_is_by_default_in_the_home(caches, monkeypatch):
