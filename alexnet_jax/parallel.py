@@ -286,7 +286,7 @@ def batch_sharding(mesh: Mesh, layout: str) -> NamedSharding:
 
 def put_batch(sharding: NamedSharding, batch: Any) -> Any:
     """This process's rows of a batch (NumPy arrays) as arrays over the mesh; `sharding`: see batch_sharding()."""
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+    return jax.make_array_from_process_local_data(sharding, batch)
 
 
 def put_everywhere(mesh: Mesh, values: Any) -> Any:

@@ -188,7 +188,8 @@ class _Run:
         # Of training alone, without the first step of the process, which waits for the compiler.
         self.timed, self.timed_since_line = Timed(), Timed()
         self.note = ''
-        self.rate = 0.0  # learning rate of the last step
+        self.rates: Any = None  # of the last step, by layer
+        self.rates_there: Any = None  # the same on the devices
         self.log_every = self.steps_of(config.train.log_every)
         self.first_step = self.step
         self.bar = Progress('train', self.total, 'steps', done=self.step)
@@ -279,10 +280,9 @@ class _Run:
         self.batch = None  # held on to, it makes the reader wait: 5 % of the time, otherwise 1
         batch = self.batch = next(batches)
         waited = time.perf_counter() - start
-        self.rate = self.learning_rate()
-        rates = learning_rates(self.config, self.step, self.examples, self.drops_taken)
+        self.set_rates()
         preprocessing = self.preprocessing if self.step < self.color_until else self.colorless
-        arguments = self.state, batch, jax.tree.map(np.float32, rates), preprocessing
+        arguments = self.state, batch, self.rates_there, preprocessing
         first = self.step == self.first_step
         if first:
             self.train_step = self.train_step.lower(*arguments).compile()
@@ -305,8 +305,15 @@ class _Run:
     def drops_taken(self) -> int:
         return int(self.progress['plateau']['drops_taken'])
 
-    def learning_rate(self) -> float:
-        return scheduled_rate(self.config, self.step, self.examples, self.drops_taken)
+    def set_rates(self) -> None:
+        """Put the rates of the next step on the devices, where it has others than the last one."""
+        rates = learning_rates(self.config, self.step, self.examples, self.drops_taken)
+        if rates != self.rates:
+            self.rates, self.rates_there = rates, parallel.put_everywhere(self.mesh, jax.tree.map(np.float32, rates))
+
+    def rate_of(self, step: int) -> float:
+        """The learning rate of step `step`, counted from 0, as the schedule stands."""
+        return scheduled_rate(self.config, step, self.examples, self.drops_taken)
 
     def log_training(self) -> None:
         """Write the means over the steps since the last line. Raises TrainingError where the loss is not finite."""
@@ -318,18 +325,19 @@ class _Run:
         self.time(time.perf_counter() - start, 0.0, steps=0)
         self.totals = Totals()
         means = {name: value / steps for name, value in sums.items()}
+        rate = self.rate_of(self.step - 1)
         timed, self.timed_since_line = self.timed_since_line, Timed()
         self.check_finite(means['loss'])
         self.metrics.write(
             step=self.step,
             split='train',
             **means,
-            learning_rate=self.rate,
+            learning_rate=rate,
             images_per_second=timed.images_per_second,
             input_wait=timed.waited / timed.seconds,
         )
         self.note = (
-            f'loss {means["loss"]:.4f}  top-1 error {means["top1_error"]:.1%}  learning rate {self.rate:.2g}'
+            f'loss {means["loss"]:.4f}  top-1 error {means["top1_error"]:.1%}  learning rate {rate:.2g}'
             f'  {timed.images_per_second:.1f} images/s  input wait {timed.waited / timed.seconds:.1%}'
         )
         self.bar.line(self.note)
@@ -406,7 +414,7 @@ class _Run:
             self.end_saving()
             raise TrainingError(
                 f'the loss or the weights are {value} at step {self.step}: lower config.optimizer.learning_rate'
-                f' ({self.rate:g}) or raise config.optimizer.warmup; {self.workdir} can be resumed'
+                f' ({self.rate_of(self.step - 1):g}) or raise config.optimizer.warmup; {self.workdir} can be resumed'
                 f' from step {self.checkpoints.manager.latest_step() or 0}'
             )
 
@@ -441,7 +449,7 @@ class _Run:
         self.progress |= {'evaluated': self.step, 'errors': errors}
         self.progress['plateau'] = plateau_next(plateau, errors['top1_error'], self.config.optimizer)
         shown = {name: errors[name] for name in ('loss', 'top1_error', 'top5_error')}
-        self.metrics.write(step=self.step, split='validation', **shown, learning_rate=self.learning_rate())
+        self.metrics.write(step=self.step, split='validation', **shown, learning_rate=self.rate_of(self.step))
         log(
             f'step {self.step}/{self.total}  validation: loss {errors["loss"]:.4f}'
             f'  top-1 {errors["top1_error"]:.2%}  top-5 {errors["top5_error"]:.2%}'
@@ -451,7 +459,7 @@ class _Run:
         self.show_pictures()
         dropped = self.progress['plateau']['drops_taken'] > plateau['drops_taken']
         if dropped and self.config.optimizer.schedule == 'plateau':
-            log(f'the error stopped improving: learning rate now {self.learning_rate():g}')
+            log(f'the error stopped improving: learning rate now {self.rate_of(self.step):g}')
         return errors['top1_error'] < plateau['lowest_error']
 
     def save(self) -> None:

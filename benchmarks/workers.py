@@ -26,16 +26,21 @@ def machine() -> str:
     return f'{cores} cores, {cpu}; Python {platform.python_version()}'
 
 
+def open_answers() -> Any:
+    """In the process of a side: the file for its answers. What it and libraries print, from C too, goes to stderr."""
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a stopped process would outlive its parent
+    answers = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)
+    return answers
+
+
 def serve(start: Callable[[], tuple[Any, Callable[[Any], Any]]]) -> None:
     """In the process of a side: says what it is, then answers requests until there are no more. A line of JSON each.
 
-    `start` returns what the side says of itself, and a function of a request that gives the answer. What it and
-    libraries print, from C too, goes to stderr.
+    `start` returns what the side says of itself, and a function of a request that gives the answer.
     """
-    if sys.platform == 'linux':
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a stopped process would outlive its parent
-    with os.fdopen(os.dup(1), 'w') as answers:
-        os.dup2(2, 1)
+    with open_answers() as answers:
         about, respond = start()
         print(json.dumps(about), file=answers, flush=True)
         for line in sys.stdin:

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -145,6 +146,8 @@ def test_a_source_without_random_access_is_refused(photos_dir, tmp_path):
 class Numbered:
     """Random access to images that say which they are."""
 
+    keeps = False
+
     def __init__(self, length: int):
         self.length = length
 
@@ -155,6 +158,9 @@ class Numbered:
         if not 0 <= index < self.length:
             raise IndexError(index)
         return {'image': np.full((2, 2, 3), index, np.uint8), 'label': np.int32(index)}
+
+    def from_memory(self, indices: np.ndarray) -> None:
+        return None
 
 
 def take(batches, count: int) -> list[dict]:
@@ -324,6 +330,22 @@ def test_more_damage_than_allowed_stops_the_reading(damaged):
     copy = pipeline.open_store(pipeline.store_directory(damaged, given), given)
     with pytest.raises(pipeline.StoreError, match=r'1 of 6400 records of train .*, more than data.max_bad=0.0001 a'):
         take(pipeline.training_batches(copy.train, seed=0, batch_size=640, first_step=0, threads=2), 10)
+
+
+def test_batches_from_memory_are_those_read_and_a_cpu_takes_them_as_they_are(photos_dir, monkeypatch):
+    kept = open_photos(photos_dir).train
+    monkeypatch.setattr(pipeline, 'KEPT', 0)
+    read = open_photos(photos_dir).train
+    assert (kept.keeps, read.keeps) == (True, False)
+    options = {'seed': 0, 'batch_size': 640, 'first_step': 0, 'threads': 2}
+    found = [take(pipeline.training_batches(split, **options), 15) for split in (read, kept)]
+    for expected, batch in zip(*found, strict=True):
+        for name in ('image', 'label', 'number'):
+            np.testing.assert_array_equal(batch[name], expected[name])
+        for images in (batch['image'], expected['image']):
+            assert jax.device_put(images, jax.devices()[0]).unsafe_buffer_pointer() == images.ctypes.data
+    assert kept.kept.all()
+    assert not read.kept.any()
 
 
 @pytest.mark.parametrize(('limit', 'reads'), [(3 * 192, 1), (3 * 192 - 1, 2)])

@@ -161,6 +161,39 @@ def test_colour_noise_ends_where_it_is_told_to(photos_dir, tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_what_a_step_takes_is_on_the_devices(photos_dir, tmp_path):
+    """NumPy arrays would be moved in each call; with the mean image a CPU computes the step in another thread."""
+    program = """
+import runpy
+import sys
+import jax
+from alexnet_jax import train
+
+class Guarded:
+    def __init__(self, step):
+        self.step = step
+    def lower(self, *arguments):
+        return Guarded(self.step.lower(*arguments))
+    def compile(self):
+        return Guarded(self.step.compile())
+    def __call__(self, *arguments):
+        with jax.transfer_guard('disallow'):
+            result = self.step(*arguments)
+        print('guarded')
+        return result
+
+make_train_step = train.make_train_step
+train.make_train_step = lambda *arguments: Guarded(make_train_step(*arguments))
+runpy.run_path('launch.py', run_name='__main__')
+"""
+    flags = command(photos_dir, tmp_path, '--config.train.steps=3', '--config.optimizer.warmup=2 steps')[1:]
+    run = subprocess.run(
+        [sys.executable, '-c', program, *flags[1:]], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count('guarded') == 3
+
+
 def test_a_run_does_not_go_on_with_other_images(uninterrupted, photos_dir, tmp_path):
     shutil.copytree(uninterrupted[0], tmp_path / 'run')
     (tmp_path / 'run' / 'result.json').unlink()

@@ -74,8 +74,10 @@ class Split:
         # The message itself: what TFDS does with it besides takes twice as long, with the interpreter's lock held.
         self.parse = tf_example_pb2.Example.FromString
         self.records, self.shape, self.encoding, self.name, self.max_bad = records, shape, encoding, name, max_bad
-        self.kept: dict[int, dict[str, Any]] = {}
         self.keeps = len(records) * math.prod(shape) <= KEPT
+        self.kept = np.zeros(len(records), bool)
+        self.images = np.empty((len(records) if self.keeps else 0, *shape), np.uint8)
+        self.labels = np.empty(len(records), np.int32)
         self.damaged: set[int] = set()
         self.lock = threading.Lock()
 
@@ -89,10 +91,10 @@ class Split:
         return found
 
     def __getitem__(self, index: int) -> dict[str, Any] | None:
-        if index in self.kept:
-            return self.kept[index]
         if not 0 <= index < len(self):
             raise IndexError(index)
+        if self.kept[index]:
+            return {'image': self.images[index], 'label': self.labels[index]}
         if index in self.damaged:
             return None
         try:
@@ -103,14 +105,23 @@ class Split:
             else:
                 image = simplejpeg.decode_jpeg(content, 'GRAY' if self.shape[-1] == 1 else 'RGB')
             example = {'image': image, 'label': np.int32(features['label'].int64_list.value[0])}
+            if self.keeps:
+                self.images[index], self.labels[index] = image, example['label']
+                self.kept[index] = True
         except MemoryError:
             raise
         except Exception as error:  # of ArrayRecord, protobuf and the decoder, each its own kinds
             self._count(index, error)
             return None
-        if self.keeps:
-            self.kept[index] = example
         return example
+
+    def from_memory(self, indices: np.ndarray) -> Batch | None:
+        """The images and labels at `indices` (B,), at a fourth of the cost of one by one; None: some are not there."""
+        if not self.kept[indices].all():
+            return None
+        images = _empty((len(indices), *self.shape))
+        np.take(self.images, indices, 0, out=images, mode='clip')  # as fast as without `out`, which other modes are not
+        return {'image': images, 'label': self.labels[indices]}
 
     def _count(self, index: int, error: Exception) -> None:
         with self.lock:
@@ -222,13 +233,13 @@ def training_batches(
 
     def batch(part):
         numbers = np.arange(part * rows, (part + 1) * rows)
-        indices = [order(epoch)[place] for epoch, place in zip(*np.divmod(numbers, len(source)), strict=True)]
-        return _filled(whole, indices) | {'number': numbers.astype(np.uint32)}
+        epochs, places = np.divmod(numbers, len(source))
+        indices = np.concatenate([order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()])
+        found = source.from_memory(indices) or _filled(whole, indices)
+        return found | {'number': numbers.astype(np.uint32)}
 
     batches = iter(
-        grain.MapDataset.range(sys.maxsize)[share::shares]
-        .map(batch)
-        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+        grain.MapDataset.range(sys.maxsize)[share::shares].map(batch).to_iter_dataset(_reading(source, threads))
     )
     batches.set_state({'next_index': first_step})
     return batches
@@ -251,19 +262,35 @@ def validation_batches(
         grain.MapDataset.range(len(padded))
         .batch(batch_size // shares)[first_batch * shares + share :: shares]
         .map(lambda indices: _filled(padded, indices))
-        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+        .to_iter_dataset(_reading(source, threads))
     )
+
+
+def _reading(source: Any, threads: int) -> Any:
+    """How Grain reads a Split: what stays in memory in the caller's thread, others would only wait for its lock."""
+    import grain
+
+    threads = 0 if source.keeps else threads
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
 
 
 def _filled(source: Any, indices: Sequence[int] | np.ndarray) -> Batch:
     """The images at `indices` in one array: three times as fast as to read them all and stack them."""
     labels = np.empty(len(indices), np.int32)
-    for row, index in enumerate(indices):
-        example = source[int(index)]
+    for row, index in enumerate(np.asarray(indices).tolist()):
+        example = source[index]
         if row == 0:
-            images = np.empty((len(indices), *example['image'].shape), np.uint8)
+            images = _empty((len(indices), *example['image'].shape))
         images[row], labels[row] = example['image'], example['label']
     return {'image': images, 'label': labels}
+
+
+def _empty(shape: tuple[int, ...]) -> np.ndarray:
+    """An array of uint8 that begins at a multiple of 64 bytes: a CPU's device takes it as it is, copies others."""
+    size = math.prod(shape)
+    memory = np.empty(size + 63, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].reshape(shape)
 
 
 class _Whole:
