@@ -55,8 +55,8 @@ def project_step(config: Any) -> tuple[dict[str, int], Callable[[], float]]:
     jax.block_until_ready(project.state)
     made = peak()
     project.train_step = project.train_step.lower(*project.train_arguments).compile()
-    startup.give_back_memory()
     compiled = project.train_step.memory_analysis()
+    startup.make_room(compiled.temp_size_in_bytes)
     found = {'imported': imported, 'made': made, 'state': compiled.alias_size_in_bytes}
     found['batch'] = compiled.argument_size_in_bytes - compiled.alias_size_in_bytes
     return found | {'temporary': compiled.temp_size_in_bytes}, project.train

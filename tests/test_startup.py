@@ -1,5 +1,6 @@
 """The start of a process: CPU tuning before jax is imported, compiled programs kept on disk, answers without jax."""
 
+import ctypes
 import json
 import os
 import re
@@ -60,7 +61,7 @@ end = bytearray(1 << 20)  # what is above free memory keeps it from the system
 sizes = [resident()]
 del blocks
 sizes.append(resident())
-startup.give_back_memory()
+startup.make_room(0)
 sizes.append(resident())
 print(*sizes)
 """
@@ -72,6 +73,29 @@ def test_free_memory_is_given_back_when_asked_for():
     used, freed, given_back = map(int, run.stdout.split())
     assert used - freed < 20 << 20
     assert freed - given_back > 180 << 20
+
+
+PLACE = """
+import ctypes
+from alexnet_jax import startup
+startup.tune_cpu()
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+library.free.argtypes = [ctypes.c_void_p]
+below, between = library.malloc(200 << 20), library.malloc(1 << 20)
+library.free(below)
+startup.make_room(300 << 20)
+first_step = library.malloc(300 << 20)
+library.free(first_step)
+library.free(between)
+print(library.malloc(300 << 20) - first_step)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'malloc_trim'), reason='another allocator than that of glibc')
+def test_a_step_takes_its_memory_where_the_one_before_it_did():
+    run = subprocess.run([sys.executable, '-c', PLACE], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == '0\n'
 
 
 @pytest.mark.parametrize(
