@@ -286,7 +286,8 @@ class _Run:
         first = self.step == self.first_step
         if first:
             self.train_step = self.train_step.lower(*arguments).compile()
-            startup.make_room(self.train_step.memory_analysis().temp_size_in_bytes)
+            if jax.default_backend() == 'cpu':  # others take a step's memory elsewhere, and need not say how much
+                startup.make_room(self.train_step.memory_analysis().temp_size_in_bytes)
         self.state, metrics = self.train_step(*arguments)
         self.totals.add(metrics)
         jax.block_until_ready(metrics if first else self.last_metrics)  # at most two steps are under way

@@ -176,6 +176,8 @@ class Guarded:
         return Guarded(self.step.lower(*arguments))
     def compile(self):
         return Guarded(self.step.compile())
+    def memory_analysis(self):
+        return self.step.memory_analysis()
     def __call__(self, *arguments):
         with jax.transfer_guard('disallow'):
             result = self.step(*arguments)
