@@ -86,6 +86,8 @@ def test_blocks_do_not_matter_and_damaged_records_are_never_near(monkeypatch):
 class Interrupted:
     """A split that is asked for few images before the process is interrupted."""
 
+    keeps = False
+
     def __init__(self, split, after: float):
         self.split, self.after, self.asked = split, after, []
 

@@ -31,12 +31,15 @@ from alexnet_jax.data import pipeline
 from alexnet_jax.prepare import Settings
 (fault, index), sys.argv = sys.argv[1].split(), ['launch.py', *sys.argv[2:]]
 class Faulty:
+    keeps = False
     def __init__(self, source):
         self.source, self.reads = source, 0
     def __len__(self):
         return len(self.source)
     def damage(self):
         return self.source.damage()
+    def from_memory(self, indices):
+        return None
     def __getitem__(self, index):
         self.reads += 1
         if fault == 'slow':
