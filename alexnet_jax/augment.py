@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax.layers import stored
-
 
 def example_keys(seed: int, number: jax.Array, purpose: int) -> jax.Array:
     """One key (B,) an image: from the run's seed and `number` (B,) uint32, which counts images seen since the start."""
@@ -85,7 +83,7 @@ def augment(
             x = x + jnp.sum(color * strengths[None], 1)[None, None]
         return x / preprocessing['divisor'] * preprocessing['scale'][None, None]
 
-    return stored(jax.vmap(one)(images, keys, window_keys))
+    return jax.vmap(one)(images, keys, window_keys)
 
 
 def view(images: jax.Array, preprocessing: dict[str, jax.Array], config: Any, index: jax.Array | int) -> jax.Array:

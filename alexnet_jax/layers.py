@@ -32,15 +32,57 @@ def convolution(
     groups, rest = divmod(channels, inputs)
     if rest or outputs % groups:
         raise ValueError(f'{channels} channels do not fit a kernel of {inputs} inputs and {outputs} outputs')
+    if isinstance(padding, str):
+        top_and_bottom, left_and_right = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (stride, stride), padding)
+        padding = top_and_bottom, left_and_right
     # One dense convolution a group: on a CPU four times as fast as feature_group_count, which the partitioner also
     # answers by gathering the batch on every device.
-    parts = [
-        lax.conv_general_dilated(
-            part, part_kernel, (stride, stride), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-        )
-        for part, part_kernel in zip(jnp.split(x, groups, -1), jnp.split(kernel, groups, -1), strict=True)
-    ]
-    return jnp.concatenate(parts, -1)
+    pairs = zip(jnp.split(x, groups, -1), jnp.split(kernel, groups, -1), strict=True)
+    return jnp.concatenate([_convolve(part, part_kernel, stride, padding) for part, part_kernel in pairs], -1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[tuple[int, int], ...]) -> jax.Array:
+    if stride > 1:
+        x, kernel = _rows_as_channels(x, kernel, stride, padding)
+        return _dense(x, kernel, (1, stride), ((0, 0), (0, 0)))
+    return _dense(x, kernel, (1, 1), padding)
+
+
+def _convolve_forward(x, kernel, stride, padding):
+    x = stored(x)  # otherwise the gradient by the kernel works it out again, in an order that takes five times as long
+    return _convolve(x, kernel, stride, padding), (x, kernel)
+
+
+def _convolve_backward(stride, padding, saved, gradient):
+    # Of the image as it is: with rows as channels the gradient by the kernel gains nothing, and more is copied.
+    return jax.vjp(lambda x, kernel: _dense(x, kernel, (stride, stride), padding), *saved)[1](gradient)
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _dense(x, kernel, strides, padding):
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+
+def _rows_as_channels(x, kernel, stride, padding):
+    """`x`, padded, with the channels of `stride` rows side by side, and the kernel that moves over it row by row.
+
+    A CPU's library copies all windows before it multiplies, which takes it less time in longer pieces: of conv1 132
+    numbers, where a row of a window has 33.
+    """
+    (batch, *sizes, channels), (rows, columns, inputs, outputs) = x.shape, kernel.shape
+    pads = []
+    for size, (before, after), window in zip(sizes, padding, (rows, columns), strict=True):
+        steps = (size + before + after - window) // stride
+        pads.append((before, (steps - (-window // stride)) * stride - size - before, 0))
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+    x = x.reshape(batch, -1, stride, x.shape[2], channels).swapaxes(2, 3)
+    x = x.reshape(*x.shape[:3], stride * channels)
+    kernel = lax.pad(kernel, jnp.zeros((), kernel.dtype), [(0, -rows % stride, 0), *[(0, 0, 0)] * 3])
+    kernel = kernel.reshape(-1, stride, columns, inputs, outputs).swapaxes(1, 2)
+    return x, kernel.reshape(-1, columns, stride * inputs, outputs)
 
 
 def unshared_convolution(

@@ -79,6 +79,24 @@ def test_pooling_takes_maxima_pixel_by_pixel(program):
     assert stored(program).count((1, 8, 7, 7, 16)) == 2  # conv1's maxima, and their numbers in their windows
 
 
+def test_what_a_convolution_takes_is_stored_for_the_gradient(program):
+    conv2, conv3, conv4, conv5 = (1, 8, 7, 7, 8), (1, 8, 3, 3, 32), (1, 8, 3, 3, 16), (1, 8, 3, 3, 16)
+    of_towers = Counter([conv2, conv2, conv3, conv4, conv4, conv5, conv5])
+    assert of_towers <= Counter(stored(program))
+
+
+def test_conv1_takes_four_rows_as_one(program, alone):
+    of_conv1 = {
+        program.part(each.name): each
+        for each in alone
+        if each.opcode == 'convolution' and program.part(each.name)[0] == 'conv1'
+    }
+    operands = of_conv1['conv1', 'forward'].operands
+    images, kernel = (program.instructions[operand].tensors[0][1] for operand in operands)
+    assert (images, kernel) == ((8, 17, 68, 12), (3, 11, 12, 16))
+    assert numbers(of_conv1['conv1', 'backward']) == 11 * 11 * 3 * 16  # the gradient is by the kernel as it is
+
+
 def test_gradients_of_biases_are_products(program, alone):
     dots = Counter(program.part(each.name)[0] for each in alone if each.opcode == 'dot' and each.tensors[0][1][0] == 1)
     assert dots == CONVOLUTIONS

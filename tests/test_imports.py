@@ -57,7 +57,7 @@ ALLOWED = {
     'startup': {'monitor'},
     'monitor': set(),
     'layers': set(),
-    'augment': {'layers'},
+    'augment': set(),
     'optimizer': {'config', 'shapes'},
     'parallel': {'config'},
     'model': {'layers', 'parallel', 'shapes'},

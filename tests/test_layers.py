@@ -1,5 +1,7 @@
 """Response normalisation, pooling and convolution against plain NumPy loops, TensorFlow and numbers by hand."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -298,26 +300,51 @@ def test_convolution_is_not_flipped():
     np.testing.assert_array_equal(y[0, :, :, 0], [[4310, 5421], [7643, 8754]])
 
 
-@pytest.mark.parametrize(('size', 'side'), [(24, 5), (32, 7), (31, 6)])
-def test_convolution_with_stride_and_zeros_at_the_lower_right(size, side):
-    x, kernel = normal((2, size, size, 3), 8), normal((11, 11, 3, 5), 9)
-    padding = ((0, 3), (0, 3))
-    ours = convolution(jnp.asarray(x), jnp.asarray(kernel), stride=4, padding=padding)
-    assert ours.shape == (2, side, side, 5)
-    np.testing.assert_allclose(ours, convolution_loop(x, kernel, 4, padding), rtol=1e-5, atol=1e-4)
+# Kernels of fewer rows than the stride, of as many, and of no multiple of it; sides that leave rows and columns over.
+STRIDED = [
+    ((24, 24), (11, 11), 4, ((0, 3), (0, 3))),
+    ((31, 22), (11, 11), 4, ((2, 2), (1, 0))),
+    ((13, 16), (5, 3), 3, ((0, 0), (2, 1))),
+    ((14, 11), (2, 2), 3, ((1, 0), (0, 0))),
+    ((12, 9), (2, 4), 2, ((0, 0), (0, 0))),
+]
 
 
-def test_convolution_gradient_is_that_of_tensorflow():
-    x, kernel = normal((2, 6, 5, 4), 10), normal((3, 3, 2, 6), 11)
-    cotangent = normal((2, 6, 5, 6), 12)
-    ours = jax.jit(lambda x, kernel, cotangent: jax.vjp(convolution, x, kernel)[1](cotangent))(x, kernel, cotangent)
-    with tf.GradientTape() as tape:
-        x, kernel = tf.Variable(x), tf.Variable(kernel)
+@pytest.mark.parametrize(('size', 'window', 'stride', 'padding'), STRIDED)
+def test_convolution_with_stride_is_the_loop(size, window, stride, padding):
+    x, kernel = normal((2, *size, 6), 8), normal((*window, 3, 4), 9)
+    ours = convolution(jnp.asarray(x), jnp.asarray(kernel), stride=stride, padding=padding)
+    first = convolution_loop(x[..., :3], kernel[..., :2], stride, padding)
+    second = convolution_loop(x[..., 3:], kernel[..., 2:], stride, padding)
+    np.testing.assert_allclose(ours, np.concatenate([first, second], -1), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize('padding', ['SAME', 'VALID'])
+@pytest.mark.parametrize('stride', [2, 3])
+def test_convolution_with_stride_and_padding_by_name_is_that_of_tensorflow(stride, padding):
+    x, kernel = normal((2, 13, 10, 3), 8), normal((5, 4, 3, 4), 9)
+    ours = convolution(jnp.asarray(x), jnp.asarray(kernel), stride=stride, padding=padding)
+    np.testing.assert_allclose(ours, tf.nn.conv2d(x, kernel, stride, padding).numpy(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(('size', 'window', 'stride', 'padding'), [((6, 5), (3, 3), 1, ((1, 1), (1, 1))), *STRIDED[:3]])
+def test_convolution_gradient_is_that_of_tensorflow(size, window, stride, padding):
+    x, kernel = normal((2, *size, 4), 10), normal((*window, 2, 6), 11)
+
+    def tf_convolution(x, kernel):
+        x = tf.pad(x, [[0, 0], *padding, [0, 0]])
         groups = zip(tf.split(x, 2, -1), tf.split(kernel, 2, -1), strict=True)
-        y = tf.concat([tf.nn.conv2d(part, part_kernel, 1, 'SAME') for part, part_kernel in groups], -1)
-    theirs = tape.gradient(y, [x, kernel], output_gradients=tf.constant(cotangent))
+        return tf.concat([tf.nn.conv2d(part, part_kernel, stride, 'VALID') for part, part_kernel in groups], -1)
+
+    with tf.GradientTape() as tape:
+        variables = tf.Variable(x), tf.Variable(kernel)
+        y = tf_convolution(*variables)
+    cotangent = normal(y.shape, 12)
+    theirs = tape.gradient(y, variables, output_gradients=tf.constant(cotangent))
+    strided = partial(convolution, stride=stride, padding=padding)
+    ours = jax.jit(lambda x, kernel, cotangent: jax.vjp(strided, x, kernel)[1](cotangent))(x, kernel, cotangent)
     for our, their in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(our, their.numpy(), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(our, their.numpy(), rtol=1e-5, atol=2e-5)
 
 
 def test_convolution_keeps_bfloat16():

@@ -250,7 +250,10 @@ def operations(jaxpr):
 
 
 def observed_sizes(config, crop_size):
-    """Sides after conv1, pool1, conv2, pool2, conv3 to conv5, as convolutions take and give them, and inputs of fc6."""
+    """Sides after conv1, pool1, conv2, pool2, conv3 to conv5, as convolutions take and give them, and inputs of fc6.
+
+    What conv1 takes is not looked at, for it has several rows of the images in one.
+    """
     graph, shapes = network(config, crop_size)
     images = jax.ShapeDtypeStruct((2, crop_size, crop_size, 3), jnp.float32)
     jaxpr = jax.make_jaxpr(lambda parameters, images: nnx.merge(graph, parameters)(images))(shapes, images).jaxpr
@@ -258,9 +261,10 @@ def observed_sizes(config, crop_size):
     for operation in operations(jaxpr):
         shape = operation.invars[0].aval.shape if operation.invars else None
         if operation.primitive.name == 'conv_general_dilated':
-            assert shape[1] == shape[2]
+            assert not outputs or shape[1] == shape[2]
             inputs.append(shape[1])
             outputs.append(operation.outvars[0].aval.shape[1])
+            assert operation.outvars[0].aval.shape[2] == outputs[-1]
         elif operation.primitive.name == 'dot_general':
             dense.append(shape)
     # Where both towers see the same maps there is one convolution, otherwise they come one after another.
@@ -268,7 +272,7 @@ def observed_sizes(config, crop_size):
     assert len(outputs) == 2 + 3 * towers
     firsts = [0, 1, 1 + towers, 2 + towers, 2 + 2 * towers]
     inputs, (conv1, conv2, conv3, conv4, conv5) = [inputs[i] for i in firsts], [outputs[i] for i in firsts]
-    assert inputs == [crop_size, inputs[1], inputs[2], conv3, conv4]
+    assert inputs[3:] == [conv3, conv4]
     return [conv1, inputs[1], conv2, inputs[2], conv3, conv4, conv5], dense[0][1]
 
 

@@ -106,11 +106,17 @@ def settings(preset, **model):
     return given
 
 
+def convolves(equation):
+    """Whether it is a whole convolution: within it conv1's kernel has rows of zeros, and others only move pixels."""
+    inner = equation.params['call_jaxpr'].jaxpr if equation.primitive.name == 'custom_vjp_call' else None
+    return inner is not None and any(each.primitive.name == 'conv_general_dilated' for each in operations(inner))
+
+
 def multiply_adds(jaxpr):
-    """Of all convolutions and matrix products of a traced program; a convolution that only moves pixels has none."""
+    """Of all convolutions and matrix products of a traced program."""
     total = 0
     for equation in operations(jaxpr):
-        if equation.primitive.name == 'conv_general_dilated' and equation.params['feature_group_count'] == 1:
+        if convolves(equation):
             kernel, output = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
             total += math.prod(kernel) * math.prod(output[1:3])
         elif equation.primitive.name == 'dot_general':
