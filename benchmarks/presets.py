@@ -7,9 +7,10 @@ configs/ablations.py, each on the smallest network that has it) and `mesh/LAYOUT
 devices). Timed are a training step and an evaluation of the centre view (`forward`), batch in memory.
 
 Three processes take turns: this checkout, the other one, and the other one again. What the other one differs from
-itself, by the medians, is noise: a case is slower where its time is longer by more than MARGIN times the root mean
-square of that over all cases, and by more than FLOOR. Then the exit code is 1. Ratios are the other's time over this
-one's: above 1 this checkout is faster. Cases that the other checkout does not have are left out.
+itself is noise, of which a kind of case has its own, most those of eight devices on fewer cores. A case is slower where
+its time is longer by more than MARGIN standard deviations of that, by the median of its kind, and by more than FLOOR.
+Then the exit code is 1. Ratios are the other's time over this one's: above 1 this checkout is faster. Cases that the
+other checkout does not have are left out.
 """
 
 import argparse
@@ -127,14 +128,26 @@ def measure(workers: list[Worker], rounds: int) -> dict[str, dict[str, float]]:
     return medians
 
 
-def judge(times: dict[str, dict[str, dict[str, float]]]) -> tuple[float, list[tuple[str, str]]]:
-    """The margin, as a share of the time, and the (case, pass) that are slower by more; `times` by case."""
+def kind(case: str) -> str:
+    """What a case is of: preset, ablation or mesh."""
+    return case.partition('/')[0]
+
+
+def judge(times: dict[str, dict[str, dict[str, float]]]) -> tuple[dict[str, float], list[tuple[str, str]]]:
+    """The margin of each kind, as a share of the time, and the (case, pass) slower by more than it; `times` by case."""
     each = {(case, name): seconds for case, passes in times.items() for name, seconds in passes.items()}
-    noise = [math.log(seconds['again'] / seconds['other']) for seconds in each.values()]
-    margin = max(FLOOR, MARGIN * math.sqrt(statistics.mean(x * x for x in noise)))
+    noise: dict[str, list[float]] = {}
+    for (case, _), seconds in each.items():
+        noise.setdefault(kind(case), []).append(abs(math.log(seconds['again'] / seconds['other'])))
+    # Half of what is distributed normally is within 0.6745 standard deviations.
+    margins = {name: max(FLOOR, MARGIN * statistics.median(found) / 0.6745) for name, found in noise.items()}
     # Whichever of the other's two times is longer: noise in one of them is no reason.
-    slower = [key for key, s in each.items() if s['this'] > (1 + margin) * max(s['other'], s['again'])]
-    return margin, slower
+    slower = [
+        (case, name)
+        for (case, name), s in each.items()
+        if s['this'] > (1 + margins[kind(case)]) * max(s['other'], s['again'])
+    ]
+    return margins, slower
 
 
 def report(result: dict[str, Any]) -> str:
@@ -148,7 +161,8 @@ def report(result: dict[str, Any]) -> str:
             line += f'{seconds["other"] / seconds["this"]:>8.2f}{seconds["other"] / seconds["again"]:>16.2f}{mark}'
             lines.append(line)
     lines += [f'{case:<36}not there in the other checkout' for case in result['absent']]
-    lines += ['', f'{len(result["slower"])} slower by more than the noise, {result["margin"]:.1%}']
+    margins = ', '.join(f'{margin:.1%} ({name})' for name, margin in result['margins'].items())
+    lines += ['', f'{len(result["slower"])} slower by more than the noise: {margins}']
     return '\n'.join(lines)
 
 
@@ -192,8 +206,8 @@ def main() -> int:
                     absent.append(name)
     if not times:
         sys.exit(f'presets: {arguments.against} has none of these cases: {", ".join(absent)}')
-    margin, slower = judge(times)
-    result = {'seconds': times, 'absent': absent, 'margin': margin, 'slower': list(map(list, slower))}
+    margins, slower = judge(times)
+    result = {'seconds': times, 'absent': absent, 'margins': margins, 'slower': list(map(list, slower))}
     result |= {'against': against, 'rounds': arguments.rounds}
     result |= {'machine': machine(), 'date': datetime.date.today().isoformat()}
     print(json.dumps(result) if arguments.json else report(result))

@@ -207,12 +207,19 @@ def test_only_what_exceeds_the_noise_is_slower():
     def seconds(this, other, again):
         return {'train': {'this': this, 'other': other, 'again': again}}
 
-    times = {'a': seconds(1.05, 1.0, 1.0), 'b': seconds(1.0, 1.0, 1.1), 'c': seconds(2.0, 2.0, 2.0)}
-    margin, slower = presets.judge(times)
-    assert margin == pytest.approx(3 * math.sqrt(math.log(1.1) ** 2 / 3))  # 16.5 %
+    times = {
+        'preset/a': seconds(1.05, 1.0, 1.0),
+        'preset/b': seconds(1.0, 1.0, 1.05),
+        'preset/c': seconds(2.0, 2.0, 1.96),
+        'mesh/a': seconds(1.25, 1.0, 1.1),
+    }
+    margins, slower = presets.judge(times)
+    assert margins['preset'] == pytest.approx(3 / 0.6745 * -math.log(0.98))  # 9.0 %, of the second of three
+    assert margins['mesh'] == pytest.approx(3 / 0.6745 * math.log(1.1))  # 42 %
     assert slower == []
-    assert presets.judge(times | {'d': seconds(1.4, 1.1, 1.0)})[1] == [('d', 'train')]
-    assert presets.judge({'a': times['a']}) == (0.03, [('a', 'train')])
+    times['preset/d'] = seconds(1.5, 1.1, 1.1)
+    assert presets.judge(times)[1] == [('preset/d', 'train')]
+    assert presets.judge({'mesh/b': seconds(1.05, 1.0, 1.0)}) == ({'mesh': 0.03}, [('mesh/b', 'train')])
 
 
 def test_cases_are_all_presets_all_ablations_and_all_layouts():
