@@ -1,5 +1,6 @@
 """The layers of the paper's section 3 as pure functions on (B, H, W, C) arrays."""
 
+import math
 from functools import partial, reduce
 
 import jax
@@ -56,7 +57,23 @@ def _convolve_forward(x, kernel, stride, padding):
 
 def _convolve_backward(stride, padding, saved, gradient):
     # Of the image as it is: with rows as channels the gradient by the kernel gains nothing, and more is copied.
-    return jax.vjp(lambda x, kernel: _dense(x, kernel, (stride, stride), padding), *saved)[1](gradient)
+    x, kernel = saved
+    (to_x,) = jax.vjp(lambda x: _dense(x, kernel, (stride, stride), padding), x)[1](gradient)
+
+    def by_kernel(x, gradient):
+        return jax.vjp(lambda kernel: _dense(x, kernel, (stride, stride), padding), kernel)[1](gradient)[0]
+
+    def in_parts(x, gradient):
+        # Where windows are a stride apart a CPU takes 0.7 of the time for 8 images at once, 16 times.
+        parts = math.gcd(x.shape[0], 128) // 8
+        if parts < 4:
+            return by_kernel(x, gradient)
+        sums = map(by_kernel, jnp.split(x, parts), jnp.split(gradient, parts))
+        return sum(part.astype(jnp.float32) for part in sums).astype(kernel.dtype)
+
+    if stride == 1:
+        return to_x, by_kernel(x, gradient)
+    return to_x, lax.platform_dependent(x, gradient, cpu=in_parts, default=by_kernel)
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)

@@ -217,7 +217,7 @@ def test_only_what_exceeds_the_noise_is_slower():
     assert margins['preset'] == pytest.approx(3 / 0.6745 * -math.log(0.98))  # 9.0 %, of the second of three
     assert margins['mesh'] == pytest.approx(3 / 0.6745 * math.log(1.1))  # 42 %
     assert slower == []
-    times['preset/d'] = seconds(1.5, 1.1, 1.1)
+    times['preset/d'] = seconds(1.5, 1.1, 1.0)
     assert presets.judge(times)[1] == [('preset/d', 'train')]
     assert presets.judge({'mesh/b': seconds(1.05, 1.0, 1.0)}) == ({'mesh': 0.03}, [('mesh/b', 'train')])
 
