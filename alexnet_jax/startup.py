@@ -29,7 +29,7 @@ def tune_cpu() -> None:
     before it; a whole step takes about 0.6 of the time on two cores. Products are left to it without the bias that is
     added, with which fc6 takes 2.6 times as long. It is left out on another version of jaxlib or where XLA_FLAGS
     already says what to do about it; all else there is kept.
-    The allocator keeps the 824 MB that a step of the full network takes and gives back, instead of having 200,000 pages
+    The allocator keeps the 831 MB that a step of the full network takes and gives back, instead of having 200,000 pages
     mapped anew in every step: 4 to 12 % of the time. It does so only for the main thread, so JAX computes there, not in
     one beside it; computations on several devices it still gives to others. Memory once used there stays with the
     process.

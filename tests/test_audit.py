@@ -214,9 +214,10 @@ def test_flops_agree_with_the_compilers_count(name):
     # Without the padding, which the compiler does not count: 602, 129 and 37 pixels under the windows of a row.
     inside = [602**2 * 288, 129**2 * 48 * 256, 37**2 * 256 * 384, 37**2 * 192 * 384, 37**2 * 192 * 256, 58_621_952]
     expected = 128 * 2 * (3 * sum(inside) - inside[0])
+    conv1 = 55**2 * 12 * 11 * 3 * 96  # its forward pass: of a row of zeros, and of the image's padding
     found = report_of(name)
-    # It counts normalisation, pooling, dropout and the update too: one or two hundredths.
-    assert expected < found['compiler_flops_per_device'] < 1.02 * expected
+    # It counts normalisation, pooling, dropout and the update too: two hundredths.
+    assert expected < found['compiler_flops_per_device'] < 1.025 * (expected + 128 * 2 * (conv1 - inside[0]))
     assert found['flops_per_device'] / expected == pytest.approx(1.0846, abs=1e-4)
 
 
