@@ -27,7 +27,7 @@ class Instruction:
     """One instruction.
 
     tensors: (dtype, shape) of what it gives. operands: names. attributes: the rest of the line.
-    fused: the instructions of the fusion that it is.
+    fused: the instructions of the fusion that it is. parameter: which operand of the fusion it is, within one.
     """
 
     name: str
@@ -36,11 +36,17 @@ class Instruction:
     operands: list[str]
     attributes: str
     fused: list['Instruction'] = dataclasses.field(default_factory=list)
+    parameter: int | None = None
 
     @property
     def size(self) -> int:
         """Bytes of what it gives."""
         return sum(ITEM_SIZES.get(dtype, 4) * math.prod(shape) for dtype, shape in self.tensors)
+
+    @property
+    def numbers(self) -> int:
+        """In what it gives."""
+        return sum(math.prod(shape) for _, shape in self.tensors)
 
     @property
     def op_name(self) -> str:
@@ -65,6 +71,7 @@ class Program:
                 name, result, opcode, operands, attributes = match.groups()
                 tensors = [(d, tuple(map(int, filter(None, dims.split(','))))) for d, dims in _TENSOR.findall(result)]
                 found = Instruction(name, opcode, tensors, re.findall(r'%([\w.-]+)', operands), attributes)
+                found.parameter = int(operands) if opcode == 'parameter' else None
                 self.instructions[name] = found
                 self._operands[name] = found.operands
                 current.append(found)
@@ -96,7 +103,22 @@ class Program:
         each = self.instructions[name]
         if each.opcode in HOLLOW:
             return 0
-        return each.size + sum(self.instructions[operand].size for operand in each.operands)
+        return each.size + sum(self._read(each, number) for number in range(len(each.operands)))
+
+    def _read(self, each: Instruction, number: int) -> int:
+        """Bytes of an operand, or of the slices of it that are left in a fusion after what it does number by number."""
+        operand = self.instructions[each.operands[number]]
+        same, slices = {inner.name for inner in each.fused if inner.parameter == number}, 0
+        for inner in each.fused if same else ():
+            if same.isdisjoint(inner.operands):
+                continue
+            if inner.opcode == 'slice':
+                slices += inner.numbers
+            elif inner.numbers == operand.numbers and inner is not each.fused[-1]:
+                same.add(inner.name)
+            else:
+                return operand.size
+        return operand.size * min(slices, operand.numbers) // operand.numbers if slices else operand.size
 
     def part(self, name: str) -> tuple[str, str]:
         """(part, 'forward' or 'backward') of the step, such as ('conv1/lrn', 'forward'); 'other' where none is named.

@@ -34,6 +34,16 @@ HLO = """HloModule jit_train_step, is_scheduled=true
   ROOT %copy.1 = bf16[8,6,6,10]{3,2,1,0} copy(%param_0.1)
 }
 
+%fused_computation.2 (param_0.2: f32[8,6,6,10], param_1.2: f32[8,6,6,10], param_2.2: f32[10]) -> f32[2,6,6,10] {
+  %param_0.2 = f32[8,6,6,10]{3,2,1,0} parameter(0)
+  %param_1.2 = f32[8,6,6,10]{3,2,1,0} parameter(1)
+  %param_2.2 = f32[10]{0} parameter(2)
+  %product = f32[8,6,6,10]{3,2,1,0} multiply(%param_0.2, %param_1.2)
+  %part = f32[2,6,6,10]{3,2,1,0} slice(%product), slice={[0:2], [0:6], [0:6], [0:10]}
+  %bias = f32[2,6,6,10]{3,2,1,0} broadcast(%param_2.2), dimensions={3}
+  ROOT %sum = f32[2,6,6,10]{3,2,1,0} add(%part, %bias)
+}
+
 ENTRY %main (x: f32[8,6,6,4], kernel: f32[3,3,4,10], rows: f32[8,20], weights: f32[20,30]) -> (f32[8,30], f32[8,10,6,6]) {
   %x = f32[8,6,6,4]{3,2,1,0} parameter(0)
   %kernel = f32[3,3,4,10]{3,2,1,0} parameter(1)
@@ -45,6 +55,8 @@ ENTRY %main (x: f32[8,6,6,4], kernel: f32[3,3,4,10], rows: f32[8,20], weights: f
   %half = f32[3,3,2,10]{3,2,1,0} slice(%kernel), slice={[0:3], [0:3], [0:2], [0:10]}
   %dilated = f32[8,6,6,4]{3,2,1,0} convolution(%convolution.2, %kernel), window={size=3x3 pad=1_2x1_2 lhs_dilate=2x2}, dim_labels=b01f_01oi->b01f, metadata={op_name="jit(train_step)/transpose(jvp(conv1))/conv_general_dilated"}
   %fusion.1 = bf16[8,6,6,10]{3,2,1,0} fusion(%grouped), kind=kLoop, calls=%fused_computation.1
+  %row = f32[10]{0} slice(%rows), slice={[0:1], [0:10]}
+  %fusion.2 = f32[2,6,6,10]{3,2,1,0} fusion(%grouped, %grouped, %row), kind=kLoop, calls=%fused_computation.2
   %maximum.1 = f32[8,6,6,10]{3,2,1,0} maximum(%grouped, %grouped), metadata={op_name="jit(train_step)/transpose(jvp(conv3/activation))/max"}
   %add.1 = f32[8,6,6,10]{3,2,1,0} add(%grouped, %grouped), metadata={op_name="jit(train_step)/jvp(conv3)/add"}
   %dot.1 = f32[8,30]{1,0} dot(%rows, %weights), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(train_step)/update/gradients/dot_general"}
@@ -71,6 +83,8 @@ def test_flops_and_bytes_of_instructions_are_those_by_hand():
     assert flops['maximum.1'] == flops['copy.2'] == 0
     assert program.bytes('fusion') == 4 * (8 * 6 * 6 * 4 + 3 * 3 * 4 * 10 + 8 * 10 * 6 * 6)
     assert program.bytes('fusion.1') == (4 + 2) * 8 * 6 * 6 * 10
+    # Of both arrays that are multiplied the quarter that is left, and all of the third.
+    assert program.bytes('fusion.2') == 4 * (3 * 2 * 6 * 6 * 10 + 10)
     assert program.bytes('tuple') == program.bytes('x') == 0
 
 
