@@ -51,7 +51,7 @@ def _convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[tuple
 
 
 def _convolve_forward(x, kernel, stride, padding):
-    x = stored(x)  # otherwise the gradient by the kernel works it out again, in an order that takes five times as long
+    x = stored(x)  # otherwise the gradient by the kernel works it out again, in an order that takes four times as long
     return _convolve(x, kernel, stride, padding), (x, kernel)
 
 

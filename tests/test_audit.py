@@ -217,7 +217,7 @@ def test_flops_agree_with_the_compilers_count(name):
     conv1 = 55**2 * 12 * 11 * 3 * 96  # its forward pass: of a row of zeros, and of the image's padding
     found = report_of(name)
     # It counts normalisation, pooling, dropout and the update too: two hundredths.
-    assert expected < found['compiler_flops_per_device'] < 1.025 * (expected + 128 * 2 * (conv1 - inside[0]))
+    assert expected < found['compiler_flops_per_device'] < 1.022 * (expected + 128 * 2 * (conv1 - inside[0]))
     assert found['flops_per_device'] / expected == pytest.approx(1.0846, abs=1e-4)
 
 

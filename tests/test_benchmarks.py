@@ -121,10 +121,9 @@ def test_flops_of_the_compiled_step_are_those_of_its_layers(project):
     program = Program(project.train_step.lower(*project.train_arguments).compile().as_text())
     fused = {each.name for fusion in program.instructions.values() for each in fusion.fused}
     total = sum(program.flops(name) for name in program.instructions.keys() - fused)
-    zeros = 2 * costs.layers(project.config)[0].multiply_adds / 11  # conv1's forward pass takes 12 rows of a window
-    assert total == pytest.approx(
-        8 * (costs.flops_per_image(project.config) + zeros), rel=0.02
-    )  # sums are products too
+    # Sums are products too, and conv1's forward pass takes 12 rows of a window, one of zeros.
+    zeros = 2 * costs.layers(project.config)[0].multiply_adds / 11
+    assert total == pytest.approx(8 * (costs.flops_per_image(project.config) + zeros), rel=0.02)
 
 
 def test_the_plain_implementation_gives_what_the_project_gives(project):
