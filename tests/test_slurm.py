@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PATH = os.environ['PATH'] + ':/usr/sbin'  # where Debian keeps the daemons
 NEEDED = ('munged', 'slurmctld', 'slurmd', 'sbatch', 'srun', 'scontrol')
-STEPS, SAVE_EVERY = 96, 4  # a preemption takes about ten steps to arrive, more where they are fast
+STEPS, SAVE_EVERY = 64, 4  # a preemption takes about ten steps to arrive, more where they are fast
 
 # The nodes are named by addresses, for jax reaches its coordinator by the name of the first node. cred_expire is also
 # how long a requeued job waits; it is two minutes where nothing is said.
@@ -178,7 +178,7 @@ def cluster():
 
 
 def flags(data_dir: str, workdir: Path) -> list[str]:
-    """A narrow quickstart: 96 steps of 128 images, saved every four, evaluated at the end."""
+    """A narrow quickstart: 64 steps of 128 images, saved every four, evaluated at the end."""
     settings = {
         'data.data_dir': data_dir,
         'model.widths': '(16,32,32,32,32,64,64)',
