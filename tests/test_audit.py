@@ -216,8 +216,12 @@ def test_flops_agree_with_the_compilers_count(name):
     expected = 128 * 2 * (3 * sum(inside) - inside[0])
     conv1 = 55**2 * 12 * 11 * 3 * 96  # its forward pass: of a row of zeros, and of the image's padding
     found = report_of(name)
-    # It counts normalisation, pooling, dropout and the update too: two hundredths.
-    assert expected < found['compiler_flops_per_device'] < 1.022 * (expected + 128 * 2 * (conv1 - inside[0]))
+    # Seven operations on conv1's maps come before its gradient by the kernel, which a CPU takes in 16 parts: each part
+    # works out its own images alone, but is counted with all.
+    counted_again = 128 * 15 * 7 * 55**2 * 96
+    # It counts normalisation, pooling, dropout and the update too: a little over one hundredth.
+    most = 1.014 * (expected + 128 * 2 * (conv1 - inside[0])) + counted_again
+    assert expected < found['compiler_flops_per_device'] < most
     assert found['flops_per_device'] / expected == pytest.approx(1.0846, abs=1e-4)
 
 
