@@ -1,6 +1,6 @@
 """What a training step costs on a mesh, from the compiled step and before there is such a mesh.
 
-    python -m alexnet_jax.audit --config=configs/imagenet.py --mesh=data:64,model:2 --images_per_device=128
+    alexnet audit --config=configs/imagenet.py --mesh=data:64,model:2 --images_per_device=128
 
 The devices are simulated and nothing is executed. Collectives, their layers and dtypes are what the program asks for
 and the compiler keeps (see collectives.py); memory is as compiled for a CPU; what must travel at the least, and FLOPs,
@@ -16,9 +16,10 @@ from absl import app, flags
 from ml_collections import FrozenConfigDict
 
 from alexnet_jax import costs, shapes
-from alexnet_jax.collectives import Collective, step_collectives
+from alexnet_jax.collectives import Collective, HloFormatError, step_collectives
 from alexnet_jax.config import ConfigError, resolve
 from alexnet_jax.flags import CONFIG, parse_flags, refuse
+from alexnet_jax.monitor import complain
 
 MOST_DEVICES = 2048  # that XLA simulates on a CPU in one process
 
@@ -219,7 +220,11 @@ def main(argv: list[str]) -> int:
 
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_num_cpu_devices', config.mesh.data * config.mesh.model)
-    report = audit(config)
+    try:
+        report = audit(config)
+    except HloFormatError as error:
+        complain(f'the compiled step of jax {jax.__version__} cannot be read: {error}')
+        return 1
     if bandwidth is not None:
         report['prediction'] = costs.predict(config, report['collectives'], bandwidth, flops)
     if _COLLECTIVES.value:

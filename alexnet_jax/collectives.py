@@ -25,6 +25,15 @@ PARTS = ('dropout', 'gradients', 'update', 'metrics')
 _KINDS = 'all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast'
 _INSTRUCTION = re.compile(rf'\s*(?:ROOT )?%?[\w.-]+ = (.*?) ({_KINDS})(-start)?\(')
 _TENSOR = re.compile(r'(\w+)\[([\d,]*)\]')
+_AXIS = r"'[^']+'"
+_MESH_GROUPS = re.compile(
+    rf'replica_groups=mesh\[((?:{_AXIS}=\d+,?)+)\](?:, device_ids=\([\[\]{{}}\d, ]*\))? '
+    rf'\{{((?:{_AXIS}(?::\(\d+\)\d+)?,?)+)\}}(?=,|\s|$)'
+)
+
+
+class HloFormatError(ValueError):
+    """HLO text in a form that this module cannot read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +139,12 @@ def group_size(line: str, kind: str, devices: int) -> int:
     """Devices in the largest group of an instruction, in a program of one replica with `devices` partitions.
 
     Groups are written {{0,1},{2,3}}, or [2,4]<=[4,2]T(1,0) for 2 groups of 4 (device numbers in some order), or {} for
-    all in one. With use_global_device_ids, and in an all-to-all on a channel, the numbers are partitions. Otherwise
-    they are replicas: with a channel each stands for all partitions, without one for the one it is executed on.
+    all in one; from jaxlib 0.12 on also mesh['data'=4,'model'=2] {'data'}, for the groups along axes of a mesh, where
+    'data':(2)4 is the part of 4 of an axis behind one of 2. With use_global_device_ids, and in an all-to-all on a
+    channel, the numbers are partitions. Otherwise they are replicas: with a channel each stands for all partitions,
+    without one for the one it is executed on.
+
+    Raises HloFormatError: they are written in another way.
     """
     if kind == 'collective-permute':
         pairs = re.search(r'source_target_pairs=\{(.*?)\}\}', line)
@@ -141,10 +154,22 @@ def group_size(line: str, kind: str, devices: int) -> int:
     of_partitions = 'use_global_device_ids=true' in line or (on_channel and kind == 'all-to-all')
     iota = re.search(r'replica_groups=\[\d+,(\d+)\]<=', line)
     listed = re.search(r'replica_groups=\{((?:\{[\d,]*\},?)*)\}', line)
+    mesh = _MESH_GROUPS.search(line)
     if iota:
         size = int(iota[1])
+    elif mesh:
+        axis_sizes = dict(re.findall(rf'({_AXIS})=(\d+)', mesh[1]))
+        axes = re.findall(rf'({_AXIS})(?::\(\d+\)(\d+))?', mesh[2])
+        unknown = [name for name, _ in axes if name not in axis_sizes]
+        if unknown:
+            raise HloFormatError(f'{mesh[0]} names {unknown[0]}, which is no axis of its mesh')
+        size = math.prod(int(part or axis_sizes[name]) for name, part in axes)
     elif listed is None:
-        raise ValueError(f'no replica_groups in a form that is known: {line.strip()}')
+        written = re.search(r'replica_groups=.*?(?=, [a-z_]+=|$)', line)
+        raise HloFormatError(
+            f'{kind} has {written[0] if written else "no replica_groups"}, a form unknown to this version of'
+            ' alexnet_jax, which reads those of jax 0.10 to 0.12'
+        )
     else:
         groups = re.findall(r'\{([\d,]*)\}', listed[1])
         size = max((len(group.split(',')) for group in groups), default=devices if of_partitions else 1)

@@ -84,6 +84,7 @@ def runs():
     return {shape: ten_steps('towers', *shape, False) for shape in MESHES}
 
 
+@pytest.mark.slow
 def test_ten_steps_give_the_same_loss_on_every_mesh(runs):
     expected = runs[1, 1][2]
     assert np.ptp(expected) > 0.05  # the network changes by more than the tolerance
@@ -91,6 +92,7 @@ def test_ten_steps_give_the_same_loss_on_every_mesh(runs):
         np.testing.assert_allclose(runs[shape][2], expected, rtol=2e-5, err_msg=str(shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shard_optimizer', [False, True])
 @pytest.mark.parametrize(('layout', 'data', 'model'), LAYOUTS)
 def test_every_layout_trains_as_one_device(layout, data, model, shard_optimizer):
@@ -107,6 +109,7 @@ def test_every_layout_trains_as_one_device(layout, data, model, shard_optimizer)
     assert moved > 1e-3  # velocities are far larger than the tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('data', 'model', 'layout', 'network', 'tolerance', 'kernel_tolerance'),
     [
@@ -162,6 +165,7 @@ HELD_OF_VELOCITIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shard_optimizer', [False, True])
 @pytest.mark.parametrize(('layout', 'data', 'model'), LAYOUTS)
 def test_every_leaf_lies_as_its_layout_says(layout, data, model, shard_optimizer):
@@ -187,6 +191,7 @@ def test_every_leaf_lies_as_its_layout_says(layout, data, model, shard_optimizer
             assert len(leaf.addressable_shards) == 8
 
 
+@pytest.mark.slow
 def test_gradients_travel_as_bfloat16_where_asked(runs):
     settings = small_config(4, 2, {'mesh': {'gradient_dtype': 'bfloat16'}})
     _, _, losses, _ = train(settings, 10)
@@ -199,6 +204,7 @@ def test_gradients_travel_as_bfloat16_where_asked(runs):
     assert sum(kind.endswith('bf16>') for kind in summed) == 16
 
 
+@pytest.mark.slow
 def test_state_lies_as_the_design_says(runs):
     state = runs[4, 2][1]
     assert len(jax.devices()) == 8
@@ -210,10 +216,12 @@ def test_state_lies_as_the_design_says(runs):
         np.testing.assert_allclose(np.asarray(leaf), np.asarray(whole), rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_initial_numbers_do_not_depend_on_the_mesh(runs):
     assert len({runs[shape][3] for shape in MESHES}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('views', [1, 10])
 def test_evaluation_is_the_same_on_every_mesh(runs, views):
     sums = []
@@ -229,6 +237,7 @@ def test_evaluation_is_the_same_on_every_mesh(runs, views):
     np.testing.assert_allclose(sums, np.broadcast_to(sums[0], (4, 4)), rtol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('views', [1, 10])
 @pytest.mark.parametrize('model', [2, 4])
 def test_hybrid_evaluates_as_one_device(runs, views, model):
@@ -246,6 +255,7 @@ def test_hybrid_evaluates_as_one_device(runs, views, model):
     assert sums[1][3] == 13
 
 
+@pytest.mark.slow
 def test_a_checkpoint_moves_between_meshes(runs, tmp_path):
     checkpoints = Checkpoints(str(tmp_path), keep=1)
     state = runs[4, 2][1]
@@ -273,6 +283,7 @@ def damage(checkpoint: Path) -> None:
     largest.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(runs, tmp_path, capsys):
     settings = small_config(1, 1)
     mesh, state = runs[1, 1][:2]
@@ -300,6 +311,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(runs, tmp_p
     checkpoints.close()
 
 
+@pytest.mark.slow
 def test_newest_and_best_checkpoints_are_kept(runs, tmp_path):
     state = runs[1, 1][1]
     checkpoints = Checkpoints(str(tmp_path), keep=1)
@@ -359,6 +371,7 @@ def compiled_step(data: int, model: int, batch_size: int, **mesh) -> str:
     return lowered_step(config.resolve(settings)).compile(FAST).as_text()
 
 
+@pytest.mark.slow
 def test_towers_exchange_where_the_paper_does_and_nowhere_else():
     hlo = compiled_step(4, 2, 512)
     found = collectives(hlo)
@@ -378,6 +391,7 @@ def test_towers_exchange_where_the_paper_does_and_nowhere_else():
     assert not any('feature_group_count' in line for line in convolutions)
 
 
+@pytest.mark.slow
 def test_data_parallel_step_only_adds_up_gradients():
     found = collectives(compiled_step(8, 1, 64))
     [summed] = found.pop('all-reduce')
@@ -389,6 +403,7 @@ def numbers(shapes: list[tuple[int, ...]]) -> int:
     return sum(int(np.prod(shape)) for shape in shapes)
 
 
+@pytest.mark.slow
 def test_hybrid_keeps_dense_gradients_within_data_and_swaps_shares_before_fc6():
     hlo = compiled_step(4, 2, 1024, layout='hybrid')  # 128 images a device, 256 a pair
     found = collectives(hlo)
@@ -403,15 +418,16 @@ def test_hybrid_keeps_dense_gradients_within_data_and_swaps_shares_before_fc6():
     assert numbers(dense) == (9216 * 4096 + 4096 * 4096 + 4096 * 1000 + 4096 + 4096) // 2
     assert numbers(convolutions) == 2_334_080 + 1000 + 3
     assert not found
-    # Devices 2i and 2i + 1 are a row of `model`.
+    # Devices 2i and 2i + 1 are a row of `model`; from jaxlib 0.12 on the groups are written by axis.
     [groups] = [
-        re.search(r'replica_groups=(\S+),', line)[1]
+        re.search(r'replica_groups=(.*?), [a-z]', line)[1]
         for line in hlo.splitlines()
         if 'f32[4608,4096]' in line and ' all-reduce(' in line
     ]
-    assert groups == '{{0,2,4,6},{1,3,5,7}}'
+    assert groups in ('{{0,2,4,6},{1,3,5,7}}', "mesh['data'=4,'model'=2] {'data'}")
 
 
+@pytest.mark.slow
 def test_a_split_update_scatters_gradients_and_gathers_weights():
     found = collectives(compiled_step(8, 1, 64, layout='data', shard_optimizer=True))
     assert numbers([shape for [shape] in found.pop('all-gather')]) == 60_965_224 - 10_568  # kernels, not biases
@@ -457,6 +473,7 @@ def test_all_devices_are_used_by_default_and_must_divide_the_batch():
         parallel.make_mesh(small_config(-1, 1, {'train': {'batch_size': 12}}))
 
 
+@pytest.mark.slow
 def test_images_of_a_chunk_share_a_window_and_a_reflection():
     """One picture eight times in one chunk is as good as once; each with a window of its own it is not."""
     one = small_config(1, 1, {'model': {'dropout': 0.0}, 'data': {'color': 'none'}, 'train': {'batch_size': 1}})
@@ -496,6 +513,7 @@ def four_steps(network: str, layout: str, data: int, model: int, shard_optimizer
     return *jax.device_get((state, losses, report)), state.statistics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('network', 'layout', 'data', 'model', 'shard_optimizer'),
     [
@@ -522,6 +540,7 @@ def test_statistics_norms_and_towers_are_those_of_one_device(network, layout, da
         assert all(np.abs(mean).max() > 0.1 for mean in means)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('layout', 'data', 'model'), [('towers', 4, 2), ('hybrid', 4, 2)])
 def test_predictions_are_those_of_one_device(runs, layout, data, model):
     predictions = []
