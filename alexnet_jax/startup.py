@@ -3,18 +3,21 @@
 import contextlib
 import ctypes
 import glob
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
 import re
+import subprocess
+import sys
 import warnings
 from typing import Any
 
-from alexnet_jax.monitor import log
+from alexnet_jax.monitor import log, write_aside
 
-# XLA ends the process on a flag it does not know, so this one is only set where it was tried.
 CPU_LIBRARY_FUSION = '--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT'
-TRIED_WITH_JAXLIB = ('0.10.2',)
+
+CHILD_TIMEOUT_SECS = 120  # for a flag to be tried; it takes a second
 
 KEPT = 1 << 30  # bytes of compiled programs
 CACHE_WARNING = r"Error (reading|writing) persistent compilation cache entry for '(.+?)': (.*)"  # as JAX 0.10 has it
@@ -27,8 +30,8 @@ def tune_cpu() -> None:
 
     The flag leaves only matrix products to XLA's library for fusions, and convolutions to the faster code they had
     before it; a whole step takes about 0.6 of the time on two cores. Products are left to it without the bias that is
-    added, with which fc6 takes 2.6 times as long. It is left out on another version of jaxlib or where XLA_FLAGS
-    already says what to do about it; all else there is kept.
+    added, with which fc6 takes 2.6 times as long. It is left out where XLA refuses it or where XLA_FLAGS already says
+    what to do about it; all else there is kept.
     The allocator keeps the 831 MB that a step of the full network takes and gives back, instead of having 200,000 pages
     mapped anew in every step: 4 to 12 % of the time. It does so only for the main thread, so JAX computes there, not in
     one beside it; computations on several devices it still gives to others. Memory once used there stays with the
@@ -38,7 +41,7 @@ def tune_cpu() -> None:
     if any(importlib.util.find_spec(name) for name in ('jax_plugins', 'libtpu')):
         return
     flags = os.environ.get('XLA_FLAGS', '')
-    if importlib.metadata.version('jaxlib') in TRIED_WITH_JAXLIB and CPU_LIBRARY_FUSION.split('=')[0] not in flags:
+    if CPU_LIBRARY_FUSION.split('=')[0] not in flags and xla_accepts(CPU_LIBRARY_FUSION):
         os.environ['XLA_FLAGS'] = f'{flags} {CPU_LIBRARY_FUSION}'.strip()
     library = ctypes.CDLL(None)
     if hasattr(library, 'mallopt'):  # glibc
@@ -48,6 +51,44 @@ def tune_cpu() -> None:
     import jax
 
     jax.config.update('jax_cpu_enable_async_dispatch', False)
+
+
+def xla_accepts(flag: str) -> bool:
+    """Returns whether the XLA of the installed jaxlib accepts `flag` in XLA_FLAGS.
+
+    XLA ends the process on a flag that it does not know, so a child process tries it: once for each build of jaxlib,
+    in less than a second, for the answer is kept in alexnet_jax/xla_flags/ of the user's cache folder. Returns False,
+    and keeps nothing, where the child process fails for another reason.
+    """
+    jaxlib = importlib.metadata.distribution('jaxlib')
+    build = f'{flag} {jaxlib.version} {jaxlib.read_text("RECORD")}'  # RECORD has a hash of each file
+    folder = _cache_folder('xla_flags')
+    path = os.path.join(folder, hashlib.sha256(build.encode()).hexdigest()[:32])
+    with contextlib.suppress(OSError, KeyError, UnicodeDecodeError), open(path) as file:
+        return {'accepted': True, 'refused': False}[file.read()]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(('JAX_', 'XLA_'))}
+    try:
+        child = subprocess.run(
+            [sys.executable, '-c', 'import jax; jax.devices()'],
+            env={**environment, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flag},
+            capture_output=True,
+            timeout=CHILD_TIMEOUT_SECS,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    accepted = child.returncode == 0
+    if os.path.isabs(path) and (accepted or flag.split('=')[0].encode() in child.stderr):
+        with contextlib.suppress(OSError):
+            os.makedirs(folder, exist_ok=True)
+            with write_aside(path) as file:
+                file.write('accepted' if accepted else 'refused')
+    return accepted
+
+
+def _cache_folder(name: str) -> str:
+    """The folder `name` for what this package keeps of the user's: in $XDG_CACHE_HOME or ~/.cache."""
+    caches = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    return os.path.join(caches, 'alexnet_jax', name)
 
 
 def make_room(temporary: int) -> None:
@@ -84,7 +125,7 @@ def use_compilation_cache() -> None:
         settings.update('jax_persistent_cache_min_compile_time_secs', 0.1)
     if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
         return
-    root = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'alexnet_jax', 'compiled')
+    root = _cache_folder('compiled')
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     folder = os.path.join(root, f'{cores}_cores')
     with contextlib.suppress(OSError):

@@ -1,6 +1,7 @@
 """The start of a process: CPU tuning before jax is imported, compiled programs kept on disk, answers without jax."""
 
 import ctypes
+import importlib.metadata
 import json
 import os
 import re
@@ -36,13 +37,14 @@ print(step.memory_analysis().temp_size_in_bytes, *(faults() for _ in range(6)))
 
 def page_faults(*arguments: str) -> tuple[int, int]:
     """How many pages of memory a computation needs, and how many it has mapped, the median over five times."""
-    run = subprocess.run(
-        [sys.executable, '-c', COUNT_FAULTS, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    environment = {**os.environ, 'JAX_NUM_CPU_DEVICES': '1'}  # with several JAX computes in other threads, too
+    command = [sys.executable, '-c', COUNT_FAULTS, *arguments]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     size, _, *faults = map(int, run.stdout.split())
     return size // os.sysconf('SC_PAGE_SIZE'), sorted(faults)[2]
 
 
+@pytest.mark.slow
 def test_memory_of_a_step_is_not_mapped_anew():
     pages, mapped = page_faults()
     assert mapped >= pages > 25_000
@@ -112,11 +114,68 @@ def test_flags_of_the_user_are_kept(monkeypatch, before, after):
     assert os.environ['XLA_FLAGS'] == after
 
 
-def test_an_untried_jaxlib_gets_no_flag(monkeypatch):
-    monkeypatch.setenv('XLA_FLAGS', '')
-    monkeypatch.setattr(startup, 'TRIED_WITH_JAXLIB', ('0.0.1',))
-    startup.tune_cpu()
-    assert os.environ['XLA_FLAGS'] == ''
+UNKNOWN_FLAG = '--xla_cpu_no_such_flag=1'
+
+
+def answers(caches: Path) -> list[str]:
+    """What is kept of the flags that XLA was asked about."""
+    return sorted(file.read_text() for file in caches.glob('alexnet_jax/xla_flags/*'))
+
+
+def test_xla_is_asked_once_whether_it_accepts_a_flag(caches, monkeypatch):
+    monkeypatch.setenv('XLA_FLAGS', '--xla_cpu_not_asked_about=1')
+    asked = {startup.CPU_LIBRARY_FUSION: True, UNKNOWN_FLAG: False}
+    assert {flag: startup.xla_accepts(flag) for flag in asked} == asked
+    assert answers(caches) == ['accepted', 'refused']
+    monkeypatch.setattr(sys, 'executable', '/nowhere/python')  # no child process can start
+    assert {flag: startup.xla_accepts(flag) for flag in asked} == asked
+    other = importlib.metadata.distribution('jax')  # another build
+    monkeypatch.setattr(importlib.metadata, 'distribution', lambda name: other)
+    assert not startup.xla_accepts(startup.CPU_LIBRARY_FUSION)
+    assert answers(caches) == ['accepted', 'refused']
+
+
+@pytest.mark.parametrize('interpreter', ['/nowhere/python', '/bin/false'])
+def test_a_child_process_that_fails_for_another_reason_gives_no_answer_to_keep(caches, monkeypatch, interpreter):
+    monkeypatch.setattr(sys, 'executable', interpreter)
+    assert not startup.xla_accepts(startup.CPU_LIBRARY_FUSION)
+    assert answers(caches) == []
+
+
+def test_a_damaged_answer_is_asked_for_again(caches):
+    startup.xla_accepts(UNKNOWN_FLAG)
+    [file] = caches.glob('alexnet_jax/xla_flags/*')
+    for damaged in (b'', b'maybe', b'\xff'):
+        file.write_bytes(damaged)
+        assert not startup.xla_accepts(UNKNOWN_FLAG)
+        assert file.read_text() == 'refused'
+
+
+@pytest.mark.parametrize('place', ['relative', '{}/file'])
+def test_without_a_cache_folder_xla_is_asked_each_time(caches, monkeypatch, capfd, tmp_path, place):
+    (tmp_path / 'file').touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('XDG_CACHE_HOME', place.format(tmp_path))
+    assert startup.xla_accepts(startup.CPU_LIBRARY_FUSION)
+    assert not startup.xla_accepts(UNKNOWN_FLAG)
+    assert os.listdir(tmp_path) == ['file']
+    assert capfd.readouterr() == ('', '')
+
+
+REFUSING = """
+import runpy, sys
+from alexnet_jax import startup
+startup.CPU_LIBRARY_FUSION = '--xla_cpu_no_such_flag=1'
+sys.argv[0] = 'launch.py'
+runpy.run_module('alexnet_jax.launch', run_name='__main__', alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+def test_where_xla_refuses_the_flag_training_goes_without_it(photos_dir, tmp_path):
+    _, told = train(tmp_path, photos_dir, tmp_path / 'run', program=['-c', REFUSING])
+    assert answers(tmp_path) == ['refused']
+    assert 'flag' not in told.lower()
 
 
 def test_the_flag_takes_convolutions_and_biases_out_of_library_fusions():
@@ -266,6 +325,7 @@ print(sum(hits), x.is_deleted(), y.unsafe_buffer_pointer() == before)
 """
 
 
+@pytest.mark.slow
 def test_a_program_of_the_same_flags_and_cores_is_found_and_still_donates(tmp_path):
     kept = {'XDG_CACHE_HOME': str(tmp_path), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
     kept |= {'JAX_ENABLE_COMPILATION_CACHE': 'true', 'XLA_FLAGS': '', 'JAX_NUM_CPU_DEVICES': '1'}
@@ -284,14 +344,14 @@ def test_a_program_of_the_same_flags_and_cores_is_found_and_still_donates(tmp_pa
     assert run(cores='1') == 0  # split over two cores it would be as right, but slower than one made for them
 
 
-def train(caches: Path, data_dir: str, workdir: Path, *flags: str) -> tuple[str, str]:
+def train(caches: Path, data_dir: str, workdir: Path, *flags: str, program=('launch.py',)) -> tuple[str, str]:
     """Digest and standard error of a run of two steps on eight devices, with a user's caches in `caches`."""
     settings = {'data.data_dir': data_dir, 'model.widths': '(16,0,0,0,32,0,64)', 'train.steps': 2, 'eval.views': 1}
     fields = [f'--config.{field}={value}' for field, value in settings.items()]
     kept = {'XDG_CACHE_HOME': str(caches), 'JAX_ENABLE_COMPILATION_CACHE': 'true', 'JAX_NUM_CPU_DEVICES': '8'}
     kept |= {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
     run = subprocess.run(
-        [sys.executable, 'launch.py', f'--workdir={workdir}', *fields, *flags],
+        [sys.executable, *program, f'--workdir={workdir}', *fields, *flags],
         cwd=ROOT,
         env=os.environ | kept,
         capture_output=True,
@@ -302,6 +362,7 @@ def train(caches: Path, data_dir: str, workdir: Path, *flags: str) -> tuple[str,
     return json.loads((workdir / 'result.json').read_text())['state_digest'], run.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_with_programs_compiled_kept_or_damaged(photos_dir, tmp_path):
     def programs():
         return {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*-cache')}
@@ -321,10 +382,11 @@ def test_a_run_is_the_same_with_programs_compiled_kept_or_damaged(photos_dir, tm
     assert not re.search('Warning|machine', told)
 
 
+@pytest.mark.slow
 def test_several_processes_keep_nothing_on_their_own(photos_dir, tmp_path):
     group = ['--coordinator_address=localhost:{}', '--num_processes=1', '--process_id=0', '--config.train.steps=0']
     with socket.socket() as listener:
         listener.bind(('', 0))
         group[0] = group[0].format(listener.getsockname()[1])
     train(tmp_path, photos_dir, tmp_path / 'run', *group)
-    assert not (tmp_path / 'alexnet_jax').exists()
+    assert os.listdir(tmp_path / 'alexnet_jax') == ['xla_flags']
