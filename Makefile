@@ -1,20 +1,37 @@
-# make demo: train the quickstart.   make test: the whole suite.   make check: format, lint, types, import direction.
-# make bench: all benchmarks, and the table in the README of them.
+# make demo: train the quickstart.      make test: the whole suite.      make test-fast: the suite without slow tests.
+# make check: format, lint, types, import direction.      make wheel: build the package, and try it where it is alone.
+# make lock: renew requirements*.txt from the ranges in pyproject.toml.      make bench: all benchmarks.
 # make slurm, make chromium: the Debian packages that tests/test_slurm.py and tests/test_page.py need (as root).
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+#
+# PYTHON=/path/to/python names the interpreter of a new environment, VENV=folder another environment.
 VENV := .venv
 RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 INSTALL := apt-get install -qq --yes --no-install-recommends
 INSTALL_SLURM := $(INSTALL) slurm-wlm munge > /dev/null
 INSTALL_CHROMIUM := $(INSTALL) chromium chromium-driver > /dev/null
 
-.PHONY: demo test check format bench slurm chromium
+# The first that starts is taken, for a name on the PATH may be a shim without an interpreter. Python 3.14 is not tested.
+CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3.14 python3)
+USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+VERSION := import platform; print(platform.python_version())
+
+ifneq ($(and $(PYTHON),$(wildcard $(RUN))),)
+  ifneq ($(shell $(PYTHON) -c '$(VERSION)'),$(shell $(RUN) -c '$(VERSION)'))
+    $(error $(VENV) has Python $(shell $(RUN) -c '$(VERSION)'), not $(PYTHON): remove $(VENV), or add VENV=.venv-other)
+  endif
+endif
+
+.PHONY: demo test test-fast check format lock wheel bench slurm chromium
 
 demo: $(VENV)/runtime.installed
 	$(RUN) launch.py --config=configs/quickstart.py
 
 test: $(VENV)/dev.installed
 	$(RUN) -m pytest
+
+test-fast: $(VENV)/dev.installed
+	$(RUN) -m pytest -m "not slow"
 
 check: $(VENV)/dev.installed
 	$(VENV)/bin/ruff format --check
@@ -26,6 +43,22 @@ format: $(VENV)/dev.installed
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/ruff check --fix
 
+# Each lock is for all supported Pythons and platforms. pip finds the CUDA libraries of PyTorch by itself.
+LOCK = $(VENV)/bin/uv pip compile --quiet --universal --upgrade --no-annotate --no-emit-index-url \
+	--no-emit-find-links --custom-compile-command='make lock' pyproject.toml
+lock: $(VENV)/dev.installed
+	$(LOCK) --output-file=requirements.txt
+	$(LOCK) --output-file=requirements-dev.txt --constraint=requirements.txt --extra=dev
+	$(LOCK) --output-file=requirements-export.txt --constraint=requirements-dev.txt --extra=export
+	$(LOCK) --output-file=requirements-bench.txt --constraint=requirements-dev.txt --extra=bench
+	grep -vE '^(nvidia|cuda|triton)[a-z0-9-]*==' requirements-bench.txt > $(VENV)/bench.lock
+	mv $(VENV)/bench.lock requirements-bench.txt
+
+wheel: $(VENV)/dev.installed
+	rm -rf dist
+	$(VENV)/bin/uv build --quiet
+	sh tests/wheel.sh $(RUN) dist/*.whl
+
 bench: $(VENV)/bench.installed
 	$(RUN) benchmarks/table.py
 
@@ -36,16 +69,25 @@ slurm:
 chromium:
 	@command -v chromedriver > /dev/null || $(INSTALL_CHROMIUM) || { apt-get update -qq && $(INSTALL_CHROMIUM); }
 
-$(VENV)/runtime.installed: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("Python 3.11 is needed: make PYTHON=/path/to/python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --requirement requirements.txt
+$(VENV)/created:
+	@for python in $(CANDIDATES); do \
+	  if "$$python" -c '$(USABLE)' 2> /dev/null; then \
+	    echo "$(VENV): Python $$("$$python" -c '$(VERSION)')"; \
+	    "$$python" -m venv --clear $(VENV) && touch $@; exit; \
+	  fi; \
+	done; \
+	echo "No Python to use: none of $(CANDIDATES) starts, is 3.11 or newer and can make virtual environments;" \
+	  "install one (Debian: python3-venv), or make PYTHON=/path/to/python" >&2; exit 1
+
+$(VENV)/runtime.installed: $(VENV)/created requirements.txt pyproject.toml
+	$(PIP) --requirement requirements.txt
+	$(PIP) --no-deps --editable .
 	touch $@
 
 $(VENV)/dev.installed: $(VENV)/runtime.installed requirements-dev.txt
-	$(RUN) -m pip install --quiet --requirement requirements-dev.txt
+	$(PIP) --requirement requirements-dev.txt
 	touch $@
 
 $(VENV)/bench.installed: $(VENV)/runtime.installed requirements-bench.txt
-	$(RUN) -m pip install --quiet --requirement requirements-bench.txt
+	$(PIP) --requirement requirements-bench.txt
 	touch $@

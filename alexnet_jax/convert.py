@@ -1,7 +1,7 @@
 """Weights from elsewhere become the folder of a run, and those of a run a file for elsewhere.
 
-    python -m alexnet_jax.convert FILE WORKDIR [--preset=NAME] [--mean=...] [--class_names=FILE]
-    python -m alexnet_jax.convert CHECKPOINT FILE
+    alexnet convert FILE WORKDIR [--preset=NAME] [--mean=...] [--class_names=FILE]
+    alexnet convert CHECKPOINT FILE
 
 In: FILE is PyTorch's or a model hub's copy of torchvision's `alexnet` (.pth, .safetensors), a .caffemodel of Caffe's
 `bvlc_alexnet` or `bvlc_reference_caffenet`, or a .safetensors written here; its content tells which. Widths and the

@@ -84,7 +84,7 @@ def by_class(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> li
     for label, name in enumerate(names):
         own = labels == label
         counts = np.bincount(best[own & top1 & known], minlength=len(names))
-        images, most = int(own.sum()), int(counts.argmax())
+        images, most = int(own.sum()), int(np.argmax(counts))
         rows.append(
             {
                 'name': name,

@@ -1,6 +1,6 @@
 """Exact evaluation: every validation image once, one view or the ten of section 4.1; of a run, or of several together.
 
-    python -m alexnet_jax.evaluate CHECKPOINT... [--views=10] [--weights=0.5,0.3,0.2 | --fit_weights] [--per_class]
+    alexnet evaluate CHECKPOINT... [--views=10] [--weights=0.5,0.3,0.2 | --fit_weights] [--per_class]
 
 CHECKPOINT is a run's folder WORKDIR (its newest checkpoint), WORKDIR/best or WORKDIR/checkpoints/STEP. Of several the
 probabilities are averaged, as for the ensembles of table 2; one network after the other is on the devices, and their
@@ -241,5 +241,5 @@ if __name__ == '__main__':
     flags.DEFINE_bool('per_class', False, 'Print a table of the classes as well.')
     flags.DEFINE_string('predictions', None, "FILE.npz to save the probabilities of all images in, the ensemble's.")
     flags.DEFINE_bool('json', False, 'Print one JSON object.')
-    wanted = f'which checkpoint? Name {FORMS}: python -m alexnet_jax.evaluate CHECKPOINT...'
+    wanted = f'which checkpoint? Name {FORMS}: alexnet evaluate CHECKPOINT...'
     app.run(main, flags_parser=lambda argv: parse_flags(argv, wanted, most=math.inf))

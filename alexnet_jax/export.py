@@ -37,7 +37,7 @@ def check(path: str) -> str:
     try:
         importlib.import_module(library)
     except ImportError:
-        raise ConfigError(f'{path}: {library} is not installed: pip install -r requirements-export.txt') from None
+        raise ConfigError(f'{path}: {library} is not installed: pip install "alexnet_jax[export]"') from None
     return ending
 
 

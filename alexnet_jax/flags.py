@@ -1,35 +1,26 @@
 """The flags that every command has: --config=FILE[:PRESET] and overrides --config.a.b=value, and their refusals."""
 
-import inspect
-import itertools
-import os
 import re
-import runpy
 import sys
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from alexnet_jax import config_files
 from alexnet_jax.config import ConfigError, field_names, unknown_field
 from alexnet_jax.monitor import complain
 from alexnet_jax.sweep import Variant, check
 
-QUICKSTART = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'configs', 'quickstart.py')
-
 CONFIG = config_flags.DEFINE_config_file(
-    'config', None, 'File with the settings, by default configs/quickstart.py; :NAME behind it names a preset.'
+    'config', None, 'Path of a config file, or name of one in this package (default: quickstart); :NAME adds a preset.'
 )
 
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Read the flags; where one is wrong, say so in one line and exit with 2."""
-    files = [argument.split('=', 1)[1] for argument in argv if argument.lstrip('-').startswith('config=')]
-    files += [value for argument, value in itertools.pairwise(argv) if argument in ('--config', '-config')]
-    if not files:
-        argv.insert(1, f'--config={QUICKSTART}')
     try:
-        config = _load(files[-1] if files else QUICKSTART)
+        file = _find_config(argv)
+        config = config_files.call(file, 'get_config')
         _check_overrides(argv, config)
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
@@ -41,29 +32,27 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(refuse(str(error)))
 
 
-def _load(file: str) -> ConfigDict:
-    """The settings in `file` (PATH or PATH:PRESET), without overrides. Raises ConfigError: there is no such file."""
-    return _call(file, 'get_config')
+def _find_config(argv: list[str]) -> str:
+    """Replaces the names of configurations in `argv` by their paths; returns the last one, or the default it adds."""
+    file = None
+    for i, argument in enumerate(argv[1:], 1):
+        if re.match('--?config=', argument):
+            flag, name = argument.split('=', 1)
+            file = config_files.find(name)
+            argv[i] = f'{flag}={file}'
+        elif argv[i - 1] in ('--config', '-config'):
+            file = argv[i] = config_files.find(argument)
+    if file is None:
+        file = config_files.find('quickstart')
+        argv.insert(1, f'--config={file}')
+    return file
 
 
 def sweep_of(file: str) -> list[Variant]:
     """The sweep that the config `file` has. Raises ConfigError: it has none, or one that cannot be run."""
-    variants = list(_call(file, 'sweep'))
+    variants = list(config_files.call(file, 'sweep'))
     check(variants)
     return variants
-
-
-def _call(file: str, name: str) -> Any:
-    """What the function `name` in `file` (PATH or PATH:PRESET) returns."""
-    path, *preset = file.split(':', 1)
-    if not os.path.isfile(path):
-        raise ConfigError(f'--config: there is no file {path!r}; for example --config=configs/imagenet.py')
-    function = runpy.run_path(path).get(name)
-    if function is None:
-        raise ConfigError(f'--config: {path} has no function {name}')
-    if preset and not inspect.signature(function).parameters:
-        raise ConfigError(f'--config: {path} has no presets, so no :{preset[0]}')
-    return function(*preset)
 
 
 def _check_overrides(argv: list[str], config: ConfigDict) -> None:

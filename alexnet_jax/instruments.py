@@ -72,7 +72,7 @@ class WeightsAndBiases:
 def check_wandb(project: str | None) -> None:
     """Raise ConfigError where --wandb is given and the package is not there."""
     if project is not None and importlib.util.find_spec('wandb') is None:
-        raise ConfigError(f'--wandb={project}: the package wandb is not installed; pip install wandb')
+        raise ConfigError(f'--wandb={project}: the package wandb is not installed: pip install "alexnet_jax[wandb]"')
 
 
 @dataclasses.dataclass(frozen=True)

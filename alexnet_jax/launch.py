@@ -1,4 +1,9 @@
-"""Train AlexNet, or go on with a run: python launch.py --config=FILE [--workdir=W] [--config.a.b=value ...]"""
+"""Train AlexNet, or resume a run.
+
+    alexnet train [--config=FILE|NAME[:PRESET]] [--workdir=W] [--config.a.b=value ...]
+
+In a checkout of the repository `python launch.py` is the same command.
+"""
 
 import json
 import os
@@ -11,6 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from alexnet_jax import monitor, startup
+from alexnet_jax.command import child_command, shell_command
 from alexnet_jax.config import ConfigError, resolve
 from alexnet_jax.flags import CONFIG, parse_flags, refuse, sweep_of
 from alexnet_jax.instruments import Wanted, check_wandb, parse_profile
@@ -74,7 +80,7 @@ def _print_result(workdir: str) -> None:
     if result['images_per_second']:
         print(f'\ntraining    {result["images_per_second"]:.1f} images/s, {result["step"]} steps')
     print(f'files       {workdir}/: result.json, metrics.jsonl, checkpoints/, config.json')
-    print(f'a page      python -m alexnet_jax.report {workdir} --html={workdir}/report.html')
+    print(f'a page      {shell_command("report", workdir, f"--html={workdir}/report.html")}')
 
 
 def _run_of_sweep(variants: list[Variant]) -> Variant:
@@ -94,7 +100,7 @@ def _sweep(file: str, workdir: str) -> int:
     for variant, config in zip(variants, configs, strict=True):
         check_same_run(config, os.path.join(workdir, variant.directory), every_field=True)
     write_plan(variants, file, workdir)
-    command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:]]  # of a flag given twice the last one counts
+    command = child_command('launch', *sys.argv[1:])  # of a flag given twice the last one counts
     return run_all(variants, configs, workdir, command, _SWEEP_JOBS.value)
 
 

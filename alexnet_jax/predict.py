@@ -1,6 +1,6 @@
 """What a trained network sees in pictures: the left half of the paper's figure 4.
 
-    python -m alexnet_jax.predict CHECKPOINT PICTURE... [--views=10] [--top=5] [--json] [--figure=FILE.png]
+    alexnet predict CHECKPOINT PICTURE... [--views=10] [--top=5] [--json] [--figure=FILE.png]
 
 CHECKPOINT is a run's folder WORKDIR (its newest checkpoint), WORKDIR/best or WORKDIR/checkpoints/STEP. A PICTURE is a
 file of any kind that `prepare` takes, or a folder, which stands for all files below it. Pictures are scaled, cut and
@@ -144,5 +144,5 @@ if __name__ == '__main__':
     flags.DEFINE_string('data_dir', None, "Where the prepared data lie; by default the run's data.data_dir.")
     flags.DEFINE_bool('json', False, 'Print one JSON object a picture and line.')
     flags.DEFINE_string('figure', None, f'FILE.png or FILE.pdf to draw the first {IN_A_FIGURE} pictures in.')
-    wanted = f'which network and pictures? Name {FORMS}: python -m alexnet_jax.predict CHECKPOINT PICTURE...'
+    wanted = f'which network and pictures? Name {FORMS}: alexnet predict CHECKPOINT PICTURE...'
     app.run(main, flags_parser=lambda argv: parse_flags(argv, wanted, most=math.inf))

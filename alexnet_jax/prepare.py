@@ -1,6 +1,6 @@
 """Prepare a data set once for training: square uint8 images in ArrayRecord and statistics of the training set.
 
-    python -m alexnet_jax.prepare --source=folder:DIR --data_dir=D [--image_size=256] [--encoding=jpeg] ...
+    alexnet prepare --source=folder:DIR --data_dir=D [--image_size=256] [--encoding=jpeg] ...
 
 A store is made of shards of 1,024 images, each written by one of several processes, and is put in its place when it is
 whole. Killed at any moment, the same command goes on with the shards that are missing; the result is the same to the

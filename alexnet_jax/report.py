@@ -1,7 +1,7 @@
 """What came of a run or of a sweep, for a terminal, and as a page that needs nothing else.
 
-    python -m alexnet_jax.report SWEEP_DIR [--views=10] [--markdown=FILE] [--csv=FILE] [--html=FILE.html]
-    python -m alexnet_jax.report WORKDIR [--html=FILE.html] [--data_dir=DIR] [--noneighbours]
+    alexnet report SWEEP_DIR [--views=10] [--markdown=FILE] [--csv=FILE] [--html=FILE.html]
+    alexnet report WORKDIR [--html=FILE.html] [--data_dir=DIR] [--noneighbours]
 
 Of a sweep it is the table: each variant's errors over its seeds, and the differences to the base, measured and
 published. It reads SWEEP_DIR/sweep.json and the result.json of its runs, of which some may still be missing, and prints
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
         if not _is_run(folder) and not os.path.exists(os.path.join(folder, 'sweep.json')):
             raise ReportError(f'{folder}: no run and no sweep; name the folder that was the --workdir of one')
         check_output('html', given.html, ('.html', '.htm'))
-        made_by = shlex.join(['python', '-m', 'alexnet_jax.report', *sys.argv[1:]])
+        made_by = shlex.join(['alexnet', 'report', *sys.argv[1:]])
         text = (_report_run if _is_run(folder) else _report_sweep)(folder, given, made_by)
     except (ReportError, ConfigError) as error:
         complain(str(error))
@@ -102,8 +102,5 @@ if __name__ == '__main__':
     flags.DEFINE_string('html', None, 'FILE.html to write the page to.')
     flags.DEFINE_string('data_dir', None, "Where the prepared data lie; by default the run's data.data_dir.")
     flags.DEFINE_bool('neighbours', True, 'Find nearest training images for the page, by the features of all of them.')
-    wanted = (
-        'which sweep? Name its folder: python -m alexnet_jax.report SWEEP_DIR, or that of a run: python -m'
-        ' alexnet_jax.report WORKDIR'
-    )
+    wanted = 'which sweep? Name its folder: alexnet report SWEEP_DIR, or that of a run: alexnet report WORKDIR'
     app.run(main, flags_parser=lambda argv: parse_flags(argv, wanted, most=1))

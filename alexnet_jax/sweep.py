@@ -15,6 +15,7 @@ from typing import Any
 
 import ml_collections
 
+from alexnet_jax.command import child_environment
 from alexnet_jax.config import ConfigError, resolve, set_fields
 from alexnet_jax.monitor import Preemption, Progress, complain, log, read_json, write_json
 from alexnet_jax.run_folder import is_finished
@@ -219,7 +220,12 @@ def _start(command: list[str], folder: str, cpus: set[int]) -> subprocess.Popen:
     # A session of its own: a Ctrl-C reaches the sweep, which passes on one signal; a second one would stop the saving.
     with open(_log_of(folder), 'ab') as log_file:
         return subprocess.Popen(
-            [*become, *command], stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True
+            [*become, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log_file,
+            stderr=log_file,
+            start_new_session=True,
+            env=child_environment(),
         )
 
 

@@ -28,7 +28,7 @@ def read_sweep(folder: str) -> dict[str, Any]:
     ):
         return sweep
     wrong = 'is damaged' if os.path.exists(path) else 'is missing'
-    raise ReportError(f'{path} {wrong}: run `python launch.py --config=... --sweep=all --workdir={folder}` first')
+    raise ReportError(f'{path} {wrong}: run `alexnet train --config=... --sweep=all --workdir={folder}` first')
 
 
 def _has(value: Any, types: dict[str, Any]) -> bool:

@@ -33,8 +33,8 @@ mountpoint -q /shared || sudo mount -t nfs $NFS /shared
 [ -d alexnet_jax ] || git clone $REPOSITORY alexnet_jax
 cd alexnet_jax
 pip install --user uv
-~/.local/bin/uv venv --allow-existing --python=3.11 .venv
-~/.local/bin/uv pip install --python=.venv/bin/python --requirement=requirements-tpu.txt"
+~/.local/bin/uv venv --allow-existing --python=3.13 .venv
+~/.local/bin/uv pip install --python=.venv/bin/python --constraint=requirements.txt --editable '.[tpu]'"
 # 75: stopped with a checkpoint written, on all workers at once.
 train="cd alexnet_jax
 while .venv/bin/python launch.py --distributed$arguments; code=\$?; [ \$code = 75 ]; do :; done

@@ -1,7 +1,7 @@
 """The ablations of the paper and of the runs behind it, each with the published difference, on any data set here.
 
     python launch.py --config=configs/ablations.py:photos --sweep=all --sweep_jobs=2 --workdir=runs/ablations
-    python -m alexnet_jax.report runs/ablations
+    alexnet report runs/ablations
 
 DATA           base row                                     seeds   rows
 photos         configs/quickstart.py                          5     LRN, overlap, dropout, towers, tanh, colour
@@ -14,11 +14,12 @@ does it: cluster/slurm.sh. Published differences are those of ILSVRC, in percent
 size of the small ones here: a table made with other data is read beside them, not against them.
 """
 
+from alexnet_jax import config_files
 from alexnet_jax.config import ConfigError, field_value
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.sweep import Variant, seeds
-from configs import fashion_mnist, imagenet, quickstart
 
+BASES = {'photos': 'quickstart', 'fashion_mnist': 'fashion_mnist', 'imagenet': 'imagenet:krizhevsky2012'}
 SEEDS = {'photos': 5, 'fashion_mnist': 5, 'imagenet': 1}
 VALIDATION = 'ILSVRC-2012 validation, ten views'
 MIDDLE = 'section 7 of the paper: "about 2 %" for any of the middle layers'
@@ -26,13 +27,9 @@ MIDDLE = 'section 7 of the paper: "about 2 %" for any of the middle layers'
 
 def get_config(data: str = 'photos'):
     """Settings of the base row."""
-    if data == 'photos':
-        return quickstart.get_config()
-    if data == 'fashion_mnist':
-        return fashion_mnist.get_config()
-    if data == 'imagenet':
-        return imagenet.get_config('krizhevsky2012')
-    raise ConfigError(f'configs/ablations.py:{data}: no such data; there are {", ".join(SEEDS)}')
+    if data not in BASES:
+        raise ConfigError(f'configs/ablations.py:{data}: no such data; there are {", ".join(BASES)}')
+    return config_files.call(BASES[data], 'get_config')
 
 
 def sweep(data: str = 'photos') -> list[Variant]:

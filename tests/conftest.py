@@ -22,12 +22,14 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 @pytest.fixture(scope='session')
 def photos_dir(tmp_path_factory) -> str:
-    """A data_dir in which `photos` is prepared at 72 pixels."""
+    """A data_dir in which `photos` is prepared at 72 pixels: once, where several processes run the tests."""
     from alexnet_jax.prepare import Settings, prepare
 
-    folder = str(tmp_path_factory.mktemp('data'))
-    prepare(Settings('photos', image_size=72), folder)
-    return folder
+    folder = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        folder = folder.parent
+    prepare(Settings('photos', image_size=72), str(folder / 'photos'))  # the second process waits, and finds it there
+    return str(folder / 'photos')
 
 
 @pytest.fixture(scope='module')

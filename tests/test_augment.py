@@ -156,6 +156,7 @@ def test_without_color_nothing_is_added_and_nothing_divided():
     np.testing.assert_array_equal(ours, augmented_in_numpy(random_images(), keys, data_config(color='none')))
 
 
+@pytest.mark.slow
 def test_an_image_does_not_depend_on_its_batch():
     config = data_config()
     images, keys = random_images(), keys_of(BATCH)

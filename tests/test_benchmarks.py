@@ -117,6 +117,7 @@ def project():
     return Project(resolve(config))
 
 
+@pytest.mark.slow
 def test_flops_of_the_compiled_step_are_those_of_its_layers(project):
     program = Program(project.train_step.lower(*project.train_arguments).compile().as_text())
     fused = {each.name for fusion in program.instructions.values() for each in fusion.fused}
@@ -126,6 +127,7 @@ def test_flops_of_the_compiled_step_are_those_of_its_layers(project):
     assert total == pytest.approx(8 * (costs.flops_per_image(project.config) + zeros), rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_plain_implementation_gives_what_the_project_gives(project):
     distances = check.differences(project)
     weights = [f'{layer}/{kind}' for layer in LAYERS for kind in ('kernel', 'bias')]
@@ -346,6 +348,7 @@ def test_wrong_flags_of_benchmarks_are_refused_in_one_line(monkeypatch, capsys, 
     assert reason in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_memory_of_a_narrow_network():
     flags = ['--config.model.widths=(8,16,16,16,16,32,32)', '--sides=jax', '--batch_size=2', '--steps=2', '--json']
     run = subprocess.run([sys.executable, 'benchmarks/memory.py', *flags], cwd=ROOT, capture_output=True, text=True)

@@ -71,6 +71,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_the_checkpoint_before(tmp_path):
     command = [sys.executable, '-c', textwrap.dedent(KILLED), str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)

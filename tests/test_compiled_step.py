@@ -50,6 +50,7 @@ def stored(program) -> list[tuple[int, ...]]:
     return [each.tensors[0][1] for each in program.instructions.values() if each.opcode == 'reduce-window']
 
 
+@pytest.mark.slow
 def test_towers_that_see_the_same_maps_convolve_as_one(program, alone):
     found = Counter(program.part(each.name) for each in alone if each.opcode == 'convolution')
     forward = {(layer, 'forward'): count for layer, count in CONVOLUTIONS.items()}

@@ -113,6 +113,7 @@ def test_other_ways_of_saving(tmp_path):
 # Caffe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('preset', 'form', 'mean_form'),
     [('caffe', 'old', 'binaryproto'), ('caffenet', 'new', 'npy'), ('caffe', 'double', 'numbers')],
@@ -410,6 +411,7 @@ def test_own_files_that_do_not_fit(changes, reason, tmp_path):
 # The command
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     """What it makes is a run for other commands; what is there already is left alone."""
     source, run = FIXTURES / 'torchvision_legacy.pth', tmp_path / 'run'

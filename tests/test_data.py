@@ -65,6 +65,7 @@ def test_patches_lie_inside_their_cells_and_are_always_the_same(monkeypatch):
             np.testing.assert_array_equal(patch, again)
 
 
+@pytest.mark.slow
 def test_store_of_photos(store):
     assert store.class_names == list(photos.PHOTOGRAPHS)
     assert (len(store.train), len(store.validation)) == (6400, 1600)
@@ -82,6 +83,7 @@ def test_store_of_photos(store):
     assert expected <= {store.validation[i]['image'].tobytes() for i in range(1600)}
 
 
+@pytest.mark.slow
 def test_prepare_is_done_once(photos_dir):
     folder = Path(pipeline.store_directory(photos_dir, PHOTOS))
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -89,6 +91,7 @@ def test_prepare_is_done_once(photos_dir):
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_killed_prepare_leaves_no_store_and_one_that_waited_makes_it(photos_dir, tmp_path):
     shutil.copytree(os.path.join(photos_dir, 'photos'), tmp_path / 'photos')
     command = [sys.executable, '-m', 'alexnet_jax.prepare', f'--data_dir={tmp_path}', '--image_size=96']
@@ -135,6 +138,7 @@ def test_an_unknown_data_set_is_refused_in_one_line(tmp_path):
     assert run.stderr.count('\n') == 1
 
 
+@pytest.mark.slow
 def test_a_source_without_random_access_is_refused(photos_dir, tmp_path):
     shutil.copytree(os.path.join(photos_dir, 'photos'), tmp_path / 'photos')
     info = tmp_path / 'photos' / '1.0.0' / 'dataset_info.json'
@@ -249,6 +253,7 @@ def read(data_dir: str, steps: int, first_step: int = 0, share: int = 0, shares:
     return lines
 
 
+@pytest.mark.slow
 def test_order_and_pixels_after_kill_and_with_another_number_of_processes(photos_dir):
     """Six batches of 640, so ten an epoch of 6,400: killed in mid-epoch after three, then read by two processes."""
     expected = read(photos_dir, 6)
@@ -260,6 +265,7 @@ def test_order_and_pixels_after_kill_and_with_another_number_of_processes(photos
     assert len(set(digests)) == 6 * 640
 
 
+@pytest.mark.slow
 def test_training_reads_without_tensorflow(photos_dir):
     program = f"""
 import sys
@@ -296,6 +302,7 @@ def damaged(photos_dir, store, tmp_path):
     return str(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_damaged_record_is_named_and_the_next_one_takes_its_place(damaged, store, capfd):
     copy = open_photos(damaged)
     options = {'seed': 0, 'batch_size': 640, 'first_step': 0, 'threads': 2}
@@ -316,6 +323,7 @@ def test_a_damaged_record_is_named_and_the_next_one_takes_its_place(damaged, sto
     assert 'is damaged and left out: ' in said[0]
 
 
+@pytest.mark.slow
 def test_a_damaged_record_does_not_count_in_validation(damaged):
     copy = open_photos(damaged)
     batches = list(pipeline.validation_batches(copy.validation, batch_size=200, threads=2))
@@ -325,6 +333,7 @@ def test_a_damaged_record_does_not_count_in_validation(damaged):
     assert copy.validation.damaged == {5}
 
 
+@pytest.mark.slow
 def test_more_damage_than_allowed_stops_the_reading(damaged):
     given = Settings('photos', image_size=72, max_bad=0.0001)  # of 6,400: none
     copy = pipeline.open_store(pipeline.store_directory(damaged, given), given)
@@ -332,6 +341,7 @@ def test_more_damage_than_allowed_stops_the_reading(damaged):
         take(pipeline.training_batches(copy.train, seed=0, batch_size=640, first_step=0, threads=2), 10)
 
 
+@pytest.mark.slow
 def test_batches_from_memory_are_those_read_and_a_cpu_takes_them_as_they_are(photos_dir, monkeypatch):
     kept = open_photos(photos_dir).train
     monkeypatch.setattr(pipeline, 'KEPT', 0)
@@ -391,6 +401,7 @@ def spoil(file: Path) -> None:
     file.write_bytes(bytes(file.stat().st_size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('damage', 'reason'),
     [

@@ -150,6 +150,7 @@ def assert_figures(found: dict, expected: dict) -> None:
     )
 
 
+@pytest.mark.slow
 def test_one_run_gives_the_numbers_of_its_end(runs, evaluations):
     for name in RUNS:
         found = report(evaluations, name)
@@ -161,6 +162,7 @@ def test_one_run_gives_the_numbers_of_its_end(runs, evaluations):
         assert 0.05 < member['top5_error'] < member['top1_error'] < 0.9  # it has learnt something
 
 
+@pytest.mark.slow
 def test_ten_views_of_two_runs_give_the_numbers_of_their_ends(runs, evaluations):
     found = report(evaluations, 'ten')
     assert found['views'] == 10
@@ -172,6 +174,7 @@ def test_ten_views_of_two_runs_give_the_numbers_of_their_ends(runs, evaluations)
     assert_figures(found['mean'], {name: (expected[0][name] + expected[1][name]) / 2 for name in found['mean']})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['a', 'b', 'ten', 'equal', 'steps'])
 def test_saved_predictions_have_the_printed_errors(evaluations, name):
     found, (_, saved) = report(evaluations, name), evaluations[name]
@@ -182,6 +185,7 @@ def test_saved_predictions_have_the_printed_errors(evaluations, name):
     assert_figures(found.get('ensemble', found['members'][0]), count(probabilities, labels))
 
 
+@pytest.mark.slow
 def test_classes_are_those_of_the_store(evaluations, photos_dir):
     description = json.loads(next(Path(photos_dir).glob('prepared/*/prepared.json')).read_text())
     for _, saved in evaluations.values():
@@ -192,6 +196,7 @@ def members_apart(evaluations: dict) -> list[np.ndarray]:
     return [evaluations[name][1]['probabilities'].astype(np.float64) for name in RUNS]
 
 
+@pytest.mark.slow
 def test_given_weights_average_the_probabilities(evaluations):
     a, b = members_apart(evaluations)
     text, saved = evaluations['given']
@@ -205,12 +210,14 @@ def test_given_weights_average_the_probabilities(evaluations):
     assert lines[3].split()[:3] == [f'{report(evaluations, "a")["members"][0]["checkpoint"]},', 'step', '40']
 
 
+@pytest.mark.slow
 def test_equal_weights_average_the_probabilities(evaluations):
     a, b = members_apart(evaluations)
     np.testing.assert_allclose(evaluations['equal'][1]['probabilities'], (a + b) / 2, rtol=1e-5)
     assert [member['weight'] for member in report(evaluations, 'equal')['members']] == [0.5, 0.5]
 
 
+@pytest.mark.slow
 def test_fitted_weights_are_the_best_for_the_even_images_and_errors_those_of_the_odd_ones(evaluations):
     a, b = members_apart(evaluations)
     found, (_, saved) = report(evaluations, 'fitted'), evaluations['fitted']
@@ -230,6 +237,7 @@ def test_fitted_weights_are_the_best_for_the_even_images_and_errors_those_of_the
     assert sum(row['images'] for row in found['classes']) == 800
 
 
+@pytest.mark.slow
 def test_classes_of_a_run_by_counting(evaluations):
     _, saved = evaluations['a']
     names = saved['class_names'].tolist()
@@ -247,6 +255,7 @@ def test_classes_of_a_run_by_counting(evaluations):
     assert [line.split()[:2] for line in table] == [[name, '100'] for name in names]
 
 
+@pytest.mark.slow
 def test_names_of_checkpoints(runs, evaluations):
     """WORKDIR is the newest one, WORKDIR/best that of the lowest error, WORKDIR/checkpoints/STEP what it says."""
     recorded = [json.loads(line) for line in (runs['a'] / 'metrics.jsonl').read_text().splitlines()]
@@ -259,6 +268,7 @@ def test_names_of_checkpoints(runs, evaluations):
     assert validated[30]['loss'] != pytest.approx(validated[40]['loss'], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_may_be_called_best(runs, tmp_path):
     shutil.copytree(runs['b'], tmp_path / 'best')
     shutil.copytree(runs['b'], tmp_path / 'checkpoints' / '7')
@@ -277,6 +287,7 @@ def opened(photos_dir: str) -> pipeline.Store:
     return pipeline.open_store(str(directory), resolve(get_config()).data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('mesh', 'used'),
     [
@@ -300,6 +311,7 @@ def test_several_devices_give_the_numbers_of_one(runs, evaluations, photos_dir, 
     assert f'mesh data={used[0]}, model={used[1]}' in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_newer_checkpoint_takes_the_place_of_one_that_is_gone_meanwhile(runs, tmp_path, monkeypatch):
     shutil.copytree(runs['b'], tmp_path / 'b')
     folder, read = tmp_path / 'b' / 'checkpoints', checkpoint.read_checkpoint
@@ -488,6 +500,7 @@ def refusal(run: subprocess.CompletedProcess) -> str:
 FORMS = "name a run's folder WORKDIR, WORKDIR/best or WORKDIR/checkpoints/STEP"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('arguments', 'reason'),
     [
@@ -543,6 +556,7 @@ def without_jax(folder: Path, instead: str = 'raise ImportError') -> str:
     return str(folder / 'modules')
 
 
+@pytest.mark.slow
 def test_the_cpu_is_tuned_before_jax_is_imported(runs, tmp_path):
     ask = "import os, sys; sys.exit(os.environ['XLA_FLAGS'])"
     tuned = execute('-c', f'from alexnet_jax import startup; startup.tune_cpu(); {ask}', XLA_FLAGS='')
@@ -557,6 +571,7 @@ def test_help_names_the_flags(tmp_path):
     assert 'WORKDIR/best' in run.stdout
 
 
+@pytest.mark.slow
 def test_what_cannot_be_evaluated_is_refused_and_left_as_it_is(runs, photos_dir, tmp_path, capfd):
     def copy(name: str) -> Path:
         return Path(shutil.copytree(runs['b'], tmp_path / name))

@@ -158,6 +158,7 @@ def case(request):
     return network, centres, logits
 
 
+@pytest.mark.slow
 def test_stablehlo_gives_the_logits_of_the_network(case, tmp_path):
     network, centres, logits = case
     export.write(network, str(tmp_path / 'net.stablehlo'))
@@ -231,6 +232,7 @@ def on_a_mesh(tmp_path_factory):
     return trained.load(trained.find(workdir))
 
 
+@pytest.mark.slow
 def test_exports_of_a_sharded_network_give_what_its_prediction_gives(on_a_mesh, tmp_path):
     network = on_a_mesh
     assert dict(network.mesh.shape) == {'data': 4, 'model': 2}
@@ -291,6 +293,7 @@ def examples():
 FOREIGN = {'stablehlo': ('alexnet_jax', 'flax'), 'onnx': ('alexnet_jax', 'jax', 'onnx'), 'safetensors': ()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('ending', FOREIGN)
 def test_loader_of_the_documentation_in_another_process(on_a_mesh, tmp_path, ending):
     stored, centres = pictures(on_a_mesh.config)
@@ -347,7 +350,7 @@ def test_files_that_cannot_be_written_are_refused(tmp_path, path):
 @pytest.mark.parametrize(('ending', 'library'), [('onnx', 'onnx'), ('stablehlo', 'flatbuffers')])
 def test_missing_library_is_named_with_what_installs_it(tmp_path, monkeypatch, ending, library):
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ConfigError, match=f'{library} is not installed: pip install -r requirements-export.txt'):
+    with pytest.raises(ConfigError, match=f'{library} is not installed: pip install'):
         export.write(None, str(tmp_path / f'net.{ending}'))
     assert f'\n{library}==' in (ROOT / 'requirements-export.txt').read_text()
 

@@ -16,6 +16,8 @@ from alexnet_jax.config import ConfigError
 from alexnet_jax.data.pipeline import Store, validation_batches
 from alexnet_jax.step import make_output_step, network
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module')
 def config(photos_dir):

@@ -220,6 +220,7 @@ def test_predictions_have_bars_as_long_as_they_are_likely_and_the_true_one_is_ma
     check_print(figure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('count', [1, 4, 9])
 def test_many_predictions_and_neighbours_are_not_in_each_others_way(count):
     long = 'German short-haired pointer, that is a hunting dog of great endurance'
@@ -695,6 +696,7 @@ def save_all(folder):
             style.save(figure, f'{folder}/{name}.{ending}')
 
 
+@pytest.mark.slow
 def test_odd_names_are_drawn_as_they_are():
     assert {style.fit(name, 90) for name in ODD_NAMES[:6]} <= set(texts(odd_figures()['matrix']))
     assert 'cost $5 and $x_{' in texts(odd_figures()['curves'])
@@ -704,6 +706,7 @@ def test_odd_names_are_drawn_as_they_are():
 PROGRAM = "import sys; sys.path.insert(0, 'tests'); import test_figures; test_figures.save_all(sys.argv[1])"
 
 
+@pytest.mark.slow
 def test_another_process_with_other_settings_makes_the_same_files(tmp_path):
     """Another order of hashes, another second, another style in the reader's matplotlibrc."""
     (tmp_path / 'matplotlibrc').write_text('font.size: 20\naxes.grid: True\ntext.parse_math: True\nsavefig.dpi: 50\n')

@@ -18,6 +18,8 @@ from alexnet_jax.config import ConfigError
 from alexnet_jax.figures import kernels, runs
 from alexnet_jax.pictures import Picture
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 LINE = json.dumps({'step': 1, 'split': 'train', 'loss': 1.0}) + '\n'
 
@@ -133,7 +135,7 @@ def command(*arguments, cwd=ROOT):
     [
         ([], 'which figure? Name kernels, maps, neighbours, confusion, network, curves'),
         (['heads', 'x'], "'heads' is no kind of figure; there are kernels, maps"),
-        (['kernels'], 'kernels takes other names: python -m alexnet_jax.figures kernels CHECKPOINT'),
+        (['kernels'], 'kernels takes other names: alexnet figures kernels CHECKPOINT'),
         (['kernels', '{run}', 'two'], 'kernels takes other names'),
         (['kernels', '{run}', '--layer=conv2'], '--layer: kernels has no such flag'),
         (['kernels', '{tmp}'], 'has no config.json'),

@@ -8,10 +8,13 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from alexnet_jax.data import pipeline
 from alexnet_jax.prepare import Settings
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 # Under these names ImageNet has a PNG and a CMYK file, and TFDS's builder knows them.

@@ -53,6 +53,7 @@ def test_every_layer(case):
     close(ours['fc8'], logits, 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('data', 'model'), [(1, 1), (4, 2)])
 def test_one_update(case, data, model):
     """Gradients through both normalisations, biases at twice the rate, decay, velocities, a layer that is frozen."""

@@ -186,6 +186,7 @@ def test_max_pool_gives_the_gradient_to_the_first_of_equal_values(values, expect
     np.testing.assert_array_equal(gradient[0, :, :, 0], expected)
 
 
+@pytest.mark.slow
 def test_max_pool_keeps_bfloat16():
     x = jnp.asarray(distinct((1, 5, 5, 4)), jnp.bfloat16)
     y, back = jax.vjp(lambda x: max_pool(x, 3, 2), x)

@@ -143,6 +143,7 @@ def reference(
     return x.numpy()
 
 
+@pytest.mark.slow
 def test_paper_network_is_the_independent_program():
     config = model_config()
     _, shapes = network(config, 224)
@@ -332,6 +333,7 @@ def test_parameters_and_kernel_shapes_of_the_paper():
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype('float32')}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('fields', 'stds', 'biases'),
     [
@@ -366,6 +368,7 @@ def test_initial_values(fields, stds, biases):
     assert not np.array_equal(other['fc8']['kernel'], layers['fc8']['kernel'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('initializer', 'kernel', 'bias'),
     [  # standard deviation of a kernel with 3 x 3 x 48 inputs and 96 outputs; bound of the biases
@@ -387,6 +390,7 @@ def test_initializers(initializer, kernel, bias):
     assert np.abs(conv4['bias']).max() == pytest.approx(bias, rel=0.05)
 
 
+@pytest.mark.slow
 def test_weights_that_pixels_do_not_share_have_the_fans_of_one_pixel():
     config = model_config(
         widths=(24, 64, 96, 96, 96, 128, 256), num_classes=100, unshared=('conv3',), initializer='he', towers=1

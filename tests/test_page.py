@@ -27,7 +27,7 @@ from configs import imagenet, quickstart
 
 ROOT = Path(__file__).parent.parent
 CHROMEDRIVER = '/usr/bin/chromedriver'  # of Debian, whose chromium is of the same version
-pytestmark = pytest.mark.usefixtures('compiled_programs')
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('compiled_programs')]
 
 # Over the quickstart's settings; narrow, for the compiler takes the longest.
 SETTINGS = {
@@ -434,7 +434,7 @@ def test_settings_are_those_that_were_changed(folders, parsed):
     assert found['model.dropout'] == ['0.5', '0']
     assert found['train.steps'] == ['None', '40']
     text = page.text['What was run']
-    assert 'python launch.py --config=' in text
+    assert 'alexnet train --config=' in text
     assert f'--workdir={folders["run"]} --config.seed=3 --config.model.conv1_stride=8 ' in text
     for words in ('presetpaper', 'photos, 16 classes; images of 72 x 72 pixels', 'sees 64 x 64', 'seed3'):
         assert words in text
@@ -650,7 +650,7 @@ def test_published_errors_have_a_line_of_their_own(tmp_path):
 
 def test_a_run_that_has_not_begun(folders, parsed):
     text, workdir = parsed['bare'].text, folders['bare']
-    command = f'python launch.py --config=... --workdir={workdir}'
+    command = f'alexnet train --config=... --workdir={workdir}'
     assert 'Not done: begun, no step logged.' in text['']
     for section in ('Result', 'Curves', 'Kernels of conv1', 'Predictions', 'Neighbours', 'Layers', 'Time'):
         assert command in text[section]
@@ -724,7 +724,7 @@ def test_without_the_images_there_are_kernels_and_what_makes_the_rest(copy, tmp_
     assert len(page.images['Kernels of conv1']) == 2
     for section in ('Predictions', 'Neighbours'):
         assert f'there is no {tmp_path}/else where/prepared/photos_72px' in page.text[section]
-        made_by = f"python -m alexnet_jax.prepare --source=photos --image_size=72 '--data_dir={tmp_path}/else where'"
+        made_by = f"alexnet prepare --source=photos --image_size=72 '--data_dir={tmp_path}/else where'"
         assert f'{made_by} makes them, or --data_dir names where they lie' in page.text[section]
 
 

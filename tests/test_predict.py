@@ -23,7 +23,7 @@ from alexnet_jax.pictures import of_files, picture_files, read_picture
 from alexnet_jax.step import network
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.usefixtures('compiled_programs')
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('compiled_programs')]
 
 
 @pytest.fixture(scope='module')

@@ -91,6 +91,7 @@ def uninterrupted(pictures, tmp_path_factory) -> Path:
     return prepared(settings(pictures), tmp_path_factory.mktemp('whole'))
 
 
+@pytest.mark.slow
 def test_killed_ten_times_and_run_again_it_is_the_same_to_the_byte(uninterrupted, pictures, tmp_path):
     # Each is killed a random moment after it wrote none, one or two more shards, however fast the machine is.
     target, chance, begun = store_folder(settings(pictures), tmp_path), random.Random(0), []
@@ -118,6 +119,7 @@ def test_killed_ten_times_and_run_again_it_is_the_same_to_the_byte(uninterrupted
     )
 
 
+@pytest.mark.slow
 def test_a_killed_one_leaves_no_process_and_goes_on_where_it_stood(uninterrupted, pictures, tmp_path):
     process = start(settings(pictures), tmp_path)
     target = store_folder(settings(pictures), tmp_path)
@@ -149,6 +151,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', [1, 4])
 def test_the_number_of_processes_does_not_matter(uninterrupted, pictures, tmp_path, workers):
     given = settings(pictures, workers=workers)
@@ -220,6 +223,7 @@ def test_jpeg_store(pictures, tmp_path, channels):
     assert size < sum(path.stat().st_size for path in Path(prepare(raw, str(tmp_path))).glob('prepared-*'))
 
 
+@pytest.mark.slow
 def test_the_zoo_in_a_folder(tmp_path):
     """Every kind of file by its rule: converted, or named with the reason in skipped.jsonl."""
     animals = zoo.zoo()
@@ -285,6 +289,7 @@ def test_a_store_of_other_settings_or_images_is_refused(pictures, tmp_path, chan
     assert content(Path(folder)) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('same_size', [True, False])
 def test_after_mending_it_goes_on_with_what_was_mended(uninterrupted, pictures, tmp_path, same_size):
     root = shutil.copytree(pictures, tmp_path / 'pictures')
@@ -312,6 +317,7 @@ def test_after_mending_it_goes_on_with_what_was_mended(uninterrupted, pictures, 
     assert content(fresh) == content(target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('change', ['an image', 'a class'])
 def test_what_was_made_of_other_images_or_classes_is_made_again(pictures, tmp_path, change):
     """One process has made three shards of ants when it meets a bee that is cut off; then the first ant is another."""
@@ -415,6 +421,7 @@ def test_wrong_flags_are_refused_in_one_line(pictures, tmp_path, flags, reason):
     assert run.stderr.count('\n') == 1
 
 
+@pytest.mark.slow
 def test_the_summary_of_the_command(pictures, tmp_path):
     given = command(f'folder:{pictures}', tmp_path)
     run = subprocess.run(given, cwd=ROOT, capture_output=True, text=True)

@@ -176,6 +176,7 @@ def test_published_errors(preset):
     assert published.source
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('preset', PRESETS)
 def test_a_step_with_the_recipe_trains(preset):
     """Narrow, on small images: the loss is finite and all weights move."""

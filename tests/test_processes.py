@@ -20,7 +20,7 @@ from alexnet_jax.prepare import Settings
 
 ROOT = Path(__file__).parent.parent
 STEPS = 8
-pytestmark = pytest.mark.usefixtures('compiled_programs')
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('compiled_programs')]
 STUCK_AFTER = 40  # seconds; compiling must not take longer
 
 # One process reads slowly, or after 200 records cannot read or reads for ever.

@@ -342,7 +342,7 @@ def test_a_file_that_cannot_be_written_is_refused(whole, tmp_path):
 def test_a_damaged_sweep_is_refused(tmp_path, text):
     (tmp_path / 'sweep.json').write_text(text)
     assert refusal(str(tmp_path)) == (
-        f'{tmp_path}/sweep.json is damaged: run `python launch.py --config=... --sweep=all --workdir={tmp_path}` first'
+        f'{tmp_path}/sweep.json is damaged: run `alexnet train --config=... --sweep=all --workdir={tmp_path}` first'
     )
 
 
@@ -359,7 +359,7 @@ def test_flags_of_a_run_are_none_of_a_sweep(whole):
 @pytest.mark.parametrize(
     ('arguments', 'reason'),
     [
-        ([], 'which sweep? Name its folder: python -m alexnet_jax.report SWEEP_DIR'),
+        ([], 'which sweep? Name its folder: alexnet report SWEEP_DIR'),
         (['a', 'b'], "'b' is no flag; flags are written --name=value"),
         (['a', '--views=0'], 'flag --views=0: 0 is not a positive integer'),
         (['a', '--vews=1'], "Unknown command line flag 'vews'"),

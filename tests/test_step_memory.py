@@ -11,6 +11,8 @@ from test_mesh import NORMED, STATISTICS, batch, collectives, lowered_step, put_
 from alexnet_jax import augment, parallel, step
 from alexnet_jax.config import ConfigError, default_config, resolve
 
+pytestmark = pytest.mark.slow
+
 
 def compiled(settings):
     """The step in machine code that is never run, so that it need not be fast."""

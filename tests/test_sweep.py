@@ -245,6 +245,7 @@ def as_numbers(values: dict) -> dict:
     return {name: pytest.approx(value) if isinstance(value, float) else value for name, value in values.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('data', ROWS)
 def test_rows_of_the_ablations_differ_from_the_base_in_what_they_are_named_after(data):
     config, runs = load('ablations', data)
@@ -425,6 +426,7 @@ sys.exit(3 if number == 1 else 0)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('jobs', [1, 2, 3])
 def test_as_many_at_once_as_wanted_and_failures_stop_nothing(tmp_path, capfd, monkeypatch, jobs):
     variants = [Variant(name) for name in 'abcdef']
@@ -661,6 +663,7 @@ def whole(place, first):
     return workdir, place.run(workdir, '--sweep=all', '--sweep_jobs=2'), before
 
 
+@pytest.mark.slow
 def test_a_list_shows_the_runs_and_makes_no_folder(place, tmp_path):
     shown = place.run(tmp_path / 'new', '--sweep=list')
     assert (shown.returncode, shown.stderr) == (0, '')
@@ -676,6 +679,7 @@ def test_a_list_shows_the_runs_and_makes_no_folder(place, tmp_path):
     assert not (tmp_path / 'new').exists()
 
 
+@pytest.mark.slow
 def test_a_number_runs_one(first):
     workdir, run = first
     assert run.returncode == 0, run.stderr
@@ -688,6 +692,7 @@ def test_a_number_runs_one(first):
     assert len(json.loads((workdir / 'sweep.json').read_text())['runs']) == 4
 
 
+@pytest.mark.slow
 def test_all_runs_what_is_missing(place, whole):
     workdir, run, before = whole
     assert run.returncode == 0, run.stderr
@@ -707,6 +712,7 @@ def test_all_runs_what_is_missing(place, whole):
     assert set(before) == {f'{RUNS[1]}/{name}' for name in ('config.json', 'result.json', 'metrics.jsonl')}
 
 
+@pytest.mark.slow
 def test_nothing_is_started_where_all_is_done(place, whole):
     workdir, _, _ = whole
     before = times(workdir)
@@ -718,6 +724,7 @@ def test_nothing_is_started_where_all_is_done(place, whole):
     assert [line.split()[1:3] for line in shown.stdout.splitlines()[:4]] == [[run, 'done'] for run in RUNS]
 
 
+@pytest.mark.slow
 def test_the_plan_says_what_was_asked_for(place, whole):
     workdir, _, _ = whole
     slow = {'name': 'slow', 'overrides': SLOW, 'published': [1.5, None], 'source': 'a book', 'note': 'slower'}
@@ -734,6 +741,7 @@ def test_the_plan_says_what_was_asked_for(place, whole):
     }
 
 
+@pytest.mark.slow
 def test_the_report_has_the_means_of_the_results(whole):
     workdir, _, _ = whole
     run = subprocess.run(
@@ -756,6 +764,7 @@ def test_the_report_has_the_means_of_the_results(whole):
     assert 'Missing' not in run.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('flags', 'reason'),
     [
@@ -787,6 +796,7 @@ def test_a_config_without_a_sweep_is_refused():
     assert (run.returncode, run.stderr, run.stdout) == (2, refusal, '')
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_used_is_refused(place, tmp_path):
     (tmp_path / 'file').write_text('')
     run = place.run(tmp_path / 'file', '--sweep=all')
@@ -842,6 +852,7 @@ def stopped(place, half_done, killed):
 linux = pytest.mark.skipif(sys.platform != 'linux', reason='processes are looked for in /proc')
 
 
+@pytest.mark.slow
 @linux
 def test_runs_end_with_a_killed_sweep(killed):
     left, saved, *_ = killed
@@ -858,6 +869,7 @@ def test_a_run_whose_sweep_has_ended_meanwhile_does_not_begin(alive):
     assert (run.returncode, run.stdout) == ((0, 'begun\n') if alive else (1, ''))
 
 
+@pytest.mark.slow
 @linux
 def test_runs_share_out_the_cores_and_have_no_terminal(killed):
     _, _, cores, sessions, inputs = killed
@@ -869,6 +881,7 @@ def test_runs_share_out_the_cores_and_have_no_terminal(killed):
         assert not cores[0] & cores[1]
 
 
+@pytest.mark.slow
 @linux
 def test_sigterm_lets_the_runs_save(killed, stopped):
     code, err, results, saved = stopped
@@ -882,6 +895,7 @@ def test_sigterm_lets_the_runs_save(killed, stopped):
         assert killed[1][number] < ended['step'] == saved[number] < STEPS
 
 
+@pytest.mark.slow
 @linux
 def test_the_same_command_finishes_what_is_missing(place, whole, half_done, killed, stopped):
     before = times(half_done)
@@ -902,6 +916,7 @@ def test_the_same_command_finishes_what_is_missing(place, whole, half_done, kill
         assert resumed == [killed[1][number], stopped[3][number]]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_does_not_stop_the_others(place, tmp_path):
     run = place.run(tmp_path, '--sweep=all', part='failing')
     assert run.returncode == 1

@@ -87,6 +87,7 @@ def uninterrupted(photos_dir, tmp_path_factory):
     return workdir, json.loads((workdir / 'result.json').read_text()), run
 
 
+@pytest.mark.slow
 def test_files_of_a_run(uninterrupted):
     workdir, result, run = uninterrupted
     assert (result['status'], result['step']) == ('done', STEPS)
@@ -109,6 +110,7 @@ def test_files_of_a_run(uninterrupted):
     assert 'input wait' in run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_ends_as_the_uninterrupted(uninterrupted, photos_dir, tmp_path, number):
     stopped = interrupt(number, photos_dir, tmp_path)
@@ -137,6 +139,7 @@ def test_an_interrupted_run_ends_as_the_uninterrupted(uninterrupted, photos_dir,
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.slow
 def test_colour_noise_ends_where_it_is_told_to(photos_dir, tmp_path):
     """As if the run had been stopped there and gone on without."""
     short = ('--config.eval.views=1', '--config.eval.every=100', '--config.train.steps=6')
@@ -161,6 +164,7 @@ def test_colour_noise_ends_where_it_is_told_to(photos_dir, tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
+@pytest.mark.slow
 def test_what_a_step_takes_is_on_the_devices(photos_dir, tmp_path):
     """NumPy arrays would be moved in each call; with the mean image a CPU computes the step in another thread."""
     program = """
@@ -196,6 +200,7 @@ runpy.run_path('launch.py', run_name='__main__')
     assert run.stdout.count('guarded') == 3
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_other_images(uninterrupted, photos_dir, tmp_path):
     shutil.copytree(uninterrupted[0], tmp_path / 'run')
     (tmp_path / 'run' / 'result.json').unlink()
@@ -207,6 +212,7 @@ def test_a_run_does_not_go_on_with_other_images(uninterrupted, photos_dir, tmp_p
     assert 'config.data: the prepared images are not those that' in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_damaged_record_is_counted_and_more_of_them_end_the_run(photos_dir, tmp_path):
     shutil.copytree(os.path.join(photos_dir, 'prepared'), tmp_path / 'prepared')
     file = next((tmp_path / 'prepared').glob('*/prepared-train.array_record-00002-of-00007'))
@@ -224,6 +230,7 @@ def test_a_damaged_record_is_counted_and_more_of_them_end_the_run(photos_dir, tm
     assert 'Traceback' not in run.stderr
 
 
+@pytest.mark.slow
 def test_the_same_command_after_the_end_says_so_at_once(uninterrupted, photos_dir):
     workdir, result, _ = uninterrupted
     start = time.monotonic()
@@ -234,6 +241,7 @@ def test_the_same_command_after_the_end_says_so_at_once(uninterrupted, photos_di
     assert f'{result["top1_error"]:.2%}' in again.stdout
 
 
+@pytest.mark.slow
 def test_another_network_or_batch_is_refused_in_a_used_workdir(uninterrupted, photos_dir):
     for override, field in [
         ('--config.train.batch_size=64', 'train.batch_size: 64, but'),
@@ -245,6 +253,7 @@ def test_another_network_or_batch_is_refused_in_a_used_workdir(uninterrupted, ph
         assert field in refused.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('overrides', 'what', 'rate'),
     [
@@ -269,6 +278,7 @@ def test_a_loss_or_weights_that_are_not_finite_end_the_run_in_one_line(photos_di
     assert list((tmp_path / 'checkpoints').iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(photos_dir, tmp_path):
     checkpoints = tmp_path / 'checkpoints'
 
@@ -284,6 +294,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(photos_dir
     assert not (tmp_path / 'result.json').exists()
 
 
+@pytest.mark.slow
 def test_what_is_no_end_of_this_run_is_not_taken_for_it(uninterrupted, photos_dir, tmp_path):
     shutil.copytree(uninterrupted[0], tmp_path / 'run')
     (tmp_path / 'run' / 'result.json').write_text('{"status": "do')  # the disk was full
@@ -294,6 +305,7 @@ def test_what_is_no_end_of_this_run_is_not_taken_for_it(uninterrupted, photos_di
     )
 
 
+@pytest.mark.slow
 def test_a_workdir_that_cannot_be_used_is_refused(photos_dir, tmp_path):
     (tmp_path / 'file').write_text('')
     refused = launch(photos_dir, tmp_path / 'file')
@@ -307,6 +319,7 @@ def test_a_workdir_that_cannot_be_used_is_refused(photos_dir, tmp_path):
     assert 'another process trains in' in refused.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('override', 'reason'),
     [
@@ -348,6 +361,7 @@ def said(run: subprocess.CompletedProcess, word: str) -> list[str]:
     return [line for line in run.stderr.splitlines() if word in line]
 
 
+@pytest.mark.slow
 def test_layers_at_each_evaluation(uninterrupted):
     """Sizes against the numbers in the checkpoint."""
     workdir, _, run = uninterrupted
@@ -379,6 +393,7 @@ print(json.dumps([sizes(kernels), sizes(velocities)]))
     assert rows[-1]['fc8']['dead'] == 0
 
 
+@pytest.mark.slow
 def test_a_stalled_run_is_reported_and_a_healthy_one_not(uninterrupted, photos_dir, tmp_path):
     """fc7 is dead from the start: its biases are far below zero."""
     biases = '--config.model.bias_init=(0.0,1.0,0.0,1.0,1.0,1.0,-1e4,0.0)'
@@ -408,6 +423,7 @@ def test_a_stalled_run_is_reported_and_a_healthy_one_not(uninterrupted, photos_d
     assert not said(run, 'stalled')
 
 
+@pytest.mark.slow
 def test_a_goal_ends_a_run_and_kill_changes_nothing(photos_dir, tmp_path):
     """The window of log_every=4 steps whose mean training error is the first one below the goal."""
     steps = ['--config.train.steps=28', '--config.eval.every=100', '--config.eval.views=1']

@@ -246,6 +246,11 @@ def _make_ready(builder: Any, source: str, data_dir: str) -> None:
     try:
         builder.download_and_prepare(download_config=config)
     except Exception as error:  # TFDS, its builders and what they download with raise many kinds
+        if isinstance(error, ModuleNotFoundError) and error.name == 'tensorflow':
+            raise SourceError(
+                f'{source}: the builder in TFDS needs TensorFlow, which is not installed:'
+                ' pip install "alexnet_jax[imagenet]"'
+            ) from None
         raise SourceError(f'{source}: TFDS could not get the data: {_one_line(error)}') from None
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 from etils import epath
 
+from alexnet_jax.command import child_command, child_environment
 from alexnet_jax.config import ConfigError
 from alexnet_jax.data import pipeline
 from alexnet_jax.monitor import Preemption, first_line
@@ -31,14 +31,12 @@ def prepared_store(config: Any, preemption: Preemption) -> pipeline.Store | None
     if not _exists(directory):
         # A process of its own, for TensorFlow should not share one with jax.
         names = ('source', 'data_dir', 'image_size', 'channels', 'encoding', 'validation_fraction', 'max_bad')
-        command = [sys.executable, '-m', 'alexnet_jax.prepare', *(f'--{name}={data[name]}' for name in names)]
+        command = child_command('prepare', *(f'--{name}={data[name]}' for name in names))
         if data.class_names:
             line = io.StringIO()
             csv.writer(line, lineterminator='').writerow(data.class_names)  # a name may hold a comma
             command.append(f'--class_names={line.getvalue()}')
-        root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        paths = [root, *filter(None, [os.environ.get('PYTHONPATH')])]
-        process = subprocess.Popen(command, env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)})
+        process = subprocess.Popen(command, env=child_environment())
         while process.poll() is None:
             if preemption.requested:
                 process.terminate()

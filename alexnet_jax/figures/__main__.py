@@ -1,11 +1,11 @@
 """The command that draws the paper's figures from runs and pictures.
 
-    python -m alexnet_jax.figures kernels CHECKPOINT                figure 3: what conv1 has learned
-    python -m alexnet_jax.figures maps CHECKPOINT PICTURE...        what --layer makes of each picture
-    python -m alexnet_jax.figures neighbours CHECKPOINT PICTURE...  figure 4, right: the nearest training images
-    python -m alexnet_jax.figures confusion CHECKPOINT              which validation images are taken for which
-    python -m alexnet_jax.figures network PRESET                    figure 2: a published network, or a CHECKPOINT's
-    python -m alexnet_jax.figures curves WORKDIR...                 loss, errors and learning rate of runs or a sweep
+    alexnet figures kernels CHECKPOINT                figure 3: what conv1 has learned
+    alexnet figures maps CHECKPOINT PICTURE...        what --layer makes of each picture
+    alexnet figures neighbours CHECKPOINT PICTURE...  figure 4, right: the nearest training images
+    alexnet figures confusion CHECKPOINT              which validation images are taken for which
+    alexnet figures network PRESET                    figure 2: a published network, or a CHECKPOINT's
+    alexnet figures curves WORKDIR...                 loss, errors and learning rate of runs or a sweep
 
 CHECKPOINT, PICTURE and --validation=8: see predict.py, which draws the left half of figure 4. A figure is saved as
 WORKDIR/figures/KIND.png, that of several runs as curves.png, that of a preset as PRESET.png, or as --out says. `maps`
@@ -47,7 +47,7 @@ def check_kind(kind: str, names: list[str], given: Any) -> None:
         raise ConfigError(f'{kind!r} is no kind of figure; there are {", ".join(KINDS)}')
     wanted, most, own = KINDS[kind]
     if not 1 <= len(names) <= most:
-        raise ConfigError(f'{kind} takes other names: python -m alexnet_jax.figures {kind} {wanted}')
+        raise ConfigError(f'{kind} takes other names: alexnet figures {kind} {wanted}')
     for flag in ('layer', 'validation', 'views', 'data_dir'):
         if given[flag].present and flag not in own:
             raise ConfigError(f'--{flag}: {kind} has no such flag; leave it out')
@@ -188,5 +188,5 @@ if __name__ == '__main__':
     )
     flags.DEFINE_enum('views', '10', ['1', '10'], 'Of `confusion`: of each image its centre, or ten.')
     flags.DEFINE_string('data_dir', None, "Where the prepared data lie; by default the run's data.data_dir.")
-    wanted = f'which figure? Name {", ".join(KINDS)}: python -m alexnet_jax.figures KIND ...'
+    wanted = f'which figure? Name {", ".join(KINDS)}: alexnet figures KIND ...'
     app.run(main, flags_parser=lambda argv: parse_flags(argv, wanted, most=math.inf))

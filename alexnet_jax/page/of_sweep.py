@@ -31,7 +31,7 @@ def page(
     """
     done, planned = (sum(getattr(row, name) for row in rows) for name in ('runs_done', 'runs_planned'))
     lead = f'A sweep of `{sweep["config"]}`: {len(rows)} variants, {done} of {planned} runs done.'
-    command = shlex.join(['python', 'launch.py', f'--config={sweep["config"]}', '--sweep=all', f'--workdir={folder}'])
+    command = shlex.join(['alexnet', 'train', f'--config={sweep["config"]}', '--sweep=all', f'--workdir={folder}'])
     sections = [
         html.section('Errors by variant', *_table(sweep, rows, views, missing, command)),
         html.section('What was run', html.command(command), *_overrides(sweep)),

@@ -102,7 +102,7 @@ def _open_store(network: Network, data_dir: str | None) -> pipeline.Store:
         defaults = default_config().data
         names = [name for name in pipeline.SETTINGS[:-1] if name == 'source' or data[name] != defaults[name]]
         settings = {name: data[name] for name in names} | {'data_dir': data_dir or data.data_dir}
-        made_by = ['python', '-m', 'alexnet_jax.prepare', *(f'--{name}={value}' for name, value in settings.items())]
+        made_by = ['alexnet', 'prepare', *(f'--{name}={value}' for name, value in settings.items())]
         raise ConfigError(
             f'The images are not prepared here, for there is no {directory}: `{shlex.join(made_by)}` makes them, or'
             ' `--data_dir` names where they lie'

@@ -50,8 +50,8 @@ class Run:
         """That trains there: as it was given, or with the settings to be filled in."""
         given = self.environment.get('command')
         if isinstance(given, list) and given and all(isinstance(part, str) for part in given):
-            return shlex.join(['python', *given])
-        return f'python launch.py --config=... --workdir={shlex.quote(self.workdir)}'
+            return shlex.join(['alexnet', 'train', *given[1:]])
+        return f'alexnet train --config=... --workdir={shlex.quote(self.workdir)}'
 
     @property
     def state(self) -> str:

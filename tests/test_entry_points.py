@@ -1,0 +1,143 @@
+"""The command `alexnet`, configurations by name, and commands that work from any folder."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alexnet_jax import __version__, command, config_files
+from alexnet_jax.__main__ import COMMANDS
+from alexnet_jax.config import ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+def alexnet(*arguments: str, cwd: Path, program=('-m', 'alexnet_jax')) -> subprocess.CompletedProcess:
+    """`alexnet` in a folder where nothing of the project is."""
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *program, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize('arguments', [[], ['--help'], ['-h'], ['help']])
+def test_help_lists_the_commands(tmp_path, arguments):
+    run = alexnet(*arguments, cwd=tmp_path)
+    assert (run.returncode, run.stderr) == (0, '')
+    listed = [line.split()[0] for line in run.stdout.splitlines() if line.startswith('  ')]
+    assert listed == ['train', 'prepare', 'evaluate', 'predict', 'figures', 'report', 'convert', 'audit']
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_each_command_has_its_help(tmp_path, name):
+    run = alexnet(name, '--help', cwd=tmp_path)
+    assert f'    alexnet {name}' in run.stdout
+    assert '\nflags:\n' in run.stdout
+    assert alexnet('--help', cwd=tmp_path, program=['-m', COMMANDS[name][0]]).stdout == run.stdout
+
+
+def test_version(tmp_path):
+    assert alexnet('--version', cwd=tmp_path).stdout == f'alexnet_jax {__version__}\n'
+    assert f'\n## [{__version__}]' in (ROOT / 'CHANGELOG.md').read_text()
+
+
+@pytest.mark.parametrize(('name', 'hint'), [('trian', '; did you mean train? The'), ('xyz', '. The')])
+def test_an_unknown_command_is_refused_in_one_line(tmp_path, name, hint):
+    run = alexnet(name, cwd=tmp_path)
+    assert (run.returncode, run.stdout) == (2, '')
+    assert run.stderr.startswith(f"alexnet_jax: '{name}' is not a command{hint} commands are train, ")
+    assert run.stderr.count('\n') == 1
+
+
+def test_the_package_is_imported_without_its_libraries():
+    program = "import sys; import alexnet_jax; print(sorted({'jax', 'numpy', 'absl', 'matplotlib'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout == '[]\n'
+
+
+def test_configurations_are_found_by_name_and_files_by_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config_files.find('imagenet:caffe') == f'{ROOT}/configs/imagenet.py:caffe'
+    assert config_files.call('quickstart', 'get_config').model.num_classes == 16
+    assert config_files.call('imagenet:caffe', 'get_config').model.preset == 'caffe'
+    (tmp_path / 'quickstart').write_text('def get_config():\n    return 3\n')
+    assert config_files.call('quickstart', 'get_config') == 3
+
+
+@pytest.mark.parametrize(
+    ('config', 'reason'),
+    [
+        ('configs/imagenet.py:caffe', "no file 'configs/imagenet.py'; did you mean --config=imagenet:caffe?"),
+        ('../quickstart', "no file '../quickstart'; did you mean --config=quickstart?"),
+        ('nothing', "no file 'nothing'. This package has ablations, cifar10, "),
+        ('', "no file ''. This package has"),
+    ],
+)
+def test_a_configuration_that_is_not_there_is_refused_with_those_that_are(tmp_path, monkeypatch, config, reason):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        config_files.find(config)
+    assert reason in str(error.value)
+
+
+def test_a_sweep_of_the_package_is_listed_from_anywhere(tmp_path):
+    for flags in (['--config=ablations:photos'], ['--config', 'ablations:photos']):
+        run = alexnet('train', *flags, '--sweep=list', '--workdir=w', cwd=tmp_path)
+        assert (run.returncode, run.stderr) == (0, '')
+        assert '40 runs;' in run.stdout
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch) -> Path:
+    """An interpreter with the script `alexnet` beside it."""
+    script = tmp_path / 'environment' / 'bin' / 'alexnet'
+    script.parent.mkdir(parents=True)
+    script.touch(0o755)
+    monkeypatch.setattr(sys, 'executable', str(script.parent / 'python'))
+    monkeypatch.chdir(tmp_path)
+    return script
+
+
+def test_the_command_to_paste_is_that_of_the_installed_package(installed, monkeypatch):
+    monkeypatch.setenv('PATH', '/usr/bin')
+    assert command.shell_command('report', 'my run') == "environment/bin/alexnet report 'my run'"
+    monkeypatch.setenv('PATH', f'/usr/bin:{installed.parent}')
+    assert command.shell_command('report', 'my run') == "alexnet report 'my run'"
+    (installed.parent / 'other').mkdir()
+    shutil.copy(installed, installed.parent / 'other')
+    monkeypatch.setenv('PATH', f'{installed.parent}/other:{installed.parent}')
+    assert command.shell_command('report') == 'environment/bin/alexnet report'
+    monkeypatch.chdir('/')
+    assert command.shell_command('report') == f'{installed} report'
+
+
+def test_without_an_installed_package_the_command_to_paste_runs_all_the_same(installed, tmp_path, monkeypatch):
+    installed.unlink()
+    interpreter = installed.parent / 'python'
+    interpreter.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.base_prefix)}/bin/python3 "$@"\n')
+    interpreter.chmod(0o755)
+    monkeypatch.delenv('PYTHONPATH', raising=False)
+    pasted = command.shell_command('--version')
+    assert pasted == f'PYTHONPATH={shlex.quote(str(ROOT))} environment/bin/python -m alexnet_jax --version'
+    run = subprocess.run(['sh', '-c', pasted], capture_output=True, text=True)
+    assert run.stdout == f'alexnet_jax {__version__}\n'
+    monkeypatch.chdir(ROOT)
+    assert command.shell_command('--version') == f'{interpreter} -m alexnet_jax --version'
+
+
+def test_a_child_process_runs_this_package_and_not_one_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / 'alexnet_jax').mkdir()
+    (tmp_path / 'alexnet_jax' / 'prepare.py').write_text('print("another one")\n')
+    run = subprocess.run(
+        command.child_command('prepare', '--help'),
+        cwd=tmp_path,
+        env=command.child_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert '    alexnet prepare' in run.stdout
