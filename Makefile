@@ -12,13 +12,16 @@ INSTALL_SLURM := $(INSTALL) slurm-wlm munge > /dev/null
 INSTALL_CHROMIUM := $(INSTALL) chromium chromium-driver > /dev/null
 
 # The first that starts is taken, for a name on the PATH may be a shim without an interpreter. Python 3.14 is not tested.
-CANDIDATES := $(or $(PYTHON),python3.13 python3.12 python3.11 python3.14 python3)
+CANDIDATES := $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3.14 python3)
 USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 VERSION := import platform; print(platform.python_version())
 
 ifneq ($(and $(PYTHON),$(wildcard $(RUN))),)
-  ifneq ($(shell $(PYTHON) -c '$(VERSION)'),$(shell $(RUN) -c '$(VERSION)'))
-    $(error $(VENV) has Python $(shell $(RUN) -c '$(VERSION)'), not $(PYTHON): remove $(VENV), or add VENV=.venv-other)
+  asked := $(shell "$(PYTHON)" -c '$(VERSION)' 2> /dev/null)
+  there := $(shell $(RUN) -c '$(VERSION)' 2> /dev/null)
+  ifneq ($(asked),$(there))
+    $(error $(VENV) has Python $(there), and $(PYTHON) is $(or $(asked),no Python that starts): \
+      remove $(VENV), or name another environment with VENV=.venv-other)
   endif
 endif
 
@@ -70,13 +73,17 @@ chromium:
 	@command -v chromedriver > /dev/null || $(INSTALL_CHROMIUM) || { apt-get update -qq && $(INSTALL_CHROMIUM); }
 
 $(VENV)/created:
-	@for python in $(CANDIDATES); do \
+	@if [ -e $(VENV) ]; then \
+	  echo "$(VENV) was not made by this Makefile: remove it, or name another environment with VENV=.venv-other" >&2; \
+	  exit 1; \
+	fi; \
+	for python in $(CANDIDATES); do \
 	  if "$$python" -c '$(USABLE)' 2> /dev/null; then \
 	    echo "$(VENV): Python $$("$$python" -c '$(VERSION)')"; \
-	    "$$python" -m venv --clear $(VENV) && touch $@; exit; \
+	    "$$python" -m venv $(VENV) && touch $@; exit; \
 	  fi; \
 	done; \
-	echo "No Python to use: none of $(CANDIDATES) starts, is 3.11 or newer and can make virtual environments;" \
+	echo No Python to use: none of $(CANDIDATES) "starts, is 3.11 or newer and can make virtual environments;" \
 	  "install one (Debian: python3-venv), or make PYTHON=/path/to/python" >&2; exit 1
 
 $(VENV)/runtime.installed: $(VENV)/created requirements.txt pyproject.toml

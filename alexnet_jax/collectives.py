@@ -27,7 +27,7 @@ _INSTRUCTION = re.compile(rf'\s*(?:ROOT )?%?[\w.-]+ = (.*?) ({_KINDS})(-start)?\
 _TENSOR = re.compile(r'(\w+)\[([\d,]*)\]')
 _AXIS = r"'[^']+'"
 _MESH_GROUPS = re.compile(
-    rf'replica_groups=mesh\[((?:{_AXIS}=\d+,?)+)\](?:, device_ids=\([\[\]{{}}\d, ]*\))? '
+    rf'replica_groups=mesh\[((?:{_AXIS}=\d+,?)+)\](?:, device_ids=\(\S*\))? '
     rf'\{{((?:{_AXIS}(?::\(\d+\)\d+)?,?)+)\}}(?=,|\s|$)'
 )
 
@@ -165,7 +165,7 @@ def group_size(line: str, kind: str, devices: int) -> int:
             raise HloFormatError(f'{mesh[0]} names {unknown[0]}, which is no axis of its mesh')
         size = math.prod(int(part or axis_sizes[name]) for name, part in axes)
     elif listed is None:
-        written = re.search(r'replica_groups=.*?(?=, [a-z_]+=|$)', line)
+        written = re.search(r'replica_groups=.*?(?=, (?!device_ids)[a-z_]+=|$)', line)
         raise HloFormatError(
             f'{kind} has {written[0] if written else "no replica_groups"}, a form unknown to this version of'
             ' alexnet_jax, which reads those of jax 0.10 to 0.12'

@@ -1,10 +1,13 @@
 """The command line: flags of the commands that have no --config, refusals in one line, commands to be run next."""
 
+import importlib.metadata
 import io
+import json
 import os
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 from absl import flags
 
@@ -55,16 +58,32 @@ def check_output(flag: str, path: str | None, endings: tuple[str, ...] = ()) -> 
 def shell_command(*arguments: str) -> str:
     """Returns `alexnet ARGUMENTS` in the form that runs this package when pasted into the user's shell.
 
-    That is `alexnet` where the shell finds the one installed beside this interpreter, otherwise its path; where the
-    package is not installed, the interpreter with PYTHONPATH.
+    That is `alexnet` where the shell finds the script that was installed with this package, otherwise its path; where
+    the package is not installed, the interpreter with PYTHONPATH.
     """
-    script = os.path.join(os.path.dirname(sys.executable), 'alexnet')
-    if os.access(script, os.X_OK):
-        on_path = shutil.which('alexnet') == script
+    script = _installed_script()
+    if script is not None:
+        found = shutil.which('alexnet')
+        on_path = found is not None and os.path.samefile(found, script)
         return shlex.join(['alexnet' if on_path else _short(script), *arguments])
-    python = 'python' if shutil.which('python') == sys.executable else _short(sys.executable)
-    variable = '' if os.getcwd() == _PARENT else f'PYTHONPATH={shlex.quote(_PARENT)} '
-    return variable + shlex.join([python, '-m', 'alexnet_jax', *arguments])
+    python = 'python' if shutil.which('python') == sys.executable else _short(sys.executable or 'python')
+    paths = '' if os.getcwd() == _PARENT else f'PYTHONPATH={shlex.quote(_PARENT)}${{PYTHONPATH:+:$PYTHONPATH}} '
+    return paths + shlex.join([python, '-m', 'alexnet_jax', *arguments])
+
+
+def _installed_script() -> str | None:
+    """The script `alexnet` that was installed with this package; None where this package is not an installed one."""
+    try:
+        distribution = importlib.metadata.distribution('alexnet_jax')
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    origin = json.loads(distribution.read_text('direct_url.json') or '{}')
+    if origin.get('dir_info', {}).get('editable'):
+        is_this = origin['url'] == Path(_PARENT).as_uri()
+    else:
+        is_this = os.path.realpath(str(distribution.locate_file(''))) == os.path.realpath(_PARENT)
+    files = [str(distribution.locate_file(file)) for file in distribution.files or () if file.stem == 'alexnet']
+    return next((os.path.normpath(file) for file in files if is_this and os.access(file, os.X_OK)), None)
 
 
 def child_command(module: str, *arguments: str) -> list[str]:
@@ -79,6 +98,8 @@ def child_environment() -> dict[str, str]:
 
 
 def _short(path: str) -> str:
-    """`path`, relative where it lies below the current folder."""
+    """`path` of a program, relative where that is shorter and below the current folder."""
     relative = os.path.relpath(path)
-    return path if relative.startswith(os.pardir) or os.getcwd() == '/' else relative
+    if relative.startswith(os.pardir) or os.getcwd() == os.sep:
+        return path
+    return relative if os.sep in relative else os.path.join(os.curdir, relative)

@@ -30,6 +30,13 @@ def find(config: str) -> str:
     raise ConfigError(f'--config: there is no file {file!r}{hint} This package has {", ".join(names)}')
 
 
+def name_of(config: str) -> str:
+    """Returns the name by which find() finds the path `config` of a file of this package; other paths as they are."""
+    file, *preset = config.split(':', 1)
+    name = os.path.basename(file).removesuffix('.py')
+    return ':'.join([name, *preset]) if file == os.path.join(FOLDER, f'{name}.py') else config
+
+
 def call(config: str, function: str) -> Any:
     """Returns what `function` of the configuration file `config` returns, called with the preset where there is one.
 

@@ -18,6 +18,7 @@ CONFIG = config_flags.DEFINE_config_file(
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Read the flags; where one is wrong, say so in one line and exit with 2."""
+    argv = list(argv)  # sys.argv stays as it was given: it is recorded, and given to the runs of a sweep
     try:
         file = _find_config(argv)
         config = config_files.call(file, 'get_config')

@@ -15,7 +15,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from alexnet_jax import monitor, startup
+from alexnet_jax import config_files, monitor, startup
 from alexnet_jax.command import child_command, shell_command
 from alexnet_jax.config import ConfigError, resolve
 from alexnet_jax.flags import CONFIG, parse_flags, refuse, sweep_of
@@ -99,7 +99,7 @@ def _sweep(file: str, workdir: str) -> int:
         return 0
     for variant, config in zip(variants, configs, strict=True):
         check_same_run(config, os.path.join(workdir, variant.directory), every_field=True)
-    write_plan(variants, file, workdir)
+    write_plan(variants, config_files.name_of(file), workdir)
     command = child_command('launch', *sys.argv[1:])  # of a flag given twice the last one counts
     return run_all(variants, configs, workdir, command, _SWEEP_JOBS.value)
 
@@ -125,7 +125,8 @@ def main(argv: list[str]) -> int:
             variants = sweep_of(file)
             variant = _run_of_sweep(variants)
             if not monitor.is_silent():
-                write_plan(variants, file, workdir)  # the runs of an array have nobody else to write it
+                # The runs of an array have nobody else to write it.
+                write_plan(variants, config_files.name_of(file), workdir)
             config, workdir = configure(CONFIG.value, variant), os.path.join(workdir, variant.directory)
         check_same_run(config, workdir, every_field=_SWEEP.value is not None)
         if is_finished(config, workdir):

@@ -1,10 +1,14 @@
 """Step times of all presets, ablations and mesh layouts, in turn with those of another checkout of the project.
 
-    python benchmarks/presets.py --against=CHECKOUT [--only=REGEX] [--rounds=5] [--json]
+    python benchmarks/presets.py --against=CHECKOUT [--against_python=PATH] [--only=REGEX] [--rounds=5] [--json]
 
 Cases are `preset/NAME` (the published networks, 16 images a step, the small ones 128), `ablation/NAME` (the rows of
-configs/ablations.py, each on the smallest network that has it) and `mesh/LAYOUT` (the quickstart on eight simulated
-devices). Timed are a training step and an evaluation of the centre view (`forward`), batch in memory.
+configs/ablations.py, each on the smallest network that has it), `mesh/LAYOUT` (the quickstart on eight simulated
+devices), and `whole/NAME` (the quickstart and `paper` with their own batches). Timed are a training step and an
+evaluation of the centre view (`forward`), batch in memory.
+
+--against_python has the other checkout run by another interpreter, that of an environment with another JAX, say:
+`--against=. --against_python=.venv-3.11/bin/python`.
 
 Three processes take turns: this checkout, the other one, and the other one again. What the other one differs from
 itself is noise, of which a kind of case has its own, most those of eight devices on fewer cores. A case is slower where
@@ -17,10 +21,13 @@ import argparse
 import contextlib
 import datetime
 import importlib
+import importlib.metadata
 import json
 import math
 import os
+import platform
 import re
+import shutil
 import statistics
 import sys
 import time
@@ -70,13 +77,18 @@ def cases() -> dict[str, Case]:
                 batch_size = 16 if data == 'imagenet' else 64
                 fields = {'train.batch_size': batch_size, 'mesh.data': 1} | variant.overrides
                 found.setdefault(f'ablation/{variant.name}', ('ablations', data, fields))
+    found['whole/paper'] = ('imagenet', 'paper', {'mesh.data': 1})
+    found['whole/quickstart'] = ('quickstart', None, {'mesh.data': 1})
     for name, fields in MESHES.items():
         found[f'mesh/{name}'] = ('quickstart', None, fields)
     return found
 
 
-def start(checkout: str) -> tuple[None, Callable[[Any], Any]]:
-    """In a worker: answers ['prepare', case] with whether it has that, and [pass, repeats] with seconds of one."""
+def start(checkout: str) -> tuple[str, Callable[[Any], Any]]:
+    """In a worker: answers ['prepare', case] with whether it has that, and [pass, repeats] with seconds of one.
+
+    What it says of itself is the versions of Python and JAX.
+    """
     sys.path.insert(0, checkout)
     from alexnet_jax import startup
     from alexnet_jax.config import ConfigError, resolve, set_fields
@@ -106,7 +118,7 @@ def start(checkout: str) -> tuple[None, Callable[[Any], Any]]:
             timed[what]()
         return (time.perf_counter() - begin) / rest[0]
 
-    return None, respond
+    return f'Python {platform.python_version()}, jax {importlib.metadata.version("jax")}', respond
 
 
 def _tuples(value: Any) -> Any:
@@ -151,7 +163,8 @@ def judge(times: dict[str, dict[str, dict[str, float]]]) -> tuple[dict[str, floa
 
 def report(result: dict[str, Any]) -> str:
     """The table for people."""
-    lines = [f'{result["machine"]}; this checkout against {result["against"]}', '']
+    lines = [f'{result["machine"]}; this checkout against {result["against"]}']
+    lines += [f'this: {result["versions"]["this"]}; other: {result["versions"]["other"]}', '']
     lines += [f'{"case":<36}{"pass":<9}{"this, ms":>10}{"other, ms":>11}{"ratio":>8}{"other / itself":>16}']
     for case, passes in result['seconds'].items():
         for name, seconds in passes.items():
@@ -169,6 +182,7 @@ def main() -> int:
     """Time the cases asked for and print what came out; the exit code is 1 where one is slower."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--against', required=True, metavar='CHECKOUT', help='another checkout of the project')
+    parser.add_argument('--against_python', default=sys.executable, metavar='PATH', help='the interpreter that runs it')
     parser.add_argument('--only', default='', metavar='REGEX', help='the cases in whose names it is found')
     parser.add_argument('--rounds', type=int, default=5, help='timed, of each pass')
     parser.add_argument('--json', action='store_true', help='one JSON object in place of the table')
@@ -180,12 +194,15 @@ def main() -> int:
         return 0
     if not os.path.isdir(os.path.join(against, 'alexnet_jax')):
         parser.error(f'--against: {arguments.against!r} has no folder alexnet_jax')
+    if not shutil.which(arguments.against_python):
+        parser.error(f'--against_python: {arguments.against_python!r} is no program')
     wanted = {name: case for name, case in cases().items() if re.search(arguments.only, name)}
     if not wanted or arguments.rounds < 1:
         parser.error(f'--only: none of {", ".join(cases())}' if arguments.rounds > 0 else '--rounds is at least 1')
 
     times: dict[str, dict[str, dict[str, float]]] = {}
     absent: list[str] = []
+    versions: dict[str, str] = {}
     for devices in (1, DEVICES):
         names = [name for name in wanted if name.startswith('mesh/') == (devices > 1)]
         if not names:
@@ -193,8 +210,13 @@ def main() -> int:
         with contextlib.ExitStack() as stack:
             # Each compiles for itself: of two processes with one code, the one that read its programs was the faster.
             environment = NO_GPU | {'JAX_NUM_CPU_DEVICES': str(devices), 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
-            command = [sys.executable, os.path.abspath(__file__), f'--against={against}']
-            workers = [Worker(side, [*command, f'--worker={side}'], environment, stack) for side in SIDES]
+            command = [os.path.abspath(__file__), f'--against={against}']
+            pythons = (sys.executable, arguments.against_python, arguments.against_python)
+            workers = [
+                Worker(side, [python, *command, f'--worker={side}'], environment, stack)
+                for side, python in zip(SIDES, pythons, strict=True)
+            ]
+            versions |= {worker.side: worker.about for worker in workers}
             for number, name in enumerate(names, 1):
                 print(f'{name}, {number} of {len(names)}', file=sys.stderr, flush=True)
                 there = [worker.ask(['prepare', wanted[name]]) for worker in workers]
@@ -206,7 +228,7 @@ def main() -> int:
         sys.exit(f'presets: {arguments.against} has none of these cases: {", ".join(absent)}')
     margins, slower = judge(times)
     result = {'seconds': times, 'absent': absent, 'margins': margins, 'slower': list(map(list, slower))}
-    result |= {'against': against, 'rounds': arguments.rounds}
+    result |= {'against': against, 'rounds': arguments.rounds, 'versions': versions}
     result |= {'machine': machine(), 'date': datetime.date.today().isoformat()}
     print(json.dumps(result) if arguments.json else report(result))
     return bool(slower)

@@ -2,9 +2,10 @@
 
     python launch.py --config=configs/cifar10.py
 
-TFDS downloads the data (170 MB) at the first run. Hardware and time: about 15 minutes on two CPU cores, judging by the
-number of images; it was not run here, where nothing can be downloaded. The four-layer networks of the paper's section
-3.3 (13 % error without and 11 % with response normalisation) are other networks than this.
+TFDS downloads the data (170 MB) at the first run, and prepares them with TensorFlow (the extra `imagenet`). Hardware
+and time: about 15 minutes on two CPU cores, judging by the number of images; it was not run here, where nothing can be
+downloaded. The four-layer networks of the paper's section 3.3 (13 % error without and 11 % with response
+normalisation) are other networks than this.
 """
 
 from alexnet_jax.config import default_config

@@ -3,8 +3,8 @@
     python launch.py --config=configs/fashion_mnist.py
     python launch.py --config=configs/fashion_mnist.py --config.data.source=idx:/usr/share/datasets/fashion-mnist
 
-The first lets TFDS download the data (30 MB); the second reads the files of Debian's package dataset-fashion-mnist.
-Results, hardware and time are in the README.
+The first lets TFDS download the data (30 MB) and prepare them with TensorFlow (the extra `imagenet`); the second reads
+the files of Debian's package dataset-fashion-mnist. Results, hardware and time are in the README.
 """
 
 from alexnet_jax.config import default_config

@@ -2,8 +2,9 @@
 
     python launch.py --config=configs/flowers102.py
 
-TFDS downloads the data (330 MB) at the first run; it has not been run here, where nothing can be downloaded. So few
-images do not train 58 million weights well from scratch: this is an example of a small data set of large pictures.
+TFDS downloads the data (330 MB) at the first run, and prepares them with TensorFlow (the extra `imagenet`); it has not
+been run here, where nothing can be downloaded. So few images do not train 58 million weights well from scratch: this is
+an example of a small data set of large pictures.
 Hardware and time: on two CPU cores about an hour, judging by the speed of the step in the README.
 """
 

@@ -88,7 +88,8 @@ def test_devices_in_a_group(attributes, kind, size):
         ("mesh['data'=4,'model'=2] {'data','model'}", 8),
         ("mesh['data'=8,'model'=1] {'model'}", 1),
         ("mesh['a'=8,'b'=8,'c'=16] {'a':(2)4,'b':(2)2}", 8),
-        ("mesh['a'=2,'b'=4], device_ids=([4,2]0,1,2,3,4,5,7,6) {'b'}", 4),
+        ("mesh['a'=2,'b'=4], device_ids=(0,2,4,6,1,3,5,7) {'b'}", 4),
+        ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", 2),
     ],
 )
 def test_devices_in_a_group_of_a_mesh(groups, size):
@@ -104,6 +105,7 @@ def test_devices_in_a_group_of_a_mesh(groups, size):
     ('groups', 'named'),
     [
         ('replica_groups=@mesh', 'replica_groups=@mesh, a form unknown'),
+        ("replica_groups=mesh['a'=2], device_ids=(1,0) {}", "mesh['a'=2], device_ids=(1,0) {}, a form unknown"),
         ("replica_groups=mesh['a'=2,'b'=4]", "replica_groups=mesh['a'=2,'b'=4], a form unknown"),
         ("replica_groups=mesh['a'=2,'b'=4] {}", "replica_groups=mesh['a'=2,'b'=4] {}, a form unknown"),
         ("replica_groups=mesh['a'=2,'b'=4] {'c'}", "{'c'} names 'c', which is no axis"),

@@ -1,5 +1,6 @@
 """The command `alexnet`, configurations by name, and commands that work from any folder."""
 
+import json
 import os
 import shlex
 import shutil
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from alexnet_jax import __version__, command, config_files
 from alexnet_jax.__main__ import COMMANDS
@@ -43,6 +45,7 @@ def test_each_command_has_its_help(tmp_path, name):
 def test_version(tmp_path):
     assert alexnet('--version', cwd=tmp_path).stdout == f'alexnet_jax {__version__}\n'
     assert f'\n## [{__version__}]' in (ROOT / 'CHANGELOG.md').read_text()
+    assert yaml.safe_load((ROOT / 'CITATION.cff').read_text())['version'] == __version__
 
 
 @pytest.mark.parametrize(('name', 'hint'), [('trian', '; did you mean train? The'), ('xyz', '. The')])
@@ -84,6 +87,13 @@ def test_a_configuration_that_is_not_there_is_refused_with_those_that_are(tmp_pa
     assert reason in str(error.value)
 
 
+def test_files_of_the_package_are_recorded_by_name(tmp_path):
+    assert config_files.name_of(f'{ROOT}/configs/imagenet.py:caffe') == 'imagenet:caffe'
+    assert config_files.name_of(f'{ROOT}/configs/quickstart.py') == 'quickstart'
+    assert config_files.name_of('configs/quickstart.py:a') == 'configs/quickstart.py:a'
+    assert config_files.name_of(f'{tmp_path}/quickstart.py') == f'{tmp_path}/quickstart.py'
+
+
 def test_a_sweep_of_the_package_is_listed_from_anywhere(tmp_path):
     for flags in (['--config=ablations:photos'], ['--config', 'ablations:photos']):
         run = alexnet('train', *flags, '--sweep=list', '--workdir=w', cwd=tmp_path)
@@ -94,26 +104,45 @@ def test_a_sweep_of_the_package_is_listed_from_anywhere(tmp_path):
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch) -> Path:
-    """An interpreter with the script `alexnet` beside it."""
+    """The script `alexnet` of an environment in which the package is installed from this repository, as make does."""
+    packages = tmp_path / 'environment' / 'lib' / 'site-packages'
+    record = packages / f'alexnet_jax-{__version__}.dist-info'
+    record.mkdir(parents=True)
+    (record / 'METADATA').write_text(f'Metadata-Version: 2.4\nName: alexnet_jax\nVersion: {__version__}\n')
+    (record / 'RECORD').write_text('../../bin/alexnet,,\n')
+    (record / 'direct_url.json').write_text(json.dumps({'url': ROOT.as_uri(), 'dir_info': {'editable': True}}))
     script = tmp_path / 'environment' / 'bin' / 'alexnet'
-    script.parent.mkdir(parents=True)
+    script.parent.mkdir()
     script.touch(0o755)
+    monkeypatch.setattr(sys, 'path', [str(packages), *sys.path])
     monkeypatch.setattr(sys, 'executable', str(script.parent / 'python'))
     monkeypatch.chdir(tmp_path)
     return script
 
 
-def test_the_command_to_paste_is_that_of_the_installed_package(installed, monkeypatch):
+def test_the_command_to_paste_is_that_of_the_installed_package(installed, tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', '/usr/bin')
     assert command.shell_command('report', 'my run') == "environment/bin/alexnet report 'my run'"
     monkeypatch.setenv('PATH', f'/usr/bin:{installed.parent}')
     assert command.shell_command('report', 'my run') == "alexnet report 'my run'"
-    (installed.parent / 'other').mkdir()
-    shutil.copy(installed, installed.parent / 'other')
-    monkeypatch.setenv('PATH', f'{installed.parent}/other:{installed.parent}')
+    (tmp_path / 'links').mkdir()  # as pipx has it
+    (tmp_path / 'links' / 'alexnet').symlink_to(installed)
+    monkeypatch.setenv('PATH', str(tmp_path / 'links'))
+    assert command.shell_command('report') == 'alexnet report'
+    (tmp_path / 'links' / 'alexnet').unlink()
+    shutil.copy(installed, tmp_path / 'links')  # another program of that name
     assert command.shell_command('report') == 'environment/bin/alexnet report'
+    monkeypatch.chdir(installed.parent)
+    assert command.shell_command('report') == './alexnet report'
     monkeypatch.chdir('/')
     assert command.shell_command('report') == f'{installed} report'
+
+
+@pytest.mark.parametrize('origin', [{'url': 'file:///elsewhere', 'dir_info': {'editable': True}}, {}])
+def test_the_script_of_another_copy_of_the_package_is_not_named(installed, origin):
+    [record] = installed.parent.parent.glob('lib/site-packages/*.dist-info')
+    (record / 'direct_url.json').write_text(json.dumps(origin))
+    assert command.shell_command('report').startswith(f'PYTHONPATH={shlex.quote(str(ROOT))}$')
 
 
 def test_without_an_installed_package_the_command_to_paste_runs_all_the_same(installed, tmp_path, monkeypatch):
@@ -123,7 +152,8 @@ def test_without_an_installed_package_the_command_to_paste_runs_all_the_same(ins
     interpreter.chmod(0o755)
     monkeypatch.delenv('PYTHONPATH', raising=False)
     pasted = command.shell_command('--version')
-    assert pasted == f'PYTHONPATH={shlex.quote(str(ROOT))} environment/bin/python -m alexnet_jax --version'
+    paths = f'{shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}'
+    assert pasted == f'PYTHONPATH={paths} environment/bin/python -m alexnet_jax --version'
     run = subprocess.run(['sh', '-c', pasted], capture_output=True, text=True)
     assert run.stdout == f'alexnet_jax {__version__}\n'
     monkeypatch.chdir(ROOT)

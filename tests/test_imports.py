@@ -17,6 +17,7 @@ ALLOWED = {
         'checkpoint',
         'command',
         'config',
+        'config_files',
         'data.pipeline',
         'flags',
         'instruments',

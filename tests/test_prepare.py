@@ -446,3 +446,48 @@ def test_an_interrupt_while_processes_are_started_is_not_lost_and_none_of_theirs
     assert child.poll() is None
     child.terminate()
     assert child.wait() == -signal.SIGTERM
+
+
+@pytest.fixture
+def without_tensorflow(tmp_path_factory, monkeypatch):
+    """TensorFlow cannot be imported or found by processes that are started."""
+    folder = tmp_path_factory.mktemp('site')
+    (folder / 'sitecustomize.py').write_text(
+        """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] == 'tensorflow':
+            raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+sys.meta_path.insert(0, Finder())
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == 'tensorflow' else find_spec(name, package)
+"""
+    )
+    monkeypatch.setenv('PYTHONPATH', f'{folder}{os.pathsep}{ROOT}')
+
+
+def prepared_by(tmp_path, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, '-m', 'alexnet_jax.prepare', f'--data_dir={tmp_path}/data', '--image_size=32', *flags]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+
+def test_a_folder_is_prepared_without_tensorflow(without_tensorflow, tmp_path):
+    for name in ('a', 'b'):
+        (tmp_path / 'pictures' / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new('RGB', (40, 40), (i, 0, 0)).save(tmp_path / 'pictures' / name / f'{i}.png')
+    run = prepared_by(tmp_path, f'--source=folder:{tmp_path}/pictures')
+    assert run.returncode == 0, run.stderr
+    assert '20 images' in run.stderr
+
+
+@pytest.mark.parametrize('name', ['imagenet2012', 'cifar10', 'oxford_flowers102'])
+def test_a_builder_that_needs_tensorflow_is_refused_in_one_line_before_it_downloads(without_tensorflow, tmp_path, name):
+    run = prepared_by(tmp_path, f'--source=tfds:{name}')
+    assert (run.returncode, run.stdout) == (2, '')
+    assert run.stderr == (
+        f'alexnet_jax: tfds:{name}: its builder in TFDS needs TensorFlow, which is not installed:'
+        ' pip install "alexnet_jax[imagenet]"\n'
+    )

@@ -135,7 +135,13 @@ def test_xla_is_asked_once_whether_it_accepts_a_flag(caches, monkeypatch):
     assert answers(caches) == ['accepted', 'refused']
 
 
-@pytest.mark.parametrize('interpreter', ['/nowhere/python', '/bin/false'])
+def test_modules_of_the_current_folder_are_not_taken_for_those_of_python(caches, tmp_path, monkeypatch):
+    (tmp_path / 'random.py').write_text('raise ImportError')
+    monkeypatch.chdir(tmp_path)
+    assert startup.xla_accepts(startup.CPU_LIBRARY_FUSION)
+
+
+@pytest.mark.parametrize('interpreter', ['/nowhere/python', '/bin/false', None])
 def test_a_child_process_that_fails_for_another_reason_gives_no_answer_to_keep(caches, monkeypatch, interpreter):
     monkeypatch.setattr(sys, 'executable', interpreter)
     assert not startup.xla_accepts(startup.CPU_LIBRARY_FUSION)

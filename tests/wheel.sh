@@ -2,6 +2,10 @@
 # Installs a wheel where nothing else is, and uses it from an empty folder: sh tests/wheel.sh PYTHON WHEEL
 set -eu
 python=$(command -v "$1")
+case $python in
+  /*) ;;
+  *) python=$PWD/$python ;;
+esac
 wheel=$(realpath "$2")
 lock=$(realpath "$(dirname "$0")/../requirements.txt")
 folder=$(mktemp -d)

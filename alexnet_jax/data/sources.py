@@ -1,7 +1,9 @@
 """Where raw images come from: TFDS, a folder of folders, IDX files, the photographs of the quickstart."""
 
 import gzip
+import importlib.util
 import os
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -239,6 +241,9 @@ def _make_ready(builder: Any, source: str, data_dir: str) -> None:
     """Let TFDS download and convert the data of `builder` unless it has done so."""
     if builder.is_prepared():
         return
+    # Before gigabytes are downloaded: builders that use TensorFlow import it (lazily) by this name.
+    if 'tf' in vars(sys.modules[type(builder).__module__]) and importlib.util.find_spec('tensorflow') is None:
+        raise _without_tensorflow(source)
     config = tfds.download.DownloadConfig()
     if builder.name == 'imagenet2012':
         config.manual_dir = imagenet_tars(data_dir)
@@ -247,11 +252,14 @@ def _make_ready(builder: Any, source: str, data_dir: str) -> None:
         builder.download_and_prepare(download_config=config)
     except Exception as error:  # TFDS, its builders and what they download with raise many kinds
         if isinstance(error, ModuleNotFoundError) and error.name == 'tensorflow':
-            raise SourceError(
-                f'{source}: the builder in TFDS needs TensorFlow, which is not installed:'
-                ' pip install "alexnet_jax[imagenet]"'
-            ) from None
+            raise _without_tensorflow(source) from None
         raise SourceError(f'{source}: TFDS could not get the data: {_one_line(error)}') from None
+
+
+def _without_tensorflow(source: str) -> SourceError:
+    return SourceError(
+        f'{source}: its builder in TFDS needs TensorFlow, which is not installed: pip install "alexnet_jax[imagenet]"'
+    )
 
 
 def _one_line(error: Exception) -> str:
