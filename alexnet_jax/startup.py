@@ -68,11 +68,10 @@ def xla_accepts(flag: str) -> bool:
         return {'accepted': True, 'refused': False}[file.read()]
     if not sys.executable:  # Python is embedded in another program
         return False
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(('JAX_', 'XLA_'))}
     try:
         child = subprocess.run(
             [sys.executable, '-P', '-c', 'import jax; jax.devices()'],  # -P: no modules of the current folder
-            env={**environment, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flag},
+            env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flag},
             capture_output=True,
             timeout=CHILD_TIMEOUT_SECS,
         )

@@ -75,6 +75,8 @@ def test_configurations_are_found_by_name_and_files_by_path(tmp_path, monkeypatc
     ('config', 'reason'),
     [
         ('configs/imagenet.py:caffe', "no file 'configs/imagenet.py'; did you mean --config=imagenet:caffe?"),
+        ('./quickstart', "no file './quickstart'; did you mean --config=quickstart?"),
+        (f'{ROOT}/configs/quickstart', 'did you mean --config=quickstart?'),
         ('../quickstart', "no file '../quickstart'; did you mean --config=quickstart?"),
         ('nothing', "no file 'nothing'. This package has ablations, cifar10, "),
         ('', "no file ''. This package has"),
@@ -100,6 +102,18 @@ def test_a_sweep_of_the_package_is_listed_from_anywhere(tmp_path):
         assert (run.returncode, run.stderr) == (0, '')
         assert '40 runs;' in run.stdout
     assert os.listdir(tmp_path) == []
+
+
+def test_the_command_line_is_recorded_as_it_was_typed(tmp_path):
+    program = """
+import sys
+from alexnet_jax.flags import CONFIG, parse_flags
+parse_flags(sys.argv)
+print(sys.argv[1:], CONFIG.value.model.num_classes)
+"""
+    run = alexnet('--config=quickstart', cwd=tmp_path, program=['-c', program])
+    assert run.stdout == "['--config=quickstart'] 16\n"
+    assert alexnet(cwd=tmp_path, program=['-c', program]).stdout == '[] 16\n'
 
 
 @pytest.fixture
@@ -162,6 +176,7 @@ def test_without_an_installed_package_the_command_to_paste_runs_all_the_same(ins
 
 def test_a_child_process_runs_this_package_and_not_one_in_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / 'alexnet_jax').mkdir()
+    (tmp_path / 'alexnet_jax' / '__init__.py').touch()
     (tmp_path / 'alexnet_jax' / 'prepare.py').write_text('print("another one")\n')
     run = subprocess.run(
         command.child_command('prepare', '--help'),
