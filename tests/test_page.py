@@ -434,7 +434,7 @@ def test_settings_are_those_that_were_changed(folders, parsed):
     assert found['model.dropout'] == ['0.5', '0']
     assert found['train.steps'] == ['None', '40']
     text = page.text['What was run']
-    assert 'alexnet train --config=' in text
+    assert 'alexnet train --workdir=' in text
     assert f'--workdir={folders["run"]} --config.seed=3 --config.model.conv1_stride=8 ' in text
     for words in ('presetpaper', 'photos, 16 classes; images of 72 x 72 pixels', 'sees 64 x 64', 'seed3'):
         assert words in text
