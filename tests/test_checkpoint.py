@@ -62,7 +62,8 @@ KILLED = """
 
     checkpoints = Checkpoints(sys.argv[1], keep=2)
     for step in range(1, 100):
-        checkpoints.save(TrainState(jnp.int32(step), {'weights': jnp.full(2 * 10**7, step)}, {}, {}), {'step': step}, None)
+        state = TrainState(jnp.int32(step), {'weights': jnp.full(2 * 10**7, step)}, {}, {})
+        checkpoints.save(state, {'step': step}, None)
         # On a busy machine a checkpoint may be complete before this process has looked: then the next one.
         while step > 1 and not os.path.exists(f'{sys.argv[1]}/{step}'):
             if glob.glob(f'{sys.argv[1]}/{step}.*/state/*'):
