@@ -5,7 +5,7 @@ import runpy
 import sys
 
 from alexnet_jax import __version__
-from alexnet_jax.monitor import complain
+from alexnet_jax.monitor import log_error
 
 COMMANDS = {
     'train': ('alexnet_jax.launch', 'train a network, or resume a run'),
@@ -35,7 +35,7 @@ def main() -> None:
     else:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f'; did you mean {near[0]}?' if near else '.'
-        complain(f'{name!r} is not a command{hint} The commands are {", ".join(COMMANDS)}')
+        log_error(f'{name!r} is not a command{hint} The commands are {", ".join(COMMANDS)}')
         sys.exit(2)
 
 

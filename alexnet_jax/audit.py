@@ -18,10 +18,10 @@ from ml_collections import FrozenConfigDict
 from alexnet_jax import costs, shapes
 from alexnet_jax.collectives import Collective, HloFormatError, step_collectives
 from alexnet_jax.config import ConfigError, resolve
-from alexnet_jax.flags import CONFIG, parse_flags, refuse
-from alexnet_jax.monitor import complain
+from alexnet_jax.flags import CONFIG, exit_with_usage_error, parse_flags
+from alexnet_jax.monitor import log_error
 
-MOST_DEVICES = 2048  # that XLA simulates on a CPU in one process
+MAX_SIMULATED_DEVICES = 2048  # that XLA simulates on a CPU in one process
 
 flags.declare_key_flag('config')
 _MESH = flags.DEFINE_string(
@@ -54,8 +54,8 @@ def settings(config: Any, mesh: str | None = None, images_per_device: int | None
     devices = config.mesh.data * config.mesh.model
     if images_per_device:
         config.train.batch_size = images_per_device * devices
-    if devices > MOST_DEVICES:
-        raise ConfigError(f'config.mesh: {devices} devices; at most {MOST_DEVICES} can be simulated')
+    if devices > MAX_SIMULATED_DEVICES:
+        raise ConfigError(f'config.mesh: {devices} devices; at most {MAX_SIMULATED_DEVICES} can be simulated')
     return resolve(config)
 
 
@@ -108,7 +108,7 @@ def audit(config: Any) -> dict[str, Any]:
         - memory.alias_size_in_bytes,
         'collectives': found,
         'wire_bytes_per_device': round(sum(each.bytes for each in found)),
-        'analytic_minimum_bytes': round(costs.analytic_minimum(config)),
+        'analytic_minimum_bytes': round(costs.lower_bound_bytes(config)),
         'layers': [
             {
                 'name': layer.name,
@@ -215,7 +215,7 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f'--bandwidth={bandwidth:g} --flops={flops:g}: speeds are above 0')
         config = settings(CONFIG.value, _MESH.value, _IMAGES.value)
     except ConfigError as error:
-        return refuse(str(error))
+        return exit_with_usage_error(str(error))
     import jax
 
     jax.config.update('jax_platforms', 'cpu')
@@ -223,7 +223,7 @@ def main(argv: list[str]) -> int:
     try:
         report = audit(config)
     except HloFormatError as error:
-        complain(f'the compiled step of jax {jax.__version__} cannot be read: {error}')
+        log_error(f'the compiled step of jax {jax.__version__} cannot be read: {error}')
         return 1
     if bandwidth is not None:
         report['prediction'] = costs.predict(config, report['collectives'], bandwidth, flops)

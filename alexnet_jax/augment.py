@@ -47,20 +47,20 @@ def preprocessing(statistics: Any, config: Any) -> dict[str, Any]:
     }
 
 
-def without_color(preprocessing: dict[str, Any]) -> dict[str, Any]:
+def disable_color_augmentation(preprocessing: dict[str, Any]) -> dict[str, Any]:
     """The same without colour noise and what makes up for it, as the original program went on for its last epochs."""
     return preprocessing | {'color': np.zeros_like(preprocessing['color']), 'divisor': np.float32(1)}
 
 
 def augment(
-    images: jax.Array, keys: jax.Array, window_keys: jax.Array, preprocessing: dict[str, jax.Array], config: Any
+    images: jax.Array, keys: jax.Array, crop_keys: jax.Array, preprocessing: dict[str, jax.Array], config: Any
 ) -> jax.Array:
     """Training inputs: a random window, reflected or not, less the mean, with colour noise.
 
     Args:
       images: (B, S, S, C) uint8.
       keys: (B,), one an image, for its noise.
-      window_keys: (B,), for window and reflection; images with the same key have the same.
+      crop_keys: (B,), for window and reflection; images with the same key have the same.
       preprocessing: see preprocessing().
       config: `data` of a configuration; `crop`, `flip` and `color` switch the parts.
 
@@ -83,7 +83,7 @@ def augment(
             x = x + jnp.sum(color * strengths[None], 1)[None, None]
         return x / preprocessing['divisor'] * preprocessing['scale'][None, None]
 
-    return jax.vmap(one)(images, keys, window_keys)
+    return jax.vmap(one)(images, keys, crop_keys)
 
 
 def view(images: jax.Array, preprocessing: dict[str, jax.Array], config: Any, index: jax.Array | int) -> jax.Array:

@@ -18,7 +18,7 @@ from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint.options import MultiprocessingOptions
 
 from alexnet_jax import processes
-from alexnet_jax.monitor import first_line, log
+from alexnet_jax.monitor import log, summarize_exception
 
 
 def state_digest(state: Any) -> str:
@@ -31,7 +31,7 @@ def state_digest(state: Any) -> str:
     leaves = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state, state.statistics))
     for path, leaf in sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0])):
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(processes.whole(leaf), dtype='<f4').data)
+        digest.update(np.ascontiguousarray(processes.gather_to_host(leaf), dtype='<f4').data)
     return digest.hexdigest()
 
 
@@ -39,7 +39,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read or written: one line with the folder, the cause and what to do."""
 
 
-def read_checkpoint(path: str, abstract_state: Any) -> tuple[Any, str]:
+def restore_checkpoint(path: str, abstract_state: Any) -> tuple[Any, str]:
     """`state` and `progress` of the checkpoint in `path`, or None and what is wrong with it: the same on all processes.
 
     Changes nothing there. `abstract_state` says how the state is laid out; None: only `progress` is read.
@@ -53,17 +53,17 @@ def read_checkpoint(path: str, abstract_state: Any) -> tuple[Any, str]:
         arguments['state'] = ocp.args.StandardRestore(abstract_state)
     restored: Any = None
     problem = ''
-    _drop_late_answers()
+    _silence_orbax_teardown()
     try:
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
             restored = reader.restore(path, args=ocp.args.Composite(**arguments))
         written = restored.progress['state_digest']
     except Exception as error:  # Orbax raises many kinds; the next older checkpoint is the answer to all
         cause = error.__cause__  # names the file and the parameter, where Orbax lists settings of TensorStore
-        problem = first_line(cause if isinstance(cause, Exception) else error)
+        problem = summarize_exception(cause if isinstance(cause, Exception) else error)
     if problem:
         gc.collect()  # of what was read in part, so that there is room for another
-    problem = processes.agree(problem)
+    problem = processes.first_error_on_any_process(problem)
     if problem:
         return None, problem
     if abstract_state is not None and state_digest(restored.state) != written:
@@ -72,7 +72,7 @@ def read_checkpoint(path: str, abstract_state: Any) -> tuple[Any, str]:
 
 
 @functools.cache
-def _drop_late_answers() -> None:
+def _silence_orbax_teardown() -> None:
     """Show nothing of what Orbax leaves unfinished of a damaged checkpoint: pages on standard error, at any time later.
 
     Its coroutines end with the error that was told already, and TensorStore's threads answer to a loop that is closed.
@@ -88,7 +88,7 @@ def _drop_late_answers() -> None:
     sys.unraisablehook = show_others
 
 
-def validation_errors(directory: str) -> dict[int, float | None]:
+def checkpoint_metrics(directory: str) -> dict[int, float | None]:
     """By step, ascending, the checkpoints in `directory`, each with its top-1 error (0 to 1) where it was measured.
 
     Changes nothing there. Raises CheckpointError: the folder cannot be read.
@@ -99,7 +99,7 @@ def validation_errors(directory: str) -> dict[int, float | None]:
             metrics = {step: manager.metrics(step) for step in sorted(manager.all_steps())}
             return {step: found['top1_error'] if found else None for step, found in metrics.items()}
     except Exception as error:  # of the file system, or of a damaged file of metrics
-        raise CheckpointError(f'{directory}: the checkpoints cannot be listed: {first_line(error)}') from None
+        raise CheckpointError(f'{directory}: the checkpoints cannot be listed: {summarize_exception(error)}') from None
 
 
 class _Manager(ocp.CheckpointManager):
@@ -114,7 +114,7 @@ def _copied(state: Any, before: Any) -> Any:
     return jax.tree.map(jnp.copy, state)
 
 
-class Checkpoints:
+class Checkpointer:
     """The checkpoints of a run, written in the background: the newest `keep` and the one with the lowest error.
 
     A thread writes a copy of the state on the devices, which keep that much memory for it from the first one on.
@@ -168,7 +168,7 @@ class Checkpoints:
             return
         self.copy = copy = jax.block_until_ready(_copied(state, self.copy))  # the next step would wait for it
         # Collectives must come in the same order on all processes: not from a thread beside the training.
-        digest = state_digest(copy) if any(processes.is_spread(leaf) for leaf in jax.tree.leaves(copy)) else None
+        digest = state_digest(copy) if any(processes.needs_gather(leaf) for leaf in jax.tree.leaves(copy)) else None
         self.writing = self.writer.submit(self._write, copy, {**progress}, digest, error)
 
     def _write(self, copy: Any, progress: dict[str, Any], digest: str | None, error: float | None) -> None:
@@ -189,12 +189,12 @@ class Checkpoints:
         """
         damaged: list[tuple[int, str]] = []
         for step in sorted(self._steps(), reverse=True):
-            restored, problem = read_checkpoint(os.path.join(self.directory, str(step)), abstract_state)
+            restored, problem = restore_checkpoint(os.path.join(self.directory, str(step)), abstract_state)
             if restored is None:
                 damaged.append((step, problem))
                 continue
             if damaged:
-                self._move_aside(damaged)
+                self._quarantine(damaged)
             return restored.state, restored.progress
         if damaged:
             raise CheckpointError(
@@ -206,16 +206,16 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         """Those with a checkpoint as process 0 sees them: on a network's disk another may see one more or fewer."""
         steps = np.array(self.manager.all_steps(), np.int32)
-        count = int(processes.of_the_first(np.int32(len(steps))))
-        return processes.of_the_first(np.resize(steps, count)).tolist()
+        count = int(processes.broadcast_from_primary(np.int32(len(steps))))
+        return processes.broadcast_from_primary(np.resize(steps, count)).tolist()
 
-    def _move_aside(self, damaged: list[tuple[int, str]]) -> None:
+    def _quarantine(self, damaged: list[tuple[int, str]]) -> None:
         for step, problem in damaged:
             aside = f'damaged-{step}-{time.time_ns()}'
-            if processes.is_first():
+            if processes.is_primary_process():
                 os.rename(os.path.join(self.directory, str(step)), os.path.join(self.directory, aside))
             log(f'checkpoint {self.directory}/{step} is damaged ({problem}); moved to {aside}')
-        processes.agree()
+        processes.first_error_on_any_process()
         self.manager.reload()
 
     def wait(self) -> None:
@@ -225,7 +225,9 @@ class Checkpoints:
             if writing:
                 writing.result()
         except Exception as error:  # a full disk, a lost mount: told by Orbax in many ways
-            raise CheckpointError(f'{self.directory}: a checkpoint was not written: {first_line(error)}') from None
+            raise CheckpointError(
+                f'{self.directory}: a checkpoint was not written: {summarize_exception(error)}'
+            ) from None
 
     def close(self) -> None:
         """Wait and release."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from alexnet_jax.config import ConfigError
-from alexnet_jax.monitor import complain
+from alexnet_jax.monitor import log_error
 
 _PARENT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of this package
 
@@ -34,7 +34,7 @@ def parse_flags(argv: list[str], wanted: str = '', most: float = 0) -> list[str]
         if len(rest) - 1 > most:
             raise flags.Error(f'{rest[int(most) + 1]!r} is no flag; flags are written --name=value')
     except flags.Error as error:
-        complain(' '.join(str(error).split()))
+        log_error(' '.join(str(error).split()))
         sys.exit(2)
     return rest
 

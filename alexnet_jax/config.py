@@ -12,7 +12,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from alexnet_jax.presets import PRESETS
-from alexnet_jax.shapes import CONVOLUTIONS, DENSE, LAYERS, layers, steps_after
+from alexnet_jax.shapes import CONVOLUTIONS, DENSE, LAYERS, layers, ops_after
 
 
 class ConfigError(ValueError):
@@ -138,7 +138,7 @@ def preset_config(name: str) -> ml_collections.ConfigDict:
     """The settings of a published network and its training; `name`: one of presets.PRESETS."""
     config = default_config()
     config.model.preset = name
-    set_fields(config, PRESETS[name].recipe)
+    apply_overrides(config, PRESETS[name].recipe)
     return config
 
 
@@ -225,21 +225,21 @@ def field_names(config: Any, prefix: str = '') -> list[str]:
     return names
 
 
-def field_value(config: Any, field: str) -> Any:
+def get_by_path(config: Any, field: str) -> Any:
     """The value of a field by its dotted name."""
     for name in field.split('.'):
         config = config[name]
     return config
 
 
-def set_fields(config: ml_collections.ConfigDict, values: dict[str, Any]) -> None:
+def apply_overrides(config: ml_collections.ConfigDict, values: dict[str, Any]) -> None:
     """Change fields by dotted name. Raises ConfigError: there is no such field, or its type is another."""
     known = field_names(config)
     for field, value in values.items():
         if field not in known:
             raise unknown_field(field, known)
         *groups, name = field.split('.')
-        group = field_value(config, '.'.join(groups)) if groups else config
+        group = get_by_path(config, '.'.join(groups)) if groups else config
         try:
             group[name] = value
         except (TypeError, ValueError) as error:
@@ -326,7 +326,7 @@ def _check_ranges(config: Any) -> None:
     if config.train.steps is not None:
         bounds['train.steps'] = (0, 2**31 - 1)
     for field, (least, greatest) in bounds.items():
-        value = field_value(config, field)
+        value = get_by_path(config, field)
         if not least <= value <= greatest:
             near = greatest if value > greatest else least
             raise ConfigError(f'config.{field}: {value} is outside {least} to {greatest}; the nearest is {near}')
@@ -394,7 +394,7 @@ def _check_lists(config: Any) -> None:
         'optimizer.weight_decays': ((8,), number, 0),
     }
     for field, (lengths, kinds, least) in lists.items():
-        values = field_value(config, field)
+        values = get_by_path(config, field)
         if values is None:
             continue
         if len(values) not in lengths:
@@ -411,7 +411,7 @@ def _check_lists(config: Any) -> None:
         'model.dropout_before': DENSE,
     }
     for field, known in names.items():
-        for name in field_value(config, field):
+        for name in get_by_path(config, field):
             if name not in known:
                 raise ConfigError(f'config.{field}: {name!r} is not one of {", ".join(known)}')
     _check_steps(config.model)
@@ -486,7 +486,7 @@ def check_mesh(config: Any, data: int, model: int) -> None:
         raise ConfigError(
             "config.mesh.layout: 'hybrid' needs fc6, fc7 and fc8, and all in model.exchange; the nearest is 'towers'"
         )
-    has_lrn = any('lrn' in steps_after(config.model, name) for name in CONVOLUTIONS)
+    has_lrn = any('lrn' in ops_after(config.model, name) for name in CONVOLUTIONS)
     if model > 1 and layout == 'towers' and has_lrn and config.model.lrn_across_towers:
         raise ConfigError(f'config.mesh.model: {model} with model.lrn_across_towers; the nearest is 1')
     inputs = table['fc6'].kernel[0] if 'fc6' in table else model

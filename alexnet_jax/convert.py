@@ -22,9 +22,9 @@ from absl import app, flags, logging
 
 from alexnet_jax import export, startup
 from alexnet_jax.command import parse_flags
-from alexnet_jax.config import ConfigError, check_class_names, preset_config, resolve, set_fields
+from alexnet_jax.config import ConfigError, apply_overrides, check_class_names, preset_config, resolve
 from alexnet_jax.formats import FormatError, caffe_file, layouts, recognise, safetensors_file, torch_file
-from alexnet_jax.monitor import Progress, complain, log
+from alexnet_jax.monitor import Progress, log, log_error
 from alexnet_jax.shapes import layers
 from alexnet_jax.trained import FORMS, check_new, create, find, load
 
@@ -47,14 +47,14 @@ def read_foreign(path: str, kind: str, preset: str | None) -> tuple[dict[str, la
     """
     if kind != 'caffe':
         tensors = torch_file.read(path) if kind == 'torch' else safetensors_file.read(path)
-        return layouts.of_torchvision(tensors), preset or 'torchvision'
+        return layouts.from_torchvision(tensors), preset or 'torchvision'
     name, blobs = caffe_file.read(path)
     if preset is None and name not in BY_NET_NAME:
         raise ConfigError(
             f'{path}: a network of the name {name!r}, which does not tell what it is; give --preset=caffe for one like'
             ' bvlc_alexnet, or --preset=caffenet for one like bvlc_reference_caffenet (pooling before normalisation)'
         )
-    return layouts.of_caffe(blobs), preset or BY_NET_NAME[name]
+    return layouts.from_caffe(blobs), preset or BY_NET_NAME[name]
 
 
 def read_mean(text: str | None, preset: str) -> np.ndarray:
@@ -96,11 +96,11 @@ def settings(preset: str, widths: tuple[int, ...], mean: np.ndarray) -> Any:
         values['data.mean'] = 'channel'
     else:
         values |= {'data.mean': 'image', 'data.image_size': len(mean)}
-    set_fields(config, values)
+    apply_overrides(config, values)
     return resolve(config)
 
 
-def statistics_of(mean: np.ndarray, config: Any) -> dict[str, np.ndarray]:
+def statistics_from_mean(mean: np.ndarray, config: Any) -> dict[str, np.ndarray]:
     """What data/shards.statistics() returns, of training images whose mean alone is known: no colour noise."""
     size, channels = config.data.image_size, config.data.channels
     return {
@@ -164,7 +164,7 @@ def import_foreign(path: str, kind: str, workdir: str, given: Any) -> None:
             raise FormatError(f'it does not fit the preset {preset}: {error}') from None
         progress.update()
     progress.close()
-    create(workdir, config, params, {}, statistics_of(mean, config), names)
+    create(workdir, config, params, {}, statistics_from_mean(mean, config), names)
     log(f'{workdir}: {preset}, widths {", ".join(map(str, widths[:7]))}, {widths[7]} classes')
 
 
@@ -227,9 +227,9 @@ def _check(argv: list[str], given: Any) -> tuple[str, Any]:
 def _refuse(name: str, error: Exception) -> int:
     """Say in one line what is wrong with `name`; returns the exit code for it."""
     if isinstance(error, OSError):
-        complain(f'{error.filename or name}: {error.strerror or error}')
+        log_error(f'{error.filename or name}: {error.strerror or error}')
     else:
-        complain(f'{name}: {error}' if isinstance(error, FormatError) else str(error))
+        log_error(f'{name}: {error}' if isinstance(error, FormatError) else str(error))
     return 1 if isinstance(error, FormatError | OSError) else 2
 
 
@@ -242,8 +242,8 @@ def main(argv: list[str]) -> int:
     except (ConfigError, FormatError, OSError) as error:
         return _refuse(argv[1], error)
     if member is None or member.config.cpu_tuning:
-        startup.tune_cpu()
-    startup.use_compilation_cache()
+        startup.configure_cpu_backend()
+    startup.enable_compilation_cache()
     from alexnet_jax.checkpoint import CheckpointError  # after the flags, for it imports jax
 
     try:
@@ -254,7 +254,7 @@ def main(argv: list[str]) -> int:
     except (ConfigError, FormatError, CheckpointError, OSError) as error:
         return _refuse(argv[1], error)
     except KeyboardInterrupt:
-        complain('stopped')
+        log_error('stopped')
         return 130
     return 0
 

@@ -80,7 +80,7 @@ def gradient_bytes(config: Any) -> float:
     return total
 
 
-def analytic_minimum(config: Any) -> float:
+def lower_bound_bytes(config: Any) -> float:
     """The least bytes that a device sends in a step of this layout, see exchange_bytes() and gradient_bytes()."""
     return exchange_bytes(config) + gradient_bytes(config)
 

@@ -19,7 +19,7 @@ from alexnet_jax import ensemble, startup
 from alexnet_jax.command import check_output, parse_flags
 from alexnet_jax.config import ConfigError
 from alexnet_jax.data import pipeline
-from alexnet_jax.monitor import Progress, complain, log, write_aside
+from alexnet_jax.monitor import Progress, atomic_write, log, log_error
 from alexnet_jax.trained import FORMS, Member, find, load, store_of
 
 FITTED, REPORTED = slice(0, None, 2), slice(1, None, 2)  # of the validation images, with --fit_weights
@@ -47,15 +47,15 @@ def evaluate(
     import jax
 
     from alexnet_jax import parallel
-    from alexnet_jax.totals import Totals
+    from alexnet_jax.totals import MetricSum
 
-    totals, previous = Totals(), None
+    totals, previous = MetricSum(), None
     progress = Progress(what, total, 'batches')
     for batch in batches:
         if stop():
             progress.close()
             return None
-        sums = eval_step(state, parallel.put_batch(sharding, batch), preprocessing)
+        sums = eval_step(state, parallel.make_global_batch(sharding, batch), preprocessing)
         totals.add(sums)
         jax.block_until_ready(previous)  # at most two batches are under way
         previous = sums
@@ -70,7 +70,7 @@ def predict(member: Member, store: pipeline.Store, views: int) -> tuple[int, np.
     """Its step, log probabilities (N, classes) float32 and labels (N,) int32 of the validation images, in their order.
 
     The probabilities are the means over 1 or 10 views (section 4.1); records damaged on disk are left out.
-    Raises ConfigError, CheckpointError, StoreError.
+    Raises ConfigError, CheckpointError, DatasetError.
     """
     from alexnet_jax import parallel
     from alexnet_jax.step import make_predict_step
@@ -86,7 +86,7 @@ def predict(member: Member, store: pipeline.Store, views: int) -> tuple[int, np.
     progress = Progress(what, math.ceil(len(store.validation) / batch_size), 'batches')
     batches = pipeline.validation_batches(store.validation, batch_size=batch_size, threads=config.data.threads)
     for batch in batches:
-        images, counted = parallel.put_batch(network.sharding, batch['image']), batch['label'] >= 0
+        images, counted = parallel.make_global_batch(network.sharding, batch['image']), batch['label'] >= 0
         scores.append(np.asarray(predict_step(network.state, images, preprocessing))[counted])
         labels.append(batch['label'][counted])
         progress.update()
@@ -198,11 +198,11 @@ def main(argv: list[str]) -> int:
         path = check_output('predictions', given.predictions)
         members = [find(name) for name in names]
     except ConfigError as error:
-        complain(str(error))
+        log_error(str(error))
         return 2
     if members[0].config.cpu_tuning:
-        startup.tune_cpu()
-    startup.use_compilation_cache()
+        startup.configure_cpu_backend()
+    startup.enable_compilation_cache()
     from alexnet_jax.checkpoint import CheckpointError  # after the flags, for it imports jax
 
     views = int(given.views)
@@ -213,18 +213,18 @@ def main(argv: list[str]) -> int:
         report, mixed = summarise(told, scores, labels[0], store.class_names, weights, given.per_class)
         if path is not None:
             names_array = np.array(store.class_names)
-            with write_aside(path, 'wb') as file:
+            with atomic_write(path, 'wb') as file:
                 np.savez(
                     file, allow_pickle=False, probabilities=np.exp(mixed), labels=labels[0], class_names=names_array
                 )
     except (ConfigError, CheckpointError) as error:
-        complain(str(error))
+        log_error(str(error))
         return 2
-    except (pipeline.StoreError, OSError) as error:
-        complain(str(error))
+    except (pipeline.DatasetError, OSError) as error:
+        log_error(str(error))
         return 1
     except KeyboardInterrupt:
-        complain('stopped')
+        log_error('stopped')
         return 130
     report = {'views': views, **report}
     print(json.dumps(report) if given.json else as_text(report))

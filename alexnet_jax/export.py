@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from alexnet_jax.config import ConfigError, default_config
-from alexnet_jax.monitor import write_aside
+from alexnet_jax.monitor import atomic_write
 from alexnet_jax.run_folder import read_config
 from alexnet_jax.trained import changed
 
@@ -67,7 +67,7 @@ def write(network: Any, path: str) -> None:
         )
     convert = {'.safetensors': _safetensors, '.stablehlo': _stablehlo, '.onnx': _onnx}[ending]
     content = convert(network, params, batch_statistics)
-    with write_aside(os.path.expanduser(path), 'wb') as file:
+    with atomic_write(os.path.expanduser(path), 'wb') as file:
         file.write(content)
 
 

@@ -45,7 +45,7 @@ def index_of(network: Network, store: pipeline.Store) -> Index:
 
     Raises:
       ConfigError: they cannot be written, or do not fit on the disk.
-      StoreError: too many records of the store are damaged.
+      DatasetError: too many records of the store are damaged.
     """
     hidden, images = hidden_layer(network.config), len(store.train)
     layer, units = hidden.name, math.prod(hidden.output)
@@ -70,13 +70,13 @@ def _compute(
 ) -> None:
     """Write the features that are missing to the file `path`; `state` is the file that says how far it is."""
     from alexnet_jax import parallel
-    from alexnet_jax.step import make_output_step
+    from alexnet_jax.step import make_activation_fn
 
     images, units = shape
     done = (read_json(state) or {}).get('done', 0)
     features = _read(path, shape, 'r+') if done else _new(path, shape)
     batch_size = network.batch_size(images)
-    output_step = make_output_step(network.config, network.mesh, layer)
+    output_step = make_activation_fn(network.config, network.mesh, layer)
     preprocessing, damaged = network.preprocessing, np.full(units, np.nan, np.float32)
     first_batch = done // batch_size
     progress = Progress(f'features of {layer}', images, 'images', done=first_batch * batch_size)
@@ -85,7 +85,7 @@ def _compute(
     )
     saved = time.monotonic()
     for number, batch in enumerate(batches, first_batch):
-        rows = parallel.put_batch(network.sharding, batch['image'])
+        rows = parallel.make_global_batch(network.sharding, batch['image'])
         found = np.asarray(output_step(network.state, rows, preprocessing)).reshape(batch_size, units)
         start, stop = number * batch_size, min((number + 1) * batch_size, images)
         features[start:stop] = np.where(batch['label'][:, None] >= 0, found, damaged)[: stop - start]
@@ -138,9 +138,9 @@ def of_images(network: Network, index: Index, images: Sequence[np.ndarray]) -> n
 
     They come in batches as large as those of the index, so that a training image is at a distance of 0 from itself.
     """
-    from alexnet_jax.step import make_output_step
+    from alexnet_jax.step import make_activation_fn
 
-    output_step = make_output_step(network.config, network.mesh, index.layer)
+    output_step = make_activation_fn(network.config, network.mesh, index.layer)
     rows = network.rows(output_step, images, network.batch_size(len(index.features)))
     return np.stack([row.reshape(-1) for row in rows])
 

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax import config_files
 from alexnet_jax.config import ConfigError, field_names, unknown_field
-from alexnet_jax.monitor import complain
+from alexnet_jax.monitor import log_error
 from alexnet_jax.sweep import Variant, check
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -28,9 +28,9 @@ def parse_flags(argv: list[str]) -> list[str]:
             raise ConfigError(f'{rest[1]!r} is no flag; flags are written --name=value')
         return rest
     except flags.IllegalFlagValueError as error:
-        sys.exit(refuse(_wrong_type(str(error), config)))
+        sys.exit(exit_with_usage_error(_wrong_type(str(error), config)))
     except (flags.Error, ConfigError) as error:
-        sys.exit(refuse(str(error)))
+        sys.exit(exit_with_usage_error(str(error)))
 
 
 def _find_config(argv: list[str]) -> str:
@@ -49,7 +49,7 @@ def _find_config(argv: list[str]) -> str:
     return file
 
 
-def sweep_of(file: str) -> list[Variant]:
+def load_sweep(file: str) -> list[Variant]:
     """The sweep that the config `file` has. Raises ConfigError: it has none, or one that cannot be run."""
     variants = list(config_files.call(file, 'sweep'))
     check(variants)
@@ -76,7 +76,7 @@ def _wrong_type(message: str, config: ConfigDict) -> str:
     return f'{match[1]}: {match[3]!r} is not {config.get_type(name).__name__}'
 
 
-def refuse(reason: str) -> int:
+def exit_with_usage_error(reason: str) -> int:
     """Say in one line why a command is not begun; returns the exit code for that."""
-    complain(reason)
+    log_error(reason)
     return 2

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from alexnet_jax.config import ConfigError
-from alexnet_jax.monitor import first_line, log, read_json, write_json
+from alexnet_jax.monitor import log, read_json, summarize_exception, write_json
 
 SAMPLES, SHOWN = 8, 5  # validation images whose predictions are shown, and classes of each
 
@@ -54,7 +54,9 @@ class WeightsAndBiases:
         try:
             self.run = wandb.init(project=project, dir=workdir, id=identity, name=name, resume='allow', config=settings)
         except Exception as error:  # of the service and the network, many kinds
-            raise ConfigError(f'--wandb={project}: {first_line(error)}; WANDB_MODE=offline needs no network') from None
+            raise ConfigError(
+                f'--wandb={project}: {summarize_exception(error)}; WANDB_MODE=offline needs no network'
+            ) from None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Numbers by name, such as 'train/loss'."""
@@ -89,7 +91,7 @@ class Wanted:
         return self.tensorboard or self.wandb is not None
 
 
-class Dashboards:
+class CompositeTracker:
     """Those that are wanted, of process 0; the others have none. Raises ConfigError, see WeightsAndBiases."""
 
     def __init__(self, wanted: Wanted, workdir: str, step: int, config: Any, first: bool):
@@ -142,7 +144,7 @@ class Dashboards:
             each.close()
 
 
-class Samples:
+class SamplePredictions:
     """Some validation images, evenly spread over the split, and what a network sees in them.
 
     Attributes:
@@ -162,12 +164,12 @@ class Samples:
         """Log probabilities (n, classes) float32 of the examples' centre views; all processes must call it."""
         from alexnet_jax import parallel, processes
 
-        (share, shares), parts = parallel.input_share(self.sharding), parallel.batch_parts(self.sharding)
+        (share, shares), parts = parallel.process_shard(self.sharding), parallel.num_batch_shards(self.sharding)
         rows = [example['image'] for example in self.examples]
         rows += rows[:1] * (-len(rows) % parts)
         own = np.split(np.stack(rows), shares)[share]
-        scores = self.step(state, parallel.put_batch(self.sharding, own), preprocessing)
-        return processes.whole(scores)[: len(self.examples)]
+        scores = self.step(state, parallel.make_global_batch(self.sharding, own), preprocessing)
+        return processes.gather_to_host(scores)[: len(self.examples)]
 
 
 def as_scalars(values: dict[str, Any]) -> dict[str, float]:

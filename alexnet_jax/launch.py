@@ -18,11 +18,11 @@ from ml_collections import config_flags
 from alexnet_jax import config_files, monitor, startup
 from alexnet_jax.command import child_command, shell_command
 from alexnet_jax.config import ConfigError, resolve
-from alexnet_jax.flags import CONFIG, parse_flags, refuse, sweep_of
+from alexnet_jax.flags import CONFIG, exit_with_usage_error, load_sweep, parse_flags
 from alexnet_jax.instruments import Wanted, check_wandb, parse_profile
-from alexnet_jax.monitor import complain
-from alexnet_jax.run_folder import check_same_run, is_finished
-from alexnet_jax.sweep import Variant, configure, print_list, run_all, write_plan
+from alexnet_jax.monitor import log_error
+from alexnet_jax.run_folder import check_resumable, is_finished
+from alexnet_jax.sweep import Variant, configure, print_list, run_all, write_manifest
 
 flags.declare_key_flag('config')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; by default runs/ and the name of the config.')
@@ -63,7 +63,7 @@ def _process_group() -> dict[str, Any] | None:
             f'--process_id: {group["process_id"]} is not below --num_processes={group["num_processes"]};'
             f' the nearest is {group["num_processes"] - 1}'
         )
-    monitor.belong_to(group['process_id'], group['num_processes'])
+    monitor.set_process_index(group['process_id'], group['num_processes'])
     return group
 
 
@@ -83,7 +83,7 @@ def _print_result(workdir: str) -> None:
     print(f'a page      {shell_command("report", workdir, f"--html={workdir}/report.html")}')
 
 
-def _run_of_sweep(variants: list[Variant]) -> Variant:
+def _select_variant(variants: list[Variant]) -> Variant:
     """Number --sweep of them. Raises ConfigError: there is none."""
     if not re.fullmatch(r'\d+', _SWEEP.value) or int(_SWEEP.value) >= len(variants):
         raise ConfigError(f'--sweep: {_SWEEP.value!r} is not list, all or a number from 0 to {len(variants) - 1}')
@@ -92,14 +92,14 @@ def _run_of_sweep(variants: list[Variant]) -> Variant:
 
 def _sweep(file: str, workdir: str) -> int:
     """Show the sweep of the config, or run it; returns the exit code. Raises ConfigError: a run cannot be begun."""
-    variants = sweep_of(file)
+    variants = load_sweep(file)
     configs = [configure(CONFIG.value, variant) for variant in variants]
     if _SWEEP.value == 'list':
         print_list(variants, configs, workdir)
         return 0
     for variant, config in zip(variants, configs, strict=True):
-        check_same_run(config, os.path.join(workdir, variant.directory), every_field=True)
-    write_plan(variants, config_files.name_of(file), workdir)
+        check_resumable(config, os.path.join(workdir, variant.directory), every_field=True)
+    write_manifest(variants, config_files.name_of(file), workdir)
     command = child_command('launch', *sys.argv[1:])  # of a flag given twice the last one counts
     return run_all(variants, configs, workdir, command, _SWEEP_JOBS.value)
 
@@ -107,7 +107,7 @@ def _sweep(file: str, workdir: str) -> int:
 def main(argv: list[str]) -> int:
     """Check the settings, train, print the result; returns the exit code."""
     del argv
-    logging.set_verbosity(logging.FATAL)  # Orbax logs where it raises, pages long; _explain() says it
+    logging.set_verbosity(logging.FATAL)  # Orbax logs where it raises, pages long; _report_failure() says it
     file = config_flags.get_config_filename(flags.FLAGS['config'])
     name = os.path.basename(file).replace('.py', '').replace(':', '_')
     workdir = os.path.expanduser(_WORKDIR.value or os.path.join('runs', name))
@@ -122,49 +122,49 @@ def main(argv: list[str]) -> int:
         if _SWEEP.value is None:
             config = resolve(CONFIG.value)
         else:
-            variants = sweep_of(file)
-            variant = _run_of_sweep(variants)
+            variants = load_sweep(file)
+            variant = _select_variant(variants)
             if not monitor.is_silent():
                 # The runs of an array have nobody else to write it.
-                write_plan(variants, config_files.name_of(file), workdir)
+                write_manifest(variants, config_files.name_of(file), workdir)
             config, workdir = configure(CONFIG.value, variant), os.path.join(workdir, variant.directory)
-        check_same_run(config, workdir, every_field=_SWEEP.value is not None)
+        check_resumable(config, workdir, every_field=_SWEEP.value is not None)
         if is_finished(config, workdir):
             if not monitor.is_silent():
                 print(f'{workdir} is done; another --workdir begins anew, a longer config.train.epochs goes on.')
             _print_result(workdir)
             return 0
         if config.cpu_tuning:
-            startup.tune_cpu()
+            startup.configure_cpu_backend()
         if group is None:
-            startup.use_compilation_cache()
+            startup.enable_compilation_cache()
     except ConfigError as error:
-        return refuse(str(error))
+        return exit_with_usage_error(str(error))
     from alexnet_jax import processes, train  # after the flags, for they import jax
 
     try:
         code = train.run(config, workdir, group, wanted)
     except Exception as error:
-        code = _explain(error)
-        processes.leave(code)
+        code = _report_failure(error)
+        processes.hard_exit(code)
     if code == train.EXIT_DONE:
         _print_result(workdir)
     return code
 
 
-def _explain(error: Exception) -> int:
+def _report_failure(error: Exception) -> int:
     """Say why training ended, in one line where the cause is known; returns the exit code."""
     from alexnet_jax import processes, train
     from alexnet_jax.checkpoint import CheckpointError
-    from alexnet_jax.data.pipeline import StoreError
+    from alexnet_jax.data.pipeline import DatasetError
 
     if isinstance(error, ConfigError):
-        return refuse(str(error))
-    lost = processes.lost_another(error)
-    if lost or isinstance(error, train.TrainingError | CheckpointError | StoreError | processes.ProcessError):
-        complain(lost or str(error))
+        return exit_with_usage_error(str(error))
+    lost = processes.describe_peer_failure(error)
+    if lost or isinstance(error, train.TrainingError | CheckpointError | DatasetError | processes.DistributedInitError):
+        log_error(lost or str(error))
     else:
-        complain('ended by an error:')
+        log_error('ended by an error:')
         traceback.print_exception(error)
     return train.EXIT_ERROR
 

@@ -45,13 +45,15 @@ def convolution(
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[tuple[int, int], ...]) -> jax.Array:
     if stride > 1:
-        x, kernel = _rows_as_channels(x, kernel, stride, padding)
+        x, kernel = _space_to_depth_rows(x, kernel, stride, padding)
         return _dense(x, kernel, (1, stride), ((0, 0), (0, 0)))
     return _dense(x, kernel, (1, 1), padding)
 
 
 def _convolve_forward(x, kernel, stride, padding):
-    x = stored(x)  # otherwise the gradient by the kernel works it out again, in an order that takes four times as long
+    x = materialize(
+        x
+    )  # otherwise the gradient by the kernel works it out again, in an order that takes four times as long
     return _convolve(x, kernel, stride, padding), (x, kernel)
 
 
@@ -83,7 +85,7 @@ def _dense(x, kernel, strides, padding):
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
 
-def _rows_as_channels(x, kernel, stride, padding):
+def _space_to_depth_rows(x, kernel, stride, padding):
     """`x`, padded, with the channels of `stride` rows side by side, and the kernel that moves over it row by row.
 
     A CPU's library copies all windows before it multiplies, which takes it less time in longer pieces: of conv1 132
@@ -108,7 +110,7 @@ def _rows_as_channels(x, kernel, stride, padding):
     return x, kernel.reshape(-1, columns, stride * inputs, outputs)
 
 
-def unshared_convolution(
+def locally_connected(
     x: jax.Array, kernel: jax.Array, size: int, *, stride: int = 1, padding: tuple[tuple[int, int], tuple[int, int]]
 ) -> jax.Array:
     """A convolution with kernels of its own at each pixel: the layer `local` of cuda-convnet.
@@ -148,7 +150,7 @@ def local_response_norm(x: jax.Array, *, k: float, n: int, alpha: float, beta: f
     return _response_norm(x.astype(jnp.float32), k, window, alpha, beta).astype(x.dtype)
 
 
-def spatial_response_norm(x: jax.Array, *, k: float, n: int, alpha: float, beta: float) -> jax.Array:
+def within_channel_lrn(x: jax.Array, *, k: float, n: int, alpha: float, beta: float) -> jax.Array:
     """As local_response_norm(), over the `n` x `n` pixels around each one of the same map: `rnorm` of cuda-convnet.
 
     The sum is not divided by the pixels of the window, which is cut off at the edges.
@@ -219,7 +221,7 @@ def _add_bias_backward(_, gradient):
 _add_bias_of_maps.defvjp(lambda x, bias: (_add_bias_of_maps(x, bias), None), _add_bias_backward)
 
 
-def stored(x: jax.Array) -> jax.Array:
+def materialize(x: jax.Array) -> jax.Array:
     """`x`, written to memory: otherwise a CPU's compiler works it out again in each loop that reads it.
 
     A maximum over windows of one value and one of padding, which none of the compiler's passes looks through; that for
@@ -231,7 +233,7 @@ def stored(x: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def read_before_update(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+def order_weight_gradient_after_input_gradient(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`x` and `kernel` as they are, for a product of them whose gradient by the kernel waits for that by `x`.
 
     The latter reads the kernel: where it may come after the update, XLA copies the kernel first, in every step.
@@ -245,7 +247,7 @@ def _read_before_update_backward(_, gradients):
     return to_x, to_kernel + 0 * to_x[(0,) * to_x.ndim].astype(to_kernel.dtype)
 
 
-read_before_update.defvjp(lambda x, kernel: ((x, kernel), None), _read_before_update_backward)
+order_weight_gradient_after_input_gradient.defvjp(lambda x, kernel: ((x, kernel), None), _read_before_update_backward)
 
 
 def max_pool(x: jax.Array, window: int, stride: int, *, overhang: bool = False) -> jax.Array:
@@ -268,10 +270,10 @@ def max_pool(x: jax.Array, window: int, stride: int, *, overhang: bool = False) 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
-    return reduce(jnp.maximum, _pixels_of_windows(x, window, stride))
+    return reduce(jnp.maximum, _window_slices(x, window, stride))
 
 
-def _pixels_of_windows(x: jax.Array, window: int, stride: int) -> list[jax.Array]:
+def _window_slices(x: jax.Array, window: int, stride: int) -> list[jax.Array]:
     """The first pixels of all windows, the second ones, and so on, row by row: each (B, H', W', C)."""
     height, width = (size - window + 1 for size in x.shape[1:3])
     strides = (1, stride, stride, 1)
@@ -283,12 +285,12 @@ def _pixels_of_windows(x: jax.Array, window: int, stride: int) -> list[jax.Array
 
 
 def _max_pool_forward(x, window, stride):
-    largest, *pixels = _pixels_of_windows(x, window, stride)
+    largest, *pixels = _window_slices(x, window, stride)
     where = jnp.zeros(largest.shape, jnp.int8)  # in each window, the number of its maximum
     for number, pixel in enumerate(pixels, 1):
         where = jnp.where(pixel > largest, jnp.int8(number), where)
         largest = jnp.maximum(largest, pixel)
-    return stored(largest), (stored(where), x.shape[1:3])
+    return materialize(largest), (materialize(where), x.shape[1:3])
 
 
 def _max_pool_backward(window, stride, saved, gradient):
@@ -300,12 +302,12 @@ def _max_pool_backward(window, stride, saved, gradient):
         for left in range(-(-window // stride)):
             row, column = rows % stride + up * stride, columns % stride + left * stride  # of the pixel in the window
             number = jnp.where(column[None] < window, row[:, None] * window + column[None], -2).astype(jnp.int8)
-            here = _at_pixels(where, size, stride, up, left) == number[None, :, :, None]
-            total = total + jnp.where(here, _at_pixels(gradient, size, stride, up, left), 0)
+            here = _expand_to_input(where, size, stride, up, left) == number[None, :, :, None]
+            total = total + jnp.where(here, _expand_to_input(gradient, size, stride, up, left), 0)
     return (total,)
 
 
-def _at_pixels(x: jax.Array, size: tuple[int, int], stride: int, up: int, left: int) -> jax.Array:
+def _expand_to_input(x: jax.Array, size: tuple[int, int], stride: int, up: int, left: int) -> jax.Array:
     """For each of `size` pixels the value of the window that begins at it or next before, less `up` and `left`."""
     counts = [-(-pixels // stride) for pixels in size]
     padding = [(0, 0, 0), (up, counts[0] - x.shape[1] - up, 0), (left, counts[1] - x.shape[2] - left, 0), (0, 0, 0)]

@@ -16,13 +16,13 @@ from alexnet_jax.layers import (
     add_bias,
     convolution,
     local_response_norm,
+    locally_connected,
     max_pool,
-    read_before_update,
-    spatial_response_norm,
-    unshared_convolution,
+    order_weight_gradient_after_input_gradient,
+    within_channel_lrn,
 )
-from alexnet_jax.parallel import exchange, own_features, sum_parts
-from alexnet_jax.shapes import LAYERS, Layer, layers, pool_window, steps_after
+from alexnet_jax.parallel import local_feature_slice, redistribute_features, reduce_scatter_partial_sums
+from alexnet_jax.shapes import LAYERS, Layer, layers, ops_after, pool_window
 
 # The original program's constants of the second normalisation in layer 2; its window and alpha are settings.
 SPATIAL_K, SPATIAL_BETA = 1.0, 0.75
@@ -76,16 +76,16 @@ class Convolution(nnx.Module):
         biases = jnp.split(self.bias[...].astype(self.dtype), groups, -1)
         padding, outputs = (self.padding, self.padding), []
         with jax.named_scope(self.name):
-            for x, kernel, bias in zip(_divided(parts, groups), kernels, biases, strict=True):
+            for x, kernel, bias in zip(regroup_channels(parts, groups), kernels, biases, strict=True):
                 if self.shared:
                     x = convolution(x, kernel, stride=self.stride, padding=padding)
                 else:
-                    x = unshared_convolution(x, kernel, self.size, stride=self.stride, padding=padding)
+                    x = locally_connected(x, kernel, self.size, stride=self.stride, padding=padding)
                 outputs.append(add_bias(x, bias))
         return outputs
 
 
-def _divided(parts: list[jax.Array], count: int) -> list[jax.Array]:
+def regroup_channels(parts: list[jax.Array], count: int) -> list[jax.Array]:
     """The channels of `parts` in `count` equal parts, in the same order."""
     return parts if len(parts) == count else jnp.split(jnp.concatenate(parts, -1), count, -1)
 
@@ -99,7 +99,7 @@ class Dense(nnx.Module):
     def __init__(self, layer: Layer, config: Any, rngs: nnx.Rngs):
         kernel, bias = _initial(layer, config, rngs)
         self.kernel, self.bias = nnx.Param(kernel), nnx.Param(bias)
-        self.name, self.all_inputs, self.dtype = layer.name, layer.kernel[0], jnp.dtype(config.dtype)
+        self.name, self.global_in_features, self.dtype = layer.name, layer.kernel[0], jnp.dtype(config.dtype)
         self.tower_width = layer.kernel[-1] // config.towers
 
     @property
@@ -116,10 +116,13 @@ class Dense(nnx.Module):
         """(B, outputs on this device), before the nonlinearity, of one (B, inputs) or of one for each tower."""
         kernels = jnp.split(self.kernel[...].astype(self.dtype), len(parts), -1)
         with jax.named_scope(self.name):
-            pairs = [read_before_update(x.astype(self.dtype), w) for x, w in zip(parts, kernels, strict=True)]
+            pairs = [
+                order_weight_gradient_after_input_gradient(x.astype(self.dtype), w)
+                for x, w in zip(parts, kernels, strict=True)
+            ]
             x = jnp.concatenate([x @ kernel for x, kernel in pairs], -1)
-            if self.inputs < self.all_inputs:
-                x = sum_parts(x, self.bias.shape[0])
+            if self.inputs < self.global_in_features:
+                x = reduce_scatter_partial_sums(x, self.bias.shape[0])
             return x + self.bias[...].astype(self.dtype)[None]
 
 
@@ -148,11 +151,11 @@ class AlexNet(nnx.Module):
     ):
         self.config, self.remat = config, remat
         table = layers(config, crop_size, channels)
-        self.last_maps = next(layer.pooled[-1] for layer in reversed(table) if layer.name.startswith('conv'))
+        self.conv_features = next(layer.pooled[-1] for layer in reversed(table) if layer.name.startswith('conv'))
         for layer in table:
             kind = Convolution if layer.name.startswith('conv') else Dense
             setattr(self, layer.name, kind(layer, config, rngs))
-            if layer.name.startswith('conv') and 'batch_norm' in steps_after(config, layer.name):
+            if layer.name.startswith('conv') and 'batch_norm' in ops_after(config, layer.name):
                 norm = nnx.BatchNorm(layer.output[-1], axis_name=statistics_axes, rngs=rngs, **BATCH_NORM)
                 setattr(self, f'{layer.name}_norm', norm)
 
@@ -162,10 +165,10 @@ class AlexNet(nnx.Module):
         `dropout_keys` (B,), one an image, switch dropout on and give batch normalisation the batch's statistics;
         without, outputs are scaled as at the paper's test time.
         """
-        logits = self.layer_outputs(images, dropout_keys)['fc8']
-        return exchange(logits, self.config.num_classes, 'logits').astype(jnp.float32)
+        logits = self.activations(images, dropout_keys)['fc8']
+        return redistribute_features(logits, self.config.num_classes, 'logits').astype(jnp.float32)
 
-    def layer_outputs(self, images: jax.Array, dropout_keys: jax.Array | None = None) -> dict[str, jax.Array]:
+    def activations(self, images: jax.Array, dropout_keys: jax.Array | None = None) -> dict[str, jax.Array]:
         """What this device has of each layer's output after the nonlinearity, by name: (B, H, W, C) or (B, units)."""
         outputs: dict[str, jax.Array] = {}
         parts = [images.astype(self.conv1.dtype)]  # (B, 224, 224, 3)
@@ -185,7 +188,7 @@ class AlexNet(nnx.Module):
         """One convolution and what follows it; conv3 sees the maps of both towers, others those of their own."""
         layer = getattr(self, name, None)
         if layer is not None and (name == 'conv1' or name in self.config.exchange):
-            parts = [exchange(jnp.concatenate(parts, -1), layer.inputs, name)]
+            parts = [redistribute_features(jnp.concatenate(parts, -1), layer.inputs, name)]
         norm, training = getattr(self, f'{name}_norm', None), dropout_keys is not None
 
         def compute(layer, norm, parts):
@@ -204,7 +207,7 @@ class AlexNet(nnx.Module):
         if layer is not None:
             parts = layer(parts)
             output = jnp.concatenate(parts, -1)  # of a layer without a nonlinearity
-        for step in steps_after(self.config, name):
+        for step in ops_after(self.config, name):
             with jax.named_scope(f'{name}/{step}'):
                 if step == 'activation':
                     parts = [self.activate(x) for x in parts]
@@ -212,7 +215,7 @@ class AlexNet(nnx.Module):
                 elif step == 'lrn':
                     parts = self.normalise(name, parts)
                 elif step == 'spatial_norm':
-                    parts = [self.normalise_in_space(x) for x in parts]
+                    parts = [self.spatial_lrn(x) for x in parts]
                 elif step == 'batch_norm':
                     x = norm(jnp.concatenate(parts, -1).astype(jnp.float32), use_running_average=not training)
                     parts = jnp.split(x.astype(parts[0].dtype), len(parts), -1)
@@ -228,21 +231,24 @@ class AlexNet(nnx.Module):
         layer = getattr(self, name, None)
         if layer is None:
             return parts
-        sees_all = name in self.config.exchange
+        cross_tower = name in self.config.exchange
         if parts[0].ndim == 4:  # maps
-            if sees_all:
-                parts = [exchange(jnp.concatenate(parts, -1), self.last_maps, name)]  # (B, 6, 6, 256)
+            if cross_tower:
+                parts = [redistribute_features(jnp.concatenate(parts, -1), self.conv_features, name)]  # (B, 6, 6, 256)
             else:
-                parts = _divided(parts, layer.towers)
+                parts = regroup_channels(parts, layer.towers)
             parts = [x.reshape(x.shape[0], -1) for x in parts]
         x = jnp.concatenate(parts, -1)
-        if sees_all:
-            x = exchange(x, layer.inputs, name)
+        if cross_tower:
+            x = redistribute_features(x, layer.inputs, name)
         if name in self.config.dropout_before:
             x = self.dropout(
-                x, dropout_keys, name, layer.all_inputs if sees_all else layer.all_inputs * self.config.towers
+                x,
+                dropout_keys,
+                name,
+                layer.global_in_features if cross_tower else layer.global_in_features * self.config.towers,
             )
-        x = layer([x] if sees_all else jnp.split(x, layer.towers, -1))
+        x = layer([x] if cross_tower else jnp.split(x, layer.towers, -1))
         outputs[name] = x if name == 'fc8' else self.activate(x)
         return [outputs[name]]
 
@@ -260,10 +266,10 @@ class AlexNet(nnx.Module):
         towers = [x.reshape(*x.shape[:-1], -1, width) for x in parts]
         return [local_response_norm(x, **constants).reshape(*x.shape[:-2], -1) for x in towers]
 
-    def normalise_in_space(self, x: jax.Array) -> jax.Array:
+    def spatial_lrn(self, x: jax.Array) -> jax.Array:
         """The original program's second normalisation, over the pixels around each one of a map."""
         n, alpha = self.config.spatial_norm_size, self.config.spatial_norm_alpha
-        return spatial_response_norm(x, k=SPATIAL_K, n=n, alpha=alpha, beta=SPATIAL_BETA)
+        return within_channel_lrn(x, k=SPATIAL_K, n=n, alpha=alpha, beta=SPATIAL_BETA)
 
     def dropout(self, x: jax.Array, keys: jax.Array | None, name: str, width: int) -> jax.Array:
         """Dropout of section 4.2 on what layer `name` takes: zeros in training, otherwise all times the share kept.
@@ -276,5 +282,5 @@ class AlexNet(nnx.Module):
             return x if inverted else x * kept
         number = LAYERS.index(name)  # 6 before fc7: behind the sixth layer
         keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, number), kept, (width,)))(keys)
-        x = jnp.where(own_features(keep, x.shape[-1]), x, jnp.zeros_like(x))
+        x = jnp.where(local_feature_slice(keep, x.shape[-1]), x, jnp.zeros_like(x))
         return x / kept if inverted else x

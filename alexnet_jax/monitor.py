@@ -12,12 +12,12 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-LINE_EVERY_SECONDS = 15.0
+LOG_INTERVAL_SECS = 15.0
 
 _process, _processes = 0, 1
 
 
-def belong_to(process: int, processes: int) -> None:
+def set_process_index(process: int, processes: int) -> None:
     """Say that this is process `process` of `processes`: all but process 0 keep silent where nothing is wrong."""
     global _process, _processes
     _process, _processes = process, processes
@@ -28,7 +28,7 @@ def is_silent() -> bool:
     return _process != 0
 
 
-def complain(message: str) -> None:
+def log_error(message: str) -> None:
     """One line about what is wrong, on standard error; of several processes each says which one it is."""
     which = f'process {_process} of {_processes}: ' if _processes > 1 else ''
     print(f'alexnet_jax: {which}{message}', file=sys.stderr, flush=True)
@@ -47,7 +47,7 @@ def log(message: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def first_line(error: Exception) -> str:
+def summarize_exception(error: Exception) -> str:
     """What an error of a library says, short."""
     return (str(error).splitlines() or [''])[0][:300] or type(error).__name__
 
@@ -76,7 +76,7 @@ class Preemption:
             2, f'{signal.Signals(number).name}: saving, then this ends (again: at once, without saving)\n'.encode()
         )
 
-    def hand_over(self) -> None:
+    def delegate_to_jax(self) -> None:
         """Leave SIGTERM to JAX, which has taken it over and tells all processes; Ctrl-C becomes a SIGTERM."""
         signal.signal(signal.SIGINT, self._pass_on)
         # JAX says why it ends a process whose group is broken; the stacks of all threads behind it would hide that.
@@ -113,7 +113,7 @@ class Watchdog:
         while not self.ended.wait(1.0):
             self.seconds += 1
             if self.seconds > self.timeout:
-                complain(
+                log_error(
                     f'no progress since {self.reached}, for config.distributed.progress_timeout={self.timeout} s;'
                     ' what each thread does:'
                 )
@@ -147,7 +147,7 @@ class Progress:
             self.bar.update(count)
             if note:
                 self.bar.set_postfix_str(note)
-        elif time.monotonic() - self.last_line >= LINE_EVERY_SECONDS:
+        elif time.monotonic() - self.last_line >= LOG_INTERVAL_SECS:
             self.line(note)
 
     def line(self, note: str = '') -> None:
@@ -172,7 +172,7 @@ def _minutes(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def write_aside(path: str, mode: str = 'w') -> Iterator[Any]:
+def atomic_write(path: str, mode: str = 'w') -> Iterator[Any]:
     """A file that becomes `path` at the end, on disk; where writing fails `path` stays as it was. Raises OSError."""
     aside = f'{path}.{uuid.uuid4().hex}.tmp'  # jobs on several hosts may write the same file
     try:
@@ -189,7 +189,7 @@ def write_aside(path: str, mode: str = 'w') -> Iterator[Any]:
 
 def write_json(path: str, value: Any) -> None:
     """Write `value` to `path` whole or not at all."""
-    with write_aside(path) as file:
+    with atomic_write(path) as file:
         json.dump(value, file, indent=1)
         file.write('\n')
 
@@ -225,7 +225,7 @@ class Metrics:
         if os.path.exists(path):
             with open(path) as file:
                 kept = [line.rstrip('\n') + '\n' for line in file if _is_kept(line, last)]
-        with write_aside(path) as file:
+        with atomic_write(path) as file:
             file.writelines(kept)
         self.file = open(path, 'a', buffering=1)  # noqa: SIM115
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from alexnet_jax.model import BATCH_NORM, SPATIAL_BETA, SPATIAL_K
-from alexnet_jax.shapes import CONVOLUTIONS, Layer, layers, pool_window, steps_after
+from alexnet_jax.shapes import CONVOLUTIONS, Layer, layers, ops_after, pool_window
 
 # Of 2021: runtimes of these years read it, and the operators used here have since got other dtypes but nothing more.
 OPSET = 15
@@ -32,7 +32,7 @@ def build(config: Any, params: Any, batch_statistics: Any, mean: np.ndarray, sca
     for name in CONVOLUTIONS:
         if name in table:
             graph.convolve(table[name])
-        for step in steps_after(config.model, name):
+        for step in ops_after(config.model, name):
             graph.follow(name, step)
     for layer in table.values():
         if layer.name not in CONVOLUTIONS:
@@ -83,13 +83,13 @@ class _Graph:
 
     def convolve(self, layer: Layer) -> None:
         """One convolution with its bias."""
-        name, sees_all = layer.name, layer.name == 'conv1' or layer.name in self.model.exchange
+        name, cross_tower = layer.name, layer.name == 'conv1' or layer.name in self.model.exchange
         size = self.model.kernel_sizes[CONVOLUTIONS.index(name)]
         stride, (before, after) = 1, (size // 2, (size - 1) // 2)
         if name == 'conv1':
             stride, (before, after) = self.model.conv1_stride, self.model.conv1_padding
         windows = {'kernel_shape': [size] * 2, 'strides': [stride] * 2, 'pads': [before, before, after, after]}
-        groups = 1 if sees_all else self.model.towers
+        groups = 1 if cross_tower else self.model.towers
         kernel, bias = self.params[name]['kernel'], self.params[name]['bias']
         height, width, outputs = layer.output
         if layer.shared:
@@ -114,7 +114,7 @@ class _Graph:
         self.node('Conv', output, self.array(f'{output}_ones', ones), group=maps, **windows)
 
     def follow(self, name: str, step: str) -> None:
-        """One of the steps after a convolution, see shapes.steps_after()."""
+        """One of the steps after a convolution, see shapes.ops_after()."""
         model, output = self.model, f'{name}_{step}'
         maps, height, width = self.shape
         if step == 'activation':
@@ -128,7 +128,7 @@ class _Graph:
             if towers > 1:
                 self.reshape(f'{name}_both', (-1, maps, height, width))
         elif step == 'spatial_norm':
-            self.normalise_in_space(output)
+            self.spatial_lrn(output)
         elif step == 'batch_norm':
             mean, variance = (self.batch_statistics[f'{name}_norm'][kind] for kind in ('mean', 'var'))
             arrays = {'scale': np.ones(maps), 'bias': np.zeros(maps), 'mean': mean, 'var': variance}
@@ -145,7 +145,7 @@ class _Graph:
         """The nonlinearity."""
         self.node({'relu': 'Relu', 'tanh': 'Tanh'}[self.model.activation], output)
 
-    def normalise_in_space(self, output: str) -> None:
+    def spatial_lrn(self, output: str) -> None:
         """x / (k + alpha * sum of the squares in the window) ** beta."""
         n, x = self.model.spatial_norm_size, self.x
         self.node('Mul', f'{output}_squares', x)

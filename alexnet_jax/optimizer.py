@@ -12,7 +12,7 @@ from alexnet_jax.shapes import LAYERS
 
 
 def make_optimizer(
-    config: Any, learning_rate: Any, whole_sums: Callable[[Any], Any] = lambda sums: sums
+    config: Any, learning_rate: Any, reduce_norms: Callable[[Any], Any] = lambda sums: sums
 ) -> optax.GradientTransformation:
     """v <- momentum * v - learning_rate * (gradient + weight_decay * w);  w <- w + v.
 
@@ -28,8 +28,8 @@ def make_optimizer(
       config: `optimizer` of a configuration.
       learning_rate: a tree of float32 scalars like the parameters, see learning_rates(); or one scalar for all kernels,
         and for biases `bias_lr_multiplier` times it. May be traced: a new rate needs no new compilation.
-      whole_sums: makes sums over a device's shares of kernels (a tree of scalars like the parameters) sums over whole
-        kernels; needed by LARS on a mesh, see parallel.sum_shares().
+      reduce_norms: makes sums over a device's shares of kernels (a tree of scalars like the parameters) sums over whole
+        kernels; needed by LARS on a mesh, see parallel.psum_over_shards().
     """
     decays = config.weight_decays or (config.weight_decay,) * len(LAYERS)
 
@@ -48,7 +48,7 @@ def make_optimizer(
 
     velocity = optax.trace(config.momentum)
 
-    def move(updates, state, _=None):
+    def apply_momentum(updates, state, _=None):
         each = rates(updates)
         scaled = jax.tree.map(lambda update, rate: -rate * update, updates, each)
         _, new_state = velocity.update(scaled, state)
@@ -59,8 +59,10 @@ def make_optimizer(
 
     return optax.chain(
         optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(decay, updates, params)),
-        optax.stateless(lambda updates, params: _trust(updates, params, config.trust_coefficient, whole_sums)),
-        optax.GradientTransformation(velocity.init, move),
+        optax.stateless(
+            lambda updates, params: scale_by_trust_ratio(updates, params, config.trust_coefficient, reduce_norms)
+        ),
+        optax.GradientTransformation(velocity.init, apply_momentum),
     )
 
 
@@ -68,13 +70,13 @@ def _is_bias(path: Any) -> bool:
     return path[-1].key == 'bias'
 
 
-def _trust(updates: Any, params: Any, coefficient: float, whole_sums: Callable[[Any], Any]) -> Any:
+def scale_by_trust_ratio(updates: Any, params: Any, coefficient: float, reduce_norms: Callable[[Any], Any]) -> Any:
     """Kernels' updates scaled to `coefficient` times the norm of the kernel; biases' and those of zeros as they are."""
     if not coefficient:
         return updates
 
     def norms(tree):
-        return jax.tree.map(jnp.sqrt, whole_sums(jax.tree.map(lambda leaf: jnp.sum(leaf * leaf), tree)))
+        return jax.tree.map(jnp.sqrt, reduce_norms(jax.tree.map(lambda leaf: jnp.sum(leaf * leaf), tree)))
 
     def scaled(path, update, weight_norm, update_norm):
         ratio = jnp.where((weight_norm > 0) & (update_norm > 0), coefficient * weight_norm / update_norm, 1.0)
@@ -138,7 +140,7 @@ def learning_rates(config: Any, step: int, examples: int, drops_taken: int) -> d
     return rates
 
 
-def plateau_start() -> dict[str, float]:
+def plateau_init() -> dict[str, float]:
     """State of the schedule 'plateau' before the first evaluation; plain numbers, kept in the checkpoint."""
     return {'lowest_error': 1.0, 'waited': 0, 'drops_taken': 0}
 

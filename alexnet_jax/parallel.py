@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alexnet_jax.config import ConfigError, check_mesh
 
-EVERYWHERE = PartitionSpec()
+REPLICATED = PartitionSpec()
 
 
 def make_mesh(config: Any) -> Mesh:
@@ -47,7 +47,7 @@ def batch_spec(layout: str) -> PartitionSpec:
     return PartitionSpec(batch_axes(layout))
 
 
-def exchange(x: jax.Array, features: int, layer: str) -> jax.Array:
+def redistribute_features(x: jax.Array, features: int, layer: str) -> jax.Array:
     """`x` with the `features` channels that the kernels of `layer` on this device want; traces name it after `layer`.
 
     Args:
@@ -67,7 +67,7 @@ def exchange(x: jax.Array, features: int, layer: str) -> jax.Array:
         return x
 
 
-def sum_parts(x: jax.Array, features: int) -> jax.Array:
+def reduce_scatter_partial_sums(x: jax.Array, features: int) -> jax.Array:
     """Sum over `model` of (B, C) products with a part of the inputs each, scattered while it is added up.
 
     Returns (B, features) where C > features, this device's share of the channels; otherwise (B / model, C), its share
@@ -76,14 +76,14 @@ def sum_parts(x: jax.Array, features: int) -> jax.Array:
     return lax.psum_scatter(x, 'model', scatter_dimension=1 if x.shape[-1] > features else 0, tiled=True)
 
 
-def own_features(x: jax.Array, features: int) -> jax.Array:
+def local_feature_slice(x: jax.Array, features: int) -> jax.Array:
     """This device's share, `features` channels, of an `x` (..., C) that is the same on every device of `model`."""
     if x.shape[-1] == features:
         return x
     return lax.dynamic_slice_in_dim(x, lax.axis_index('model') * features, features, x.ndim - 1)
 
 
-def dense_examples(x: jax.Array, layout: str) -> jax.Array:
+def all_gather_example_ids(x: jax.Array, layout: str) -> jax.Array:
     """`x` (B,) of all examples that pass through this device's dense layers: in `hybrid` those of a row of `model`."""
     if layout != 'hybrid':
         return x
@@ -91,30 +91,30 @@ def dense_examples(x: jax.Array, layout: str) -> jax.Array:
         return lax.all_gather(x, 'model', tiled=True)
 
 
-def sum_over_examples(x: jax.Array, layout: str) -> jax.Array:
+def global_sum(x: jax.Array, layout: str) -> jax.Array:
     """Sum over all devices of what each computed for its examples; copies along `model` are counted once."""
     with jax.named_scope('metrics'):
-        return lax.psum(x, ('data', 'model')) / copies_of_loss(layout)
+        return lax.psum(x, ('data', 'model')) / loss_replication_factor(layout)
 
 
-def copies_as_one(x: jax.Array, layout: str) -> jax.Array:
+def mark_replicated(x: jax.Array, layout: str) -> jax.Array:
     """`x` of each example, of which all devices of `model` have copies but in `hybrid`; so that it can be returned."""
     return x if layout == 'hybrid' else lax.pmax(x, 'model')  # the same bits, which a mean may not give
 
 
-def output_spec(layer: str, dimensions: int, layout: str) -> PartitionSpec:
-    """How the output of `layer`, (B, H, W, C) or (B, units), lies on the mesh: see AlexNet.layer_outputs()."""
+def activation_spec(layer: str, dimensions: int, layout: str) -> PartitionSpec:
+    """How the output of `layer`, (B, H, W, C) or (B, units), lies on the mesh: see AlexNet.activations()."""
     if layout == 'hybrid' and (layer.startswith('conv') or layer == 'fc8'):
         return batch_spec(layout)
     return PartitionSpec('data', *[None] * (dimensions - 2), 'model')
 
 
-def copies_of_loss(layout: str) -> int:
+def loss_replication_factor(layout: str) -> int:
     """How many devices compute the same example's loss: a gradient summed over the mesh counts it that often."""
     return 1 if layout == 'hybrid' else lax.axis_size('model')
 
 
-def parameter_specs(tree: Any, layout: str) -> Any:
+def param_specs(tree: Any, layout: str) -> Any:
     """Specs of a tree of parameters, or of a state of the optimiser that has such trees in it.
 
     `towers`, `data`: split over `model` on the outputs, so a half of conv1..fc7 is one of the paper's GPUs.
@@ -133,7 +133,7 @@ def parameter_specs(tree: Any, layout: str) -> Any:
     return jax.tree_util.tree_map_with_path(spec, tree)
 
 
-def update_specs(tree: Any, mesh: Mesh, config: Any) -> Any:
+def optimizer_specs(tree: Any, mesh: Mesh, config: Any) -> Any:
     """Specs of what the update works on: velocities in the state, and inside the step gradients and weights.
 
     They are those of the parameters; with `shard_optimizer` (of `config`, `mesh` of a configuration) kernels are split
@@ -149,7 +149,7 @@ def update_specs(tree: Any, mesh: Mesh, config: Any) -> Any:
                     break
         return PartitionSpec(*axes)
 
-    return jax.tree.map(split, tree, parameter_specs(tree, config.layout))
+    return jax.tree.map(split, tree, param_specs(tree, config.layout))
 
 
 def _axes(entry: Any) -> tuple[str, ...]:
@@ -157,35 +157,35 @@ def _axes(entry: Any) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
-def _copied_over(spec: PartitionSpec) -> tuple[str, ...]:
+def _replicated_axes(spec: PartitionSpec) -> tuple[str, ...]:
     """The mesh axes along which an array of this spec is the same."""
     named = [axis for entry in spec for axis in _axes(entry)]
     return tuple(axis for axis in ('data', 'model') if axis not in named)
 
 
-def _dimension_split_over_data(spec: PartitionSpec) -> int | None:
+def _data_sharded_dim(spec: PartitionSpec) -> int | None:
     return next((i for i, entry in enumerate(spec) if 'data' in _axes(entry)), None)
 
 
-def own_copies(parameters: Any, specs: Any) -> Any:
+def mark_device_varying(parameters: Any, specs: Any) -> Any:
     """`parameters` taken for this device's own: their gradients come as each device has them, not summed."""
 
     def own(x, spec):
-        return lax.pcast(x, _copied_over(spec), to='varying') if _copied_over(spec) else x
+        return lax.pcast(x, _replicated_axes(spec), to='varying') if _replicated_axes(spec) else x
 
     return jax.tree.map(own, parameters, specs)
 
 
-def sum_gradients(gradients: Any, specs: Any, split: Any, dtype: str) -> Any:
-    """Gradients of own_copies() summed over the devices that hold copies, in `dtype` on the wire; float32.
+def all_reduce_gradients(gradients: Any, specs: Any, split: Any, dtype: str) -> Any:
+    """Gradients of mark_device_varying() summed over the devices that hold copies, in `dtype` on the wire; float32.
 
     Args:
       specs: of the parameters.
-      split: see update_specs(): where it splits a leaf over `data`, only this device's share of the sum is returned.
+      split: see optimizer_specs(): where it splits a leaf over `data`, only this device's share of the sum is returned.
     """
 
     def add(x, spec, split_spec):
-        axes, dimension = _copied_over(spec), _dimension_split_over_data(split_spec)
+        axes, dimension = _replicated_axes(spec), _data_sharded_dim(split_spec)
         x = x.astype(dtype)
         if dimension is not None:
             x = lax.psum_scatter(x, 'data', scatter_dimension=dimension, tiled=True)
@@ -198,8 +198,11 @@ def sum_gradients(gradients: Any, specs: Any, split: Any, dtype: str) -> Any:
         return jax.tree.map(add, gradients, specs, split)
 
 
-def sum_shares(sums: Any, split: Any) -> Any:
-    """Sums over what this device updates of each kernel, made sums over whole kernels; `split`: see update_specs()."""
+def psum_over_shards(sums: Any, split: Any) -> Any:
+    """Sums over the shards of each kernel that this device updates -> sums over whole kernels.
+
+    `split`: see optimizer_specs().
+    """
 
     def add(x, spec):
         axes = tuple(axis for entry in spec for axis in _axes(entry))
@@ -209,10 +212,10 @@ def sum_shares(sums: Any, split: Any) -> Any:
         return jax.tree.map(add, sums, split)
 
 
-def share_of_dead(outputs: jax.Array, layer: str, layout: str) -> jax.Array:
+def dead_unit_fraction(outputs: jax.Array, layer: str, layout: str) -> jax.Array:
     """The share of the units of `layer` that are 0 for all examples of all devices, a scalar.
 
-    `outputs`: (B, ..., C), what this device has of them, see AlexNet.layer_outputs().
+    `outputs`: (B, ..., C), what this device has of them, see AlexNet.activations().
     """
     whole = layout == 'hybrid' and layer.startswith('conv')
     alive = jnp.any(outputs != 0, axis=tuple(range(outputs.ndim - 1))).astype(jnp.float32)
@@ -220,11 +223,11 @@ def share_of_dead(outputs: jax.Array, layer: str, layout: str) -> jax.Array:
     return dead if whole else lax.pmean(dead, 'model')
 
 
-def own_shares(parameters: Any, split: Any) -> Any:
-    """The shares of `parameters` that this device updates, see update_specs()."""
+def local_shards(parameters: Any, split: Any) -> Any:
+    """The shares of `parameters` that this device updates, see optimizer_specs()."""
 
     def own(x, spec):
-        dimension = _dimension_split_over_data(spec)
+        dimension = _data_sharded_dim(spec)
         if dimension is None:
             return x
         size = x.shape[dimension] // lax.axis_size('data')
@@ -233,11 +236,11 @@ def own_shares(parameters: Any, split: Any) -> Any:
     return jax.tree.map(own, parameters, split)
 
 
-def gather_shares(parameters: Any, split: Any) -> Any:
-    """Whole parameters from the shares that the devices along `data` have updated: the inverse of own_shares()."""
+def all_gather_shards(parameters: Any, split: Any) -> Any:
+    """Whole parameters from the shares that the devices along `data` have updated: the inverse of local_shards()."""
 
     def gather(x, spec):
-        dimension = _dimension_split_over_data(spec)
+        dimension = _data_sharded_dim(spec)
         if dimension is None:
             return x
         return lax.all_gather(x, 'data', axis=dimension, tiled=True, to='invarying')
@@ -253,7 +256,7 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
     )
 
 
-def compile_on_mesh(
+def jit_shard_map(
     function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any, donate_argnums: tuple[int, ...] = ()
 ) -> Any:
     """`function` as device code on every device of `mesh`, compiled with shardings (jax.jit, once called pjit).
@@ -284,17 +287,17 @@ def batch_sharding(mesh: Mesh, layout: str) -> NamedSharding:
     return NamedSharding(mesh, batch_spec(layout))
 
 
-def put_batch(sharding: NamedSharding, batch: Any) -> Any:
+def make_global_batch(sharding: NamedSharding, batch: Any) -> Any:
     """This process's rows of a batch (NumPy arrays) as arrays over the mesh; `sharding`: see batch_sharding()."""
     return jax.make_array_from_process_local_data(sharding, batch)
 
 
-def put_everywhere(mesh: Mesh, values: Any) -> Any:
+def replicate(mesh: Mesh, values: Any) -> Any:
     """NumPy arrays, the same on all processes, as arrays that each device of `mesh` holds."""
-    return put_batch(NamedSharding(mesh, EVERYWHERE), values)
+    return make_global_batch(NamedSharding(mesh, REPLICATED), values)
 
 
-def batch_parts(sharding: NamedSharding) -> int:
+def num_batch_shards(sharding: NamedSharding) -> int:
     """How many parts `sharding`, see batch_sharding(), splits a batch into."""
     return len(set(_rows(sharding).values()))
 
@@ -306,7 +309,7 @@ def _rows(sharding: NamedSharding) -> dict[Any, tuple[int, int]]:
     return {device: index[0].indices(rows)[:2] for device, index in indices.items()}
 
 
-def input_share(sharding: NamedSharding) -> tuple[int, int]:
+def process_shard(sharding: NamedSharding) -> tuple[int, int]:
     """(share, shares): this process reads share number `share` of the `shares` equal ones of every batch.
 
     A share are the rows that a process's devices hold; processes that hold the same rows read the same share.
@@ -318,7 +321,7 @@ def input_share(sharding: NamedSharding) -> tuple[int, int]:
         held[device.process_index].add(rows)
     shares = sorted({tuple(sorted(rows)) for rows in held.values()})
     parts = [rows for share in shares for rows in share]
-    if len({len(share) for share in shares}) > 1 or len(parts) != batch_parts(sharding):
+    if len({len(share) for share in shares}) > 1 or len(parts) != num_batch_shards(sharding):
         mesh = sharding.mesh
         raise ConfigError(
             f'config.mesh: data={mesh.shape["data"]}, model={mesh.shape["model"]} gives the {jax.process_count()}'

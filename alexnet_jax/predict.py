@@ -24,11 +24,11 @@ from alexnet_jax.command import check_output, parse_flags
 from alexnet_jax.config import ConfigError
 from alexnet_jax.data import pipeline
 from alexnet_jax.ensemble import best
-from alexnet_jax.monitor import Progress, complain, log
+from alexnet_jax.monitor import Progress, log, log_error
 from alexnet_jax.pictures import Picture, of_files, of_validation, picture_files
 from alexnet_jax.trained import FORMS, Network, find, load, store_of
 
-IN_A_FIGURE, BARS = 24, 5  # pictures, and the most classes of each
+MAX_FIGURE_IMAGES, BARS = 24, 5  # pictures, and the most classes of each
 
 
 def predict_pictures(
@@ -73,8 +73,8 @@ def _predict(network: Network, pictures: Iterable[Picture], count: int, given: A
         progress.update()
         if probabilities is None:
             unread += 1
-            complain(f'{picture.name}: {picture.problem}')
-        elif len(drawn) < IN_A_FIGURE:
+            log_error(f'{picture.name}: {picture.problem}')
+        elif len(drawn) < MAX_FIGURE_IMAGES:
             drawn.append((picture, told))
         if given.json or probabilities is not None:
             print(json.dumps(told) if given.json else as_text(told), flush=True)
@@ -94,7 +94,7 @@ def _predict(network: Network, pictures: Iterable[Picture], count: int, given: A
         style.save(predictions.draw(shown), given.figure)
         log(f'{given.figure}: {len(drawn)} of {count - unread} pictures')
     if unread:
-        complain(f'{unread} of {count} pictures could not be read')
+        log_error(f'{unread} of {count} pictures could not be read')
     return unread
 
 
@@ -108,11 +108,11 @@ def main(argv: list[str]) -> int:
         given.figure = check_output('figure', given.figure, ('.png', '.pdf'))
         member, files = find(argv[1]), picture_files(argv[2:])
     except ConfigError as error:
-        complain(str(error))
+        log_error(str(error))
         return 2
     if member.config.cpu_tuning:
-        startup.tune_cpu()
-    startup.use_compilation_cache()
+        startup.configure_cpu_backend()
+    startup.enable_compilation_cache()
     from alexnet_jax.checkpoint import CheckpointError  # after the flags, for it imports jax
 
     try:
@@ -123,13 +123,13 @@ def main(argv: list[str]) -> int:
         pictures = itertools.chain(of_files(files, network.config.data, network.class_names), of_store)
         return 1 if _predict(network, pictures, len(files) + len(of_store), given) else 0
     except (ConfigError, CheckpointError) as error:
-        complain(str(error))
+        log_error(str(error))
         return 2
-    except (pipeline.StoreError, OSError) as error:
-        complain(str(error))
+    except (pipeline.DatasetError, OSError) as error:
+        log_error(str(error))
         return 1
     except KeyboardInterrupt:
-        complain('stopped')
+        log_error('stopped')
         return 130
 
 
@@ -143,6 +143,6 @@ if __name__ == '__main__':
     )
     flags.DEFINE_string('data_dir', None, "Where the prepared data lie; by default the run's data.data_dir.")
     flags.DEFINE_bool('json', False, 'Print one JSON object a picture and line.')
-    flags.DEFINE_string('figure', None, f'FILE.png or FILE.pdf to draw the first {IN_A_FIGURE} pictures in.')
+    flags.DEFINE_string('figure', None, f'FILE.png or FILE.pdf to draw the first {MAX_FIGURE_IMAGES} pictures in.')
     wanted = f'which network and pictures? Name {FORMS}: alexnet predict CHECKPOINT PICTURE...'
     app.run(main, flags_parser=lambda argv: parse_flags(argv, wanted, most=math.inf))

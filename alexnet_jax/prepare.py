@@ -27,14 +27,14 @@ from absl import app, flags, logging
 from alexnet_jax.command import parse_flags
 from alexnet_jax.config import ConfigError, check_class_names
 from alexnet_jax.data.examples import Source, SourceError
-from alexnet_jax.data.pipeline import DESCRIPTION, StoreError, describe, store_directory
+from alexnet_jax.data.pipeline import DESCRIPTION, DatasetError, dataset_dir, describe
 from alexnet_jax.data.shards import Format, Shard, statistics
-from alexnet_jax.data.sources import is_at_hand, open_source
+from alexnet_jax.data.sources import is_local, open_source
 from alexnet_jax.data.workers import write_shards
-from alexnet_jax.monitor import Progress, complain, log, read_json, write_aside, write_json
+from alexnet_jax.monitor import Progress, atomic_write, log, log_error, read_json, write_json
 
-IMAGES_A_SHARD = 1024
-JPEG_SHARE = 0.25  # of the size of raw images that JPEGs are taken to need, when the disk is checked
+SHARD_SIZE = 1024
+JPEG_SIZE_RATIO = 0.25  # of the size of raw images that JPEGs are taken to need, when the disk is checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +66,12 @@ def prepare(settings: Settings, data_dir: str) -> str:
     Raises:
       SourceError: the source cannot be read, see sources.open_source(); or the disk is too small.
       ConfigError: a store of other settings or of other images is in its place.
-      StoreError: too many images are unreadable, or a process was killed.
+      DatasetError: too many images are unreadable, or a process was killed.
     """
     if '://' in data_dir:
         raise SourceError(f'{data_dir}: stores are made on a disk; make it there and copy the folder prepared/')
     data_dir = os.path.abspath(os.path.expanduser(data_dir))
-    target = store_directory(data_dir, settings)
+    target = dataset_dir(data_dir, settings)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     with open(f'{target}.lock', 'w') as lock:
         try:
@@ -90,7 +90,7 @@ def prepare(settings: Settings, data_dir: str) -> str:
 def _check_same(target: str, settings: Settings, data_dir: str) -> None:
     """Raise ConfigError where the store in `target` has other settings or, if its source is still there, images."""
     made = describe(target, settings)
-    if not is_at_hand(settings.source):
+    if not is_local(settings.source):
         return
     source = open_source(settings.source, data_dir, settings.validation_fraction)
     if source.fingerprint != made['fingerprint']:
@@ -106,12 +106,12 @@ def _prepare(settings: Settings, data_dir: str, target: str) -> None:
     description = {
         'source': settings.source,
         'fingerprint': source.fingerprint,
-        'validation_fraction': settings.validation_fraction if source.is_split_here else None,
+        'validation_fraction': settings.validation_fraction if source.holds_out_validation else None,
         **dataclasses.asdict(format),
         'class_names': list(format.class_names),
     }
     aside = f'{target}.incomplete'
-    plan = description | {'images_a_shard': IMAGES_A_SHARD, 'fingerprint': None}  # each shard knows its images
+    plan = description | {'images_a_shard': SHARD_SIZE, 'fingerprint': None}  # each shard knows its images
     if read_json(os.path.join(aside, 'plan.json')) != plan:
         shutil.rmtree(aside, ignore_errors=True)  # begun with other settings
     for folder in ('store', 'reports'):
@@ -142,9 +142,9 @@ def _shards(source: Source) -> list[Shard]:
     """The shards of both splits, training first; they do not depend on the number of processes."""
     shards = []
     for split, examples in source.splits.items():
-        starts = range(0, len(examples), IMAGES_A_SHARD)
+        starts = range(0, len(examples), SHARD_SIZE)
         for index, start in enumerate(starts):
-            part = examples.part(range(start, min(start + IMAGES_A_SHARD, len(examples))))
+            part = examples.part(range(start, min(start + SHARD_SIZE, len(examples))))
             shards.append(Shard(split, index, len(starts), part))
     return shards
 
@@ -166,7 +166,7 @@ def _reports(shards: list[Shard], aside: str) -> dict[str, dict[str, Any]]:
 def _check_disk(shards: list[Shard], reports: dict[str, Any], format: Format, target: str) -> None:
     """Raise SourceError where what is missing will not fit on the disk."""
     images = sum(len(shard.examples) for shard in shards if shard.report not in reports)
-    needed = images * format.image_size**2 * format.channels * (1 if format.encoding == 'raw' else JPEG_SHARE)
+    needed = images * format.image_size**2 * format.channels * (1 if format.encoding == 'raw' else JPEG_SIZE_RATIO)
     free = shutil.disk_usage(os.path.dirname(target)).free
     if needed > free:
         hint = ' or give --encoding=jpeg' if format.encoding == 'raw' else ''
@@ -198,14 +198,14 @@ def _write_shards(
 
 
 def _check_skipped(reports: dict[str, Any], total: int, aside: str, settings: Settings) -> None:
-    """Raise StoreError where more images are skipped than `max_bad` allows; they are listed in a file."""
+    """Raise DatasetError where more images are skipped than `max_bad` allows; they are listed in a file."""
     skipped = _skipped(reports)
     if len(skipped) <= settings.max_bad * total:
         return
     path = os.path.join(aside, 'skipped.jsonl')
     _write_lines(path, skipped)
     first = skipped[0]
-    raise StoreError(
+    raise DatasetError(
         f'too many images of {settings.source} cannot be used: {len(skipped)} so far, and data.max_bad='
         f'{settings.max_bad:g} of {total} allows {int(settings.max_bad * total)}; the first is {first["name"]},'
         f' {first["reason"]}; all are in {path};'
@@ -219,7 +219,7 @@ def _skipped(reports: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _write_lines(path: str, lines: list[dict[str, str]]) -> None:
-    with write_aside(path) as file:
+    with atomic_write(path) as file:
         file.writelines(json.dumps(line) + '\n' for line in lines)
 
 
@@ -236,7 +236,7 @@ def _complete(
         of_split = [reports[shard.report] for shard in shards if shard.split == split]
         lengths = [report['examples'] for report in of_split]
         if not sum(lengths):
-            raise StoreError(f'{description["source"]}: not one image of the {split} split can be used')
+            raise DatasetError(f'{description["source"]}: not one image of the {split} split can be used')
         size = sum(report['bytes'] for report in of_split)
         splits.append(
             tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template)
@@ -287,13 +287,13 @@ def main(argv: list[str]) -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints sizes it does not know
             prepare(Settings(**given), flags.FLAGS.data_dir)
     except (SourceError, ConfigError) as error:
-        complain(str(error))
+        log_error(str(error))
         sys.exit(2)
-    except (StoreError, OSError) as error:
-        complain(str(error))
+    except (DatasetError, OSError) as error:
+        log_error(str(error))
         sys.exit(1)
     except KeyboardInterrupt:
-        complain('stopped; the same command goes on with what is missing')
+        log_error('stopped; the same command goes on with what is missing')
         sys.exit(130)
 
 

@@ -17,21 +17,21 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from alexnet_jax.config import ConfigError
-from alexnet_jax.monitor import Preemption, belong_to, first_line
+from alexnet_jax.monitor import Preemption, set_process_index, summarize_exception
 
 SHUTDOWN_TIMEOUT = 60  # seconds; at the end of a run all processes are a few writes apart
-VISIBLE_AFTER = 10.0  # seconds until a file written on one host must be seen on the others
+SHARED_FS_TIMEOUT_SECS = 10.0  # seconds until a file written on one host must be seen on the others
 TEXT = 1024  # bytes of a text that all are told
 
 
-class ProcessError(RuntimeError):
+class DistributedInitError(RuntimeError):
     """Processes that did not come together: one line with the cause and what to do."""
 
 
 def start(group: dict[str, Any] | None, config: Any, preemption: Preemption) -> bool:
     """Join the other processes, which must come within `config.start_timeout` seconds; whether that was done.
 
-    False where `preemption` was requested meanwhile; then leave() is the only way out.
+    False where `preemption` was requested meanwhile; then hard_exit() is the only way out.
 
     Args:
       group: coordinator_address, num_processes and process_id; {} lets JAX look for SLURM, TPU or Kubernetes; None:
@@ -40,7 +40,7 @@ def start(group: dict[str, Any] | None, config: Any, preemption: Preemption) -> 
 
     Raises:
       ConfigError: JAX found none of these, or the processes have different numbers of devices.
-      ProcessError: the others did not come, or the coordinator's address cannot be used.
+      DistributedInitError: the others did not come, or the coordinator's address cannot be used.
     """
     if group is None:
         return True
@@ -62,7 +62,7 @@ def start(group: dict[str, Any] | None, config: Any, preemption: Preemption) -> 
         if preemption.requested:
             return False
         if time.monotonic() > deadline:
-            raise ProcessError(missed)
+            raise DistributedInitError(missed)
     try:
         joined.result()
     except ValueError as error:
@@ -71,9 +71,9 @@ def start(group: dict[str, Any] | None, config: Any, preemption: Preemption) -> 
             ' give --coordinator_address, --num_processes and --process_id'
         ) from None
     except RuntimeError as error:
-        raise ProcessError(f'the processes could not meet at {where}: {first_line(error)}') from None
-    preemption.hand_over()
-    belong_to(jax.process_index(), jax.process_count())
+        raise DistributedInitError(f'the processes could not meet at {where}: {summarize_exception(error)}') from None
+    preemption.delegate_to_jax()
+    set_process_index(jax.process_index(), jax.process_count())
     held = collections.Counter(device.process_index for device in jax.devices())
     if len(set(held.values())) > 1:
         devices = ', '.join(str(held[process]) for process in sorted(held))
@@ -82,21 +82,21 @@ def start(group: dict[str, Any] | None, config: Any, preemption: Preemption) -> 
 
 
 def _check_free(address: str) -> None:
-    """Raise ProcessError where the coordinator's port is taken; JAX would end in a segmentation fault."""
+    """Raise DistributedInitError where the coordinator's port is taken; JAX would end in a segmentation fault."""
     try:
         socket.create_server(('', int(address.rsplit(':', 1)[1]))).close()
     except (OSError, OverflowError) as error:
-        raise ProcessError(
+        raise DistributedInitError(
             f'--coordinator_address: {address} cannot be used: {error}; is a process left, or name another port'
         ) from None
 
 
-def is_first() -> bool:
+def is_primary_process() -> bool:
     """Whether this process writes the files and talks."""
     return jax.process_index() == 0
 
 
-def agree(problem: str = '') -> str:
+def first_error_on_any_process(problem: str = '') -> str:
     """What is wrong with the first process that has a problem, '' without any: the same on all, once all have called.
 
     Text after the first 1024 bytes is lost.
@@ -107,27 +107,27 @@ def agree(problem: str = '') -> str:
     return next(filter(None, texts), '')
 
 
-def is_spread(x: jax.Array) -> bool:
-    """Whether no process holds all numbers of `x`, so that they travel in whole()."""
+def needs_gather(x: jax.Array) -> bool:
+    """Whether no process holds all numbers of `x`, so that they travel in gather_to_host()."""
     return not x.is_fully_replicated and not x.is_fully_addressable
 
 
-def whole(x: jax.Array) -> np.ndarray:
-    """All numbers of `x`, an array on the mesh; where it is_spread() all processes must call it."""
-    return multihost_utils.process_allgather(x, tiled=True) if is_spread(x) else np.asarray(x)
+def gather_to_host(x: jax.Array) -> np.ndarray:
+    """All numbers of `x`, an array on the mesh; where it needs_gather() all processes must call it."""
+    return multihost_utils.process_allgather(x, tiled=True) if needs_gather(x) else np.asarray(x)
 
 
-def count_any(chosen: np.ndarray) -> int:
+def count_set_on_any_process(chosen: np.ndarray) -> int:
     """How many are chosen on any process; `chosen` (N,) bool, N the same on all, which must call it."""
     return int(multihost_utils.process_allgather(chosen).reshape(-1, len(chosen)).any(0).sum())
 
 
-def of_the_first(tree: Any) -> Any:
+def broadcast_from_primary(tree: Any) -> Any:
     """Process 0's arrays (NumPy, of the same shapes and dtypes on all) on every process."""
     return multihost_utils.broadcast_one_to_all(tree)
 
 
-def stop_point(count: int) -> bool:
+def reached_preemption_sync_point(count: int) -> bool:
     """Whether to stop because a process got SIGTERM: the same answer on all for the same `count`, True once.
 
     count: 1 at the first call, and one more at each. With one process the answer is always False.
@@ -135,28 +135,31 @@ def stop_point(count: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(count)
 
 
-def check_same(settings: dict[str, Any]) -> None:
+def assert_equal_across_processes(settings: dict[str, Any]) -> None:
     """Raise ConfigError on all processes where one has other `settings` (by name; JSON) than process 0."""
     digests = {
         name: np.frombuffer(json.dumps(value).encode()[:TEXT].ljust(TEXT), np.uint8) for name, value in settings.items()
     }
-    differ = [name for name, value in of_the_first(digests).items() if (value != digests[name]).any()]
+    differ = [name for name, value in broadcast_from_primary(digests).items() if (value != digests[name]).any()]
     mine = f'{differ[0]}: {settings[differ[0]]} on process {jax.process_index()}, not so on process 0' if differ else ''
-    problem = agree(mine)
+    problem = first_error_on_any_process(mine)
     if problem:
         raise ConfigError(problem)
 
 
 @contextlib.contextmanager
-def own_folder(workdir: str) -> Iterator[None]:
+def workdir_lock(workdir: str) -> Iterator[None]:
     """Hold the folder of a run for these processes alone, and make sure that all of them see the same one.
 
     Raises ConfigError (on all processes): another run has it, it cannot be written, or it is not shared.
     """
-    path, token = os.path.join(workdir, 'lock'), bytes(of_the_first(np.frombuffer(os.urandom(16), np.uint8))).hex()
+    path, token = (
+        os.path.join(workdir, 'lock'),
+        bytes(broadcast_from_primary(np.frombuffer(os.urandom(16), np.uint8))).hex(),
+    )
     with contextlib.ExitStack() as stack:
         problem = ''
-        if is_first():
+        if is_primary_process():
             try:
                 file = stack.enter_context(open(path, 'a'))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -167,12 +170,12 @@ def own_folder(workdir: str) -> Iterator[None]:
                 problem = f'--workdir: another process trains in {workdir}; name another one'
             except OSError as error:
                 problem = f'--workdir: {workdir} cannot be used: {error}'
-        problem = agree(problem)
+        problem = first_error_on_any_process(problem)
         if not problem:
-            deadline = time.monotonic() + VISIBLE_AFTER
+            deadline = time.monotonic() + SHARED_FS_TIMEOUT_SECS
             while not (seen := _holds(path, token)) and time.monotonic() < deadline:
                 time.sleep(0.1)
-            problem = agree(
+            problem = first_error_on_any_process(
                 ''
                 if seen
                 else f'--workdir: {workdir} on process {jax.process_index()} is not that of process 0; share it'
@@ -190,16 +193,16 @@ def _holds(path: str, token: str) -> bool:
         return False
 
 
-def lost_another(error: Exception) -> str | None:
+def describe_peer_failure(error: Exception) -> str | None:
     """In one line that another process is gone, where that is what `error` of a collective says; otherwise None."""
     signs = ('gloo', 'connection', 'coordination', 'unavailable', 'deadline', 'barrier', 'nccl')
     if not isinstance(error, jax.errors.JaxRuntimeError) or not jax.distributed.is_initialized():
         return None
     known = any(sign in str(error).lower() for sign in signs)
-    return f'another process was lost ({first_line(error)})' if known else None
+    return f'another process was lost ({summarize_exception(error)})' if known else None
 
 
-def leave(code: int) -> NoReturn:
+def hard_exit(code: int) -> NoReturn:
     """End this process at once: an orderly end would wait for the others, and they for it."""
     sys.stdout.flush()
     sys.stderr.flush()

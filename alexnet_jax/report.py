@@ -18,7 +18,7 @@ from absl import app, flags, logging
 
 from alexnet_jax.command import check_output, parse_flags
 from alexnet_jax.config import ConfigError
-from alexnet_jax.monitor import complain, log, write_aside
+from alexnet_jax.monitor import atomic_write, log, log_error
 from alexnet_jax.sweep_results import ReportError, choose_views, missing_runs, read_results, read_sweep
 from alexnet_jax.sweep_table import as_csv, as_markdown, summarise
 
@@ -30,7 +30,7 @@ def _write(flag: str, content: str | bytes) -> None:
         return
     path = os.path.expanduser(path)
     try:
-        with write_aside(path, 'w' if isinstance(content, str) else 'wb') as file:
+        with atomic_write(path, 'w' if isinstance(content, str) else 'wb') as file:
             file.write(content)
     except OSError as error:
         raise ReportError(f'--{flag}: {path} cannot be written: {error.strerror}') from None
@@ -84,10 +84,10 @@ def main(argv: list[str]) -> int:
         made_by = shlex.join(['alexnet', 'report', *sys.argv[1:]])
         text = (_report_run if _is_run(folder) else _report_sweep)(folder, given, made_by)
     except (ReportError, ConfigError) as error:
-        complain(str(error))
+        log_error(str(error))
         return 2
     except KeyboardInterrupt:
-        complain('stopped')
+        log_error('stopped')
         return 130
     print(text, end='')
     if given.html:

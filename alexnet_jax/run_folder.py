@@ -13,11 +13,11 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from alexnet_jax.config import ConfigError, field_names, field_value, resolve
-from alexnet_jax.monitor import first_line, log, read_json, write_aside
+from alexnet_jax.config import ConfigError, field_names, get_by_path, resolve
+from alexnet_jax.monitor import atomic_write, log, read_json, summarize_exception
 
 # What weights and the order of the data depend on; other settings may change when a run goes on.
-_FIXED = (
+RESUME_INVARIANT_FIELDS = (
     'seed',
     'data.source',
     'data.image_size',
@@ -28,7 +28,7 @@ _FIXED = (
 )
 
 
-def check_same_run(config: Any, workdir: str, every_field: bool = False) -> None:
+def check_resumable(config: Any, workdir: str, every_field: bool = False) -> None:
     """Raise ConfigError where the checkpoints in `workdir` belong to another network or another order of the data.
 
     Args:
@@ -44,14 +44,14 @@ def check_same_run(config: Any, workdir: str, every_field: bool = False) -> None
         raise ConfigError(f'--workdir: {workdir} has checkpoints but no readable config.json; name another one')
     old = ml_collections.ConfigDict(before)
     now = ml_collections.ConfigDict(json.loads(json.dumps(config.to_dict())))
-    fields = [field for field in field_names(now) if field in _FIXED or field.startswith('model.')]
+    fields = [field for field in field_names(now) if field in RESUME_INVARIANT_FIELDS or field.startswith('model.')]
     if every_field:
         fields = [field for field in field_names(now) if field != 'data.data_dir']
     known = set(field_names(old))
     for field in fields:
         if field not in known:
             raise ConfigError(f'--workdir: {workdir} was begun with an older version; name another one')
-        was, given = field_value(old, field), field_value(now, field)
+        was, given = get_by_path(old, field), get_by_path(now, field)
         if was != given:
             raise ConfigError(
                 f'config.{field}: {given!r}, but {workdir} was begun with {was!r}: give that, or another --workdir'
@@ -80,7 +80,7 @@ def write_inputs(workdir: str, statistics: dict[str, np.ndarray], class_names: l
 
     statistics: see data/shards.statistics(); class_names: one a label.
     """
-    with write_aside(os.path.join(workdir, 'inputs.npz'), 'wb') as file:
+    with atomic_write(os.path.join(workdir, 'inputs.npz'), 'wb') as file:
         np.savez(file, allow_pickle=False, class_names=np.array(class_names), **statistics)
 
 
@@ -93,7 +93,7 @@ def read_inputs(workdir: str) -> tuple[dict[str, np.ndarray], list[str]]:
         return arrays, arrays.pop('class_names').tolist()
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ConfigError(
-            f'{path} cannot be read ({first_line(error)}); a run writes it when it begins and when it goes on'
+            f'{path} cannot be read ({summarize_exception(error)}); a run writes it when it begins and when it goes on'
         ) from None
 
 

@@ -42,7 +42,7 @@ def pool_window(model: Any) -> int:
     return 3 if model.overlapping_pool else 2
 
 
-def steps_after(model: Any, name: str) -> list[str]:
+def ops_after(model: Any, name: str) -> list[str]:
     """What follows a convolution: of activation, lrn, spatial_norm, batch_norm and pool those that it has, in order.
 
     Of a layer that is left out (width 0) the pooling stays, so that those behind it keep their sizes.
@@ -73,7 +73,7 @@ def layers(model: Any, crop_size: int, channels: int) -> list[Layer]:
                 inputs = maps // model.towers
             maps = width
         side = output
-        if 'pool' in steps_after(model, name):
+        if 'pool' in ops_after(model, name):
             rest = output - pool_window(model)
             side = (-(-rest // 2) if model.pool_overhang else rest // 2) + 1
         if width:

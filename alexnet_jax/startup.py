@@ -13,7 +13,7 @@ import sys
 import warnings
 from typing import Any
 
-from alexnet_jax.monitor import log, write_aside
+from alexnet_jax.monitor import atomic_write, log
 
 CPU_LIBRARY_FUSION = '--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT'
 
@@ -25,7 +25,7 @@ CACHE_WARNING = r"Error (reading|writing) persistent compilation cache entry for
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 
 
-def tune_cpu() -> None:
+def configure_cpu_backend() -> None:
     """Make training on a CPU faster: a flag for XLA, a setting of JAX and two of the C library's allocator.
 
     The flag leaves only matrix products to XLA's library for fusions, and convolutions to the faster code they had
@@ -81,7 +81,7 @@ def xla_accepts(flag: str) -> bool:
     if os.path.isabs(path) and (accepted or flag.split('=')[0].encode() in child.stderr):
         with contextlib.suppress(OSError):
             os.makedirs(folder, exist_ok=True)
-            with write_aside(path) as file:
+            with atomic_write(path) as file:
                 file.write('accepted' if accepted else 'refused')
     return accepted
 
@@ -92,7 +92,7 @@ def _cache_folder(name: str) -> str:
     return os.path.join(caches, 'alexnet_jax', name)
 
 
-def make_room(temporary: int) -> None:
+def reserve_step_memory(temporary: int) -> None:
     """Have the C library's allocator keep one place for the `temporary` bytes that a step takes anew each time.
 
     What it holds unused, such as the 200 MB that a compiler leaves behind, goes back to the system. Bytes that stay
@@ -108,7 +108,7 @@ def make_room(temporary: int) -> None:
     library.malloc_trim(0)
 
 
-def use_compilation_cache() -> None:
+def enable_compilation_cache() -> None:
     """Have JAX keep what it compiles in the user's cache folder, where the next start finds it. Imports jax.
 
     The folder is alexnet_jax/compiled/ in $XDG_CACHE_HOME or ~/.cache; above 1 GB the programs go that were not used
@@ -135,12 +135,12 @@ def use_compilation_cache() -> None:
     if not os.access(folder, os.W_OK):
         log(f'{folder} cannot be written, so each start compiles anew; JAX_COMPILATION_CACHE_DIR names another folder')
         return
-    _remove_oldest(root)
-    _mend(folder)
+    _evict_lru(root)
+    _shorten_cache_warnings(folder)
     settings.update('jax_compilation_cache_dir', folder)
 
 
-def _remove_oldest(root: str) -> None:
+def _evict_lru(root: str) -> None:
     """Remove the files below `root` that were not used for longest while there are more than KEPT bytes.
 
     JAX's own limit locks the folder at every read, and fails for good where a process was killed while it wrote.
@@ -160,7 +160,7 @@ def _remove_oldest(root: str) -> None:
         size -= of_file
 
 
-def _mend(folder: str) -> None:
+def _shorten_cache_warnings(folder: str) -> None:
     """Say in one line what JAX warns of about `folder`, and remove programs that are damaged: JAX leaves them there."""
     show = warnings.showwarning
 

@@ -59,13 +59,13 @@ def network(config: Any) -> tuple[Any, Callable]:
 
 
 def state_specs(config: Any, mesh: parallel.Mesh) -> TrainState:
-    """How a TrainState lies on the mesh: see parallel.parameter_specs() and update_specs(); the step everywhere."""
+    """How a TrainState lies on the mesh: see parallel.param_specs() and optimizer_specs(); the step everywhere."""
     state = _shapes(FrozenConfigDict(config))
     return TrainState(
-        step=parallel.EVERYWHERE,
-        params=parallel.parameter_specs(state.params, config.mesh.layout),
-        opt_state=parallel.update_specs(state.opt_state, mesh, config.mesh),
-        statistics=parallel.parameter_specs(state.statistics, config.mesh.layout),
+        step=parallel.REPLICATED,
+        params=parallel.param_specs(state.params, config.mesh.layout),
+        opt_state=parallel.optimizer_specs(state.opt_state, mesh, config.mesh),
+        statistics=parallel.param_specs(state.statistics, config.mesh.layout),
     )
 
 
@@ -105,21 +105,21 @@ def _errors(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]
     return (better >= 1).astype(jnp.float32), (better >= 5).astype(jnp.float32)
 
 
-def _gradients_of(
+def local_gradients(
     config: Any, graph: Any, parameters: Any, statistics: Any, preprocessing: Any, rows: dict[str, jax.Array]
 ) -> tuple[Any, jax.Array, Any]:
     """Gradients of the loss of this device's `rows`, sums (3,) of their losses and errors, and new statistics."""
     number, labels, layout = rows['number'], rows['label'], config.mesh.layout
     keys = example_keys(config.seed, number, AUGMENTATION)
-    window_keys = example_keys(config.seed, number // config.data.crop_chunk, AUGMENTATION)
-    images = augment(rows['image'], keys, window_keys, preprocessing, config.data)
-    dropout_keys = example_keys(config.seed, parallel.dense_examples(number, layout), DROPOUT)
+    crop_keys = example_keys(config.seed, number // config.data.crop_chunk, AUGMENTATION)
+    images = augment(rows['image'], keys, crop_keys, preprocessing, config.data)
+    dropout_keys = example_keys(config.seed, parallel.all_gather_example_ids(number, layout), DROPOUT)
 
     def share_of_loss(params):
         model = nnx.merge(graph, params, statistics)
         logits = model(images, dropout_keys)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        share = losses.sum() / (config.train.batch_size * parallel.copies_of_loss(layout))
+        share = losses.sum() / (config.train.batch_size * parallel.loss_replication_factor(layout))
         return share, (losses, logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
     gradients, (losses, logits, new_statistics) = jax.grad(share_of_loss, has_aux=True)(parameters)
@@ -127,8 +127,10 @@ def _gradients_of(
     return gradients, sums, new_statistics
 
 
-def _added_up(gradients_of: Callable, batch: dict[str, jax.Array], count: int, parameters: Any) -> tuple[Any, Any, Any]:
-    """_gradients_of() `batch`, or of `count` equal parts of its rows, one after another.
+def accumulate_gradients(
+    gradients_of: Callable, batch: dict[str, jax.Array], count: int, parameters: Any
+) -> tuple[Any, Any, Any]:
+    """local_gradients() `batch`, or of `count` equal parts of its rows, one after another.
 
     Gradients, like `parameters`, and sums are added up. Of the statistics, of which batch normalisation takes one's own
     for each part, the mean is taken.
@@ -159,25 +161,25 @@ def make_train_step(config: Any, mesh: parallel.Mesh) -> Any:
     """
     graph, _ = network(config)
     batch_size, layout = config.train.batch_size, config.mesh.layout
-    state, everywhere = state_specs(config, mesh), parallel.EVERYWHERE
+    state, everywhere = state_specs(config, mesh), parallel.REPLICATED
     parameters = _shapes(FrozenConfigDict(config)).params
-    specs, split = state.params, parallel.update_specs(parameters, mesh, config.mesh)
+    specs, split = state.params, parallel.optimizer_specs(parameters, mesh, config.mesh)
 
     def train_step(state, batch, learning_rates, preprocessing):
-        own = parallel.own_copies(state.params, specs)
-        gradients_of = partial(_gradients_of, config, graph, own, state.statistics, preprocessing)
-        gradients, sums, statistics = _added_up(gradients_of, batch, config.train.micro_batches, own)
-        gradients = parallel.sum_gradients(gradients, specs, split, config.mesh.gradient_dtype)
+        own = parallel.mark_device_varying(state.params, specs)
+        gradients_of = partial(local_gradients, config, graph, own, state.statistics, preprocessing)
+        gradients, sums, statistics = accumulate_gradients(gradients_of, batch, config.train.micro_batches, own)
+        gradients = parallel.all_reduce_gradients(gradients, specs, split, config.mesh.gradient_dtype)
         rates = {layer: learning_rates[layer] for layer in gradients}
-        optimizer = make_optimizer(config.optimizer, rates, partial(parallel.sum_shares, split=split))
-        weights = parallel.own_shares(state.params, split)
+        optimizer = make_optimizer(config.optimizer, rates, partial(parallel.psum_over_shards, split=split))
+        weights = parallel.local_shards(state.params, split)
         updates, opt_state = optimizer.update(gradients, state.opt_state, weights)
-        params = parallel.gather_shares(optax.apply_updates(weights, updates), split)
-        means = parallel.sum_over_examples(sums, layout) / batch_size
+        params = parallel.all_gather_shards(optax.apply_updates(weights, updates), split)
+        means = parallel.global_sum(sums, layout) / batch_size
         metrics = {'loss': means[0], 'top1_error': means[1], 'top5_error': means[2]}
         return TrainState(state.step + 1, params, opt_state, statistics), metrics
 
-    return parallel.compile_on_mesh(
+    return parallel.jit_shard_map(
         train_step,
         mesh,
         in_specs=(state, parallel.batch_spec(layout), everywhere, everywhere),
@@ -200,17 +202,17 @@ def make_eval_step(config: Any, mesh: parallel.Mesh, views: int) -> Any:
         labels = jnp.maximum(batch['label'], 0)
         losses = -jnp.take_along_axis(scores, labels[:, None], -1)[:, 0]
         rows = jnp.stack([losses, *_errors(scores, labels), jnp.ones_like(losses)])
-        return parallel.sum_over_examples(jnp.where(counted[None], rows, 0.0).sum(-1), layout)
+        return parallel.global_sum(jnp.where(counted[None], rows, 0.0).sum(-1), layout)
 
-    return parallel.compile_on_mesh(
+    return parallel.jit_shard_map(
         eval_step,
         mesh,
-        in_specs=(state_specs(config, mesh), parallel.batch_spec(layout), parallel.EVERYWHERE),
-        out_specs=parallel.EVERYWHERE,
+        in_specs=(state_specs(config, mesh), parallel.batch_spec(layout), parallel.REPLICATED),
+        out_specs=parallel.REPLICATED,
     )
 
 
-def make_layer_report(config: Any, mesh: parallel.Mesh) -> Any:
+def make_layer_stats_fn(config: Any, mesh: parallel.Mesh) -> Any:
     """The compiled (state, images, preprocessing) -> what cuda-convnet printed of each layer at a test, float32 (5,).
 
     By layer: mean |kernel|, mean |last update of the kernel|, the same of the biases, and the share of dead units,
@@ -221,28 +223,29 @@ def make_layer_report(config: Any, mesh: parallel.Mesh) -> Any:
     def layer_report(state, images, preprocessing):
         specs = state_specs(config, mesh)
         model = nnx.merge(graph, state.params, state.statistics)
-        outputs = model.layer_outputs(view(images, preprocessing, config.data, 0))
-        weights = _means_of_sizes(state.params, specs.params)
-        updates = _means_of_sizes(state.opt_state[-1].trace, specs.opt_state[-1].trace)
+        outputs = model.activations(view(images, preprocessing, config.data, 0))
+        weights = mean_abs(state.params, specs.params)
+        updates = mean_abs(state.opt_state[-1].trace, specs.opt_state[-1].trace)
         report = {}
         for name in weights:
-            dead = parallel.share_of_dead(outputs[name], name, layout) if name != 'fc8' else jnp.zeros(())
+            dead = parallel.dead_unit_fraction(outputs[name], name, layout) if name != 'fc8' else jnp.zeros(())
             sizes = [tree[name][kind] for kind in ('kernel', 'bias') for tree in (weights, updates)]
             report[name] = jnp.stack([*sizes, dead])
         return report
 
     rows = parallel.batch_spec(layout)
-    return parallel.compile_on_mesh(
+    return parallel.jit_shard_map(
         layer_report,
         mesh,
-        in_specs=(state_specs(config, mesh), rows, parallel.EVERYWHERE),
-        out_specs=parallel.EVERYWHERE,
+        in_specs=(state_specs(config, mesh), rows, parallel.REPLICATED),
+        out_specs=parallel.REPLICATED,
     )
 
 
-def _means_of_sizes(tree: Any, specs: Any) -> Any:
-    sums = parallel.sum_shares(jax.tree.map(lambda leaf: jnp.sum(jnp.abs(leaf)), tree), specs)
-    counts = parallel.sum_shares(jax.tree.map(lambda leaf: jnp.float32(leaf.size), tree), specs)
+def mean_abs(tree: Any, specs: Any) -> Any:
+    """Returns the mean absolute value of each leaf of `tree`, whose shards lie on the mesh as `specs` say."""
+    sums = parallel.psum_over_shards(jax.tree.map(lambda leaf: jnp.sum(jnp.abs(leaf)), tree), specs)
+    counts = parallel.psum_over_shards(jax.tree.map(lambda leaf: jnp.float32(leaf.size), tree), specs)
     return jax.tree.map(jnp.divide, sums, counts)
 
 
@@ -254,15 +257,15 @@ def make_predict_step(config: Any, mesh: parallel.Mesh, views: int) -> Any:
 
     def predict_step(state, images, preprocessing):
         scores = _log_probabilities(config, state, images, preprocessing, views)
-        return parallel.copies_as_one(scores, config.mesh.layout)
+        return parallel.mark_replicated(scores, config.mesh.layout)
 
     rows = parallel.batch_spec(config.mesh.layout)
-    return parallel.compile_on_mesh(
-        predict_step, mesh, in_specs=(state_specs(config, mesh), rows, parallel.EVERYWHERE), out_specs=rows
+    return parallel.jit_shard_map(
+        predict_step, mesh, in_specs=(state_specs(config, mesh), rows, parallel.REPLICATED), out_specs=rows
     )
 
 
-def make_output_step(config: Any, mesh: parallel.Mesh, layer: str) -> Any:
+def make_activation_fn(config: Any, mesh: parallel.Mesh, layer: str) -> Any:
     """The compiled (state, images, preprocessing) -> what `layer` gives for the centre view, float32.
 
     Returns (B, H, W, C) after the nonlinearity, before normalisation and pooling, the first tower's maps first; or
@@ -272,14 +275,14 @@ def make_output_step(config: Any, mesh: parallel.Mesh, layer: str) -> Any:
 
     def output_step(state, images, preprocessing):
         model = nnx.merge(graph, state.params, state.statistics)
-        return model.layer_outputs(view(images, preprocessing, config.data, 0))[layer].astype(jnp.float32)
+        return model.activations(view(images, preprocessing, config.data, 0))[layer].astype(jnp.float32)
 
     rows = parallel.batch_spec(layout)
-    return parallel.compile_on_mesh(
+    return parallel.jit_shard_map(
         output_step,
         mesh,
-        in_specs=(state_specs(config, mesh), rows, parallel.EVERYWHERE),
-        out_specs=parallel.output_spec(layer, 4 if layer.startswith('conv') else 2, layout),
+        in_specs=(state_specs(config, mesh), rows, parallel.REPLICATED),
+        out_specs=parallel.activation_spec(layer, 4 if layer.startswith('conv') else 2, layout),
     )
 
 

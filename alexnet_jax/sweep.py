@@ -16,8 +16,8 @@ from typing import Any
 import ml_collections
 
 from alexnet_jax.command import child_environment
-from alexnet_jax.config import ConfigError, resolve, set_fields
-from alexnet_jax.monitor import Preemption, Progress, complain, log, read_json, write_json
+from alexnet_jax.config import ConfigError, apply_overrides, resolve
+from alexnet_jax.monitor import Preemption, Progress, log, log_error, read_json, write_json
 from alexnet_jax.run_folder import is_finished
 
 
@@ -72,7 +72,7 @@ def configure(config: ml_collections.ConfigDict, variant: Variant) -> ml_collect
     """`config` with what `variant` changes, resolved. Raises ConfigError: there is no such field, or a wrong value."""
     config = config.copy_and_resolve_references()
     try:
-        set_fields(config, variant.overrides)
+        apply_overrides(config, variant.overrides)
         if variant.seed is not None:
             config.seed = variant.seed
         return resolve(config)
@@ -98,7 +98,7 @@ def check(variants: list[Variant]) -> None:
             raise ConfigError(f'--sweep: {variant.name!r} cannot be the name of a folder')
 
 
-def write_plan(variants: list[Variant], config_file: str, workdir: str) -> None:
+def write_manifest(variants: list[Variant], config_file: str, workdir: str) -> None:
     """Write WORKDIR/sweep.json, which `alexnet_jax.report` reads: what was asked for, and what was published of it.
 
     Raises ConfigError: the folder cannot be used.
@@ -182,14 +182,14 @@ def run_all(variants: list[Variant], configs: list[Any], workdir: str, command: 
                     progress.update()
                 elif not preemption.requested:
                     failed.append(i)
-                    complain(f'{variants[i].directory} ended with {code}: {_last_line(_log_of(folders[i]))}')
+                    log_error(f'{variants[i].directory} ended with {code}: {_last_line(_log_of(folders[i]))}')
     progress.close()
     if preemption.requested:
         log('the sweep was stopped; the same command goes on with what is missing')
         return 75
     if failed:
         names = ', '.join(variants[i].directory for i in failed)
-        complain(f'{len(failed)} of {len(variants)} runs failed: {names}; see log.txt in their folders in {workdir}')
+        log_error(f'{len(failed)} of {len(variants)} runs failed: {names}; see log.txt in their folders in {workdir}')
     return 1 if failed else 0
 
 
@@ -199,7 +199,7 @@ def _log_of(folder: str) -> str:
 
 # What a run does before it becomes the command: it keeps to its cores (argv[2]), and asks to be killed when the sweep
 # (argv[1]) ends, by prctl's PR_SET_PDEATHSIG, so that nobody trains on behind it.
-_BECOME = """
+_CHILD_BOOTSTRAP = """
 import os, signal, sys
 sweep, cpus = int(sys.argv[1]), sys.argv[2]
 if cpus:
@@ -216,7 +216,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 def _start(command: list[str], folder: str, cpus: set[int]) -> subprocess.Popen:
     os.makedirs(folder, exist_ok=True)
-    become = [sys.executable, '-ISc', _BECOME, str(os.getpid()), ','.join(map(str, sorted(cpus)))]
+    become = [sys.executable, '-ISc', _CHILD_BOOTSTRAP, str(os.getpid()), ','.join(map(str, sorted(cpus)))]
     # A session of its own: a Ctrl-C reaches the sweep, which passes on one signal; a second one would stop the saving.
     with open(_log_of(folder), 'ab') as log_file:
         return subprocess.Popen(

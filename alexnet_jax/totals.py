@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-AT_ONCE = 32  # results that are added up in one go: a call for each takes a quick step half a percent
+FLUSH_EVERY = 32  # results that are added up in one go: a call for each takes a quick step half a percent
 
 
 @jax.jit
@@ -25,7 +25,7 @@ def _added(sums: Any, lost: Any, results: list[Any]) -> tuple[Any, Any]:
     return jax.lax.scan(add_tree, (sums, lost), jax.tree.map(lambda *leaves: jnp.stack(leaves), *results))[0]
 
 
-class Totals:
+class MetricSum:
     """Sums of trees of float32 arrays, as good as float64 sums although devices may have no float64.
 
     Attributes:
@@ -41,7 +41,7 @@ class Totals:
         """Add `values`, the results of a step, which need not be there yet; the same tree every time."""
         self.results.append(values)
         self.count += 1
-        if len(self.results) == AT_ONCE:
+        if len(self.results) == FLUSH_EVERY:
             zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), values)
             self.sums, self.results = _added(*(self.sums or (zeros, zeros)), self.results), []
 

@@ -15,25 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax import parallel, processes, startup
-from alexnet_jax.augment import preprocessing, without_color
-from alexnet_jax.checkpoint import CheckpointError, Checkpoints, state_digest
-from alexnet_jax.config import ConfigError, duration_in_steps, field_names, field_value, total_steps
+from alexnet_jax.augment import disable_color_augmentation, preprocessing
+from alexnet_jax.checkpoint import Checkpointer, CheckpointError, state_digest
+from alexnet_jax.config import ConfigError, duration_in_steps, field_names, get_by_path, total_steps
 from alexnet_jax.data import pipeline
-from alexnet_jax.data.store import prepared_store
+from alexnet_jax.data.store import open_or_prepare
 from alexnet_jax.evaluate import evaluate
-from alexnet_jax.instruments import Dashboards, Profile, Samples, Wanted
+from alexnet_jax.instruments import CompositeTracker, Profile, SamplePredictions, Wanted
 from alexnet_jax.monitor import Metrics, Preemption, Progress, Watchdog, log, write_json
-from alexnet_jax.optimizer import learning_rates, plateau_next, plateau_start, scheduled_rate
+from alexnet_jax.optimizer import learning_rates, plateau_init, plateau_next, scheduled_rate
 from alexnet_jax.run_folder import check_names, environment, read_inputs, write_inputs
-from alexnet_jax.step import abstract_state, init_state, make_eval_step, make_layer_report, make_train_step
-from alexnet_jax.totals import Totals
+from alexnet_jax.step import abstract_state, init_state, make_eval_step, make_layer_stats_fn, make_train_step
+from alexnet_jax.totals import MetricSum
 
 EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED = 0, 1, 75
 
 
-BATCHES_AHEAD = 3  # read and on the devices before they are wanted
+PREFETCH_SIZE = 3  # read and on the devices before they are wanted
 STALL_MARGIN = 0.02  # a loss that is not this much below ln(classes) is that of guessing
-NOTHING = {'loss': 0.0, 'top1_error': 0.0, 'steps': 0}
+EMPTY_WINDOW = {'loss': 0.0, 'top1_error': 0.0, 'steps': 0}
 
 
 class TrainingError(RuntimeError):
@@ -48,15 +48,15 @@ def run(config: Any, workdir: str, group: dict[str, Any] | None, wanted: Wanted)
 
     Args:
       group: the processes that do this together, see processes.start(). Where an error is raised, those that have
-        come together are still waiting for one another, so processes.leave() is the only way out.
+        come together are still waiting for one another, so processes.hard_exit() is the only way out.
       wanted: what is to be seen of the run besides its log; the same on all processes.
 
     Raises:
       ConfigError: mesh, data, settings and processes do not fit one another, or `workdir` cannot be used.
       TrainingError: the loss or the weights are not finite.
-      StoreError: preparing the data was killed, or too many records are damaged.
+      DatasetError: preparing the data was killed, or too many records are damaged.
       CheckpointError: none can be read, or the disk is full.
-      ProcessError: the other processes did not come.
+      DistributedInitError: the other processes did not come.
     """
     with Preemption() as preemption:
         try:
@@ -66,27 +66,27 @@ def run(config: Any, workdir: str, group: dict[str, Any] | None, wanted: Wanted)
         if group is None:
             parallel.make_mesh(config)  # one that does not fit is refused before the data are prepared
         # Before the processes come together: it may take hours, in which none is to wait for another.
-        store = prepared_store(config, preemption)
+        store = open_or_prepare(config, preemption)
         if store is None:
             log('stopped while preparing the data; the same command goes on with that')
             return EXIT_PREEMPTED
         if not processes.start(group, config.distributed, preemption):
             log('stopped before all processes had met; the same command begins again')
-            processes.leave(EXIT_PREEMPTED)
-        with Watchdog(config.distributed.progress_timeout) as watchdog, processes.own_folder(workdir):
+            processes.hard_exit(EXIT_PREEMPTED)
+        with Watchdog(config.distributed.progress_timeout) as watchdog, processes.workdir_lock(workdir):
             mesh = parallel.make_mesh(config)
             _check_same(config, store)
-            if processes.is_first():
+            if processes.is_primary_process():
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(workdir, 'result.json'))  # of a shorter run that this one continues
                 write_json(os.path.join(workdir, 'config.json'), config.to_dict())
                 write_json(os.path.join(workdir, 'environment.json'), environment())
-            part = _Run(config, workdir, mesh, store, preemption, watchdog, wanted)
+            part = Trainer(config, workdir, mesh, store, preemption, watchdog, wanted)
             try:
-                code = part.to_the_end()
+                code = part.fit()
             except Exception:
                 if jax.process_count() == 1:  # others may not get as far as this one
-                    part.end_saving()
+                    part.flush_checkpoints()
                 raise
             jax.distributed.shutdown()
             return code
@@ -94,14 +94,14 @@ def run(config: Any, workdir: str, group: dict[str, Any] | None, wanted: Wanted)
 
 def _check_same(config: Any, store: pipeline.Store) -> None:
     """Raise ConfigError where processes have other settings or data; `data_dir` may be another on each host."""
-    settings = {f'config.{field}': field_value(config, field) for field in field_names(config)}
+    settings = {f'config.{field}': get_by_path(config, field) for field in field_names(config)}
     del settings['config.data.data_dir']
     settings['the images in the store'] = store.fingerprint
-    processes.check_same(settings)
+    processes.assert_equal_across_processes(settings)
 
 
 @jax.jit
-def are_finite(params: Any) -> Any:
+def all_finite(params: Any) -> Any:
     """By parameter whether all of its numbers are finite, bool; a sum of them takes a CPU four times as long."""
     return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params)
 
@@ -120,7 +120,7 @@ class Timed:
         return self.images / self.seconds if self.images else 0.0
 
 
-class _Run:
+class Trainer:
     """One process's part in a run: the compiled steps, the input, and where the run stands."""
 
     def __init__(
@@ -136,23 +136,28 @@ class _Run:
         self.config, self.workdir, self.mesh, self.store = config, workdir, mesh, store
         self.preemption, self.watchdog = preemption, watchdog
         self.batch_sharding = parallel.batch_sharding(mesh, config.mesh.layout)
-        self.share, self.shares = parallel.input_share(self.batch_sharding)
-        parts = parallel.batch_parts(self.batch_sharding)
+        self.share, self.shares = parallel.process_shard(self.batch_sharding)
+        parts = parallel.num_batch_shards(self.batch_sharding)
         self.eval_batch_size = math.ceil(config.eval.batch_size / parts) * parts
-        self.times_asked, self.stop = 0, False
+        self._sync_count, self.stop = 0, False
         self.examples = len(store.train)
         self.total = total_steps(config, self.examples)
-        self.color_until = math.inf if config.data.color_until is None else self.steps_of(config.data.color_until)
+        self.color_until = math.inf if config.data.color_until is None else self.to_steps(config.data.color_until)
         self.train_step = make_train_step(config, mesh)
         self.eval_steps = {views: make_eval_step(config, mesh, views) for views in {1, config.eval.views}}
-        self.layer_report = make_layer_report(config, mesh)
-        self.checkpoints = Checkpoints(os.path.join(workdir, 'checkpoints'), config.checkpoint.keep)
-        judged_by = [config.train.goal_error, str(config.train.stall_after), config.train.stall_action]
+        self.layer_report = make_layer_stats_fn(config, mesh)
+        self.checkpoints = Checkpointer(os.path.join(workdir, 'checkpoints'), config.checkpoint.keep)
+        stopping_criteria = [config.train.goal_error, str(config.train.stall_after), config.train.stall_action]
         # evaluated: the step of the last evaluation; errors: what it found.
-        self.progress: dict[str, Any] = {'step': 0, 'evaluated': -1, 'errors': None, 'plateau': plateau_start()}
+        self.progress: dict[str, Any] = {'step': 0, 'evaluated': -1, 'errors': None, 'plateau': plateau_init()}
         self.progress |= {'images_per_second': 0.0, 'store': store.fingerprint}
         # window: sums over the steps since the last whole multiple of log_every.
-        self.progress |= {'window': NOTHING, 'judged_by': judged_by, 'goal_step': None, 'stalled_step': None}
+        self.progress |= {
+            'window': EMPTY_WINDOW,
+            'stopping_criteria': stopping_criteria,
+            'goal_step': None,
+            'stalled_step': None,
+        }
         restored = self.checkpoints.restore(abstract_state(config, mesh))
         if restored:
             self.state, self.progress = restored[0], self.progress | restored[1]
@@ -162,81 +167,95 @@ class _Run:
                     ' name another --workdir'
                 )
             self.progress['store'] = store.fingerprint
-            if self.progress['judged_by'] != judged_by:  # other goals: what was found by the old ones is void
-                self.progress |= {'judged_by': judged_by, 'goal_step': None, 'stalled_step': None}
+            if (
+                self.progress['stopping_criteria'] != stopping_criteria
+            ):  # other goals: what was found by the old ones is void
+                self.progress |= {'stopping_criteria': stopping_criteria, 'goal_step': None, 'stalled_step': None}
             log(f'resuming {workdir} at step {self.step} of {self.total}')
         else:
             self.state = init_state(config, mesh)
-        statistics = self.inputs_of_the_run(bool(restored))
-        prepared = processes.of_the_first(preprocessing(statistics, config.data))
-        # Once: a mean image on its way to a device makes a CPU compute the step in a thread, see startup.tune_cpu().
-        self.preprocessing = parallel.put_everywhere(mesh, prepared)
-        self.colorless = parallel.put_everywhere(mesh, without_color(prepared))
+        statistics = self.load_dataset_statistics(bool(restored))
+        prepared = processes.broadcast_from_primary(preprocessing(statistics, config.data))
+        # Transferred once: while a mean image is on its way to a device, a CPU computes the step in another thread, see
+        # startup.configure_cpu_backend().
+        self.preprocessing = parallel.replicate(mesh, prepared)
+        self.colorless = parallel.replicate(mesh, disable_color_augmentation(prepared))
         watchdog.feed('the first state')
         metrics, layers = (
-            os.path.join(workdir, name) if processes.is_first() else None for name in ('metrics.jsonl', 'layers.jsonl')
+            os.path.join(workdir, name) if processes.is_primary_process() else None
+            for name in ('metrics.jsonl', 'layers.jsonl')
         )
         evaluated = self.progress['evaluated']
-        self.dashboards = Dashboards(wanted, workdir, self.step, config, processes.is_first())
-        self.samples = Samples(config, mesh, store.validation) if wanted.pictures else None
+        self.dashboards = CompositeTracker(wanted, workdir, self.step, config, processes.is_primary_process())
+        self.samples = SamplePredictions(config, mesh, store.validation) if wanted.pictures else None
         self.profile = Profile(wanted.profile, workdir)
         self.metrics = Metrics(metrics, {'train': self.step, 'validation': evaluated}, [self.dashboards.line])
         self.layers = Metrics(layers, {'layers': evaluated}, [self.dashboards.line])
         self.batch: Any = None  # the last one, on the devices
-        self.totals = Totals()  # of the metrics of steps not yet logged
+        self.totals = MetricSum()  # of the metrics of steps not yet logged
         self.last_metrics: Any = None  # those of the last step, on the devices
         # Of training alone, without the first step of the process, which waits for the compiler.
         self.timed, self.timed_since_line = Timed(), Timed()
         self.note = ''
         self.rates: Any = None  # of the last step, by layer
-        self.rates_there: Any = None  # the same on the devices
-        self.log_every = self.steps_of(config.train.log_every)
+        self.device_learning_rates: Any = None  # the same on the devices
+        self.log_every = self.to_steps(config.train.log_every)
         self.first_step = self.step
         self.bar = Progress('train', self.total, 'steps', done=self.step)
 
-    def inputs_of_the_run(self, goes_on: bool) -> dict[str, np.ndarray]:
+    def load_dataset_statistics(self, goes_on: bool) -> dict[str, np.ndarray]:
         """The statistics that images are prepared with: those it was begun with, or of the store, written down now."""
         statistics, names = self.store.statistics, self.store.class_names
         if goes_on and os.path.exists(os.path.join(self.workdir, 'inputs.npz')):
             statistics, own = read_inputs(self.workdir)
             check_names(self.workdir, own, names)
-        if processes.is_first():
+        if processes.is_primary_process():
             write_inputs(self.workdir, statistics, names)
         return statistics
 
     @property
     def step(self) -> int:
+        """Number of train steps taken so far, those before a resume included."""
         return self.progress['step']
 
     @property
     def done(self) -> bool:
+        """Whether all steps are taken, or the target error is reached."""
         return self.step >= self.total or self.progress['goal_step'] is not None
 
-    def steps_of(self, duration: str) -> int:
+    def to_steps(self, duration: str) -> int:
+        """Converts a duration such as '5 epochs' to train steps of this run."""
         return duration_in_steps(str(duration), batch_size=self.config.train.batch_size, examples=self.examples)
 
-    def asked_to_stop(self) -> bool:
-        """Whether SIGTERM or Ctrl-C came; all processes ask equally often and hear the same. Things go on, it says."""
+    def should_stop(self) -> bool:
+        """Returns True once any process has received SIGTERM or SIGINT.
+
+        A collective: every process must call it equally often. It also resets the watchdog.
+        """
         self.watchdog.feed(f'step {self.step}')
-        self.times_asked += 1
+        self._sync_count += 1
         if not self.stop:
-            self.stop = self.preemption.requested or processes.stop_point(self.times_asked)
+            self.stop = self.preemption.requested or processes.reached_preemption_sync_point(self._sync_count)
         return self.stop
 
-    def to_the_end(self) -> int:
+    def fit(self) -> int:
+        """Runs the training loop to its end or until it is preempted; returns the exit code.
+
+        The order within an iteration matters: evaluate, checkpoint, read the batch, take the step, log.
+        """
         config = self.config
-        eval_every, save_every = self.steps_of(config.eval.every), self.steps_of(config.checkpoint.every)
+        eval_every, save_every = self.to_steps(config.eval.every), self.to_steps(config.checkpoint.every)
         log(
             f'{config.data.source}: {self.examples} training and {len(self.store.validation)} validation images;'
             f' {jax.process_count()} processes, mesh data={self.mesh.shape["data"]}, model={self.mesh.shape["model"]};'
             f' {self.total} steps of {config.train.batch_size} images'
         )
-        batches = self.batches_ahead()
+        batches = self.prefetch_to_device()
         while True:
             evaluation_due = self.done or (self.step > 0 and self.step % eval_every == 0)
             evaluation_due = evaluation_due and self.step > self.progress['evaluated']
             improved = False
-            if not self.asked_to_stop() and evaluation_due:
+            if not self.should_stop() and evaluation_due:
                 self.log_training()
                 improved = self.validate()
             stopping = self.done or self.stop
@@ -253,8 +272,8 @@ class _Run:
         self.bar.close()
         return self.finish()
 
-    def batches_ahead(self) -> Iterator[Any]:
-        """Batches on the devices; a thread reads and transfers the next ones while a step is computed."""
+    def prefetch_to_device(self) -> Iterator[Any]:
+        """Yields batches on the devices; a thread reads and transfers the next ones while a step is computed."""
         config = self.config
         batches = pipeline.training_batches(
             self.store.train,
@@ -267,27 +286,29 @@ class _Run:
         )
 
         def fetch():
-            return jax.block_until_ready(parallel.put_batch(self.batch_sharding, next(batches)))
+            return jax.block_until_ready(parallel.make_global_batch(self.batch_sharding, next(batches)))
 
         with ThreadPoolExecutor(1) as reader:
-            ahead = collections.deque(reader.submit(fetch) for _ in range(BATCHES_AHEAD))
+            ahead = collections.deque(reader.submit(fetch) for _ in range(PREFETCH_SIZE))
             while True:
                 yield ahead.popleft().result()
                 ahead.append(reader.submit(fetch))
 
     def train_one(self, batches: Iterator[Any]) -> None:
+        """Takes one train step on the next batch, and adds its metrics and its time to the running sums."""
         start = time.perf_counter()
-        self.batch = None  # held on to, it makes the reader wait: 5 % of the time, otherwise 1
+        # Drop the previous batch first: keeping it alive blocks the prefetch thread (input wait 5 % instead of 1 %).
+        self.batch = None
         batch = self.batch = next(batches)
         waited = time.perf_counter() - start
-        self.set_rates()
+        self.update_learning_rates()
         preprocessing = self.preprocessing if self.step < self.color_until else self.colorless
-        arguments = self.state, batch, self.rates_there, preprocessing
+        arguments = self.state, batch, self.device_learning_rates, preprocessing
         first = self.step == self.first_step
         if first:
             self.train_step = self.train_step.lower(*arguments).compile()
             if jax.default_backend() == 'cpu':  # others take a step's memory elsewhere, and need not say how much
-                startup.make_room(self.train_step.memory_analysis().temp_size_in_bytes)
+                startup.reserve_step_memory(self.train_step.memory_analysis().temp_size_in_bytes)
         self.state, metrics = self.train_step(*arguments)
         self.totals.add(metrics)
         jax.block_until_ready(metrics if first else self.last_metrics)  # at most two steps are under way
@@ -297,6 +318,7 @@ class _Run:
             self.time(time.perf_counter() - start, waited, steps=1)
 
     def time(self, seconds: float, waited: float, steps: int) -> None:
+        """Adds `seconds`, of which `waited` for input, and the images of `steps` to both throughput counters."""
         for timed in (self.timed, self.timed_since_line):
             timed.seconds += seconds
             timed.waited += waited
@@ -304,15 +326,19 @@ class _Run:
 
     @property
     def drops_taken(self) -> int:
+        """Times that the plateau schedule has divided the learning rate."""
         return int(self.progress['plateau']['drops_taken'])
 
-    def set_rates(self) -> None:
-        """Put the rates of the next step on the devices, where it has others than the last one."""
+    def update_learning_rates(self) -> None:
+        """Transfers the learning rates of the next step to the devices if they differ from those of the last step."""
         rates = learning_rates(self.config, self.step, self.examples, self.drops_taken)
         if rates != self.rates:
-            self.rates, self.rates_there = rates, parallel.put_everywhere(self.mesh, jax.tree.map(np.float32, rates))
+            self.rates, self.device_learning_rates = (
+                rates,
+                parallel.replicate(self.mesh, jax.tree.map(np.float32, rates)),
+            )
 
-    def rate_of(self, step: int) -> float:
+    def learning_rate_at(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0, as the schedule stands."""
         return scheduled_rate(self.config, step, self.examples, self.drops_taken)
 
@@ -324,9 +350,9 @@ class _Run:
         start = time.perf_counter()
         sums = {name: float(value) for name, value in self.totals.read().items()}
         self.time(time.perf_counter() - start, 0.0, steps=0)
-        self.totals = Totals()
+        self.totals = MetricSum()
         means = {name: value / steps for name, value in sums.items()}
-        rate = self.rate_of(self.step - 1)
+        rate = self.learning_rate_at(self.step - 1)
         timed, self.timed_since_line = self.timed_since_line, Timed()
         self.check_finite(means['loss'])
         self.metrics.write(
@@ -345,21 +371,21 @@ class _Run:
         window = self.progress['window']
         self.progress['window'] = {name: window[name] + (sums | {'steps': steps})[name] for name in window}
         if self.step % self.log_every == 0:
-            self.judge_window()
+            self.check_progress()
 
-    def judge_window(self) -> None:
+    def check_progress(self) -> None:
         """Look whether the last `log_every` steps reached the goal, or show that training stalls.
 
         Raises TrainingError: it stalls, and train.stall_action is 'stop'.
         """
         window, train = self.progress['window'], self.config.train
-        self.progress['window'] = NOTHING
+        self.progress['window'] = EMPTY_WINDOW
         loss, error = window['loss'] / window['steps'], window['top1_error'] / window['steps']
         if error < train.goal_error and self.progress['goal_step'] is None:
             self.progress['goal_step'] = self.step
             log(f'step {self.step}: the training error of {error:.2%} is below train.goal_error={train.goal_error:g}')
         chance = math.log(self.config.model.num_classes)
-        first = self.progress['stalled_step'] is None and self.step >= self.steps_of(train.stall_after)
+        first = self.progress['stalled_step'] is None and self.step >= self.to_steps(train.stall_after)
         if first and loss > chance - STALL_MARGIN:
             self.progress['stalled_step'] = self.step
             message = self.stall_message(loss)
@@ -370,7 +396,7 @@ class _Run:
     def stall_message(self, loss: float) -> str:
         """One line: that the loss is that of guessing, the likely cause, and what helps."""
         classes = self.config.model.num_classes
-        dead = {name: values[-1] for name, values in self.measure_layers().items()}
+        dead = {name: values[-1] for name, values in self.layer_stats().items()}
         worst = max(dead, key=lambda name: dead[name])
         cause = 'the images make no difference to the logits, for weights are too small or units saturated'
         if dead[worst] > 0.5:
@@ -382,29 +408,29 @@ class _Run:
             f' another config.seed than {self.config.seed}'
         )
 
-    def measure_layers(self) -> dict[str, list[float]]:
-        """See step.make_layer_report(), on the last batch."""
+    def layer_stats(self) -> dict[str, list[float]]:
+        """See step.make_layer_stats_fn(), on the last batch."""
         report = self.layer_report(self.state, self.batch['image'], self.preprocessing)
         return {name: [float(value) for value in values] for name, values in jax.device_get(report).items()}
 
-    def report_layers(self) -> None:
+    def log_layer_stats(self) -> None:
         """Write mean sizes of weights and updates and the share of dead units, as cuda-convnet printed at each test."""
         if self.batch is None:  # resumed where an evaluation is due
             return
         names = ('kernel', 'kernel_update', 'bias', 'bias_update', 'dead')
-        report = self.measure_layers()
+        report = self.layer_stats()
         table = {layer: dict(zip(names, values, strict=True)) for layer, values in report.items()}
         self.layers.write(step=self.step, split='layers', **table)
         ratios = [f'{layer} {row["kernel_update"] / max(row["kernel"], 1e-30):.1e}' for layer, row in table.items()]
         dead = [f'{layer} {row["dead"]:.0%}' for layer, row in table.items() if row['dead'] >= 0.005]
         log(f'update/weight: {"  ".join(ratios)}; dead units: {"  ".join(dead) or "none"}')
 
-    def show_pictures(self) -> None:
+    def log_images(self) -> None:
         """The kernels of conv1 and what is seen in some validation images, where a dashboard is wanted."""
         if self.samples is None:
             return
         scores = self.samples.scores(self.state, self.preprocessing)
-        kernel = processes.whole(self.state.params['conv1']['kernel'])
+        kernel = processes.gather_to_host(self.state.params['conv1']['kernel'])
         model, class_names = self.config.model, self.store.class_names
         shared = None if 'conv1' in model.unshared else kernel  # otherwise there are others at each pixel
         self.dashboards.pictures(self.step, shared, model.towers, self.samples.examples, scores, class_names)
@@ -412,11 +438,11 @@ class _Run:
     def check_finite(self, value: float) -> None:
         """Raise TrainingError where the loss or the sum of the weights is infinite or not a number."""
         if not math.isfinite(value):
-            self.end_saving()
+            self.flush_checkpoints()
             raise TrainingError(
                 f'the loss or the weights are {value} at step {self.step}: lower config.optimizer.learning_rate'
-                f' ({self.rate_of(self.step - 1):g}) or raise config.optimizer.warmup; {self.workdir} can be resumed'
-                f' from step {self.checkpoints.manager.latest_step() or 0}'
+                f' ({self.learning_rate_at(self.step - 1):g}) or raise config.optimizer.warmup; {self.workdir} can be'
+                f' resumed from step {self.checkpoints.manager.latest_step() or 0}'
             )
 
     def measure(self, views: int) -> dict[str, float] | None:
@@ -437,7 +463,7 @@ class _Run:
             self.batch_sharding,
             what=f'evaluate, {views} view{"s" * (views > 1)}',
             total=math.ceil(len(self.store.validation) / self.eval_batch_size),
-            stop=self.asked_to_stop,
+            stop=self.should_stop,
         )
 
     def validate(self) -> bool:
@@ -450,22 +476,23 @@ class _Run:
         self.progress |= {'evaluated': self.step, 'errors': errors}
         self.progress['plateau'] = plateau_next(plateau, errors['top1_error'], self.config.optimizer)
         shown = {name: errors[name] for name in ('loss', 'top1_error', 'top5_error')}
-        self.metrics.write(step=self.step, split='validation', **shown, learning_rate=self.rate_of(self.step))
+        self.metrics.write(step=self.step, split='validation', **shown, learning_rate=self.learning_rate_at(self.step))
         log(
             f'step {self.step}/{self.total}  validation: loss {errors["loss"]:.4f}'
             f'  top-1 {errors["top1_error"]:.2%}  top-5 {errors["top5_error"]:.2%}'
             f'  ({errors["examples"]} images, 1 view)'
         )
-        self.report_layers()
-        self.show_pictures()
+        self.log_layer_stats()
+        self.log_images()
         dropped = self.progress['plateau']['drops_taken'] > plateau['drops_taken']
         if dropped and self.config.optimizer.schedule == 'plateau':
-            log(f'the error stopped improving: learning rate now {self.rate_of(self.step):g}')
+            log(f'the error stopped improving: learning rate now {self.learning_rate_at(self.step):g}')
         return errors['top1_error'] < plateau['lowest_error']
 
     def save(self) -> None:
+        """Logs, then writes a checkpoint in the background. Raises TrainingError: a parameter is not finite."""
         self.log_training()
-        finite = jax.tree.leaves(jax.device_get(are_finite(self.state.params)))
+        finite = jax.tree.leaves(jax.device_get(all_finite(self.state.params)))
         for leaf, is_finite in zip(jax.tree.leaves(self.state.params), finite, strict=True):
             if not is_finite:  # what cannot go on is not written
                 self.check_finite(float(jnp.sum(jnp.abs(leaf))))
@@ -474,7 +501,7 @@ class _Run:
         self.checkpoints.save(self.state, self.progress, measured and measured['top1_error'])
         self.watchdog.feed(f'the checkpoint of step {self.step}')
 
-    def end_saving(self) -> None:
+    def flush_checkpoints(self) -> None:
         """Let a checkpoint be written to its end before training is given up for another reason."""
         with contextlib.suppress(CheckpointError):
             self.checkpoints.wait()
@@ -504,10 +531,10 @@ class _Run:
             'top5_error': final.get('top5_error'),
             'views': views,
             'images_per_second': self.timed.images_per_second or self.progress['images_per_second'],
-            'damaged_records': sum(processes.count_any(damage) for damage in damages),
+            'damaged_records': sum(processes.count_set_on_any_process(damage) for damage in damages),
             'state_digest': state_digest(self.state),
         }
-        if processes.is_first():
+        if processes.is_primary_process():
             write_json(os.path.join(self.workdir, 'result.json'), result)
         if preempted:
             log(f'stopped at step {self.step} of {self.total}; the same command continues')

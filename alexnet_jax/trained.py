@@ -17,7 +17,7 @@ import numpy as np
 
 from alexnet_jax.config import ConfigError, resolve
 from alexnet_jax.data import pipeline
-from alexnet_jax.data.store import prepared_store
+from alexnet_jax.data.store import open_or_prepare
 from alexnet_jax.monitor import Preemption, write_json
 from alexnet_jax.run_folder import check_names, read_config, read_inputs, write_inputs
 
@@ -63,9 +63,9 @@ def find(name: str) -> Member:
 
 def step_of(member: Member) -> int:
     """The step that `member` stands for at the moment. Raises ConfigError, or CheckpointError: there is none."""
-    from alexnet_jax.checkpoint import validation_errors
+    from alexnet_jax.checkpoint import checkpoint_metrics
 
-    errors = validation_errors(os.path.join(member.workdir, 'checkpoints'))
+    errors = checkpoint_metrics(os.path.join(member.workdir, 'checkpoints'))
     if not errors:
         raise ConfigError(f'{member.name}: {member.workdir} has no checkpoint; train there first')
     there = f'there are those of steps {", ".join(map(str, errors))}'
@@ -82,13 +82,16 @@ def step_of(member: Member) -> int:
 
 
 def read(member: Member, abstract_state: Any) -> Any:
-    """Its checkpoint, see checkpoint.read_checkpoint(). Raises ConfigError, or CheckpointError: it cannot be read."""
-    from alexnet_jax.checkpoint import CheckpointError, read_checkpoint
+    """Returns its checkpoint, see checkpoint.restore_checkpoint().
+
+    Raises ConfigError, or CheckpointError: it cannot be read.
+    """
+    from alexnet_jax.checkpoint import CheckpointError, restore_checkpoint
 
     while True:
         step = step_of(member)
         path = os.path.join(member.workdir, 'checkpoints', str(step))
-        restored, problem = read_checkpoint(path, abstract_state)
+        restored, problem = restore_checkpoint(path, abstract_state)
         if restored is not None:
             return restored
         # A run that goes on there may have put another one in its place meanwhile.
@@ -124,7 +127,7 @@ def store_of(members: Sequence[Member], data_dir: str | None) -> pipeline.Store:
 
     Raises:
       ConfigError, CheckpointError: they were trained with different ones, or with others than are prepared.
-      StoreError, SystemExit, see prepared_store().
+      DatasetError, SystemExit, see open_or_prepare().
       KeyboardInterrupt: stopped while preparing.
     """
     # Of settings, class names and images in the store, validation images among them; None: weights from elsewhere.
@@ -141,7 +144,7 @@ def store_of(members: Sequence[Member], data_dir: str | None) -> pipeline.Store:
             )
     data_dir = data_dir or first.config.data.data_dir
     with Preemption() as preemption:
-        store = prepared_store(changed(first.config, {'data.data_dir': data_dir}), preemption)
+        store = open_or_prepare(changed(first.config, {'data.data_dir': data_dir}), preemption)
     if store is None:
         raise KeyboardInterrupt
     for member, other in fingerprints:
@@ -197,20 +200,20 @@ class Network:
         """Rows of a batch for so many images: eval.batch_size at most, a multiple of the parts that devices take."""
         from alexnet_jax import parallel
 
-        parts = parallel.batch_parts(self.sharding)
+        parts = parallel.num_batch_shards(self.sharding)
         return math.ceil(min(self.config.eval.batch_size, max(images, 1)) / parts) * parts
 
     def rows(self, compiled: Callable, images: Iterable[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
         """What `compiled` gives for each of `images` (S, S, C) uint8, in their order; a batch at a time is read.
 
-        compiled: (state, images, preprocessing) -> (B, ...), as step.make_predict_step() and make_output_step().
+        compiled: (state, images, preprocessing) -> (B, ...), as step.make_predict_step() and make_activation_fn().
         """
         from alexnet_jax import parallel
 
         preprocessing, images = self.preprocessing, iter(images)
         while batch := list(itertools.islice(images, batch_size)):
             filled = np.stack(batch + [np.zeros_like(batch[0])] * (batch_size - len(batch)))
-            outputs = compiled(self.state, parallel.put_batch(self.sharding, filled), preprocessing)
+            outputs = compiled(self.state, parallel.make_global_batch(self.sharding, filled), preprocessing)
             yield from np.asarray(outputs)[: len(batch)]
 
 
@@ -269,7 +272,7 @@ def create(
     import jax.numpy as jnp
 
     from alexnet_jax import parallel
-    from alexnet_jax.checkpoint import Checkpoints
+    from alexnet_jax.checkpoint import Checkpointer
     from alexnet_jax.step import TrainState, abstract_state
 
     check_new(workdir)
@@ -281,7 +284,7 @@ def create(
         state = TrainState(jnp.zeros((), jnp.int32), params, velocities, batch_statistics)
         state = jax.tree.map(lambda leaf, at: jax.device_put(leaf, at.sharding), state, abstract)
         os.makedirs(aside)
-        checkpoints = Checkpoints(os.path.join(aside, 'checkpoints'), keep=1)
+        checkpoints = Checkpointer(os.path.join(aside, 'checkpoints'), keep=1)
         checkpoints.save(state, {'step': 0, 'store': None}, None)
         checkpoints.close()
         write_inputs(aside, statistics, class_names)

@@ -40,7 +40,7 @@ def differences(project: Project) -> dict[str, float]:
     params, opt_state = _replaced(state.params, parameters), _replaced(state.opt_state, velocities)
     state = step.TrainState(jnp.copy(state.step), params, opt_state, state.statistics)  # the step uses it up
 
-    logits = step.make_output_step(config, project.mesh, 'fc8')(state, batch['image'], project.preprocessing)
+    logits = step.make_activation_fn(config, project.mesh, 'fc8')(state, batch['image'], project.preprocessing)
     loss = project.eval_step(state, batch, project.preprocessing)[0]
     plain_logits = jax.jit(plain.logits)(parameters, centre)
     found = {'logits': distance(logits, plain_logits)}

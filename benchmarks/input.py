@@ -106,10 +106,10 @@ def project_batches(encoding: str, pictures: str, batch_size: int, threads: int)
     from alexnet_jax.config import default_config
     from alexnet_jax.data import pipeline
 
-    startup.tune_cpu()
+    startup.configure_cpu_backend()
     data = default_config().data
     data.source, data.data_dir, data.encoding = f'folder:{pictures}', f'{pictures}.stores', encoding
-    store = pipeline.open_store(pipeline.store_directory(data.data_dir, data), data)
+    store = pipeline.open_store(pipeline.dataset_dir(data.data_dir, data), data)
     batches = pipeline.training_batches(store.train, seed=0, batch_size=batch_size, first_step=0, threads=threads)
     return (batch['image'] for batch in batches)
 

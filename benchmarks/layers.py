@@ -195,7 +195,7 @@ def profile(name: str, batch_size: int, rounds: int) -> dict[str, Any]:
 
     config = default_config()
     config.train.batch_size, config.mesh.data = batch_size, 1
-    startup.tune_cpu()
+    startup.configure_cpu_backend()
     import jax
 
     from benchmarks.project import Project

@@ -73,11 +73,11 @@ def overrides(part: str, folder: str) -> dict[str, Any]:
 
 def configuration(part: str, folder: str) -> Any:
     """What launch.py makes of the same flags."""
-    from alexnet_jax.config import preset_config, resolve, set_fields
+    from alexnet_jax.config import apply_overrides, preset_config, resolve
     from configs import quickstart
 
     config = quickstart.get_config() if part == 'quickstart' else preset_config('paper')
-    set_fields(config, {} if part == 'checkpoint' else overrides(part, folder))
+    apply_overrides(config, {} if part == 'checkpoint' else overrides(part, folder))
     config.mesh.data = 1
     return resolve(config)
 
@@ -88,7 +88,7 @@ def start(part: str, folder: str) -> tuple[None, Callable[[Any], Any]]:
 
     config = configuration(part, folder)
     if config.cpu_tuning:
-        startup.tune_cpu()
+        startup.configure_cpu_backend()
     import jax
 
     from benchmarks.project import Project
@@ -112,17 +112,17 @@ def start(part: str, folder: str) -> tuple[None, Callable[[Any], Any]]:
 
     if part != 'checkpoint':
         return None, seconds
-    from alexnet_jax.checkpoint import Checkpoints
-    from alexnet_jax.train import are_finite
+    from alexnet_jax.checkpoint import Checkpointer
+    from alexnet_jax.train import all_finite
     from benchmarks.memory import peak
 
-    checkpoints, saved = Checkpoints(os.path.join(folder, 'checkpoints'), keep=1), 0
+    checkpoints, saved = Checkpointer(os.path.join(folder, 'checkpoints'), keep=1), 0
 
     def save(steps: int) -> dict[str, float]:
         nonlocal saved
         usual, saved = seconds(steps) / steps, saved + 1
         memory, begin = peak(), time.perf_counter()
-        jax.device_get(are_finite(project.state.params))
+        jax.device_get(all_finite(project.state.params))
         checkpoints.save(project.state, {'step': saved}, None)
         held_up, ended = time.perf_counter() - begin, []
         writing = checkpoints.writing

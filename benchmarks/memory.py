@@ -44,7 +44,7 @@ def project_step(config: Any) -> tuple[dict[str, int], Callable[[], float]]:
     from alexnet_jax import startup
 
     if config.cpu_tuning:
-        startup.tune_cpu()
+        startup.configure_cpu_backend()
     import jax
 
     from alexnet_jax import augment, parallel, step  # noqa: F401
@@ -56,7 +56,7 @@ def project_step(config: Any) -> tuple[dict[str, int], Callable[[], float]]:
     made = peak()
     project.train_step = project.train_step.lower(*project.train_arguments).compile()
     compiled = project.train_step.memory_analysis()
-    startup.make_room(compiled.temp_size_in_bytes)
+    startup.reserve_step_memory(compiled.temp_size_in_bytes)
     found = {'imported': imported, 'made': made, 'state': compiled.alias_size_in_bytes}
     found['batch'] = compiled.argument_size_in_bytes - compiled.alias_size_in_bytes
     return found | {'temporary': compiled.temp_size_in_bytes}, project.train

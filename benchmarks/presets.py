@@ -91,10 +91,10 @@ def start(checkout: str) -> tuple[str, Callable[[Any], Any]]:
     """
     sys.path.insert(0, checkout)
     from alexnet_jax import startup
-    from alexnet_jax.config import ConfigError, resolve, set_fields
+    from alexnet_jax.config import ConfigError, apply_overrides, resolve
 
     assert startup.__file__.startswith(checkout)
-    startup.tune_cpu()
+    startup.configure_cpu_backend()
     timed: dict[str, Callable[[], float]] = {}
 
     def prepare(module: str, argument: str | None, fields: dict[str, Any]) -> bool:
@@ -102,7 +102,7 @@ def start(checkout: str) -> tuple[str, Callable[[Any], Any]]:
         try:
             get_config = importlib.import_module(f'configs.{module}').get_config
             config = get_config(argument) if argument else get_config()
-            set_fields(config, {name: _tuples(value) for name, value in fields.items()})
+            apply_overrides(config, {name: _tuples(value) for name, value in fields.items()})
             made = project.Project(resolve(config))
         except ConfigError:
             return False

@@ -28,14 +28,14 @@ class Project:
             'number': np.arange(batch_size, dtype=np.uint32),
         }
         sharding = parallel.batch_sharding(self.mesh, config.mesh.layout)
-        self.batch = jax.block_until_ready(parallel.put_batch(sharding, batch))
+        self.batch = jax.block_until_ready(parallel.make_global_batch(sharding, batch))
         moments = {
             'mean_rgb': np.full(channels, 127.5),
             'mean_image': np.full((size, size, channels), 127.5),
             'eigenvalues': np.full(channels, 5e3),
             'eigenvectors': np.eye(channels),
         }
-        # Not put_everywhere(), which the checkouts that presets.py compares with need not have.
+        # Not replicate(), which the checkouts that presets.py compares with need not have.
         everywhere = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
         self.preprocessing = jax.device_put(augment.preprocessing(moments, data), everywhere)
         self.train_step = step.make_train_step(config, self.mesh)

@@ -104,16 +104,16 @@ def trace_launch(arguments: list[str]) -> None:
         return call
 
     def hook() -> None:
-        """In place of use_compilation_cache(), the last thing before training is imported."""
-        use_compilation_cache()
+        """In place of enable_compilation_cache(), the last thing before training is imported."""
+        enable_compilation_cache()
         import jax
 
         from alexnet_jax import train
 
         seconds['imports'] = time.time() - start
-        train.prepared_store = timed('data', train.prepared_store)
+        train.open_or_prepare = timed('data', train.open_or_prepare)
         train.init_state = timed('state', train.init_state)
-        train.Checkpoints.restore = timed('restore', train.Checkpoints.restore)  # type: ignore[method-assign]
+        train.Checkpointer.restore = timed('restore', train.Checkpointer.restore)  # type: ignore[method-assign]
         jax.monitoring.register_event_duration_secs_listener(on_event)
 
     def on_event(event: str, duration_secs: float, **named: Any) -> None:
@@ -131,8 +131,8 @@ def trace_launch(arguments: list[str]) -> None:
             seconds['other'] = end - start - sum(seconds.values())
             print(json.dumps(seconds), flush=True)
 
-    use_compilation_cache, write = startup.use_compilation_cache, monitor.log
-    startup.use_compilation_cache, monitor.log = hook, on_log
+    enable_compilation_cache, write = startup.enable_compilation_cache, monitor.log
+    startup.enable_compilation_cache, monitor.log = hook, on_log
     sys.argv = [LAUNCH, *arguments]
     runpy.run_path(LAUNCH, run_name='__main__')
 

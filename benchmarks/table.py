@@ -171,7 +171,7 @@ def run(name: str, flags: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Run what is asked for, keep the results and make the table."""
-    from alexnet_jax.monitor import read_json, write_aside, write_json
+    from alexnet_jax.monitor import atomic_write, read_json, write_json
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('names', nargs='*', metavar='NAME', help=f'of {", ".join(ROWS)}; all without')
@@ -193,7 +193,7 @@ def main() -> None:
         text = put_into(readme, table(results))
     except ValueError as error:
         sys.exit(f'table: {README}: {error}')
-    with write_aside(README) as file:
+    with atomic_write(README) as file:
         file.write(text)
 
 

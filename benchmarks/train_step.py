@@ -62,7 +62,7 @@ Times = dict[str, dict[str, tuple[float, ...]]]  # seconds of each round by pass
 
 def configuration(arguments: argparse.Namespace, overrides: list[str]) -> Any:
     """The project's settings, resolved; exits with 2 where they cannot be used."""
-    from alexnet_jax.config import ConfigError, default_config, resolve, set_fields
+    from alexnet_jax.config import ConfigError, apply_overrides, default_config, resolve
 
     values: dict[str, Any] = {'train.batch_size': arguments.batch_size, 'model.dtype': arguments.dtype, 'mesh.data': 1}
     for override in overrides:
@@ -73,7 +73,7 @@ def configuration(arguments: argparse.Namespace, overrides: list[str]) -> Any:
             values[field] = text
     config = default_config()
     try:
-        set_fields(config, values)
+        apply_overrides(config, values)
         return resolve(config)
     except ConfigError as error:
         print(f'train_step: {error}', file=sys.stderr)
@@ -85,7 +85,7 @@ def project_passes(config: Any) -> dict[str, Callable[[], Any]]:
     from alexnet_jax import startup
 
     if config.cpu_tuning:
-        startup.tune_cpu()
+        startup.configure_cpu_backend()
     import jax
 
     from benchmarks.project import Project

@@ -15,7 +15,7 @@ size of the small ones here: a table made with other data is read beside them, n
 """
 
 from alexnet_jax import config_files
-from alexnet_jax.config import ConfigError, field_value
+from alexnet_jax.config import ConfigError, get_by_path
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.sweep import Variant, seeds
 
@@ -47,7 +47,7 @@ def sweep(data: str = 'photos') -> list[Variant]:
 
 def _model(config, name):
     """A field of `model`, from the preset where the configuration leaves it empty."""
-    value = field_value(config, f'model.{name}')
+    value = get_by_path(config, f'model.{name}')
     return PRESETS[config.model.preset].model[name] if value is None else value
 
 

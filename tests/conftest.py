@@ -11,7 +11,7 @@ os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # that of the user is left
 
 from alexnet_jax import startup
 
-startup.tune_cpu()
+startup.configure_cpu_backend()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from alexnet_jax import trained
-from alexnet_jax.config import resolve, set_fields
+from alexnet_jax.config import apply_overrides, resolve
 from alexnet_jax.data import pipeline
-from alexnet_jax.data.store import prepared_store
+from alexnet_jax.data.store import open_or_prepare
 from alexnet_jax.step import network
 from configs.quickstart import get_config
 
@@ -27,13 +27,13 @@ SMALL = {
 def small_config(data_dir: str, **fields: Any) -> Any:
     """Of the photographs of the quickstart; `fields` by dotted name, with two underscores for a dot."""
     config = get_config()
-    set_fields(config, SMALL | {'data.data_dir': data_dir})
-    set_fields(config, {name.replace('__', '.'): value for name, value in fields.items()})
+    apply_overrides(config, SMALL | {'data.data_dir': data_dir})
+    apply_overrides(config, {name.replace('__', '.'): value for name, value in fields.items()})
     return resolve(config)
 
 
 def store_of(config: Any) -> pipeline.Store:
-    store = prepared_store(config, preemption=None)
+    store = open_or_prepare(config, preemption=None)
     assert store is not None
     return store
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from alexnet_jax.augment import augment, example_keys, preprocessing, view, without_color
+from alexnet_jax.augment import augment, disable_color_augmentation, example_keys, preprocessing, view
 from alexnet_jax.config import default_config
 
 SIZE, CROP, BATCH = 20, 14, 6
@@ -35,20 +35,20 @@ def keys_of(count, seed=0, purpose=1):
     return example_keys(seed, np.arange(count, dtype=np.uint32), purpose)
 
 
-def augmented(images, keys, config, parts=None, window_keys=None):
-    window_keys = keys if window_keys is None else window_keys
+def augmented(images, keys, config, parts=None, crop_keys=None):
+    crop_keys = keys if crop_keys is None else crop_keys
     parts = preprocessing(statistics(), config) if parts is None else parts
     return np.asarray(
-        jax.jit(lambda images, both, parts: augment(images, *both, parts, config))(images, (keys, window_keys), parts)
+        jax.jit(lambda images, both, parts: augment(images, *both, parts, config))(images, (keys, crop_keys), parts)
     )
 
 
-def augmented_in_numpy(images, keys, config, figures=None, window_keys=None):
+def augmented_in_numpy(images, keys, config, figures=None, crop_keys=None):
     """One image after the other; only the random numbers come from JAX."""
     figures = figures or statistics()
     far = SIZE - CROP
     result = []
-    for image, key, window_key in zip(images, keys, keys if window_keys is None else window_keys, strict=True):
+    for image, key, window_key in zip(images, keys, keys if crop_keys is None else crop_keys, strict=True):
         top, left = far // 2, far // 2
         if config.crop:
             top, left = np.asarray(jax.random.randint(jax.random.fold_in(window_key, 0), (2,), 0, far + 1))
@@ -145,14 +145,14 @@ def test_images_that_share_a_window_key_have_their_own_noise():
     """crop_chunk: windows and reflections by the key of the chunk, noise by that of the image."""
     config, keys = data_config(), keys_of(BATCH)
     shared = example_keys(0, np.arange(BATCH, dtype=np.uint32) // 3, 1)
-    ours = augmented(random_images(), keys, config, window_keys=shared)
-    expected = augmented_in_numpy(random_images(), keys, config, window_keys=shared)
+    ours = augmented(random_images(), keys, config, crop_keys=shared)
+    expected = augmented_in_numpy(random_images(), keys, config, crop_keys=shared)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-7 * np.abs(expected).max())
 
 
 def test_without_color_nothing_is_added_and_nothing_divided():
     config, keys = data_config(color='original'), keys_of(BATCH)
-    ours = augmented(random_images(), keys, config, without_color(preprocessing(statistics(), config)))
+    ours = augmented(random_images(), keys, config, disable_color_augmentation(preprocessing(statistics(), config)))
     np.testing.assert_array_equal(ours, augmented_in_numpy(random_images(), keys, data_config(color='none')))
 
 
@@ -254,7 +254,7 @@ DIVISORS = [(1.0,), (58.0,), (58.4, 57.1, 57.4)]
 
 
 def test_divisor():
-    """Of what is left after noise and 1.1; and after without_color() of the window less its mean."""
+    """Of what is left after noise and 1.1; and after disable_color_augmentation() of the window less its mean."""
     keys, images = keys_of(BATCH), random_images()
     train = jax.jit(lambda images, parts: augment(images, keys, keys, parts, data_config(color='original')))
     plain = preprocessing(statistics(), data_config(color='original'))
@@ -270,7 +270,7 @@ def test_divisor():
         expected = augmented_in_numpy(images, keys, config)
         np.testing.assert_allclose(train(images, parts), expected, rtol=0, atol=4e-7 * np.abs(expected).max())
         expected = augmented_in_numpy(images, keys, data_config(color='none', divisor=divisor))
-        ours = train(images, without_color(parts))
+        ours = train(images, disable_color_augmentation(parts))
         np.testing.assert_allclose(ours, expected, rtol=0, atol=4e-7 * np.abs(expected).max())
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints are written beside the training: what they hold, what a killed or failing writer leaves."""
+"""Checkpointer are written beside the training: what they hold, what a killed or failing writer leaves."""
 
 import asyncio
 import os
@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from alexnet_jax import checkpoint
-from alexnet_jax.checkpoint import Checkpoints
+from alexnet_jax.checkpoint import Checkpointer
 from alexnet_jax.step import TrainState
-from alexnet_jax.totals import Totals
+from alexnet_jax.totals import MetricSum
 
 
 def small_state(value: float) -> TrainState:
@@ -25,7 +25,7 @@ def small_state(value: float) -> TrainState:
 
 @pytest.fixture
 def checkpoints(tmp_path):
-    return Checkpoints(str(tmp_path / 'checkpoints'), keep=2)
+    return Checkpointer(str(tmp_path / 'checkpoints'), keep=2)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(checkpoints, tmp_path):
@@ -57,10 +57,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(checkpoints, tmp_path):
 KILLED = """
     import glob, os, signal, sys
     import jax.numpy as jnp
-    from alexnet_jax.checkpoint import Checkpoints
+    from alexnet_jax.checkpoint import Checkpointer
     from alexnet_jax.step import TrainState
 
-    checkpoints = Checkpoints(sys.argv[1], keep=2)
+    checkpoints = Checkpointer(sys.argv[1], keep=2)
     for step in range(1, 100):
         state = TrainState(jnp.int32(step), {'weights': jnp.full(2 * 10**7, step)}, {}, {})
         checkpoints.save(state, {'step': step}, None)
@@ -78,7 +78,7 @@ def test_a_killed_writer_leaves_the_checkpoint_before(tmp_path):
     assert run.returncode == -9, run.stderr
     (unfinished,) = (path.name for path in tmp_path.iterdir() if '.' in path.name)
     killed_at = int(unfinished.partition('.')[0])
-    checkpoints = Checkpoints(str(tmp_path), keep=2)
+    checkpoints = Checkpointer(str(tmp_path), keep=2)
     abstract = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32), {'weights': jax.ShapeDtypeStruct((2 * 10**7,), jnp.int32)}, {}, {}
     )
@@ -91,12 +91,12 @@ def test_a_killed_writer_leaves_the_checkpoint_before(tmp_path):
 LOST = """
     import os, sys
     import jax.numpy as jnp
-    from alexnet_jax.checkpoint import CheckpointError, Checkpoints
+    from alexnet_jax.checkpoint import CheckpointError, Checkpointer
     from alexnet_jax.step import TrainState
 
     for told_by in ('save', 'wait', 'close'):
         folder = os.path.join(sys.argv[1], told_by)
-        checkpoints = Checkpoints(folder, keep=2)
+        checkpoints = Checkpointer(folder, keep=2)
         os.rmdir(folder)
         open(folder, 'w').close()
         checkpoints.save(TrainState(jnp.int32(1), {'weights': jnp.ones(9)}, {}, {}), {'step': 1}, None)
@@ -124,7 +124,7 @@ def test_what_could_not_be_written_is_told_by_the_next_call(tmp_path):
 def test_sums_on_the_device_are_as_good_as_float64_sums():
     random = np.random.default_rng(0)
     values = (random.standard_normal((3000, 4)) * 10.0 ** random.integers(-4, 5, (3000, 4))).astype(np.float32)
-    totals = Totals()
+    totals = MetricSum()
     for row in values:
         totals.add({'row': jnp.asarray(row), 'first': jnp.asarray(row[0])})
     found, wanted = totals.read(), values.astype(np.float64).sum(0)
@@ -137,12 +137,12 @@ def test_sums_on_the_device_are_as_good_as_float64_sums():
 
 
 def test_what_is_not_finite_shows_in_sums():
-    totals = Totals()
+    totals = MetricSum()
     for value in (1.0, np.nan, 2.0):
         totals.add({'loss': jnp.float32(value)})
     assert not np.isfinite(totals.read()['loss'])
     with pytest.raises(ValueError, match='nothing was added'):
-        Totals().read()
+        MetricSum().read()
 
 
 ORBAX = os.path.join('site-packages', 'orbax', 'checkpoint', 'serialization.py')
@@ -155,7 +155,7 @@ ORBAX = os.path.join('site-packages', 'orbax', 'checkpoint', 'serialization.py')
 def test_only_what_orbax_leaves_unfinished_is_dropped(monkeypatch, file, message, shown):
     seen = []
     monkeypatch.setattr(sys, 'unraisablehook', seen.append)
-    checkpoint._drop_late_answers.__wrapped__()
+    checkpoint._silence_orbax_teardown.__wrapped__()
     source = f"""
 async def read():
     try:
@@ -175,7 +175,7 @@ async def read():
 def test_only_answers_that_come_too_late_are_dropped(monkeypatch, message, shown):
     seen = []
     monkeypatch.setattr(sys, 'unraisablehook', seen.append)
-    checkpoint._drop_late_answers.__wrapped__()
+    checkpoint._silence_orbax_teardown.__wrapped__()
 
     class Answer:
         def __del__(self):

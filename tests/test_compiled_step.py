@@ -46,7 +46,7 @@ def numbers(instruction) -> int:
 
 
 def stored(program) -> list[tuple[int, ...]]:
-    """Shapes of what layers.stored() gives, and of sums over windows."""
+    """Shapes of what layers.materialize() gives, and of sums over windows."""
     return [each.tensors[0][1] for each in program.instructions.values() if each.opcode == 'reduce-window']
 
 

@@ -23,10 +23,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from alexnet_jax import convert, export, trained
-from alexnet_jax.config import ConfigError, default_config, resolve, set_fields
+from alexnet_jax.config import ConfigError, apply_overrides, default_config, resolve
 from alexnet_jax.formats import FormatError, layouts, recognise, torch_file
 from alexnet_jax.presets import PRESETS
-from alexnet_jax.step import make_output_step
+from alexnet_jax.step import make_activation_fn
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / 'fixtures'
@@ -45,7 +45,7 @@ def network_of(path, workdir, **flags) -> trained.Network:
 
 
 def logits(network: trained.Network, images: np.ndarray) -> np.ndarray:
-    step = make_output_step(network.config, network.mesh, 'fc8')
+    step = make_activation_fn(network.config, network.mesh, 'fc8')
     return np.stack(list(network.rows(step, images, network.batch_size(len(images)))))
 
 
@@ -105,7 +105,7 @@ def test_other_ways_of_saving(tmp_path):
     for key, array in torch_file.read(str(path)).items():
         np.testing.assert_array_equal(array, before[key], strict=True)
     renamed = {'net.' + key.replace('s.', 's._orig_mod.module.'): array for key, array in before.items()}
-    found = layouts.of_torchvision(renamed)
+    found = layouts.from_torchvision(renamed)
     assert found['conv2'].kernel_name == 'net.features._orig_mod.module.3.weight'
     np.testing.assert_array_equal(found['fc8'].bias, before['classifier.6.bias'])
 
@@ -318,7 +318,7 @@ def own_file(path: Path, **changes) -> tuple[dict, dict]:
     config = default_config()
     config.model.preset = 'bn_lars'
     small = {'model.widths': (4, 6, 4, 6, 4, 5, 4), 'model.num_classes': 3, 'data.image_size': 70, 'data.crop_size': 67}
-    set_fields(config, PRESETS['bn_lars'].recipe | small)
+    apply_overrides(config, PRESETS['bn_lars'].recipe | small)
     settings = resolve(config).to_dict()
     sizes = {
         'conv1': (11, 11, 3, 4),

@@ -29,7 +29,7 @@ PHOTOS = Settings('photos', image_size=72)
 
 
 def open_photos(data_dir: str) -> pipeline.Store:
-    return pipeline.open_store(pipeline.store_directory(data_dir, PHOTOS), PHOTOS)
+    return pipeline.open_store(pipeline.dataset_dir(data_dir, PHOTOS), PHOTOS)
 
 
 @pytest.fixture(scope='module')
@@ -85,7 +85,7 @@ def test_store_of_photos(store):
 
 @pytest.mark.slow
 def test_prepare_is_done_once(photos_dir):
-    folder = Path(pipeline.store_directory(photos_dir, PHOTOS))
+    folder = Path(pipeline.dataset_dir(photos_dir, PHOTOS))
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert prepare(PHOTOS, photos_dir) == str(folder)
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -96,7 +96,7 @@ def test_a_killed_prepare_leaves_no_store_and_one_that_waited_makes_it(photos_di
     shutil.copytree(os.path.join(photos_dir, 'photos'), tmp_path / 'photos')
     command = [sys.executable, '-m', 'alexnet_jax.prepare', f'--data_dir={tmp_path}', '--image_size=96']
     given = Settings('photos', image_size=96)
-    target = Path(pipeline.store_directory(str(tmp_path), given))
+    target = Path(pipeline.dataset_dir(str(tmp_path), given))
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
         while not list(Path(f'{target}.incomplete').rglob('*.json')):
             assert process.poll() is None
@@ -117,7 +117,7 @@ def test_a_killed_prepare_leaves_no_store_and_one_that_waited_makes_it(photos_di
 
 
 def test_a_run_that_waits_for_the_data_can_be_stopped(tmp_path):
-    target = Path(pipeline.store_directory(str(tmp_path), PHOTOS))
+    target = Path(pipeline.dataset_dir(str(tmp_path), PHOTOS))
     target.parent.mkdir()
     command = [sys.executable, 'launch.py', f'--workdir={tmp_path}/run', f'--config.data.data_dir={tmp_path}']
     with open(f'{target}.lock', 'w') as lock:
@@ -224,7 +224,7 @@ def test_validation_gives_every_image_once(count):
 READER = """
 import hashlib, json, sys, time
 from alexnet_jax import startup
-startup.tune_cpu()
+startup.configure_cpu_backend()
 import jax, numpy as np
 from alexnet_jax.augment import augment, example_keys, preprocessing
 from alexnet_jax.config import default_config
@@ -232,7 +232,7 @@ from alexnet_jax.data import pipeline
 first_step, share, shares = map(int, sys.argv[2:])
 config = default_config()
 config.data.update(source='photos', image_size=72, crop_size=64)
-store = pipeline.open_store(pipeline.store_directory(sys.argv[1], config.data), config.data)
+store = pipeline.open_store(pipeline.dataset_dir(sys.argv[1], config.data), config.data)
 parts = preprocessing(store.statistics, config.data)
 step = jax.jit(lambda images, keys: augment(images, keys, keys, parts, config.data))
 for batch in pipeline.training_batches(
@@ -274,7 +274,7 @@ from alexnet_jax.config import default_config
 from alexnet_jax.data import pipeline
 config = default_config().data
 config.update(source='photos', image_size=72)
-store = pipeline.open_store(pipeline.store_directory({photos_dir!r}, config), config)
+store = pipeline.open_store(pipeline.dataset_dir({photos_dir!r}, config), config)
 next(pipeline.training_batches(store.train, seed=0, batch_size=4, first_step=0, threads=1))
 print('tensorflow' in sys.modules)
 """
@@ -297,7 +297,7 @@ def damaged(photos_dir, store, tmp_path):
         ('prepared-train.array_record-00001-of-00007', store.train, 1030),
         ('prepared-validation.array_record-00000-of-00002', store.validation, 5),
     ):
-        path = Path(pipeline.store_directory(str(tmp_path), PHOTOS)) / file
+        path = Path(pipeline.dataset_dir(str(tmp_path), PHOTOS)) / file
         flip_a_byte(path, split[record]['image'])
     return str(tmp_path)
 
@@ -336,8 +336,8 @@ def test_a_damaged_record_does_not_count_in_validation(damaged):
 @pytest.mark.slow
 def test_more_damage_than_allowed_stops_the_reading(damaged):
     given = Settings('photos', image_size=72, max_bad=0.0001)  # of 6,400: none
-    copy = pipeline.open_store(pipeline.store_directory(damaged, given), given)
-    with pytest.raises(pipeline.StoreError, match=r'1 of 6400 records of train .*, more than data.max_bad=0.0001 a'):
+    copy = pipeline.open_store(pipeline.dataset_dir(damaged, given), given)
+    with pytest.raises(pipeline.DatasetError, match=r'1 of 6400 records of train .*, more than data.max_bad=0.0001 a'):
         take(pipeline.training_batches(copy.train, seed=0, batch_size=640, first_step=0, threads=2), 10)
 
 
@@ -417,7 +417,7 @@ def spoil(file: Path) -> None:
 )
 def test_a_store_that_was_not_copied_whole_is_refused(photos_dir, tmp_path, damage, reason):
     shutil.copytree(os.path.join(photos_dir, 'prepared'), tmp_path / 'prepared')
-    damage(Path(pipeline.store_directory(str(tmp_path), PHOTOS)))
+    damage(Path(pipeline.dataset_dir(str(tmp_path), PHOTOS)))
     with pytest.raises(ConfigError, match=reason) as caught:
         open_photos(str(tmp_path))
     assert '\n' not in str(caught.value)
@@ -425,7 +425,7 @@ def test_a_store_that_was_not_copied_whole_is_refused(photos_dir, tmp_path, dama
 
 def test_where_a_store_lies():
     data = default_config().data
-    where = pipeline.store_directory
+    where = pipeline.dataset_dir
     assert where('/d', data) == '/d/prepared/imagenet2012_256px'
     assert where('gs://bucket/d', data) == 'gs://bucket/d/prepared/imagenet2012_256px'  # not taken for a folder here
     data.update(source='tfds:imagenette:320px-v2', channels=1, encoding='jpeg', image_size=64)

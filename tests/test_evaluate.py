@@ -314,7 +314,7 @@ def test_several_devices_give_the_numbers_of_one(runs, evaluations, photos_dir, 
 @pytest.mark.slow
 def test_a_newer_checkpoint_takes_the_place_of_one_that_is_gone_meanwhile(runs, tmp_path, monkeypatch):
     shutil.copytree(runs['b'], tmp_path / 'b')
-    folder, read = tmp_path / 'b' / 'checkpoints', checkpoint.read_checkpoint
+    folder, read = tmp_path / 'b' / 'checkpoints', checkpoint.restore_checkpoint
     asked = []
 
     def read_late(path, abstract_state):
@@ -323,7 +323,7 @@ def test_a_newer_checkpoint_takes_the_place_of_one_that_is_gone_meanwhile(runs, 
             (folder / '40').rename(folder / '41')
         return read(path, abstract_state)
 
-    monkeypatch.setattr(checkpoint, 'read_checkpoint', read_late)
+    monkeypatch.setattr(checkpoint, 'restore_checkpoint', read_late)
     assert trained.read(trained.find(str(tmp_path / 'b')), None).progress['step'] == 40
     assert asked == ['40', '41']
     with pytest.raises(evaluate.ConfigError, match=r'checkpoints/40: there is no such checkpoint; .* steps 41$'):
@@ -559,7 +559,7 @@ def without_jax(folder: Path, instead: str = 'raise ImportError') -> str:
 @pytest.mark.slow
 def test_the_cpu_is_tuned_before_jax_is_imported(runs, tmp_path):
     ask = "import os, sys; sys.exit(os.environ['XLA_FLAGS'])"
-    tuned = execute('-c', f'from alexnet_jax import startup; startup.tune_cpu(); {ask}', XLA_FLAGS='')
+    tuned = execute('-c', f'from alexnet_jax import startup; startup.configure_cpu_backend(); {ask}', XLA_FLAGS='')
     run = command(runs['a'], XLA_FLAGS='', PYTHONPATH=without_jax(tmp_path, ask))
     assert (run.returncode, run.stderr) == (1, tuned.stderr)
 

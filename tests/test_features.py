@@ -14,7 +14,7 @@ from small_runs import centre, make_run, small_config, store_of
 from alexnet_jax import features, trained
 from alexnet_jax.config import ConfigError
 from alexnet_jax.data.pipeline import Store, validation_batches
-from alexnet_jax.step import make_output_step, network
+from alexnet_jax.step import make_activation_fn, network
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +43,7 @@ def eager(loaded, image: np.ndarray) -> dict[str, np.ndarray]:
     """What each layer gives for one image, without compiled step, mesh and augment.py."""
     state = jax.device_get(loaded.state)
     model = nnx.merge(network(loaded.config)[0], state.params, state.statistics)
-    outputs = model.layer_outputs(jnp.asarray(centre(image, loaded.config, loaded.statistics))[None])
+    outputs = model.activations(jnp.asarray(centre(image, loaded.config, loaded.statistics))[None])
     return {layer: np.asarray(output[0]) for layer, output in outputs.items()}
 
 
@@ -158,7 +158,7 @@ def test_outputs_of_every_layer_on_a_mesh_are_those_of_one_device(photos_dir, st
     images = [store.train[number]['image'] for number in range(11)]
     expected = {number: eager(loaded, images[number]) for number in (0, 10)}
     for layer in ('conv1', 'conv3', 'conv5', 'fc6', 'fc7', 'fc8'):
-        compiled = make_output_step(loaded.config, loaded.mesh, layer)
+        compiled = make_activation_fn(loaded.config, loaded.mesh, layer)
         rows = list(loaded.rows(compiled, images, batch_size=8))
         assert len(rows) == 11
         for number, outputs in expected.items():

@@ -15,7 +15,7 @@ from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
 from matplotlib.text import Text
 from PIL import Image
 
-from alexnet_jax.config import ConfigError, default_config, preset_config, resolve, set_fields
+from alexnet_jax.config import ConfigError, apply_overrides, default_config, preset_config, resolve
 from alexnet_jax.figures import confusion, curves, kernels, maps, neighbours, network, predictions, style
 from alexnet_jax.presets import PRESETS
 
@@ -410,7 +410,9 @@ def test_what_follows_each_layer_is_written_in_its_order():
 
 def test_pooling_of_layers_that_are_left_out_stays():
     config = default_config()
-    set_fields(config, {'model.widths': (96, 0, 0, 0, 256, 0, 4096), 'model.dropout': 0.0, 'model.activation': 'tanh'})
+    apply_overrides(
+        config, {'model.widths': (96, 0, 0, 0, 256, 0, 4096), 'model.dropout': 0.0, 'model.activation': 'tanh'}
+    )
     figure = draw_network(resolve(config))
     assert {name for name, _ in boxes(figure)} == {'image', 'conv1', 'conv5', 'fc7', 'fc8'}
     rows = table(figure, 'followed by')
@@ -420,7 +422,7 @@ def test_pooling_of_layers_that_are_left_out_stays():
 
 def test_logits_that_see_one_tower_stand_in_it():
     config = default_config()
-    set_fields(config, {'model.exchange': ('conv3',)})
+    apply_overrides(config, {'model.exchange': ('conv3',)})
     figure = draw_network(resolve(config))
     assert {('fc8', 0), ('fc8', 1)} <= set(boxes(figure))
     assert [arrow for arrow in arrows(figure) if arrow[0] == 'fc8'] == [('fc8', 0, 0), ('fc8', 1, 1)]
@@ -447,7 +449,7 @@ def test_every_preset_is_drawn_whole(name):
 @pytest.mark.parametrize('towers', [3, 4, 6])
 def test_more_towers_are_drawn_up_to_four(towers):
     config = default_config()
-    set_fields(config, {'model.towers': towers, 'model.widths': (96, 192, 384, 384, 192, 4032, 4032)})
+    apply_overrides(config, {'model.towers': towers, 'model.widths': (96, 192, 384, 384, 192, 4032, 4032)})
     figure = draw_network(resolve(config))
     check_print(figure)
     drawn = min(towers, 4)

@@ -75,7 +75,7 @@ def test_tars_to_trained_network(tmp_path):
     assert '3/3 steps' in run.stderr
 
     given = Settings('tfds:imagenet2012')
-    store = pipeline.open_store(pipeline.store_directory(str(tmp_path / 'data'), given), given)
+    store = pipeline.open_store(pipeline.dataset_dir(str(tmp_path / 'data'), given), given)
     assert len(store.class_names) == 1000
     assert (len(store.train), len(store.validation)) == (4 * len(SYNSETS) + 2, VALIDATION_IMAGES)
     assert store.train[0]['image'].shape == (256, 256, 3)

@@ -45,7 +45,7 @@ def test_every_layer(case):
     params, images, _ = case
     resolved = settings(dropout=0.5)
     graph = nnx.split(nnx.eval_shape(lambda: AlexNet(resolved.model, crop_size=SIZE, rngs=nnx.Rngs(params=0))))[0]
-    ours = jax.jit(lambda params, images: nnx.merge(graph, params).layer_outputs(images))(params, np.float32(images))
+    ours = jax.jit(lambda params, images: nnx.merge(graph, params).activations(images))(params, np.float32(images))
     logits, expected = net145.forward(params, images)
     for layer, name in AFTER_RELU.items():
         assert (expected[name] == 0).mean() < 0.9, layer  # the signal came through
@@ -78,7 +78,7 @@ def test_one_update(case, data, model):
     moments = {'mean_image': np.zeros((SIZE, SIZE, 3)), 'mean_rgb': np.zeros(3)}
     moments |= {'eigenvalues': np.ones(3), 'eigenvectors': np.eye(3)}
     rows = {'image': images, 'label': labels, 'number': np.arange(BATCH, dtype=np.uint32)}
-    rows = parallel.put_batch(parallel.batch_sharding(mesh, 'towers'), rows)
+    rows = parallel.make_global_batch(parallel.batch_sharding(mesh, 'towers'), rows)
     prepared = augment.preprocessing(moments, resolved.data)
     state, metrics = step.make_train_step(resolved, mesh)(state, rows, rates, prepared)
 

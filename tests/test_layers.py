@@ -13,11 +13,11 @@ from alexnet_jax.layers import (
     add_bias,
     convolution,
     local_response_norm,
+    locally_connected,
+    materialize,
     max_pool,
-    read_before_update,
-    spatial_response_norm,
-    stored,
-    unshared_convolution,
+    order_weight_gradient_after_input_gradient,
+    within_channel_lrn,
 )
 
 PAPER = {'k': 2.0, 'n': 5, 'alpha': 1e-4, 'beta': 0.75}
@@ -246,7 +246,7 @@ def test_sums_of_bias_gradients_are_not_rounded_where_products_are():
     ids=['float32', 'int8', 'bfloat16'],
 )
 def test_what_is_stored_stays_as_it_is(values):
-    y = jax.jit(stored)(values)
+    y = jax.jit(materialize)(values)
     assert (y.shape, y.dtype) == (values.shape, values.dtype)
     np.testing.assert_array_equal(np.asarray(y, np.float64), np.asarray(values, np.float64))
 
@@ -255,14 +255,16 @@ def test_reading_before_the_update_changes_nothing():
     x, kernel, cotangent = distinct((4, 3), 23), distinct((3, 5), 24), distinct((4, 5), 25)
 
     def both(x, kernel, cotangent):
-        y, back = jax.vjp(lambda x, kernel: jnp.matmul(*read_before_update(x, kernel)), x, kernel)
+        y, back = jax.vjp(
+            lambda x, kernel: jnp.matmul(*order_weight_gradient_after_input_gradient(x, kernel)), x, kernel
+        )
         return y, *back(cotangent)
 
     y, to_x, to_kernel = jax.jit(both)(x, kernel, cotangent)
     np.testing.assert_array_equal(y, x @ kernel)
     np.testing.assert_array_equal(to_x, cotangent @ kernel.T)
     np.testing.assert_array_equal(to_kernel, x.T @ cotangent)
-    np.testing.assert_array_equal(jnp.matmul(*read_before_update(x, kernel)), x @ kernel)
+    np.testing.assert_array_equal(jnp.matmul(*order_weight_gradient_after_input_gradient(x, kernel)), x @ kernel)
 
 
 def convolution_loop(x, kernel, stride, padding):
@@ -426,9 +428,7 @@ def test_unshared_convolution_and_its_gradient_are_the_loop(height, width, strid
     x, kernel, cotangent = unshared_case(height, width, stride, padding)
 
     def both(x, kernel, cotangent):
-        y, back = jax.vjp(
-            lambda x, kernel: unshared_convolution(x, kernel, 3, stride=stride, padding=padding), x, kernel
-        )
+        y, back = jax.vjp(lambda x, kernel: locally_connected(x, kernel, 3, stride=stride, padding=padding), x, kernel)
         return y, *back(cotangent)
 
     y, *ours = jax.jit(both)(x, kernel, cotangent)
@@ -441,7 +441,7 @@ def test_unshared_convolution_by_hand():
     # Two channels of 2 x 3 pixels; the first window's weights give its pixels as they lie, the second's twice those.
     x = jnp.array([[[1, 10], [2, 20], [3, 30]], [[4, 40], [5, 50], [6, 60]]], jnp.float32)[None]
     kernel = jnp.stack([jnp.eye(8), 2 * jnp.eye(8)])[None]
-    y = unshared_convolution(x, kernel, 2, padding=((0, 0), (0, 0)))
+    y = locally_connected(x, kernel, 2, padding=((0, 0), (0, 0)))
     expected = [[1, 2, 4, 5, 10, 20, 40, 50], [4, 6, 10, 12, 40, 60, 100, 120]]
     np.testing.assert_array_equal(y[0, 0], expected)
 
@@ -469,14 +469,14 @@ def spatial_loop(x, k, n, alpha, beta):
 @pytest.mark.parametrize('sides', [(6, 7), (2, 9)])
 def test_spatial_norm_is_the_loop(norm, sides):
     x = normal((2, *sides, 3), 16, 100)
-    ours = jax.jit(lambda x: spatial_response_norm(x, **norm))(x)
+    ours = jax.jit(lambda x: within_channel_lrn(x, **norm))(x)
     np.testing.assert_allclose(ours, spatial_loop(x, **norm), rtol=1e-6)
 
 
 @pytest.mark.parametrize('norm', SPATIAL_NORMS)
 def test_spatial_norm_gradient_is_that_of_the_loop(norm):
     x, cotangent = normal((1, 6, 4, 2), 17, 100), normal((1, 6, 4, 2), 18)
-    y, ours = jax.jit(jax.value_and_grad(lambda x: (spatial_response_norm(x, **norm) * cotangent).sum()))(x)
+    y, ours = jax.jit(jax.value_and_grad(lambda x: (within_channel_lrn(x, **norm) * cotangent).sum()))(x)
     differences = np.empty(x.shape)
     for index in np.ndindex(*x.shape):
         step = np.zeros(x.shape)
@@ -488,7 +488,7 @@ def test_spatial_norm_gradient_is_that_of_the_loop(norm):
 
 
 def test_spatial_norm_window_is_cut_off_at_the_edges():
-    y = spatial_response_norm(jnp.ones((1, 3, 4, 1)), k=1.0, n=3, alpha=1.0, beta=1.0)
+    y = within_channel_lrn(jnp.ones((1, 3, 4, 1)), k=1.0, n=3, alpha=1.0, beta=1.0)
     expected = [[1 / 5, 1 / 7, 1 / 7, 1 / 5], [1 / 7, 1 / 10, 1 / 10, 1 / 7], [1 / 5, 1 / 7, 1 / 7, 1 / 5]]
     np.testing.assert_allclose(y[0, :, :, 0], expected, rtol=1e-6)
 
@@ -496,7 +496,7 @@ def test_spatial_norm_window_is_cut_off_at_the_edges():
 @pytest.mark.parametrize('norm', SPATIAL_NORMS[:2])
 def test_spatial_norm_computes_in_float32_for_bfloat16(norm):
     x = jnp.asarray(normal((2, 6, 5, 3), 19, 100), jnp.bfloat16)
-    y = spatial_response_norm(x, **norm)
+    y = within_channel_lrn(x, **norm)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(y, np.float64), spatial_loop(x, **norm), rtol=2**-8 * 1.001)
 
@@ -504,7 +504,7 @@ def test_spatial_norm_computes_in_float32_for_bfloat16(norm):
 @pytest.mark.parametrize('n', [2, 4])
 def test_spatial_norm_refuses_an_even_window(n):
     with pytest.raises(ValueError, match=f'n={n} is even'):
-        spatial_response_norm(jnp.ones((1, 8, 8, 1)), k=2.0, n=n, alpha=1e-4, beta=0.75)
+        within_channel_lrn(jnp.ones((1, 8, 8, 1)), k=2.0, n=n, alpha=1e-4, beta=0.75)
 
 
 def overhanging_windows(sides, window, stride):

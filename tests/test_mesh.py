@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax import augment, config, parallel, step
-from alexnet_jax.checkpoint import CheckpointError, Checkpoints, state_digest
+from alexnet_jax.checkpoint import Checkpointer, CheckpointError, state_digest
 from alexnet_jax.shapes import LAYERS
 
 # Machine code that is run for some steps or never need not be fast; what is done on which device is the same.
@@ -53,8 +53,8 @@ def rates(value: float):
     return {layer: {'kernel': np.float32(value), 'bias': np.float32(value)} for layer in LAYERS}
 
 
-def put_batch(settings, mesh, rows):
-    return parallel.put_batch(parallel.batch_sharding(mesh, settings.mesh.layout), rows)
+def make_global_batch(settings, mesh, rows):
+    return parallel.make_global_batch(parallel.batch_sharding(mesh, settings.mesh.layout), rows)
 
 
 def train(settings, steps: int):
@@ -62,7 +62,7 @@ def train(settings, steps: int):
     prepared = augment.preprocessing(STATISTICS, settings.data)
     state, losses = step.init_state(settings, mesh), []
     initial = state_digest(state)
-    rows = [put_batch(settings, mesh, batch(number, settings)) for number in range(steps)]
+    rows = [make_global_batch(settings, mesh, batch(number, settings)) for number in range(steps)]
     lowered = step.make_train_step(settings, mesh).lower(state, rows[0], rates(0.01), prepared)
     train_step = lowered.compile(FAST)
     for number in range(steps):
@@ -232,7 +232,7 @@ def test_evaluation_is_the_same_on_every_mesh(runs, views):
         rows['label'][-3:] = -1  # padding
         eval_step = step.make_eval_step(settings, mesh, views)
         prepared = augment.preprocessing(STATISTICS, settings.data)
-        sums.append(np.asarray(eval_step(state, put_batch(settings, mesh, rows), prepared)))
+        sums.append(np.asarray(eval_step(state, make_global_batch(settings, mesh, rows), prepared)))
     assert sums[0][3] == 13
     np.testing.assert_allclose(sums, np.broadcast_to(sums[0], (4, 4)), rtol=2e-5)
 
@@ -250,14 +250,14 @@ def test_hybrid_evaluates_as_one_device(runs, views, model):
         abstract = step.abstract_state(settings, mesh)
         moved = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), state, abstract)
         prepared = augment.preprocessing(STATISTICS, settings.data)
-        sums.append(np.asarray(eval_step(moved, put_batch(settings, mesh, rows), prepared)))
+        sums.append(np.asarray(eval_step(moved, make_global_batch(settings, mesh, rows), prepared)))
     np.testing.assert_allclose(sums[1], sums[0], rtol=2e-5)
     assert sums[1][3] == 13
 
 
 @pytest.mark.slow
 def test_a_checkpoint_moves_between_meshes(runs, tmp_path):
-    checkpoints = Checkpoints(str(tmp_path), keep=1)
+    checkpoints = Checkpointer(str(tmp_path), keep=1)
     state = runs[4, 2][1]
     checkpoints.save(state, {'step': 10}, error=0.5)
     checkpoints.wait()
@@ -269,7 +269,7 @@ def test_a_checkpoint_moves_between_meshes(runs, tmp_path):
         assert state_digest(restored) == state_digest(state)
         assert restored.params['fc6']['kernel'].sharding.mesh == mesh
         prepared = augment.preprocessing(STATISTICS, settings.data)
-        rows = put_batch(settings, mesh, batch(10, settings))
+        rows = make_global_batch(settings, mesh, batch(10, settings))
         restored, _ = step.make_train_step(settings, mesh)(restored, rows, rates(0.01), prepared)
         assert int(restored.step) == 11
     checkpoints.close()
@@ -288,7 +288,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(runs, tmp_p
     settings = small_config(1, 1)
     mesh, state = runs[1, 1][:2]
     abstract = step.abstract_state(settings, mesh)
-    checkpoints = Checkpoints(str(tmp_path), keep=2)
+    checkpoints = Checkpointer(str(tmp_path), keep=2)
     for number in (10, 20):
         numbered = dataclasses.replace(state, step=np.int32(number))
         checkpoints.save(numbered, {'step': number}, error=None)
@@ -314,13 +314,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(runs, tmp_p
 @pytest.mark.slow
 def test_newest_and_best_checkpoints_are_kept(runs, tmp_path):
     state = runs[1, 1][1]
-    checkpoints = Checkpoints(str(tmp_path), keep=1)
+    checkpoints = Checkpointer(str(tmp_path), keep=1)
     for number, error in [(1, 0.9), (2, 0.4), (3, 0.6), (4, None), (5, 0.5)]:
         checkpoints.save(dataclasses.replace(state, step=np.int32(number)), {'step': number}, error)
     checkpoints.wait()
     assert checkpoints.manager.all_steps() == [2, 5]
     checkpoints.close()
-    again = Checkpoints(str(tmp_path), keep=1)
+    again = Checkpointer(str(tmp_path), keep=1)
     again.save(dataclasses.replace(state, step=np.int32(6)), {'step': 6}, 0.7)
     again.wait()
     assert again.manager.all_steps() == [2, 6]
@@ -488,7 +488,9 @@ def test_images_of_a_chunk_share_a_window_and_a_reflection():
         rows['number'] = np.arange(8, dtype=np.uint32)
         prepared = augment.preprocessing(STATISTICS, settings.data)
         train_step = step.make_train_step(settings, mesh)
-        _, metrics = train_step(step.init_state(settings, mesh), put_batch(settings, mesh, rows), rates(0), prepared)
+        _, metrics = train_step(
+            step.init_state(settings, mesh), make_global_batch(settings, mesh, rows), rates(0), prepared
+        )
         losses[chunk] = float(metrics['loss'])
     np.testing.assert_allclose(losses[8], loss_of_one, rtol=1e-6)
     assert abs(losses[1] / loss_of_one - 1) > 1e-4
@@ -508,8 +510,8 @@ def four_steps(network: str, layout: str, data: int, model: int, shard_optimizer
     settings = small_config(data, model, groups)
     mesh, state, losses, _ = train(settings, 4)
     prepared = augment.preprocessing(STATISTICS, settings.data)
-    images = put_batch(settings, mesh, batch(99, settings))['image']
-    report = step.make_layer_report(settings, mesh)(state, images, prepared)
+    images = make_global_batch(settings, mesh, batch(99, settings))['image']
+    report = step.make_layer_stats_fn(settings, mesh)(state, images, prepared)
     return *jax.device_get((state, losses, report)), state.statistics
 
 
@@ -549,7 +551,7 @@ def test_predictions_are_those_of_one_device(runs, layout, data, model):
         state = jax.tree.map(
             lambda leaf, like: jax.device_put(leaf, like.sharding), runs[1, 1][1], step.abstract_state(settings, mesh)
         )
-        images = put_batch(settings, mesh, batch(99, settings))['image']
+        images = make_global_batch(settings, mesh, batch(99, settings))['image']
         prepared = augment.preprocessing(STATISTICS, settings.data)
         predictions.append(np.asarray(step.make_predict_step(settings, mesh, 1)(state, images, prepared)))
     np.testing.assert_allclose(np.exp(predictions[0]).sum(-1), 1, rtol=1e-5)

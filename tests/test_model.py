@@ -76,7 +76,7 @@ def reference(
     kept=0.5,
     zeros=None,
     after=('act lrn pool', 'act lrn pool', 'act', 'act', 'act pool'),
-    sees_all=('conv1', 'conv3', 'fc6', 'fc7', 'fc8'),
+    cross_tower=('conv1', 'conv3', 'fc6', 'fc7', 'fc8'),
     across=False,
     halved=('fc7', 'fc8'),
 ):
@@ -92,7 +92,7 @@ def reference(
 
     def conv(layer, x, **options):
         kernel, bias = parameters[layer]['kernel'], parameters[layer]['bias']
-        if layer in sees_all:
+        if layer in cross_tower:
             return tf.nn.conv2d(x, kernel, **options) + bias
         pairs = zip(cut(x), np.split(kernel, towers, 3), strict=True)
         return tf.concat([tf.nn.conv2d(part, its, **options) for part, its in pairs], 3) + bias
@@ -107,7 +107,7 @@ def reference(
     def dense(layer, x):
         kernel, bias = parameters[layer]['kernel'], parameters[layer]['bias']
         x = x * kept if layer in halved else x
-        if layer in sees_all:
+        if layer in cross_tower:
             return tf.matmul(tf.concat(x, -1), kernel) + bias
         pairs = zip(x, np.split(kernel, towers, 1), strict=True)
         return tf.concat([tf.matmul(part, its) for part, its in pairs], 1) + bias
@@ -134,10 +134,10 @@ def reference(
         return [tf.reshape(part, (part.shape[0], -1)) for part in cut(x)]
 
     first = next(layer for layer in ('fc6', 'fc7', 'fc8') if layer in parameters)
-    x = tf.reshape(x, (x.shape[0], -1)) if first in sees_all else tf.stack(units(x))
+    x = tf.reshape(x, (x.shape[0], -1)) if first in cross_tower else tf.stack(units(x))
     for layer in ('fc6', 'fc7', 'fc8'):
         if layer in parameters:
-            if layer not in sees_all and len(x.shape) == 2:
+            if layer not in cross_tower and len(x.shape) == 2:
                 x = tf.stack(cut(x))
             x = dense(layer, x) if layer == 'fc8' else act(dense(layer, x))
     return x.numpy()
@@ -200,11 +200,11 @@ VARIATIONS = [
     ),
     ({'dropout_before': ('fc6', 'fc7')}, {'halved': ('fc6', 'fc7')}),
     ({'inverted_dropout': True}, {'halved': ()}),
-    ({'exchange': ('fc8',)}, {'sees_all': ('conv1', 'fc8')}),
-    ({'exchange': ('conv4', 'fc7')}, {'sees_all': ('conv1', 'conv4', 'fc7')}),
+    ({'exchange': ('fc8',)}, {'cross_tower': ('conv1', 'fc8')}),
+    ({'exchange': ('conv4', 'fc7')}, {'cross_tower': ('conv1', 'conv4', 'fc7')}),
     (
         {'widths': (8, 16, 0, 16, 8, 24, 20), 'exchange': ('conv4', 'fc6', 'fc7', 'fc8')},
-        {'sees_all': ('conv1', 'conv4', 'fc6', 'fc7', 'fc8')},
+        {'cross_tower': ('conv1', 'conv4', 'fc6', 'fc7', 'fc8')},
     ),
     ({'widths': (8, 16, 24, 16, 0, 24, 0)}, {}),
     ({'widths': (8, 0, 24, 0, 8, 24, 20)}, {}),
@@ -219,7 +219,7 @@ def test_variations_are_those_of_the_independent_program(fields, options):
     ours = logits_of(config, 98, parameters, images)
     expected = reference(parameters, images, **{'alpha': 0.3} | options)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
-    if options and 'sees_all' not in options:  # with the same parameters the paper's network gives something else
+    if options and 'cross_tower' not in options:  # with the same parameters the paper's network gives something else
         fc6 = random_parameters(network(model_config(**SMALL), 98)[1], bias_std=0.3)['fc6']['kernel'].shape
         if fc6 == parameters['fc6']['kernel'].shape:
             paper = reference(parameters, images, alpha=0.3)
@@ -231,7 +231,7 @@ def test_layers_without_a_nonlinearity_have_outputs_too():
     parameters = random_parameters(network(config, 67)[1], bias_std=0.3)
     images = np.random.default_rng(2).standard_normal((2, 67, 67, 3)).astype(np.float32)
     graph, _ = network(config, 67)
-    outputs = jax.jit(lambda parameters, images: nnx.merge(graph, parameters).layer_outputs(images))(parameters, images)
+    outputs = jax.jit(lambda parameters, images: nnx.merge(graph, parameters).activations(images))(parameters, images)
     assert list(outputs) == ['conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8']
     assert [float(outputs[name].min()) < 0 for name in ('conv1', 'conv2', 'conv3', 'conv4')] == [
         True,

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from alexnet_jax.config import ConfigError, default_config, resolve, total_steps
-from alexnet_jax.optimizer import learning_rates, make_optimizer, plateau_next, plateau_start, scheduled_rate
+from alexnet_jax.optimizer import learning_rates, make_optimizer, plateau_init, plateau_next, scheduled_rate
 
 RATES = [0.1] * 6 + [0.01] * 6
 SHAPES = {'convolution': (2, 2, 3, 4), 'matrix': (5, 4), 'bias': (4,)}
@@ -200,7 +200,7 @@ ERRORS = [
 @pytest.mark.parametrize('saved', [False, True])  # through JSON and back between any two evaluations
 def test_plateau_drops(saved):
     config = optimizer_config(patience=2, max_drops=2)
-    state = plateau_start()
+    state = plateau_init()
     lowest = 1.0
     for error, waited, drops_taken in ERRORS:
         if saved:
@@ -213,12 +213,12 @@ def test_plateau_drops(saved):
 
 
 def test_plateau_start():
-    assert plateau_start() == {'lowest_error': 1.0, 'waited': 0, 'drops_taken': 0}
+    assert plateau_init() == {'lowest_error': 1.0, 'waited': 0, 'drops_taken': 0}
 
 
 def test_plateau_of_the_paper_drops_three_times():
     config = optimizer_config()
-    state = plateau_start()
+    state = plateau_init()
     drops = []
     for _ in range(20):
         state = plateau_next(state, 1.0, config)
@@ -227,9 +227,9 @@ def test_plateau_of_the_paper_drops_three_times():
 
 
 def test_plateau_next_leaves_the_old_state_alone():
-    state = plateau_start()
+    state = plateau_init()
     plateau_next(state, 0.5, optimizer_config())
-    assert state == plateau_start()
+    assert state == plateau_init()
 
 
 # cuda-convnet2's rates: from 0.01 in four equal parts to 0.01 / 250; of biases from 0.02 in two to 0.002.
@@ -409,8 +409,8 @@ def net_steps(make, w, gradients, rates):
     return jax.tree.map(np.asarray, history)
 
 
-def one_update(config, w, g, rate, *whole_sums):
-    optimizer = make_optimizer(config, rate, *whole_sums)
+def one_update(config, w, g, rate, *reduce_norms):
+    optimizer = make_optimizer(config, rate, *reduce_norms)
     return optimizer.update(g, optimizer.init(w), w)[0]
 
 
@@ -515,11 +515,11 @@ def test_lars_takes_both_norms_from_whole_sums():
     seen = []
 
     def update(change):
-        def whole_sums(sums):
+        def reduce_norms(sums):
             seen.append(jax.tree.map(float, sums))
             return jax.tree.map(change, sums)
 
-        updates = one_update(config, w, g, 0.1, whole_sums)['fc8']
+        updates = one_update(config, w, g, 0.1, reduce_norms)['fc8']
         assert updates['bias'][0] == np.float32(-0.1) * 3
         return updates['kernel'][0, 0]
 

@@ -523,12 +523,12 @@ def test_predictions_are_those_of_the_evaluation(folders, store, pages, parsed):
 
 
 def test_neighbours_are_the_nearest_of_all_training_images(network, store, folders, pages, parsed):
-    from alexnet_jax.step import make_output_step
+    from alexnet_jax.step import make_activation_fn
 
     (file,) = (folders['run'] / 'features').glob('fc7_*/features.npy')
     known = np.load(file).astype(np.float64)
     assert known.shape == (6400, 64)
-    step = make_output_step(network.config, network.mesh, 'fc7')
+    step = make_activation_fn(network.config, network.mesh, 'fc7')
     content = pages['run'].read_text()
     rows = content.split('<div class="cards small">')[1:]
     assert len(rows) == 5
@@ -828,7 +828,7 @@ def test_jax_is_tuned_and_imported_only_for_weights(folders, tmp_path):
     (tmp_path / 'modules' / 'jax.py').write_text("import os, sys; sys.exit(os.environ['XLA_FLAGS'])")
     tuned = execute(
         '-c',
-        "from alexnet_jax import startup; startup.tune_cpu(); import os; print(os.environ['XLA_FLAGS'])",
+        "from alexnet_jax import startup; startup.configure_cpu_backend(); import os; print(os.environ['XLA_FLAGS'])",
         XLA_FLAGS='',
     )
     page = tmp_path / 'page.html'

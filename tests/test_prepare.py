@@ -21,7 +21,7 @@ from PIL import Image
 from alexnet_jax.config import ConfigError
 from alexnet_jax.data import pipeline
 from alexnet_jax.data.examples import Pixels, SourceError
-from alexnet_jax.data.pipeline import StoreError
+from alexnet_jax.data.pipeline import DatasetError
 from alexnet_jax.data.shards import Format, Shard
 from alexnet_jax.data.workers import _interrupts_held_back, write_shard
 from alexnet_jax.prepare import Settings, prepare
@@ -34,7 +34,7 @@ PROGRAM = """
 import json, sys
 from alexnet_jax import prepare
 if __name__ == '__main__':
-    prepare.IMAGES_A_SHARD = 16
+    prepare.SHARD_SIZE = 16
     prepare.prepare(prepare.Settings(**json.loads(sys.argv[1])), sys.argv[2])
 """
 
@@ -78,7 +78,7 @@ def prepared(given: dict, data_dir: Path) -> Path:
 
 
 def store_folder(given: dict, data_dir: Path) -> Path:
-    return Path(pipeline.store_directory(str(data_dir), Settings(**given)))
+    return Path(pipeline.dataset_dir(str(data_dir), Settings(**given)))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -250,7 +250,7 @@ def test_the_zoo_in_a_folder(tmp_path):
 
 def test_too_many_unreadable_images_stop_it_and_it_goes_on_when_they_are_allowed(pictures, tmp_path):
     few = Settings(**settings(pictures, max_bad=0.01))  # of 170: one
-    with pytest.raises(StoreError) as caught:
+    with pytest.raises(DatasetError) as caught:
         prepare(few, str(tmp_path))
     message = str(caught.value)
     assert '\n' not in message

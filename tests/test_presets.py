@@ -101,7 +101,7 @@ def settings(preset, **model):
     """The preset with its recipe, resolved."""
     given = config.default_config()
     given.model.preset = preset
-    config.set_fields(given, PRESETS[preset].recipe)
+    config.apply_overrides(given, PRESETS[preset].recipe)
     given.model.update(model)
     return given
 
@@ -206,7 +206,7 @@ def test_a_step_with_the_recipe_trains(preset):
         'label': generator.integers(0, 10, 16, np.int32),
         'number': np.arange(16, dtype=np.uint32),
     }
-    rows = parallel.put_batch(parallel.batch_sharding(mesh, 'towers'), batch)
+    rows = parallel.make_global_batch(parallel.batch_sharding(mesh, 'towers'), batch)
     # Small enough for networks whose signal is not that of the full size; LARS does not mind the size of gradients.
     rate = 0.5 if preset == 'bn_lars' else 1e-4
     rates = {name: {'kernel': np.float32(rate), 'bias': np.float32(rate)} for name in shapes.LAYERS}

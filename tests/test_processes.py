@@ -64,7 +64,7 @@ import dataclasses, hashlib, json, os, sys
 from types import SimpleNamespace
 import jax, numpy as np
 from alexnet_jax import parallel, processes
-from alexnet_jax.checkpoint import Checkpoints, state_digest
+from alexnet_jax.checkpoint import Checkpointer, state_digest
 from alexnet_jax.config import ConfigError, default_config, resolve
 from alexnet_jax.monitor import Preemption
 address, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -74,7 +74,7 @@ def refusal(function, *arguments):
     except ConfigError as error:
         return str(error)
 def enter(workdir):
-    with processes.own_folder(workdir):
+    with processes.workdir_lock(workdir):
         pass
 config = resolve(default_config())
 with Preemption() as preemption:
@@ -85,24 +85,24 @@ with Preemption() as preemption:
         devices, kinds = jax.devices()[:data * model], (jax.sharding.AxisType.Auto,) * 2
         mesh = jax.make_mesh((data, model), ('data', 'model'), kinds, devices=devices)
         try:
-            seen['shares'][f'{data}x{model}'] = parallel.input_share(parallel.batch_sharding(mesh, 'towers'))
+            seen['shares'][f'{data}x{model}'] = parallel.process_shard(parallel.batch_sharding(mesh, 'towers'))
         except ConfigError as error:
             seen['shares'][f'{data}x{model}'] = 'refused'
     mesh = parallel.make_mesh(config)
     rows = np.arange(16, dtype=np.uint32).reshape(4, 4)[index]
-    batch = parallel.put_batch(parallel.batch_sharding(mesh, 'towers'), {'number': rows})
+    batch = parallel.make_global_batch(parallel.batch_sharding(mesh, 'towers'), {'number': rows})
     state = SimpleNamespace(params={'b': batch['number'].astype('float32')}, opt_state={}, statistics={})
-    seen['rows'] = processes.whole(batch['number']).tolist()
+    seen['rows'] = processes.gather_to_host(batch['number']).tolist()
     seen['digest'] = state_digest(state)
-    seen['agreed'] = processes.agree(f'problem of {index}' if index > 1 else '')
-    seen['same'] = refusal(processes.check_same, {'a': 1, 'b': [1, 2]})
-    seen['other'] = refusal(processes.check_same, {'a': 1, 'b': [1, 3 if index == 2 else 2]})
+    seen['agreed'] = processes.first_error_on_any_process(f'problem of {index}' if index > 1 else '')
+    seen['same'] = refusal(processes.assert_equal_across_processes, {'a': 1, 'b': [1, 2]})
+    seen['other'] = refusal(processes.assert_equal_across_processes, {'a': 1, 'b': [1, 3 if index == 2 else 2]})
     os.makedirs(f'{folder}/{index}')
     open(f'{folder}/{index}/lock', 'w').write('of an earlier run')
     seen['shared'] = refusal(enter, folder)
     os.makedirs(f'{folder}/{index}/checkpoints/{7 if index == 2 else "none"}')
-    seen['restored'] = Checkpoints(f'{folder}/{index}/checkpoints', keep=1).restore({})
-    processes.VISIBLE_AFTER = 0.5
+    seen['restored'] = Checkpointer(f'{folder}/{index}/checkpoints', keep=1).restore({})
+    processes.SHARED_FS_TIMEOUT_SECS = 0.5
     seen['not shared'] = refusal(enter, f'{folder}/{index}')
     print(json.dumps(seen), flush=True)
     jax.distributed.shutdown()
@@ -303,7 +303,7 @@ def test_a_run_moves_between_numbers_of_processes(photos_dir, tmp_path, preempte
 
 def test_the_images_of_a_run_do_not_depend_on_the_number_of_shares(photos_dir):
     given = Settings('photos', image_size=72)
-    source = pipeline.open_store(pipeline.store_directory(photos_dir, given), given).train
+    source = pipeline.open_store(pipeline.dataset_dir(photos_dir, given), given).train
 
     def batches(first_step, steps, shares):
         readers = [

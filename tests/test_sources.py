@@ -36,7 +36,7 @@ def test_folder_with_train_and_val(tmp_path):
     (tmp_path / 'train' / 'ant').mkdir()
     source = opened(f'folder:{tmp_path}')
     assert source.class_names == ['ant', 'cat', 'dog']
-    assert not source.is_split_here
+    assert not source.holds_out_validation
     expected = [('train/cat/deep/c.jpg', 1), ('train/dog/a.jpg', 2), ('train/dog/b.jpg', 2)]
     assert content(source.splits['train']) == [(name, name.encode(), label) for name, label in expected]
     assert content(source.splits['validation']) == [('val/dog/d.jpg', b'val/dog/d.jpg', 2)]
@@ -47,7 +47,7 @@ def test_folder_with_train_and_val(tmp_path):
 def test_folder_without_val_holds_out_a_part_of_each_class(tmp_path):
     tree(tmp_path, *(f'{name}/{i}.jpg' for name, count in (('a', 8), ('b', 40)) for i in range(count)))
     source = opened(f'folder:{tmp_path}')
-    assert source.is_split_here
+    assert source.holds_out_validation
     names = {split: {name for name, *_ in content(source.splits[split])} for split in source.splits}
     assert not names['train'] & names['validation']
     assert len(names['train'] | names['validation']) == 48
@@ -144,7 +144,7 @@ def test_idx(tmp_path, ending):
 def test_idx_without_test_images_holds_some_out(tmp_path):
     write_idx(tmp_path, 'emnist-letters-train', IMAGES, LABELS)
     source = opened(f'idx:{tmp_path}')
-    assert source.is_split_here
+    assert source.holds_out_validation
     found = {split: content(source.splits[split]) for split in source.splits}
     assert sorted(int(name.split()[1]) for split in found.values() for name, *_ in split) == list(range(20))
     for name, pixels, label in found['validation']:
@@ -206,7 +206,7 @@ class ZooPictures(tfds.core.GeneratorBasedBuilder):
 def test_tfds_with_one_split_and_other_names(tmp_path):
     source = sources.open_source('tfds:zoo_pictures:plain', str(tmp_path), 0.25)
     assert source.class_names == ['ape', 'bee']
-    assert source.is_split_here
+    assert source.holds_out_validation
     assert {split: len(examples) for split, examples in source.splits.items()} == {'train': 15, 'validation': 5}
     seen = []
     for examples in source.splits.values():

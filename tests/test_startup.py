@@ -22,11 +22,11 @@ COUNT_FAULTS = """
 import resource, sys
 from alexnet_jax import startup
 if 'tuned' in sys.argv:
-    startup.tune_cpu()
+    startup.configure_cpu_backend()
 import jax, jax.numpy as jnp
-from alexnet_jax.layers import stored
+from alexnet_jax.layers import materialize
 images = jnp.ones((25, 1 << 20))
-step = jax.jit(lambda images: stored(images + 1)[:, 0]).lower(images).compile()
+step = jax.jit(lambda images: materialize(images + 1)[:, 0]).lower(images).compile()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     jax.block_until_ready(step(images))
@@ -55,7 +55,7 @@ def test_memory_of_a_step_is_not_mapped_anew():
 GIVE_BACK = """
 import re
 from alexnet_jax import startup
-startup.tune_cpu()
+startup.configure_cpu_backend()
 def resident():
     return int(re.search(r'VmRSS:\\s+(\\d+)', open('/proc/self/status').read())[1]) << 10
 blocks = [bytearray(1 << 20) for _ in range(200)]
@@ -63,7 +63,7 @@ end = bytearray(1 << 20)  # what is above free memory keeps it from the system
 sizes = [resident()]
 del blocks
 sizes.append(resident())
-startup.make_room(0)
+startup.reserve_step_memory(0)
 sizes.append(resident())
 print(*sizes)
 """
@@ -80,13 +80,13 @@ def test_free_memory_is_given_back_when_asked_for():
 PLACE = """
 import ctypes
 from alexnet_jax import startup
-startup.tune_cpu()
+startup.configure_cpu_backend()
 library = ctypes.CDLL(None)
 library.malloc.restype = ctypes.c_void_p
 library.free.argtypes = [ctypes.c_void_p]
 below, between = library.malloc(200 << 20), library.malloc(1 << 20)
 library.free(below)
-startup.make_room(300 << 20)
+startup.reserve_step_memory(300 << 20)
 first_step = library.malloc(300 << 20)
 library.free(first_step)
 library.free(between)
@@ -110,7 +110,7 @@ def test_a_step_takes_its_memory_where_the_one_before_it_did():
 )
 def test_flags_of_the_user_are_kept(monkeypatch, before, after):
     monkeypatch.setenv('XLA_FLAGS', before)
-    startup.tune_cpu()
+    startup.configure_cpu_backend()
     assert os.environ['XLA_FLAGS'] == after
 
 
@@ -189,7 +189,7 @@ def test_the_flag_takes_convolutions_and_biases_out_of_library_fusions():
 import sys
 from alexnet_jax import startup
 if 'tuned' in sys.argv:
-    startup.tune_cpu()
+    startup.configure_cpu_backend()
 import jax, jax.numpy as jnp
 from alexnet_jax.layers import convolution
 convolved = jax.jit(convolution).lower(jnp.ones((8, 13, 13, 32)), jnp.ones((3, 3, 32, 32))).compile()
@@ -242,7 +242,7 @@ def caches(tmp_path, monkeypatch):
 
 
 def folder_in_use() -> str | None:
-    startup.use_compilation_cache()
+    startup.enable_compilation_cache()
     return jax.config.jax_compilation_cache_dir
 
 
@@ -299,7 +299,7 @@ def test_programs_not_used_for_longest_are_removed(caches, monkeypatch):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(bytes(100))
         os.utime(file, times)
-    startup.use_compilation_cache()
+    startup.enable_compilation_cache()
     left = {path.name for path in (caches / 'alexnet_jax').rglob('*') if path.is_file()}
     assert left == {'older_but_read', 'new'}
 
@@ -307,7 +307,7 @@ def test_programs_not_used_for_longest_are_removed(caches, monkeypatch):
 def test_what_cannot_be_kept_is_told_in_a_line(caches, monkeypatch, capsys):
     shown = []
     monkeypatch.setattr(warnings, 'showwarning', lambda *warning: shown.append(warning))
-    startup.use_compilation_cache()
+    startup.enable_compilation_cache()
     text = "Error writing persistent compilation cache entry for 'jit_f': OSError: [Errno 28] No space left on device"
     for message in (text, 'another thing'):
         warnings.showwarning(UserWarning(message), UserWarning, 'somewhere.py', 1)
@@ -320,7 +320,7 @@ PROGRAM = """
 import os, sys
 from alexnet_jax import startup
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(sys.argv[1])])
-startup.use_compilation_cache()
+startup.enable_compilation_cache()
 import jax, jax.numpy as jnp
 hits = []
 jax.monitoring.register_event_listener(lambda event, **kind: hits.append(event.endswith('/cache_hits')))

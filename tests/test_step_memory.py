@@ -6,7 +6,17 @@ import re
 import jax
 import numpy as np
 import pytest
-from test_mesh import NORMED, STATISTICS, batch, collectives, lowered_step, put_batch, rates, small_config, train
+from test_mesh import (
+    NORMED,
+    STATISTICS,
+    batch,
+    collectives,
+    lowered_step,
+    make_global_batch,
+    rates,
+    small_config,
+    train,
+)
 
 from alexnet_jax import augment, parallel, step
 from alexnet_jax.config import ConfigError, default_config, resolve
@@ -77,7 +87,7 @@ def test_statistics_of_micro_batches_are_the_means_of_those_of_each():
     prepared = augment.preprocessing(STATISTICS, whole.data)
     steps = {id(settings): step.make_train_step(settings, mesh) for settings in (whole, half)}
     for settings, part in ((whole, slice(None)), (half, slice(8)), (half, slice(8, None))):
-        part_rows = put_batch(settings, mesh, {name: values[part] for name, values in rows.items()})
+        part_rows = make_global_batch(settings, mesh, {name: values[part] for name, values in rows.items()})
         state, metrics = steps[id(settings)](step.init_state(settings, mesh), part_rows, rates(0.0), prepared)
         found.append(jax.tree.leaves(jax.device_get((state.statistics, metrics))))
     assert len(found[0]) == 8 + 3

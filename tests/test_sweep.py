@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alexnet_jax.config import ConfigError, default_config, field_names, field_value, resolve
-from alexnet_jax.flags import sweep_of
+from alexnet_jax.config import ConfigError, default_config, field_names, get_by_path, resolve
+from alexnet_jax.flags import load_sweep
 from alexnet_jax.monitor import write_json
-from alexnet_jax.run_folder import check_same_run, is_finished, read_config
-from alexnet_jax.sweep import _BECOME, Variant, check, configure, grid, run_all, seeds, zipped
+from alexnet_jax.run_folder import check_resumable, is_finished, read_config
+from alexnet_jax.sweep import _CHILD_BOOTSTRAP, Variant, check, configure, grid, run_all, seeds, zipped
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,9 +60,9 @@ def differences(before, after) -> dict:
     """The fields, by dotted name, in which two resolved configurations differ, with the value in the second."""
     assert field_names(before) == field_names(after)
     return {
-        field: field_value(after, field)
+        field: get_by_path(after, field)
         for field in field_names(before)
-        if field_value(before, field) != field_value(after, field)
+        if get_by_path(before, field) != get_by_path(after, field)
     }
 
 
@@ -129,7 +129,7 @@ def load(name: str, part: str):
     """The configuration and the sweep of a file of configs/."""
     file = ROOT / 'configs' / f'{name}.py'
     config = runpy.run_path(str(file))['get_config'](*[part] * bool(part))
-    return config, sweep_of(f'{file}:{part}' if part else str(file))
+    return config, load_sweep(f'{file}:{part}' if part else str(file))
 
 
 def test_every_config_with_a_sweep_is_tried_here():
@@ -366,12 +366,12 @@ def test_a_folder_begun_with_other_settings(folder, fields, begun_otherwise):
     config = with_fields(**fields)
     for every_field, refused in zip((False, True), begun_otherwise, strict=True):
         if not refused:
-            check_same_run(config, str(workdir), every_field)
+            check_resumable(config, str(workdir), every_field)
             continue
         with pytest.raises(ConfigError) as refusal:
-            check_same_run(config, str(workdir), every_field)
+            check_resumable(config, str(workdir), every_field)
         name, value = next((name.replace('__', '.'), value) for name, value in fields.items())
-        was = field_value(resolve(default_config()), name)
+        was = get_by_path(resolve(default_config()), name)
         assert str(refusal.value).startswith(f'config.{name}: {value!r}, but {workdir} was begun with {was!r}')
         assert '\n' not in str(refusal.value)
 
@@ -383,16 +383,16 @@ def test_only_checkpoints_make_a_folder_that_of_a_run(folder):
     del before['model']['dropout']
     write_json(str(workdir / 'config.json'), before)
     with pytest.raises(ConfigError, match='was begun with an older version'):
-        check_same_run(config, str(workdir))
+        check_resumable(config, str(workdir))
     (workdir / 'config.json').write_text('{')
     with pytest.raises(ConfigError, match=r'has checkpoints but no readable config\.json'):
-        check_same_run(config, str(workdir))
+        check_resumable(config, str(workdir))
     with pytest.raises(ConfigError, match=r'it has no readable config\.json'):
         read_config(str(workdir))
     (workdir / 'checkpoints' / '7').rmdir()
-    check_same_run(other, str(workdir), every_field=True)
+    check_resumable(other, str(workdir), every_field=True)
     (workdir / 'checkpoints').rmdir()
-    check_same_run(other, str(workdir), every_field=True)
+    check_resumable(other, str(workdir), every_field=True)
 
 
 def test_the_settings_of_a_run_are_read_back(tmp_path):
@@ -434,7 +434,7 @@ def test_as_many_at_once_as_wanted_and_failures_stop_nothing(tmp_path, capfd, mo
     (tmp_path / 'sweep' / 'f').mkdir(parents=True)
     write_json(str(tmp_path / 'sweep' / 'f' / 'config.json'), configs[5].to_dict())
     write_json(str(tmp_path / 'sweep' / 'f' / 'result.json'), {'status': 'done'})
-    monkeypatch.setattr('alexnet_jax.monitor.LINE_EVERY_SECONDS', 0.0)
+    monkeypatch.setattr('alexnet_jax.monitor.LOG_INTERVAL_SECS', 0.0)
     told = tmp_path / 'told'
     command = [sys.executable, '-ISc', SLEEPER, str(told)]
     assert run_all(variants, configs, str(tmp_path / 'sweep'), command, jobs) == 1
@@ -864,7 +864,7 @@ def test_runs_end_with_a_killed_sweep(killed):
 @pytest.mark.parametrize('alive', [True, False])
 def test_a_run_whose_sweep_has_ended_meanwhile_does_not_begin(alive):
     sweep = os.getpid() if alive else os.getppid()
-    command = [sys.executable, '-ISc', _BECOME, str(sweep), '', sys.executable, '-c', 'print("begun")']
+    command = [sys.executable, '-ISc', _CHILD_BOOTSTRAP, str(sweep), '', sys.executable, '-c', 'print("begun")']
     run = subprocess.run(command, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == ((0, 'begun\n') if alive else (1, ''))
 

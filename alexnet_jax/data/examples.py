@@ -27,12 +27,12 @@ class Source:
     Attributes:
       splits: 'train' and 'validation', each Files, Pixels or Records.
       class_names: one a label.
-      is_split_here: whether the validation images are a fraction of those that the source has to train on.
+      holds_out_validation: whether the validation images are a fraction of those that the source has to train on.
     """
 
     splits: dict[str, Any]
     class_names: list[str]
-    is_split_here: bool
+    holds_out_validation: bool
 
     @property
     def fingerprint(self) -> str:

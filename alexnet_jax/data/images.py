@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # Pillow's own bound against files that unpack to more than memory holds: 600 MB while such an image is converted.
 MAX_PIXELS = 1024**3 // 12
 # Of an image longer than this many times its width the middle is taken before it is scaled.
-LONGEST = 16
+MAX_ASPECT_RATIO = 16
 
 
 class UnreadableImage(ValueError):
@@ -82,8 +82,8 @@ def square(image: Image.Image, size: int, channels: int = 3) -> np.ndarray:
     """
     width, height = image.size
     shorter = min(width, height)
-    if max(width, height) > LONGEST * shorter:
-        image = ImageOps.fit(image, (min(width, LONGEST * shorter), min(height, LONGEST * shorter)))
+    if max(width, height) > MAX_ASPECT_RATIO * shorter:
+        image = ImageOps.fit(image, (min(width, MAX_ASPECT_RATIO * shorter), min(height, MAX_ASPECT_RATIO * shorter)))
         width, height = image.size
     scale = size / shorter
     width, height = max(size, round(width * scale)), max(size, round(height * scale))

@@ -22,7 +22,7 @@ import simplejpeg
 from etils import epath
 
 from alexnet_jax.config import ConfigError
-from alexnet_jax.monitor import complain
+from alexnet_jax.monitor import log_error
 
 Batch = dict[str, np.ndarray]
 SETTINGS = ('source', 'image_size', 'channels', 'encoding', 'validation_fraction', 'class_names')
@@ -30,7 +30,7 @@ DESCRIPTION = 'prepared.json'  # in a store: what it was made of, and the sizes 
 KEPT = 1 << 28  # bytes of images: a split of no more stays in memory
 
 
-class StoreError(RuntimeError):
+class DatasetError(RuntimeError):
     """Data that could not be made or are damaged: one line with the cause and what to do."""
 
 
@@ -65,7 +65,7 @@ class Split:
       name: shown.
       max_bad: share of the records that may be damaged.
 
-    Raises StoreError, when a record is asked for: there are more.
+    Raises DatasetError, when a record is asked for: there are more.
     """
 
     def __init__(self, records: Any, shape: tuple[int, ...], encoding: str, name: str, max_bad: float):
@@ -129,15 +129,15 @@ class Split:
                 return
             self.damaged.add(index)
         what = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        complain(f'record {index} of {self.name} is damaged and left out: {what}')
+        log_error(f'record {index} of {self.name} is damaged and left out: {what}')
         if len(self.damaged) > self.max_bad * len(self):
-            raise StoreError(
+            raise DatasetError(
                 f'{len(self.damaged)} of {len(self)} records of {self.name} are damaged, more than data.max_bad='
                 f'{self.max_bad:g} allows: copy the store again or remove it, and it will be made anew'
             ) from None
 
 
-def store_directory(data_dir: str, settings: Any) -> str:
+def dataset_dir(data_dir: str, settings: Any) -> str:
     """Where the prepared store lies; `settings`: `data` of a configuration, or prepare.Settings."""
     root = data_dir if '://' in data_dir else os.path.abspath(os.path.expanduser(data_dir))
     name = re.sub(r'\W+', '_', settings.source.removeprefix('tfds:')).strip('_')
@@ -307,7 +307,7 @@ class _Whole:
             example = self.source[other % len(self.source)]
             if example is not None:
                 return example
-        raise StoreError('not one record can be read: copy the store again or remove it, and it will be made anew')
+        raise DatasetError('not one record can be read: copy the store again or remove it, and it will be made anew')
 
 
 class _Padded:

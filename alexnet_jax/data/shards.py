@@ -69,11 +69,11 @@ class Shard:
 
     @property
     def sums(self) -> str:
-        """The file of what Sums has added up."""
+        """The file of what RunningMoments has summed."""
         return f'{self.split}-{self.index:05d}.npz'
 
 
-class Sums:
+class RunningMoments:
     """Sums over images (S, S, C), as integers.
 
     Attributes:

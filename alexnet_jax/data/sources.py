@@ -15,10 +15,10 @@ from alexnet_jax.data.examples import Files, Pixels, Records, Source, SourceErro
 from alexnet_jax.monitor import log
 
 IMAGENET_TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
-HELD_OUT = ('validation', 'val', 'test', 't10k')  # names of a split to validate on, the first there is
+VALIDATION_SPLIT_NAMES = ('validation', 'val', 'test', 't10k')  # names of a split to validate on, the first there is
 
 
-def is_at_hand(source: str) -> bool:
+def is_local(source: str) -> bool:
     """Whether `source` can be opened without making anything: a folder that is there."""
     kind, _, where = source.partition(':')
     return kind in ('folder', 'idx') and os.path.isdir(os.path.expanduser(where))
@@ -55,8 +55,9 @@ def _split_off(examples: Any, fraction: float, where: Any) -> dict[str, Any]:
     chosen = held_out(examples.labels, fraction)
     if not chosen.any() or chosen.all():
         raise SourceError(
-            f'{where} has no images to validate on ({", ".join(HELD_OUT[:3])}), and data.validation_fraction='
-            f'{fraction:g} of its {len(chosen)} training images leaves none of them, or none to train on'
+            f'{where} has no images to validate on ({", ".join(VALIDATION_SPLIT_NAMES[:3])}), and'
+            f' data.validation_fraction={fraction:g} of its {len(chosen)} training images leaves'
+            ' none of them, or none to train on'
         )
     return {'train': examples.part(np.flatnonzero(~chosen)), 'validation': examples.part(np.flatnonzero(chosen))}
 
@@ -75,7 +76,7 @@ def _folder(root: Path, fraction: float) -> Source:
     train = _files(root, 'train' if has_train else '', classes)
     if not len(train):
         raise SourceError(f'{root}: the folders of its {len(classes)} classes are empty')
-    held = next((name for name in HELD_OUT if has_train and (root / name).is_dir()), None)
+    held = next((name for name in VALIDATION_SPLIT_NAMES if has_train and (root / name).is_dir()), None)
     if held is None:
         splits = _split_off(train, fraction, root)
     else:
@@ -139,10 +140,10 @@ def _idx(folder: Path, fraction: float) -> Source:
             splits['validation'] = _idx_split(folder, name)
             break
     classes = max(int(examples.labels.max()) for examples in splits.values()) + 1
-    is_split_here = 'validation' not in splits
-    if is_split_here:
+    holds_out_validation = 'validation' not in splits
+    if holds_out_validation:
         splits = _split_off(train, fraction, folder)
-    return Source(splits, [str(label) for label in range(classes)], is_split_here)
+    return Source(splits, [str(label) for label in range(classes)], holds_out_validation)
 
 
 def _idx_split(folder: Path, split: str) -> Pixels:
@@ -177,12 +178,12 @@ def _idx_array(path: Path, dimensions: int) -> np.ndarray:
 def _tfds(source: str, data_dir: str, fraction: float) -> Source:
     builder = _builder(source, data_dir)
     image, label = _image_and_label(builder)
-    _make_ready(builder, source, data_dir)
+    _download_and_prepare(builder, source, data_dir)
     info = builder.info
     sizes = {name: split.num_examples for name, split in info.splits.items() if split.num_examples}
     if 'train' not in sizes:
         raise SourceError(f'config.data.source: {info.full_name} has no split to train on; there are {sorted(sizes)}')
-    held = next((name for name in HELD_OUT if name in sizes), None)
+    held = next((name for name in VALIDATION_SPLIT_NAMES if name in sizes), None)
     if held is None:
         kept = sizes['train'] - round(fraction * sizes['train'])
         names = {'train': f'train[:{kept}]', 'validation': f'train[{kept}:]'}
@@ -237,7 +238,7 @@ def _builder(source: str, data_dir: str) -> Any:
     return builder
 
 
-def _make_ready(builder: Any, source: str, data_dir: str) -> None:
+def _download_and_prepare(builder: Any, source: str, data_dir: str) -> None:
     """Let TFDS download and convert the data of `builder` unless it has done so."""
     if builder.is_prepared():
         return

@@ -13,21 +13,21 @@ from etils import epath
 from alexnet_jax.command import child_command, child_environment
 from alexnet_jax.config import ConfigError
 from alexnet_jax.data import pipeline
-from alexnet_jax.monitor import Preemption, first_line
+from alexnet_jax.monitor import Preemption, summarize_exception
 
 
-def prepared_store(config: Any, preemption: Preemption) -> pipeline.Store | None:
+def open_or_prepare(config: Any, preemption: Preemption) -> pipeline.Store | None:
     """The prepared store of `config.data`, made now where it is missing; None when preempted meanwhile.
 
     Where several processes on a disk miss it one makes it and the others wait, see prepare.prepare().
 
     Raises:
       ConfigError: it is damaged, or has other classes than the network.
-      StoreError: preparing was killed.
+      DatasetError: preparing was killed.
       SystemExit: preparing failed, and said why.
     """
     data = config.data
-    directory = pipeline.store_directory(data.data_dir, data)
+    directory = pipeline.dataset_dir(data.data_dir, data)
     if not _exists(directory):
         # A process of its own, for TensorFlow should not share one with jax.
         names = ('source', 'data_dir', 'image_size', 'channels', 'encoding', 'validation_fraction', 'max_bad')
@@ -45,7 +45,9 @@ def prepared_store(config: Any, preemption: Preemption) -> pipeline.Store | None
             return None
         if process.returncode < 0:
             name = signal.Signals(-process.returncode).name
-            raise pipeline.StoreError(f'preparing {data.source} was ended by {name}; the same command goes on with it')
+            raise pipeline.DatasetError(
+                f'preparing {data.source} was ended by {name}; the same command goes on with it'
+            )
         if process.returncode:
             sys.exit(process.returncode)  # it said why
     store = pipeline.open_store(directory, data)
@@ -62,4 +64,6 @@ def _exists(directory: str) -> bool:
     try:
         return epath.Path(directory).exists()
     except Exception as error:  # of whichever library reads gs://
-        raise ConfigError(f'config.data.data_dir: {directory} cannot be reached: {first_line(error)}') from None
+        raise ConfigError(
+            f'config.data.data_dir: {directory} cannot be reached: {summarize_exception(error)}'
+        ) from None

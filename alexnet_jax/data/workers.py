@@ -18,8 +18,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from alexnet_jax.data.images import UnreadableImage, read_image, square
-from alexnet_jax.data.pipeline import StoreError
-from alexnet_jax.data.shards import Format, Shard, Sums
+from alexnet_jax.data.pipeline import DatasetError
+from alexnet_jax.data.shards import Format, RunningMoments, Shard
 from alexnet_jax.monitor import write_json
 
 
@@ -28,7 +28,7 @@ def write_shards(
 ) -> Generator[tuple[Shard, dict[str, Any]], None, None]:
     """Yield each of `shards` with its report, see write_shard(), as soon as one of `workers` processes is done with it.
 
-    Closing the generator ends the processes at once. Raises StoreError: one was killed; OSError: see write_shard().
+    Closing the generator ends the processes at once. Raises DatasetError: one was killed; OSError: see write_shard().
     """
     # Not forked: with TFDS's own data sets, TensorFlow has started threads in this process.
     pool = ProcessPoolExecutor(
@@ -40,7 +40,7 @@ def write_shards(
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool:
-        raise StoreError(
+        raise DatasetError(
             'a process that prepared images was killed, perhaps for want of memory; the same command goes on'
             f' where it stood (fewer than --workers={workers} need less)'
         ) from None
@@ -88,7 +88,7 @@ def write_shard(shard: Shard, format: Format, folder: str, reports: str) -> dict
     The report, also written into `reports` with the sums, has: examples (stored), bytes (of the file), skipped (a
     list of split, name and reason), digest (of the shard's examples). Raises OSError: it cannot be written.
     """
-    features, sums, skipped = format.features(), Sums(format), []
+    features, sums, skipped = format.features(), RunningMoments(format), []
     serializer = ExampleSerializer(features.get_serialized_info())
     aside = os.path.join(folder, f'.{shard.file}.{os.getpid()}')  # of a process that may outlive its parent a moment
     # Without compression, which would make reading three times as slow; one record a group, for random access.

@@ -23,8 +23,8 @@ from absl import app, flags, logging
 from alexnet_jax import startup
 from alexnet_jax.command import check_output, parse_flags
 from alexnet_jax.config import ConfigError
-from alexnet_jax.data.pipeline import StoreError
-from alexnet_jax.monitor import complain, log
+from alexnet_jax.data.pipeline import DatasetError
+from alexnet_jax.monitor import log, log_error
 from alexnet_jax.pictures import Picture, of_files, of_validation, picture_files
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.shapes import layers
@@ -81,7 +81,7 @@ def readable(pictures: Iterable[Picture], unread: list[str]) -> Iterator[Picture
     """Those of `pictures` that can be read; the names of the others are told, and added to `unread`."""
     for picture in pictures:
         if picture.problem:
-            complain(f'{picture.name}: {picture.problem}')
+            log_error(f'{picture.name}: {picture.problem}')
             unread.append(picture.name)
         else:
             yield picture
@@ -117,14 +117,14 @@ def draw_settings(kind: str, names: list[str], out: str | None) -> None:
 
 
 def draw_weights(kind: str, names: list[str], given: Any) -> int:
-    """The other kinds; returns how many pictures could not be read. Raises ConfigError, StoreError, OSError."""
+    """The other kinds; returns how many pictures could not be read. Raises ConfigError, DatasetError, OSError."""
     member, files = find(names[0]), picture_files(names[1:])
     if kind == 'maps':
         check_layer(member, given.layer)
     path = out_path(given.out, member.workdir, kind)
     if member.config.cpu_tuning:
-        startup.tune_cpu()
-    startup.use_compilation_cache()
+        startup.configure_cpu_backend()
+    startup.enable_compilation_cache()
     from alexnet_jax.checkpoint import CheckpointError  # after the flags, for it imports jax
     from alexnet_jax.figures import runs
 
@@ -170,13 +170,13 @@ def main(argv: list[str]) -> int:
             return 0
         return 1 if draw_weights(kind, names, given) else 0
     except ConfigError as error:
-        complain(str(error))
+        log_error(str(error))
         return 2
-    except (StoreError, OSError) as error:
-        complain(str(error))
+    except (DatasetError, OSError) as error:
+        log_error(str(error))
         return 1
     except KeyboardInterrupt:
-        complain('stopped')
+        log_error('stopped')
         return 130
 
 

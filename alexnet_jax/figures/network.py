@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Polygon
 
 from alexnet_jax.figures import style
-from alexnet_jax.shapes import CONVOLUTIONS, LAYERS, Layer, layers, pool_window, steps_after
+from alexnet_jax.shapes import CONVOLUTIONS, LAYERS, Layer, layers, ops_after, pool_window
 
 MOST_TOWERS = 4  # that are drawn
 # Inches: a layer's column, the names of the rows, the height of a tower, of the title and of a line.
@@ -108,7 +108,7 @@ def _followers(model: Any, table: list[Layer], i: int) -> list[str]:
         }
         # Up to the next layer that there is, for the pooling of those that are left out stays.
         own = slice(CONVOLUTIONS.index(layer.name), LAYERS.index(after))
-        lines = [names[step] for name in CONVOLUTIONS[own] for step in steps_after(model, name)]
+        lines = [names[step] for name in CONVOLUTIONS[own] for step in ops_after(model, name)]
         if layer.pooled != layer.output:
             behind = max(i for i, line in enumerate(lines) if line == names['pool']) + 1
             lines.insert(behind, f'\u2192 {_shape(layer.pooled[:2])}')

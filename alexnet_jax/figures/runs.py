@@ -71,10 +71,10 @@ def kernels_of(trained: Network) -> Figure:
 
 def maps_of(trained: Network, pictures: Iterable[Picture], layer: str, count: int) -> Iterator[Figure]:
     """What `layer` makes of the centre of each of about `count` pictures, all of which could be read."""
-    from alexnet_jax.step import make_output_step
+    from alexnet_jax.step import make_activation_fn
 
     config = trained.config
-    step = make_output_step(config, trained.mesh, layer)
+    step = make_activation_fn(config, trained.mesh, layer)
     shown, seen = itertools.tee(pictures)
     outputs = trained.rows(step, (picture.pixels for picture in seen), trained.batch_size(count))
     crop, far = config.data.crop_size, (config.data.image_size - config.data.crop_size) // 2

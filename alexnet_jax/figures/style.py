@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.textpath import text_to_path
 
-from alexnet_jax.monitor import write_aside
+from alexnet_jax.monitor import atomic_write
 
 WIDTH = 7.2  # inches: the text of a page
 DPI = 150
@@ -86,7 +86,7 @@ def as_pdf(figure: Figure) -> bytes:
 def save(figure: Figure, path: str) -> None:
     """Write `figure` as a .png or .pdf file, whole or not at all, the same bytes each time. Raises OSError."""
     content = {'.png': as_png, '.pdf': as_pdf}[os.path.splitext(path)[1].lower()](figure)
-    with write_aside(path, 'wb') as file:
+    with atomic_write(path, 'wb') as file:
         file.write(content)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from alexnet_jax.formats import FormatError
-from alexnet_jax.shapes import CONVOLUTIONS, LAYERS, Layer, layers, steps_after
+from alexnet_jax.shapes import CONVOLUTIONS, LAYERS, Layer, layers, ops_after
 
 TORCHVISION = {
     'conv1': 'features.0',
@@ -35,7 +35,7 @@ class Weights:
     bias: np.ndarray
 
 
-def of_torchvision(tensors: Mapping[str, np.ndarray]) -> dict[str, Weights]:
+def from_torchvision(tensors: Mapping[str, np.ndarray]) -> dict[str, Weights]:
     """The weights of each layer in a state dict of torchvision's `alexnet`; wrappers' prefixes are passed over.
 
     Raises FormatError: some are missing, or there are others.
@@ -58,7 +58,7 @@ def _without_wrappers(name: str) -> str:
     return '.'.join(part for part in name.split('.') if part not in ('module', '_orig_mod'))
 
 
-def of_caffe(blobs: Mapping[str, list[np.ndarray]]) -> dict[str, Weights]:
+def from_caffe(blobs: Mapping[str, list[np.ndarray]]) -> dict[str, Weights]:
     """The weights of each layer of a network of Caffe; where a fine-tuned one renamed fc8, the layer left over is it.
 
     Raises FormatError: some are missing, or there are others.
@@ -154,7 +154,7 @@ def own_names(config: Any) -> dict[str, tuple[int, ...]]:
     size, channels = config.data.image_size, config.data.channels
     for layer in layers(config.model, config.data.crop_size, channels):
         shapes |= {f'{layer.name}.kernel': layer.kernel, f'{layer.name}.bias': layer.bias}
-        if layer.name in CONVOLUTIONS and 'batch_norm' in steps_after(config.model, layer.name):
+        if layer.name in CONVOLUTIONS and 'batch_norm' in ops_after(config.model, layer.name):
             shapes |= {f'{layer.name}_norm.{kind}': layer.output[-1:] for kind in ('mean', 'var')}
     return shapes | {
         'statistics.mean_image': (size, size, channels),

@@ -43,7 +43,7 @@ def sections(workdir: str, command: str, data_dir: str | None, neighbours: bool)
             why = html.paragraph('Left out by `--noneighbours`; the same command without it finds them.', 'missing')
             return [*parts, html.section(_TITLES[2], why)]
         parts.append(html.section(_TITLES[2], *nearest(network, store, shown[:QUERIES])))
-    except (ConfigError, pipeline.StoreError) as error:
+    except (ConfigError, pipeline.DatasetError) as error:
         why = html.paragraph(f'{error}.', 'missing')
         parts += [html.section(title, why) for title in _TITLES[len(parts) :]]
     return parts
@@ -55,8 +55,8 @@ def read_network(workdir: str) -> Network:
         raise ConfigError(f'{workdir} has no checkpoints')
     member = find(workdir)
     if member.config.cpu_tuning:
-        startup.tune_cpu()
-    startup.use_compilation_cache()
+        startup.configure_cpu_backend()
+    startup.enable_compilation_cache()
     from alexnet_jax.checkpoint import CheckpointError  # now, for it imports jax
 
     try:
@@ -97,7 +97,7 @@ def about_kernels() -> str:
 def _open_store(network: Network, data_dir: str | None) -> pipeline.Store:
     """The images that it was trained with. Raises ConfigError: they are not prepared, or are others."""
     data = network.config.data
-    directory = pipeline.store_directory(data_dir or data.data_dir, data)
+    directory = pipeline.dataset_dir(data_dir or data.data_dir, data)
     if '://' not in directory and not os.path.isdir(directory):
         defaults = default_config().data
         names = [name for name in pipeline.SETTINGS[:-1] if name == 'source' or data[name] != defaults[name]]
@@ -151,7 +151,7 @@ def predictions(network: Network, shown: list[Example]) -> list[str]:
 def nearest(network: Network, store: pipeline.Store, shown: list[Example]) -> list[str]:
     """Images of `shown` with the training images nearest to them, as figure 4 of the paper on its right.
 
-    Raises ConfigError, StoreError: see features.index_of().
+    Raises ConfigError, DatasetError: see features.index_of().
     """
     names, index = network.class_names, features.index_of(network, store)
     queries = features.of_images(network, index, [example['image'] for _, example in shown])

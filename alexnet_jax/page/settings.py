@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from alexnet_jax.config import field_names, field_value, preset_config, resolve, total_steps
+from alexnet_jax.config import field_names, get_by_path, preset_config, resolve, total_steps
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.sweep_results import views_text
 
@@ -25,7 +25,7 @@ def differences(config: Any) -> list[list[str]]:
     """Settings whose values are not the preset's: name, the preset's value, the run's; without seed and data_dir."""
     preset = resolve(preset_config(config.model.preset))
     pairs = {
-        field: (_shown(field_value(preset, field)), _shown(field_value(config, field)))
+        field: (_shown(get_by_path(preset, field)), _shown(get_by_path(config, field)))
         for field in field_names(config)
         if field not in ('seed', 'data.data_dir')
     }
@@ -45,9 +45,9 @@ def published(config: Any) -> tuple[list[str], str]:
     errors = ['' if error is None else f'{error:g} %' for error in (figures.top1_error, figures.top5_error)]
     fields = [field for field in field_names(config) if field.startswith('model.') and field != 'model.dtype']
     differ = [
-        f'`{field}` is {_shown(field_value(config, field))} and not {_shown(field_value(preset, field))}'
+        f'`{field}` is {_shown(get_by_path(config, field))} and not {_shown(get_by_path(preset, field))}'
         for field in (*_SAME_IMAGES, *fields)
-        if _shown(field_value(config, field)) != _shown(field_value(preset, field))
+        if _shown(get_by_path(config, field)) != _shown(get_by_path(preset, field))
     ]
     if not differ and 'ILSVRC-2010' in figures.source:  # which is not the data set that the settings name
         differ = [f'these images are of `{config.data.source}`']
