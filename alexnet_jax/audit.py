@@ -1,10 +1,10 @@
-"""What a training step costs on a mesh, from the compiled step and before there is such a mesh.
+"""Compute the communication, memory and FLOPs of a training step on a mesh, without the hardware of that mesh.
 
     alexnet audit --config=configs/imagenet.py --mesh=data:64,model:2 --images_per_device=128
 
-The devices are simulated and nothing is executed. Collectives, their layers and dtypes are what the program asks for
-and the compiler keeps (see collectives.py); memory is as compiled for a CPU; what must travel at the least, and FLOPs,
-are arithmetic (see costs.py).
+The step is compiled for simulated devices and never executed. Collectives are from the compiled step, with the layers
+and dtypes of the program before compilation (see collectives.py). Memory is that of the step compiled for a CPU. The
+communication lower bound and the FLOPs are computed from the configuration (see costs.py).
 """
 
 import json
@@ -21,7 +21,7 @@ from alexnet_jax.config import ConfigError, resolve
 from alexnet_jax.flags import CONFIG, exit_with_usage_error, parse_flags
 from alexnet_jax.monitor import log_error
 
-MAX_SIMULATED_DEVICES = 2048  # that XLA simulates on a CPU in one process
+MAX_SIMULATED_DEVICES = 2048  # limit of XLA for one CPU process
 
 flags.declare_key_flag('config')
 _MESH = flags.DEFINE_string(
@@ -37,9 +37,11 @@ _COLLECTIVES = flags.DEFINE_bool('collectives', False, 'Print only the collectiv
 
 
 def settings(config: Any, mesh: str | None = None, images_per_device: int | None = None) -> FrozenConfigDict:
-    """`config` resolved for a mesh whose sizes are known, which `mesh` ('data:64,model:2') may name.
+    """Returns `config` resolved for a mesh of known size, which `mesh` ('data:64,model:2') may override.
 
-    A mesh.data of -1 stands for the devices that JAX_NUM_CPU_DEVICES names, or one. Raises ConfigError.
+    If mesh.data is -1, it becomes JAX_NUM_CPU_DEVICES (default 1) divided by mesh.model, at least 1.
+
+    Raises ConfigError: invalid mesh, or more than MAX_SIMULATED_DEVICES devices.
     """
     for axis in mesh.split(',') if mesh is not None else []:
         match = re.fullmatch(r'(data|model):([1-9]\d*)', axis)
@@ -60,10 +62,11 @@ def settings(config: Any, mesh: str | None = None, images_per_device: int | None
 
 
 def audit(config: Any) -> dict[str, Any]:
-    """The costs of a step of `config`, see settings(), on as many devices as JAX has at least.
+    """Returns the costs of a training step of `config` (see settings()). JAX must have at least as many devices.
 
-    Returns what --json prints, with the list `collectives` of Collective. Bytes and FLOPs are those of one step and
-    one device; `multiply_adds` are those of one image's forward pass.
+    Returns:
+      The fields that --json prints, with `collectives` as a list of Collective. Bytes and FLOPs are per step and
+      device; `multiply_adds` are per image, forward pass only.
     """
     import jax
     import numpy as np
@@ -86,7 +89,7 @@ def audit(config: Any) -> dict[str, Any]:
     }
     rates = {name: {kind: struct((), np.float32) for kind in ('kernel', 'bias')} for name in shapes.LAYERS}
     lowered = step.make_train_step(config, mesh).lower(step.abstract_state(config, mesh), batch, rates, preprocessing)
-    # Machine code that is never run need not be fast: 0.4 of the time, and the same HLO.
+    # The machine code is never executed. Level 0 takes 0.4 of the compile time and yields the same HLO.
     compiled = lowered.compile(compiler_options={'xla_backend_optimization_level': 0})
     asked = lowered.as_text(dialect='hlo', debug_info=True)
     memory = compiled.memory_analysis()
@@ -122,7 +125,7 @@ def audit(config: Any) -> dict[str, Any]:
 
 
 def as_json(report: dict[str, Any]) -> str:
-    """The report of audit() as one JSON object."""
+    """Returns the report of audit() as one JSON object."""
 
     def plain(each: Any) -> dict[str, Any]:
         return {
@@ -138,7 +141,7 @@ def as_json(report: dict[str, Any]) -> str:
 
 
 def collectives_table(found: list[Collective]) -> str:
-    """Kind, layer, devices in a group, bytes, dtype and shapes; a line each."""
+    """Returns one line per collective: kind, layer, group size, bytes, dtype and shapes."""
     lines = [f'{"collective":<18} {"layer":<10}{"group":>6}{"bytes":>14}  shapes on a device']
     for each in found:
         shapes = ' '.join('x'.join(map(str, shape)) or 'scalar' for shape in each.shapes)
@@ -148,7 +151,7 @@ def collectives_table(found: list[Collective]) -> str:
 
 
 def layers_table(report: dict[str, Any]) -> str:
-    """Output, parameters and multiply-adds of each layer, with their shares of the whole."""
+    """Returns one line per layer: output shape, parameters and multiply-adds, with their shares of the total."""
     lines = [f'{"layer":<7}{"output":<14}{"parameters":>12}{"share":>8}{"multiply-adds":>16}{"share":>8}']
     for layer in report['layers']:
         output = 'x'.join(map(str, layer['output']))
@@ -162,7 +165,7 @@ def layers_table(report: dict[str, Any]) -> str:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report of audit() for a reader."""
+    """Returns the report of audit() as text."""
     data, model = report['mesh']['data'], report['mesh']['model']
     wire, least = report['wire_bytes_per_device'], report['analytic_minimum_bytes']
     devices = data * model
@@ -186,7 +189,7 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def prediction_lines(prediction: dict[str, float] | None) -> list[str]:
-    """The prediction of costs.predict() for a reader, nothing where there is none."""
+    """Returns the prediction of costs.predict() as lines of text, or no lines for None."""
     if prediction is None:
         return []
     lines = [
@@ -205,7 +208,7 @@ def prediction_lines(prediction: dict[str, float] | None) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Audit the step that the flags name; returns the exit code."""
+    """Audits the training step that the flags specify; returns the exit code."""
     del argv
     bandwidth, flops = _BANDWIDTH.value, _FLOPS.value
     try:

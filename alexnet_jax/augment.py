@@ -1,6 +1,6 @@
-"""Augmentation on the device (section 4.1): windows, reflections, colour noise, mean, and the ten views of a test.
+"""Augmentation on the device (section 4.1): crops, horizontal flips, color noise, mean subtraction, ten test views.
 
-Each image's window, reflection and noise are a pure function of its key: mesh and batch do not matter.
+The crop, flip and noise of an image are a pure function of its keys, and do not depend on the mesh or the batch.
 """
 
 from typing import Any
@@ -11,24 +11,33 @@ import numpy as np
 
 
 def example_keys(seed: int, number: jax.Array, purpose: int) -> jax.Array:
-    """One key (B,) an image: from the run's seed and `number` (B,) uint32, which counts images seen since the start."""
+    """Returns one random key per image, (B,).
+
+    Args:
+      seed: seed of the run.
+      number: (B,) uint32, counts the images since the start of the run.
+      purpose: separates keys for different uses of the same `number`.
+    """
     key = jax.random.fold_in(jax.random.key(seed), purpose)
     return jax.vmap(lambda n: jax.random.fold_in(key, n))(number)
 
 
 def preprocessing(statistics: Any, config: Any) -> dict[str, Any]:
-    """What augment() and view() need of the training set's `statistics`, by `config` (`data` of a configuration).
+    """Computes the constants of augment() and view() from the training set's `statistics`.
+
+    `config` is `data` of a configuration.
 
     Returns:
-      mean: (S, S, C) float32, subtracted from every pixel: mean image, channel means or zeros.
-      color: (C, C) float32, what a vector of C standard normal numbers is multiplied with to give the noise in grey
-        levels. Its columns are 0.1 times the eigenvectors of the covariance of RGB values, and times
+      mean: (S, S, C) float32, the mean image, channel means or zeros; augment() and view() subtract it.
+      color: (C, C) float32, multiplies a vector of C standard normal numbers to give the color noise in gray levels.
+        Its columns are the eigenvectors of the covariance of RGB values, times 0.1 and times a factor for
         `original`: the square roots of the eigenvalues (convdata_jpeg.py of the original program);
-        `fb`: the eigenvalues with pixels from 0 to 1 (fb.resnet.torch);
-        `paper`: the eigenvalues with pixels from 0 to 255, which is what the sentence in the paper says.
-      divisor: float32, of training inputs: 1.1 with `original`, as the original program does to make up for the noise's
-        variance, otherwise 1.
-      scale: (C,) float32, what inputs of training and of tests are multiplied with, 1 / config.divisor.
+        `fb`: the eigenvalues for pixels from 0 to 1 (fb.resnet.torch), converted to gray levels: divided by 255;
+        `paper`: the eigenvalues for pixels from 0 to 255, as the sentence in the paper says;
+        `none`: 0.
+      divisor: float32, divides training inputs: 1.1 for `original`, which compensates for the variance of the noise as
+        the original program does, otherwise 1.
+      scale: (C,) float32, 1 / config.divisor, multiplies training and test inputs.
     """
     shape = statistics['mean_image'].shape
     means = {
@@ -48,24 +57,24 @@ def preprocessing(statistics: Any, config: Any) -> dict[str, Any]:
 
 
 def disable_color_augmentation(preprocessing: dict[str, Any]) -> dict[str, Any]:
-    """The same without colour noise and what makes up for it, as the original program went on for its last epochs."""
+    """Returns `preprocessing` without color noise and its divisor, as in the original program's last epochs."""
     return preprocessing | {'color': np.zeros_like(preprocessing['color']), 'divisor': np.float32(1)}
 
 
 def augment(
     images: jax.Array, keys: jax.Array, crop_keys: jax.Array, preprocessing: dict[str, jax.Array], config: Any
 ) -> jax.Array:
-    """Training inputs: a random window, reflected or not, less the mean, with colour noise.
+    """Computes training inputs: takes a random crop, subtracts the mean, flips at random, adds color noise, and scales.
 
     Args:
       images: (B, S, S, C) uint8.
-      keys: (B,), one an image, for its noise.
-      crop_keys: (B,), for window and reflection; images with the same key have the same.
+      keys: (B,), one per image, for the color noise.
+      crop_keys: (B,), for crop and horizontal flip; images with the same key get the same crop and flip.
       preprocessing: see preprocessing().
-      config: `data` of a configuration; `crop`, `flip` and `color` switch the parts.
+      config: `data` of a configuration; `crop`, `flip` and `color` select the parts.
 
     Returns:
-      (B, crop_size, crop_size, C) float32 in grey levels around zero.
+      (B, crop_size, crop_size, C) float32, in gray levels around zero times preprocessing['scale'].
     """
     size, crop = images.shape[1], config.crop_size
 
@@ -79,7 +88,7 @@ def augment(
         if config.color != 'none':
             color = preprocessing['color']
             strengths = jax.random.normal(jax.random.fold_in(key, 2), color.shape[:1])
-            # Not a product of matrices: XLA's library for those would take the whole function with it, on one core.
+            # Not a matrix product: XLA would run the whole function in its matrix library, on one core.
             x = x + jnp.sum(color * strengths[None], 1)[None, None]
         return x / preprocessing['divisor'] * preprocessing['scale'][None, None]
 
@@ -87,10 +96,16 @@ def augment(
 
 
 def view(images: jax.Array, preprocessing: dict[str, jax.Array], config: Any, index: jax.Array | int) -> jax.Array:
-    """One view of each image for testing: index 0 the centre, 1 to 4 the corners, 5 to 9 the same reflected.
+    """Computes one test view of each image, without color noise.
 
-    `images` (B, S, S, C) uint8 give (B, crop_size, crop_size, C) float32, less the mean, without noise; `config` is
-    `data` of a configuration.
+    Args:
+      images: (B, S, S, C) uint8.
+      preprocessing: see preprocessing().
+      config: `data` of a configuration.
+      index: 0 for the center crop, 1 to 4 for the corners, 5 to 9 for horizontal flips of the same five crops.
+
+    Returns:
+      (B, crop_size, crop_size, C) float32, minus the mean and times preprocessing['scale'].
     """
     crop = config.crop_size
     far = images.shape[1] - crop
@@ -102,7 +117,7 @@ def view(images: jax.Array, preprocessing: dict[str, jax.Array], config: Any, in
 
 
 def _mean(preprocessing: dict[str, jax.Array], offset: jax.Array, config: Any) -> jax.Array:
-    """What is subtracted from a window at `offset`: that window of the mean, or as the original program its centre."""
+    """Returns the mean for a crop at `offset`: that crop of the mean, or its center as in the original program."""
     if config.mean_window == 'centre':
         offset = jnp.full((2,), (preprocessing['mean'].shape[0] - config.crop_size) // 2)
     return _window(preprocessing['mean'], offset, config.crop_size)

@@ -1,4 +1,4 @@
-"""Checkpoints: Orbax behind one small class, with a fingerprint that tells a damaged file from a good one."""
+"""Checkpoints: a small class around Orbax, with a digest of the state that detects corrupt files."""
 
 import functools
 import gc
@@ -22,10 +22,10 @@ from alexnet_jax.monitor import log, summarize_exception
 
 
 def state_digest(state: Any) -> str:
-    """sha256 over parameters, optimiser state and the statistics of batch normalisation.
+    """Returns the sha256 hex digest of the parameters, the optimizer state and the batch-normalization statistics.
 
-    float32 little-endian, leaves in the order of their names. The same on any mesh and number of processes, which all
-    must call it.
+    The digest covers the leaves as little-endian float32, sorted by name. It does not depend on the mesh or the number
+    of processes. Collective: every process must call it.
     """
     digest = hashlib.sha256()
     leaves = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state, state.statistics))
@@ -36,15 +36,21 @@ def state_digest(state: Any) -> str:
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read or written: one line with the folder, the cause and what to do."""
+    """A checkpoint cannot be read or written; the message is one line with the folder, the cause and the remedy."""
 
 
 def restore_checkpoint(path: str, abstract_state: Any) -> tuple[Any, str]:
-    """`state` and `progress` of the checkpoint in `path`, or None and what is wrong with it: the same on all processes.
+    """Restores the checkpoint in the folder `path` without changing the folder. Collective.
 
-    Changes nothing there. `abstract_state` says how the state is laid out; None: only `progress` is read.
+    Args:
+      path: the folder of one checkpoint.
+      abstract_state: shapes, dtypes and shardings of the state; None restores only `progress`.
+
+    Returns:
+      (restored, ''), where `restored` has the attributes `state` and `progress`, or (None, error message) if the
+      checkpoint is corrupt. All processes return the same outcome.
     """
-    # The manager would wait for all processes at its end, which one that finds damage does not reach.
+    # A CheckpointManager would end with a barrier that a process with a read error never reaches.
     index = jax.process_index()
     alone = MultiprocessingOptions(primary_host=index, active_processes={index}, barrier_sync_key_prefix=f'read{index}')
     handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
@@ -58,11 +64,11 @@ def restore_checkpoint(path: str, abstract_state: Any) -> tuple[Any, str]:
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
             restored = reader.restore(path, args=ocp.args.Composite(**arguments))
         written = restored.progress['state_digest']
-    except Exception as error:  # Orbax raises many kinds; the next older checkpoint is the answer to all
-        cause = error.__cause__  # names the file and the parameter, where Orbax lists settings of TensorStore
+    except Exception as error:  # Orbax raises many types; the caller handles all of them alike
+        cause = error.__cause__  # names the file and the parameter; Orbax lists TensorStore settings
         problem = summarize_exception(cause if isinstance(cause, Exception) else error)
     if problem:
-        gc.collect()  # of what was read in part, so that there is room for another
+        gc.collect()  # free the partly restored arrays before the next restore
     problem = processes.first_error_on_any_process(problem)
     if problem:
         return None, problem
@@ -73,9 +79,10 @@ def restore_checkpoint(path: str, abstract_state: Any) -> tuple[Any, str]:
 
 @functools.cache
 def _silence_orbax_teardown() -> None:
-    """Show nothing of what Orbax leaves unfinished of a damaged checkpoint: pages on standard error, at any time later.
+    """Suppresses the tracebacks that Orbax prints to standard error at some time after a failed restore.
 
-    Its coroutines end with the error that was told already, and TensorStore's threads answer to a loop that is closed.
+    Orbax's unfinished coroutines raise the error that was already reported, and TensorStore's threads call a closed
+    event loop.
     """
     show = sys.unraisablehook
 
@@ -89,52 +96,55 @@ def _silence_orbax_teardown() -> None:
 
 
 def checkpoint_metrics(directory: str) -> dict[int, float | None]:
-    """By step, ascending, the checkpoints in `directory`, each with its top-1 error (0 to 1) where it was measured.
+    """Maps the step of each checkpoint in `directory`, ascending, to its top-1 error (0 to 1), or None if unmeasured.
 
-    Changes nothing there. Raises CheckpointError: the folder cannot be read.
+    The function does not change the folder. Raises CheckpointError: the folder cannot be read.
     """
     options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
     try:
         with ocp.CheckpointManager(directory, options=options) as manager:
             metrics = {step: manager.metrics(step) for step in sorted(manager.all_steps())}
             return {step: found['top1_error'] if found else None for step, found in metrics.items()}
-    except Exception as error:  # of the file system, or of a damaged file of metrics
+    except Exception as error:  # from the file system, or from a corrupt metrics file
         raise CheckpointError(f'{directory}: the checkpoints cannot be listed: {summarize_exception(error)}') from None
 
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """No: Orbax would ask JAX with the step, the loop asks with a count of its own; mixed, a SIGTERM gets lost."""
+        """Returns False, so that Orbax never calls JAX's preemption sync point.
+
+        Orbax would pass the step, whereas the training loop passes its own counter; mixing the two loses a SIGTERM.
+        """
         return False
 
 
 @functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
 def _copied(state: Any, before: Any) -> Any:
-    """`state`, in the memory of the copy `before` it: where memory is new a CPU takes three times as long."""
+    """Copies `state` into donated buffers of the last copy, `before`; on a CPU, new memory takes 3 times as long."""
     return jax.tree.map(jnp.copy, state)
 
 
 class Checkpointer:
-    """The checkpoints of a run, written in the background: the newest `keep` and the one with the lowest error.
+    """Saves the checkpoints of a run in a background thread; keeps the newest `keep` and the one with the lowest error.
 
-    A thread writes a copy of the state on the devices, which keep that much memory for it from the first one on.
-    All processes of the run call the same methods in the same order; each writes what its devices hold.
+    The thread writes a copy of the state that stays in device memory from the first save on. All processes must call
+    the same methods in the same order; each process writes its own shards.
 
     Args:
-      directory: where they lie, one folder a step.
-      keep: how many of the newest stay.
+      directory: the folder of the checkpoints, with one subfolder per step.
+      keep: number of newest checkpoints to keep.
     """
 
     def __init__(self, directory: str, keep: int):
         def error(metrics):
             return metrics['top1_error']
 
-        # Orbax' own pair of best_fn and max_to_keep would delete the newest checkpoint when it is not the best.
+        # With only best_fn and max_to_keep, Orbax would delete the newest checkpoint when it is not the best.
         newest = checkpoint_managers.LatestN(n=keep)
         best = checkpoint_managers.BestN(get_metric_fn=error, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         self.directory = os.path.abspath(directory)
         os.makedirs(self.directory, exist_ok=True)
-        # Naming the processes makes Orbax wait for them with a timeout, and not in a collective without one.
+        # With active_processes, Orbax uses barriers that have a timeout instead of collectives that have none.
         everyone = MultiprocessingOptions(active_processes=set(range(jax.process_count())))
         self.manager = _Manager(
             self.directory,
@@ -149,25 +159,27 @@ class Checkpointer:
         )
         self.writer = ThreadPoolExecutor(1)
         self.writing: Future[None] | None = None
-        self.copy: Any = None  # of the state, on the devices, that was saved last
+        self.copy: Any = None  # the last saved state, on the devices
 
     def save(self, state: Any, progress: dict[str, Any], error: float | None) -> None:
-        """Begin to write `state` and `progress` (JSON); `error` is the validation error at this step, if measured.
+        """Starts to write a checkpoint in the background; does nothing if the step already has a checkpoint.
 
-        `state` may be donated afterwards. Waits for its copy, and for the checkpoint before it where that is still
-        being written. What goes wrong with this one is told by the next call.
+        The call waits for the previous checkpoint and for the copy of `state`, which may be donated afterwards. The
+        next call reports a failure of this write.
 
         Args:
-          progress: with `step`, that of `state`.
+          state: a step.TrainState.
+          progress: JSON values; `step` is the step of `state`.
+          error: the validation top-1 error at this step, or None if it was not measured.
 
         Raises:
-          CheckpointError: the one before could not be written.
+          CheckpointError: the previous checkpoint could not be written.
         """
         self.wait()
         if progress['step'] in self._steps():
             return
-        self.copy = copy = jax.block_until_ready(_copied(state, self.copy))  # the next step would wait for it
-        # Collectives must come in the same order on all processes: not from a thread beside the training.
+        self.copy = copy = jax.block_until_ready(_copied(state, self.copy))  # the next train step would wait anyway
+        # All processes must run collectives in the same order, so the writer thread must not start one.
         digest = state_digest(copy) if any(processes.needs_gather(leaf) for leaf in jax.tree.leaves(copy)) else None
         self.writing = self.writer.submit(self._write, copy, {**progress}, digest, error)
 
@@ -182,10 +194,11 @@ class Checkpointer:
         self.manager.check_for_errors()
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest checkpoint that is whole, laid out as `abstract_state` says, and its progress; None without any.
+        """Returns (state, progress) of the newest intact checkpoint, or None if there is no checkpoint. Collective.
 
-        Damaged ones before it are named and moved to damaged-STEP; what one process cannot read is damaged for all.
-        Raises CheckpointError: none of them can be read.
+        `abstract_state` has the shapes, dtypes and shardings of the state. Corrupt checkpoints that are newer are
+        logged and renamed to damaged-STEP-NANOSECONDS. A checkpoint that one process cannot read counts as corrupt on
+        all. Raises CheckpointError: there are checkpoints, but none can be read.
         """
         damaged: list[tuple[int, str]] = []
         for step in sorted(self._steps(), reverse=True):
@@ -204,7 +217,7 @@ class Checkpointer:
         return None
 
     def _steps(self) -> list[int]:
-        """Those with a checkpoint as process 0 sees them: on a network's disk another may see one more or fewer."""
+        """Returns the checkpoint steps that process 0 sees; on a network disk, other processes may differ."""
         steps = np.array(self.manager.all_steps(), np.int32)
         count = int(processes.broadcast_from_primary(np.int32(len(steps))))
         return processes.broadcast_from_primary(np.resize(steps, count)).tolist()
@@ -219,18 +232,18 @@ class Checkpointer:
         self.manager.reload()
 
     def wait(self) -> None:
-        """Return when everything is on disk. Raises CheckpointError: something could not be written."""
+        """Waits for the background write. Raises CheckpointError: the checkpoint could not be written."""
         writing, self.writing = self.writing, None
         try:
             if writing:
                 writing.result()
-        except Exception as error:  # a full disk, a lost mount: told by Orbax in many ways
+        except Exception as error:  # Orbax raises many types for a full disk or a lost mount
             raise CheckpointError(
                 f'{self.directory}: a checkpoint was not written: {summarize_exception(error)}'
             ) from None
 
     def close(self) -> None:
-        """Wait and release."""
+        """Waits for the background write, then releases the thread and the manager."""
         self.wait()
         self.writer.shutdown()
         self.manager.close()

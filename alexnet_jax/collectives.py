@@ -1,11 +1,11 @@
-"""What crosses between devices in a compiled step, read from its HLO text, and the bytes that a ring sends for it.
+"""Parses the collectives of a compiled training step from its HLO text and computes the bytes each device sends.
 
-Bytes that each device sends, for a group of n devices and a tensor of S bytes:
+Bytes sent per device by ring algorithms, for a group of n devices and a tensor of S bytes:
 
-    all-reduce           2 S (n-1)/n   S: the tensor, which every device has in full before and after
+    all-reduce           2 S (n-1)/n   S: the full tensor, on every device before and after
     all-gather             S (n-1)/n   S: the gathered tensor
-    reduce-scatter         S (n-1)/n   S: the tensor before it is summed and scattered, n times what a device keeps
-    all-to-all             S (n-1)/n   S: what a device has before, and after
+    reduce-scatter         S (n-1)/n   S: the unreduced tensor, n times the output of a device
+    all-to-all             S (n-1)/n   S: the tensor on one device, same size before and after
     collective-permute     S
     collective-broadcast   S
 """
@@ -18,7 +18,7 @@ import re
 ITEM_SIZES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2}
 ITEM_SIZES |= {'f32': 4, 's32': 4, 'u32': 4, 'f64': 8, 's64': 8, 'u64': 8, 'c64': 8}
 
-# Scopes that the step names its parts by; `logits` is the exchange after fc8.
+# Names of the scopes in the training step; `logits` is the exchange after fc8.
 LAYERS = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8', 'logits')
 PARTS = ('dropout', 'gradients', 'update', 'metrics')
 
@@ -33,15 +33,19 @@ _MESH_GROUPS = re.compile(
 
 
 class HloFormatError(ValueError):
-    """HLO text in a form that this module cannot read."""
+    """HLO text in a syntax that this module cannot parse."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of a step, or the part of one that stands for a layer.
+    """One collective of a step, or the part of a combined collective that belongs to one layer and dtype.
 
-    kind: its name in HLO. layer: one of LAYERS or PARTS, '' if the program does not say. dtype: as HLO names it.
-    shapes: what it leaves on a device, tensor by tensor. group_size: devices that take part together.
+    Attributes:
+      kind: HLO opcode.
+      layer: One of LAYERS or PARTS, '' if unknown.
+      dtype: HLO name of the dtype.
+      shapes: Shape of each output tensor on one device.
+      group_size: Number of devices per group.
     """
 
     kind: str
@@ -52,12 +56,12 @@ class Collective:
 
     @property
     def elements(self) -> int:
-        """Numbers that it leaves on a device."""
+        """Number of output elements on one device."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
     def bytes(self) -> float:
-        """Bytes that each device sends, on a ring."""
+        """Bytes that each device sends with a ring algorithm."""
         left, n = self.elements * ITEM_SIZES[self.dtype], self.group_size
         if self.kind in ('collective-permute', 'collective-broadcast'):
             return left
@@ -65,15 +69,15 @@ class Collective:
 
 
 def step_collectives(compiled: str, asked: str, devices: int) -> list[Collective]:
-    """The collectives of a compiled step, layer by layer; those within single devices are left out.
+    """Returns the collectives of a compiled step, sorted by layer, without those of groups of one device.
+
+    A collective with tensors of several layers or dtypes appears once per layer and dtype.
 
     Args:
-      compiled: HLO text of the compiled step: which collectives there are.
-      asked: HLO text of the same step before it was compiled. Layers and dtypes are taken from here where it has the
-        tensor, for a CPU lets bfloat16 travel as float32 and joins all-reduces of several parts.
-      devices: of the mesh.
-
-    One that carries tensors of several layers or dtypes is listed once for each.
+      compiled: HLO text of the compiled step, which determines the list of collectives.
+      asked: HLO text of the same step before compilation. Layers and dtypes are from this text if it has a matching
+        tensor, because XLA on CPU sends bfloat16 as float32 and combines all-reduces of several parts.
+      devices: Number of devices of the mesh.
     """
     wanted = [tensor for tensors in _instructions(asked, devices) for tensor in tensors]
     found = []
@@ -98,7 +102,7 @@ def step_collectives(compiled: str, asked: str, devices: int) -> list[Collective
 
 
 def _instructions(hlo: str, devices: int) -> list[list[Collective]]:
-    """For each collective instruction what it does to each of its tensors; none of those in groups of one device."""
+    """Returns one Collective per tensor for each collective instruction, without groups of one device."""
     found = []
     for line in hlo.splitlines():
         match = _INSTRUCTION.match(line)
@@ -108,7 +112,7 @@ def _instructions(hlo: str, devices: int) -> list[list[Collective]]:
         if asynchronous and kind != 'all-reduce':  # (operands, results, ...)
             result = _entries(result)[1]
         tensors = [(dtype, tuple(map(int, filter(None, dims.split(','))))) for dtype, dims in _TENSOR.findall(result)]
-        if kind == 'all-to-all' and len(tensors) > 1:  # written as one tensor for each device
+        if kind == 'all-to-all' and len(tensors) > 1:  # HLO lists one tensor per device
             tensors = [(tensors[0][0], (len(tensors), *tensors[0][1]))]
         size = group_size(line, kind, devices)
         if size > 1:
@@ -117,7 +121,7 @@ def _instructions(hlo: str, devices: int) -> list[list[Collective]]:
 
 
 def _entries(shape: str) -> list[str]:
-    """The outermost entries of a tuple's shape."""
+    """Splits the shape of a tuple into its top-level entries."""
     entries, depth = [''], 0
     for character in shape.strip()[1:-1]:
         depth += (character in '([{') - (character in ')]}')
@@ -129,22 +133,23 @@ def _entries(shape: str) -> list[str]:
 
 
 def _layer(line: str) -> str:
-    """The innermost scope in the instruction's name that is a layer or a part of the step."""
+    """Returns the innermost scope in `op_name` that is one of LAYERS or PARTS, or ''."""
     name = re.search(r'op_name="([^"]*)"', line)
     words = re.findall(r'\w+', name[1]) if name else []
     return next((word for word in reversed(words) if word in LAYERS + PARTS), '')
 
 
 def group_size(line: str, kind: str, devices: int) -> int:
-    """Devices in the largest group of an instruction, in a program of one replica with `devices` partitions.
+    """Returns the size of the largest group of an instruction, in a program of one replica with `devices` partitions.
 
-    Groups are written {{0,1},{2,3}}, or [2,4]<=[4,2]T(1,0) for 2 groups of 4 (device numbers in some order), or {} for
-    all in one; from jaxlib 0.12 on also mesh['data'=4,'model'=2] {'data'}, for the groups along axes of a mesh, where
-    'data':(2)4 is the part of 4 of an axis behind one of 2. With use_global_device_ids, and in an all-to-all on a
-    channel, the numbers are partitions. Otherwise they are replicas: with a channel each stands for all partitions,
-    without one for the one it is executed on.
+    HLO writes groups as {{0,1},{2,3}}, as [2,4]<=[4,2]T(1,0) for 2 groups of 4 (permuted device numbers), or as {} for
+    one group of all. Since jaxlib 0.12, HLO also writes mesh['data'=4,'model'=2] {'data'} for groups along mesh axes,
+    where 'data':(2)4 is the sub-axis of size 4 behind a sub-axis of size 2. With use_global_device_ids, and in an
+    all-to-all with a channel, the numbers are partition ids. Otherwise the numbers are replica ids: with a channel each
+    replica stands for all its partitions, without a channel only for the executing partition. For a collective-permute
+    the result is the number of devices that send to or receive from another device.
 
-    Raises HloFormatError: they are written in another way.
+    Raises HloFormatError: unknown syntax.
     """
     if kind == 'collective-permute':
         pairs = re.search(r'source_target_pairs=\{(.*?)\}\}', line)

@@ -1,4 +1,4 @@
-"""The command line: flags of the commands that have no --config, refusals in one line, commands to be run next."""
+"""Command-line helpers: flags of commands without --config, checks of output files, and commands of this package."""
 
 import importlib.metadata
 import io
@@ -14,19 +14,20 @@ from absl import flags
 from alexnet_jax.config import ConfigError
 from alexnet_jax.monitor import log_error
 
-_PARENT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of this package
+_PARENT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the folder that contains this package
 
 
 def parse_flags(argv: list[str], wanted: str = '', most: float = 0) -> list[str]:
-    """Read the flags; returns the command and its arguments. Where something is wrong it says so and exits with 2.
+    """Parses the flags and returns the command and its positional arguments; on an error, logs it and exits with 2.
 
     Args:
-      wanted: what to say where there is no argument; '': none is wanted.
-      most: arguments there may be.
+      argv: the command line.
+      wanted: error message if there is no positional argument; '' allows none.
+      most: maximum number of positional arguments.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors='backslashreplace')  # names of files need not be text
+            stream.reconfigure(errors='backslashreplace')  # file names may be invalid Unicode
     try:
         rest = flags.FLAGS(argv)
         if wanted and len(rest) == 1:
@@ -40,9 +41,9 @@ def parse_flags(argv: list[str], wanted: str = '', most: float = 0) -> list[str]
 
 
 def check_output(flag: str, path: str | None, endings: tuple[str, ...] = ()) -> str | None:
-    """`path`, which --`flag` names, with ~ replaced; None stays None.
+    """Expands ~ in `path`, the value of --`flag`, and checks that the file can be written; None stays None.
 
-    Raises ConfigError, before any work is done: it has none of `endings`, or cannot be written.
+    Raises ConfigError: `path` has none of the `endings`, or cannot be written.
     """
     if path is None:
         return None
@@ -56,10 +57,10 @@ def check_output(flag: str, path: str | None, endings: tuple[str, ...] = ()) -> 
 
 
 def shell_command(*arguments: str) -> str:
-    """Returns `alexnet ARGUMENTS` in the form that runs this package when pasted into the user's shell.
+    """Returns a shell command that runs `alexnet ARGUMENTS` with this package.
 
-    That is `alexnet` where the shell finds the script that was installed with this package, otherwise its path; where
-    the package is not installed, the interpreter with PYTHONPATH.
+    The command begins with `alexnet` if the shell finds the script that was installed with this package, and otherwise
+    with the path of the script. If the package is not installed, the command calls the interpreter with PYTHONPATH.
     """
     script = _installed_script()
     if script is not None:
@@ -72,7 +73,7 @@ def shell_command(*arguments: str) -> str:
 
 
 def _installed_script() -> str | None:
-    """The script `alexnet` that was installed with this package; None where this package is not an installed one."""
+    """Returns the path of the script `alexnet` installed with this package, or None if there is none."""
     try:
         distribution = importlib.metadata.distribution('alexnet_jax')
     except importlib.metadata.PackageNotFoundError:
@@ -88,17 +89,18 @@ def _installed_script() -> str | None:
 
 def child_command(module: str, *arguments: str) -> list[str]:
     """Returns the command line of a child process that runs `module` of this package; needs child_environment()."""
-    return [sys.executable, '-P', '-m', f'alexnet_jax.{module}', *arguments]  # -P: not the one in the current folder
+    # -P keeps Python from importing a package in the current folder.
+    return [sys.executable, '-P', '-m', f'alexnet_jax.{module}', *arguments]
 
 
 def child_environment() -> dict[str, str]:
-    """Returns this process's environment, with this package first among those that a child process finds."""
+    """Returns this process's environment with this package's folder first in PYTHONPATH."""
     paths = [_PARENT, *filter(None, [os.environ.get('PYTHONPATH')])]
     return {**os.environ, 'PYTHONPATH': os.pathsep.join(paths)}
 
 
 def _short(path: str) -> str:
-    """`path` of a program, relative where that is shorter and below the current folder."""
+    """Returns `path` relative to the current folder if the program is below that folder, and otherwise unchanged."""
     relative = os.path.relpath(path)
     if relative.startswith(os.pardir) or os.getcwd() == os.sep:
         return path

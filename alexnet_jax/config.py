@@ -1,6 +1,6 @@
-"""The experiment's settings: their schema with defaults, the checks made before anything is loaded, and durations.
+"""The configuration of an experiment: schema with defaults, validation, and parsing of durations.
 
-Nothing here imports jax, so a wrong setting is answered at once.
+This module does not import jax, so an invalid setting is reported at once.
 """
 
 import difflib
@@ -16,25 +16,26 @@ from alexnet_jax.shapes import CONVOLUTIONS, DENSE, LAYERS, layers, ops_after
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used: one line with the field, its value and the nearest one that can."""
+    """A setting is invalid; the message is one line with the field, its value and the nearest valid value."""
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """The whole schema with its defaults, which train the paper's network on ImageNet as section 5 of the paper says.
+    """Returns the complete schema; the defaults train the paper's network on ImageNet as in section 5 of the paper.
 
-    Fields of `model` that are None are taken from `model.preset`. Durations are text: '5 epochs', '100 steps' or
-    '1000 images'; a bare '100' counts steps.
+    resolve() fills the fields of `model` that are None from `model.preset`. Durations are text: '5 epochs',
+    '100 steps' or '1000 images'; a bare '100' counts steps.
     """
     return ml_collections.ConfigDict(
         {
             'seed': 0,
-            'cpu_tuning': True,  # an XLA flag and allocator settings that make a CPU faster; see startup.py
+            'cpu_tuning': True,  # use an XLA flag and allocator settings that make a CPU faster; see startup.py
             'model': {
                 'preset': 'paper',
                 'widths': config_dict.placeholder(tuple),
                 'kernel_sizes': config_dict.placeholder(tuple),
                 'conv1_stride': config_dict.placeholder(int),
-                'conv1_padding': config_dict.placeholder(tuple),  # (0, 3) for 224 pixels, (0, 0) for 227, (2, 2)
+                # (before, after): (0, 3) for 224 pixels, (0, 0) for 227, (2, 2)
+                'conv1_padding': config_dict.placeholder(tuple),
                 'unshared': config_dict.placeholder(tuple),
                 'towers': config_dict.placeholder(int),
                 'exchange': config_dict.placeholder(tuple),
@@ -57,85 +58,86 @@ def default_config() -> ml_collections.ConfigDict:
                 'initializer': config_dict.placeholder(str),  # normal (kernel_std) | xavier | he | torch
                 'kernel_std': config_dict.placeholder(tuple),
                 'bias_init': config_dict.placeholder(tuple),
-                'dtype': 'float32',  # of convolutions and matrix products: float32 | bfloat16
+                'dtype': 'float32',  # dtype of convolutions and matrix products: float32 | bfloat16
             },
             'data': {
                 'source': 'tfds:imagenet2012',  # photos | tfds:NAME[:config] | folder:DIR | idx:DIR
-                'data_dir': '~/tensorflow_datasets',  # prepared stores and TFDS data sets; may be gs://... to read
-                'image_size': 256,  # pixels a side in the prepared store
-                'channels': 3,  # 3: grey images get three equal ones; 1: colours become grey
-                'encoding': 'raw',  # of the store: raw | jpeg, an eighth to a sixth of the size
-                'class_names': config_dict.placeholder(tuple),  # in place of those of the source
-                'validation_fraction': 0.1,  # held out of the training images where a source has no split for that
-                'max_bad': 0.001,  # share of the images that may be unreadable in preparing, or damaged in the store
-                'crop_size': 224,  # pixels a side that the network sees
-                'crop': True,  # random windows in training; otherwise the centre
-                'flip': True,
-                'crop_chunk': 1,  # images in a row that share a window and a reflection; 32 in the original program
-                'color': 'original',  # none | original | fb | paper; see augment.py
-                'color_until': config_dict.placeholder(str),  # colour noise ends there, such as '67 epochs'
-                'mean': 'image',  # image | channel | none
-                'mean_window': 'window',  # window: the mean image is cut as the image is; centre: always its centre
-                'divisor': (1.0,),  # of pixels less the mean; one number, or one a channel
-                'threads': 2,  # that read and decode
+                'data_dir': '~/tensorflow_datasets',  # prepared stores and TFDS datasets; gs://... for reading
+                'image_size': 256,  # image side in the prepared store, in pixels
+                'channels': 3,  # 3: gray images get three equal channels; 1: color images become gray
+                'encoding': 'raw',  # encoding of the store: raw | jpeg (an eighth to a sixth of the size)
+                'class_names': config_dict.placeholder(tuple),  # replace the class names of the source
+                'validation_fraction': 0.1,  # of the training images, held out if the source has no validation split
+                'max_bad': 0.001,  # maximum fraction of unreadable images in preparation, or of corrupt records
+                'crop_size': 224,  # side of the network's input, in pixels
+                'crop': True,  # random crops in training; False: center crops
+                'flip': True,  # random horizontal flips in training
+                'crop_chunk': 1,  # consecutive images that share a crop position and a flip; 32 in the original program
+                'color': 'original',  # color noise: none | original | fb | paper; see augment.py
+                'color_until': config_dict.placeholder(str),  # time at which color noise ends, such as '67 epochs'
+                'mean': 'image',  # the mean to subtract: image | channel | none
+                'mean_window': 'window',  # crop the mean image at the image's crop position (window) or center (centre)
+                'divisor': (1.0,),  # inputs are (pixels - mean) / divisor; one number, or one per channel
+                'threads': 2,  # number of threads that read and decode images
             },
             'optimizer': {
                 'learning_rate': 0.01,
                 'momentum': 0.9,
                 'weight_decay': 5e-4,
-                'weight_decays': config_dict.placeholder(tuple),  # of conv1 to fc8, in place of weight_decay
-                'bias_decay': False,  # whether biases decay too
-                'trust_coefficient': 0.0,  # of LARS; 0: without
+                'weight_decays': config_dict.placeholder(tuple),  # one per layer, conv1 to fc8; replaces weight_decay
+                'bias_decay': False,  # apply weight decay to biases too
+                'trust_coefficient': 0.0,  # trust coefficient of LARS; 0: no LARS
                 'schedule': 'plateau',  # plateau | steps | dexp | poly | constant
                 'bias_lr_multiplier': 1.0,
-                'bias_schedule': 'same',  # of the biases' rate: same | dexp | constant
-                'layer_rates': (),  # such as (('conv1/kernel', '67 epochs', 1e-5),): its rate from then on
-                'warmup': '0 steps',  # linear from 0
-                'divisor': 10.0,  # of the rate, at each drop
-                'drops': ('25 epochs', '51 epochs', '79 epochs'),  # schedule 'steps'
-                'patience': 3,  # evaluations without a new lowest error before a drop; schedule 'plateau'
-                'max_drops': 3,  # schedule 'plateau'
-                'dexp_factor': 250.0,  # from the first rate to the last one; schedule 'dexp'
-                'dexp_parts': 4,  # equal parts of the run, of one rate each; schedule 'dexp'
-                'bias_dexp_factor': 10.0,
-                'bias_dexp_parts': 2,
-                'power': 2.0,  # of the share of the run that is left; schedule 'poly'
+                'bias_schedule': 'same',  # learning-rate schedule of biases: same (as kernels) | dexp | constant
+                # (parameter, start time, learning rate), such as (('conv1/kernel', '67 epochs', 1e-5),)
+                'layer_rates': (),
+                'warmup': '0 steps',  # duration of the linear warmup from 0
+                'divisor': 10.0,  # each drop divides the learning rate by this number
+                'drops': ('25 epochs', '51 epochs', '79 epochs'),  # milestones of schedule 'steps'
+                'patience': 3,  # evaluations without a new lowest error before a drop; for schedule 'plateau'
+                'max_drops': 3,  # for schedule 'plateau'
+                'dexp_factor': 250.0,  # first learning rate / last learning rate; for schedule 'dexp'
+                'dexp_parts': 4,  # number of equal parts of the run with one learning rate each; for schedule 'dexp'
+                'bias_dexp_factor': 10.0,  # like dexp_factor, for bias_schedule 'dexp'
+                'bias_dexp_parts': 2,  # like dexp_parts, for bias_schedule 'dexp'
+                'power': 2.0,  # exponent of the remaining fraction of the run; for schedule 'poly'
             },
             'train': {
-                'batch_size': 128,  # over all devices
-                'micro_batches': 1,  # parts of a device's images, one after another, whose gradients are added up
-                'remat': False,  # whether gradients compute convolutions anew instead of keeping what they need
+                'batch_size': 128,  # global batch size, over all devices
+                'micro_batches': 1,  # gradient accumulation: micro-batches per step on each device
+                'remat': False,  # rematerialization: recompute convolutions in the backward pass to save memory
                 'epochs': 90.0,
-                'steps': config_dict.placeholder(int),  # takes the place of epochs where it is given
+                'steps': config_dict.placeholder(int),  # replaces epochs, unless None
                 'log_every': '50 steps',
-                'goal_error': 0.0,  # the run ends when the mean top-1 error of log_every steps is lower; 0: never
-                'stall_after': '5000 steps',  # the loss is compared with ln(classes) from then on
-                'stall_action': 'warn',  # what a stalled loss leads to: warn | stop
+                'goal_error': 0.0,  # end when the mean top-1 training error of log_every steps is lower; 0: never
+                'stall_after': '5000 steps',  # time from which the loss is compared with ln(classes)
+                'stall_action': 'warn',  # reaction to a stalled loss: warn | stop
             },
             'eval': {
                 'every': '1 epoch',
-                'views': 10,  # of the evaluation at the end, 1 or 10; those on the way use the centre view
-                'batch_size': 128,  # rounded up to a multiple of the devices that share it out
+                'views': 10,  # 1 | 10, for the final evaluation; earlier evaluations use the center view
+                'batch_size': 128,  # rounded up to a multiple of the number of batch shards
             },
-            'checkpoint': {'every': '1 epoch', 'keep': 1},  # keep: the newest ones; the best is kept besides
+            'checkpoint': {'every': '1 epoch', 'keep': 1},  # keep: number of newest ones; the best is also kept
             'mesh': {
                 'layout': 'towers',  # towers | data | hybrid; see docs/devices.md
-                'data': -1,  # devices that share out the batch; -1: all that `model` leaves
-                'model': 1,  # devices that share out the towers, or in `hybrid` the dense layers
-                'shard_optimizer': False,  # velocities and their update split over `data`
-                'gradient_dtype': 'float32',  # of gradients between devices: float32 | bfloat16
+                'data': -1,  # devices along the data-parallel axis; -1: number of all devices / `model`
+                'model': 1,  # devices along the axis that shards the towers, or in `hybrid` the dense layers
+                'shard_optimizer': False,  # shard the velocity buffers and their update over `data`
+                'gradient_dtype': 'float32',  # dtype of gradients in communication between devices: float32 | bfloat16
             },
             'distributed': {  # seconds
-                'start_timeout': 300,  # for all processes to have come, counted from when the data is there
-                'heartbeat_timeout': 15,  # after which a process that is not heard of is lost, and the others end
-                'progress_timeout': 600,  # without a step, evaluated batch or checkpoint: a process is stuck and ends
+                'start_timeout': 300,  # limit for all processes to connect, counted from when the data store is ready
+                'heartbeat_timeout': 15,  # a process without a heartbeat for this long is lost, and the others exit
+                'progress_timeout': 600,  # a process without a step, evaluated batch or checkpoint for this long exits
             },
         }
     )
 
 
 def preset_config(name: str) -> ml_collections.ConfigDict:
-    """The settings of a published network and its training; `name`: one of presets.PRESETS."""
+    """Returns the configuration of a published network and its training; `name` is a key of presets.PRESETS."""
     config = default_config()
     config.model.preset = name
     apply_overrides(config, PRESETS[name].recipe)
@@ -164,9 +166,9 @@ _DURATION = re.compile(r'(\d{1,12}(?:\.\d{1,12})?)\s*(steps?|epochs?|images?)?')
 
 
 def duration_in_steps(duration: str, *, batch_size: int, examples: int) -> int:
-    """`duration` ('5 epochs', '100 steps', '1000 images' or '100') in whole steps, at least one unless it is zero.
+    """Converts `duration` ('5 epochs', '100 steps', '1000 images' or '100') to whole steps.
 
-    Raises ConfigError for a text of another form.
+    A duration above zero gives at least one step. Raises ConfigError: the text has another form.
     """
     match = _DURATION.fullmatch(duration.strip())
     if not match:
@@ -177,16 +179,16 @@ def duration_in_steps(duration: str, *, batch_size: int, examples: int) -> int:
 
 
 def total_steps(config: ml_collections.ConfigDict, examples: int) -> int:
-    """Length of the run in steps, for a training set of `examples` images."""
+    """Returns the length of the run in steps, for a training set of `examples` images."""
     if config.train.steps is not None:
         return config.train.steps
     return duration_in_steps(f'{config.train.epochs:f} epochs', batch_size=config.train.batch_size, examples=examples)
 
 
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
-    """`config` checked, with the empty `model` fields taken from its preset, frozen.
+    """Validates `config`, fills the `model` fields that are None from the preset, and returns a frozen copy.
 
-    Raises ConfigError in one line for a field that does not exist, has the wrong type or contradicts another.
+    Raises ConfigError: a field is unknown or missing, has the wrong type or value, or contradicts another field.
     """
     _check_fields(config, default_config(), '')
     config = ml_collections.ConfigDict(config.to_dict())
@@ -195,7 +197,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
         for name, value in PRESETS[config.model.preset].model.items():
             if config.model[name] is None:
                 config.model[name] = value
-        config.data.source = config.data.source.rstrip('/')  # which completing a folder's name leaves behind
+        config.data.source = config.data.source.rstrip('/')  # the shell's completion of a folder name adds a slash
     for field in _CHOICES:
         _check_choice(config, field)
     _check_ranges(config)
@@ -206,7 +208,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDic
 
 
 def unknown_field(field: str, known: list[str]) -> ConfigError:
-    """The refusal of a field that does not exist, with the nearest of the `known` ones (dotted names)."""
+    """Returns the error for the unknown `field`, which names the nearest of the `known` fields (dotted names)."""
     last = field.rsplit('.', 1)[-1]
     by_last = {name.rsplit('.', 1)[-1]: name for name in known}
     near = difflib.get_close_matches(field, known, 1, 0.75) or [
@@ -217,7 +219,7 @@ def unknown_field(field: str, known: list[str]) -> ConfigError:
 
 
 def field_names(config: Any, prefix: str = '') -> list[str]:
-    """Dotted names of all leaves of `config`."""
+    """Returns the dotted names of all leaves of `config`, each after `prefix`."""
     names: list[str] = []
     for name, value in config.items():
         is_group = isinstance(value, ml_collections.ConfigDict)
@@ -226,14 +228,14 @@ def field_names(config: Any, prefix: str = '') -> list[str]:
 
 
 def get_by_path(config: Any, field: str) -> Any:
-    """The value of a field by its dotted name."""
+    """Returns the value of the field with the dotted name `field`."""
     for name in field.split('.'):
         config = config[name]
     return config
 
 
 def apply_overrides(config: ml_collections.ConfigDict, values: dict[str, Any]) -> None:
-    """Change fields by dotted name. Raises ConfigError: there is no such field, or its type is another."""
+    """Sets fields of `config` in place, by dotted name. Raises ConfigError: a field is unknown or the type is wrong."""
     known = field_names(config)
     for field, value in values.items():
         if field not in known:
@@ -282,7 +284,7 @@ def _check_choice(config: Any, field: str) -> None:
 
 
 def _check_ranges(config: Any) -> None:
-    bounds = {  # field: least, greatest
+    bounds = {  # field: (minimum, maximum)
         'seed': (0, 2**32 - 1),
         'model.dropout': (0, 0.95),
         'model.towers': (1, 64),
@@ -291,7 +293,7 @@ def _check_ranges(config: Any) -> None:
         'model.lrn_size': (1, 63),
         'model.spatial_norm_size': (1, 63),
         'model.spatial_norm_alpha': (0, 1e6),
-        'model.lrn_k': (1e-6, 1e6),  # at 0 a pixel without activation would be 0 / 0
+        'model.lrn_k': (1e-6, 1e6),  # at 0, LRN of a pixel with zero activations would be 0 / 0
         'model.lrn_alpha': (0, 1e6),
         'model.lrn_beta': (0, 10),
         'data.image_size': (8, 4096),
@@ -340,7 +342,7 @@ def _check_ranges(config: Any) -> None:
 
 
 def check_class_names(names: Any) -> None:
-    """Raise ConfigError where `names` are not different printable texts."""
+    """Raises ConfigError unless `names` are distinct, printable, nonempty texts without blanks around them."""
     for name in names:
         if not isinstance(name, str) or not name.isprintable() or name != name.strip() or not name:
             raise ConfigError(f'config.data.class_names: {name!r} is no printable text without blanks around it')
@@ -376,15 +378,15 @@ def _check_model(config: Any) -> None:
 
 
 def _smallest_side(config: Any, crop_size: int) -> int:
-    """Pixels a side of the smallest maps of the network."""
+    """Returns the smallest side of the network's feature maps, in pixels."""
     table = layers(config.model, crop_size, config.data.channels)
     return min(side for layer in table for side in (*layer.output[:-1], *layer.pooled[:-1]))
 
 
 def _check_lists(config: Any) -> None:
-    """Lists of numbers and of names: their length, and each of their items."""
+    """Validates the lists of numbers and of names: their lengths and items."""
     whole, number = (int,), (int, float)
-    lists: dict[str, tuple[tuple[int, ...], Any, float]] = {  # lengths, types, least
+    lists: dict[str, tuple[tuple[int, ...], Any, float]] = {  # (allowed lengths, item types, minimum)
         'model.widths': ((7,), whole, 0),
         'model.kernel_sizes': ((5,), whole, 1),
         'model.conv1_padding': ((2,), whole, 0),
@@ -469,9 +471,9 @@ def _check_durations(config: Any) -> None:
 
 
 def check_mesh(config: Any, data: int, model: int) -> None:
-    """Raise ConfigError where batch, towers or widths do not divide over a mesh of `data` x `model` devices.
+    """Raises ConfigError if batch, towers or widths do not divide evenly over a mesh of `data` x `model` devices.
 
-    `data` may be -1 (not known yet): then only what concerns `model` is checked.
+    If `data` is -1 (not yet known), the function skips the checks of the batch size.
     """
     layout, towers, widths = config.mesh.layout, config.model.towers, config.model.widths
     if layout == 'data' and model != 1:

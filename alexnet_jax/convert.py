@@ -1,12 +1,13 @@
-"""Weights from elsewhere become the folder of a run, and those of a run a file for elsewhere.
+"""Import weights of other frameworks as a run, or export a checkpoint to a file.
 
     alexnet convert FILE WORKDIR [--preset=NAME] [--mean=...] [--class_names=FILE]
     alexnet convert CHECKPOINT FILE
 
-In: FILE is PyTorch's or a model hub's copy of torchvision's `alexnet` (.pth, .safetensors), a .caffemodel of Caffe's
-`bvlc_alexnet` or `bvlc_reference_caffenet`, or a .safetensors written here; its content tells which. Widths and the
-number of classes are those of its arrays. WORKDIR is a new folder, which then holds a checkpoint of step 0.
-Out: CHECKPOINT, see trained.py; the ending of FILE says what is written, see export.py.
+Import: FILE is torchvision's `alexnet` from PyTorch or a model hub (.pth, .safetensors), a .caffemodel of Caffe's
+`bvlc_alexnet` or `bvlc_reference_caffenet`, or a .safetensors exported by this command; the content of FILE determines
+the format. The arrays determine the widths and the number of classes. WORKDIR is a new folder, which receives a
+checkpoint of step 0.
+Export: CHECKPOINT is defined in trained.py. The extension of FILE selects the format, see export.py.
 """
 
 import importlib.resources
@@ -28,22 +29,28 @@ from alexnet_jax.monitor import Progress, log, log_error
 from alexnet_jax.shapes import layers
 from alexnet_jax.trained import FORMS, check_new, create, find, load
 
-# Presets with the layers of the networks that torchvision and Caffe have.
+# Presets that can load weights of torchvision or Caffe.
 FOREIGN = ('torchvision', 'caffe', 'caffenet', 'paper', 'krizhevsky2012', 'half', 'owt')
 BY_NET_NAME = {'AlexNet': 'caffe', 'CaffeNet': 'caffenet'}
-MEAN_RGB = (123.675, 116.28, 103.53)  # torchvision's (0.485, 0.456, 0.406), in grey levels
+MEAN_RGB = (123.675, 116.28, 103.53)  # (0.485, 0.456, 0.406) of torchvision, in gray levels
 MEAN_FORMS = "--mean=FILE, Caffe's .binaryproto or a .npy (C, H, W) with channels BGR, or --mean=R,G,B"
-OWN = 'alexnet_jax'  # the metadata `format` of this project's own files
+OWN = 'alexnet_jax'  # metadata field `format` of files that this project exports
 
 
 def read_foreign(path: str, kind: str, preset: str | None) -> tuple[dict[str, layouts.Weights], str]:
-    """The weights of each layer in `path`, and the preset that they fit.
+    """Reads a file of torchvision or Caffe weights.
 
     Args:
-      kind: see recognise().
-      preset: None: that which the file says.
+      path: File to read.
+      kind: File format, see recognise().
+      preset: Preset of the network; None derives the preset from the file.
 
-    Raises FormatError; ConfigError: the file does not say its preset.
+    Returns:
+      The weights of each layer, and the preset.
+
+    Raises:
+      FormatError: The file is corrupt or has other layers.
+      ConfigError: `preset` is None and the file does not identify its preset.
     """
     if kind != 'caffe':
         tensors = torch_file.read(path) if kind == 'torch' else safetensors_file.read(path)
@@ -58,9 +65,11 @@ def read_foreign(path: str, kind: str, preset: str | None) -> tuple[dict[str, la
 
 
 def read_mean(text: str | None, preset: str) -> np.ndarray:
-    """The mean of training images, (H, W, 3) or (3,) RGB, float64: what --mean=`text` says, or the preset's own.
+    """Returns the mean of the training images from --mean=`text`, (S, S, 3) or (3,) RGB, float64.
 
-    Raises ConfigError: it is missing, or cannot be used.
+    If `text` is None, the preset torchvision has its own mean.
+
+    Raises ConfigError: the mean is missing or invalid.
     """
     if text is None:
         if preset == 'torchvision':
@@ -89,7 +98,7 @@ def read_mean(text: str | None, preset: str) -> np.ndarray:
 
 
 def settings(preset: str, widths: tuple[int, ...], mean: np.ndarray) -> Any:
-    """The preset's network and training, resolved, with outputs of conv1 to fc8 `widths`. Raises ConfigError."""
+    """Returns the resolved config of `preset` with the `widths` of conv1 to fc8 and the `mean`. Raises ConfigError."""
     config = preset_config(preset)
     values = {'model.widths': widths[:7], 'model.num_classes': widths[7]}
     if mean.ndim == 1:
@@ -101,7 +110,7 @@ def settings(preset: str, widths: tuple[int, ...], mean: np.ndarray) -> Any:
 
 
 def statistics_from_mean(mean: np.ndarray, config: Any) -> dict[str, np.ndarray]:
-    """What data/shards.statistics() returns, of training images whose mean alone is known: no colour noise."""
+    """Returns the fields of data/shards.statistics() if only the mean is known: zero eigenvalues, so no color noise."""
     size, channels = config.data.image_size, config.data.channels
     return {
         'mean_image': np.broadcast_to(mean, (size, size, channels)).copy(),
@@ -113,14 +122,16 @@ def statistics_from_mean(mean: np.ndarray, config: Any) -> dict[str, np.ndarray]
 
 
 def class_names(path: str | None, count: int) -> list[str]:
-    """Names of `count` classes, one a line of `path`; None: of 1000 the WordNet ids of ImageNet, or else numbers.
+    """Returns `count` class names from `path`, one name per line.
 
-    Of lines like those of Caffe's synset_words.txt the words are taken, or where they repeat the whole line.
-    Raises ConfigError: the file cannot be used.
+    If `path` is None, 1000 classes get the WordNet ids of ImageNet, and any other number of classes gets 'class 0', ...
+    Lines in the format of Caffe's synset_words.txt lose their WordNet id, except lines with repeated words.
+
+    Raises ConfigError: the file is unreadable or has other than `count` valid names.
     """
     if path is None:
         if count == 1000:
-            try:  # the package has it, and importing it does not import TensorFlow
+            try:  # importing tensorflow_datasets does not import TensorFlow
                 ids = importlib.resources.files('tensorflow_datasets') / 'datasets/imagenet2012/labels.txt'
                 return ids.read_text().split()
             except (ImportError, OSError):
@@ -145,7 +156,7 @@ def class_names(path: str | None, count: int) -> list[str]:
 
 
 def import_foreign(path: str, kind: str, workdir: str, given: Any) -> None:
-    """Make `workdir` a run with the weights in `path`, of torchvision or Caffe. Raises as import_file()."""
+    """Creates the run `workdir` from torchvision or Caffe weights in `path`. Raises the errors of import_file()."""
     found, preset = read_foreign(path, kind, given.preset)
     mean, widths = read_mean(given.mean, preset), layouts.widths(found)
     names = class_names(given.class_names, widths[-1])
@@ -169,7 +180,7 @@ def import_foreign(path: str, kind: str, workdir: str, given: Any) -> None:
 
 
 def import_own(path: str, workdir: str, given: Any) -> None:
-    """Make `workdir` a run with the weights in `path`, which this project wrote. Raises as import_file()."""
+    """Creates the run `workdir` from a file that this project exported. Raises the errors of import_file()."""
     if given.preset is not None or given.mean is not None:
         raise ConfigError(f'--{"mean" if given.preset is None else "preset"}: {path} has its own; leave it out')
     metadata = safetensors_file.read_metadata(path)
@@ -179,7 +190,7 @@ def import_own(path: str, workdir: str, given: Any) -> None:
         check_class_names(names)
         if len(names) != config.model.num_classes:
             raise ConfigError(f'{len(names)} names of {config.model.num_classes} classes')
-    except (KeyError, TypeError, ValueError) as error:  # among them ConfigError
+    except (KeyError, TypeError, ValueError) as error:  # ConfigError is a ValueError
         raise FormatError(f'its metadata cannot be used: {" ".join(str(error).split())[:200]}') from None
     if given.class_names is not None:
         names = class_names(given.class_names, config.model.num_classes)
@@ -189,16 +200,18 @@ def import_own(path: str, workdir: str, given: Any) -> None:
 
 
 def import_file(path: str, kind: str, workdir: str, given: Any) -> None:
-    """Make `workdir` the folder of a run with the weights in `path`.
+    """Creates the run `workdir` from the weights in `path`.
 
     Args:
-      kind: see recognise().
-      given: the flags.
+      path: File of weights.
+      kind: File format, see recognise().
+      workdir: Folder of the new run.
+      given: Parsed flags.
 
     Raises:
-      FormatError: `path` is no file of weights, or does not fit.
-      ConfigError: a flag cannot be used, or there is something at `workdir`.
-      OSError, CheckpointError: the disk does not do it.
+      FormatError: `path` is not a valid file of weights, or does not match the preset.
+      ConfigError: A flag is invalid, or `workdir` is not a new or empty folder.
+      OSError, CheckpointError: Reading or writing failed.
     """
     log(f'{path}: {os.path.getsize(path):,} bytes, {kind}')
     if kind == 'safetensors' and safetensors_file.read_metadata(path).get('format') == OWN:
@@ -208,7 +221,7 @@ def import_file(path: str, kind: str, workdir: str, given: Any) -> None:
 
 
 def _check(argv: list[str], given: Any) -> tuple[str, Any]:
-    """What kind of file argv[1] is, or '' and the Member that it names. Raises ConfigError, FormatError, OSError."""
+    """Returns (file format, None) if argv[1] is a file, or ('', Member). Raises ConfigError, FormatError, OSError."""
     if len(argv) < 3:
         raise ConfigError('where to? Name a new WORKDIR behind a file, or a FILE behind a checkpoint')
     path = os.path.expanduser(argv[1])
@@ -225,7 +238,7 @@ def _check(argv: list[str], given: Any) -> tuple[str, Any]:
 
 
 def _refuse(name: str, error: Exception) -> int:
-    """Say in one line what is wrong with `name`; returns the exit code for it."""
+    """Logs `error` in one line; returns the exit code."""
     if isinstance(error, OSError):
         log_error(f'{error.filename or name}: {error.strerror or error}')
     else:
@@ -234,7 +247,7 @@ def _refuse(name: str, error: Exception) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Convert argv[1] to argv[2]; returns the exit code, after one line on what is wrong."""
+    """Converts argv[1] to argv[2]. Logs failures in one line; returns the exit code."""
     logging.set_verbosity(logging.ERROR)
     given = flags.FLAGS
     try:
@@ -244,7 +257,7 @@ def main(argv: list[str]) -> int:
     if member is None or member.config.cpu_tuning:
         startup.configure_cpu_backend()
     startup.enable_compilation_cache()
-    from alexnet_jax.checkpoint import CheckpointError  # after the flags, for it imports jax
+    from alexnet_jax.checkpoint import CheckpointError  # imports jax, so only after flag parsing
 
     try:
         if kind:

@@ -1,4 +1,4 @@
-"""What a training step costs, by arithmetic on the configuration alone: sizes, bytes that must travel, time."""
+"""Analytic costs of a training step from the configuration alone: sizes, FLOPs, minimum communication, time."""
 
 import itertools
 import math
@@ -10,35 +10,36 @@ ITEM_SIZES = {'float32': 4, 'bfloat16': 2}
 
 
 def layers(config: Any) -> list[shapes.Layer]:
-    """The layers of a resolved configuration, conv1 to fc8."""
+    """Returns the layers of a resolved configuration, conv1 to fc8."""
     return shapes.layers(config.model, config.data.crop_size, config.data.channels)
 
 
 def flops_per_image(config: Any) -> int:
-    """Floating-point operations of training on one image: the convolutions' and matrix products', two a multiply-add.
+    """Returns the FLOPs of training on one image: convolutions and matrix products, two FLOPs per multiply-add.
 
-    Forward, gradient by the weights and gradient by the inputs take as many each; conv1 needs none by its inputs.
-    Products with padding count, normalisation, pooling, dropout and the update do not.
+    The forward pass, the weight gradient and the input gradient take the same number each; conv1 has no input gradient.
+    Products with padding count. Normalization, pooling, dropout and the parameter update do not count.
     """
     table = layers(config)
     return 2 * (3 * sum(layer.multiply_adds for layer in table) - table[0].multiply_adds)
 
 
 def exchange_bytes(config: Any) -> float:
-    """The least that a device sends of activations and their gradients in a step; the mesh is that of `config`.
+    """Returns the minimum bytes of activations and their gradients that a device sends per step on config.mesh.
 
-    m devices along `model`, d along `data`, B images in all, a bytes a number in model.dtype; rings, so a gathered or
-    unreduced tensor of S bytes costs S (m-1)/m.
+    Notation: m devices along `model`, d along `data`, global batch size B, element size from model.dtype. With ring
+    algorithms, a gathered or unreduced tensor of S bytes costs S (m-1)/m.
 
-    towers, data: B/d images on each of the m devices, which have 1/m of every layer. Before conv3 and fc6 the pooled
-      maps are gathered, before fc7 and fc8 the units, and at the end the logits; backward the same tensors are summed
-      and scattered.
-    hybrid: B/(dm) images on a device. Before fc6 an all-to-all turns (B/(dm), inputs) into (B/d, inputs/m); fc6, fc7
-      and fc8 give (B/d, outputs) in m parts, summed and scattered, the last one by examples. Backward the same bytes.
+    towers, data: Each of the m devices has 1/m of every layer and B/d images. All-gathers: the pooled feature maps
+      before conv3 and fc6, the units before fc7 and fc8 (the layers in model.exchange), and the logits. The backward
+      pass reduce-scatters the same tensors.
+    hybrid: Each device has B/(dm) images. Before fc6 an all-to-all turns (B/(dm), inputs) into (B/d, inputs/m). fc6,
+      fc7 and fc8 produce m partial sums (B/d, outputs), which are reduce-scattered, those of fc8 along the examples.
+      The backward pass sends the same number of bytes.
     """
     mesh, model = config.mesh, config.model
     table = layers(config)
-    # What stands before each layer: the maps or units that it takes, which those that see all towers gather.
+    # Size per image of the input of each layer, over all towers.
     before = {after.name: math.prod(layer.pooled) for layer, after in itertools.pairwise(table)}
     if mesh.layout == 'hybrid':
         numbers = before['fc6'] / mesh.model + model.widths[5] + model.widths[6] + model.num_classes
@@ -49,23 +50,25 @@ def exchange_bytes(config: Any) -> float:
 
 
 def gradient_bytes(config: Any) -> float:
-    """The least that a device sends to sum gradients and share new weights in a step; the mesh is that of `config`.
+    """Returns the minimum bytes that a device sends per step to reduce gradients and all-gather updated weights.
 
-    d, m: devices along `data` and `model`; g: bytes a number in mesh.gradient_dtype.
+    Notation: d and m devices along `data` and `model` of config.mesh, g bytes per number in mesh.gradient_dtype. An
+    all-reduce of N numbers over n devices costs 2 N g (n-1)/n.
 
-    An all-reduce of N numbers over n devices costs 2 N g (n-1)/n. towers, data: a device has 1/m of all parameters, and
-    d devices have the same. hybrid: all dm devices have the convolutions and the biases of fc8; of the other dense
-    parameters a device has 1/m, and d devices have the same.
-    shard_optimizer: over `data` a reduce-scatter of gradients, N g (d-1)/d, and an all-gather of float32 weights,
-    4 N (d-1)/d: as much in float32, more in bfloat16. Kernels that no dimension lets split into d stay with the
-    all-reduce, as do biases. Over `model` what is left of a sum over all goes on as an all-reduce of the shares.
+    towers, data: All parameters are sharded over the m devices along `model` and replicated over the d along `data`.
+    hybrid: The convolutions and the bias of fc8 are replicated on all dm devices. The other dense parameters are
+      sharded over m devices and replicated over d.
+    shard_optimizer: Over `data`, gradients are reduce-scattered, N g (d-1)/d, and float32 weights are all-gathered,
+      4 N (d-1)/d. The sum equals the all-reduce for g = 4 and exceeds it for bfloat16. Biases, and kernels without a
+      dimension divisible by d, keep the all-reduce. For parameters replicated on all dm devices, an all-reduce of the
+      shards over `model` follows.
     """
     mesh = config.mesh
     d, m, size = mesh.data, mesh.model, ITEM_SIZES[mesh.gradient_dtype]
     total = 0.0
     for layer in layers(config):
         hybrid_copy = mesh.layout == 'hybrid' and layer.name.startswith('conv')
-        split = 0 if mesh.layout == 'hybrid' else -1  # the dimension that `model` splits
+        split = 0 if mesh.layout == 'hybrid' else -1  # dimension sharded over `model`
         kernel = list(layer.kernel)
         if not hybrid_copy:
             kernel[split] //= m
@@ -81,18 +84,18 @@ def gradient_bytes(config: Any) -> float:
 
 
 def lower_bound_bytes(config: Any) -> float:
-    """The least bytes that a device sends in a step of this layout, see exchange_bytes() and gradient_bytes()."""
+    """Returns the minimum bytes that a device sends per step: exchange_bytes() plus gradient_bytes()."""
     return exchange_bytes(config) + gradient_bytes(config)
 
 
 def predict(config: Any, collectives: list, bandwidth: float, flops: float) -> dict[str, float]:
-    """Times of a step from assumed speeds of one device: `bandwidth` in bytes/s sent, `flops` in FLOP/s sustained.
+    """Predicts the step time from assumed speeds per device: `bandwidth` in sent bytes/s, `flops` in sustained FLOP/s.
 
-    Nothing is modelled but volume: no latency, no contention, no input pipeline. Exchanges of activations stand between
-    layers, so nothing hides them; gradients can travel while the backward pass computes. The two bounds:
+    The model covers data volume only: no latency, contention or input pipeline. Exchanges of activations lie between
+    layers and cannot overlap with compute. Gradient collectives can overlap with the backward pass. The two bounds:
       without_overlap           compute + exchanges + gradients
       with_gradients_overlapped exchanges + max(compute, gradients)
-    Efficiency is the rate of images over that of as many devices that send nothing.
+    Efficiency is the throughput divided by that of the same number of devices without communication.
     """
     devices = config.mesh.data * config.mesh.model
     compute = flops_per_image(config) * config.train.batch_size / devices / flops

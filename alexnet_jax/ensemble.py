@@ -1,6 +1,6 @@
-"""Errors of predictions, mixtures of the predictions of several networks, and the weights that fit best; in NumPy.
+"""NumPy functions for prediction errors, weighted ensembles of networks, and fitting of the ensemble weights.
 
-Scores are log probabilities (N, classes) float32, labels (N,) int32 from 0 to classes - 1.
+Scores are log probabilities (N, classes) float32; labels are (N,) int32 from 0 to classes - 1.
 """
 
 from collections.abc import Sequence
@@ -10,30 +10,30 @@ import numpy as np
 
 
 def errors(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Top-1 and top-5 errors (N,) bool by the rule of the evaluation on devices, step.make_eval_step().
+    """Returns the top-1 and top-5 errors, (N,) bool each, by the same rule as step.make_eval_step().
 
-    A class that scores as the right one counts against it, and so does a score that is not a number.
+    A class that ties with the correct class ranks above the correct class, and so does a class with a NaN score.
     """
     better = np.sum(~(scores < _right(scores, labels)[:, None]), -1) - 1
     return better >= 1, better >= 5
 
 
 def _right(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The score (N,) of each image's own class."""
+    """Returns the score (N,) of the correct class of each image."""
     return np.take_along_axis(scores, labels[:, None], -1)[:, 0]
 
 
 def figures(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Means over the images: loss, the negative log likelihood in nats; top1_error and top5_error, 0 to 1."""
+    """Returns means over the images: loss (negative log likelihood in nats), top1_error and top5_error (0 to 1)."""
     top1, top5 = errors(scores, labels)
     loss = -np.mean(_right(scores, labels), dtype=np.float64)
     return {'loss': float(loss), 'top1_error': float(top1.mean()), 'top5_error': float(top5.mean())}
 
 
 def mixture(scores: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """Scores whose probabilities are the mean of those of the members, of sum-to-one `weights` (table 2's ensembles).
+    """Returns the log of the members' weighted mean probabilities (the ensembles of table 2); `weights` sum to 1.
 
-    A member of weight 0 is left out, whatever it says.
+    A member with weight 0 has no effect, even if its scores are NaN.
     """
     mixed = np.full_like(scores[0], -np.inf)
     with np.errstate(invalid='ignore'):
@@ -44,16 +44,17 @@ def mixture(scores: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarra
 
 
 def fit_weights(scores: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
-    """The weights (members,) float64 of the mixture() with the greatest likelihood, by expectation maximisation.
+    """Fits the weights (members,) float64 of the mixture() with the maximum likelihood, by expectation maximization.
 
-    Each turn gives a member its mean share in the probability of the right classes; the likelihood, concave in the
-    weights, never falls. Turns end when its logarithm, the sum over all images, grows by less than 1e-9. A score that
-    is not a number stands for the probability 0; images of which no member gives the right class one are left out.
+    Each iteration sets the weight of a member to the member's mean share of the probability of the correct class. The
+    log likelihood, summed over all images, is concave in the weights and never decreases; the iterations end when the
+    log likelihood grows by less than 1e-9. A NaN score counts as probability 0. Images for which all members give the
+    correct class probability 0 are ignored.
     """
     right = np.stack([_right(member, labels) for member in scores], -1).astype(np.float64)
     right = np.where(np.isnan(right), -np.inf, right)
     right = right[right.max(-1) > -np.inf]
-    likelihoods = np.exp(right - right.max(-1, keepdims=True))  # up to a factor an image, which changes no share
+    likelihoods = np.exp(right - right.max(-1, keepdims=True))  # scaled per image; the scale cancels in the shares
     weights = np.full(len(scores), 1 / len(scores))
     reached = -np.inf
     while True:
@@ -65,16 +66,20 @@ def fit_weights(scores: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
 
 
 def best(probabilities: np.ndarray, class_names: Sequence[str], top: int) -> list[tuple[str, float]]:
-    """The `top` classes with the highest probabilities (classes,), highest first, of equals the first ones."""
+    """Returns (name, probability) of the `top` most probable classes, highest first; ties keep the order of classes.
+
+    `probabilities`: (classes,).
+    """
     order = np.argsort(-probabilities, kind='stable')[:top]
     return [(class_names[index], float(probabilities[index])) for index in order]
 
 
 def by_class(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
-    """A row a class: name, images, top1_error and top5_error (0 to 1, None without images), instead, instead_images.
+    """Returns one row per class: name, images, top1_error, top5_error, instead and instead_images.
 
-    `instead` is the name of the class that most often got the best score of the others where the top-1 error counts,
-    of several the first, and `instead_images` how often; None and 0 where there is no error.
+    The errors are 0 to 1, or None for a class without images. `instead` is the class that most often has the best score
+    among the wrong classes in the top-1 errors (the first class in a tie), and `instead_images` is the number of those
+    errors; they are None and 0 if there is no such error.
     """
     top1, top5 = errors(scores, labels)
     others = np.where(np.isnan(scores), -np.inf, scores)

@@ -1,10 +1,10 @@
-"""Exact evaluation: every validation image once, one view or the ten of section 4.1; of a run, or of several together.
+"""Evaluates one or more checkpoints on every validation image, with one view or the ten views of section 4.1.
 
     alexnet evaluate CHECKPOINT... [--views=10] [--weights=0.5,0.3,0.2 | --fit_weights] [--per_class]
 
-CHECKPOINT is a run's folder WORKDIR (its newest checkpoint), WORKDIR/best or WORKDIR/checkpoints/STEP. Of several the
-probabilities are averaged, as for the ensembles of table 2; one network after the other is on the devices, and their
-predictions, 4 bytes an image and class, in main memory.
+CHECKPOINT is a run's folder WORKDIR (its newest checkpoint), WORKDIR/best or WORKDIR/checkpoints/STEP. The
+probabilities of several checkpoints are averaged, as in the ensembles of table 2. Only one network at a time is on the
+devices; the predictions of all networks, 4 bytes per image and class, are in main memory.
 """
 
 import json
@@ -22,7 +22,7 @@ from alexnet_jax.data import pipeline
 from alexnet_jax.monitor import Progress, atomic_write, log, log_error
 from alexnet_jax.trained import FORMS, Member, find, load, store_of
 
-FITTED, REPORTED = slice(0, None, 2), slice(1, None, 2)  # of the validation images, with --fit_weights
+FITTED, REPORTED = slice(0, None, 2), slice(1, None, 2)  # of the validation images, for --fit_weights
 
 
 def evaluate(
@@ -36,13 +36,21 @@ def evaluate(
     total: int,
     stop: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """Means over all images of `batches`: loss, top1_error and top5_error (0 to 1), and examples, their number.
+    """Evaluates a network on `batches`.
 
     Args:
-      eval_step: see step.make_eval_step.
-      sharding: of the rows of a batch, see parallel.batch_sharding.
-      what, total: shown as progress, with the number of batches.
-      stop: asked before each batch; where it says so the evaluation is given up and the result is None.
+      eval_step: see step.make_eval_step().
+      state: step.TrainState, sharded over the mesh.
+      batches: this process's rows of each batch, see data/pipeline.validation_batches().
+      preprocessing: see augment.preprocessing().
+      sharding: sharding of the rows of a batch, see parallel.batch_sharding().
+      what: label of the progress bar.
+      total: number of batches, for the progress bar.
+      stop: called before each batch; True aborts the evaluation.
+
+    Returns:
+      The means over all images, loss, top1_error and top5_error (0 to 1), and the number of images, examples; None if
+      `stop` returned True.
     """
     import jax
 
@@ -57,7 +65,7 @@ def evaluate(
             return None
         sums = eval_step(state, parallel.make_global_batch(sharding, batch), preprocessing)
         totals.add(sums)
-        jax.block_until_ready(previous)  # at most two batches are under way
+        jax.block_until_ready(previous)  # keeps at most two batches in flight
         previous = sums
         progress.update()
     progress.close()
@@ -67,10 +75,13 @@ def evaluate(
 
 
 def predict(member: Member, store: pipeline.Store, views: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """Its step, log probabilities (N, classes) float32 and labels (N,) int32 of the validation images, in their order.
+    """Predicts the validation images with the network `member`; skips records that are corrupt on disk.
 
-    The probabilities are the means over 1 or 10 views (section 4.1); records damaged on disk are left out.
-    Raises ConfigError, CheckpointError, DatasetError.
+    Raises ConfigError, CheckpointError, DatasetError: see trained.load() and data/pipeline.Split.
+
+    Returns:
+      The checkpoint's step, log probabilities (N, classes) float32 and labels (N,) int32, in the order of the images.
+      The probabilities are means over `views`, 1 or 10 (section 4.1).
     """
     from alexnet_jax import parallel
     from alexnet_jax.step import make_predict_step
@@ -102,13 +113,16 @@ def summarise(
     weights: Sequence[float] | None,
     per_class: bool = False,
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """What --json prints, without `views`; and the scores (N, classes) of the ensemble for all images.
+    """Computes the report that --json prints, without `views`, and the ensemble's scores (N, classes) for all images.
 
     Args:
-      members: what to say of each besides its figures, such as its name.
-      scores: by member, log probabilities (N, classes) float32.
+      members: entries to copy into the report of each member, such as its name.
+      scores: log probabilities (N, classes) float32 of each member.
       labels: (N,) int32.
-      weights: of the members, with the sum 1; None: fitted on the images 0, 2, 4, ..., errors being those on the rest.
+      class_names: one name per label.
+      weights: weights of the members, with sum 1; None fits the weights on images 0, 2, 4, ... and reports errors on
+        the remaining images.
+      per_class: add the errors of each class to the report.
     """
     reported = slice(None)
     if weights is None:
@@ -133,7 +147,7 @@ def summarise(
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The tables for a reader."""
+    """Formats the report, with `views`, as text tables."""
     rows = [(f'{member["checkpoint"]}, step {member["step"]}', member) for member in report['members']]
     together = {'mean of members': 'mean', 'ensemble': 'ensemble'}
     rows += [(label, report[name]) for label, name in together.items() if name in report]
@@ -155,7 +169,7 @@ def _percents(figures: dict[str, Any]) -> str:
 
 
 def _class_lines(classes: list[dict[str, Any]]) -> list[str]:
-    """The table of ensemble.by_class(), nothing without classes."""
+    """Formats the rows of ensemble.by_class() as lines of a table; returns [] without rows."""
     if not classes:
         return []
     width = max(len('class'), *(len(row['name']) for row in classes))
@@ -168,7 +182,10 @@ def _class_lines(classes: list[dict[str, Any]]) -> list[str]:
 
 
 def _weights(given: list[str] | None, fit: bool, members: int) -> list[float] | None:
-    """The weights of the members, with the sum 1; None: to be fitted. Raises ConfigError: the flags cannot be used."""
+    """Returns the weights of the members, normalized to sum 1, or None if the weights are to be fitted.
+
+    Raises ConfigError: the flags are invalid.
+    """
     if fit:
         if given is not None or members == 1:
             what = 'name two checkpoints or more' if given is None else 'leave it out, or --weights'
@@ -190,7 +207,7 @@ def _weights(given: list[str] | None, fit: bool, members: int) -> list[float] | 
 
 
 def main(argv: list[str]) -> int:
-    """Evaluate the checkpoints argv[1:]; returns the exit code, after one line on what is wrong."""
+    """Evaluates the checkpoints argv[1:]; returns the exit code and logs an error as one line."""
     logging.set_verbosity(logging.ERROR)
     given, names = flags.FLAGS, argv[1:]
     try:
@@ -203,7 +220,7 @@ def main(argv: list[str]) -> int:
     if members[0].config.cpu_tuning:
         startup.configure_cpu_backend()
     startup.enable_compilation_cache()
-    from alexnet_jax.checkpoint import CheckpointError  # after the flags, for it imports jax
+    from alexnet_jax.checkpoint import CheckpointError  # imports jax, so it follows the validation of the flags
 
     views = int(given.views)
     try:

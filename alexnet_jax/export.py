@@ -1,8 +1,7 @@
-"""A trained network for elsewhere: its weights as safetensors, or its whole program as StableHLO or ONNX.
+"""Exports a trained network: the weights as safetensors, or the inference program as StableHLO or ONNX.
 
-The programs take pictures of crop_size pixels a side, uint8, any number at a time, and give logits: the preprocessing
-of the run's centre view is inside, and so are the weights. They are programs of one device, whatever mesh was trained
-on.
+The programs map any number of uint8 images of crop_size x crop_size pixels to logits. They contain the weights and the
+preprocessing of the run's center crop. They run on one device, regardless of the mesh in training.
 """
 
 import importlib
@@ -19,13 +18,13 @@ from alexnet_jax.trained import changed
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 _LIBRARIES = {'.safetensors': 'safetensors', '.stablehlo': 'flatbuffers', '.onnx': 'onnx'}
-_LIMIT = 2**31 - 2**20  # bytes of weights in a program, with some room for the rest
+_LIMIT = 2**31 - 2**20  # maximum bytes of weights in a program, with room for the other content
 
 
 def check(path: str) -> str:
-    """The ending of `path`: .safetensors, .stablehlo or .onnx, which says what write() makes.
+    """Returns the file extension of `path`, which selects the format: .safetensors, .stablehlo or .onnx.
 
-    Raises ConfigError: it has another one, cannot be written, or the library for it is not installed.
+    Raises ConfigError: unknown extension, `path` is not writable, or the required library is not installed.
     """
     path = os.path.expanduser(path)
     ending = os.path.splitext(path)[1].lower()
@@ -42,19 +41,19 @@ def check(path: str) -> str:
 
 
 def write(network: Any, path: str) -> None:
-    """Write `network`, see trained.Network, to `path`, whole or not at all.
+    """Writes `network` (a trained.Network) to `path` atomically.
 
-    .safetensors: float32 arrays 'conv1.kernel', 'conv1.bias', 'conv1_norm.mean', ... in this project's layout, and
-      'statistics.mean_image', ... of the training images as they are; metadata: format ('alexnet_jax'), config (JSON,
-      of the run), class_names (JSON), step.
-    .stablehlo: what jax.export makes of a function of images (b, crop_size, crop_size, channels) uint8 that gives
-      logits (b, num_classes) float32, for CPU, CUDA and TPU; it computes in the network's own dtype.
-    .onnx: the same with the names `images` and `logits`; it computes in float32. metadata: class_names (JSON), preset,
-      step.
+    .safetensors: Float32 arrays 'conv1.kernel', 'conv1.bias', 'conv1_norm.mean', ... in this project's layout, and the
+      training image statistics 'statistics.mean_image', ... with unchanged dtypes. Metadata: format ('alexnet_jax'),
+      config (JSON, of the run), class_names (JSON), step.
+    .stablehlo: Serialized jax.export of a function from images (b, crop_size, crop_size, channels) uint8 to logits
+      (b, num_classes) float32, for CPU, CUDA and TPU. The function computes in the dtype of the network.
+    .onnx: The same function with input `images` and output `logits`, computed in float32. Metadata: class_names (JSON),
+      preset, step.
 
     Raises:
-      ConfigError: see check(); or the weights are too large for a file of that kind.
-      OSError: the disk does not take it.
+      ConfigError: See check(), or the weights exceed the size limit of the format.
+      OSError: Writing failed.
     """
     import jax
 
@@ -75,13 +74,13 @@ def _safetensors(network: Any, params: Any, batch_statistics: Any) -> bytes:
     import safetensors.numpy
 
     groups = {**params, **batch_statistics, 'statistics': network.statistics}
-    # The library writes memory as it lies, in whatever order the dimensions are.
+    # safetensors ignores strides and writes the raw buffer, so arrays must be C-contiguous.
     arrays = {
         f'{group}.{name}': np.ascontiguousarray(array)
         for group, members in groups.items()
         for name, array in members.items()
     }
-    # network.config has a mesh for this machine; and where data lie is nobody else's.
+    # network.config has the mesh of this machine, and data_dir is meaningless on other machines.
     config = changed(read_config(network.workdir), {'data.data_dir': default_config().data.data_dir})
     metadata = {'format': 'alexnet_jax', 'config': json.dumps(config.to_dict()), **_labels(network)}
     return safetensors.numpy.save(arrays, metadata)
@@ -106,7 +105,7 @@ def _stablehlo(network: Any, params: Any, batch_statistics: Any) -> bytes | byte
     images = jax.ShapeDtypeStruct((batch, data.crop_size, data.crop_size, data.channels), jnp.uint8)
     setting = 'jax_hlo_source_file_canonicalization_regex'
     before = getattr(jax.config, setting)
-    jax.config.update(setting, '.*/')  # the names of this machine's folders stay here
+    jax.config.update(setting, '.*/')  # removes local folder names from the exported file
     try:
         return export.export(jax.jit(logits), platforms=PLATFORMS)(images).serialize()
     finally:
@@ -128,7 +127,7 @@ def _labels(network: Any) -> dict[str, str]:
 
 
 def _preprocessing(network: Any) -> tuple[np.ndarray, np.ndarray]:
-    """What is subtracted from the centre view, (crop_size, crop_size, C), and what it is multiplied with, (C,)."""
+    """Returns the mean of the center crop, (crop_size, crop_size, C), and the scale after its subtraction, (C,)."""
     preprocessing, crop = network.preprocessing, network.config.data.crop_size
     start = (preprocessing['mean'].shape[0] - crop) // 2
     return preprocessing['mean'][start : start + crop, start : start + crop], preprocessing['scale']

@@ -1,8 +1,8 @@
-"""The features of a whole training set, and its images nearest to given ones: the right half of the paper's figure 4.
+"""Features of a whole training set, and nearest training images: the right half of the paper's figure 4.
 
-The features of an image are the outputs of the last hidden layer (fc7, 4096 numbers, section 6.1) for its centre view;
-near is what has a small Euclidean distance. The features lie on disk, in the run's folder, and are computed once: what
-was killed goes on where it stood. Memory holds a batch of images or a block of features at a time.
+The features of an image are the outputs of the last hidden layer (fc7, 4096 numbers, section 6.1) for the center crop;
+the distance is Euclidean. The features are computed once and stored on disk in the run's folder; a killed computation
+resumes where it stopped. Memory holds one batch of images or one block of features at a time.
 """
 
 import contextlib
@@ -23,29 +23,32 @@ from alexnet_jax.monitor import Progress, log, read_json, write_json
 from alexnet_jax.shapes import Layer, layers
 from alexnet_jax.trained import Network
 
-BLOCK = 4096  # rows of features that are on a device at a time
+BLOCK = 4096  # rows of features on a device at a time
 SAVE_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """Features of the training images: (N, units) float32 on disk, in the order of the store; NaN where damaged."""
+    """Features of the training images: (N, units) float32 on disk, in store order; NaN for corrupt records."""
 
     features: np.ndarray
     layer: str
 
 
 def hidden_layer(config: Any) -> Layer:
-    """The last layer before the logits: fc7, where there is one."""
+    """Returns the last layer before the logits: fc7 in AlexNet."""
     return layers(config.model, config.data.crop_size, config.data.channels)[-2]
 
 
 def index_of(network: Network, store: pipeline.Store) -> Index:
-    """The features of all training images, computed where they are missing: WORKDIR/features/LAYER_DIGEST/.
+    """Returns the features of all training images, and computes missing features.
+
+    The folder is WORKDIR/features/LAYER_WEIGHTS_STORE/, with 16 digits each of the weights' digest and the store's
+    fingerprint.
 
     Raises:
-      ConfigError: they cannot be written, or do not fit on the disk.
-      DatasetError: too many records of the store are damaged.
+      ConfigError: the files cannot be written or read or do not fit on the disk, or another process computes them.
+      DatasetError: too many records of the store are corrupt.
     """
     hidden, images = hidden_layer(network.config), len(store.train)
     layer, units = hidden.name, math.prod(hidden.output)
@@ -68,7 +71,7 @@ def index_of(network: Network, store: pipeline.Store) -> Index:
 def _compute(
     network: Network, store: pipeline.Store, layer: str, path: str, state: str, shape: tuple[int, int]
 ) -> None:
-    """Write the features that are missing to the file `path`; `state` is the file that says how far it is."""
+    """Writes the missing features to the file `path`, and the number of finished images to the JSON file `state`."""
     from alexnet_jax import parallel
     from alexnet_jax.step import make_activation_fn
 
@@ -99,7 +102,10 @@ def _compute(
 
 @contextlib.contextmanager
 def _alone(folder: str) -> Iterator[None]:
-    """Make `folder`, and let no other process compute there. Raises ConfigError: one does, or it cannot be made."""
+    """Creates `folder` and holds an exclusive lock on the folder.
+
+    Raises ConfigError: the folder cannot be written, or another process holds the lock.
+    """
     try:
         os.makedirs(folder, exist_ok=True)
         lock = open(os.path.join(folder, 'lock'), 'w')  # noqa: SIM115
@@ -121,7 +127,7 @@ def _new(path: str, shape: tuple[int, int]) -> np.memmap:
 
 
 def _read(path: str, shape: tuple[int, int], mode: Any) -> np.memmap:
-    """The file as an array on disk. Raises ConfigError: it is not that."""
+    """Returns the file as a memory map. Raises ConfigError: the file is unreadable or has another shape."""
     try:
         features = np.load(path, mmap_mode=mode)
         if features.shape != shape:
@@ -134,9 +140,9 @@ def _read(path: str, shape: tuple[int, int], mode: Any) -> np.memmap:
 
 
 def of_images(network: Network, index: Index, images: Sequence[np.ndarray]) -> np.ndarray:
-    """The features (Q, units) float32 of `images` (S, S, C) uint8.
+    """Returns the features (Q, units) float32 of `images` (S, S, C) uint8.
 
-    They come in batches as large as those of the index, so that a training image is at a distance of 0 from itself.
+    The batch size is that of the index, so that a training image has a distance of exactly 0 from itself.
     """
     from alexnet_jax.step import make_activation_fn
 
@@ -146,16 +152,18 @@ def of_images(network: Network, index: Index, images: Sequence[np.ndarray]) -> n
 
 
 def nearest(index: Index, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` rows of `index` nearest to each of `queries` (Q, units) float32, nearest first.
+    """Returns the `count` rows of `index` nearest to each of `queries` (Q, units) float32, nearest first.
 
-    Returns their numbers (Q, count) int64 and distances (Q, count) float32; of equal distances the first row, and never
-    a damaged record, unless there are fewer than `count` others.
+    Equal distances are in row order. Corrupt records come last, with an infinite distance.
+
+    Returns:
+      Row numbers (Q, count) int64 and distances (Q, count) float32.
     """
     import jax
     import jax.numpy as jnp
 
     @jax.jit
-    def distances(block, query):  # from differences: that of a row to itself is 0, which |a|^2 - 2ab + |b|^2 misses
+    def distances(block, query):  # unlike |a|^2 - 2ab + |b|^2, exactly 0 for equal rows
         return jnp.sqrt(jnp.sum(jnp.square(block - query[None]), -1))
 
     found: list[list[np.ndarray]] = [[] for _ in queries]

@@ -1,4 +1,4 @@
-"""The flags that every command has: --config=FILE[:PRESET] and overrides --config.a.b=value, and their refusals."""
+"""The configuration flags, --config=FILE[:PRESET] and overrides --config.a.b=value, and their error messages."""
 
 import re
 import sys
@@ -17,8 +17,8 @@ CONFIG = config_flags.DEFINE_config_file(
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Read the flags; where one is wrong, say so in one line and exit with 2."""
-    argv = list(argv)  # sys.argv stays as it was given: it is recorded, and given to the runs of a sweep
+    """Parses the flags; on an error, logs one line and exits with code 2."""
+    argv = list(argv)  # sys.argv stays unchanged, because it is recorded and passed to the runs of a sweep
     try:
         file = _find_config(argv)
         config = config_files.call(file, 'get_config')
@@ -34,7 +34,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _find_config(argv: list[str]) -> str:
-    """Replaces the names of configurations in `argv` by their paths; returns the last one, or the default it adds."""
+    """Replaces the config names in `argv` by paths and returns the last path; adds the default, quickstart, if none."""
     file = None
     for i, argument in enumerate(argv[1:], 1):
         if re.match('--?config=', argument):
@@ -50,14 +50,14 @@ def _find_config(argv: list[str]) -> str:
 
 
 def load_sweep(file: str) -> list[Variant]:
-    """The sweep that the config `file` has. Raises ConfigError: it has none, or one that cannot be run."""
+    """Returns the sweep of the config file `file`. Raises ConfigError: the file has no sweep, or an invalid sweep."""
     variants = list(config_files.call(file, 'sweep'))
     check(variants)
     return variants
 
 
 def _check_overrides(argv: list[str], config: ConfigDict) -> None:
-    """Raise ConfigError where an override names a field that does not exist."""
+    """Raises ConfigError if an override names a field that does not exist."""
     known = field_names(config)
     for argument in argv:
         override = re.match(r'--?(?:no)?config\.([^=]+)', argument)
@@ -66,7 +66,7 @@ def _check_overrides(argv: list[str], config: ConfigDict) -> None:
 
 
 def _wrong_type(message: str, config: ConfigDict) -> str:
-    """The flag library's message about a value in one line, and for a field of the config with the type it wants."""
+    """Returns absl's `message` about an invalid flag value as one line, with the expected type of a config field."""
     match = re.match(r'flag --(config\.([\w.]+))=(.*?): ', message)
     if not match:
         return ' '.join(message.split())
@@ -77,6 +77,6 @@ def _wrong_type(message: str, config: ConfigDict) -> str:
 
 
 def exit_with_usage_error(reason: str) -> int:
-    """Say in one line why a command is not begun; returns the exit code for that."""
+    """Logs `reason`, one line, as an error and returns the exit code for a usage error, 2."""
     log_error(reason)
     return 2

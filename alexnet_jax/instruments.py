@@ -1,4 +1,4 @@
-"""What watches a run beside its log: TensorBoard, Weights & Biases, and a profiler's trace of some steps."""
+"""Trackers of a run besides the log: TensorBoard, Weights & Biases, and a profiler trace of some steps."""
 
 import dataclasses
 import importlib.util
@@ -13,11 +13,11 @@ import numpy as np
 from alexnet_jax.config import ConfigError
 from alexnet_jax.monitor import log, read_json, summarize_exception, write_json
 
-SAMPLES, SHOWN = 8, 5  # validation images whose predictions are shown, and classes of each
+SAMPLES, SHOWN = 8, 5  # number of sample images, and of top classes shown for each
 
 
 class TensorBoard:
-    """Event files in WORKDIR/tensorboard, written without TensorFlow; what lies after `step` is hidden by a restart."""
+    """Writes event files to WORKDIR/tensorboard without TensorFlow; a restart hides the older events after `step`."""
 
     def __init__(self, workdir: str, step: int):
         from tensorboardX import SummaryWriter
@@ -26,21 +26,24 @@ class TensorBoard:
         self.writer = SummaryWriter(folder, purge_step=step + 1 if step else None, flush_secs=10)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Numbers by name, such as 'train/loss'."""
+        """Logs numbers by name, such as 'train/loss'."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """`pixels`: (H, W, 3) uint8."""
+        """Logs an image; `pixels`: (H, W, 3) uint8."""
         self.writer.add_image(name, pixels, step, dataformats='HWC')
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flushes and closes the event files."""
         self.writer.close()
 
 
 class WeightsAndBiases:
-    """A run of `project`, the same one when the run in `workdir` goes on. Raises ConfigError: it cannot be begun."""
+    """Logs to a Weights & Biases run in `project`; a resumed run in `workdir` continues the same Weights & Biases run.
+
+    Raises ConfigError: the Weights & Biases run cannot be started.
+    """
 
     def __init__(self, workdir: str, project: str, config: Any):
         import wandb
@@ -53,33 +56,39 @@ class WeightsAndBiases:
         settings = config.to_dict()
         try:
             self.run = wandb.init(project=project, dir=workdir, id=identity, name=name, resume='allow', config=settings)
-        except Exception as error:  # of the service and the network, many kinds
+        except Exception as error:  # wandb raises many types for the service and the network
             raise ConfigError(
                 f'--wandb={project}: {summarize_exception(error)}; WANDB_MODE=offline needs no network'
             ) from None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Numbers by name, such as 'train/loss'."""
+        """Logs numbers by name, such as 'train/loss'."""
         self.run.log(values, step=step)
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """`pixels`: (H, W, 3) uint8."""
+        """Logs an image; `pixels`: (H, W, 3) uint8."""
         self.run.log({name: self.image(pixels)}, step=step)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Sends the remaining data and ends the Weights & Biases run."""
         self.run.finish()
 
 
 def check_wandb(project: str | None) -> None:
-    """Raise ConfigError where --wandb is given and the package is not there."""
+    """Raises ConfigError if --wandb is given and the package wandb is not installed."""
     if project is not None and importlib.util.find_spec('wandb') is None:
         raise ConfigError(f'--wandb={project}: the package wandb is not installed: pip install "alexnet_jax[wandb]"')
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What the command line asks for: event files, a project of Weights & Biases, a trace; see parse_profile()."""
+    """The trackers requested on the command line.
+
+    Attributes:
+      tensorboard: write event files.
+      wandb: the Weights & Biases project, or None.
+      profile: the range of steps to trace, see parse_profile(), or None.
+    """
 
     tensorboard: bool = False
     wandb: str | None = None
@@ -87,12 +96,15 @@ class Wanted:
 
     @property
     def pictures(self) -> bool:
-        """Whether pictures are shown."""
+        """True if some tracker shows pictures."""
         return self.tensorboard or self.wandb is not None
 
 
 class CompositeTracker:
-    """Those that are wanted, of process 0; the others have none. Raises ConfigError, see WeightsAndBiases."""
+    """The `wanted` trackers on the primary process (`first`), and no trackers on other processes.
+
+    Raises ConfigError: see WeightsAndBiases.
+    """
 
     def __init__(self, wanted: Wanted, workdir: str, step: int, config: Any, first: bool):
         self.each: list[TensorBoard | WeightsAndBiases] = []
@@ -102,7 +114,7 @@ class CompositeTracker:
             self.each.append(WeightsAndBiases(workdir, wanted.wandb, config))
 
     def line(self, values: dict[str, Any]) -> None:
-        """Show a line of metrics.jsonl or layers.jsonl."""
+        """Logs the numbers of a line of metrics.jsonl or layers.jsonl."""
         for each in self.each:
             each.scalars(values['step'], as_scalars(values))
 
@@ -115,7 +127,10 @@ class CompositeTracker:
         scores: np.ndarray,
         class_names: list[str],
     ) -> None:
-        """Show conv1's `kernel` (h, w, C, N), if any, and `examples` with log probabilities `scores` (n, classes)."""
+        """Logs pictures of conv1's `kernel` (h, w, C, N), unless None, and of the predictions for `examples`.
+
+        `scores`: log probabilities (n, classes) of the examples.
+        """
         if not self.each:
             return
         from alexnet_jax.ensemble import best
@@ -139,16 +154,16 @@ class CompositeTracker:
                 each.picture(step, name, pixels)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Closes all trackers."""
         for each in self.each:
             each.close()
 
 
 class SamplePredictions:
-    """Some validation images, evenly spread over the split, and what a network sees in them.
+    """Predicts a few validation images that are evenly spread over the split.
 
     Attributes:
-      examples: of the split, see data/pipeline.Split; all processes have the same.
+      examples: records of the split, see data/pipeline.Split; the same on all processes.
     """
 
     def __init__(self, config: Any, mesh: Any, split: Any):
@@ -161,7 +176,7 @@ class SamplePredictions:
         self.step = make_predict_step(config, mesh, views=1)
 
     def scores(self, state: Any, preprocessing: dict[str, np.ndarray]) -> np.ndarray:
-        """Log probabilities (n, classes) float32 of the examples' centre views; all processes must call it."""
+        """Collective. Returns log probabilities (n, classes) float32 for the center views of the examples."""
         from alexnet_jax import parallel, processes
 
         (share, shares), parts = parallel.process_shard(self.sharding), parallel.num_batch_shards(self.sharding)
@@ -173,7 +188,7 @@ class SamplePredictions:
 
 
 def as_scalars(values: dict[str, Any]) -> dict[str, float]:
-    """A line of metrics.jsonl or layers.jsonl as numbers by name: 'validation/loss', 'layers/conv1/dead'."""
+    """Flattens a line of metrics.jsonl or layers.jsonl to numbers by name: 'validation/loss', 'layers/conv1/dead'."""
     split, found = values['split'], {}
     for name, value in values.items():
         parts = value if isinstance(value, dict) else {'': value}
@@ -184,14 +199,14 @@ def as_scalars(values: dict[str, Any]) -> dict[str, float]:
 
 
 def as_pixels(png: bytes) -> np.ndarray:
-    """(H, W, 3) uint8."""
+    """Decodes a PNG file to (H, W, 3) uint8."""
     from PIL import Image
 
     return np.asarray(Image.open(io.BytesIO(png)).convert('RGB'))
 
 
 def parse_profile(text: str | None) -> tuple[int, int] | None:
-    """--profile='steps 20:25': the steps that begin after 20 and until 25 steps. Raises ConfigError."""
+    """Parses --profile='steps 20:25' to (20, 25); None stays None. Raises ConfigError: the text is no such range."""
     if text is None:
         return None
     match = re.fullmatch(r'(?:steps\s+)?(\d{1,9}):(\d{1,9})', text.strip())
@@ -201,24 +216,24 @@ def parse_profile(text: str | None) -> tuple[int, int] | None:
 
 
 class Profile:
-    """A trace of JAX's profiler of the steps from `steps[0]` until before `steps[1]`, in WORKDIR/profile."""
+    """Writes a JAX profiler trace of the steps `steps[0]` (inclusive) to `steps[1]` (exclusive) to WORKDIR/profile."""
 
     def __init__(self, steps: tuple[int, int] | None, workdir: str):
         self.steps, self.folder, self.runs, self.begun = steps, os.path.join(workdir, 'profile'), False, False
 
     def at(self, step: int, state: Any) -> None:
-        """`step` steps are taken, and `state` is what they led to. Begins and ends the trace."""
+        """Starts or ends the trace if due; `step` steps have been taken so far and produced `state`."""
         import jax
 
         if self.steps and step == self.steps[0]:
-            jax.block_until_ready(state)  # what came before is not part of it
+            jax.block_until_ready(state)  # excludes earlier steps from the trace
             jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
             self.runs = self.begun = True
         elif self.steps and step == self.steps[1]:
             self.end(state)
 
     def end(self, state: Any) -> None:
-        """Write the trace where one was begun; say so where one was wanted and never was."""
+        """Writes the trace if one is running; logs a message if the requested trace never started."""
         import jax
 
         if self.steps and not self.begun:

@@ -46,7 +46,10 @@ _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Several processes, found
 
 
 def _process_group() -> dict[str, Any] | None:
-    """What processes.start() is to be told. Raises ConfigError: the flags do not go together."""
+    """Returns the arguments of processes.start(): None for one process, {} to detect the processes automatically.
+
+    Raises ConfigError: the flags contradict each other or are incomplete.
+    """
     given = {'coordinator_address': _COORDINATOR_ADDRESS, 'num_processes': _NUM_PROCESSES, 'process_id': _PROCESS_ID}
     group = {name: flag.value for name, flag in given.items() if flag.value is not None}
     if _DISTRIBUTED.value and group:
@@ -68,7 +71,7 @@ def _process_group() -> dict[str, Any] | None:
 
 
 def _print_result(workdir: str) -> None:
-    """The small table at the end, of several processes from the first one."""
+    """Prints the final table, in a multi-process run only on the primary process."""
     if monitor.is_silent():
         return
     with open(os.path.join(workdir, 'result.json')) as file:
@@ -84,14 +87,14 @@ def _print_result(workdir: str) -> None:
 
 
 def _select_variant(variants: list[Variant]) -> Variant:
-    """Number --sweep of them. Raises ConfigError: there is none."""
+    """Returns the variant with number --sweep. Raises ConfigError: that number does not exist."""
     if not re.fullmatch(r'\d+', _SWEEP.value) or int(_SWEEP.value) >= len(variants):
         raise ConfigError(f'--sweep: {_SWEEP.value!r} is not list, all or a number from 0 to {len(variants) - 1}')
     return variants[int(_SWEEP.value)]
 
 
 def _sweep(file: str, workdir: str) -> int:
-    """Show the sweep of the config, or run it; returns the exit code. Raises ConfigError: a run cannot be begun."""
+    """Lists or runs the sweep of the config and returns the exit code. Raises ConfigError: a run cannot start."""
     variants = load_sweep(file)
     configs = [configure(CONFIG.value, variant) for variant in variants]
     if _SWEEP.value == 'list':
@@ -100,14 +103,14 @@ def _sweep(file: str, workdir: str) -> int:
     for variant, config in zip(variants, configs, strict=True):
         check_resumable(config, os.path.join(workdir, variant.directory), every_field=True)
     write_manifest(variants, config_files.name_of(file), workdir)
-    command = child_command('launch', *sys.argv[1:])  # of a flag given twice the last one counts
+    command = child_command('launch', *sys.argv[1:])  # if a flag is repeated, absl uses the last value
     return run_all(variants, configs, workdir, command, _SWEEP_JOBS.value)
 
 
 def main(argv: list[str]) -> int:
-    """Check the settings, train, print the result; returns the exit code."""
+    """Checks the settings, trains, prints the result, and returns the exit code."""
     del argv
-    logging.set_verbosity(logging.FATAL)  # Orbax logs where it raises, pages long; _report_failure() says it
+    logging.set_verbosity(logging.FATAL)  # Orbax logs pages for each error that it raises
     file = config_flags.get_config_filename(flags.FLAGS['config'])
     name = os.path.basename(file).replace('.py', '').replace(':', '_')
     workdir = os.path.expanduser(_WORKDIR.value or os.path.join('runs', name))
@@ -125,7 +128,7 @@ def main(argv: list[str]) -> int:
             variants = load_sweep(file)
             variant = _select_variant(variants)
             if not monitor.is_silent():
-                # The runs of an array have nobody else to write it.
+                # The runs of a job array have no parent process that writes the manifest.
                 write_manifest(variants, config_files.name_of(file), workdir)
             config, workdir = configure(CONFIG.value, variant), os.path.join(workdir, variant.directory)
         check_resumable(config, workdir, every_field=_SWEEP.value is not None)
@@ -140,7 +143,7 @@ def main(argv: list[str]) -> int:
             startup.enable_compilation_cache()
     except ConfigError as error:
         return exit_with_usage_error(str(error))
-    from alexnet_jax import processes, train  # after the flags, for they import jax
+    from alexnet_jax import processes, train  # these modules import jax, so only after flag parsing
 
     try:
         code = train.run(config, workdir, group, wanted)
@@ -153,7 +156,7 @@ def main(argv: list[str]) -> int:
 
 
 def _report_failure(error: Exception) -> int:
-    """Say why training ended, in one line where the cause is known; returns the exit code."""
+    """Logs the reason for the failure, in one line if the cause is known; returns the exit code."""
     from alexnet_jax import processes, train
     from alexnet_jax.checkpoint import CheckpointError
     from alexnet_jax.data.pipeline import DatasetError

@@ -15,19 +15,19 @@ def convolution(
     stride: int = 1,
     padding: str | tuple[tuple[int, int], tuple[int, int]] = 'SAME',
 ) -> jax.Array:
-    """Convolution whose number of groups is told by the shapes: channels of `x` over input channels of `kernel`.
+    """Computes a 2-D convolution; the number of groups is the channels of `x` divided by the inputs I of `kernel`.
 
     Args:
       x: (B, H, W, groups * I).
-      kernel: (height, width, I, O); the g-th group of outputs sees the g-th group of inputs alone.
+      kernel: (height, width, I, O); the g-th group of output channels reads only the g-th group of input channels.
       stride: pixels between windows, in both directions.
-      padding: 'SAME', 'VALID' or pixels of zeros ((top, bottom), (left, right)).
+      padding: 'SAME', 'VALID', or the zero padding in pixels ((top, bottom), (left, right)).
 
     Returns:
       (B, H', W', O), in the dtype of the operands.
 
     Raises:
-      ValueError: the channels of `x` are no multiple of I, or O no multiple of the groups.
+      ValueError: the channels of `x` are not a multiple of I, or O is not a multiple of the number of groups.
     """
     channels, inputs, outputs = x.shape[-1], kernel.shape[2], kernel.shape[3]
     groups, rest = divmod(channels, inputs)
@@ -36,8 +36,8 @@ def convolution(
     if isinstance(padding, str):
         top_and_bottom, left_and_right = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (stride, stride), padding)
         padding = top_and_bottom, left_and_right
-    # One dense convolution a group: on a CPU four times as fast as feature_group_count, which the partitioner also
-    # answers by gathering the batch on every device.
+    # One dense convolution per group is four times as fast on a CPU as feature_group_count, for which the SPMD
+    # partitioner would also all-gather the batch.
     pairs = zip(jnp.split(x, groups, -1), jnp.split(kernel, groups, -1), strict=True)
     return jnp.concatenate([_convolve(part, part_kernel, stride, padding) for part, part_kernel in pairs], -1)
 
@@ -51,14 +51,13 @@ def _convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[tuple
 
 
 def _convolve_forward(x, kernel, stride, padding):
-    x = materialize(
-        x
-    )  # otherwise the gradient by the kernel works it out again, in an order that takes four times as long
+    # Otherwise the weight gradient recomputes x, in an order that takes four times as long.
+    x = materialize(x)
     return _convolve(x, kernel, stride, padding), (x, kernel)
 
 
 def _convolve_backward(stride, padding, saved, gradient):
-    # Of the image as it is: with rows as channels the gradient by the kernel gains nothing, and more is copied.
+    # Differentiates the convolution without space-to-depth, which would copy more and not speed up the weight gradient.
     x, kernel = saved
     (to_x,) = jax.vjp(lambda x: _dense(x, kernel, (stride, stride), padding), x)[1](gradient)
 
@@ -66,7 +65,7 @@ def _convolve_backward(stride, padding, saved, gradient):
         return jax.vjp(lambda kernel: _dense(x, kernel, (stride, stride), padding), kernel)[1](gradient)[0]
 
     def in_parts(x, gradient):
-        # Where windows are a stride apart a CPU takes 0.7 of the time for 8 images at once, 16 times.
+        # For a stride above 1, 16 weight gradients of 8 images each take a CPU 0.7 of the time of one of 128 images.
         parts = math.gcd(x.shape[0], 128) // 8
         if parts < 4:
             return by_kernel(x, gradient)
@@ -86,10 +85,10 @@ def _dense(x, kernel, strides, padding):
 
 
 def _space_to_depth_rows(x, kernel, stride, padding):
-    """`x`, padded, with the channels of `stride` rows side by side, and the kernel that moves over it row by row.
+    """Pads `x` and moves each group of `stride` rows into the channels; reshapes `kernel` to match, for row stride 1.
 
-    A CPU's library copies all windows before it multiplies, which takes it less time in longer pieces: of conv1 132
-    numbers, where a row of a window has 33.
+    The convolution library for CPUs copies all windows before it multiplies them, and copies longer contiguous runs
+    faster: 132 numbers instead of 33, a row of a window, in conv1.
     """
     (batch, *sizes, channels), (rows, columns, inputs, outputs) = x.shape, kernel.shape
     pads = []
@@ -101,7 +100,7 @@ def _space_to_depth_rows(x, kernel, stride, padding):
         x = x.reshape(batch, -1, stride, x.shape[2], channels).swapaxes(2, 3)
         x = x.reshape(*x.shape[:3], stride * channels)
     else:
-        # From jaxlib 0.11 on, the transpose takes a CPU four times as long as before, and this sum twice as long.
+        # Since jaxlib 0.11 the transpose takes a CPU four times as long as before; this sum takes only twice as long.
         zero = jnp.zeros((), x.dtype)
         pads = [(i * channels, (stride - 1 - i) * channels, 0) for i in range(stride)]
         x = reduce(jnp.add, (lax.pad(x[:, i::stride], zero, [(0, 0, 0)] * 3 + [pad]) for i, pad in enumerate(pads)))
@@ -113,12 +112,12 @@ def _space_to_depth_rows(x, kernel, stride, padding):
 def locally_connected(
     x: jax.Array, kernel: jax.Array, size: int, *, stride: int = 1, padding: tuple[tuple[int, int], tuple[int, int]]
 ) -> jax.Array:
-    """A convolution with kernels of its own at each pixel: the layer `local` of cuda-convnet.
+    """Computes a convolution with unshared weights, one kernel per output pixel: the layer `local` of cuda-convnet.
 
     Args:
       x: (B, H, W, I).
-      kernel: (H', W', I * size * size, O); of the weights of a window the input channel is the slowest dimension.
-      size: pixels a side of the windows.
+      kernel: (H', W', I * size * size, O); the input channel is the slowest-varying index of a window's weights.
+      size: height and width of the windows in pixels.
 
     Returns:
       (B, H', W', O).
@@ -129,17 +128,17 @@ def locally_connected(
 
 
 def local_response_norm(x: jax.Array, *, k: float, n: int, alpha: float, beta: float) -> jax.Array:
-    """Response normalisation over `n` adjacent maps (section 3.3): x / (k + alpha * sum of squares) ** beta.
+    """Normalizes over `n` adjacent feature maps (section 3.3): x / (k + alpha * sum of squares) ** beta.
 
-    The sum is not divided by `n`; the window is cut off at the first and the last map. Computed in float32.
+    The sum is not divided by `n`; the window is truncated at the first and the last map. Computes in float32.
 
     Args:
-      x: (..., C), the maps of one tower.
+      x: (..., C), the feature maps of one tower.
       k, alpha, beta: constants of the formula.
-      n: maps in a window, odd.
+      n: feature maps in a window, odd.
 
     Returns:
-      Same shape and dtype as `x`.
+      An array of the shape and dtype of `x`.
 
     Raises:
       ValueError: `n` is even.
@@ -151,9 +150,9 @@ def local_response_norm(x: jax.Array, *, k: float, n: int, alpha: float, beta: f
 
 
 def within_channel_lrn(x: jax.Array, *, k: float, n: int, alpha: float, beta: float) -> jax.Array:
-    """As local_response_norm(), over the `n` x `n` pixels around each one of the same map: `rnorm` of cuda-convnet.
+    """Normalizes like local_response_norm(), but over `n` x `n` pixels of one feature map: cuda-convnet's `rnorm`.
 
-    The sum is not divided by the pixels of the window, which is cut off at the edges.
+    The sum is not divided by the number of pixels in the window, which is truncated at the edges.
 
     Args:
       x: (B, H, W, C).
@@ -176,9 +175,9 @@ def _response_norm_forward(x, k, window, alpha, beta):
 
 
 def _response_norm_backward(k, window, alpha, beta, x, gradient):
-    # Written out because the derived one keeps five arrays of the size of x, and takes the roots apart again. The sums
-    # are taken anew: kept, they and their roots are a third of a step's memory. The compiler would do so, and find them
-    # again in the forward pass, but for the 0, which might not be a number.
+    # Automatic differentiation would save five arrays of the size of x and differentiate the roots one by one. The
+    # window sums are recomputed, because saving them and their roots takes a third of a step's memory. Without the
+    # term 0 * gradient, which XLA cannot fold as it may be NaN, XLA would reuse the sums of the forward pass.
     late = x + 0 * gradient[(0,) * x.ndim]
     denominator = k + alpha * _window_sum(late * late, window)
     scaled = gradient * _negative_power(denominator, beta)
@@ -194,13 +193,13 @@ def _window_sum(x: jax.Array, window: tuple[int, ...]) -> jax.Array:
 
 
 def _negative_power(x: jax.Array, exponent: float) -> jax.Array:
-    if exponent == 0.75:  # the paper's; two roots cost half of a power
+    if exponent == 0.75:  # the paper's beta; two roots take half the time of a power
         return lax.rsqrt(x * lax.sqrt(x))
     return x**-exponent
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """`x` (..., C) plus `bias` (C,) or of the shape of an example of `x`, in the dtype of `x`."""
+    """Adds `bias`, of shape (C,) or of the shape of one example, to `x` (..., C); both have the same dtype."""
     if bias.ndim == 1:
         return _add_bias_of_maps(x, bias)
     return x + bias[None]
@@ -212,7 +211,7 @@ def _add_bias_of_maps(x: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def _add_bias_backward(_, gradient):
-    # As a product with ones the sum over all pixels takes a CPU a quarter of the time of a reduction.
+    # A matrix product with ones sums over all pixels in a quarter of the time that a reduction takes a CPU.
     rows = gradient.reshape(-1, gradient.shape[-1])
     ones = jnp.ones((1, rows.shape[0]), rows.dtype)
     return gradient, lax.dot(ones, rows, precision=lax.Precision.HIGHEST)[0]
@@ -222,10 +221,10 @@ _add_bias_of_maps.defvjp(lambda x, bias: (_add_bias_of_maps(x, bias), None), _ad
 
 
 def materialize(x: jax.Array) -> jax.Array:
-    """`x`, written to memory: otherwise a CPU's compiler works it out again in each loop that reads it.
+    """Identity that makes XLA write `x` to memory. Otherwise XLA for CPUs recomputes `x` in each loop that reads it.
 
-    A maximum over windows of one value and one of padding, which none of the compiler's passes looks through; that for
-    CPUs drops lax.optimization_barrier() before it joins loops.
+    Implemented as a maximum over windows of one value and one padding value, which no XLA pass simplifies. XLA for
+    CPUs removes lax.optimization_barrier() before it fuses loops.
     """
     window, padding = (2,) + (1,) * x.ndim, ((0, 1),) + ((0, 0),) * x.ndim
     lowest = jnp.array(-jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min, x.dtype)
@@ -234,16 +233,16 @@ def materialize(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def order_weight_gradient_after_input_gradient(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`x` and `kernel` as they are, for a product of them whose gradient by the kernel waits for that by `x`.
+    """Identity whose backward pass makes dW depend on dx.
 
-    The latter reads the kernel: where it may come after the update, XLA copies the kernel first, in every step.
+    Otherwise XLA may update the kernel before dx has read it, and then copies the kernel every step.
     """
     return x, kernel
 
 
 def _read_before_update_backward(_, gradients):
     to_x, to_kernel = gradients
-    # What it waits for is 0, but no compiler may say so, for it might not be a number.
+    # XLA cannot remove the dependency: 0 * to_x is NaN where to_x is NaN or infinite.
     return to_x, to_kernel + 0 * to_x[(0,) * to_x.ndim].astype(to_kernel.dtype)
 
 
@@ -251,16 +250,16 @@ order_weight_gradient_after_input_gradient.defvjp(lambda x, kernel: ((x, kernel)
 
 
 def max_pool(x: jax.Array, window: int, stride: int, *, overhang: bool = False) -> jax.Array:
-    """Maximum over windows of `window` x `window` pixels, `stride` apart, without padding (section 3.4).
+    """Computes the maximum over windows of `window` x `window` pixels, `stride` apart, without padding (section 3.4).
 
-    The gradient of a window goes to its maximum, of equal ones to the first, row by row.
+    The gradient of a window goes to its maximum; among equal values, to the first in row-major order.
 
     Args:
-      x: (B, H, W, C).
-      overhang: whether a last window that reaches over the edge counts too, as in cuda-convnet.
+      x: (B, H, W, C), floating point.
+      overhang: whether to add a last window that extends beyond the edge, as in cuda-convnet.
 
     Returns:
-      (B, (H - window) // stride + 1, (W - window) // stride + 1, C); with `overhang` the quotients are rounded up.
+      (B, (H - window) // stride + 1, (W - window) // stride + 1, C); `overhang` rounds the quotients up instead.
     """
     if overhang:
         missing = [(window - size) % stride for size in x.shape[1:3]]
@@ -274,7 +273,7 @@ def _max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
 
 
 def _window_slices(x: jax.Array, window: int, stride: int) -> list[jax.Array]:
-    """The first pixels of all windows, the second ones, and so on, row by row: each (B, H', W', C)."""
+    """Returns one (B, H', W', C) array per position in the window, in row-major order: that pixel of every window."""
     height, width = (size - window + 1 for size in x.shape[1:3])
     strides = (1, stride, stride, 1)
     return [
@@ -286,7 +285,7 @@ def _window_slices(x: jax.Array, window: int, stride: int) -> list[jax.Array]:
 
 def _max_pool_forward(x, window, stride):
     largest, *pixels = _window_slices(x, window, stride)
-    where = jnp.zeros(largest.shape, jnp.int8)  # in each window, the number of its maximum
+    where = jnp.zeros(largest.shape, jnp.int8)  # the row-major position of the maximum in each window
     for number, pixel in enumerate(pixels, 1):
         where = jnp.where(pixel > largest, jnp.int8(number), where)
         largest = jnp.maximum(largest, pixel)
@@ -297,10 +296,11 @@ def _max_pool_backward(window, stride, saved, gradient):
     where, size = saved
     rows, columns = (jnp.arange(pixels) for pixels in size)
     total = jnp.zeros((), gradient.dtype)
-    # A pixel lies in the window that begins at or next before it, and in those before while they reach so far.
+    # A pixel lies in the last window that starts at or before the pixel, and in earlier windows that extend to it.
     for up in range(-(-window // stride)):
         for left in range(-(-window // stride)):
-            row, column = rows % stride + up * stride, columns % stride + left * stride  # of the pixel in the window
+            # The pixel's position in the window.
+            row, column = rows % stride + up * stride, columns % stride + left * stride
             number = jnp.where(column[None] < window, row[:, None] * window + column[None], -2).astype(jnp.int8)
             here = _expand_to_input(where, size, stride, up, left) == number[None, :, :, None]
             total = total + jnp.where(here, _expand_to_input(gradient, size, stride, up, left), 0)
@@ -308,7 +308,10 @@ def _max_pool_backward(window, stride, saved, gradient):
 
 
 def _expand_to_input(x: jax.Array, size: tuple[int, int], stride: int, up: int, left: int) -> jax.Array:
-    """For each of `size` pixels the value of the window that begins at it or next before, less `up` and `left`."""
+    """Expands values per window `x` (B, H', W', C) to values per pixel (B, *size, C).
+
+    Pixel (i, j) gets the value of window (i // stride - up, j // stride - left), or -1 where that window is missing.
+    """
     counts = [-(-pixels // stride) for pixels in size]
     padding = [(0, 0, 0), (up, counts[0] - x.shape[1] - up, 0), (left, counts[1] - x.shape[2] - left, 0), (0, 0, 0)]
     x = lax.pad(x, jnp.array(-1, x.dtype), padding)[:, :, None, :, None]

@@ -1,7 +1,7 @@
-"""AlexNet as the paper's section 3 describes it, two towers and all, and the published networks that vary it.
+"""AlexNet as in section 3 of the paper, including its two towers, and the published variants.
 
-Shapes in the comments are those of the `paper` preset on one device; `2x` is a list with one array for each tower,
-which is kept so that the next layer need not take them apart again.
+Shapes in comments are those of the `paper` preset on one device. `2x` is a list with one array per tower: the towers
+stay separate so that the next layer does not have to split a concatenated array again.
 """
 
 import math
@@ -24,19 +24,19 @@ from alexnet_jax.layers import (
 from alexnet_jax.parallel import local_feature_slice, redistribute_features, reduce_scatter_partial_sums
 from alexnet_jax.shapes import LAYERS, Layer, layers, ops_after, pool_window
 
-# The original program's constants of the second normalisation in layer 2; its window and alpha are settings.
+# Constants of the original program for the second normalization of layer 2; the window and alpha are settings.
 SPATIAL_K, SPATIAL_BETA = 1.0, 0.75
-# nvcaffe's batch normalisation has no scale and no bias; the statistics of a test are running means.
+# Batch normalization as in nvcaffe, without scale and bias; evaluation uses the running statistics.
 BATCH_NORM = {'use_scale': False, 'use_bias': False, 'momentum': 0.9, 'epsilon': 1e-5}
 
 
 def _initial(layer: Layer, config: Any, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
-    """Kernel and bias before the first step, by model.initializer."""
+    """Returns the initial kernel and bias according to model.initializer."""
     index = LAYERS.index(layer.name)
     bias = jnp.full(layer.bias, config.bias_init[index], jnp.float32)
     if config.initializer == 'normal':
         return config.kernel_std[index] * jax.random.normal(rngs.params(), layer.kernel), bias
-    own = () if layer.shared else (0, 1)  # weights that are not shared: each pixel has its own fans
+    own = () if layer.shared else (0, 1)  # unshared: the fan is counted per output pixel
     kernel = {
         'xavier': initializers.glorot_uniform(batch_axis=own),
         'he': initializers.he_normal(batch_axis=own),
@@ -49,7 +49,7 @@ def _initial(layer: Layer, config: Any, rngs: nnx.Rngs) -> tuple[jax.Array, jax.
 
 
 class Convolution(nnx.Module):
-    """Kernels and biases of one layer, see shapes.Layer, divided evenly among the towers."""
+    """A convolutional or locally connected layer, see shapes.Layer; its outputs divide evenly among the towers."""
 
     def __init__(self, layer: Layer, config: Any, rngs: nnx.Rngs):
         kernel, bias = _initial(layer, config, rngs)
@@ -63,13 +63,14 @@ class Convolution(nnx.Module):
 
     @property
     def inputs(self) -> int:
-        """Maps that one output sees."""
+        """Number of input channels that each output channel sees."""
         return self.kernel.shape[2] if self.shared else self.kernel.shape[2] // self.size**2
 
     def __call__(self, parts: list[jax.Array]) -> list[jax.Array]:
-        """Outputs before the nonlinearity, (B, H', W', C): one array where all kernels see the same maps.
+        """Returns the outputs (B, H', W', C) before the nonlinearity.
 
-        Otherwise there is one for each tower on this device, and of those each kernel sees the maps of its own.
+        The list has one array if all kernels see the same feature maps. Otherwise it has one array per tower on this
+        device, and each kernel sees only the feature maps of its own tower.
         """
         groups = sum(x.shape[-1] for x in parts) // self.inputs
         kernels = jnp.split(self.kernel[...].astype(self.dtype), groups, -1)
@@ -86,14 +87,15 @@ class Convolution(nnx.Module):
 
 
 def regroup_channels(parts: list[jax.Array], count: int) -> list[jax.Array]:
-    """The channels of `parts` in `count` equal parts, in the same order."""
+    """Splits the channels of `parts` into `count` equal parts, in the same order."""
     return parts if len(parts) == count else jnp.split(jnp.concatenate(parts, -1), count, -1)
 
 
 class Dense(nnx.Module):
-    """A fully-connected layer; on a mesh each device of `model` has the kernel's share of outputs, or of inputs.
+    """A fully connected layer; along `model`, the kernel is sharded in its outputs or, in `hybrid`, in its inputs.
 
-    One that does not see both towers has the kernels of each tower side by side, as a convolution's.
+    A layer that is not in `exchange` stores the kernels of the towers side by side in the output dimension, like
+    Convolution.
     """
 
     def __init__(self, layer: Layer, config: Any, rngs: nnx.Rngs):
@@ -104,16 +106,19 @@ class Dense(nnx.Module):
 
     @property
     def inputs(self) -> int:
-        """Inputs that the kernel on this device takes."""
+        """Number of inputs of this device's kernel."""
         return self.kernel.shape[0]
 
     @property
     def towers(self) -> int:
-        """Towers whose kernels are on this device."""
+        """Number of towers whose kernels are on this device."""
         return self.kernel.shape[-1] // self.tower_width
 
     def __call__(self, parts: list[jax.Array]) -> jax.Array:
-        """(B, outputs on this device), before the nonlinearity, of one (B, inputs) or of one for each tower."""
+        """Returns (B, outputs on this device) before the nonlinearity; in `hybrid`, fc8 returns (B / model, outputs).
+
+        `parts`: one array (B, inputs), or one such array per tower.
+        """
         kernels = jnp.split(self.kernel[...].astype(self.dtype), len(parts), -1)
         with jax.named_scope(self.name):
             pairs = [
@@ -127,16 +132,16 @@ class Dense(nnx.Module):
 
 
 class AlexNet(nnx.Module):
-    """Five convolutional and three fully-connected layers, or those of them that have a width.
+    """Five convolutional and three fully connected layers; layers of width 0 are left out.
 
     Args:
       config: `model` of a resolved configuration.
-      crop_size: pixels a side of the images, 224 in the paper.
-      channels: of the images, 3 or 1.
-      rngs: the stream `params` gives the initial kernels.
-      statistics_axes: of the mesh, over which batch normalisation takes its means in training.
-      remat: whether the gradient of a convolution and of what follows it keeps their inputs alone, and computes them
-        again.
+      crop_size: height and width of the images in pixels, 224 in the paper.
+      channels: number of image channels, 3 or 1.
+      rngs: random streams; `params` draws the initial parameters.
+      statistics_axes: mesh axes over which batch normalization averages its statistics in training.
+      remat: rematerialization: in training, each convolution and the operations after it save only their inputs for
+        the backward pass and are computed again there.
     """
 
     def __init__(
@@ -160,16 +165,17 @@ class AlexNet(nnx.Module):
                 setattr(self, f'{layer.name}_norm', norm)
 
     def __call__(self, images: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
-        """Logits (B, num_classes), float32, of `images` (B, crop_size, crop_size, channels), float32.
+        """Returns float32 logits (B, num_classes) of float32 `images` (B, crop_size, crop_size, channels).
 
-        `dropout_keys` (B,), one an image, switch dropout on and give batch normalisation the batch's statistics;
-        without, outputs are scaled as at the paper's test time.
+        `dropout_keys`, one key per example in the dense layers, (B,) or in `hybrid` (B * model,), select training mode:
+        dropout, and batch normalization by the batch's statistics. None selects test mode: see dropout(), and running
+        statistics.
         """
         logits = self.activations(images, dropout_keys)['fc8']
         return redistribute_features(logits, self.config.num_classes, 'logits').astype(jnp.float32)
 
     def activations(self, images: jax.Array, dropout_keys: jax.Array | None = None) -> dict[str, jax.Array]:
-        """What this device has of each layer's output after the nonlinearity, by name: (B, H, W, C) or (B, units)."""
+        """Returns this device's shard of each layer's output after the nonlinearity: (B, H, W, C) or (B, units)."""
         outputs: dict[str, jax.Array] = {}
         parts = [images.astype(self.conv1.dtype)]  # (B, 224, 224, 3)
         parts = self.convolve('conv1', parts, dropout_keys, outputs)  # (B, 55, 55, 96), pooled (B, 27, 27, 96)
@@ -185,7 +191,10 @@ class AlexNet(nnx.Module):
     def convolve(
         self, name: str, parts: list[jax.Array], dropout_keys: jax.Array | None, outputs: dict[str, jax.Array]
     ) -> list[jax.Array]:
-        """One convolution and what follows it; conv3 sees the maps of both towers, others those of their own."""
+        """Applies one convolution and the operations after it; stores the layer's output in `outputs`.
+
+        Layers in `exchange` (conv3 in the paper) see the feature maps of both towers, other layers those of their own.
+        """
         layer = getattr(self, name, None)
         if layer is not None and (name == 'conv1' or name in self.config.exchange):
             parts = [redistribute_features(jnp.concatenate(parts, -1), layer.inputs, name)]
@@ -202,11 +211,14 @@ class AlexNet(nnx.Module):
     def compute(
         self, name: str, layer: Convolution | None, norm: Any, parts: list[jax.Array], training: bool
     ) -> tuple[list[jax.Array], jax.Array | None]:
-        """convolve() without what crosses between devices: what comes after pooling, and the output of the layer."""
+        """convolve() without communication between towers: the part that `remat` computes again.
+
+        Returns the result after all operations, and the layer's output after the nonlinearity (None without a layer).
+        """
         output = None
         if layer is not None:
             parts = layer(parts)
-            output = jnp.concatenate(parts, -1)  # of a layer without a nonlinearity
+            output = jnp.concatenate(parts, -1)  # kept if the layer has no nonlinearity
         for step in ops_after(self.config, name):
             with jax.named_scope(f'{name}/{step}'):
                 if step == 'activation':
@@ -227,12 +239,12 @@ class AlexNet(nnx.Module):
     def connect(
         self, name: str, parts: list[jax.Array], dropout_keys: jax.Array | None, outputs: dict[str, jax.Array]
     ) -> list[jax.Array]:
-        """One dense layer, with dropout before and the nonlinearity behind it where it has them."""
+        """Applies one dense layer, with dropout before the layer (if configured) and the nonlinearity (except fc8)."""
         layer = getattr(self, name, None)
         if layer is None:
             return parts
         cross_tower = name in self.config.exchange
-        if parts[0].ndim == 4:  # maps
+        if parts[0].ndim == 4:  # feature maps
             if cross_tower:
                 parts = [redistribute_features(jnp.concatenate(parts, -1), self.conv_features, name)]  # (B, 6, 6, 256)
             else:
@@ -253,11 +265,11 @@ class AlexNet(nnx.Module):
         return [outputs[name]]
 
     def activate(self, x: jax.Array) -> jax.Array:
-        """The nonlinearity of section 3.1."""
+        """Applies the nonlinearity of section 3.1."""
         return {'relu': jax.nn.relu, 'tanh': jnp.tanh}[self.config.activation](x)
 
     def normalise(self, name: str, parts: list[jax.Array]) -> list[jax.Array]:
-        """Response normalisation of section 3.3, over the maps of each tower or, as Caffe has it, of all."""
+        """Applies local response normalization (section 3.3) within each tower or, as in Caffe, across towers."""
         config = self.config
         constants = {'k': config.lrn_k, 'n': config.lrn_size, 'alpha': config.lrn_alpha, 'beta': config.lrn_beta}
         if config.lrn_across_towers:
@@ -267,20 +279,21 @@ class AlexNet(nnx.Module):
         return [local_response_norm(x, **constants).reshape(*x.shape[:-2], -1) for x in towers]
 
     def spatial_lrn(self, x: jax.Array) -> jax.Array:
-        """The original program's second normalisation, over the pixels around each one of a map."""
+        """Applies the original program's second normalization, over neighboring pixels within each feature map."""
         n, alpha = self.config.spatial_norm_size, self.config.spatial_norm_alpha
         return within_channel_lrn(x, k=SPATIAL_K, n=n, alpha=alpha, beta=SPATIAL_BETA)
 
     def dropout(self, x: jax.Array, keys: jax.Array | None, name: str, width: int) -> jax.Array:
-        """Dropout of section 4.2 on what layer `name` takes: zeros in training, otherwise all times the share kept.
+        """Applies dropout (section 4.2) to the inputs `x` of layer `name`.
 
-        With `inverted_dropout` what is kept is scaled up in training instead. Each example's mask over all `width`
-        inputs comes from its key; a device takes what it has of them.
+        Training zeroes random inputs; testing (`keys` None) multiplies all inputs by the keep probability. With
+        `inverted_dropout`, training divides by the keep probability instead. Each example's key draws the mask over all
+        `width` inputs of the layer, and a device uses its shard of the mask.
         """
         kept, inverted = 1 - self.config.dropout, self.config.inverted_dropout
         if keys is None:
             return x if inverted else x * kept
-        number = LAYERS.index(name)  # 6 before fc7: behind the sixth layer
+        number = LAYERS.index(name)  # 6 for fc7: its inputs are the outputs of the sixth layer
         keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, number), kept, (width,)))(keys)
         x = jnp.where(local_feature_slice(keep, x.shape[-1]), x, jnp.zeros_like(x))
         return x / kept if inverted else x

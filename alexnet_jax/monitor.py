@@ -1,4 +1,4 @@
-"""What a run tells: progress on a terminal or in a log, metrics.jsonl, and files that are never half written."""
+"""Logging, progress bars, preemption signals, the watchdog, atomic file writes, and metrics.jsonl."""
 
 import contextlib
 import faulthandler
@@ -18,42 +18,42 @@ _process, _processes = 0, 1
 
 
 def set_process_index(process: int, processes: int) -> None:
-    """Say that this is process `process` of `processes`: all but process 0 keep silent where nothing is wrong."""
+    """Declares this process as `process` of `processes`. Afterwards all but process 0 log only errors."""
     global _process, _processes
     _process, _processes = process, processes
 
 
 def is_silent() -> bool:
-    """Whether progress and results are another process's to tell."""
+    """Returns whether this process logs only errors, because another process logs progress and results."""
     return _process != 0
 
 
 def log_error(message: str) -> None:
-    """One line about what is wrong, on standard error; of several processes each says which one it is."""
+    """Prints one line about an error to standard error, with the process index if there are several processes."""
     which = f'process {_process} of {_processes}: ' if _processes > 1 else ''
     print(f'alexnet_jax: {which}{message}', file=sys.stderr, flush=True)
 
 
 def log(message: str) -> None:
-    """One line for the reader of a log or a terminal, on standard error."""
+    """Prints one line with the time of day to standard error, on process 0 only."""
     if is_silent():
         return
     line = f'{time.strftime("%H:%M:%S")} {message}'
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        tqdm.write(line, file=sys.stderr)  # above the bar
+        tqdm.write(line, file=sys.stderr)  # above the progress bar
     else:
         print(line, file=sys.stderr, flush=True)
 
 
 def summarize_exception(error: Exception) -> str:
-    """What an error of a library says, short."""
+    """Returns the first line of the message of `error`, at most 300 characters, or its type if that line is empty."""
     return (str(error).splitlines() or [''])[0][:300] or type(error).__name__
 
 
 class Preemption:
-    """While it is open, the first SIGTERM or Ctrl-C only sets `requested`; a second one ends the process as usual."""
+    """Context in which the first SIGTERM or Ctrl-C only sets `requested`; a second one has its usual effect."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -77,9 +77,9 @@ class Preemption:
         )
 
     def delegate_to_jax(self) -> None:
-        """Leave SIGTERM to JAX, which has taken it over and tells all processes; Ctrl-C becomes a SIGTERM."""
+        """Leaves SIGTERM to JAX, whose own handler notifies all processes, and turns the first Ctrl-C into SIGTERM."""
         signal.signal(signal.SIGINT, self._pass_on)
-        # JAX says why it ends a process whose group is broken; the stacks of all threads behind it would hide that.
+        # JAX logs why it aborts when the connection to another process breaks; a dump of all stacks would hide that.
         signal.signal(signal.SIGABRT, signal.SIG_DFL)
 
     def _pass_on(self, number: int, frame: object) -> None:
@@ -88,9 +88,9 @@ class Preemption:
 
 
 class Watchdog:
-    """While it is open, ends the process with 1 when it is not fed for `timeout` seconds, after a dump of all stacks.
+    """Context that dumps all stacks and exits the process with 1 after `timeout` seconds without a call of feed().
 
-    It counts its own seconds, so those during which the whole process slept are not among them.
+    The watchdog counts its own one-second waits, so time during which the whole process is suspended does not count.
     """
 
     def __init__(self, timeout: int):
@@ -106,7 +106,7 @@ class Watchdog:
         self.ended.set()
 
     def feed(self, what: str) -> None:
-        """Things go on; `what` is the point that was reached."""
+        """Resets the countdown; `what` names the point that the process has reached."""
         self.reached, self.seconds = what, 0
 
     def _watch(self) -> None:
@@ -122,12 +122,13 @@ class Watchdog:
 
 
 class Progress:
-    """A bar on a terminal; in a log, a line with rate and remaining time every 15 seconds.
+    """Progress bar on a terminal; in a log, a line with rate and remaining time at most every 15 seconds.
 
     Args:
-      what: shown in front.
-      total: units of work in all; `done` of them were done before.
-      unit: its name.
+      what: label in front of the bar or line.
+      total: units of work in total.
+      unit: name of the unit.
+      done: units that were completed before, for example before a resume.
     """
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0):
@@ -141,7 +142,7 @@ class Progress:
             self.bar = tqdm(desc=what, total=total, unit=f' {unit}', initial=done, dynamic_ncols=True, smoothing=0.1)
 
     def update(self, count: int = 1, note: str = '') -> None:
-        """Count `count` more units; `note` is shown behind."""
+        """Adds `count` completed units; `note` appears at the end of the bar or line."""
         self.done += count
         if self.bar is not None:
             self.bar.update(count)
@@ -151,7 +152,7 @@ class Progress:
             self.line(note)
 
     def line(self, note: str = '') -> None:
-        """Print where things stand as a line of the log; nothing on a terminal, where the bar says it."""
+        """Logs the progress as one line; does nothing on a terminal, where the bar shows it."""
         if self.bar is not None:
             return
         self.last_line = time.monotonic()
@@ -161,7 +162,7 @@ class Progress:
         log(f'{self.what} {self.done}/{self.total} {self.unit}  {rate:.1f}/s  ETA {left}{behind}')
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Ends the bar and leaves its last state on the terminal."""
         if self.bar is not None:
             self.bar.close()
 
@@ -173,7 +174,10 @@ def _minutes(seconds: float) -> str:
 
 @contextlib.contextmanager
 def atomic_write(path: str, mode: str = 'w') -> Iterator[Any]:
-    """A file that becomes `path` at the end, on disk; where writing fails `path` stays as it was. Raises OSError."""
+    """Yields a temporary file that is synced to disk and renamed to `path`; on an error `path` is unchanged.
+
+    Raises OSError: the file cannot be written.
+    """
     aside = f'{path}.{uuid.uuid4().hex}.tmp'  # jobs on several hosts may write the same file
     try:
         with open(aside, mode) as file:
@@ -188,14 +192,14 @@ def atomic_write(path: str, mode: str = 'w') -> Iterator[Any]:
 
 
 def write_json(path: str, value: Any) -> None:
-    """Write `value` to `path` whole or not at all."""
+    """Writes `value` as JSON to `path` atomically."""
     with atomic_write(path) as file:
         json.dump(value, file, indent=1)
         file.write('\n')
 
 
 def read_json(path: str) -> dict[str, Any] | None:
-    """The object in `path`; None where there is no such file or it is damaged."""
+    """Returns the JSON object in `path`, or None if the file is missing, unreadable, corrupt or not an object."""
     try:
         with open(path) as file:
             value = json.load(file)
@@ -205,14 +209,14 @@ def read_json(path: str) -> dict[str, Any] | None:
 
 
 class Metrics:
-    """metrics.jsonl and layers.jsonl: one JSON object a line, written through at once.
+    """Writer of metrics.jsonl and layers.jsonl: one JSON object per line, flushed line by line.
 
-    Lines later than what is resumed are dropped, so no step is in the file twice.
+    Opening a file drops corrupt lines and lines after the resumed step, so that no step appears twice.
 
     Args:
-      path: of the file; None: nothing is written.
-      last: by `split` the step after which lines are dropped.
-      watchers: are given each line too.
+      path: path of the file, or None to write nothing and call no watchers.
+      last: the last step to keep, by `split`; lines of other splits are dropped.
+      watchers: functions that also receive each written line, as a dict.
     """
 
     def __init__(
@@ -230,14 +234,14 @@ class Metrics:
         self.file = open(path, 'a', buffering=1)  # noqa: SIM115
 
     def write(self, **values: Any) -> None:
-        """Append one line."""
+        """Appends one line and passes it to the watchers."""
         if self.file:
             self.file.write(json.dumps(values) + '\n')
             for watcher in self.watchers:
                 watcher(values)
 
     def close(self) -> None:
-        """Close the file."""
+        """Closes the file."""
         if self.file:
             self.file.close()
 
@@ -246,5 +250,5 @@ def _is_kept(line: str, last: dict[str, int]) -> bool:
     try:
         values = json.loads(line)
         return values['step'] <= last[values['split']]
-    except (ValueError, KeyError, TypeError):  # the line a killed run was writing
+    except (ValueError, KeyError, TypeError):  # for example an incomplete line of a killed run
         return False

@@ -1,7 +1,7 @@
-"""The network of section 3 as an ONNX graph: one standard operator for each of its layers, in the order (B, C, H, W).
+"""Builds the network of section 3 as an ONNX graph of standard operators in (B, C, H, W) layout.
 
-The maps of the towers lie one tower behind the other, so that a convolution which sees its own tower's alone is one
-with groups. Everything is float32, the network's dtype notwithstanding: runtimes seldom have convolutions in bfloat16.
+The channels of the towers are concatenated, so a convolution within each tower is a grouped convolution. All
+computation is float32, regardless of the network's dtype, because few runtimes support bfloat16 convolutions.
 """
 
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ import onnx
 from alexnet_jax.model import BATCH_NORM, SPATIAL_BETA, SPATIAL_K
 from alexnet_jax.shapes import CONVOLUTIONS, Layer, layers, ops_after, pool_window
 
-# Of 2021: runtimes of these years read it, and the operators used here have since got other dtypes but nothing more.
+# Opset 15 is from 2021, so current runtimes support it. Later opsets only add dtypes to the operators used here.
 OPSET = 15
 
 
 def build(config: Any, params: Any, batch_statistics: Any, mean: np.ndarray, scale: np.ndarray) -> onnx.ModelProto:
-    """`images` (batch, crop_size, crop_size, channels) uint8 to `logits` (batch, num_classes) float32.
+    """Builds a model: `images` (batch, crop_size, crop_size, channels) uint8 to `logits` (batch, num_classes) float32.
 
     Args:
-      config: resolved.
-      params, batch_statistics: as in step.TrainState, NumPy arrays.
+      config: Resolved configuration.
+      params, batch_statistics: As in step.TrainState, with NumPy arrays.
       mean: (crop_size, crop_size, channels) float32, subtracted from the images.
-      scale: (channels,) float32, what they are multiplied with then.
+      scale: (channels,) float32, multiplied with the result.
     """
     graph = _Graph(config, params, batch_statistics)
     graph.preprocess(mean, scale)
@@ -50,7 +50,7 @@ def build(config: Any, params: Any, batch_statistics: Any, mean: np.ndarray, sca
 
 
 class _Graph:
-    """Nodes and arrays, with the name `x` of the last output and its `shape`, (C, H, W) or (units,)."""
+    """Graph under construction. `x` names the last output; `shape` is its shape, (C, H, W) or (units,)."""
 
     def __init__(self, config: Any, params: Any, batch_statistics: Any):
         self.model, self.params, self.batch_statistics = config.model, params, batch_statistics
@@ -60,29 +60,29 @@ class _Graph:
         self.x = 'images'
 
     def array(self, name: str, value: Any, dtype: Any = np.float32) -> str:
-        """A constant; returns its name."""
+        """Adds a constant and returns its name."""
         self.arrays.append(onnx.numpy_helper.from_array(np.ascontiguousarray(value, dtype), name))
         return name
 
     def node(self, kind: str, output: str, *constants: str, **attributes: Any) -> str:
-        """Apply an operator to `x` and `constants`, which makes its output the new `x`."""
+        """Applies an operator to `x` and `constants`. The output becomes the new `x`; returns its name."""
         inputs, self.x = [self.x, *constants], output
         self.nodes.append(onnx.helper.make_node(kind, inputs, [output], name=output, **attributes))
         return output
 
     def reshape(self, output: str, shape: Sequence[int]) -> None:
-        """Make `shape` that of each batch; -1 is the batch."""
+        """Reshapes `x` to `shape`; -1 stands for the batch dimension."""
         self.node('Reshape', output, self.array(f'{output}_shape', shape, np.int64))
 
     def preprocess(self, mean: np.ndarray, scale: np.ndarray) -> None:
-        """Centred and scaled images."""
+        """Transposes the images to (B, C, H, W), subtracts the mean and multiplies by the scale."""
         self.node('Transpose', 'images_by_channel', perm=[0, 3, 1, 2])
         self.node('Cast', 'images_float', to=onnx.TensorProto.FLOAT)
         self.node('Sub', 'images_centred', self.array('mean', mean.transpose(2, 0, 1)))
         self.node('Mul', 'inputs', self.array('scale', scale[:, None, None]))
 
     def convolve(self, layer: Layer) -> None:
-        """One convolution with its bias."""
+        """Adds one convolution, shared or locally connected, with its bias."""
         name, cross_tower = layer.name, layer.name == 'conv1' or layer.name in self.model.exchange
         size = self.model.kernel_sizes[CONVOLUTIONS.index(name)]
         stride, (before, after) = 1, (size // 2, (size - 1) // 2)
@@ -99,7 +99,7 @@ class _Graph:
             inputs = layer.kernel[2]
             self.cut_windows(f'{name}_windows', windows)  # (B, groups * inputs, H', W')
             self.reshape(f'{name}_windows_by_tower', (-1, groups, inputs, height, width))
-            self.node('Transpose', f'{name}_windows_by_pixel', perm=[3, 4, 1, 0, 2])  # rows for a matrix a pixel
+            self.node('Transpose', f'{name}_windows_by_pixel', perm=[3, 4, 1, 0, 2])  # for one matmul per pixel
             matrices = kernel.reshape(height, width, inputs, groups, outputs // groups).transpose(0, 1, 3, 2, 4)
             self.node('MatMul', f'{name}_by_pixel', self.array(f'{name}.kernel', matrices))
             self.node('Transpose', f'{name}_by_tower', perm=[3, 2, 4, 0, 1])
@@ -108,22 +108,22 @@ class _Graph:
         self.shape = (outputs, height, width)
 
     def cut_windows(self, output: str, windows: dict[str, Any]) -> None:
-        """The pixels of each window as channels, those of a map together: what a convolution with ones picks out."""
+        """Turns the pixels of each window into channels, grouped by input channel (im2col as a one-hot convolution)."""
         maps, (rows, columns) = self.shape[0], windows['kernel_shape']
         ones = np.tile(np.eye(rows * columns).reshape(-1, 1, rows, columns), (maps, 1, 1, 1))
         self.node('Conv', output, self.array(f'{output}_ones', ones), group=maps, **windows)
 
     def follow(self, name: str, step: str) -> None:
-        """One of the steps after a convolution, see shapes.ops_after()."""
+        """Adds one of the operations after a convolution, see shapes.ops_after()."""
         model, output = self.model, f'{name}_{step}'
         maps, height, width = self.shape
         if step == 'activation':
             self.activate(output)
         elif step == 'lrn':
             towers = 1 if model.lrn_across_towers else model.towers
-            if towers > 1:  # a tower as an image of its own
+            if towers > 1:  # each tower becomes a separate image
                 self.reshape(f'{name}_towers', (-1, maps // towers, height, width))
-            n, alpha = model.lrn_size, model.lrn_alpha * model.lrn_size  # the operator divides by the size
+            n, alpha = model.lrn_size, model.lrn_alpha * model.lrn_size  # ONNX divides alpha by the size
             self.node('LRN', output, size=n, alpha=alpha, beta=model.lrn_beta, bias=model.lrn_k)
             if towers > 1:
                 self.reshape(f'{name}_both', (-1, maps, height, width))
@@ -142,11 +142,11 @@ class _Graph:
             self.shape = (maps, side, side)
 
     def activate(self, output: str) -> None:
-        """The nonlinearity."""
+        """Adds the activation function."""
         self.node({'relu': 'Relu', 'tanh': 'Tanh'}[self.model.activation], output)
 
     def spatial_lrn(self, output: str) -> None:
-        """x / (k + alpha * sum of the squares in the window) ** beta."""
+        """Adds x / (k + alpha * sum of the squares in the spatial window) ** beta."""
         n, x = self.model.spatial_norm_size, self.x
         self.node('Mul', f'{output}_squares', x)
         self.node('AveragePool', f'{output}_means', kernel_shape=[n] * 2, pads=[n // 2] * 4, count_include_pad=1)
@@ -156,11 +156,11 @@ class _Graph:
         self.node('Mul', output, x)
 
     def connect(self, layer: Layer) -> None:
-        """One dense layer, dropout's scale at the test included, with the nonlinearity behind it where it has one."""
+        """Adds one dense layer with the dropout scale of inference and, except for fc8, the activation function."""
         name, model = layer.name, self.model
         towers = 1 if name in model.exchange else model.towers
         kernel, bias = self.params[name]['kernel'], self.params[name]['bias']
-        if len(self.shape) == 3:  # the original order of inputs is (H, W, C)
+        if len(self.shape) == 3:  # kernel rows are in (H, W, C) order
             maps, height, width = self.shape
             self.node('Flatten', f'{name}_inputs')
             kernel = kernel.reshape(height, width, maps // towers, -1).transpose(2, 0, 1, 3).reshape(kernel.shape)
@@ -178,7 +178,7 @@ class _Graph:
             self.activate(f'{name}_activation')
 
     def connect_towers(self, output: str, kernels: Sequence[Any], biases: Sequence[Any], kept: float) -> None:
-        """A dense layer for each tower."""
+        """Adds one dense layer per tower and concatenates the outputs."""
         parts = [f'{output}_inputs_{i}' for i in range(len(kernels))]
         self.nodes.append(onnx.helper.make_node('Split', [self.x], parts, name=f'{output}_split', axis=1))
         outputs = []

@@ -1,4 +1,4 @@
-"""The paper's update rule (section 5), its learning-rate schedules, and those of later recipes."""
+"""The paper's update rule (section 5), and the learning-rate schedules of the paper and of later recipes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,22 +14,24 @@ from alexnet_jax.shapes import LAYERS
 def make_optimizer(
     config: Any, learning_rate: Any, reduce_norms: Callable[[Any], Any] = lambda sums: sums
 ) -> optax.GradientTransformation:
-    """v <- momentum * v - learning_rate * (gradient + weight_decay * w);  w <- w + v.
+    """Builds the update v <- momentum * v - learning_rate * (gradient + weight_decay * w);  w <- w + v.
 
-    The rate stands inside the velocity: after a drop the old velocity fades out at its old size (weights.cu of the
-    original program), where optax.sgd would shrink it at once. Biases do not decay unless `bias_decay` says so.
+    The velocity includes the learning rate, as in weights.cu of the original program: after a drop the old velocity
+    decays by momentum alone, whereas optax.sgd would scale it down at once. `weight_decays` gives one weight decay per
+    layer. Biases have no weight decay unless `bias_decay` is set.
 
-    With a `trust_coefficient` t (LARS: You, Gitman, Ginsburg 2017) what is multiplied with a kernel's rate is scaled to
-    the size t * |w| first, as optax.lars does.
+    A `trust_coefficient` t other than 0 selects LARS (You, Gitman, Ginsburg 2017): the update of a kernel is scaled to
+    the norm t * |w| before it is multiplied by the learning rate, as in optax.lars.
 
-    At a rate of 0 a parameter stands still and its velocity stays as it is, as in the original program.
+    At a learning rate of 0 a parameter and its velocity keep their values, as in the original program.
 
     Args:
       config: `optimizer` of a configuration.
-      learning_rate: a tree of float32 scalars like the parameters, see learning_rates(); or one scalar for all kernels,
-        and for biases `bias_lr_multiplier` times it. May be traced: a new rate needs no new compilation.
-      reduce_norms: makes sums over a device's shares of kernels (a tree of scalars like the parameters) sums over whole
-        kernels; needed by LARS on a mesh, see parallel.psum_over_shards().
+      learning_rate: a tree of float32 scalars with the structure of the parameters, see learning_rates(); or one scalar
+        for all kernels, which `bias_lr_multiplier` scales for biases. It may be traced, so that a new learning rate
+        needs no recompilation.
+      reduce_norms: all-reduces sums over kernel shards (a tree of scalars with the structure of the parameters) to sums
+        over whole kernels; LARS needs it on a mesh, see parallel.psum_over_shards().
     """
     decays = config.weight_decays or (config.weight_decay,) * len(LAYERS)
 
@@ -53,7 +55,7 @@ def make_optimizer(
         scaled = jax.tree.map(lambda update, rate: -rate * update, updates, each)
         _, new_state = velocity.update(scaled, state)
         kept = jax.tree.map(lambda new, old, rate: jnp.where(rate > 0, new, old), new_state.trace, state.trace, each)
-        # Of the velocity as it is stored: so the compiler updates it in place, where it would copy it first.
+        # Reads the stored velocity `kept`, so that XLA updates the buffer in place instead of copying it.
         moved = jax.tree.map(lambda update, rate: jnp.where(rate > 0, update, 0.0), kept, each)
         return moved, optax.TraceState(kept)
 
@@ -71,7 +73,10 @@ def _is_bias(path: Any) -> bool:
 
 
 def scale_by_trust_ratio(updates: Any, params: Any, coefficient: float, reduce_norms: Callable[[Any], Any]) -> Any:
-    """Kernels' updates scaled to `coefficient` times the norm of the kernel; biases' and those of zeros as they are."""
+    """Scales the update of each kernel to `coefficient` times the norm of the kernel.
+
+    Biases, and kernels where either norm is 0, keep their updates; so do all parameters if `coefficient` is 0.
+    """
     if not coefficient:
         return updates
 
@@ -86,12 +91,12 @@ def scale_by_trust_ratio(updates: Any, params: Any, coefficient: float, reduce_n
 
 
 def scheduled_rate(config: Any, step: int, examples: int, drops_taken: int) -> float:
-    """The learning rate of step `step` (counted from 0): of kernels, where `layer_rates` does not give another.
+    """Returns the learning rate of all kernels without an entry in `layer_rates` at `step`, counted from 0.
 
     Args:
       config: the whole configuration.
-      examples: images in the training set, which epochs are counted by.
-      drops_taken: of schedule 'plateau', see Plateau.
+      examples: number of training images, which defines an epoch.
+      drops_taken: number of drops so far of the schedule 'plateau', see plateau_next().
     """
     optimizer, batch_size = config.optimizer, config.train.batch_size
     rate = optimizer.learning_rate
@@ -108,7 +113,7 @@ def scheduled_rate(config: Any, step: int, examples: int, drops_taken: int) -> f
 
 
 def _dexp_divisor(factor: float, parts: int, step: int, total: int) -> float:
-    """cuda-convnet2's `dexp` (lr.cu): in `parts` equal parts of the run from 1 to `factor`, each by the same factor."""
+    """Returns cuda-convnet2's `dexp` divisor (lr.cu): from 1 to `factor` in `parts` equally long, geometric steps."""
     part = min(parts - 1, step * parts // max(total, 1))
     return factor ** (part / (parts - 1))
 
@@ -120,10 +125,10 @@ def _warmed_up(config: Any, step: int, examples: int) -> float:
 
 
 def learning_rates(config: Any, step: int, examples: int, drops_taken: int) -> dict[str, dict[str, float]]:
-    """The rate of each layer's `kernel` and `bias` at `step`; arguments as those of scheduled_rate().
+    """Returns the learning rate of each layer's `kernel` and `bias` at `step`; see scheduled_rate() for the arguments.
 
-    Biases take `bias_lr_multiplier` times the scheduled rate, or by `bias_schedule` times one of their own that begins
-    alike. `layer_rates` gives single kernels or biases another rate from some time on.
+    The learning rate of biases is `bias_lr_multiplier` times the scheduled one, or times that of a `bias_schedule` with
+    the same initial value. `layer_rates` overrides single kernels or biases from a given time on.
     """
     optimizer, batch_size = config.optimizer, config.train.batch_size
     kernel = bias = scheduled_rate(config, step, examples, drops_taken)
@@ -141,14 +146,15 @@ def learning_rates(config: Any, step: int, examples: int, drops_taken: int) -> d
 
 
 def plateau_init() -> dict[str, float]:
-    """State of the schedule 'plateau' before the first evaluation; plain numbers, kept in the checkpoint."""
+    """Returns the state of the schedule 'plateau' before the first evaluation: plain numbers, saved in checkpoints."""
     return {'lowest_error': 1.0, 'waited': 0, 'drops_taken': 0}
 
 
 def plateau_next(state: dict[str, float], error: float, config: Any) -> dict[str, float]:
-    """State after an evaluation with `error` (0 to 1): the paper's rule, divide when the error stopped improving.
+    """Returns the state after an evaluation with top-1 `error` (0 to 1), by the paper's rule: drop on a plateau.
 
-    A drop follows `patience` evaluations in a row without a new lowest error, at most `max_drops` times.
+    A drop follows `patience` evaluations in a row without a new lowest error, at most `max_drops` times. `config` is
+    `optimizer` of a configuration.
     """
     if error < state['lowest_error']:
         return state | {'lowest_error': error, 'waited': 0}

@@ -1,7 +1,7 @@
-"""The mesh of devices and what crosses it: the paper's split over two GPUs (section 3.5) times data parallelism.
+"""The device mesh, shardings and collectives: the paper's model parallelism (section 3.5) and data parallelism.
 
-The only module that names jax.sharding. The whole step runs as device code (a fully manual shard_map), so what is not
-written out here does not travel: left to the partitioner, grouped convolutions gather the batch on every device.
+No other module imports jax.sharding. The whole step is one fully manual shard_map, so XLA's partitioner adds no
+collectives; for grouped convolutions, the partitioner would all-gather the batch on every device.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ REPLICATED = PartitionSpec()
 
 
 def make_mesh(config: Any) -> Mesh:
-    """The ('data', 'model') mesh of `config.mesh`; a `data` of -1 takes all devices that `model` leaves.
+    """Returns the ('data', 'model') mesh of `config.mesh`; `data` = -1 means all devices, divided by `model`.
 
-    Raises ConfigError: there are too few devices, or batch or towers do not divide over them.
+    Raises ConfigError: there are too few devices, or the batch, towers or widths do not divide over the mesh.
     """
     data, model, devices = config.mesh.data, config.mesh.model, jax.device_count()
     if data == -1:
@@ -38,26 +38,28 @@ def make_mesh(config: Any) -> Mesh:
 
 
 def batch_axes(layout: str) -> tuple[str, ...]:
-    """The axes of the mesh that split a batch: all in `hybrid`, otherwise `data`, and a row of `model` shares."""
+    """Returns the mesh axes that shard a batch: both in `hybrid`; otherwise `data`, with replicas along `model`."""
     return ('data', 'model') if layout == 'hybrid' else ('data',)
 
 
 def batch_spec(layout: str) -> PartitionSpec:
-    """How the rows of a batch lie on the devices, see batch_axes()."""
+    """Returns the spec that shards the rows of a batch over batch_axes()."""
     return PartitionSpec(batch_axes(layout))
 
 
 def redistribute_features(x: jax.Array, features: int, layer: str) -> jax.Array:
-    """`x` with the `features` channels that the kernels of `layer` on this device want; traces name it after `layer`.
+    """Moves channels over `model` so that `x` has the `features` channels that this device's kernel of `layer` takes.
 
     Args:
       x: (B, ..., C), C channels of B examples.
+      features: number of input channels of the local kernel.
+      layer: name of the collective in profiler traces.
 
     Returns:
       C == features: `x`.
-      C < features: (B, ..., features), gathered over `model`: the arrows between the GPUs in the paper's figure 2.
-      C > features: (B * C / features, features), where `x` is (B, C): each device of `model` gives away all but its
-        share of the channels for that share of the others' examples (layout `hybrid`, before fc6).
+      C < features: (B, ..., features), an all-gather over `model`: the arrows between the GPUs in the paper's figure 2.
+      C > features: (B * C / features, features) from `x` (B, C), an all-to-all over `model`: each device keeps its
+        shard of the channels and receives the same channels of the other devices' examples (`hybrid`, before fc6).
     """
     with jax.named_scope(layer):
         if x.shape[-1] < features:
@@ -68,23 +70,23 @@ def redistribute_features(x: jax.Array, features: int, layer: str) -> jax.Array:
 
 
 def reduce_scatter_partial_sums(x: jax.Array, features: int) -> jax.Array:
-    """Sum over `model` of (B, C) products with a part of the inputs each, scattered while it is added up.
+    """Reduce-scatters (B, C) partial products, each over one shard of a dense layer's inputs, along `model`.
 
-    Returns (B, features) where C > features, this device's share of the channels; otherwise (B / model, C), its share
-    of the examples.
+    Returns (B, features), this device's shard of the channels, if C > features; otherwise (B / model, C), this device's
+    shard of the examples.
     """
     return lax.psum_scatter(x, 'model', scatter_dimension=1 if x.shape[-1] > features else 0, tiled=True)
 
 
 def local_feature_slice(x: jax.Array, features: int) -> jax.Array:
-    """This device's share, `features` channels, of an `x` (..., C) that is the same on every device of `model`."""
+    """Returns this device's shard of `features` channels of `x` (..., C), which is replicated along `model`."""
     if x.shape[-1] == features:
         return x
     return lax.dynamic_slice_in_dim(x, lax.axis_index('model') * features, features, x.ndim - 1)
 
 
 def all_gather_example_ids(x: jax.Array, layout: str) -> jax.Array:
-    """`x` (B,) of all examples that pass through this device's dense layers: in `hybrid` those of a row of `model`."""
+    """Returns the ids of all examples in this device's dense layers: (B * model,) in `hybrid`, otherwise `x` (B,)."""
     if layout != 'hybrid':
         return x
     with jax.named_scope('dropout'):
@@ -92,34 +94,36 @@ def all_gather_example_ids(x: jax.Array, layout: str) -> jax.Array:
 
 
 def global_sum(x: jax.Array, layout: str) -> jax.Array:
-    """Sum over all devices of what each computed for its examples; copies along `model` are counted once."""
+    """All-reduces per-device sums over the whole mesh; examples replicated along `model` are counted once."""
     with jax.named_scope('metrics'):
         return lax.psum(x, ('data', 'model')) / loss_replication_factor(layout)
 
 
 def mark_replicated(x: jax.Array, layout: str) -> jax.Array:
-    """`x` of each example, of which all devices of `model` have copies but in `hybrid`; so that it can be returned."""
-    return x if layout == 'hybrid' else lax.pmax(x, 'model')  # the same bits, which a mean may not give
+    """Marks per-example `x` as replicated along `model` for shard_map's outputs; in `hybrid` returns `x` unchanged."""
+    return x if layout == 'hybrid' else lax.pmax(x, 'model')  # pmax keeps the bits; a mean may round
 
 
 def activation_spec(layer: str, dimensions: int, layout: str) -> PartitionSpec:
-    """How the output of `layer`, (B, H, W, C) or (B, units), lies on the mesh: see AlexNet.activations()."""
+    """Returns the spec of the output of `layer`, (B, H, W, C) or (B, units), in AlexNet.activations()."""
     if layout == 'hybrid' and (layer.startswith('conv') or layer == 'fc8'):
         return batch_spec(layout)
     return PartitionSpec('data', *[None] * (dimensions - 2), 'model')
 
 
 def loss_replication_factor(layout: str) -> int:
-    """How many devices compute the same example's loss: a gradient summed over the mesh counts it that often."""
+    """Returns how many devices compute the loss of one example, so how often a sum over the mesh counts that loss."""
     return 1 if layout == 'hybrid' else lax.axis_size('model')
 
 
 def param_specs(tree: Any, layout: str) -> Any:
-    """Specs of a tree of parameters, or of a state of the optimiser that has such trees in it.
+    """Returns the specs of a tree of parameters, or of an optimizer state that contains such trees.
 
-    `towers`, `data`: split over `model` on the outputs, so a half of conv1..fc7 is one of the paper's GPUs.
-    `hybrid`: convolutions whole on every device; dense kernels split over `model` on their inputs, and the biases of
-    fc6 and fc7 as those of the next layer; the bias of fc8 whole, for it is added to a share of the examples.
+    `towers`, `data`: the output dimension is sharded over `model`, so with two shards one shard of conv1..fc7 is one
+    of the paper's GPUs.
+    `hybrid`: convolutions are replicated. Dense kernels are sharded over `model` in the input dimension, and the biases
+    of fc6 and fc7 like the inputs of the next layer. The bias of fc8 is replicated, because each device adds the bias
+    to its shard of the examples.
     """
 
     def spec(path, leaf):
@@ -134,10 +138,10 @@ def param_specs(tree: Any, layout: str) -> Any:
 
 
 def optimizer_specs(tree: Any, mesh: Mesh, config: Any) -> Any:
-    """Specs of what the update works on: velocities in the state, and inside the step gradients and weights.
+    """Returns the specs of the update's operands: velocities in the state; gradients and weights inside the step.
 
-    They are those of the parameters; with `shard_optimizer` (of `config`, `mesh` of a configuration) kernels are split
-    over `data` besides, in the first dimension that it divides. A kernel without one stays whole, and so do biases.
+    The specs equal param_specs(), but `shard_optimizer` (in `config`, the `mesh` of a configuration) shards kernels
+    over `data` as well, in the first dimension that divides evenly. Biases and other kernels are not sharded further.
     """
 
     def split(leaf, spec):
@@ -153,22 +157,23 @@ def optimizer_specs(tree: Any, mesh: Mesh, config: Any) -> Any:
 
 
 def _axes(entry: Any) -> tuple[str, ...]:
-    """The mesh axes that one entry of a spec names."""
+    """Returns the mesh axes in one entry of a spec."""
     return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
 def _replicated_axes(spec: PartitionSpec) -> tuple[str, ...]:
-    """The mesh axes along which an array of this spec is the same."""
+    """Returns the mesh axes along which an array with this spec is replicated."""
     named = [axis for entry in spec for axis in _axes(entry)]
     return tuple(axis for axis in ('data', 'model') if axis not in named)
 
 
 def _data_sharded_dim(spec: PartitionSpec) -> int | None:
+    """Returns the dimension that `spec` shards over `data`, or None."""
     return next((i for i, entry in enumerate(spec) if 'data' in _axes(entry)), None)
 
 
 def mark_device_varying(parameters: Any, specs: Any) -> Any:
-    """`parameters` taken for this device's own: their gradients come as each device has them, not summed."""
+    """Casts replicated parameters to device-varying, so `jax.grad` returns local gradients, not all-reduced ones."""
 
     def own(x, spec):
         return lax.pcast(x, _replicated_axes(spec), to='varying') if _replicated_axes(spec) else x
@@ -177,11 +182,13 @@ def mark_device_varying(parameters: Any, specs: Any) -> Any:
 
 
 def all_reduce_gradients(gradients: Any, specs: Any, split: Any, dtype: str) -> Any:
-    """Gradients of mark_device_varying() summed over the devices that hold copies, in `dtype` on the wire; float32.
+    """Sums local gradients (see mark_device_varying()) over the replicas of each parameter; returns float32.
 
     Args:
-      specs: of the parameters.
-      split: see optimizer_specs(): where it splits a leaf over `data`, only this device's share of the sum is returned.
+      gradients: local gradients.
+      specs: specs of the parameters.
+      split: specs from optimizer_specs(); a leaf that `split` shards over `data` is reduce-scattered along `data`.
+      dtype: dtype of the collectives.
     """
 
     def add(x, spec, split_spec):
@@ -191,7 +198,7 @@ def all_reduce_gradients(gradients: Any, specs: Any, split: Any, dtype: str) -> 
             x = lax.psum_scatter(x, 'data', scatter_dimension=dimension, tiled=True)
             axes = tuple(axis for axis in axes if axis != 'data')
         if lax.axis_size(('data', 'model')) == 1:
-            axes = ()  # a sum over one device would be compiled to a copy
+            axes = ()  # XLA compiles an all-reduce over one device to a copy
         return (lax.psum(x, axes) if axes else x).astype('float32')
 
     with jax.named_scope('gradients'):
@@ -199,9 +206,9 @@ def all_reduce_gradients(gradients: Any, specs: Any, split: Any, dtype: str) -> 
 
 
 def psum_over_shards(sums: Any, split: Any) -> Any:
-    """Sums over the shards of each kernel that this device updates -> sums over whole kernels.
+    """All-reduces sums over this device's shard of each leaf to sums over the whole leaf.
 
-    `split`: see optimizer_specs().
+    `split`: specs of the shards, for example from optimizer_specs().
     """
 
     def add(x, spec):
@@ -213,9 +220,9 @@ def psum_over_shards(sums: Any, split: Any) -> Any:
 
 
 def dead_unit_fraction(outputs: jax.Array, layer: str, layout: str) -> jax.Array:
-    """The share of the units of `layer` that are 0 for all examples of all devices, a scalar.
+    """Returns the fraction (a scalar) of the units of `layer` that are 0 for all examples on all devices.
 
-    `outputs`: (B, ..., C), what this device has of them, see AlexNet.activations().
+    `outputs`: (B, ..., C), this device's shard of the layer's output, see AlexNet.activations().
     """
     whole = layout == 'hybrid' and layer.startswith('conv')
     alive = jnp.any(outputs != 0, axis=tuple(range(outputs.ndim - 1))).astype(jnp.float32)
@@ -224,7 +231,7 @@ def dead_unit_fraction(outputs: jax.Array, layer: str, layout: str) -> jax.Array
 
 
 def local_shards(parameters: Any, split: Any) -> Any:
-    """The shares of `parameters` that this device updates, see optimizer_specs()."""
+    """Returns the shards of `parameters` that this device updates; `split`: specs from optimizer_specs()."""
 
     def own(x, spec):
         dimension = _data_sharded_dim(spec)
@@ -237,7 +244,7 @@ def local_shards(parameters: Any, split: Any) -> Any:
 
 
 def all_gather_shards(parameters: Any, split: Any) -> Any:
-    """Whole parameters from the shares that the devices along `data` have updated: the inverse of local_shards()."""
+    """All-gathers the updated shards along `data` into whole parameters: the inverse of local_shards()."""
 
     def gather(x, spec):
         dimension = _data_sharded_dim(spec)
@@ -250,7 +257,7 @@ def all_gather_shards(parameters: Any, split: Any) -> Any:
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
-    """`specs` as shardings on `mesh`."""
+    """Converts a tree of specs to shardings on `mesh`."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda node: isinstance(node, PartitionSpec)
     )
@@ -259,9 +266,9 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
 def jit_shard_map(
     function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any, donate_argnums: tuple[int, ...] = ()
 ) -> Any:
-    """`function` as device code on every device of `mesh`, compiled with shardings (jax.jit, once called pjit).
+    """Returns `function` under shard_map on `mesh`, wrapped in jax.jit (formerly pjit) with the matching shardings.
 
-    JAX checks that what is said to be the same on several devices is summed over them, if there are several.
+    With more than one device, JAX checks (`check_vma`) that outputs declared as replicated are replicated.
     """
     return jax.jit(
         jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=mesh.size > 1),
@@ -273,48 +280,48 @@ def jit_shard_map(
 
 
 def _compiler_options(mesh: Mesh) -> dict[str, Any]:
-    """What XLA is told besides its defaults; docs/devices.md says why, and what was left at its default."""
+    """Returns the XLA options that differ from the defaults; docs/devices.md gives the reasons."""
     platform = mesh.devices.flat[0].platform
     if platform == 'cpu':
-        return {'xla_disable_hlo_passes': 'cse_barrier_expander'}  # keeps the barriers of lax.optimization_barrier()
+        return {'xla_disable_hlo_passes': 'cse_barrier_expander'}  # keeps lax.optimization_barrier()
     if platform == 'gpu' and mesh.size > 1:
         return {'xla_gpu_enable_latency_hiding_scheduler': True}
     return {}
 
 
 def batch_sharding(mesh: Mesh, layout: str) -> NamedSharding:
-    """How the rows of a batch lie on `mesh`, see batch_spec()."""
+    """Returns the sharding of the rows of a batch on `mesh`, see batch_spec()."""
     return NamedSharding(mesh, batch_spec(layout))
 
 
 def make_global_batch(sharding: NamedSharding, batch: Any) -> Any:
-    """This process's rows of a batch (NumPy arrays) as arrays over the mesh; `sharding`: see batch_sharding()."""
+    """Builds global arrays from this process's rows of a batch (NumPy arrays); `sharding`: see batch_sharding()."""
     return jax.make_array_from_process_local_data(sharding, batch)
 
 
 def replicate(mesh: Mesh, values: Any) -> Any:
-    """NumPy arrays, the same on all processes, as arrays that each device of `mesh` holds."""
+    """Replicates NumPy arrays, which must be equal on all processes, on every device of `mesh`."""
     return make_global_batch(NamedSharding(mesh, REPLICATED), values)
 
 
 def num_batch_shards(sharding: NamedSharding) -> int:
-    """How many parts `sharding`, see batch_sharding(), splits a batch into."""
+    """Returns the number of distinct shards of a batch under `sharding`, see batch_sharding()."""
     return len(set(_rows(sharding).values()))
 
 
 def _rows(sharding: NamedSharding) -> dict[Any, tuple[int, int]]:
-    """First and last row (exclusive) that each device holds of a batch with as many rows as there are devices."""
+    """Returns device -> (first row, last row exclusive) for a batch with one row per device of the mesh."""
     rows = sharding.mesh.size
     indices = sharding.devices_indices_map((rows,))
     return {device: index[0].indices(rows)[:2] for device, index in indices.items()}
 
 
 def process_shard(sharding: NamedSharding) -> tuple[int, int]:
-    """(share, shares): this process reads share number `share` of the `shares` equal ones of every batch.
+    """Returns (share, shares): this process reads part number `share` (from 0) of `shares` equal parts of every batch.
 
-    A share are the rows that a process's devices hold; processes that hold the same rows read the same share.
+    A part is the set of rows that the devices of a process hold; processes that hold the same rows read the same part.
 
-    Raises ConfigError: a process has no device in the mesh, or the rows of two overlap in part.
+    Raises ConfigError: a process has no device in the mesh, or the parts differ in size or overlap partially.
     """
     held: dict[int, set[tuple[int, int]]] = {process: set() for process in range(jax.process_count())}
     for device, rows in _rows(sharding).items():

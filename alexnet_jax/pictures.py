@@ -1,4 +1,4 @@
-"""Pictures to show a trained network: any file or folder, and the validation images of its data."""
+"""Input pictures for a trained network: picture files, folders, and validation images of its data set."""
 
 import dataclasses
 import os
@@ -13,7 +13,10 @@ from alexnet_jax.data.images import UnreadableImage, read_image, square
 
 
 def picture_files(names: Iterable[str]) -> list[str]:
-    """The files that `names` stand for: those below a folder sorted, without hidden ones. Raises ConfigError: none."""
+    """Returns `names` with each folder replaced by all files below the folder, sorted, without hidden files.
+
+    Raises ConfigError: a folder has no files.
+    """
     files = []
     for name in map(os.path.expanduser, names):
         if not os.path.isdir(name):
@@ -27,7 +30,7 @@ def picture_files(names: Iterable[str]) -> list[str]:
 
 
 def _files_below(folder: str) -> Iterator[str]:
-    """Files, and folders that cannot be looked into, so that reading them says why."""
+    """Yields files, then unreadable folders: the later attempt to read such a folder reports the reason."""
     closed: list[str] = []
     for where, folders, found in os.walk(folder, onerror=lambda error: closed.append(error.filename)):
         folders[:] = [each for each in folders if not each.startswith('.')]
@@ -36,9 +39,13 @@ def _files_below(folder: str) -> Iterator[str]:
 
 
 def read_picture(file: str, data: Any) -> np.ndarray:
-    """The picture in `file` as `prepare` would store it: (S, S, C) uint8. Raises UnreadableImage, which says why.
+    """Returns the picture in `file` as `prepare` stores pictures: (S, S, C) uint8.
 
-    data: of the run's configuration.
+    Args:
+      file: path.
+      data: `data` section of the run's configuration.
+
+    Raises UnreadableImage: the message gives the reason.
     """
     try:
         with open(file, 'rb') as opened:
@@ -48,20 +55,20 @@ def read_picture(file: str, data: Any) -> np.ndarray:
 
 
 def true_label(file: str, class_names: Sequence[str]) -> str | None:
-    """The class that the folder of `file` is named after, or None."""
+    """Returns the name of the folder that contains `file` if the name is a class, otherwise None."""
     folder = os.path.basename(os.path.dirname(os.path.abspath(file)))
     return folder if folder in class_names else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture to look at.
+    """An input picture.
 
     Attributes:
-      name: of its file, or where in the data it is.
-      pixels: (S, S, C) uint8 as the network's data have it.
-      label: its true class, where that is known.
-      problem: why it cannot be read, in words; then there are no pixels.
+      name: file name, or position in the validation split.
+      pixels: (S, S, C) uint8, in the format of the network's data set; empty if the picture is unreadable.
+      label: true class, or None if unknown.
+      problem: reason why the picture is unreadable, or ''.
     """
 
     name: str
@@ -71,7 +78,7 @@ class Picture:
 
 
 def of_files(files: Iterable[str], data: Any, class_names: Sequence[str]) -> Iterator[Picture]:
-    """The pictures in `files`, read when it is their turn; labelled where their folder has the name of a class."""
+    """Yields the pictures in `files`, each read on demand and labeled if its folder has the name of a class."""
     for file in files:
         label = true_label(file, class_names)
         try:
@@ -81,7 +88,7 @@ def of_files(files: Iterable[str], data: Any, class_names: Sequence[str]) -> Ite
 
 
 def of_validation(store: pipeline.Store, count: int) -> list[Picture]:
-    """About `count` validation images, evenly spread over them."""
+    """Returns about `count` validation images, evenly spaced over the split."""
     return [
         Picture(f'validation {number}', example['image'], store.class_names[example['label']])
         for number, example in pipeline.spread(store.validation, count)

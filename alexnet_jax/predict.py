@@ -1,12 +1,12 @@
-"""What a trained network sees in pictures: the left half of the paper's figure 4.
+"""Classify pictures with a trained network, as in the left half of the paper's figure 4.
 
     alexnet predict CHECKPOINT PICTURE... [--views=10] [--top=5] [--json] [--figure=FILE.png]
 
-CHECKPOINT is a run's folder WORKDIR (its newest checkpoint), WORKDIR/best or WORKDIR/checkpoints/STEP. A PICTURE is a
-file of any kind that `prepare` takes, or a folder, which stands for all files below it. Pictures are scaled, cut and
-normalised as those of the run were. The name of the folder that a picture lies in is its true label where it is one of
-the classes. What cannot be read is named, the rest goes on, and the exit code is 1. --validation=8 takes images of the
-run's own validation data.
+CHECKPOINT is a run's folder WORKDIR (its newest checkpoint), WORKDIR/best or WORKDIR/checkpoints/STEP. PICTURE is a
+file in any format that `prepare` reads, or a folder, which stands for all files below the folder. The command scales,
+crops and normalizes pictures like the images of the run. If the folder that contains a picture has the name of a class,
+the folder name is the true label. If pictures are unreadable, the command reports them, classifies the others, and
+exits with code 1. --validation=8 also classifies about 8 images of the run's validation data.
 """
 
 import itertools
@@ -28,13 +28,13 @@ from alexnet_jax.monitor import Progress, log, log_error
 from alexnet_jax.pictures import Picture, of_files, of_validation, picture_files
 from alexnet_jax.trained import FORMS, Network, find, load, store_of
 
-MAX_FIGURE_IMAGES, BARS = 24, 5  # pictures, and the most classes of each
+MAX_FIGURE_IMAGES, BARS = 24, 5  # pictures in the figure, and the maximum number of classes per picture
 
 
 def predict_pictures(
     network: Network, pictures: Iterable[Picture], views: int, batch_size: int
 ) -> Iterator[tuple[Picture, np.ndarray | None]]:
-    """Each of `pictures` with its probabilities (classes,) float32, None where it cannot be read, in their order."""
+    """Yields each picture, in order, with its probabilities (classes,) float32, or with None if it is unreadable."""
     from alexnet_jax.step import make_predict_step
 
     step, pictures = make_predict_step(network.config, network.mesh, views), iter(pictures)
@@ -46,14 +46,14 @@ def predict_pictures(
 
 
 def as_text(told: dict[str, Any]) -> str:
-    """One picture for a reader."""
+    """Formats the predictions of one picture, from told_of(), as text."""
     label = '' if told['label'] is None else f' (true label: {told["label"]})'
     lines = [f'  {row["probability"]:>7.2%}  {row["class"]}' for row in told['top']]
     return '\n'.join([f'{told["file"]}{label}', *lines])
 
 
 def told_of(picture: Picture, probabilities: np.ndarray | None, class_names: list[str], top: int) -> dict[str, Any]:
-    """What --json says of one picture: file and label, and its `top` classes with probabilities, or an error."""
+    """Returns the --json record of one picture: file, label, and the `top` classes with probabilities or an error."""
     if probabilities is None:
         return {'file': picture.name, 'label': picture.label, 'error': picture.problem}
     rows = [{'class': name, 'probability': value} for name, value in best(probabilities, class_names, top)]
@@ -61,7 +61,7 @@ def told_of(picture: Picture, probabilities: np.ndarray | None, class_names: lis
 
 
 def _predict(network: Network, pictures: Iterable[Picture], count: int, given: Any) -> int:
-    """Print what is seen in the `count` pictures, draw the first ones; returns how many could not be read.
+    """Prints the predictions of the `count` pictures, draws the first ones, and returns the number of unreadable ones.
 
     Raises OSError: the figure cannot be written.
     """
@@ -99,7 +99,7 @@ def _predict(network: Network, pictures: Iterable[Picture], count: int, given: A
 
 
 def main(argv: list[str]) -> int:
-    """Predict the pictures argv[2:] with the network argv[1]; returns the exit code."""
+    """Classifies the pictures argv[2:] with the network argv[1], and returns the exit code."""
     logging.set_verbosity(logging.ERROR)
     given = flags.FLAGS
     try:
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> int:
     if member.config.cpu_tuning:
         startup.configure_cpu_backend()
     startup.enable_compilation_cache()
-    from alexnet_jax.checkpoint import CheckpointError  # after the flags, for it imports jax
+    from alexnet_jax.checkpoint import CheckpointError  # imported after flag checks, because the module imports jax
 
     try:
         store = store_of([member], given.data_dir) if given.validation else None

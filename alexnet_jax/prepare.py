@@ -1,10 +1,10 @@
-"""Prepare a data set once for training: square uint8 images in ArrayRecord and statistics of the training set.
+"""Prepare a data set once for training: write square uint8 images in ArrayRecord and training set statistics.
 
     alexnet prepare --source=folder:DIR --data_dir=D [--image_size=256] [--encoding=jpeg] ...
 
-A store is made of shards of 1,024 images, each written by one of several processes, and is put in its place when it is
-whole. Killed at any moment, the same command goes on with the shards that are missing; the result is the same to the
-byte, with any number of processes.
+Several processes write a store as shards of 1,024 images, and the command moves the store to its final path once all
+shards are complete. If the command is killed, rerun the same command: it resumes with the missing shards. The result is
+byte-identical for any number of processes.
 """
 
 import collections
@@ -34,20 +34,20 @@ from alexnet_jax.data.workers import write_shards
 from alexnet_jax.monitor import Progress, atomic_write, log, log_error, read_json, write_json
 
 SHARD_SIZE = 1024
-JPEG_SIZE_RATIO = 0.25  # of the size of raw images that JPEGs are taken to need, when the disk is checked
+JPEG_SIZE_RATIO = 0.25  # assumed JPEG size relative to raw images, for the disk space check
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a store is to be made of and how; all but `max_bad` and `workers` is part of what it is.
+    """Settings of a store. All settings except `max_bad` and `workers` determine the contents of the store.
 
     Attributes:
       source: see sources.open_source().
       image_size, channels, encoding: see shards.Format.
-      class_names: in place of those of the source, or none.
+      class_names: replace the class names of the source, unless empty.
       validation_fraction: see sources.open_source().
-      max_bad: share of the images that may be unreadable.
-      workers: processes.
+      max_bad: maximum fraction of unreadable images.
+      workers: number of processes.
     """
 
     source: str
@@ -61,12 +61,12 @@ class Settings:
 
 
 def prepare(settings: Settings, data_dir: str) -> str:
-    """Make the store of `settings` in `data_dir` unless it is there, and return its folder.
+    """Creates the store for `settings` in `data_dir` unless the store exists, and returns its folder.
 
     Raises:
-      SourceError: the source cannot be read, see sources.open_source(); or the disk is too small.
-      ConfigError: a store of other settings or of other images is in its place.
-      DatasetError: too many images are unreadable, or a process was killed.
+      SourceError: the source cannot be read (see sources.open_source()), the disk is too small, or `data_dir` is a URL.
+      ConfigError: the existing store has other settings or images, or the class names do not fit the source.
+      DatasetError: too many images are unreadable, a split has no usable image, or a process was killed.
     """
     if '://' in data_dir:
         raise SourceError(f'{data_dir}: stores are made on a disk; make it there and copy the folder prepared/')
@@ -78,9 +78,9 @@ def prepare(settings: Settings, data_dir: str) -> str:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             log(f'{target}: another process prepares it; waiting until it is there')
-            fcntl.flock(lock, fcntl.LOCK_EX)  # also when the other one ends without it
+            fcntl.flock(lock, fcntl.LOCK_EX)  # also returns when the other process dies unfinished
         if os.path.exists(target):
-            shutil.rmtree(f'{target}.incomplete', ignore_errors=True)  # of a process killed at the very end
+            shutil.rmtree(f'{target}.incomplete', ignore_errors=True)  # left by a process killed after the rename
             _check_same(target, settings, data_dir)
         else:
             _prepare(settings, data_dir, target)
@@ -88,7 +88,7 @@ def prepare(settings: Settings, data_dir: str) -> str:
 
 
 def _check_same(target: str, settings: Settings, data_dir: str) -> None:
-    """Raise ConfigError where the store in `target` has other settings or, if its source is still there, images."""
+    """Raises ConfigError if the store in `target` has other settings, or if its source folder has other images."""
     made = describe(target, settings)
     if not is_local(settings.source):
         return
@@ -111,9 +111,12 @@ def _prepare(settings: Settings, data_dir: str, target: str) -> None:
         'class_names': list(format.class_names),
     }
     aside = f'{target}.incomplete'
-    plan = description | {'images_a_shard': SHARD_SIZE, 'fingerprint': None}  # each shard knows its images
+    plan = description | {
+        'images_a_shard': SHARD_SIZE,
+        'fingerprint': None,
+    }  # each shard report has a digest of its images
     if read_json(os.path.join(aside, 'plan.json')) != plan:
-        shutil.rmtree(aside, ignore_errors=True)  # begun with other settings
+        shutil.rmtree(aside, ignore_errors=True)  # started with other settings
     for folder in ('store', 'reports'):
         os.makedirs(os.path.join(aside, folder), exist_ok=True)
     write_json(os.path.join(aside, 'plan.json'), plan)
@@ -139,7 +142,7 @@ def _format(settings: Settings, source: Source) -> Format:
 
 
 def _shards(source: Source) -> list[Shard]:
-    """The shards of both splits, training first; they do not depend on the number of processes."""
+    """Returns the shards of both splits, training first. The number of processes does not affect the shards."""
     shards = []
     for split, examples in source.splits.items():
         starts = range(0, len(examples), SHARD_SIZE)
@@ -150,9 +153,9 @@ def _shards(source: Source) -> list[Shard]:
 
 
 def _reports(shards: list[Shard], aside: str) -> dict[str, dict[str, Any]]:
-    """The reports of the shards that are there, whole and of just these images, by their names.
+    """Returns the reports, by file name, of the shards that are complete and contain exactly these images.
 
-    Those that had something to skip are not among them: it may have been mended.
+    Omits shards with skipped images: the user may have repaired those images since.
     """
     reports = {}
     for shard in shards:
@@ -164,7 +167,7 @@ def _reports(shards: list[Shard], aside: str) -> dict[str, dict[str, Any]]:
 
 
 def _check_disk(shards: list[Shard], reports: dict[str, Any], format: Format, target: str) -> None:
-    """Raise SourceError where what is missing will not fit on the disk."""
+    """Raises SourceError if the missing shards do not fit on the disk."""
     images = sum(len(shard.examples) for shard in shards if shard.report not in reports)
     needed = images * format.image_size**2 * format.channels * (1 if format.encoding == 'raw' else JPEG_SIZE_RATIO)
     free = shutil.disk_usage(os.path.dirname(target)).free
@@ -178,7 +181,7 @@ def _check_disk(shards: list[Shard], reports: dict[str, Any], format: Format, ta
 def _write_shards(
     shards: list[Shard], begun: dict[str, Any], format: Format, aside: str, settings: Settings
 ) -> dict[str, Any]:
-    """The reports of all shards; those that are not in `begun` are written by processes."""
+    """Writes the shards that are not in `begun` with worker processes, and returns the reports of all shards."""
     reports, total = dict(begun), sum(len(shard.examples) for shard in shards)
     done = sum(len(shard.examples) for shard in shards if shard.report in begun)
     if done:
@@ -198,7 +201,7 @@ def _write_shards(
 
 
 def _check_skipped(reports: dict[str, Any], total: int, aside: str, settings: Settings) -> None:
-    """Raise DatasetError where more images are skipped than `max_bad` allows; they are listed in a file."""
+    """Raises DatasetError, and lists the skipped images in a file, if more images are skipped than `max_bad` allows."""
     skipped = _skipped(reports)
     if len(skipped) <= settings.max_bad * total:
         return
@@ -214,7 +217,7 @@ def _check_skipped(reports: dict[str, Any], total: int, aside: str, settings: Se
 
 
 def _skipped(reports: dict[str, Any]) -> list[dict[str, str]]:
-    """What was skipped, in the order of the shards."""
+    """Returns the records of the skipped images, in the order of the shard names."""
     return [line for name in sorted(reports) for line in reports[name]['skipped']]
 
 
@@ -226,10 +229,10 @@ def _write_lines(path: str, lines: list[dict[str, str]]) -> None:
 def _complete(
     shards: list[Shard], reports: dict[str, Any], format: Format, description: dict[str, Any], aside: str
 ) -> None:
-    """Write what belongs to a store besides the shards: statistics, what was skipped, the descriptions."""
+    """Writes the other files of a store: TFDS metadata, statistics, the list of skipped images and the description."""
     folder = os.path.join(aside, 'store')
     for name in set(os.listdir(folder)) - {shard.file for shard in shards}:
-        os.remove(os.path.join(folder, name))  # of processes that were killed
+        os.remove(os.path.join(folder, name))  # temporary files of killed processes
     template = tfds.core.ShardedFileTemplate(dataset_name='prepared', data_dir=folder, filetype_suffix='array_record')
     splits = []
     for split in ('train', 'validation'):
@@ -258,7 +261,7 @@ def _complete(
 
 
 def _summarise(target: str, reports: dict[str, Any], read: int, seconds: float, workers: int) -> None:
-    """Say what was read, what was skipped and why, sizes and speed."""
+    """Logs the number of images, the size, the speed, and the skipped images by reason."""
     size = sum(report['bytes'] for report in reports.values())
     stored = sum(report['examples'] for report in reports.values())
     log(
@@ -273,18 +276,18 @@ def _summarise(target: str, reports: dict[str, Any], read: int, seconds: float, 
 
 
 def main(argv: list[str]) -> None:
-    """Run as a command; exit code 2 and one line where the source or a flag is wrong, 1 where preparing failed."""
+    """Runs the command. Errors exit with one line and code 2 (source or flag), 1 (failure) or 130 (interrupt)."""
     del argv
     logging.set_verbosity(logging.ERROR)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a script runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore SIGINT in background jobs of scripts
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     given = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Settings)}
-    given['source'] = given['source'].rstrip('/')  # which completing a folder's name leaves behind
+    given['source'] = given['source'].rstrip('/')  # tab completion of a folder name adds a slash
     given['channels'], given['class_names'] = int(given['channels']), tuple(given['class_names'] or ())
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints sizes it does not know
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints unknown sizes
             prepare(Settings(**given), flags.FLAGS.data_dir)
     except (SourceError, ConfigError) as error:
         log_error(str(error))
@@ -307,7 +310,7 @@ if __name__ == '__main__':
     flags.DEFINE_list('class_names', None, 'In place of those of the source.')
     flags.DEFINE_float('validation_fraction', 0.1, 'Held out where the source has no split to validate on.', 0.0, 1.0)
     flags.DEFINE_float('max_bad', 0.001, 'Share of the images that may be unreadable.', 0.0, 1.0)
-    # What SLURM or a container gives, not what the machine has.
+    # Only the cores that SLURM or a container assigns, not all cores of the machine.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     flags.DEFINE_integer('workers', cores, 'Processes.', lower_bound=1)
     app.run(main, flags_parser=parse_flags)

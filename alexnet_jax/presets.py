@@ -1,9 +1,9 @@
-"""The published networks as data: what a `model.preset` stands for, how it was trained, and what came of it.
+"""The published networks as data: architecture, training recipe and published results of each `model.preset`.
 
-`model` fills the `model` fields that the configuration leaves empty (None), so single ones can be changed on top.
-`recipe` are the other settings that differ from the defaults (section 5 of the paper), by dotted name;
-`configs/imagenet.py:NAME` applies them. `published` are figures of others, never of a run here: errors in percent, and
-parameters and multiply-adds of one image by layer arithmetic. None: not known.
+`model` fills the `model` fields that the configuration leaves empty (None), so that single fields can be overridden.
+`recipe` contains the other settings that differ from the defaults (section 5 of the paper), by dotted name;
+`configs/imagenet.py:NAME` applies them. `published` contains figures of others, never of a run here: errors in percent,
+and the parameters and multiply-adds per image, computed from the layers. None means unknown.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """What was published: errors in percent with the number of views, and where it stands."""
+    """Published results: errors in percent with the number of views, and their source."""
 
     top1_error: float | None
     top5_error: float | None
@@ -24,29 +24,29 @@ class Published:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A published network: `model`, `recipe` and `published` as the module's docstring says."""
+    """A published network: `model`, `recipe` and `published` as in the module's docstring."""
 
     model: dict[str, Any]
     recipe: dict[str, Any]
     published: Published
 
 
-# Sections 3 to 5 of the paper as printed: two towers, ReLU, then normalisation with the sum over 5 maps times 1e-4,
-# then pooling; biases of 1 in conv2, conv4, conv5, fc6 and fc7. Only its colour noise is that of the original program,
-# for the printed sentence is absurd on pixels from 0 to 255. It is not what produced the paper's tables: see the next
-# one.
+# Sections 3 to 5 of the paper as printed: two towers, ReLU, then normalization with the sum over 5 maps times 1e-4,
+# then pooling; initial biases of 1 in conv2, conv4, conv5, fc6 and fc7. Only the color noise is that of the original
+# program, because the printed sentence is absurd for pixels from 0 to 255. The paper's tables come from a different
+# network, `krizhevsky2012`.
 _PAPER = Preset(
     model={
-        'widths': (96, 256, 384, 384, 256, 4096, 4096),  # conv1..conv5, fc6, fc7; a layer of width 0 is left out
+        'widths': (96, 256, 384, 384, 256, 4096, 4096),  # conv1..conv5, fc6, fc7; a layer of width 0 does not exist
         'kernel_sizes': (11, 5, 3, 3, 3),
         'conv1_stride': 4,
-        'conv1_padding': (0, 3),  # zeros before and after the image: windows that reach over its right and lower edges
-        'unshared': (),  # convolutions whose weights are another at each pixel
+        'conv1_padding': (0, 3),  # zeros before and after: windows extend over the right and lower edges
+        'unshared': (),  # convolutions with separate weights at each pixel
         'towers': 2,
-        'exchange': ('conv3', 'fc6', 'fc7', 'fc8'),  # see the maps of all towers; the others those of their own
+        'exchange': ('conv3', 'fc6', 'fc7', 'fc8'),  # take the maps of all towers; other layers only their own
         'num_classes': 1000,
         'activation': 'relu',
-        'after_conv': (  # what follows each convolution, in order
+        'after_conv': (  # the operations after each convolution, in order
             'activation lrn pool',
             'activation lrn pool',
             'activation',
@@ -61,11 +61,11 @@ _PAPER = Preset(
         'lrn_across_towers': False,
         'spatial_norm_size': 5,
         'spatial_norm_alpha': 1e-3 / 25,
-        'overlapping_pool': True,  # windows of 3, stride 2; otherwise windows of 2
-        'pool_overhang': False,  # whether a last window that reaches over the edge counts
+        'overlapping_pool': True,  # windows of 3, stride 2; False: windows of 2
+        'pool_overhang': False,  # whether to pool a last window that extends over the edge
         'dropout': 0.5,
         'dropout_before': ('fc7', 'fc8'),  # the layers whose inputs are dropped: the outputs of fc6 and fc7
-        'inverted_dropout': False,  # whether what is kept is scaled in training instead of at the test
+        'inverted_dropout': False,  # whether to scale kept units in training instead of at inference
         'initializer': 'normal',
         'kernel_std': (0.01,) * 8,
         'bias_init': (0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0),
@@ -76,13 +76,13 @@ _PAPER = Preset(
     ),
 )
 
-# Net #145 of the original program (layers-145.cfg), whose notes end with the errors of the paper's tables. In layer 1
-# the signed outputs are normalised, then pooled, and only then go through ReLU. In layer 2 a second normalisation over
-# the 5 x 5 pixels around each one follows the first. The program divides alpha by the 5 maps, so 2e-5 is what counts.
-# conv3 to conv5 begin at 0.03. Biases learn at 0.02 to the end. 32 images in a row share a window and a reflection.
-# Colour noise is scaled by standard deviations, what it is added to is divided by 1.1, and both end with epoch 67, when
-# conv1's kernels go on at 1e-5; from epoch 72 they stand still. The rate was dropped by hand at epochs 25, 51 and 79 of
-# 91.
+# Net #145 of the original program (layers-145.cfg), whose notes end with the errors of the paper's tables. Layer 1
+# normalizes the signed outputs, then pools, then applies ReLU. Layer 2 has a second normalization over the 5 x 5 pixels
+# around each pixel. The program divides alpha by the 5 maps, so the effective alpha is 2e-5. The kernels of conv3 to
+# conv5 have an initial standard deviation of 0.03. The biases keep the learning rate 0.02. 32 consecutive images share
+# a crop and a horizontal flip. The color noise is scaled by standard deviations, and the noisy image is divided by 1.1.
+# Both end at epoch 67, when conv1's kernels continue at the learning rate 1e-5; from epoch 72 conv1 is frozen. The
+# learning rate was reduced by hand at epochs 25, 51 and 79 of 91.
 _KRIZHEVSKY2012 = Preset(
     model=_PAPER.model
     | {
@@ -115,24 +115,24 @@ _KRIZHEVSKY2012 = Preset(
     published=Published(40.664, 18.21, 10, 'layer-params-145.cfg, ILSVRC-2012 validation', 60_965_224, 724_406_816),
 )
 
-# The same net on one GPU (layers-145-half.cfg): half the kernels, but the whole of conv5 and of the dense layers, as
-# footnote 2 of the paper says. It was trained on ILSVRC-2010, where the net on two GPUs has 37.5 / 17.0 %.
+# The same net on one GPU (layers-145-half.cfg): half the kernels, but full conv5 and dense layers, as in footnote 2 of
+# the paper. It was trained on ILSVRC-2010, where the net on two GPUs has 37.5 / 17.0 %.
 _HALF = Preset(
     model=_KRIZHEVSKY2012.model | {'widths': (48, 128, 192, 192, 256, 4096, 4096), 'towers': 1},
     recipe=_KRIZHEVSKY2012.recipe,
     published=Published(39.168, 18.229, 10, 'layer-params-145-half.cfg, ILSVRC-2010 test', 59_798_312, 391_514_384),
 )
 
-# Net #150: the towers do not see each other before fc8. conv3, fc6 and fc7 have half the inputs.
+# Net #150: the towers are separate up to fc8. conv3, fc6 and fc7 have half the inputs.
 _NO_EXCHANGE = Preset(
     model=_KRIZHEVSKY2012.model | {'exchange': ('fc8',)},
     recipe=_KRIZHEVSKY2012.recipe,
     published=Published(41.83, 19.33, 10, 'notes to net #150, ILSVRC-2012 validation', 33_259_880, 622_383_648),
 )
 
-# The one-GPU net of cuda-convnet2 (2014), which torchvision's copies: one tower, 64-192-384-256-256 maps, normalisation
-# of conv1's signed outputs. Its schedule needs no hand: from 0.01 in four equal parts of the run to 0.01 / 250, biases
-# from 0.02 in two parts to a tenth. Windows are drawn for each image.
+# The one-GPU net of cuda-convnet2 (2014), which torchvision's copies: one tower, 64-192-384-256-256 maps, normalization
+# of conv1's signed outputs. Its schedule is automatic: from 0.01 in four equal parts of the run to 0.01 / 250, biases
+# from 0.02 in two parts to a tenth. Each image has its own random crop.
 _OWT = Preset(
     model=_KRIZHEVSKY2012.model
     | {
@@ -158,9 +158,10 @@ _OWT = Preset(
     ),
 )
 
-# BVLC's bvlc_alexnet for Caffe: images of 227 pixels and no padding, normalisation with k = 1 and alpha / 5 over the
-# maps of both towers, biases of 0.1 ("initialization to 1 gave flat loss"), dense kernels of 0.005 in fc6 and fc7,
-# dropout that scales what it keeps, no colour noise. Batches of 256; biases learn twice as fast and do not decay.
+# BVLC's bvlc_alexnet for Caffe: images of 227 pixels and no padding, normalization with k = 1 and alpha / 5 over the
+# maps of both towers, initial biases of 0.1 ("initialization to 1 gave flat loss"), initial standard deviations of
+# 0.005 in fc6 and fc7, inverted dropout, no color noise. The batch size is 256. Biases have twice the learning rate and
+# no weight decay.
 _CAFFE = Preset(
     model=_PAPER.model
     | {
@@ -186,7 +187,7 @@ _CAFFE = Preset(
     ),
 )
 
-# BVLC's bvlc_reference_caffenet: as `caffe`, with pooling before normalisation and biases of 1.
+# BVLC's bvlc_reference_caffenet: as `caffe`, with pooling before normalization and initial biases of 1.
 _CAFFENET = Preset(
     model=_CAFFE.model
     | {
@@ -205,9 +206,9 @@ _CAFFENET = Preset(
     ),
 )
 
-# torchvision's `alexnet`: the maps of `owt`, two zeros on each side of the image, no normalisation, dropout before fc6
-# and fc7, PyTorch's own initial values, pixels divided by their standard deviations. Its training images are windows of
-# random size and aspect scaled to 224 pixels; those here are windows of 224 out of 256.
+# torchvision's `alexnet`: the maps of `owt`, two zeros on each side of the image, no normalization, dropout before fc6
+# and fc7, PyTorch's default initialization, pixels divided by their standard deviations. torchvision trains on crops of
+# random size and aspect ratio scaled to 224 pixels; this preset uses crops of 224 out of 256.
 _TORCHVISION = Preset(
     model=_OWT.model
     | {
@@ -233,8 +234,8 @@ _TORCHVISION = Preset(
     ),
 )
 
-# "Dive into Deep Learning": one tower, grey images of Fashion-MNIST scaled to 224 pixels, one zero on each side,
-# Xavier's initial values, plain SGD. Its users report test errors of about 12 % after ten epochs.
+# "Dive into Deep Learning": one tower, gray images of Fashion-MNIST scaled to 224 pixels, one zero on each side, Xavier
+# initialization, plain SGD. The book's readers report test errors of about 12 % after ten epochs.
 _D2L = Preset(
     model=_PAPER.model
     | {
@@ -264,11 +265,11 @@ _D2L = Preset(
     published=Published(12.0, None, 1, "runs of the book's readers, Fashion-MNIST test", 46_764_746, 938_146_176),
 )
 
-# AlexNet-BN, with which LARS was shown on large batches (nvcaffe): batch normalisation without scale and bias in place
-# of response normalisation, behind pool1, pool2 and the ReLUs of conv3 and conv4; 227 pixels divided by 256. Batches of
-# 8,192 at 10 with a trust coefficient of 0.001, four epochs of warm-up, then falling as a square. Here the decay is
-# part of what LARS scales, as in the paper on it; that fork left it out. Initial values are those of `caffe`, the
-# fork's biases are 0.01 and 0.1. The error is about that of the LARS paper's table; it was not verified.
+# AlexNet-BN, the demonstration of LARS on large batches (nvcaffe). Batch normalization without scale and bias replaces
+# response normalization, after pool1, pool2 and the ReLUs of conv3 and conv4; images of 227 pixels are divided by 256.
+# Batch size 8,192, learning rate 10, trust coefficient 0.001, four epochs of warmup, then quadratic decay. LARS scales
+# the weight decay too, as in the LARS paper; the fork left it out. The initialization is that of `caffe`; the fork's
+# biases are 0.01 and 0.1. The error is approximately that of the LARS paper's table; it was not verified.
 _BN_LARS = Preset(
     model=_CAFFE.model
     | {
@@ -288,7 +289,7 @@ _BN_LARS = Preset(
         'optimizer.power': 2.0,
         'optimizer.learning_rate': 10.0,
         'optimizer.trust_coefficient': 0.001,
-        'optimizer.bias_lr_multiplier': 0.064,  # 0.64, a plain rate for such batches: LARS does not scale biases
+        'optimizer.bias_lr_multiplier': 0.064,  # 0.64, an ordinary rate for this batch size: LARS does not scale biases
         'optimizer.warmup': '600 steps',
         'train.batch_size': 8192,
         'train.epochs': 100.0,
@@ -297,9 +298,9 @@ _BN_LARS = Preset(
 )
 
 # The four-layer nets of the paper's sections 3.1 and 3.3 (layers-conv-local-13pct.cfg and -11pct.cfg of cuda-convnet):
-# windows of 24 of 32 pixels, two convolutions, two layers with weights of their own at each pixel, and the logits. The
-# second has response normalisation over 5 maps. Convolutions do not decay. The authors trained 300 epochs on four
-# fifths of the images and 150 on all, then 10 each at a tenth and a hundredth of the rate.
+# crops of 24 of 32 pixels, two convolutions, two layers with separate weights at each pixel, and the logits. The second
+# net has response normalization over 5 maps. Convolutions have no weight decay. The authors trained 300 epochs on four
+# fifths of the images and 150 on all, then 10 each at a tenth and a hundredth of the learning rate.
 _CIFAR10_13PCT = Preset(
     model=_PAPER.model
     | {

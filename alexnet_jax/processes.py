@@ -1,4 +1,4 @@
-"""The processes of one run: how they find each other, agree and end together. With one process all of it is idle."""
+"""Multi-process runs: initialization, collectives on host values, and termination. One process needs none of these."""
 
 import collections
 import contextlib
@@ -19,28 +19,30 @@ from jax.experimental import multihost_utils
 from alexnet_jax.config import ConfigError
 from alexnet_jax.monitor import Preemption, set_process_index, summarize_exception
 
-SHUTDOWN_TIMEOUT = 60  # seconds; at the end of a run all processes are a few writes apart
-SHARED_FS_TIMEOUT_SECS = 10.0  # seconds until a file written on one host must be seen on the others
-TEXT = 1024  # bytes of a text that all are told
+SHUTDOWN_TIMEOUT = 60  # seconds; all processes finish a run within a few file writes of each other
+SHARED_FS_TIMEOUT_SECS = 10.0  # within this time the other hosts must see a file that one host wrote
+TEXT = 1024  # bytes of a message between processes; longer messages are truncated
 
 
 class DistributedInitError(RuntimeError):
-    """Processes that did not come together: one line with the cause and what to do."""
+    """The processes did not connect; the message is one line with the cause and, where known, a remedy."""
 
 
 def start(group: dict[str, Any] | None, config: Any, preemption: Preemption) -> bool:
-    """Join the other processes, which must come within `config.start_timeout` seconds; whether that was done.
-
-    False where `preemption` was requested meanwhile; then hard_exit() is the only way out.
+    """Runs jax.distributed.initialize; all processes must connect within `config.start_timeout` seconds.
 
     Args:
-      group: coordinator_address, num_processes and process_id; {} lets JAX look for SLURM, TPU or Kubernetes; None:
-        there is only this process.
+      group: coordinator_address, num_processes and process_id; {} lets JAX detect SLURM, TPU or Kubernetes; None means
+        a single process.
       config: `distributed` of a configuration.
+      preemption: checked while waiting; afterwards JAX handles SIGTERM.
+
+    Returns:
+      True on success; False if `preemption` was requested meanwhile. The caller must then call hard_exit().
 
     Raises:
-      ConfigError: JAX found none of these, or the processes have different numbers of devices.
-      DistributedInitError: the others did not come, or the coordinator's address cannot be used.
+      ConfigError: JAX detected no cluster, or the processes have different numbers of devices.
+      DistributedInitError: a process is missing, or the coordinator's address cannot be used.
     """
     if group is None:
         return True
@@ -48,7 +50,7 @@ def start(group: dict[str, Any] | None, config: Any, preemption: Preemption) -> 
     if group.get('process_id') == 0:
         _check_free(where)
     missed = f'not all processes met at {where} within config.distributed.start_timeout={config.start_timeout} s'
-    # In a thread, for while it waits in C++ no signal is handled; and its own timeout aborts the process.
+    # A thread, because Python handles no signal while initialize waits in C++, and its own timeout aborts the process.
     joined = ThreadPoolExecutor(1).submit(
         jax.distributed.initialize,
         **group,
@@ -82,7 +84,7 @@ def start(group: dict[str, Any] | None, config: Any, preemption: Preemption) -> 
 
 
 def _check_free(address: str) -> None:
-    """Raise DistributedInitError where the coordinator's port is taken; JAX would end in a segmentation fault."""
+    """Raises DistributedInitError if the coordinator's port is taken; JAX would end in a segmentation fault."""
     try:
         socket.create_server(('', int(address.rsplit(':', 1)[1]))).close()
     except (OSError, OverflowError) as error:
@@ -92,14 +94,14 @@ def _check_free(address: str) -> None:
 
 
 def is_primary_process() -> bool:
-    """Whether this process writes the files and talks."""
+    """Returns whether this is the primary process, which writes the files and logs progress."""
     return jax.process_index() == 0
 
 
 def first_error_on_any_process(problem: str = '') -> str:
-    """What is wrong with the first process that has a problem, '' without any: the same on all, once all have called.
+    """Collective. Returns the lowest-ranked failing process's error message on every process, or '' if none failed.
 
-    Text after the first 1024 bytes is lost.
+    Messages are truncated to 1024 bytes.
     """
     row = np.frombuffer(problem.encode()[:TEXT].ljust(TEXT), np.uint8)
     rows = multihost_utils.process_allgather(row)
@@ -108,35 +110,38 @@ def first_error_on_any_process(problem: str = '') -> str:
 
 
 def needs_gather(x: jax.Array) -> bool:
-    """Whether no process holds all numbers of `x`, so that they travel in gather_to_host()."""
+    """Returns whether `x` is neither fully replicated nor fully addressable, so gather_to_host() must all-gather."""
     return not x.is_fully_replicated and not x.is_fully_addressable
 
 
 def gather_to_host(x: jax.Array) -> np.ndarray:
-    """All numbers of `x`, an array on the mesh; where it needs_gather() all processes must call it."""
+    """Returns the global array `x` as a NumPy array; a collective if needs_gather(x)."""
     return multihost_utils.process_allgather(x, tiled=True) if needs_gather(x) else np.asarray(x)
 
 
 def count_set_on_any_process(chosen: np.ndarray) -> int:
-    """How many are chosen on any process; `chosen` (N,) bool, N the same on all, which must call it."""
+    """Collective. Returns how many entries of `chosen` (N,) bool, with equal N, are True on at least one process."""
     return int(multihost_utils.process_allgather(chosen).reshape(-1, len(chosen)).any(0).sum())
 
 
 def broadcast_from_primary(tree: Any) -> Any:
-    """Process 0's arrays (NumPy, of the same shapes and dtypes on all) on every process."""
+    """Collective. Returns the primary process's NumPy arrays; shapes and dtypes must be equal on all processes."""
     return multihost_utils.broadcast_one_to_all(tree)
 
 
 def reached_preemption_sync_point(count: int) -> bool:
-    """Whether to stop because a process got SIGTERM: the same answer on all for the same `count`, True once.
+    """Returns True at one common `count` on all processes after any process received SIGTERM: the step to stop at.
 
-    count: 1 at the first call, and one more at each. With one process the answer is always False.
+    `count` is 1 at the first call and increases by 1 at each call. A single process always gets False.
     """
     return multihost_utils.reached_preemption_sync_point(count)
 
 
 def assert_equal_across_processes(settings: dict[str, Any]) -> None:
-    """Raise ConfigError on all processes where one has other `settings` (by name; JSON) than process 0."""
+    """Collective. Raises ConfigError on all processes if one has other `settings` than process 0.
+
+    `settings` maps names to JSON values, which are compared by the first 1024 bytes of their JSON text.
+    """
     digests = {
         name: np.frombuffer(json.dumps(value).encode()[:TEXT].ljust(TEXT), np.uint8) for name, value in settings.items()
     }
@@ -149,9 +154,9 @@ def assert_equal_across_processes(settings: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def workdir_lock(workdir: str) -> Iterator[None]:
-    """Hold the folder of a run for these processes alone, and make sure that all of them see the same one.
+    """Collective. Locks the workdir against other runs, and verifies that all processes see the same directory.
 
-    Raises ConfigError (on all processes): another run has it, it cannot be written, or it is not shared.
+    Raises ConfigError (on all processes): another run holds the lock, or the workdir is not writable or not shared.
     """
     path, token = (
         os.path.join(workdir, 'lock'),
@@ -165,7 +170,7 @@ def workdir_lock(workdir: str) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 file.truncate(0)
                 print(token, file=file, flush=True)
-                os.fsync(file.fileno())  # on NFS the others would see it half a minute later
+                os.fsync(file.fileno())  # without fsync, other NFS clients see the token half a minute later
             except BlockingIOError:
                 problem = f'--workdir: another process trains in {workdir}; name another one'
             except OSError as error:
@@ -186,6 +191,7 @@ def workdir_lock(workdir: str) -> Iterator[None]:
 
 
 def _holds(path: str, token: str) -> bool:
+    """Returns whether the file `path` contains exactly `token`."""
     try:
         with open(path) as file:
             return file.read().strip() == token
@@ -194,7 +200,7 @@ def _holds(path: str, token: str) -> bool:
 
 
 def describe_peer_failure(error: Exception) -> str | None:
-    """In one line that another process is gone, where that is what `error` of a collective says; otherwise None."""
+    """Returns a one-line message if `error`, raised by a collective, means that a peer process died; else None."""
     signs = ('gloo', 'connection', 'coordination', 'unavailable', 'deadline', 'barrier', 'nccl')
     if not isinstance(error, jax.errors.JaxRuntimeError) or not jax.distributed.is_initialized():
         return None
@@ -203,7 +209,7 @@ def describe_peer_failure(error: Exception) -> str | None:
 
 
 def hard_exit(code: int) -> NoReturn:
-    """End this process at once: an orderly end would wait for the others, and they for it."""
+    """Ends this process immediately. A regular exit would deadlock, because the processes wait for each other."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

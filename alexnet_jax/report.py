@@ -1,12 +1,13 @@
-"""What came of a run or of a sweep, for a terminal, and as a page that needs nothing else.
+"""Report the results of a run or of a sweep, as text and as a self-contained HTML page.
 
     alexnet report SWEEP_DIR [--views=10] [--markdown=FILE] [--csv=FILE] [--html=FILE.html]
     alexnet report WORKDIR [--html=FILE.html] [--data_dir=DIR] [--noneighbours]
 
-Of a sweep it is the table: each variant's errors over its seeds, and the differences to the base, measured and
-published. It reads SWEEP_DIR/sweep.json and the result.json of its runs, of which some may still be missing, and prints
-Markdown. Of a run it prints where it stands and its errors. The page has also curves, kernels, and of a run predictions
-and nearest training images; where something is missing it says why and which command makes it.
+For a sweep, the command prints a Markdown table: the errors of each variant over its seeds, and the measured and
+published differences to the base. The command reads SWEEP_DIR/sweep.json and the result.json of each run; some runs may
+be missing. For a run, the command prints the progress and the errors. The page also shows curves and kernels, and for a
+run predictions and nearest training images. If a part is missing, the page gives the reason and the command that
+creates the part.
 """
 
 import os
@@ -24,7 +25,7 @@ from alexnet_jax.sweep_table import as_csv, as_markdown, summarise
 
 
 def _write(flag: str, content: str | bytes) -> None:
-    """Write `content` to the file that the flag names, if any, whole or not at all. Raises ReportError."""
+    """Atomically writes `content` to the file that `flag` names, if set. Raises ReportError: not writable."""
     path = flags.FLAGS[flag].value
     if path is None:
         return
@@ -37,7 +38,7 @@ def _write(flag: str, content: str | bytes) -> None:
 
 
 def _report_sweep(folder: str, given: Any, made_by: str) -> str:
-    """Write the files that are wanted; returns what to print. Raises ReportError."""
+    """Writes the requested files and returns the text to print. Raises ReportError."""
     for name in ('data_dir', 'neighbours'):
         if given[name].present:
             raise ReportError(f'--{name}: {folder} is a sweep and no run; leave it out')
@@ -50,14 +51,14 @@ def _report_sweep(folder: str, given: Any, made_by: str) -> str:
     _write('markdown', text)
     _write('csv', as_csv(rows))
     if given.html:
-        from alexnet_jax.page import of_sweep  # which takes a second to import
+        from alexnet_jax.page import of_sweep  # takes a second to import
 
         _write('html', of_sweep.page(folder, sweep, results, rows, views, missing, made_by))
     return text
 
 
 def _report_run(workdir: str, given: Any, made_by: str) -> str:
-    """Write the page if it is wanted; returns what to print. Raises ReportError."""
+    """Writes the page if requested and returns the text to print. Raises ReportError."""
     for name in ('views', 'markdown', 'csv'):
         if given[name].value is not None:
             raise ReportError(f'--{name}: {workdir} is a run and no sweep; leave it out, --html makes a page')
@@ -74,7 +75,7 @@ def _is_run(folder: str) -> bool:
 
 
 def main(argv: list[str]) -> int:
-    """Report the sweep or the run in the folder argv[1]; returns the exit code, after one line on what is wrong."""
+    """Reports the sweep or the run in the folder argv[1]. Prints failures in one line; returns the exit code."""
     logging.set_verbosity(logging.ERROR)
     given, folder = flags.FLAGS, os.path.expanduser(argv[1])
     try:

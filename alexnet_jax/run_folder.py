@@ -1,4 +1,4 @@
-"""What a run's folder says: whether it holds this run, its end, or another one."""
+"""Reads and writes the files of a workdir, and checks whether a run in the workdir can resume or is finished."""
 
 import contextlib
 import importlib.metadata
@@ -16,7 +16,7 @@ import numpy as np
 from alexnet_jax.config import ConfigError, field_names, get_by_path, resolve
 from alexnet_jax.monitor import atomic_write, log, read_json, summarize_exception
 
-# What weights and the order of the data depend on; other settings may change when a run goes on.
+# The weights and the order of the data depend on these fields; other fields may change when a run resumes.
 RESUME_INVARIANT_FIELDS = (
     'seed',
     'data.source',
@@ -29,12 +29,15 @@ RESUME_INVARIANT_FIELDS = (
 
 
 def check_resumable(config: Any, workdir: str, every_field: bool = False) -> None:
-    """Raise ConfigError where the checkpoints in `workdir` belong to another network or another order of the data.
+    """Raises ConfigError if the checkpoints in `workdir` belong to another network or another order of the data.
+
+    The function also raises if config.json is unreadable or from an older version. Without checkpoints it returns.
 
     Args:
-      config: resolved.
-      every_field: whether any other setting counts too, save where the data lie: a sweep's runs are what they are
-        named after.
+      config: a resolved configuration.
+      workdir: the folder of the run.
+      every_field: compare all fields except data.data_dir, as for the runs of a sweep, whose names state their
+        settings.
     """
     checkpoints = os.path.join(workdir, 'checkpoints')
     if not os.path.isdir(checkpoints) or not os.listdir(checkpoints):
@@ -59,7 +62,7 @@ def check_resumable(config: Any, workdir: str, every_field: bool = False) -> Non
 
 
 def is_finished(config: Any, workdir: str) -> bool:
-    """Whether `workdir` holds the end of just this run (`config` resolved); where the data lay does not count."""
+    """Returns True if `workdir` has a finished run with the resolved `config`, where data.data_dir may differ."""
     result, before = (read_json(os.path.join(workdir, name)) for name in ('result.json', 'config.json'))
     if result is None or before is None or result.get('status') != 'done':
         return False
@@ -68,7 +71,10 @@ def is_finished(config: Any, workdir: str) -> bool:
 
 
 def read_config(workdir: str) -> ml_collections.FrozenConfigDict:
-    """The resolved settings of the run in `workdir`. Raises ConfigError: there is none, or one of an older version."""
+    """Returns the resolved configuration of the run in `workdir`.
+
+    Raises ConfigError: config.json is missing, unreadable or from an older version.
+    """
     written = read_json(os.path.join(workdir, 'config.json'))
     if written is None:
         raise ConfigError(f'{workdir}: no run, for it has no readable config.json')
@@ -76,16 +82,19 @@ def read_config(workdir: str) -> ml_collections.FrozenConfigDict:
 
 
 def write_inputs(workdir: str, statistics: dict[str, np.ndarray], class_names: list[str]) -> None:
-    """Write inputs.npz: what must be known to use the run's weights where its data are not.
+    """Writes inputs.npz, with which the weights of the run can be used without its data store.
 
-    statistics: see data/shards.statistics(); class_names: one a label.
+    Args:
+      workdir: the folder of the run.
+      statistics: see data/shards.statistics().
+      class_names: one name per label.
     """
     with atomic_write(os.path.join(workdir, 'inputs.npz'), 'wb') as file:
         np.savez(file, allow_pickle=False, class_names=np.array(class_names), **statistics)
 
 
 def read_inputs(workdir: str) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The statistics and class names in inputs.npz. Raises ConfigError: it is missing or damaged."""
+    """Returns (statistics, class names) from inputs.npz. Raises ConfigError: the file is missing or corrupt."""
     path = os.path.join(workdir, 'inputs.npz')
     try:
         with np.load(path) as file:
@@ -98,9 +107,14 @@ def read_inputs(workdir: str) -> tuple[dict[str, np.ndarray], list[str]]:
 
 
 def check_names(name: str, own: list[str], of_data: list[str]) -> None:
-    """Say where weights from elsewhere, `name`, have other names of classes (`own`) than the data.
+    """Compares the class names `own` of imported weights with those of the data, and logs if they differ.
 
-    Raises ConfigError: they are the same ones in another order, so every image would be taken for another.
+    Raises ConfigError: the names are equal but in another order, so labels would be mixed up.
+
+    Args:
+      name: the weights, for the message.
+      own: class names of the weights, one per label.
+      of_data: class names of the data, one per label.
     """
     if own == of_data:
         return
@@ -114,9 +128,10 @@ def check_names(name: str, own: list[str], of_data: list[str]) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """What environment.json says: what the run is made with, and on; jax must be ready.
+    """Returns the content of environment.json: software and hardware of the run. JAX must be initialized.
 
-    versions by package, system, processor, devices (their kind), device_count (of all processes), processes, command.
+    Keys: versions (by package), system, processor, devices (their kind), device_count (over all processes), processes,
+    command.
     """
     import jax
 
@@ -135,8 +150,8 @@ def environment() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Its name and the number of its cores."""
+    """Returns the name of the processor and the number of its cores."""
     name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:  # Linux has it
+    with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:  # exists on Linux
         name = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), name)
     return f'{name}, {os.cpu_count()} cores'

@@ -1,4 +1,4 @@
-"""The sizes of the layers (figure 2 of the paper) by arithmetic on the settings: what each sees, has and gives."""
+"""Shapes of the layers (figure 2 of the paper), computed from the settings: inputs, parameters and outputs."""
 
 import dataclasses
 import math
@@ -11,12 +11,15 @@ LAYERS = CONVOLUTIONS + DENSE
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer with weights.
+    """Shapes of one layer with weights, for one image.
 
-    output: (height, width, channels) or (units,) of one image, before pooling; pooled: after it.
-    kernel: (height, width, inputs, outputs), inputs being the maps that one output sees; (inputs, outputs) if dense;
-      and (output height, output width, inputs * height * width, outputs) where pixels do not share their weights.
-    bias: (outputs,), or (output height, output width, outputs).
+    Attributes:
+      kernel: (height, width, inputs, outputs), where inputs counts the feature maps that one output sees; dense:
+        (inputs, outputs); unshared: (output height, output width, inputs * height * width, outputs).
+      bias: (outputs,); unshared: (output height, output width, outputs).
+      output: (height, width, channels) or (units,), before pooling.
+      pooled: same as `output`, after pooling.
+      shared: whether all output pixels share their weights (False: a locally connected layer).
     """
 
     name: str
@@ -28,24 +31,25 @@ class Layer:
 
     @property
     def parameters(self) -> int:
-        """Weights and biases."""
+        """Number of weights and biases."""
         return math.prod(self.kernel) + math.prod(self.bias)
 
     @property
     def multiply_adds(self) -> int:
-        """Multiply-adds of one image's forward pass: every shared weight once for each pixel of the output."""
+        """Number of multiply-adds of one image's forward pass: each shared weight counts once per output pixel."""
         return math.prod(self.kernel) * (math.prod(self.output[:-1]) if self.shared else 1)
 
 
 def pool_window(model: Any) -> int:
-    """Pixels a side (section 3.4): windows of 3, 2 pixels apart, overlap; those of 2 do not."""
+    """Returns the pooling window size in pixels (section 3.4): at stride 2, size 3 overlaps and size 2 does not."""
     return 3 if model.overlapping_pool else 2
 
 
 def ops_after(model: Any, name: str) -> list[str]:
-    """What follows a convolution: of activation, lrn, spatial_norm, batch_norm and pool those that it has, in order.
+    """Returns the operations after a convolution in order, out of activation, lrn, spatial_norm, batch_norm and pool.
 
-    Of a layer that is left out (width 0) the pooling stays, so that those behind it keep their sizes.
+    A layer that is left out (width 0) keeps its pooling, so that the later layers keep their sizes. `model.lrn` = False
+    removes lrn and spatial_norm.
     """
     steps = model.after_conv[CONVOLUTIONS.index(name)].split()
     if not model.widths[CONVOLUTIONS.index(name)]:
@@ -54,12 +58,12 @@ def ops_after(model: Any, name: str) -> list[str]:
 
 
 def layers(model: Any, crop_size: int, channels: int) -> list[Layer]:
-    """The layers that the network has, from conv1 to fc8; those of width 0 are left out.
+    """Returns the layers of the network from conv1 to fc8, without those of width 0.
 
     Args:
       model: `model` of a resolved configuration.
-      crop_size: pixels a side of the images.
-      channels: of the images.
+      crop_size: height and width of the images in pixels.
+      channels: number of image channels.
     """
     table = []
     side, maps = crop_size, channels
@@ -81,7 +85,7 @@ def layers(model: Any, crop_size: int, channels: int) -> list[Layer]:
             kernel = weights if shared else (output, output, size * size * inputs, width)
             bias = (width,) if shared else (output, output, width)
             table.append(Layer(name, kernel, bias, (output, output, width), (side, side, width), shared))
-        elif table:  # the maps before a layer that is left out are pooled in its place
+        elif table:  # the pooling of a left-out layer applies to the previous layer
             table[-1] = dataclasses.replace(table[-1], pooled=(side, side, maps))
     units = side * side * maps
     for name, width in zip(DENSE, (*model.widths[5:], model.num_classes), strict=True):

@@ -1,4 +1,4 @@
-"""What must happen before jax is imported, and before it compiles."""
+"""Settings for XLA, the memory allocator and the compilation cache, before jax is imported and before it compiles."""
 
 import contextlib
 import ctypes
@@ -17,25 +17,27 @@ from alexnet_jax.monitor import atomic_write, log
 
 CPU_LIBRARY_FUSION = '--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT'
 
-CHILD_TIMEOUT_SECS = 120  # for a flag to be tried; it takes a second
+CHILD_TIMEOUT_SECS = 120  # for the child process that tries a flag, which takes a second
 
-KEPT = 1 << 30  # bytes of compiled programs
-CACHE_WARNING = r"Error (reading|writing) persistent compilation cache entry for '(.+?)': (.*)"  # as JAX 0.10 has it
+KEPT = 1 << 30  # bytes of compiled programs to keep in the cache
+CACHE_WARNING = r"Error (reading|writing) persistent compilation cache entry for '(.+?)': (.*)"  # wording of JAX 0.10
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 
 
 def configure_cpu_backend() -> None:
-    """Make training on a CPU faster: a flag for XLA, a setting of JAX and two of the C library's allocator.
+    """Speeds up training on a CPU with an XLA flag, a JAX setting and two settings of the C library's allocator.
 
-    The flag leaves only matrix products to XLA's library for fusions, and convolutions to the faster code they had
-    before it; a whole step takes 0.4 to 0.85 of the time, by processor and version. Products are left to it without the
-    bias that is added, with which fc6 takes 2.6 times as long. It is left out where XLA refuses it or where XLA_FLAGS
-    already says what to do about it; all else there is kept.
-    The allocator keeps the 831 MB that a step of the full network takes and gives back, instead of having 200,000 pages
-    mapped anew in every step: 4 to 12 % of the time. It does so only for the main thread, so JAX computes there, not in
-    one beside it; computations on several devices it still gives to others. Memory once used there stays with the
-    process.
+    The flag restricts XLA's library fusions to single matrix products. Convolutions then use the faster code from
+    before these fusions, and a whole step takes 0.4 to 0.85 of the time, depending on processor and version. Products
+    are not fused with the bias addition, because fc6 takes 2.6 times as long in such a fusion. The flag is omitted if
+    XLA rejects it or XLA_FLAGS already sets it; other flags in XLA_FLAGS are kept.
+
+    The allocator keeps the 831 MB that a step of the full network allocates and frees, which saves mapping 200,000
+    pages per step: 4 to 12 % of the time. The allocator does so only for the main thread, so asynchronous dispatch is
+    disabled and JAX computes in the calling thread; computations on several devices still use other threads. Memory
+    that the main thread has used once stays with the process.
+
     Imports jax. Does nothing on a machine with a GPU or TPU plugin.
     """
     if any(importlib.util.find_spec(name) for name in ('jax_plugins', 'libtpu')):
@@ -45,7 +47,7 @@ def configure_cpu_backend() -> None:
         os.environ['XLA_FLAGS'] = f'{flags} {CPU_LIBRARY_FUSION}'.strip()
     library = ctypes.CDLL(None)
     if hasattr(library, 'mallopt'):  # glibc
-        # Not M_ARENA_MAX=1, with which other threads keep theirs too: it may take 3 GB more, and threads wait for it.
+        # Not M_ARENA_MAX=1, which keeps the memory of all threads: it may take 3 GB more, and threads wait for locks.
         library.mallopt(M_MMAP_MAX, 0)
         library.mallopt(M_TRIM_THRESHOLD, -1)
     import jax
@@ -56,9 +58,9 @@ def configure_cpu_backend() -> None:
 def xla_accepts(flag: str) -> bool:
     """Returns whether the XLA of the installed jaxlib accepts `flag` in XLA_FLAGS.
 
-    XLA ends the process on a flag that it does not know, so a child process tries it: once for each build of jaxlib,
-    in less than a second, for the answer is kept in alexnet_jax/xla_flags/ of the user's cache folder. Returns False,
-    and keeps nothing, where the child process fails for another reason.
+    XLA ends the process on an unknown flag, so a child process tries the flag, in less than a second. The result is
+    cached for each build of jaxlib in alexnet_jax/xla_flags/ of the user's cache folder. If the child process fails
+    for another reason, the result is False and is not cached.
     """
     jaxlib = importlib.metadata.distribution('jaxlib')
     build = f'{flag} {jaxlib.version} {jaxlib.read_text("RECORD")}'  # RECORD has a hash of each file
@@ -87,17 +89,17 @@ def xla_accepts(flag: str) -> bool:
 
 
 def _cache_folder(name: str) -> str:
-    """The folder `name` for what this package keeps of the user's: in $XDG_CACHE_HOME or ~/.cache."""
+    """Returns the path of this package's cache folder `name` in $XDG_CACHE_HOME or ~/.cache."""
     caches = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     return os.path.join(caches, 'alexnet_jax', name)
 
 
 def reserve_step_memory(temporary: int) -> None:
-    """Have the C library's allocator keep one place for the `temporary` bytes that a step takes anew each time.
+    """Makes the C library's allocator reuse one region for the `temporary` bytes that every step allocates and frees.
 
-    What it holds unused, such as the 200 MB that a compiler leaves behind, goes back to the system. Bytes that stay
-    for ever part the place from free memory below it: where the two became one, the next step would lie elsewhere, on
-    up to 600 MB that nothing had used. Call it in the thread that calls the step.
+    A block of 64 KB that is never freed separates the region from free memory below it. Otherwise the two would merge,
+    and the next step would start at another address and touch up to 600 MB of new pages. Unused memory, such as the
+    200 MB that compilation leaves behind, returns to the system. Call this function in the thread that calls the step.
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, 'malloc_trim'):  # glibc
@@ -109,20 +111,21 @@ def reserve_step_memory(temporary: int) -> None:
 
 
 def enable_compilation_cache() -> None:
-    """Have JAX keep what it compiles in the user's cache folder, where the next start finds it. Imports jax.
+    """Enables JAX's persistent compilation cache in alexnet_jax/compiled/ of $XDG_CACHE_HOME or ~/.cache. Imports jax.
 
-    The folder is alexnet_jax/compiled/ in $XDG_CACHE_HOME or ~/.cache; above 1 GB the programs go that were not used
-    for longest. Each number of cores has one of its own in it, for XLA splits work over the cores it sees, and JAX does
-    not look at them when it takes a program from the disk; it does look at the processor's features, XLA's flags,
-    devices and versions.
-    JAX_COMPILATION_CACHE_DIR names another folder, which is left to JAX and the user. Does nothing with
-    JAX_ENABLE_COMPILATION_CACHE=false; where the folder cannot be written only says so.
+    Above 1 GB the least recently used programs are removed. Each number of cores has its own subfolder, because XLA
+    divides work among the cores that it sees, but JAX's cache key does not include their number; the key does include
+    processor features, XLA flags, devices and versions.
+
+    If JAX_COMPILATION_CACHE_DIR names another folder, that folder is left to JAX and the user. With
+    JAX_ENABLE_COMPILATION_CACHE=false there is no cache. If the folder is not writable, the function only logs so. The
+    minimum compile time of cached programs is 0.1 s, unless JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS is set.
     """
     import jax
 
     settings: Any = jax.config
     if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
-        # JAX itself leaves out what takes less than a second: evaluation, and the program of the first weights.
+        # JAX's default skips programs that compile in under a second: evaluation and weight initialization.
         settings.update('jax_persistent_cache_min_compile_time_secs', 0.1)
     if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
         return
@@ -141,9 +144,9 @@ def enable_compilation_cache() -> None:
 
 
 def _evict_lru(root: str) -> None:
-    """Remove the files below `root` that were not used for longest while there are more than KEPT bytes.
+    """Removes the least recently used files below `root` until at most KEPT bytes remain.
 
-    JAX's own limit locks the folder at every read, and fails for good where a process was killed while it wrote.
+    JAX's own limit locks the folder at every read, and fails permanently after a process was killed during a write.
     """
     files = []
     for folder, _, names in os.walk(root):
@@ -161,7 +164,7 @@ def _evict_lru(root: str) -> None:
 
 
 def _shorten_cache_warnings(folder: str) -> None:
-    """Say in one line what JAX warns of about `folder`, and remove programs that are damaged: JAX leaves them there."""
+    """Logs each cache warning of JAX about `folder` as one line, and removes corrupt programs, which JAX does not."""
     show = warnings.showwarning
 
     def show_shorter(message: Any, *where: Any, **more: Any) -> None:

@@ -1,4 +1,4 @@
-"""One training step and one evaluation step as device code: augment, model, loss, update, metrics."""
+"""The compiled steps: training (augmentation, model, loss, update, metrics), evaluation, prediction, activations."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,16 +17,19 @@ from alexnet_jax.augment import augment, example_keys, view
 from alexnet_jax.model import AlexNet
 from alexnet_jax.optimizer import make_optimizer
 
-AUGMENTATION, DROPOUT = 1, 2  # purposes of random keys
+AUGMENTATION, DROPOUT = 1, 2  # `purpose` of example_keys()
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes.
+    """The state that a training step updates.
 
-    step: the number of steps taken (int32). params, opt_state: parameters and velocities (float32, same tree).
-    statistics: running means and variances of batch normalisation (float32), empty without.
+    Attributes:
+      step: number of steps taken (int32).
+      params: parameters (float32).
+      opt_state: state of the optimizer: velocities (float32) in the same tree as `params`.
+      statistics: running means and variances of batch normalization (float32); empty without batch normalization.
     """
 
     step: Any
@@ -36,7 +39,7 @@ class TrainState:
 
 
 def network(config: Any) -> tuple[Any, Callable]:
-    """The module's definition, for nnx.merge with parameters and statistics, and a function of a key to make those."""
+    """Returns the GraphDef for nnx.merge(graph, params, statistics), and a function key -> (params, statistics)."""
 
     def build(key):
         data, rngs = config.data, nnx.Rngs(params=key)
@@ -59,7 +62,7 @@ def network(config: Any) -> tuple[Any, Callable]:
 
 
 def state_specs(config: Any, mesh: parallel.Mesh) -> TrainState:
-    """How a TrainState lies on the mesh: see parallel.param_specs() and optimizer_specs(); the step everywhere."""
+    """Returns the specs of a TrainState: parallel.param_specs(), parallel.optimizer_specs(); `step` is replicated."""
     state = _shapes(FrozenConfigDict(config))
     return TrainState(
         step=parallel.REPLICATED,
@@ -77,20 +80,20 @@ def _initial_state(config: Any) -> TrainState:
 
 @lru_cache(1)
 def _shapes(config: FrozenConfigDict) -> TrainState:
-    """Shapes and dtypes of _initial_state(), for each of a run's programs: a fourth of a second where it has five."""
+    """Returns the shapes and dtypes of _initial_state(); the cache saves 1/4 s in a run that compiles five programs."""
     return jax.eval_shape(lambda: _initial_state(config))
 
 
 def init_state(config: Any, mesh: parallel.Mesh) -> TrainState:
-    """The state before the first step; the same numbers on every mesh."""
+    """Returns the state before the first step, with the same values on every mesh."""
     out_shardings = parallel.shardings(mesh, state_specs(config, mesh))
-    # Level 2 compiles in half of the time and gives the same numbers, which are drawn only once, as fast.
+    # Level 2 halves the compile time of this program, which runs once; the values and the run time are the same.
     options = {'xla_backend_optimization_level': '2'}
     return jax.jit(lambda: _initial_state(config), out_shardings=out_shardings, compiler_options=options)()
 
 
 def abstract_state(config: Any, mesh: parallel.Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of init_state(), without its numbers."""
+    """Returns the shapes, dtypes and shardings of init_state() as a tree of jax.ShapeDtypeStruct."""
     shapes = _shapes(FrozenConfigDict(config))
     shardings = parallel.shardings(mesh, state_specs(config, mesh))
     return jax.tree.map(
@@ -99,16 +102,21 @@ def abstract_state(config: Any, mesh: parallel.Mesh) -> TrainState:
 
 
 def _errors(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Top-1 and top-5 errors (B,) as 0.0 or 1.0: how many classes score at least as well as the right one."""
+    """Returns top-1 and top-5 errors, (B,) each, 0.0 or 1.0; a tie with the correct class counts against it."""
     right = jnp.take_along_axis(scores, labels[:, None], -1)
-    better = jnp.sum(~(scores < right), -1) - 1  # a score that is not a number counts as an error
+    better = jnp.sum(~(scores < right), -1) - 1  # so NaN scores count as errors
     return (better >= 1).astype(jnp.float32), (better >= 5).astype(jnp.float32)
 
 
 def local_gradients(
     config: Any, graph: Any, parameters: Any, statistics: Any, preprocessing: Any, rows: dict[str, jax.Array]
 ) -> tuple[Any, jax.Array, Any]:
-    """Gradients of the loss of this device's `rows`, sums (3,) of their losses and errors, and new statistics."""
+    """Returns (gradients, sums, statistics) for this device's `rows` of a batch.
+
+    gradients: summed over replicas and micro-batches, they are the gradients of the batch's mean loss.
+    sums: (3,), the loss, top-1 error and top-5 error summed over `rows`.
+    statistics: updated statistics of batch normalization.
+    """
     number, labels, layout = rows['number'], rows['label'], config.mesh.layout
     keys = example_keys(config.seed, number, AUGMENTATION)
     crop_keys = example_keys(config.seed, number // config.data.crop_chunk, AUGMENTATION)
@@ -130,33 +138,38 @@ def local_gradients(
 def accumulate_gradients(
     gradients_of: Callable, batch: dict[str, jax.Array], count: int, parameters: Any
 ) -> tuple[Any, Any, Any]:
-    """local_gradients() `batch`, or of `count` equal parts of its rows, one after another.
+    """Gradient accumulation: runs `gradients_of` on `count` equal micro-batches of `batch` in sequence.
 
-    Gradients, like `parameters`, and sums are added up. Of the statistics, of which batch normalisation takes one's own
-    for each part, the mean is taken.
+    Args:
+      gradients_of: local_gradients() as a function of the rows.
+      parameters: tree with the shapes and dtypes of the gradients.
+
+    Returns:
+      The sum of the gradients, the sum of the metric sums, and the mean of the batch normalization statistics (each
+      micro-batch is normalized by its own statistics).
     """
     if count == 1:
         return gradients_of(batch)
 
     def add(gradients, rows):
-        # Or a CPU would begin with all parts at once, and keep what the gradients of each need.
+        # Without the barrier, a CPU starts all micro-batches at once and holds the activations of all.
         rows, gradients = lax.optimization_barrier((rows, gradients))
         more, sums, statistics = gradients_of(rows)
         return jax.tree.map(jnp.add, gradients, more), (sums, statistics)
 
     parts = jax.tree.map(lambda rows: rows.reshape(count, -1, *rows.shape[1:]), batch)
-    unroll = jax.default_backend() == 'cpu'  # where XLA runs the body of a loop on one core
+    unroll = jax.default_backend() == 'cpu'  # XLA's CPU backend runs a loop body on one core
     zeros = jax.tree.map(jnp.zeros_like, parameters)
     gradients, (sums, statistics) = lax.scan(add, zeros, parts, unroll=unroll)
     return gradients, sums.sum(0), jax.tree.map(lambda x: x.mean(0), statistics)
 
 
 def make_train_step(config: Any, mesh: parallel.Mesh) -> Any:
-    """The compiled step (state, batch, learning_rates, preprocessing) -> (state, metrics); `state` is donated.
+    """Returns the jitted step (state, batch, learning_rates, preprocessing) -> (state, metrics); donates `state`.
 
-    batch: image (B, S, S, C) uint8, label (B,) int32 and number (B,) uint32, the count of images seen before it.
-    learning_rates: float32 scalars by layer and kernel or bias, see optimizer.learning_rates(). preprocessing: see
-    augment.preprocessing().
+    batch: image (B, S, S, C) uint8, label (B,) int32, and number (B,) uint32: the count of images seen before this one.
+    learning_rates: float32 scalars by layer and kernel or bias, see optimizer.learning_rates().
+    preprocessing: see augment.preprocessing().
     metrics: loss, top1_error and top5_error of the batch under augmentation and dropout, float32 scalars.
     """
     graph, _ = network(config)
@@ -189,10 +202,10 @@ def make_train_step(config: Any, mesh: parallel.Mesh) -> Any:
 
 
 def make_eval_step(config: Any, mesh: parallel.Mesh, views: int) -> Any:
-    """The compiled evaluation (state, batch, preprocessing) -> sums (4,): loss, top-1 and top-5 errors, images.
+    """Returns the jitted step (state, batch, preprocessing) -> sums (4,) of loss, top-1 error, top-5 error, images.
 
-    views: 1, the centre, or 10 (see augment.view), whose softmax outputs are averaged (section 4.1).
-    batch: image (B, S, S, C) uint8 and label (B,) int32; images labelled -1 are padding and not counted.
+    views: 1 (the center crop) or 10 (see augment.view()); the softmax outputs of the views are averaged (section 4.1).
+    batch: image (B, S, S, C) uint8 and label (B,) int32; images with label -1 are padding and are not counted.
     """
     layout = config.mesh.layout
 
@@ -213,10 +226,11 @@ def make_eval_step(config: Any, mesh: parallel.Mesh, views: int) -> Any:
 
 
 def make_layer_stats_fn(config: Any, mesh: parallel.Mesh) -> Any:
-    """The compiled (state, images, preprocessing) -> what cuda-convnet printed of each layer at a test, float32 (5,).
+    """Returns the jitted step (state, images, preprocessing) -> {layer: float32 (5,)}, cuda-convnet's test-time report.
 
-    By layer: mean |kernel|, mean |last update of the kernel|, the same of the biases, and the share of dead units,
-    those (maps, of a convolution) that are 0 on all of `images` (B, S, S, C) uint8 in the centre view.
+    The five values are mean |kernel|, mean |velocity of the kernel| (the last update), the same two for the bias, and
+    the fraction of dead units (feature maps in a convolution): those that are 0 on the center crops of all `images`
+    (B, S, S, C) uint8. The fraction is 0 for fc8.
     """
     graph, layout = network(config)[0], config.mesh.layout
 
@@ -243,16 +257,16 @@ def make_layer_stats_fn(config: Any, mesh: parallel.Mesh) -> Any:
 
 
 def mean_abs(tree: Any, specs: Any) -> Any:
-    """Returns the mean absolute value of each leaf of `tree`, whose shards lie on the mesh as `specs` say."""
+    """Returns the mean absolute value of each leaf of `tree`, which is sharded according to `specs`."""
     sums = parallel.psum_over_shards(jax.tree.map(lambda leaf: jnp.sum(jnp.abs(leaf)), tree), specs)
     counts = parallel.psum_over_shards(jax.tree.map(lambda leaf: jnp.float32(leaf.size), tree), specs)
     return jax.tree.map(jnp.divide, sums, counts)
 
 
 def make_predict_step(config: Any, mesh: parallel.Mesh, views: int) -> Any:
-    """The compiled (state, images, preprocessing) -> log probabilities (B, num_classes) float32, means over `views`.
+    """Returns the jitted step (state, images, preprocessing) -> log probabilities (B, num_classes) float32.
 
-    images: (B, S, S, C) uint8; see make_eval_step().
+    The probabilities are the mean over `views`, see make_eval_step(). images: (B, S, S, C) uint8.
     """
 
     def predict_step(state, images, preprocessing):
@@ -266,10 +280,10 @@ def make_predict_step(config: Any, mesh: parallel.Mesh, views: int) -> Any:
 
 
 def make_activation_fn(config: Any, mesh: parallel.Mesh, layer: str) -> Any:
-    """The compiled (state, images, preprocessing) -> what `layer` gives for the centre view, float32.
+    """Returns the jitted step (state, images, preprocessing) -> float32 output of `layer` for the center crop.
 
-    Returns (B, H, W, C) after the nonlinearity, before normalisation and pooling, the first tower's maps first; or
-    (B, units); fc8 gives logits. images: (B, S, S, C) uint8.
+    The output is (B, H, W, C) after the nonlinearity and before normalization and pooling, with the feature maps of the
+    first tower first; or (B, units), where fc8 gives logits. images: (B, S, S, C) uint8.
     """
     graph, layout = network(config)[0], config.mesh.layout
 
@@ -287,6 +301,7 @@ def make_activation_fn(config: Any, mesh: parallel.Mesh, layer: str) -> Any:
 
 
 def _log_probabilities(config: Any, state: TrainState, images: Any, preprocessing: Any, views: int) -> jax.Array:
+    """Returns the log of the mean softmax output over `views`, (B, num_classes) float32."""
     model = nnx.merge(network(config)[0], state.params, state.statistics)
 
     def one_view(index):

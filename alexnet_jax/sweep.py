@@ -1,6 +1,6 @@
-"""Sweeps: the named variants of a configuration, each with some seeds, run one after another or several at once.
+"""Sweeps: named variants of a configuration, each with one or more seeds, run sequentially or several at once.
 
-A config has a sweep when it has a function `sweep` that returns or yields Variants. Nothing here imports jax.
+A config file defines a sweep by a function `sweep` that returns or yields Variants. This module does not import jax.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ from alexnet_jax.run_folder import is_finished
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One row of a sweep's table, or with a seed one run of it.
+    """One row of a sweep's table or, if `seed` is set, one run of that row.
 
     Args:
-      name: of its folder, and in the table.
-      overrides: values by dotted name of their field, over those of the configuration and of the command line.
-      published: differences of top-1 and top-5 error to the row 'base' in percentage points, as far as known.
-      source: where those are from.
-      note: what a reader of the table has to know.
-      seed: takes the place of the configuration's.
+      name: Name of the row and of its folder.
+      overrides: Field values by dotted name. They take precedence over the config and the command line.
+      published: Published top-1 and top-5 error minus those of the row 'base', in percentage points; None if unknown.
+      source: Source of the published differences.
+      note: Remark for the reader of the table.
+      seed: Replaces the seed of the config.
     """
 
     name: str
@@ -43,17 +43,17 @@ class Variant:
 
     @property
     def directory(self) -> str:
-        """Of its run, below the sweep's."""
+        """Folder of the run, relative to the folder of the sweep."""
         return self.name if self.seed is None else os.path.join(self.name, f'seed_{self.seed}')
 
 
 def grid(fields: dict[str, Sequence[Any]]) -> list[Variant]:
-    """Every combination of the values of `fields` (by dotted name), named like 'towers=1,dropout=0.5'."""
+    """Returns the Cartesian product of the values of `fields` (by dotted name), named like 'towers=1,dropout=0.5'."""
     return [_named(fields, values) for values in itertools.product(*fields.values())]
 
 
 def zipped(fields: dict[str, Sequence[Any]]) -> list[Variant]:
-    """The first values of all `fields` together, then the second ones. Raises ValueError: they differ in number."""
+    """Returns one variant per position in the value lists. Raises ValueError: the lists differ in length."""
     return [_named(fields, values) for values in zip(*fields.values(), strict=True)]
 
 
@@ -63,13 +63,13 @@ def _named(fields: Iterable[str], values: Iterable[Any]) -> Variant:
 
 
 def seeds(variants: Iterable[Variant], count: int) -> list[Variant]:
-    """Each variant with the seeds 0 to count - 1: all variants with seed 0 first, so a half-done sweep has all rows."""
+    """Returns each variant with the seeds 0 to count - 1, ordered by seed, so that a partial sweep covers all rows."""
     variants = list(variants)
     return [dataclasses.replace(variant, seed=seed) for seed in range(count) for variant in variants]
 
 
 def configure(config: ml_collections.ConfigDict, variant: Variant) -> ml_collections.FrozenConfigDict:
-    """`config` with what `variant` changes, resolved. Raises ConfigError: there is no such field, or a wrong value."""
+    """Returns `config` with the changes of `variant`, resolved. Raises ConfigError: unknown field or invalid value."""
     config = config.copy_and_resolve_references()
     try:
         apply_overrides(config, variant.overrides)
@@ -81,7 +81,7 @@ def configure(config: ml_collections.ConfigDict, variant: Variant) -> ml_collect
 
 
 def check(variants: list[Variant]) -> None:
-    """Raise ConfigError where there are no runs, two share a folder, or a name cannot be one."""
+    """Raises ConfigError: no runs, two runs share a folder, one name has two overrides, or an invalid folder name."""
     if not variants:
         raise ConfigError('--sweep: the sweep of this config is empty')
     directories = [variant.directory for variant in variants]
@@ -99,9 +99,9 @@ def check(variants: list[Variant]) -> None:
 
 
 def write_manifest(variants: list[Variant], config_file: str, workdir: str) -> None:
-    """Write WORKDIR/sweep.json, which `alexnet_jax.report` reads: what was asked for, and what was published of it.
+    """Writes WORKDIR/sweep.json for `alexnet_jax.report`: the planned runs, and the published results of each variant.
 
-    Raises ConfigError: the folder cannot be used.
+    Raises ConfigError: the folder is not writable.
     """
     rows = {variant.name: variant for variant in variants}
     plan = {
@@ -130,7 +130,7 @@ def write_manifest(variants: list[Variant], config_file: str, workdir: str) -> N
 
 
 def print_list(variants: list[Variant], configs: list[Any], workdir: str) -> None:
-    """One line a run: its number for --sweep=K, folder, state and overrides."""
+    """Prints one line per run: its number for --sweep=K, folder, state and overrides."""
     width = max(len(variant.directory) for variant in variants)
     for i, (variant, config) in enumerate(zip(variants, configs, strict=True)):
         folder = os.path.join(workdir, variant.directory)
@@ -143,14 +143,21 @@ def print_list(variants: list[Variant], configs: list[Any], workdir: str) -> Non
 
 
 def run_all(variants: list[Variant], configs: list[Any], workdir: str, command: list[str], jobs: int) -> int:
-    """Run what is not done of the sweep, each run as a process of its own; returns the exit code.
+    """Runs the unfinished runs of the sweep, each in its own process, and returns the exit code.
 
-    0: all are done; 1: some failed, which are named with their logs; 75: SIGTERM or Ctrl-C came, the runs under way
-    have saved and the same command goes on. When this process is killed its runs end at once with it (on Linux).
+    If this process is killed, Linux kills its runs too.
 
     Args:
-      command: that runs one of them when '--sweep=K' is added.
-      jobs: how many at once; more than one share out this machine's cores.
+      variants: All runs of the sweep.
+      configs: Resolved configuration of each run.
+      workdir: Folder of the sweep.
+      command: Command that runs one of the runs when '--sweep=K' is appended.
+      jobs: Number of concurrent runs. If more than one, each gets an equal part of the cores of this machine.
+
+    Returns:
+      0: All runs are done.
+      1: Some runs failed; the log names these runs and their log files.
+      75: SIGTERM or Ctrl-C preempted the sweep. The active runs were told to save, and the same command resumes.
     """
     folders = [os.path.join(workdir, variant.directory) for variant in variants]
     waiting = [i for i, folder in enumerate(folders) if not is_finished(configs[i], folder)]
@@ -158,7 +165,7 @@ def run_all(variants: list[Variant], configs: list[Any], workdir: str, command: 
     progress = Progress('sweep', len(variants), 'runs', done=len(variants) - len(waiting))
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else []
     places = [set(cores[place::jobs]) for place in range(jobs)] if 1 < jobs <= len(cores) else [set()] * jobs
-    running: dict[int, tuple[int, subprocess.Popen]] = {}  # by place: number of the run, its process
+    running: dict[int, tuple[int, subprocess.Popen]] = {}  # slot -> (run number, process)
     failed, told = [], False
     with Preemption() as preemption:
         while running or (waiting and not preemption.requested):
@@ -197,8 +204,8 @@ def _log_of(folder: str) -> str:
     return os.path.join(folder, 'log.txt')
 
 
-# What a run does before it becomes the command: it keeps to its cores (argv[2]), and asks to be killed when the sweep
-# (argv[1]) ends, by prctl's PR_SET_PDEATHSIG, so that nobody trains on behind it.
+# Each run executes this script before the command. The script pins the process to its cores (argv[2]) and sets prctl's
+# PR_SET_PDEATHSIG, so that no run outlives the sweep process (argv[1]).
 _CHILD_BOOTSTRAP = """
 import os, signal, sys
 sweep, cpus = int(sys.argv[1]), sys.argv[2]
@@ -217,7 +224,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 def _start(command: list[str], folder: str, cpus: set[int]) -> subprocess.Popen:
     os.makedirs(folder, exist_ok=True)
     become = [sys.executable, '-ISc', _CHILD_BOOTSTRAP, str(os.getpid()), ','.join(map(str, sorted(cpus)))]
-    # A session of its own: a Ctrl-C reaches the sweep, which passes on one signal; a second one would stop the saving.
+    # In a new session the run does not receive Ctrl-C. The sweep forwards one signal; a second would abort the save.
     with open(_log_of(folder), 'ab') as log_file:
         return subprocess.Popen(
             [*become, *command],

@@ -1,4 +1,4 @@
-"""What the folder of a sweep says: its plan, the results of its runs, and where those stand that are not done."""
+"""Reads the folder of a sweep: its plan, the results of its finished runs, and the progress of its other runs."""
 
 import contextlib
 import json
@@ -7,18 +7,18 @@ from typing import Any
 
 from alexnet_jax.monitor import read_json
 
-# What is read of sweep.json, and its types.
+# Fields read from sweep.json, with their types.
 _SWEEP = {'config': str, 'base': str | None, 'variants': list, 'runs': list}
 _VARIANT = {'name': str, 'published': list | None, 'source': str, 'note': str}
 _RUN = {'variant': str, 'seed': int | None, 'directory': str}
 
 
 class ReportError(ValueError):
-    """There is nothing to report: one line with the cause and what to do."""
+    """A report is impossible. The message is one line with the cause and the remedy."""
 
 
 def read_sweep(folder: str) -> dict[str, Any]:
-    """What sweep.json in `folder` says. Raises ReportError: there is none, or it is damaged."""
+    """Returns the content of sweep.json in `folder`. Raises ReportError: the file is missing or corrupt."""
     path = os.path.join(folder, 'sweep.json')
     sweep = read_json(path) or {}
     if (
@@ -42,19 +42,19 @@ def _are_differences(published: list[Any] | None) -> bool:
 
 
 def read_results(folder: str, sweep: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The result.json of each finished run of the sweep in `folder`, by the run's directory."""
+    """Returns the result.json of each finished run of the sweep in `folder`, keyed by the directory of the run."""
     found = {run['directory']: read_result(os.path.join(folder, run['directory'])) for run in sweep['runs']}
     return {directory: result for directory, result in found.items() if result}
 
 
 def read_result(workdir: str) -> dict[str, Any] | None:
-    """The result.json of the run in `workdir`; None where it is not done."""
+    """Returns the result.json of the run in `workdir`, or None if the run is not finished."""
     result = read_json(os.path.join(workdir, 'result.json'))
     return result if result and _is_done(result) else None
 
 
 def _is_done(result: dict[str, Any]) -> bool:
-    """Whether it is the result of a finished run, with errors that can be."""
+    """Returns whether `result` is from a finished run and has error rates between 0 and 1."""
     try:
         return (
             result['status'] == 'done'
@@ -69,9 +69,11 @@ def _is_done(result: dict[str, Any]) -> bool:
 
 
 def choose_views(results: dict[str, dict[str, Any]], wanted: int | None) -> int | None:
-    """`wanted`, or else the largest number of views that all `results` have; None: neither is there.
+    """Returns `wanted`, or else the largest number of views that all `results` have in common.
 
-    Raises ReportError: no result has the wanted views, or without a wish there are none that all have.
+    Without `results` the return value is `wanted`, which may be None.
+
+    Raises ReportError: no result has `wanted` views, or `wanted` is None and no number of views is common to all.
     """
     each = [{int(views) for views in result['views']} for result in results.values()]
     if not each:
@@ -90,7 +92,7 @@ def choose_views(results: dict[str, dict[str, Any]], wanted: int | None) -> int 
 def missing_runs(
     folder: str, sweep: dict[str, Any], results: dict[str, dict[str, Any]], views: int | None
 ) -> list[str]:
-    """The runs of the sweep in `folder` without a result for `views`, each with where it stands in brackets."""
+    """Returns the runs of the sweep in `folder` without a result for `views`, each with its state in parentheses."""
     missing = []
     for run in sweep['runs']:
         result = results.get(run['directory'])
@@ -106,7 +108,7 @@ def missing_runs(
 
 
 def standing(workdir: str) -> str:
-    """Where the run in `workdir` stands that is not done."""
+    """Returns the progress of the unfinished run in `workdir`, as text."""
     path = os.path.join(workdir, 'result.json')
     result = read_json(path)
     if os.path.exists(path) and (result is None or result.get('status') != 'preempted'):
@@ -118,15 +120,15 @@ def standing(workdir: str) -> str:
 
 
 def _last_step(path: str) -> int | None:
-    """Of the last whole line of a metrics.jsonl; None where there is none."""
+    """Returns the step of the last complete line of a metrics.jsonl, or None if there is no such line."""
     step = None
     with contextlib.suppress(OSError), open(path, errors='replace') as file:
         for line in file:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # the line a killed run was writing
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run leaves a partial line
                 step = json.loads(line)['step']
     return step
 
 
 def views_text(views: int | None) -> str:
-    """For a reader; None: nothing is measured."""
+    """Returns the number of views as text; None stands for a sweep without results."""
     return 'no run done' if views is None else f'{views} view{"s" * (views != 1)}'

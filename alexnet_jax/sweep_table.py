@@ -1,4 +1,4 @@
-"""The figures of a sweep, with the published ones beside them: means, deviations, differences and their intervals."""
+"""Statistics of a sweep: means, standard deviations, differences with confidence intervals, and published values."""
 
 import csv
 import dataclasses
@@ -13,14 +13,14 @@ from alexnet_jax.sweep_results import views_text
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """One kind of error of a variant; None is what is not known.
+    """Statistics of the top-1 or top-5 error of a variant; None stands for an unknown value.
 
     Attributes:
-      mean: over the runs, in percent.
-      deviation: the sample's standard deviation, in percentage points; not known of one run.
-      difference: of the mean to that of the base, in percentage points.
-      interval: both ends of the 95 % confidence interval of the difference, see welch_interval().
-      published: the published difference, in percentage points.
+      mean: Mean over the runs, in percent.
+      deviation: Sample standard deviation, in percentage points; None for fewer than two runs.
+      difference: Mean of the variant minus mean of the base, in percentage points.
+      interval: Lower and upper limit of the 95 % confidence interval of the difference, see welch_interval().
+      published: Published difference, in percentage points.
     """
 
     mean: float | None
@@ -32,7 +32,7 @@ class Figures:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A variant of a sweep. `runs_done` are those that the figures are of, `runs_planned` all; the rest is as given."""
+    """One variant of a sweep. The statistics are over `runs_done` of `runs_planned` runs."""
 
     name: str
     runs_done: int
@@ -44,17 +44,17 @@ class Row:
 
 
 def welch_interval(values: Sequence[float], base: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % confidence interval of mean(values) - mean(base), by Welch's t: the variances need not be equal.
+    """Returns the 95 % confidence interval of mean(values) - mean(base) by Welch's t-test (unequal variances).
 
-    None where a side has fewer than two values, or neither has any spread.
+    Returns None if either sample has fewer than two values, or if both have zero variance.
     """
     sides = (values, base)
     if min(map(len, sides)) < 2:
         return None
-    squares = [statistics.variance(side) / len(side) for side in sides]  # standard errors, squared
+    squares = [statistics.variance(side) / len(side) for side in sides]  # squared standard errors
     if not any(squares):
         return None
-    from scipy.special import stdtrit  # type: ignore[import-untyped]  # scipy.stats takes a second more to import
+    from scipy.special import stdtrit  # type: ignore[import-untyped]  # scipy.stats would add a second of import time
 
     freedom = sum(squares) ** 2 / sum(square**2 / (len(side) - 1) for square, side in zip(squares, sides, strict=True))
     half = float(stdtrit(freedom, 0.975)) * math.sqrt(sum(squares))
@@ -63,7 +63,7 @@ def welch_interval(values: Sequence[float], base: Sequence[float]) -> tuple[floa
 
 
 def _figures(values: Sequence[float], base: Sequence[float], published: float | None) -> Figures:
-    """Of the errors of a variant's and of the base's runs, in percent; an empty base gives no difference."""
+    """Computes Figures from the errors of the variant's and the base's runs, in percent. `base` may be empty."""
     return Figures(
         mean=statistics.fmean(values) if values else None,
         deviation=statistics.stdev(values) if len(values) > 1 else None,
@@ -74,12 +74,12 @@ def _figures(values: Sequence[float], base: Sequence[float], published: float | 
 
 
 def summarise(sweep: dict[str, Any], results: dict[str, dict[str, Any]], views: int | None) -> list[Row]:
-    """One row a variant, in the order of `sweep`; errors, 0 to 1 in `results`, are in percent in the rows.
+    """Returns one row per variant, in the order of `sweep`. The rows have errors in percent; `results` has fractions.
 
     Args:
-      sweep: see read_sweep().
-      results: see read_results().
-      views: whose errors; see choose_views().
+      sweep: See read_sweep().
+      results: See read_results().
+      views: Number of views whose errors the table shows, see choose_views().
     """
     planned = {
         variant['name']: [run['directory'] for run in sweep['runs'] if run['variant'] == variant['name']]
@@ -116,7 +116,7 @@ def summarise(sweep: dict[str, Any], results: dict[str, dict[str, Any]], views: 
 
 
 def as_cells(sweep: dict[str, Any], rows: list[Row]) -> list[list[str]]:
-    """The table for a reader: the names of the columns, then a line a variant; without a base no differences."""
+    """Returns the cells of the table: a header, then one line per variant. Without a base: no difference columns."""
     base = sweep['base']
     header = ['variant', 'runs']
     for kind in ('top-1', 'top-5'):
@@ -133,7 +133,7 @@ def as_cells(sweep: dict[str, Any], rows: list[Row]) -> list[list[str]]:
 
 
 def _cells(figures: Figures) -> list[str]:
-    """Error, difference, published difference."""
+    """Returns the cells for error, difference and published difference."""
     error = '' if figures.mean is None else f'{figures.mean:.2f}'
     if figures.deviation is not None:
         error += f' +- {figures.deviation:.2f}'
@@ -144,7 +144,7 @@ def _cells(figures: Figures) -> list[str]:
 
 
 def explanation(sweep: dict[str, Any], views: int | None) -> str:
-    """What the table is of."""
+    """Returns the caption of the table: config, number of views, and definition of the statistics."""
     errors = f'`{sweep["config"]}`, {views_text(views)}; errors are mean +- sample standard deviation over the runs'
     differences = (
         f'; differences of the means to `{sweep["base"]}` are in percentage points, with two runs or more on either'
@@ -154,7 +154,7 @@ def explanation(sweep: dict[str, Any], views: int | None) -> str:
 
 
 def remarks(sweep: dict[str, Any], rows: list[Row]) -> dict[str, list[str]]:
-    """What stands below the table, by its title: a line a variant; titles without lines are left out."""
+    """Returns the non-empty sections below the table by title, each with one line per variant."""
     found = {
         'Sources of the published differences': [
             f'{row.name}: {row.source}' for row in rows if row.source and sweep['base'] is not None
@@ -165,7 +165,7 @@ def remarks(sweep: dict[str, Any], rows: list[Row]) -> dict[str, list[str]]:
 
 
 def as_markdown(sweep: dict[str, Any], rows: list[Row], views: int | None, missing: list[str]) -> str:
-    """The table, and below it what it is of, the sources, the notes and the `missing` runs."""
+    """Returns the table as Markdown, followed by the caption, the sources, the notes and the `missing` runs."""
     header, *lines = as_cells(sweep, rows)
     table = [header, ['---', *['--:'] * (len(header) - 1)]]
     table += [[line[0].replace('|', r'\|'), *line[1:]] for line in lines]
@@ -179,7 +179,7 @@ def as_markdown(sweep: dict[str, Any], rows: list[Row], views: int | None, missi
 
 
 def as_csv(rows: list[Row]) -> str:
-    """A line a variant, under a line of names: percent and percentage points, not rounded, empty where not known."""
+    """Returns CSV: a header and one line per variant, in unrounded percent and percentage points; unknown is empty."""
     lines = []
     for row in rows:
         line: dict[str, Any] = {'variant': row.name, 'runs_done': row.runs_done, 'runs_planned': row.runs_planned}

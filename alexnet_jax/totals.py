@@ -1,4 +1,4 @@
-"""Sums over what many steps report, kept on the devices: a step is only waited for when they are read."""
+"""Sums of the metrics of many steps, accumulated on the devices without waiting for a step until they are read."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-FLUSH_EVERY = 32  # results that are added up in one go: a call for each takes a quick step half a percent
+FLUSH_EVERY = 32  # results added per jitted call; one call per result takes 0.5 % of the time of a short step
 
 
 @jax.jit
 def _added(sums: Any, lost: Any, results: list[Any]) -> tuple[Any, Any]:
-    """The sums with all of `results` added, and with that what rounding has taken off them so far (Knuth's TwoSum)."""
+    """Adds all of `results` to `sums`. Returns the sums and their accumulated rounding errors (Knuth's TwoSum)."""
 
     def add(total, rest, value):
         new = total + value
@@ -26,19 +26,19 @@ def _added(sums: Any, lost: Any, results: list[Any]) -> tuple[Any, Any]:
 
 
 class MetricSum:
-    """Sums of trees of float32 arrays, as good as float64 sums although devices may have no float64.
+    """Sums trees of float32 arrays as accurately as float64 sums, although devices may lack float64.
 
     Attributes:
-      count: how many trees were added.
+      count: number of trees added.
     """
 
     def __init__(self):
         self.count = 0
         self.sums: tuple[Any, ...] = ()
-        self.results: list[Any] = []  # not yet in the sums
+        self.results: list[Any] = []  # results not yet added to the sums
 
     def add(self, values: Any) -> None:
-        """Add `values`, the results of a step, which need not be there yet; the same tree every time."""
+        """Adds `values`, the results of a step, without waiting for them; every call must pass the same structure."""
         self.results.append(values)
         self.count += 1
         if len(self.results) == FLUSH_EVERY:
@@ -46,7 +46,7 @@ class MetricSum:
             self.sums, self.results = _added(*(self.sums or (zeros, zeros)), self.results), []
 
     def read(self) -> Any:
-        """The sums as float64 NumPy arrays, when all that was added is there. Raises ValueError: nothing was."""
+        """Waits for all added values. Returns their sums as float64 NumPy arrays. Raises ValueError: nothing added."""
         if not self.count:
             raise ValueError('nothing was added')
         parts = jax.device_get([*self.sums, *self.results])

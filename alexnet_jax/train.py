@@ -1,4 +1,4 @@
-"""The training loop: evaluate, checkpoint, batch, step, log; resumes where the newest checkpoint stands."""
+"""The training loop: evaluate, checkpoint, read a batch, step, log; resumes from the newest checkpoint."""
 
 import collections
 import contextlib
@@ -31,32 +31,35 @@ from alexnet_jax.totals import MetricSum
 EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED = 0, 1, 75
 
 
-PREFETCH_SIZE = 3  # read and on the devices before they are wanted
-STALL_MARGIN = 0.02  # a loss that is not this much below ln(classes) is that of guessing
+PREFETCH_SIZE = 3  # batches that are read and transferred ahead
+STALL_MARGIN = 0.02  # a loss above ln(classes) - STALL_MARGIN counts as guessing
 EMPTY_WINDOW = {'loss': 0.0, 'top1_error': 0.0, 'steps': 0}
 
 
 class TrainingError(RuntimeError):
-    """Training that cannot go on: one line with the cause and what to try."""
+    """Training cannot continue; the message is one line with the cause and a remedy."""
 
 
 def run(config: Any, workdir: str, group: dict[str, Any] | None, wanted: Wanted) -> int:
-    """Train `config` (resolved) to its end in `workdir`, from its newest checkpoint if there is one.
+    """Trains `config` (resolved) to the end in `workdir`, from the newest checkpoint if there is one.
 
-    Writes config.json, metrics.jsonl, checkpoints/ and result.json. Returns the exit code: 0, or 75 when SIGTERM or
-    Ctrl-C came and a checkpoint is written.
+    Writes config.json, environment.json, inputs.npz, metrics.jsonl, layers.jsonl, checkpoints/ and result.json.
 
     Args:
-      group: the processes that do this together, see processes.start(). Where an error is raised, those that have
-        come together are still waiting for one another, so processes.hard_exit() is the only way out.
-      wanted: what is to be seen of the run besides its log; the same on all processes.
+      group: the processes of the run, see processes.start(). After an exception the joined processes still wait for
+        one another, so the caller must end this process with processes.hard_exit().
+      wanted: dashboards and profile to write besides the log; the same on all processes.
+
+    Returns:
+      The exit code: 0, or 75 after SIGTERM or Ctrl-C. With 75 a checkpoint is written if training had begun. A
+      preemption before all processes have joined ends this process with 75 and does not return.
 
     Raises:
-      ConfigError: mesh, data, settings and processes do not fit one another, or `workdir` cannot be used.
-      TrainingError: the loss or the weights are not finite.
-      DatasetError: preparing the data was killed, or too many records are damaged.
-      CheckpointError: none can be read, or the disk is full.
-      DistributedInitError: the other processes did not come.
+      ConfigError: mesh, data, settings and processes do not match, or `workdir` cannot be used.
+      TrainingError: the loss or the weights are not finite, or training stalls and train.stall_action is 'stop'.
+      DatasetError: the process that prepared the data was killed, or too many records are damaged.
+      CheckpointError: no checkpoint can be read, or one cannot be written, for example because the disk is full.
+      DistributedInitError: the other processes did not join.
     """
     with Preemption() as preemption:
         try:
@@ -64,8 +67,8 @@ def run(config: Any, workdir: str, group: dict[str, Any] | None, wanted: Wanted)
         except OSError as error:
             raise ConfigError(f'--workdir: {workdir} cannot be used: {error}') from None
         if group is None:
-            parallel.make_mesh(config)  # one that does not fit is refused before the data are prepared
-        # Before the processes come together: it may take hours, in which none is to wait for another.
+            parallel.make_mesh(config)  # raises ConfigError for an invalid mesh before the data are prepared
+        # Before the processes join, because preparing may take hours and no process should wait that long for another.
         store = open_or_prepare(config, preemption)
         if store is None:
             log('stopped while preparing the data; the same command goes on with that')
@@ -78,14 +81,14 @@ def run(config: Any, workdir: str, group: dict[str, Any] | None, wanted: Wanted)
             _check_same(config, store)
             if processes.is_primary_process():
                 with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(workdir, 'result.json'))  # of a shorter run that this one continues
+                    os.remove(os.path.join(workdir, 'result.json'))  # written by a shorter run that this run continues
                 write_json(os.path.join(workdir, 'config.json'), config.to_dict())
                 write_json(os.path.join(workdir, 'environment.json'), environment())
             part = Trainer(config, workdir, mesh, store, preemption, watchdog, wanted)
             try:
                 code = part.fit()
             except Exception:
-                if jax.process_count() == 1:  # others may not get as far as this one
+                if jax.process_count() == 1:  # other processes may never reach this point
                     part.flush_checkpoints()
                 raise
             jax.distributed.shutdown()
@@ -93,7 +96,7 @@ def run(config: Any, workdir: str, group: dict[str, Any] | None, wanted: Wanted)
 
 
 def _check_same(config: Any, store: pipeline.Store) -> None:
-    """Raise ConfigError where processes have other settings or data; `data_dir` may be another on each host."""
+    """Raises ConfigError if settings or data differ between processes; `data_dir` may differ between hosts."""
     settings = {f'config.{field}': get_by_path(config, field) for field in field_names(config)}
     del settings['config.data.data_dir']
     settings['the images in the store'] = store.fingerprint
@@ -102,13 +105,13 @@ def _check_same(config: Any, store: pipeline.Store) -> None:
 
 @jax.jit
 def all_finite(params: Any) -> Any:
-    """By parameter whether all of its numbers are finite, bool; a sum of them takes a CPU four times as long."""
+    """Returns one bool per parameter: whether all values are finite. A sum would take a CPU four times as long."""
     return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params)
 
 
 @dataclasses.dataclass
 class Timed:
-    """Seconds of training, how many of them went by waiting for input, and images trained on in that time."""
+    """Training throughput: seconds of training, the part of them spent waiting for input, and images processed."""
 
     seconds: float = 0.0
     waited: float = 0.0
@@ -116,12 +119,12 @@ class Timed:
 
     @property
     def images_per_second(self) -> float:
-        """0 where nothing was timed."""
+        """Throughput, or 0 if nothing was timed."""
         return self.images / self.seconds if self.images else 0.0
 
 
 class Trainer:
-    """One process's part in a run: the compiled steps, the input, and where the run stands."""
+    """The part of one process in a run: compiled steps, input pipeline, train state and progress."""
 
     def __init__(
         self,
@@ -148,10 +151,10 @@ class Trainer:
         self.layer_report = make_layer_stats_fn(config, mesh)
         self.checkpoints = Checkpointer(os.path.join(workdir, 'checkpoints'), config.checkpoint.keep)
         stopping_criteria = [config.train.goal_error, str(config.train.stall_after), config.train.stall_action]
-        # evaluated: the step of the last evaluation; errors: what it found.
+        # evaluated: the step of the last evaluation; errors: the result of that evaluation.
         self.progress: dict[str, Any] = {'step': 0, 'evaluated': -1, 'errors': None, 'plateau': plateau_init()}
         self.progress |= {'images_per_second': 0.0, 'store': store.fingerprint}
-        # window: sums over the steps since the last whole multiple of log_every.
+        # window: sums over the steps since the last multiple of log_every.
         self.progress |= {
             'window': EMPTY_WINDOW,
             'stopping_criteria': stopping_criteria,
@@ -167,17 +170,16 @@ class Trainer:
                     ' name another --workdir'
                 )
             self.progress['store'] = store.fingerprint
-            if (
-                self.progress['stopping_criteria'] != stopping_criteria
-            ):  # other goals: what was found by the old ones is void
+            # New criteria invalidate the results of the old ones.
+            if self.progress['stopping_criteria'] != stopping_criteria:
                 self.progress |= {'stopping_criteria': stopping_criteria, 'goal_step': None, 'stalled_step': None}
             log(f'resuming {workdir} at step {self.step} of {self.total}')
         else:
             self.state = init_state(config, mesh)
         statistics = self.load_dataset_statistics(bool(restored))
         prepared = processes.broadcast_from_primary(preprocessing(statistics, config.data))
-        # Transferred once: while a mean image is on its way to a device, a CPU computes the step in another thread, see
-        # startup.configure_cpu_backend().
+        # Transferred only once: while a transfer of the mean image is pending, JAX runs the step on a CPU in another
+        # thread, see startup.configure_cpu_backend().
         self.preprocessing = parallel.replicate(mesh, prepared)
         self.colorless = parallel.replicate(mesh, disable_color_augmentation(prepared))
         watchdog.feed('the first state')
@@ -191,20 +193,23 @@ class Trainer:
         self.profile = Profile(wanted.profile, workdir)
         self.metrics = Metrics(metrics, {'train': self.step, 'validation': evaluated}, [self.dashboards.line])
         self.layers = Metrics(layers, {'layers': evaluated}, [self.dashboards.line])
-        self.batch: Any = None  # the last one, on the devices
-        self.totals = MetricSum()  # of the metrics of steps not yet logged
-        self.last_metrics: Any = None  # those of the last step, on the devices
-        # Of training alone, without the first step of the process, which waits for the compiler.
+        self.batch: Any = None  # the last batch, on the devices
+        self.totals = MetricSum()  # metrics of the steps not yet logged
+        self.last_metrics: Any = None  # metrics of the last step, on the devices
+        # Training only, without the first step of the process, which includes compilation.
         self.timed, self.timed_since_line = Timed(), Timed()
         self.note = ''
-        self.rates: Any = None  # of the last step, by layer
-        self.device_learning_rates: Any = None  # the same on the devices
+        self.rates: Any = None  # learning rates of the last step, by layer
+        self.device_learning_rates: Any = None  # the same learning rates on the devices
         self.log_every = self.to_steps(config.train.log_every)
         self.first_step = self.step
         self.bar = Progress('train', self.total, 'steps', done=self.step)
 
     def load_dataset_statistics(self, goes_on: bool) -> dict[str, np.ndarray]:
-        """The statistics that images are prepared with: those it was begun with, or of the store, written down now."""
+        """Returns the statistics for preprocessing(): on a resume from inputs.npz if present, otherwise from the store.
+
+        The primary process writes them, with the class names of the store, to inputs.npz.
+        """
         statistics, names = self.store.statistics, self.store.class_names
         if goes_on and os.path.exists(os.path.join(self.workdir, 'inputs.npz')):
             statistics, own = read_inputs(self.workdir)
@@ -215,12 +220,12 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Number of train steps taken so far, those before a resume included."""
+        """Number of train steps taken so far, including those before a resume."""
         return self.progress['step']
 
     @property
     def done(self) -> bool:
-        """Whether all steps are taken, or the target error is reached."""
+        """Whether all steps are taken or train.goal_error was reached."""
         return self.step >= self.total or self.progress['goal_step'] is not None
 
     def to_steps(self, duration: str) -> int:
@@ -307,18 +312,18 @@ class Trainer:
         first = self.step == self.first_step
         if first:
             self.train_step = self.train_step.lower(*arguments).compile()
-            if jax.default_backend() == 'cpu':  # others take a step's memory elsewhere, and need not say how much
+            if jax.default_backend() == 'cpu':  # other backends use device memory, and may not report its size
                 startup.reserve_step_memory(self.train_step.memory_analysis().temp_size_in_bytes)
         self.state, metrics = self.train_step(*arguments)
         self.totals.add(metrics)
-        jax.block_until_ready(metrics if first else self.last_metrics)  # at most two steps are under way
+        jax.block_until_ready(metrics if first else self.last_metrics)  # at most two steps are in flight
         self.last_metrics = metrics
         self.progress['step'] += 1
         if not first:
             self.time(time.perf_counter() - start, waited, steps=1)
 
     def time(self, seconds: float, waited: float, steps: int) -> None:
-        """Adds `seconds`, of which `waited` for input, and the images of `steps` to both throughput counters."""
+        """Adds `seconds`, `waited` of them for input, and the images of `steps` to both throughput counters."""
         for timed in (self.timed, self.timed_since_line):
             timed.seconds += seconds
             timed.waited += waited
@@ -326,7 +331,7 @@ class Trainer:
 
     @property
     def drops_taken(self) -> int:
-        """Times that the plateau schedule has divided the learning rate."""
+        """Number of drops so far of the schedule 'plateau'; counted under every schedule."""
         return int(self.progress['plateau']['drops_taken'])
 
     def update_learning_rates(self) -> None:
@@ -339,11 +344,14 @@ class Trainer:
             )
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of step `step`, counted from 0, as the schedule stands."""
+        """Returns the scheduled learning rate of `step`, counted from 0, with the plateau drops so far."""
         return scheduled_rate(self.config, step, self.examples, self.drops_taken)
 
     def log_training(self) -> None:
-        """Write the means over the steps since the last line. Raises TrainingError where the loss is not finite."""
+        """Logs the mean metrics of the steps since the last line, if there are any.
+
+        Raises TrainingError: the loss is not finite, or see check_progress().
+        """
         steps = self.totals.count
         if not steps:
             return
@@ -374,9 +382,9 @@ class Trainer:
             self.check_progress()
 
     def check_progress(self) -> None:
-        """Look whether the last `log_every` steps reached the goal, or show that training stalls.
+        """Checks the means over the last `log_every` steps against train.goal_error and for a stall.
 
-        Raises TrainingError: it stalls, and train.stall_action is 'stop'.
+        Raises TrainingError: training stalls and train.stall_action is 'stop'.
         """
         window, train = self.progress['window'], self.config.train
         self.progress['window'] = EMPTY_WINDOW
@@ -394,7 +402,7 @@ class Trainer:
             log(message)
 
     def stall_message(self, loss: float) -> str:
-        """One line: that the loss is that of guessing, the likely cause, and what helps."""
+        """Returns one line: the loss equals that of guessing, the likely cause, and settings to try."""
         classes = self.config.model.num_classes
         dead = {name: values[-1] for name, values in self.layer_stats().items()}
         worst = max(dead, key=lambda name: dead[name])
@@ -409,13 +417,13 @@ class Trainer:
         )
 
     def layer_stats(self) -> dict[str, list[float]]:
-        """See step.make_layer_stats_fn(), on the last batch."""
+        """Returns the values of step.make_layer_stats_fn() on the last batch, by layer."""
         report = self.layer_report(self.state, self.batch['image'], self.preprocessing)
         return {name: [float(value) for value in values] for name, values in jax.device_get(report).items()}
 
     def log_layer_stats(self) -> None:
-        """Write mean sizes of weights and updates and the share of dead units, as cuda-convnet printed at each test."""
-        if self.batch is None:  # resumed where an evaluation is due
+        """Logs the mean |weight|, mean |update| and dead-unit fraction by layer, as cuda-convnet did at each test."""
+        if self.batch is None:  # resumed at a step where an evaluation is due
             return
         names = ('kernel', 'kernel_update', 'bias', 'bias_update', 'dead')
         report = self.layer_stats()
@@ -426,17 +434,17 @@ class Trainer:
         log(f'update/weight: {"  ".join(ratios)}; dead units: {"  ".join(dead) or "none"}')
 
     def log_images(self) -> None:
-        """The kernels of conv1 and what is seen in some validation images, where a dashboard is wanted."""
+        """Shows the conv1 kernels and predictions for some validation images on the dashboards, if any."""
         if self.samples is None:
             return
         scores = self.samples.scores(self.state, self.preprocessing)
         kernel = processes.gather_to_host(self.state.params['conv1']['kernel'])
         model, class_names = self.config.model, self.store.class_names
-        shared = None if 'conv1' in model.unshared else kernel  # otherwise there are others at each pixel
+        shared = None if 'conv1' in model.unshared else kernel  # unshared kernels differ at each pixel
         self.dashboards.pictures(self.step, shared, model.towers, self.samples.examples, scores, class_names)
 
     def check_finite(self, value: float) -> None:
-        """Raise TrainingError where the loss or the sum of the weights is infinite or not a number."""
+        """Raises TrainingError if `value`, the loss or a sum of weights, is infinite or NaN."""
         if not math.isfinite(value):
             self.flush_checkpoints()
             raise TrainingError(
@@ -446,7 +454,7 @@ class Trainer:
             )
 
     def measure(self, views: int) -> dict[str, float] | None:
-        """Errors on the validation images, or None when preempted meanwhile."""
+        """Returns the result of evaluate() on the validation images with `views` views, or None if preempted."""
         config = self.config
         batches = pipeline.validation_batches(
             self.store.validation,
@@ -467,7 +475,10 @@ class Trainer:
         )
 
     def validate(self) -> bool:
-        """Evaluate with one view and move the schedule on; whether the error is the lowest so far."""
+        """Evaluates with one view and updates the plateau state. Returns whether top-1 error is the lowest so far.
+
+        Returns False if preempted. Raises TrainingError: the validation loss is not finite.
+        """
         errors = self.measure(1)
         if errors is None:
             return False
@@ -490,11 +501,16 @@ class Trainer:
         return errors['top1_error'] < plateau['lowest_error']
 
     def save(self) -> None:
-        """Logs, then writes a checkpoint in the background. Raises TrainingError: a parameter is not finite."""
+        """Logs, then writes a checkpoint in the background.
+
+        Raises:
+          TrainingError: a parameter is not finite, or see log_training().
+          CheckpointError: the previous checkpoint could not be written.
+        """
         self.log_training()
         finite = jax.tree.leaves(jax.device_get(all_finite(self.state.params)))
         for leaf, is_finite in zip(jax.tree.leaves(self.state.params), finite, strict=True):
-            if not is_finite:  # what cannot go on is not written
+            if not is_finite:  # a run cannot resume from such a checkpoint
                 self.check_finite(float(jnp.sum(jnp.abs(leaf))))
         self.progress['images_per_second'] = self.timed.images_per_second or self.progress['images_per_second']
         measured = self.progress['errors'] if self.progress['evaluated'] == self.step else None
@@ -502,12 +518,16 @@ class Trainer:
         self.watchdog.feed(f'the checkpoint of step {self.step}')
 
     def flush_checkpoints(self) -> None:
-        """Let a checkpoint be written to its end before training is given up for another reason."""
+        """Waits for the checkpoint in progress before another error ends training; ignores CheckpointError."""
         with contextlib.suppress(CheckpointError):
             self.checkpoints.wait()
 
     def finish(self) -> int:
-        """Write result.json: after the last step with the final evaluation, or when preempted with what is known."""
+        """Writes result.json and returns the exit code.
+
+        After the last step a final evaluation with eval.views views comes first; if preempted, the file has the errors
+        of the last evaluation.
+        """
         views = {'1': self.progress['errors']} if self.progress['errors'] else {}
         preempted = not self.done or self.stop
         if not preempted and self.config.eval.views != 1:

@@ -1,7 +1,8 @@
-"""A trained network read from its run's folder, or put into one: what predictions, figures and exports begin with.
+"""Loads a trained network from the workdir of a run, or creates a workdir from weights.
 
-A CHECKPOINT of a command line is the folder WORKDIR of a run (its newest checkpoint), WORKDIR/best (the one with the
-lowest validation error) or WORKDIR/checkpoints/STEP. Nothing is changed there, so a run may be going on in it.
+A CHECKPOINT on a command line is the workdir of a run, WORKDIR (its newest checkpoint), WORKDIR/best (the checkpoint
+with the lowest validation error) or WORKDIR/checkpoints/STEP. Loading changes no file there, so the run may still be
+training.
 """
 
 import dataclasses
@@ -26,13 +27,13 @@ FORMS = "a run's folder WORKDIR, WORKDIR/best or WORKDIR/checkpoints/STEP"
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A network that a command line names.
+    """A network that is named on a command line.
 
     Attributes:
-      name: what the command line calls it.
-      workdir: the folder of its run.
-      which: of the run's checkpoints, 'newest', 'best' or a step.
-      config: that of the run, resolved.
+      name: the CHECKPOINT argument as given.
+      workdir: absolute path of the run's folder.
+      which: the checkpoint to use: 'newest', 'best' or a step as text.
+      config: the resolved configuration of the run.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Member:
 
 
 def find(name: str) -> Member:
-    """What `name`, a CHECKPOINT of the command line, stands for. Raises ConfigError: it is not of a known run."""
+    """Parses the CHECKPOINT argument `name`. Raises ConfigError: there is no run with a usable config.json."""
     path = os.path.abspath(os.path.expanduser(name))
     workdir, which = path, 'newest'
     parent, last = os.path.split(path)
@@ -62,7 +63,10 @@ def find(name: str) -> Member:
 
 
 def step_of(member: Member) -> int:
-    """The step that `member` stands for at the moment. Raises ConfigError, or CheckpointError: there is none."""
+    """Returns the step of the checkpoint that `member` currently refers to.
+
+    Raises ConfigError: there is no such checkpoint. Raises CheckpointError: the checkpoints cannot be listed.
+    """
     from alexnet_jax.checkpoint import checkpoint_metrics
 
     errors = checkpoint_metrics(os.path.join(member.workdir, 'checkpoints'))
@@ -82,9 +86,9 @@ def step_of(member: Member) -> int:
 
 
 def read(member: Member, abstract_state: Any) -> Any:
-    """Returns its checkpoint, see checkpoint.restore_checkpoint().
+    """Restores the checkpoint of `member`, see checkpoint.restore_checkpoint().
 
-    Raises ConfigError, or CheckpointError: it cannot be read.
+    Raises ConfigError: there is no such checkpoint. Raises CheckpointError: the checkpoint is corrupt.
     """
     from alexnet_jax.checkpoint import CheckpointError, restore_checkpoint
 
@@ -94,20 +98,20 @@ def read(member: Member, abstract_state: Any) -> Any:
         restored, problem = restore_checkpoint(path, abstract_state)
         if restored is not None:
             return restored
-        # A run that goes on there may have put another one in its place meanwhile.
+        # A run that is still training may have replaced the checkpoint in the meantime.
         if step_of(member) == step:
             raise CheckpointError(f'{member.name}: checkpoint {path} is damaged ({problem}); name another one')
 
 
 def changed(config: Any, values: dict[str, Any]) -> Any:
-    """`config`, resolved, with other `values` by dotted name."""
+    """Returns `config`, resolved again, with the `values` (by dotted name) replaced."""
     settings = ml_collections.ConfigDict(config.to_dict())
     settings.update_from_flattened_dict(values)
     return resolve(settings)
 
 
 def _with_mesh(config: Any) -> tuple[Any, Any]:
-    """`config` and its mesh, where that fits the devices there are; otherwise all devices share out the images."""
+    """Returns `config` and its mesh; falls back to pure data parallelism if that mesh does not fit the devices."""
     import jax
 
     from alexnet_jax import parallel
@@ -121,16 +125,21 @@ def _with_mesh(config: Any) -> tuple[Any, Any]:
 
 
 def store_of(members: Sequence[Member], data_dir: str | None) -> pipeline.Store:
-    """The images that all members were trained with, their mean and class names; prepared now where they are missing.
+    """Returns the prepared data store that all members were trained on, and prepares the store if it is missing.
 
-    For weights from elsewhere they are those that the first member's settings name.
+    If all members have imported weights, the configuration of the first member names the store.
+
+    Args:
+      members: the networks.
+      data_dir: replaces data.data_dir of the configuration, unless None.
 
     Raises:
-      ConfigError, CheckpointError: they were trained with different ones, or with others than are prepared.
-      DatasetError, SystemExit, see open_or_prepare().
-      KeyboardInterrupt: stopped while preparing.
+      ConfigError: the members were trained on different data, or not on the prepared data.
+      CheckpointError: a checkpoint cannot be read.
+      DatasetError, SystemExit: see open_or_prepare().
+      KeyboardInterrupt: SIGTERM or SIGINT arrived during preparation.
     """
-    # Of settings, class names and images in the store, validation images among them; None: weights from elsewhere.
+    # A fingerprint covers the settings, the class names and all images of a store; None: imported weights.
     fingerprints = [(member, read(member, None).progress['store']) for member in members]
     first, fingerprint = next((pair for pair in fingerprints if pair[1] is not None), (members[0], None))
     for member, other in fingerprints:
@@ -163,13 +172,13 @@ class Network:
 
     Attributes:
       name, workdir: see Member.
-      step: of its checkpoint.
-      digest: of its weights, see checkpoint.state_digest().
-      config: of its run, resolved, with a mesh that fits the devices there are.
+      step: step of the checkpoint.
+      digest: digest of the state, see checkpoint.state_digest().
+      config: resolved configuration of the run, with a mesh that fits the available devices.
       mesh: see parallel.make_mesh().
-      state: step.TrainState, laid out on the mesh.
-      statistics: of the training images, see data/shards.statistics().
-      class_names: one a label.
+      state: step.TrainState, sharded over the mesh.
+      statistics: statistics of the training images, see data/shards.statistics().
+      class_names: one name per label.
     """
 
     name: str
@@ -184,29 +193,33 @@ class Network:
 
     @property
     def preprocessing(self) -> dict[str, np.ndarray]:
-        """See augment.preprocessing()."""
+        """The preprocessing arrays of the network, see augment.preprocessing()."""
         from alexnet_jax.augment import preprocessing
 
         return preprocessing(self.statistics, self.config.data)
 
     @property
     def sharding(self) -> Any:
-        """Of the rows of a batch, see parallel.batch_sharding()."""
+        """Sharding of the rows of a batch, see parallel.batch_sharding()."""
         from alexnet_jax import parallel
 
         return parallel.batch_sharding(self.mesh, self.config.mesh.layout)
 
     def batch_size(self, images: int) -> int:
-        """Rows of a batch for so many images: eval.batch_size at most, a multiple of the parts that devices take."""
+        """Returns the smaller of eval.batch_size and `images`, rounded up to a multiple of the batch shards."""
         from alexnet_jax import parallel
 
         parts = parallel.num_batch_shards(self.sharding)
         return math.ceil(min(self.config.eval.batch_size, max(images, 1)) / parts) * parts
 
     def rows(self, compiled: Callable, images: Iterable[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
-        """What `compiled` gives for each of `images` (S, S, C) uint8, in their order; a batch at a time is read.
+        """Yields the output row of `compiled` for each image, in order; `images` is consumed one batch at a time.
 
-        compiled: (state, images, preprocessing) -> (B, ...), as step.make_predict_step() and make_activation_fn().
+        Args:
+          compiled: (state, images, preprocessing) -> (B, ...), such as step.make_predict_step() or
+            step.make_activation_fn() returns.
+          images: (S, S, C) uint8 each.
+          batch_size: rows per call of `compiled`; the last batch is padded with zeros.
         """
         from alexnet_jax import parallel
 
@@ -218,14 +231,16 @@ class Network:
 
 
 def load(member: Member, store: pipeline.Store | None = None) -> Network:
-    """Read the weights of `member` onto the devices there are.
+    """Loads the checkpoint of `member` onto the available devices.
 
     Args:
-      store: of store_of(); its statistics and names stand in where a run of an earlier version has not kept them.
+      member: the network.
+      store: see store_of(); supplies the statistics and class names if the workdir has no inputs.npz, as in runs of an
+        earlier version.
 
     Raises:
-      ConfigError: its folder lacks something, or there is no such checkpoint.
-      CheckpointError: it cannot be read.
+      ConfigError: there is no such checkpoint, or inputs.npz is missing or corrupt.
+      CheckpointError: the checkpoint cannot be read.
     """
     from alexnet_jax.step import abstract_state
 
@@ -234,7 +249,7 @@ def load(member: Member, store: pipeline.Store | None = None) -> Network:
     else:
         statistics, class_names = read_inputs(member.workdir)
     config, mesh = _with_mesh(member.config)
-    # Whole, with the velocities: only so does the fingerprint tell whether it is damaged.
+    # The velocities are restored too, because the digest that detects corruption covers them.
     restored = read(member, abstract_state(config, mesh))
     return Network(
         name=member.name,
@@ -257,16 +272,18 @@ def create(
     statistics: dict[str, np.ndarray],
     class_names: list[str],
 ) -> None:
-    """Make `workdir` the folder of a run that stands at step 0 with the weights `params`; whole or not at all.
+    """Atomically creates the workdir of a run at step 0 with the weights `params` and zero velocities.
 
     Args:
-      config: resolved.
-      params, batch_statistics: as in step.TrainState, float32; running means and variances, {} without.
+      workdir: the folder to create.
+      config: a resolved configuration.
+      params: float32, as in step.TrainState.
+      batch_statistics: float32 running means and variances, as in step.TrainState; {} without batch normalization.
       statistics, class_names: see Network.
 
     Raises:
-      ConfigError: there is something at `workdir`, or it cannot be written.
-      CheckpointError: the disk is full.
+      ConfigError: `workdir` is not empty, or cannot be written.
+      CheckpointError: the checkpoint cannot be written, for example on a full disk.
     """
     import jax
     import jax.numpy as jnp
@@ -297,7 +314,7 @@ def create(
 
 
 def check_new(workdir: str) -> None:
-    """Raise ConfigError where there is something at `workdir` already."""
+    """Raises ConfigError unless `workdir` does not exist or is an empty folder."""
     path = os.path.expanduser(workdir)
     if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
         raise ConfigError(f'{workdir} is there already; name a new folder')

@@ -1,4 +1,4 @@
-"""How far the project's steps are from the plain implementation's, on the same images, parameters and dropout masks."""
+"""Compares one step of this project with the plain implementation on the same images, parameters and dropout masks."""
 
 import math
 from typing import Any
@@ -10,23 +10,24 @@ import numpy as np
 from benchmarks import plain
 from benchmarks.project import Project
 
-# Velocities before the step, and a rate at which what the step adds to them and to the weights is larger than these.
+# Scale of the velocities before the step, and a learning rate that makes the step's own contribution larger than them.
 VELOCITY, RATE = 1e-5, 1.0
 
-# The largest distances that are rounding's. In float32 sums of thousands of terms in another order differ by 1e-7 to
-# 1e-6 of their size. That turns the sign, or the place of a maximum, of one unit in 300,000; its gradient then goes
-# elsewhere, which is sqrt(2 / 300,000) = 2.6e-3 of the norm. No such unit stands between the dense layers and the loss.
-# Arithmetic in bfloat16, or what GPUs and TPUs make of float32, rounds 2 ** 13 to 2 ** 16 times as coarsely.
+# Tolerances for rounding errors. In float32, sums of thousands of terms in another order differ by 1e-7 to 1e-6 of
+# their size. This difference flips the ReLU sign or the pooling argmax of one unit in 300,000. Its gradient then flows
+# elsewhere: a change of sqrt(2 / 300,000) = 2.6e-3 of the norm. No such unit lies between the dense layers and the
+# loss. bfloat16, and float32 on GPUs and TPUs, round 2 ** 13 to 2 ** 16 times as coarsely.
 FLOAT32 = {'dense': 1e-5, 'conv': 1e-2}
 COARSE = {'dense': 0.1, 'conv': 0.5}
 
 
 def differences(project: Project) -> dict[str, float]:
-    """Relative differences, as Euclidean norms over whole arrays, of the preset `paper` on one device.
+    """Returns the relative differences of the preset `paper` on one device, as Euclidean norms over whole arrays.
 
-    Of the logits of a test and the losses of both steps; of each kernel and bias after a training step; and of their
-    velocities, as shares of what the step added to them. The steps are those that `project` is timed with; kernels
-    before them are larger than the paper's first ones, so that few units have nearly the same values.
+    The compared values are the logits of an evaluation, the losses of the evaluation and of the training step, each
+    kernel and bias after the training step, and the velocities. A difference of velocities is relative to the norm of
+    the step's own contribution to them. The steps are the ones that `project` is timed with. The initial kernels are
+    larger than the paper's, so that few units have nearly the same values.
     """
     from alexnet_jax import augment, step
 
@@ -38,7 +39,7 @@ def differences(project: Project) -> dict[str, float]:
     parameters = jax.tree_util.tree_map_with_path(lambda path, w: _weights(random, path, w.shape), state.params)
     velocities = jax.tree.map(lambda w: VELOCITY * random.standard_normal(w.shape, np.float32), parameters)
     params, opt_state = _replaced(state.params, parameters), _replaced(state.opt_state, velocities)
-    state = step.TrainState(jnp.copy(state.step), params, opt_state, state.statistics)  # the step uses it up
+    state = step.TrainState(jnp.copy(state.step), params, opt_state, state.statistics)  # the step donates its state
 
     logits = step.make_activation_fn(config, project.mesh, 'fc8')(state, batch['image'], project.preprocessing)
     loss = project.eval_step(state, batch, project.preprocessing)[0]
@@ -62,15 +63,17 @@ def differences(project: Project) -> dict[str, float]:
 
 
 def distance(found: Any, wanted: Any, size: Any = None) -> float:
-    """The Euclidean norm of the difference over `size`, by default that of `wanted`."""
+    """Returns the Euclidean norm of the difference, divided by `size` or, by default, by the norm of `wanted`."""
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     return float(np.linalg.norm(found - wanted) / (np.linalg.norm(wanted) if size is None else size))
 
 
 def worst(distances: dict[str, float], exact: bool) -> tuple[str, float, float]:
-    """Of what differences() gives the name, distance and tolerance of the one that is the largest for its tolerance.
+    """Returns (name, distance, tolerance) of the difference that is largest relative to its tolerance.
 
-    `exact`: both sides compute in float32 on a CPU. What is not a number is beyond every tolerance.
+    Args:
+      distances: the result of differences(). A NaN exceeds every tolerance.
+      exact: whether both sides compute in float32 on a CPU.
     """
     tolerances = FLOAT32 if exact else COARSE
 
@@ -83,12 +86,12 @@ def worst(distances: dict[str, float], exact: bool) -> tuple[str, float, float]:
 
 
 def _images(function: Any, project: Project) -> jax.Array:
-    """What the project makes of its images, float32."""
+    """Returns the images that the project's preprocessing produces, float32."""
     return jax.jit(function)(project.batch['image'], project.preprocessing)
 
 
 def _weights(random: Any, path: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Kernels that keep the size of a signal of ReLUs from layer to layer, and small biases."""
+    """Draws kernels that preserve the signal variance from layer to layer of a ReLU network, and small biases."""
     deviation = 0.1 if path[-1].key == 'bias' else 0.01 if path[-2].key == 'conv1' else (2 / np.prod(shape[:-1])) ** 0.5
     return np.float32(deviation) * random.standard_normal(shape, np.float32)
 
@@ -98,7 +101,7 @@ def _is_of_layer(path: Any) -> bool:
 
 
 def _replaced(tree: Any, new: dict[str, Any]) -> Any:
-    """The optimiser's state, or the parameters, with other values by layer and kind."""
+    """Returns the optimizer state or the parameters with the values in `new`, which is indexed by layer and kind."""
 
     def replace(path, leaf):
         if not _is_of_layer(path):
@@ -109,6 +112,6 @@ def _replaced(tree: Any, new: dict[str, Any]) -> Any:
 
 
 def _velocities(opt_state: Any) -> dict[tuple[str, str], Any]:
-    """By layer and kind."""
+    """Returns the velocities by (layer, 'kernel' or 'bias')."""
     leaves = jax.tree_util.tree_leaves_with_path(opt_state)
     return {(path[-2].key, path[-1].key): leaf for path, leaf in leaves if _is_of_layer(path)}

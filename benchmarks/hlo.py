@@ -1,7 +1,7 @@
-"""The instructions of a compiled program, read from its HLO text: FLOPs, bytes, and the part of the step they are.
+"""Parses the HLO text of a compiled program: FLOPs and bytes of each instruction, and its part of the train step.
 
-Parts are the scopes of the step (jax.named_scope): `conv1` to `fc8`, within those `activation`, `lrn`, `pool` and so
-on, and beside them `augment`, `dropout`, `loss`, `gradients`, `update` and `metrics`.
+The parts are the scopes of the step (jax.named_scope): the layers `conv1` to `fc8`, their sublayers `activation`,
+`lrn`, `pool` and so on, and beside the layers `augment`, `dropout`, `loss`, `gradients`, `update` and `metrics`.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from alexnet_jax.shapes import LAYERS
 STEPS = ('bias', 'activation', 'lrn', 'spatial_norm', 'batch_norm', 'pool')
 PARTS = ('augment', 'dropout', 'logits', 'loss', 'gradients', 'update', 'metrics')
 MOVES = {'copy', 'transpose', 'slice', 'concatenate', 'reshape', 'bitcast', 'reverse', 'parameter', 'constant', 'tuple'}
-# Those that move or compute nothing themselves: what they call is seen by itself, or there is nothing.
+# Opcodes that move and compute nothing themselves. Instructions in the computations that they call count separately.
 HOLLOW = {'while', 'call', 'conditional', 'tuple', 'get-tuple-element', 'parameter', 'constant', 'bitcast'}
 
 _COMPUTATION = re.compile(r'(?:ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$')
@@ -24,10 +24,14 @@ _TENSOR = re.compile(r'(\w+)\[([\d,]*)\]')
 
 @dataclasses.dataclass
 class Instruction:
-    """One instruction.
+    """One HLO instruction.
 
-    tensors: (dtype, shape) of what it gives. operands: names. attributes: the rest of the line.
-    fused: the instructions of the fusion that it is. parameter: which operand of the fusion it is, within one.
+    Attributes:
+      tensors: (dtype, shape) of each result.
+      operands: the names of the operands.
+      attributes: the rest of the line.
+      fused: the instructions inside a fusion; [] for other instructions.
+      parameter: of a parameter instruction, the index of the operand that it stands for.
     """
 
     name: str
@@ -40,23 +44,23 @@ class Instruction:
 
     @property
     def size(self) -> int:
-        """Bytes of what it gives."""
+        """Bytes of the results."""
         return sum(ITEM_SIZES.get(dtype, 4) * math.prod(shape) for dtype, shape in self.tensors)
 
     @property
     def numbers(self) -> int:
-        """In what it gives."""
+        """Number of elements in the results."""
         return sum(math.prod(shape) for _, shape in self.tensors)
 
     @property
     def op_name(self) -> str:
-        """What JAX called it: transformations, scopes and the primitive, with slashes between; '' if not said."""
+        """JAX's name: transformations, scopes and the primitive, separated by slashes; '' if absent."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match[1] if match else ''
 
 
 class Program:
-    """The instructions by name, from the text of a compiled module."""
+    """The instructions of a compiled module by name, parsed from its text."""
 
     def __init__(self, text: str):
         self.module = re.match(r'HloModule ([\w.-]+)', text)[1]  # type: ignore[index]
@@ -82,7 +86,10 @@ class Program:
             each.fused = computations[called[1]] if called else []
 
     def flops(self, name: str) -> int:
-        """Of the convolutions and matrix products in it, two a multiply-add; those with padding count."""
+        """Returns the FLOPs of the convolutions and matrix products in an instruction.
+
+        A multiply-add counts as two. Multiplications with padding count.
+        """
         each = self.instructions[name]
         if each.fused:
             return sum(self.flops(inner.name) for inner in each.fused)
@@ -94,19 +101,23 @@ class Program:
             summed = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', each.attributes)
             return 2 * outputs * math.prod(left[int(i)] for i in summed[1].split(',') if i) if summed else 2 * outputs
         kernel = re.search(r'dim_labels=\w+_(\w+)->', each.attributes)
-        dilation = re.search(r'lhs_dilate=([\dx]+)', each.attributes)  # of every so many products one is not with 0
+        dilation = re.search(r'lhs_dilate=([\dx]+)', each.attributes)  # one in `zeros` products has a nonzero factor
         zeros = math.prod(map(int, dilation[1].split('x'))) if dilation else 1
         return 2 * outputs * math.prod(right) // right[kernel[1].index('o')] // zeros  # type: ignore[index]
 
     def bytes(self, name: str) -> int:
-        """Of its operands and of what it gives, as shapes have them: what must be read and written at the least."""
+        """Returns the bytes of the operands and the results by their shapes: the minimum of memory traffic."""
         each = self.instructions[name]
         if each.opcode in HOLLOW:
             return 0
         return each.size + sum(self._read(each, number) for number in range(len(each.operands)))
 
     def _read(self, each: Instruction, number: int) -> int:
-        """Bytes of an operand, or of the slices of it that are left in a fusion after what it does number by number."""
+        """Returns the bytes read of an operand.
+
+        Where a fusion reads only slices of an operand, directly or after elementwise instructions, only the slices
+        count.
+        """
         operand = self.instructions[each.operands[number]]
         same, slices = {inner.name for inner in each.fused if inner.parameter == number}, 0
         for inner in each.fused if same else ():
@@ -121,15 +132,16 @@ class Program:
         return operand.size * min(slices, operand.numbers) // operand.numbers if slices else operand.size
 
     def part(self, name: str) -> tuple[str, str]:
-        """(part, 'forward' or 'backward') of the step, such as ('conv1/lrn', 'forward'); 'other' where none is named.
+        """Returns (part, 'forward' or 'backward') of an instruction, such as ('conv1/lrn', 'forward').
 
-        `conv1` are a layer's convolutions or products, `conv1/copies` what only moves numbers for it, and `conv1/bias`
-        what else it does. A fusion is what it ends with.
+        `conv1` stands for the layer's convolutions or matrix products, `conv1/copies` for instructions that only move
+        data, and `conv1/bias` for the layer's remaining instructions. The part of a fusion is that of its last
+        instruction. The part is 'other' if no scope is known.
         """
         each = self.instructions[name]
         scope, is_product = self._own_scope(name), self.flops(name) > 0
         is_named = bool(scope)
-        if not is_named and is_product:  # a gradient by the weights, which the compiler wrote anew
+        if not is_named and is_product:  # a weight gradient that XLA rewrote without its op_name
             scopes = (self._nearest(operand, self._operands, set()) for operand in each.operands)
             scope = next((other for other in scopes if 'transpose(' in other), '')
         scope = scope or self._nearest(name, self._users, set()) or self._nearest(name, self._operands, set())
@@ -147,12 +159,12 @@ class Program:
         return (layer if is_product else f'{layer}/bias'), direction
 
     def _own_scope(self, name: str) -> str:
-        """Its op_name or, of a fusion, that of the last instruction in it that has one."""
+        """Returns the op_name or, if it is missing, that of the last instruction in the fusion that has one."""
         each = self.instructions[name]
         return next(filter(None, (each.op_name, *(inner.op_name for inner in reversed(each.fused)))), '')
 
     def _nearest(self, name: str, way: dict[str, list[str]], seen: set[str]) -> str:
-        """The scope of what is nearest on the way from user to user, or from operand to operand."""
+        """Returns the scope of the nearest instruction along `way`, which maps a name to its users or its operands."""
         if scope := self._own_scope(name):
             return scope
         seen.add(name)

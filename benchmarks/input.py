@@ -1,25 +1,25 @@
-"""Images a second that an input pipeline delivers on a CPU: this project's, tf.data's and a pool of Pillow threads.
+"""Images/s that an input pipeline delivers on a CPU: this project's, tf.data's and a pool of Pillow threads.
 
     python benchmarks/input.py [--images=4000] [--cores=2] [--rounds=5] [--folder=DIR] [--whole_epoch] [--json]
 
-Sides, all endless, shuffled, of the same JPEGs of 500x375 pixels, cut out of the photographs inside scikit-image:
+Every side reads the same JPEGs of 500x375 pixels endlessly and shuffled. They are crops of scikit-image's photographs:
   raw, jpeg    this project's training_batches() from a store that `prepare` made of the JPEGs. Batches are whole images
-               of 256x256 in uint8: cropping, flipping and normalising belong to the train step, on its device.
-  tensorflow   the recipe of Flax's ImageNet example with tf.data: a TFRecord file of the JPEGs; a random part of each
-               decoded, resized bicubically to 224x224, flipped, normalised to float32; parallelism by AUTOTUNE.
-  pillow       a thread a core: the file read, decoded, a random part resized to 224x224 as torchvision's
-               RandomResizedCrop does it, flipped, normalised to float32.
-So the project has decoded and shrunk once what its peers do every epoch, and its device does what their hosts do. What
-preparing takes is measured too: images/s by the wall, start and end included, and memory. Files come from the page
-cache as far as memory holds them.
+               of 256x256 in uint8: the train step crops, flips and normalizes them on its device.
+  tensorflow   the recipe of Flax's ImageNet example with tf.data: a TFRecord file of the JPEGs; a random crop of each
+               decoded, resized bicubically to 224x224, flipped, normalized to float32; parallelism by AUTOTUNE.
+  pillow       one thread per core: the file read, decoded, a random crop resized to 224x224 as by torchvision's
+               RandomResizedCrop, flipped, normalized to float32.
+The project decodes and shrinks each image once, its peers in every epoch. The project augments on the device, its peers
+on the host. The preparation of the stores is measured too: images/s of wall time, including startup and shutdown, and
+memory. Files come from the page cache as far as memory holds them.
 
-Every side has a process of its own, on the same cores; they take turns, and the ones not asked are stopped. What
-prefetching has ready is read, untimed, before each round is timed. Ratios are the project's median images/s over the
-peer's: above 1 the project is faster.
+Each side has its own process on the same cores. The sides take turns; waiting ones are stopped. Before each timed
+round, prefetched batches are consumed untimed. A ratio is the project's median images/s over the peer's: above 1 the
+project is faster.
 
-Peak memory: of reading, the process's ru_maxrss, shared libraries and pages of mapped files included; of preparing, the
-sum over its processes of proportional set sizes (PSS: a page shared by two counts half in each), or where there is no
-such thing of resident set sizes, looked at every 0.2 s.
+Peak memory of reading is the process's ru_maxrss, which includes shared libraries and pages of mapped files. Peak
+memory of the preparation is the sum of the proportional set sizes of its processes (PSS: a page shared by two counts
+half in each), or of their resident set sizes on platforms without PSS, sampled every 0.2 s.
 """
 
 import argparse
@@ -53,17 +53,17 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from benchmarks.workers import NO_GPU, ROOT, Worker, machine, serve
 
 PROJECT, PEERS = ('raw', 'jpeg'), ('tensorflow', 'pillow')
-MODULES = {'raw': 'grain', 'jpeg': 'grain', 'tensorflow': 'tensorflow', 'pillow': 'PIL'}  # whose versions are shown
+MODULES = {'raw': 'grain', 'jpeg': 'grain', 'tensorflow': 'tensorflow', 'pillow': 'PIL'}  # shown with versions
 PHOTOGRAPHS = ('astronaut', 'chelsea', 'coffee', 'hubble_deep_field', 'retina', 'rocket', 'stereo_motorcycle')
 SIZE, QUALITY = (500, 375), 93  # of the JPEGs: 53 kB on average
-VALIDATION = 32  # of them, for `prepare` wants some
+VALIDATION = 32  # number of validation images, which `prepare` requires
 CROP, AREA, ASPECT = 224, (0.08, 1.0), (3 / 4, 4 / 3)
 MEAN, DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet
 
 
 @functools.cache
 def photograph(name: str) -> Any:
-    """The photograph in colour, a Pillow image. Read from the package, never downloaded."""
+    """Returns the photograph in color as a Pillow image. It is part of the package and never downloaded."""
     import skimage.data
     from PIL import Image
 
@@ -72,7 +72,7 @@ def photograph(name: str) -> Any:
 
 
 def make_picture(path: str) -> None:
-    """Write a random part of the photograph that the folder is named after; it depends on the file's name alone."""
+    """Writes a random crop of the photograph that the folder is named after; it depends only on the file's name."""
     from PIL import Image
 
     image, generator = photograph(Path(path).parent.name), random.Random(Path(path).name)
@@ -85,7 +85,7 @@ def make_picture(path: str) -> None:
 
 
 def make_pictures(folder: str, images: int, processes: int) -> None:
-    """Make `folder` with train/ and val/, in each a folder for each photograph, unless it is there."""
+    """Makes `folder` with train/ and val/, each with one folder per photograph, unless `folder` exists."""
     if os.path.exists(folder):
         return
     names = [f'train/{PHOTOGRAPHS[i % len(PHOTOGRAPHS)]}/{i:06d}.jpg' for i in range(images)]
@@ -96,12 +96,12 @@ def make_pictures(folder: str, images: int, processes: int) -> None:
 
 
 def training_files(pictures: str) -> list[Path]:
-    """All JPEGs to train on, the photographs taking turns."""
+    """Returns the paths of all training JPEGs, with the photographs in turn."""
     return sorted(Path(pictures, 'train').glob('*/*.jpg'), key=lambda path: path.name)
 
 
 def project_batches(encoding: str, pictures: str, batch_size: int, threads: int) -> Iterator[Any]:
-    """This project's pipeline from its store of `pictures`, with the allocator's settings of a run."""
+    """Yields batches of this project's pipeline from its store of `pictures`, with the allocator settings of a run."""
     from alexnet_jax import startup
     from alexnet_jax.config import default_config
     from alexnet_jax.data import pipeline
@@ -115,7 +115,7 @@ def project_batches(encoding: str, pictures: str, batch_size: int, threads: int)
 
 
 def tensorflow_batches(pictures: str, batch_size: int) -> Iterator[Any]:
-    """The recipe of Flax's ImageNet example, from a TFRecord file that is written if it is missing."""
+    """Yields batches by the recipe of Flax's ImageNet example from a TFRecord file, which is written if missing."""
     import tensorflow as tf
 
     tf.config.set_visible_devices([], 'GPU')
@@ -135,7 +135,7 @@ def tensorflow_batches(pictures: str, batch_size: int) -> Iterator[Any]:
         side = tf.cast(CROP / (CROP + 32) * tf.cast(tf.reduce_min(shape[:2]), tf.float32), tf.int32)
         centre = tf.concat([(shape[:2] - side + 1) // 2, [side, side]], 0)
         found = tf.concat([begin[:2], size[:2]], 0)
-        return tf.where(tf.reduce_all(size[:2] == shape[:2]), centre, found)  # the whole image: nothing was found
+        return tf.where(tf.reduce_all(size[:2] == shape[:2]), centre, found)  # center crop if no random box was found
 
     def example(content):
         image = tf.image.decode_and_crop_jpeg(content, window(content), channels=3)
@@ -150,7 +150,7 @@ def tensorflow_batches(pictures: str, batch_size: int) -> Iterator[Any]:
 
 
 def random_box(width: int, height: int) -> tuple[int, int, int, int]:
-    """A part (left, top, right, bottom) of random area and aspect; after ten misses the whole, as its aspect allows."""
+    """Returns a box (left, top, right, bottom) of random area and aspect ratio, or the whole image after ten misses."""
     for _ in range(10):
         area = width * height * random.uniform(*AREA)
         aspect = math.exp(random.uniform(*map(math.log, ASPECT)))
@@ -162,7 +162,7 @@ def random_box(width: int, height: int) -> tuple[int, int, int, int]:
 
 
 def pillow_batches(pictures: str, batch_size: int, threads: int) -> Iterator[Any]:
-    """A pool of threads that fill the rows of the next batches, three of them begun."""
+    """Yields batches that a pool of threads fills, three of them in progress."""
     import numpy as np
     from PIL import Image
 
@@ -190,7 +190,10 @@ def pillow_batches(pictures: str, batch_size: int, threads: int) -> Iterator[Any
 
 
 def start(side: str, pictures: str, batch_size: int, cores: int) -> tuple[dict[str, str], Callable[[Any], Any]]:
-    """In a worker: what it is, and what reads so many batches untimed, then so many timed: (seconds, peak memory)."""
+    """Runs in a worker. Returns the side's description, and a function of (untimed, timed) numbers of batches.
+
+    The function reads the untimed batches, then the timed ones, and returns (seconds, peak memory in bytes).
+    """
     if side in PROJECT:
         batches = project_batches(side, pictures, batch_size, cores)
     elif side == 'tensorflow':
@@ -214,7 +217,7 @@ def start(side: str, pictures: str, batch_size: int, cores: int) -> tuple[dict[s
 
 
 def memory_of(process: Any) -> int:
-    """Bytes of memory of a process and those it started."""
+    """Returns the bytes of memory of a process and its descendants."""
     family = [process, *process.children(recursive=True)]
     if sys.platform == 'linux':
         return sum(member.memory_full_info().pss for member in family)
@@ -222,7 +225,7 @@ def memory_of(process: Any) -> int:
 
 
 def prepare(pictures: str, encoding: str, workers: int) -> tuple[float, int]:
-    """Prepare the store; returns images/s and the peak of memory in bytes."""
+    """Prepares the store. Returns images/s and the peak memory in bytes."""
     images = sum(1 for _ in Path(pictures).glob('*/*/*.jpg'))
     command = [sys.executable, '-m', 'alexnet_jax.prepare', f'--source=folder:{pictures}']
     command += [f'--data_dir={pictures}.stores', f'--encoding={encoding}', f'--workers={workers}']
@@ -237,7 +240,7 @@ def prepare(pictures: str, encoding: str, workers: int) -> tuple[float, int]:
                     process.wait(0.2)
             seconds = time.perf_counter() - start
         finally:
-            process.kill()  # its workers end with it
+            process.kill()  # its workers exit with it
         if process.returncode:
             messages.seek(0)
             sys.exit(f'{messages.read()}\ninput: prepare ended with exit code {process.returncode}; see above')
@@ -245,7 +248,7 @@ def prepare(pictures: str, encoding: str, workers: int) -> tuple[float, int]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The table for people."""
+    """Formats the table as text."""
     versions, speeds = result['versions'], result['images_per_second']
     size = f'{SIZE[0]}x{SIZE[1]} pixels, {result["bytes_a_picture"] / 1e3:.0f} kB'
     lines = [result['machine']]
@@ -265,7 +268,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Make pictures and stores, run the sides and print what came out."""
+    """Makes the JPEGs and stores, runs the sides and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--images', type=int, default=4000, help='to train on')
     parser.add_argument('--batch_size', type=int, default=128)
@@ -284,23 +287,23 @@ def main() -> None:
     cores = arguments.cores
     if arguments.worker:
         return serve(lambda: start(arguments.worker, arguments.folder, arguments.batch_size, cores))
-    if hasattr(os, 'sched_setaffinity'):  # else libraries may use more
+    if hasattr(os, 'sched_setaffinity'):  # otherwise libraries may use more cores
         there = sorted(os.sched_getaffinity(0))
         cores = min(cores, len(there))
         os.sched_setaffinity(0, there[:cores])  # inherited
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what follows is cleared up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stack below is cleaned up
     with contextlib.ExitStack() as stack:
         folder = arguments.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix='input_'))
         pictures = os.path.join(os.path.abspath(folder), f'pictures_{arguments.images}')
         make_pictures(pictures, arguments.images, cores)
         sizes = [path.stat().st_size for path in training_files(pictures)]
-        shutil.rmtree(f'{pictures}.stores', ignore_errors=True)  # for preparing is measured
+        shutil.rmtree(f'{pictures}.stores', ignore_errors=True)  # because the preparation is measured
         prepared = {side: prepare(pictures, side, cores) for side in PROJECT}
         command = [sys.executable, os.path.abspath(__file__), f'--folder={pictures}', f'--cores={cores}']
         command += [f'--batch_size={arguments.batch_size}']
         workers = [Worker(side, [*command, f'--worker={side}'], NO_GPU, stack) for side in (*PROJECT, *PEERS)]
-        untimed = 12 + 2 * cores  # more batches than any side has ready: 10 of tensorflow, 2 a thread of the project
+        untimed = 12 + 2 * cores  # more than any side prefetches: tensorflow 10, the project 2 per thread
         table = [[w.ask((untimed, arguments.batches)) for w in workers] for _ in range(1 + arguments.rounds)]
         memory = {worker.side: peak for worker, (_, peak) in zip(workers, table[-1], strict=True)}
         if arguments.whole_epoch:

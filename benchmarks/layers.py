@@ -1,18 +1,19 @@
-"""Where the time of the `paper` step goes on a CPU: a table by layer, and what each part could take at the least.
+"""Profiles the `paper` step on a CPU: a table of the time of each layer's parts beside its roofline minimum.
 
     python benchmarks/layers.py [--pass=train|forward] [--batch_size=128] [--rounds=3] [--json]
 
-The compiled step of the training loop, or of the evaluation, is traced by the profiler. What a thread does belongs to
-the instruction of the program that it executes, or whose task it works on. Each moment is shared evenly among the
-threads that do something then, so the parts add up to the time of the step; in `idle` none of them does anything.
+The JAX profiler traces the compiled step of the training loop or of the evaluation. The time of a thread is assigned to
+the HLO instruction that it executes, or to the instruction whose task it runs. Each moment is divided equally among the
+threads that are busy then, so the parts add up to the time of the step. `idle` is the time in which no thread is busy.
 
-An instruction belongs to the part of the step whose scope it has (jax.named_scope; see hlo.py). The compiler fuses:
-what it does at once counts for what comes last, so `lrn` may hold a bias and ReLU that were computed anew for it.
+An instruction belongs to the part of the step that its scope names (jax.named_scope; see hlo.py). A fusion counts for
+the part of its last instruction, so `lrn` may include a bias and a ReLU that the fusion recomputes.
 
-FLOPs are those of convolutions and matrix products; bytes those of the operands and results of each instruction, caches
-aside. `least` is the time that the larger of the two needs at the machine's rate, which is measured in the same run: of
-a product of large matrices, and of adding two large arrays. `of it` is its share of the time: 1 is the roofline. A part
-above 1 found its operands in a cache. Of the traced steps the one of median time is shown.
+FLOPs are those of convolutions and matrix products. Bytes are those of the operands and results of each instruction,
+without regard to caches. `least` is the minimum time: the larger of FLOPs and bytes, each divided by the machine's
+rate. The same run measures these rates: FLOP/s of a product of large matrices and bytes/s of adding two large arrays.
+`of it` is `least` divided by the measured time: 1 is the roofline. A value above 1 means that the operands were in a
+cache. The table shows the traced step of median time.
 """
 
 import argparse
@@ -33,7 +34,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from benchmarks.hlo import STEPS, Program
 from benchmarks.workers import NO_GPU, machine
 
-PRODUCT_SIZES, ADDED = (2048, 4096), 2**26  # rows of square matrices; float32 numbers of an array
+PRODUCT_SIZES, ADDED = (2048, 4096), 2**26  # rows of the square matrices; float32 elements of an array
 ORDER: tuple[str, ...] = (
     'augment',
     'conv1',
@@ -49,19 +50,19 @@ ORDER: tuple[str, ...] = (
 )
 ORDER += ('loss', 'gradients', 'update', 'metrics', 'other', 'idle')
 
-# (time in ns, thread, what, of what): an instruction begins; a task is handed on, or begins; something ends.
+# (time in ns, thread, kind of action, instruction or task); time_by_instruction() lists the kinds.
 Action = tuple[float, int, str, Any]
 
 
 def time_by_instruction(actions: Iterable[Action]) -> dict[str | None, float]:
-    """Nanoseconds that each instruction takes of the time between the first and the last action; None: nothing is done.
+    """Returns the nanoseconds of each instruction between the first and the last action; the key None is idle time.
 
     Args:
       actions: in order of time.
-        (time, thread, 'instruction', name): it begins on the thread, within what the thread does already.
-        (time, thread, 'record', task): what the thread does hands on a task.
-        (time, thread, 'task', task): the thread begins to work on that.
-        (time, thread, 'end', None): what the thread began last is over.
+        (time, thread, 'instruction', name): the instruction begins, nested in the thread's current one.
+        (time, thread, 'record', task): the thread's current instruction schedules a task.
+        (time, thread, 'task', task): the thread begins a task.
+        (time, thread, 'end', None): the thread's innermost instruction or task ends.
     """
     doing: dict[int, list[str | None]] = collections.defaultdict(list)
     owners: dict[Any, str | None] = {}
@@ -82,16 +83,16 @@ def time_by_instruction(actions: Iterable[Action]) -> dict[str | None, float]:
 
 
 def actions_of_thread(thread: int, events: list[Any], module: str) -> Iterator[Action]:
-    """The actions in the profiler's events of one thread: instructions of `module`, and tasks of its thread pool."""
-    spans: list[tuple[float, float, str, Any]] = []  # (begin, end, what, of what)
-    begun: list[int] = []  # tasks that are not over
+    """Yields the actions in one thread's profiler events: instructions of `module`, and tasks of its thread pool."""
+    spans: list[tuple[float, float, str, Any]] = []  # (begin, end, kind, instruction or task)
+    begun: list[int] = []  # indices of unfinished tasks
     for event in sorted(events, key=lambda event: event.start_ns):
         kind = event.name.removeprefix('ThreadpoolListener::')
         if kind == 'StartRegion':
             begun.append(len(spans))
             spans.append((event.start_ns, float('inf'), 'task', dict(event.stats)['_c']))
         elif kind == 'StopRegion':
-            if begun:  # else it began before the trace
+            if begun:  # otherwise the task began before the trace
                 i = begun.pop()
                 spans[i] = (spans[i][0], event.start_ns, *spans[i][2:])
         elif kind == 'Record':
@@ -113,7 +114,7 @@ def actions_of_thread(thread: int, events: list[Any], module: str) -> Iterator[A
 
 
 def traced(run: Callable[[], Any], module: str) -> list[Action]:
-    """What the threads do while `run` runs the compiled `module` once."""
+    """Returns the actions of all threads while `run` runs the compiled `module` once."""
     import jax
 
     options = jax.profiler.ProfileOptions()
@@ -129,9 +130,11 @@ def traced(run: Callable[[], Any], module: str) -> list[Action]:
 
 
 def rows_of(actions: list[Action], program: Program, product: float, bandwidth: float) -> list[dict[str, Any]]:
-    """The rows of the table: seconds, FLOPs, bytes and the least seconds of each part, forward and backward.
+    """Returns the table's rows: seconds, FLOPs, bytes and minimum seconds of each part, forward and backward.
 
-    product, bandwidth: FLOP/s and bytes/s of the machine.
+    Args:
+      product: FLOP/s of the machine.
+      bandwidth: bytes/s of the machine.
     """
     executed = collections.Counter(value for _, _, what, value in actions if what == 'instruction')
     rows: dict[tuple[str, str], dict[str, Any]] = {}
@@ -154,13 +157,13 @@ def _place(part: str) -> tuple[int, int]:
 
 
 def kind(part: str) -> str:
-    """What a part does, in whatever layer."""
+    """Returns the kind of operation of a part, regardless of its layer."""
     layer, _, step = part.partition('/')
     return step or ('convolutions' if layer.startswith('conv') else 'products' if layer.startswith('fc') else layer)
 
 
 def by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows summed over layers, forward and backward, the longest first."""
+    """Sums the rows over layers and passes, by kind; the longest time first."""
     sums: dict[str, dict[str, Any]] = {}
     for row in rows:
         total = sums.setdefault(kind(row['part']), {'part': kind(row['part']), 'pass': ''})
@@ -170,7 +173,7 @@ def by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def machine_rates() -> tuple[float, float]:
-    """FLOP/s of a product of large matrices and bytes/s of adding large arrays, now."""
+    """Measures the FLOP/s of a product of large matrices and the bytes/s of adding large arrays."""
     import jax
     import jax.numpy as jnp
 
@@ -189,7 +192,7 @@ def machine_rates() -> tuple[float, float]:
 
 
 def profile(name: str, batch_size: int, rounds: int) -> dict[str, Any]:
-    """What --json prints of the pass `name`."""
+    """Returns the results for --json of the pass `name`."""
     from alexnet_jax import startup
     from alexnet_jax.config import default_config, resolve
 
@@ -232,7 +235,7 @@ def profile(name: str, batch_size: int, rounds: int) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The tables for people."""
+    """Formats the tables as text."""
     product, bandwidth = result['product_flops_per_second'], result['bytes_per_second']
     lines = [
         f'{result["machine"]}; jax {result["versions"]["jax"]}',
@@ -258,7 +261,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Profile the pass asked for and print the table."""
+    """Profiles the requested pass and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--pass', choices=('train', 'forward'), default='train', dest='name')
     parser.add_argument('--batch_size', type=int, default=128)

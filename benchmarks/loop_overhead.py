@@ -1,20 +1,20 @@
-"""What the training loop costs on a CPU: images/s of launch.py beside those of the compiled step, and saving.
+"""Measures the training loop's overhead on a CPU: images/s of launch.py beside the compiled step's, and checkpointing.
 
   python benchmarks/loop_overhead.py [--parts=quickstart,paper,checkpoint] [--rounds=N] [--json]
 
-quickstart   launch.py as `make demo` starts it, and
-paper        the full network, batch 128, from a store of 1,000 images of 256 pixels in 1,000 classes, made now from
-             the photographs inside scikit-image: reading, augmentation, logging, all between two lines of
-             metrics.jsonl, where it waits for the next request. In turn with it another process calls the compiled step
-             of the same configuration on one batch in memory, two steps under way at a time, as the loop does; the
-             process not asked is stopped. The ratio is the step's median time over that of launch.py: 1 is a loop that
-             costs nothing. No evaluation and no checkpoint falls into what is timed. Of the quickstart there are four
+quickstart   launch.py as `make demo` starts it.
+paper        launch.py with the full network, batch 128, and a store of 1,000 images of 256 pixels in 1,000 classes,
+             made from crops of scikit-image's photographs.
+             Both parts time the interval between two lines of metrics.jsonl, which includes reading, augmentation and
+             logging. After each line launch.py waits for the next request. In turn with it, a second process calls the
+             compiled step of the same configuration on one batch in memory, with two steps in flight, as in the loop.
+             The waiting process is stopped. The ratio is the step's median time over launch.py's: 1 means a loop
+             without overhead. The timed intervals contain no evaluation and no checkpoint. The quickstart uses four
              such pairs of processes.
-checkpoint   steps of the full network, and a checkpoint of its state (488 MB) that is written meanwhile. `saving` is
-             the time from the call to the end of the writing, `held up` that until the weights are looked over and the
-             state is copied, so that the next step can begin, `slowed down` how much longer than others the steps
-             meanwhile took, which share the cores with the writing. `memory` is by how much the peak of the process
-             rose.
+checkpoint   steps of the full network while a checkpoint of its state (488 MB) is written. `saving` is the time from
+             the call to the end of the writing. `held up` is the time until the weights are checked for finiteness and
+             the state is copied, so that the next step can begin. `slowed down` is the extra time of the steps
+             meanwhile, which share the cores with the writing. `memory` is the increase in the process's peak memory.
 """
 
 import argparse
@@ -37,15 +37,15 @@ from benchmarks.workers import NO_GPU, ROOT, Worker, machine, open_answers, serv
 
 PARTS = ('quickstart', 'paper', 'checkpoint')
 CONFIGS = {'quickstart': 'configs/quickstart.py', 'paper': 'configs/imagenet.py:paper'}
-STEPS = {'quickstart': 50, 'paper': 5, 'checkpoint': 2}  # a round
+STEPS = {'quickstart': 50, 'paper': 5, 'checkpoint': 2}  # per round
 ROUNDS = {'quickstart': 8, 'paper': 4, 'checkpoint': 3}
-PAIRS = {'quickstart': 4, 'paper': 1}  # of processes: by where its memory lies a short step is 2 % faster or slower
+PAIRS = {'quickstart': 4, 'paper': 1}  # of processes; the memory layout changes a short step's time by 2 %
 IMAGES, CLASSES, SIZE = 2000, 1000, 256
 NEVER = '1000000000 steps'
 
 
 def make_pictures(folder: str) -> None:
-    """A folder for each class in `folder`, with random parts of photographs."""
+    """Writes JPEGs of random crops of the photographs to one folder per class in `folder`."""
     import numpy as np
     from PIL import Image
 
@@ -63,7 +63,7 @@ def make_pictures(folder: str) -> None:
 
 
 def overrides(part: str, folder: str) -> dict[str, Any]:
-    """Settings of `part` by dotted name, with its data in `folder`."""
+    """Returns the settings of `part` by dotted name, with its data in `folder`."""
     values: dict[str, Any] = {'data.data_dir': folder, 'train.log_every': f'{STEPS[part]} steps'}
     values |= {'train.stall_after': NEVER, 'eval.every': NEVER, 'checkpoint.every': NEVER}
     if part == 'paper':
@@ -72,7 +72,7 @@ def overrides(part: str, folder: str) -> dict[str, Any]:
 
 
 def configuration(part: str, folder: str) -> Any:
-    """What launch.py makes of the same flags."""
+    """Returns the configuration that launch.py makes of the same flags."""
     from alexnet_jax.config import apply_overrides, preset_config, resolve
     from configs import quickstart
 
@@ -83,7 +83,10 @@ def configuration(part: str, folder: str) -> Any:
 
 
 def start(part: str, folder: str) -> tuple[None, Callable[[Any], Any]]:
-    """In a worker: what gives the seconds of a number of steps, or of the part `checkpoint` those of saving one."""
+    """Runs in a worker. Returns a function of a number of steps.
+
+    The function returns the seconds of the steps or, for the part `checkpoint`, the figures of saving one checkpoint.
+    """
     from alexnet_jax import startup
 
     config = configuration(part, folder)
@@ -142,7 +145,7 @@ def start(part: str, folder: str) -> tuple[None, Callable[[Any], Any]]:
 
 
 def launch(part: str, folder: str) -> None:
-    """In a worker: launch.py, which at each line of metrics.jsonl answers how many seconds it took to get there."""
+    """Runs launch.py in a worker. After each line of metrics.jsonl, it answers the seconds since the last request."""
     from alexnet_jax.monitor import Metrics
 
     answers, begin, write = open_answers(), time.perf_counter(), Metrics.write
@@ -161,7 +164,7 @@ def launch(part: str, folder: str) -> None:
 
 
 def measure(part: str, folder: str, rounds: int) -> dict[str, Any]:
-    """The figures of a part."""
+    """Returns the results of a part."""
     command, steps = [sys.executable, os.path.abspath(__file__), f'--folder={folder}', f'--worker={part}'], STEPS[part]
     with contextlib.ExitStack() as stack:
         if part == 'checkpoint':
@@ -189,7 +192,7 @@ def measure(part: str, folder: str, rounds: int) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The tables for people."""
+    """Formats the tables as text."""
     lines = [result['machine'], '']
     if set(result['parts']) & set(CONFIGS):
         lines.append(f'{"":<12}{"steps":>8}{"launch.py, images/s":>22}{"step alone":>12}{"ratio":>8}')
@@ -209,7 +212,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure the parts asked for and print what came out."""
+    """Measures the requested parts and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--parts', default=','.join(PARTS), help='which of %(default)s to measure')
     parser.add_argument('--rounds', type=int, help='timed, of each part')
@@ -227,7 +230,7 @@ def main() -> None:
         parser.error(f'--parts: there is no {", ".join(unknown)}; there are {", ".join(PARTS)}')
     if arguments.rounds is not None and arguments.rounds < 1:
         parser.error('--rounds is at least 1')
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what follows is cleared up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder below is removed
     result: dict[str, Any] = {'parts': {}, 'machine': machine(), 'date': datetime.date.today().isoformat()}
     with tempfile.TemporaryDirectory(prefix='loop_') as folder:
         for part in parts:

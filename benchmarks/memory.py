@@ -1,16 +1,17 @@
-"""Peak memory of the `paper` train step on a CPU: this project's and PyTorch's.
+"""Compares the peak memory of the `paper` train step on a CPU: this project's and PyTorch's.
 
     python benchmarks/memory.py [--batch_size=128] [--steps=10] [--torch_python=PATH] [--json]
 
-Each side has a process of its own, alone on the machine. Told is the largest resident set that the process has had
-(ru_maxrss: shared libraries and pages of mapped files included), after its imports, when network and batch are made,
-after the first step, whose compilation is part of it, and after all of them. PyTorch is train_step.py's peer.
+Each side has its own process, alone on the machine. The figure is the largest resident set of the process so far
+(ru_maxrss, which includes shared libraries and pages of mapped files): after the imports, after the network and the
+batch are made, after the first step including its compilation, and after all steps. PyTorch's side is the peer of
+train_step.py.
 
-Of the project's also what the compiler says: `state`, of which the new one takes the place, `batch` with all else that
-the step is given, and `temporary`, taken at once at the beginning of a step. What is above the sum of these and the
-imports are workspaces of library calls, and what the allocator holds.
+For the project the table adds the compiler's figures: `state`, which is donated to the new state; `batch`, which
+includes all other arguments of the step; and `temporary`, which is allocated at once when a step begins. The peak
+exceeds the sum of these and the imports by workspaces of library calls and memory that the allocator retains.
 
---config.a.b=value goes to the project's side, for example --config.cpu_tuning=False.
+--config.a.b=value applies to the project's side, for example --config.cpu_tuning=False.
 """
 
 import argparse
@@ -35,12 +36,12 @@ SIDES = PROJECT, PEER = 'jax', 'torch'
 
 
 def peak() -> int:
-    """Bytes of the largest resident set of this process so far."""
+    """Returns the largest resident set of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def project_step(config: Any) -> tuple[dict[str, int], Callable[[], float]]:
-    """Bytes of this project's side, and its train step."""
+    """Returns the byte figures of this project's side, and its train step."""
     from alexnet_jax import startup
 
     if config.cpu_tuning:
@@ -63,7 +64,7 @@ def project_step(config: Any) -> tuple[dict[str, int], Callable[[], float]]:
 
 
 def torch_step(batch_size: int) -> tuple[dict[str, int], Callable[[], float]]:
-    """Bytes of PyTorch's side, and its train step."""
+    """Returns the byte figures of PyTorch's side, and its train step."""
     import torch  # noqa: F401
 
     from benchmarks.peers import torch_passes
@@ -74,7 +75,7 @@ def torch_step(batch_size: int) -> tuple[dict[str, int], Callable[[], float]]:
 
 
 def start(arguments: argparse.Namespace, overrides: list[str]) -> tuple[Any, Callable[[int], int]]:
-    """In a worker: what is known before the first step, and what does a number of steps and gives the peak then."""
+    """Runs in a worker. Returns the initial figures, and a function that runs steps and returns the peak memory."""
     if arguments.worker == PROJECT:
         found, train = project_step(configuration(arguments, overrides))
     else:
@@ -90,7 +91,7 @@ def start(arguments: argparse.Namespace, overrides: list[str]) -> tuple[Any, Cal
 
 
 def report(result: dict[str, Any]) -> str:
-    """The table for people."""
+    """Formats the table as text."""
     columns = ('imported', 'made', 'first_step', 'peak')
     lines = [
         f'{result["machine"]}; batch {result["batch_size"]}, float32, {result["steps"]} steps; peak memory so far, MB',
@@ -109,7 +110,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run the sides one after the other and print what came out."""
+    """Runs the sides one after the other and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--batch_size', type=int, default=128)
     parser.add_argument('--steps', type=int, default=10)

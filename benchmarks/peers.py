@@ -1,4 +1,4 @@
-"""The network of the paper as a user of TensorFlow or PyTorch would train it fast, to be timed beside the project."""
+"""The paper's network as users of TensorFlow and PyTorch would write it for speed, to be timed beside the project."""
 
 import importlib.util
 from collections.abc import Callable
@@ -6,11 +6,11 @@ from typing import Any
 
 RATE, MOMENTUM, DECAY = 0.01, 0.9, 5e-4
 
-Passes = dict[str, Callable[[], float]]  # each runs once, to its end, and returns a number that must be finite
+Passes = dict[str, Callable[[], float]]  # each runs one pass to completion and returns a finite number
 
 
 def has_tensorflow(platform: str) -> bool:
-    """Whether TensorFlow is installed and, for 'gpu', finds one; it is not run on a TPU."""
+    """Returns whether TensorFlow is installed and, for 'gpu', finds a GPU. False on a TPU, where it is not run."""
     if platform == 'tpu' or importlib.util.find_spec('tensorflow') is None:
         return False
     import tensorflow as tf
@@ -19,7 +19,7 @@ def has_tensorflow(platform: str) -> bool:
 
 
 def has_torch(platform: str) -> bool:
-    """Whether PyTorch is installed and, for 'gpu', finds one; it is not run on a TPU."""
+    """Returns whether PyTorch is installed and, for 'gpu', finds a GPU. False on a TPU, where it is not run."""
     if platform == 'tpu' or importlib.util.find_spec('torch') is None:
         return False
     import torch
@@ -28,9 +28,10 @@ def has_torch(platform: str) -> bool:
 
 
 def tensorflow_passes(batch_size: int, dtype: str = 'float32') -> Passes:
-    """The network in TensorFlow: oneDNN or cuDNN, NHWC, tf.function, its own LRN, groups as split convolutions.
+    """The network in TensorFlow: oneDNN or cuDNN, NHWC, tf.function, tf.nn's LRN, groups as split convolutions.
 
-    `dtype`: of convolutions, matrix products and what lies between them; parameters and loss are float32.
+    Args:
+      dtype: the dtype of convolutions, matrix products and activations. Parameters and loss are float32.
     """
     import tensorflow as tf
 
@@ -52,7 +53,7 @@ def tensorflow_passes(batch_size: int, dtype: str = 'float32') -> Passes:
         parts = [tf.nn.conv2d(part, part_kernel, stride, 'VALID') for part, part_kernel in pairs]
         return tf.nn.relu(tf.concat(parts, -1) + bias)
 
-    def response_norm(x):  # on a GPU it has no other dtype
+    def response_norm(x):  # the GPU kernel supports float32 only
         return tf.cast(tf.nn.local_response_normalization(tf.cast(x, tf.float32), 2, 2.0, 1e-4, 0.75), dtype)
 
     def pool(x):
@@ -85,9 +86,11 @@ def tensorflow_passes(batch_size: int, dtype: str = 'float32') -> Passes:
 
 
 def torch_passes(batch_size: int, dtype: str = 'float32', device: str = 'cpu') -> Passes:
-    """The network in PyTorch: torch.compile, channels_last, LRN as shifted adds, SGD over all tensors at once.
+    """The network in PyTorch: torch.compile, channels_last, LRN as shifted adds, SGD with foreach=True.
 
-    `dtype`: float32 or, by autocast, bfloat16. `device`: cpu or cuda.
+    Args:
+      dtype: float32 or, by autocast, bfloat16.
+      device: cpu or cuda.
     """
     import torch
     from torch import nn
@@ -98,10 +101,10 @@ def torch_passes(batch_size: int, dtype: str = 'float32', device: str = 'cpu') -
             channels = x.shape[1]
             squares = functional.pad(x * x, (0, 0, 0, 0, 2, 2))
             root = torch.rsqrt(2.0 + 1e-4 * sum(squares[:, i : i + channels] for i in range(5)))
-            return x * (root * torch.sqrt(root))  # to the power of -0.75
+            return x * (root * torch.sqrt(root))  # (...) ** -0.75
 
     if device == 'cuda':
-        torch.set_float32_matmul_precision('high')  # what JAX and TensorFlow do unasked
+        torch.set_float32_matmul_precision('high')  # the default of JAX and TensorFlow
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     network: Any = nn.Sequential(
         *(nn.Conv2d(3, 96, 11, 4, 2), nn.ReLU(), LocalResponseNorm(), nn.MaxPool2d(3, 2)),
@@ -137,7 +140,7 @@ def torch_passes(batch_size: int, dtype: str = 'float32', device: str = 'cpu') -
 
 
 def tensorflow_product(size: int, dtype: str) -> Callable[[], float]:
-    """A product of two `size` x `size` matrices."""
+    """Returns a function that multiplies two `size` x `size` matrices."""
     import tensorflow as tf
 
     matrix = tf.cast(tf.random.normal((size, size)), dtype)
@@ -146,7 +149,7 @@ def tensorflow_product(size: int, dtype: str) -> Callable[[], float]:
 
 
 def torch_product(size: int, dtype: str, device: str) -> Callable[[], float]:
-    """A product of two `size` x `size` matrices."""
+    """Returns a function that multiplies two `size` x `size` matrices."""
     import torch
 
     matrix = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))

@@ -1,8 +1,8 @@
-"""The preset `paper`, its gradient and its update, written to be read: what the project's step must equal.
+"""A plain implementation of the preset `paper`, its gradient and its update. The project's step must equal it.
 
-Nothing is taken from alexnet_jax. Parameters and velocities are {layer: {'kernel', 'bias'}}. Kernels are (height,
-width, inputs, outputs), with the inputs of one tower where towers do not see each other, or (inputs, outputs). All is
-in float32.
+It imports nothing from alexnet_jax. Parameters and velocities are {layer: {'kernel', 'bias'}}. Kernels have the shape
+(height, width, inputs, outputs), or (inputs, outputs) in dense layers. `inputs` counts one tower's maps where the layer
+does not connect the towers. Everything is float32.
 """
 
 from typing import Any
@@ -13,12 +13,12 @@ from jax import lax
 
 TOWERS = 2
 MOMENTUM, DECAY = 0.9, 5e-4  # section 5 of the paper
-KEPT = 0.5  # by dropout
-PURPOSE, DROPPED = 2, (6, 7)  # keys of dropout are folded with the purpose, the image's number and the layers before it
+KEPT = 0.5  # probability that dropout keeps a unit
+PURPOSE, DROPPED = 2, (6, 7)  # dropout keys fold in the purpose, the image's number, and how many layers precede
 
 
 def convolution(x: jax.Array, layer: dict[str, jax.Array], stride: int = 1, padding: Any = 'SAME') -> jax.Array:
-    """Convolution and bias; the towers see each other where the kernel has as many inputs as `x` has maps."""
+    """Convolution and bias. The towers are connected where the kernel has as many inputs as `x` has maps."""
     groups = x.shape[-1] // layer['kernel'].shape[2]
     x = lax.conv_general_dilated(
         x,
@@ -32,7 +32,7 @@ def convolution(x: jax.Array, layer: dict[str, jax.Array], stride: int = 1, padd
 
 
 def response_norm(x: jax.Array) -> jax.Array:
-    """Section 3.3: every map over the power of what it and its four neighbours in the tower squared come to."""
+    """Section 3.3: divides each map by (2 + 1e-4 * s) ** 0.75; s sums the squares of 5 adjacent maps of its tower."""
     towers = x.reshape(*x.shape[:-1], TOWERS, -1)
     maps = towers.shape[-1]
     squares = jnp.pad(towers * towers, [(0, 0)] * 4 + [(2, 2)])
@@ -41,12 +41,16 @@ def response_norm(x: jax.Array) -> jax.Array:
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """Section 3.4: the maximum of 3 x 3 pixels, 2 apart."""
+    """Section 3.4: max pooling with windows of 3 x 3 and stride 2."""
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), 'VALID')
 
 
 def logits(parameters: Any, images: jax.Array, masks: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
-    """(B, 1000) of `images` (B, 224, 224, 3); `masks` (B, units), what dropout keeps of fc6 and fc7; None: a test."""
+    """Returns the logits (B, 1000) of `images` (B, 224, 224, 3).
+
+    Args:
+      masks: (B, units) each, the units of fc6 and fc7 that dropout keeps; None: inference.
+    """
     x = jax.nn.relu(convolution(images, parameters['conv1'], stride=4, padding=[(0, 3), (0, 3)]))
     x = max_pool(response_norm(x))
     x = jax.nn.relu(convolution(x, parameters['conv2']))
@@ -62,7 +66,13 @@ def logits(parameters: Any, images: jax.Array, masks: tuple[jax.Array, jax.Array
 
 
 def dropout_masks(seed: int, numbers: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
-    """What a step keeps of fc6 and fc7, (B, width) each, of images number `numbers` (B,) uint32 of a run of `seed`."""
+    """Returns a training step's dropout masks of fc6 and fc7, (B, width) each; True keeps a unit.
+
+    Args:
+      seed: the run's seed.
+      numbers: (B,) uint32, the numbers of the images.
+      width: units of the layer.
+    """
 
     def masks(number):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), PURPOSE), number)
@@ -72,12 +82,12 @@ def dropout_masks(seed: int, numbers: jax.Array, width: int) -> tuple[jax.Array,
 
 
 def losses(scores: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross entropies (B,) of logits (B, classes)."""
+    """Returns the cross entropies (B,) of logits (B, classes)."""
     return -jnp.take_along_axis(jax.nn.log_softmax(scores), labels[:, None], -1)[:, 0]
 
 
 def train_step(parameters: Any, velocities: Any, images: jax.Array, labels: jax.Array, masks: Any, rate: float) -> Any:
-    """(parameters, velocities, loss) after one step; kernels decay and biases do not."""
+    """Returns (parameters, velocities, loss) after one step. Weight decay applies to kernels and not to biases."""
 
     def mean_loss(parameters):
         return losses(logits(parameters, images, masks), labels).mean()

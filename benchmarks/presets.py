@@ -1,20 +1,20 @@
-"""Step times of all presets, ablations and mesh layouts, in turn with those of another checkout of the project.
+"""Compares the step times of all presets, ablations and mesh layouts with those of another checkout of the project.
 
     python benchmarks/presets.py --against=CHECKOUT [--against_python=PATH] [--only=REGEX] [--rounds=5] [--json]
 
-Cases are `preset/NAME` (the published networks, 16 images a step, the small ones 128), `ablation/NAME` (the rows of
+Cases are `preset/NAME` (the published networks, 16 images per step, the small ones 128), `ablation/NAME` (the rows of
 configs/ablations.py, each on the smallest network that has it), `mesh/LAYOUT` (the quickstart on eight simulated
-devices), and `whole/NAME` (the quickstart and `paper` with their own batches). Timed are a training step and an
-evaluation of the centre view (`forward`), batch in memory.
+devices), and `whole/NAME` (the quickstart and `paper` with their own batch sizes). Each case times a training step and
+an evaluation of the center view (`forward`), with the batch in memory.
 
---against_python has the other checkout run by another interpreter, that of an environment with another JAX, say:
+--against_python runs the other checkout with another interpreter, for example one with another JAX version:
 `--against=. --against_python=.venv-3.11/bin/python`.
 
-Three processes take turns: this checkout, the other one, and the other one again. What the other one differs from
-itself is noise, of which a kind of case has its own, most those of eight devices on fewer cores. A case is slower where
-its time is longer by more than MARGIN standard deviations of that, by the median of its kind, and by more than FLOOR.
-Then the exit code is 1. Ratios are the other's time over this one's: above 1 this checkout is faster. Cases that the
-other checkout does not have are left out.
+Three processes take turns: this checkout, the other one, and the other one again. The difference between the last two
+is noise. Each kind of case has its own noise; it is largest for eight devices on fewer cores. A case is slower if its
+time is longer by more than MARGIN standard deviations of the noise (estimated from the kind's median) and by more than
+FLOOR. Then the exit code is 1. A ratio is the other checkout's time over this one's: above 1 this checkout is faster.
+Cases that the other checkout does not have are left out.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from benchmarks.workers import NO_GPU, ROOT, Worker, machine, serve
 PASSES = ('train', 'forward')
 SIDES = ('this', 'other', 'again')
 MARGIN, FLOOR = 3.0, 0.03
-SHORTEST = 0.3  # seconds of what is timed; short steps are repeated for so long
+SHORTEST = 0.3  # minimum seconds of a timing; shorter steps are repeated
 DEVICES = 8
 MESHES: dict[str, dict[str, Any]] = {
     'data_8x1': {'mesh.data': 8, 'mesh.layout': 'data'},
@@ -58,12 +58,12 @@ MESHES: dict[str, dict[str, Any]] = {
     },
 }
 
-# What a worker is asked to prepare: a module of configs, what its get_config() is given, and fields by dotted name.
+# A worker prepares a case from a module of configs, the argument of its get_config(), and overrides by dotted name.
 Case = tuple[str, str | None, dict[str, Any]]
 
 
 def cases() -> dict[str, Case]:
-    """All cases by name."""
+    """Returns all cases by name."""
     from alexnet_jax.presets import PRESETS
     from configs import ablations
 
@@ -85,9 +85,10 @@ def cases() -> dict[str, Case]:
 
 
 def start(checkout: str) -> tuple[str, Callable[[Any], Any]]:
-    """In a worker: answers ['prepare', case] with whether it has that, and [pass, repeats] with seconds of one.
+    """Runs in a worker. Returns the versions of Python and JAX, and a function that answers requests.
 
-    What it says of itself is the versions of Python and JAX.
+    The answer to ['prepare', case] is whether the checkout has the case; that to [pass, repeats] is the seconds per
+    pass.
     """
     sys.path.insert(0, checkout)
     from alexnet_jax import startup
@@ -98,7 +99,7 @@ def start(checkout: str) -> tuple[str, Callable[[Any], Any]]:
     timed: dict[str, Callable[[], float]] = {}
 
     def prepare(module: str, argument: str | None, fields: dict[str, Any]) -> bool:
-        timed.clear()  # frees the memory of the last one
+        timed.clear()  # frees the memory of the previous case
         try:
             get_config = importlib.import_module(f'configs.{module}').get_config
             config = get_config(argument) if argument else get_config()
@@ -122,12 +123,12 @@ def start(checkout: str) -> tuple[str, Callable[[Any], Any]]:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON has lists alone, the configuration tuples."""
+    """Converts lists to tuples: JSON has only lists, the configuration has tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def measure(workers: list[Worker], rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds by pass and side of what the workers have prepared; the sides take turns."""
+    """Returns the median seconds of the prepared case by pass and side. The sides take turns."""
     medians = {}
     for name in PASSES:
         for worker in workers:
@@ -140,19 +141,23 @@ def measure(workers: list[Worker], rounds: int) -> dict[str, dict[str, float]]:
 
 
 def kind(case: str) -> str:
-    """What a case is of: preset, ablation or mesh."""
+    """Returns the kind of a case: preset, ablation, whole or mesh."""
     return case.partition('/')[0]
 
 
 def judge(times: dict[str, dict[str, dict[str, float]]]) -> tuple[dict[str, float], list[tuple[str, str]]]:
-    """The margin of each kind, as a share of the time, and the (case, pass) slower by more than it; `times` by case."""
+    """Returns each kind's margin, as a share of the time, and the (case, pass) that are slower by more than the margin.
+
+    Args:
+      times: seconds by case, pass and side.
+    """
     each = {(case, name): seconds for case, passes in times.items() for name, seconds in passes.items()}
     noise: dict[str, list[float]] = {}
     for (case, _), seconds in each.items():
         noise.setdefault(kind(case), []).append(abs(math.log(seconds['again'] / seconds['other'])))
-    # Half of what is distributed normally is within 0.6745 standard deviations.
+    # Half of a normal distribution is within 0.6745 standard deviations.
     margins = {name: max(FLOOR, MARGIN * statistics.median(found) / 0.6745) for name, found in noise.items()}
-    # Whichever of the other's two times is longer: noise in one of them is no reason.
+    # The longer of the other checkout's two times, so that noise in one of them does not count.
     slower = [
         (case, name)
         for (case, name), s in each.items()
@@ -162,7 +167,7 @@ def judge(times: dict[str, dict[str, dict[str, float]]]) -> tuple[dict[str, floa
 
 
 def report(result: dict[str, Any]) -> str:
-    """The table for people."""
+    """Formats the table as text."""
     lines = [f'{result["machine"]}; this checkout against {result["against"]}']
     lines += [f'this: {result["versions"]["this"]}; other: {result["versions"]["other"]}', '']
     lines += [f'{"case":<36}{"pass":<9}{"this, ms":>10}{"other, ms":>11}{"ratio":>8}{"other / itself":>16}']
@@ -179,7 +184,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Time the cases asked for and print what came out; the exit code is 1 where one is slower."""
+    """Times the requested cases and prints the results. Returns exit code 1 if a case is slower, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--against', required=True, metavar='CHECKOUT', help='another checkout of the project')
     parser.add_argument('--against_python', default=sys.executable, metavar='PATH', help='the interpreter that runs it')
@@ -208,7 +213,7 @@ def main() -> int:
         if not names:
             continue
         with contextlib.ExitStack() as stack:
-            # Each compiles for itself: of two processes with one code, the one that read its programs was the faster.
+            # Each process compiles for itself: of two equal ones, the one that read the compilation cache was faster.
             environment = NO_GPU | {'JAX_NUM_CPU_DEVICES': str(devices), 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
             command = [os.path.abspath(__file__), f'--against={against}']
             pythons = (sys.executable, arguments.against_python, arguments.against_python)

@@ -1,4 +1,4 @@
-"""This project's compiled steps on random images in memory, called as its training loop and its evaluation do."""
+"""This project's compiled steps on random images in memory, called as the training loop and the evaluation do."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ RATE = 0.01
 
 
 class Project:
-    """Steps of one configuration on its mesh; jax must have its settings before.
+    """The steps of one configuration on its mesh. JAX must be configured before.
 
     Args:
-      config: resolved.
+      config: a resolved configuration.
     """
 
     def __init__(self, config: Any):
@@ -35,7 +35,7 @@ class Project:
             'eigenvalues': np.full(channels, 5e3),
             'eigenvectors': np.eye(channels),
         }
-        # Not replicate(), which the checkouts that presets.py compares with need not have.
+        # parallel.replicate() may be missing in a checkout that presets.py compares with.
         everywhere = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
         self.preprocessing = jax.device_put(augment.preprocessing(moments, data), everywhere)
         self.train_step = step.make_train_step(config, self.mesh)
@@ -44,27 +44,27 @@ class Project:
 
     @property
     def train_arguments(self) -> tuple[Any, ...]:
-        """What the train step takes: the state, which it uses up, images, rates and preprocessing."""
+        """Arguments of the train step: the state, which is donated, the batch, learning rates and preprocessing."""
         return self.state, self.batch, self.rates(RATE), self.preprocessing
 
     @property
     def eval_arguments(self) -> tuple[Any, ...]:
-        """What the evaluation takes."""
+        """Arguments of the evaluation step."""
         return self.state, self.batch, self.preprocessing
 
     def rates(self, rate: float) -> dict[str, dict[str, np.float32]]:
-        """The same learning rate for all kernels and biases."""
+        """Returns the same learning rate for all kernels and biases."""
         from alexnet_jax.shapes import LAYERS
 
         return {name: {kind: np.float32(rate) for kind in ('kernel', 'bias')} for name in LAYERS}
 
     def train(self) -> float:
-        """One training step, to its end; its loss."""
+        """Runs one training step to completion and returns its loss."""
         import jax
 
         self.state, metrics = jax.block_until_ready(self.train_step(*self.train_arguments))
         return float(metrics['loss'])
 
     def forward(self) -> float:
-        """One evaluation of the centre view, to its end; the sum of its losses."""
+        """Runs one evaluation of the center view to completion and returns the sum of its losses."""
         return float(np.asarray(self.eval_step(*self.eval_arguments))[0])

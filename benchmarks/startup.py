@@ -1,24 +1,25 @@
-"""How soon launch.py answers, and how long it takes to the end of the first train step of the `paper` preset.
+"""Times how soon launch.py responds, and how long it runs to the end of the first train step of the `paper` preset.
 
     python benchmarks/startup.py [--rounds=3] [--cases=help,field,value,cold,warm,resumed] [--json]
 
-Timed, in second processes from their start on, with Python's and the disk's caches warm:
+Each case times new processes from their start, with Python's and the disk's caches warm:
   help     until launch.py --help has ended.
-  field    until it has refused a field of the config that does not exist,
-  value    and a value that no network can have, which takes all checks of the config.
-  cold     until the line about the first step stands in the log (configs/imagenet.py, batch 128, crop 224), with an
-           empty compilation cache;
-  warm     the same with the cache that a run before it has left;
-  resumed  the same where the run goes on from a checkpoint, up to the end of its next step.
-The last three are of 256 random pictures of 1,000 classes, prepared first. Their time is made up of the stages
-  imports  Python, the flags, and every library of training
-  data     the prepared store opened
-  restore  the newest checkpoint looked for, read and checked
-  state    the first state: its program traced, read or compiled; numbers are drawn beside what follows
-  trace    the train step traced and lowered by JAX
-  compile  the train step compiled, or read from the cache
-  step     the train step itself, the first one, with memory never used before
-  other    all else: the mesh, files of the run, the wait for the first batch
+  field    until launch.py has rejected a nonexistent config field.
+  value    until launch.py has rejected an invalid value of the network, which takes all checks of the config.
+  cold     until the log has the line about the first step (configs/imagenet.py, batch 128, crop 224), with an empty
+           compilation cache;
+  warm     the same with the compilation cache of an earlier run;
+  resumed  the same where the run resumes from a checkpoint, up to the end of its next step.
+The last three cases train on 256 random images, with 1,000 classes, prepared beforehand. Their time has the stages
+  imports  Python, the flags, and the imports of all training libraries
+  data     opening the prepared store
+  restore  finding, reading and checking the newest checkpoint
+  state    the initial state: tracing its program, and compiling it or reading it from the cache; the random numbers
+           are drawn in parallel with the following stages
+  trace    tracing and lowering the train step in JAX
+  compile  compiling the train step or reading it from the cache
+  step     the first train step itself, in memory never used before
+  other    the rest: the mesh, files of the run, the wait for the first batch
 """
 
 import argparse
@@ -44,17 +45,17 @@ ANSWERS = {'help': '--help', 'field': '--config.optimizer.lr=3', 'value': '--con
 STARTS = ('cold', 'warm', 'resumed')
 CASES = (*ANSWERS, *STARTS)
 STAGES = ('imports', 'data', 'restore', 'state', 'trace', 'compile', 'step', 'other')
-EVENTS = {  # of jax.monitoring, and the stage they belong to
+EVENTS = {  # of jax.monitoring, by the stage that they belong to
     'jaxpr_trace_duration': 'trace',
     'jaxpr_to_mlir_module_duration': 'trace',
     'backend_compile_duration': 'compile',
 }
 TARGETS = dict.fromkeys(ANSWERS, 1.5) | {'warm': 8.0}  # seconds
-CLASSES, TRAINING, VALIDATION = 1000, 256, 32  # of the pictures, one a class
+CLASSES, TRAINING, VALIDATION = 1000, 256, 32  # classes, and images of each split, at most one per class
 
 
 def answer(flag: str) -> float:
-    """Seconds until launch.py has said what there is to say about `flag`."""
+    """Returns the seconds until launch.py with `flag` has ended."""
     start = time.perf_counter()
     run = subprocess.run([sys.executable, LAUNCH, flag], capture_output=True, text=True)
     seconds = time.perf_counter() - start
@@ -65,7 +66,7 @@ def answer(flag: str) -> float:
 
 
 def make_store(folder: str) -> None:
-    """Pictures of random pixels in `folder`, one folder a class, and the store that `prepare` makes of them."""
+    """Writes images of random pixels to `folder`, one folder per class, and prepares the store from them."""
     import numpy as np
     from PIL import Image
 
@@ -87,7 +88,7 @@ def make_store(folder: str) -> None:
 
 
 def trace_launch(arguments: list[str]) -> None:
-    """Run launch.py with `arguments`, and print the seconds of its stages as JSON when it logs a step."""
+    """Runs launch.py with `arguments`, and prints the seconds of its stages as JSON when it logs a step."""
     start = float(os.environ['STARTUP_BEGAN'])
     seconds, compiled = dict.fromkeys(STAGES, 0.0), 0.0
     sys.path.insert(0, ROOT)
@@ -104,7 +105,7 @@ def trace_launch(arguments: list[str]) -> None:
         return call
 
     def hook() -> None:
-        """In place of enable_compilation_cache(), the last thing before training is imported."""
+        """Replaces enable_compilation_cache(), the last call before training is imported."""
         enable_compilation_cache()
         import jax
 
@@ -138,9 +139,10 @@ def trace_launch(arguments: list[str]) -> None:
 
 
 def first_step(folder: str, cache: str, workdir: str, save: bool = False) -> dict[str, float]:
-    """Seconds of each stage up to the end of the first train step in a new process, and of all as `total`.
+    """Returns the seconds of each stage to the end of a new process's first train step, and of all stages as `total`.
 
-    save: whether the run may write a checkpoint before it ends; otherwise it is killed.
+    Args:
+      save: whether the run may write a checkpoint before it ends; otherwise it is killed.
     """
     settings = {
         'data.source': f'folder:{folder}/pictures',
@@ -177,7 +179,7 @@ def first_step(folder: str, cache: str, workdir: str, save: bool = False) -> dic
 
 
 def measure_starts(cases: list[str], rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Stages of each start, by case."""
+    """Returns the stages of each start, by case."""
     runs: dict[str, list[dict[str, float]]] = {case: [] for case in STARTS if case in cases}
     if not runs:
         return runs
@@ -197,12 +199,12 @@ def measure_starts(cases: list[str], rounds: int) -> dict[str, list[dict[str, fl
 
 
 def medians(runs: list[dict[str, float]]) -> dict[str, float]:
-    """Of each stage by itself, so they do not add up to the median of all to the last digit."""
+    """Returns the median of each stage by itself; the medians do not add up exactly to the median of the total."""
     return {stage: statistics.median(run[stage] for run in runs) for stage in runs[0]}
 
 
 def report(result: dict[str, Any]) -> str:
-    """The tables for people."""
+    """Formats the tables as text."""
     versions = ', '.join(f'{name} {version}' for name, version in result['versions'].items())
     lines = [f'{result["processor"]}; {versions}; medians of {result["rounds"]}, seconds', '']
     lines += [f'{"":<10}{"median":>8}{"target":>8}']
@@ -218,7 +220,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Time the cases asked for and print what came out."""
+    """Times the requested cases and prints the results."""
     if sys.argv[1:2] == ['--trace']:
         return trace_launch(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -252,7 +254,7 @@ def main() -> None:
 
 
 def processor() -> str:
-    """Its name."""
+    """Returns the name of the processor."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
         name = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), name)

@@ -1,9 +1,9 @@
-"""Runs the benchmarks and puts what they measured into README.md, as the table between two marks there.
+"""Runs the benchmarks and writes their results to README.md, as the table between two marks.
 
     python benchmarks/table.py [NAME ...] [--torch_python=PATH]      # `make bench` runs all of them
 
-Results are kept in docs/logs/benchmarks.json, so that one benchmark can be run again and the table made anew of all;
-without any measurement it is made anew by `--only_table`.
+Results are kept in docs/logs/benchmarks.json, so that the table can be remade after one benchmark runs again.
+`--only_table` remakes it without any measurement.
 """
 
 import argparse
@@ -23,15 +23,15 @@ RESULTS, README = 'docs/logs/benchmarks.json', 'README.md'
 BEGIN, END = '<!-- The table is made by `make bench`. -->', '<!-- End of what `make bench` makes. -->'
 PEERS = {'tensorflow': 'TensorFlow, oneDNN', 'torch': 'PyTorch, `torch.compile`'}
 WITH_TORCH = ('train_step', 'memory')
-PACKAGES = {'PIL': 'Pillow'}  # names in the table, where they are others
+PACKAGES = {'PIL': 'Pillow'}  # names in the table, if different
 
-# What was measured, this project's figure, what it is compared with, the figure of that, the ratio. Of a text that is
-# the same as in the row above nothing is shown.
+# (quantity, this project's figure, peer, the peer's figure, ratio). table() leaves the first two cells empty if both
+# equal those of the row above.
 Row = tuple[str, str, str, str, str]
 
 
 def train_step_rows(result: dict[str, Any]) -> list[Row]:
-    """Images/s of the step and of the forward pass, and what they make of the processor."""
+    """Images/s of the train step and of the forward pass, and their shares of the peak FLOP/s."""
     rows = []
     for prefix, name in (('', 'train step'), ('forward_', 'forward pass')):
         own, share = result[f'{prefix}images_per_second'], result[f'{prefix}share_of_product']
@@ -47,7 +47,7 @@ def train_step_rows(result: dict[str, Any]) -> list[Row]:
 
 
 def layers_rows(result: dict[str, Any]) -> list[Row]:
-    """What the time of the step goes into."""
+    """Shares of convolutions and matrix products, and of the roofline minimum, in the step's time."""
     kinds = {row['part']: row for row in result['kinds']}
     products = sum(kinds[kind]['seconds'] for kind in ('convolutions', 'products'))
     least = sum(row['least_seconds'] for row in result['rows'])
@@ -64,7 +64,7 @@ def layers_rows(result: dict[str, Any]) -> list[Row]:
 
 
 def input_rows(result: dict[str, Any]) -> list[Row]:
-    """Images/s read from both kinds of stores."""
+    """Images/s read from both kinds of stores, and images/s of their preparation."""
     speeds, rows = result['images_per_second'], []
     peers = {'tensorflow': "tf.data, the recipe of Flax's example", 'pillow': "Pillow threads, torchvision's recipe"}
     for side, store in (('raw', 'a raw store'), ('jpeg', 'a store of JPEGs')):
@@ -81,7 +81,7 @@ def input_rows(result: dict[str, Any]) -> list[Row]:
 
 
 def startup_rows(result: dict[str, Any]) -> list[Row]:
-    """Seconds until launch.py has answered, and until the first step is over."""
+    """Seconds until launch.py has ended, and until the first step is over."""
     texts = {
         'help': '`launch.py --help`',
         'field': 'a wrong override refused',
@@ -93,7 +93,7 @@ def startup_rows(result: dict[str, Any]) -> list[Row]:
 
 
 def loop_overhead_rows(result: dict[str, Any]) -> list[Row]:
-    """What the loop costs, and a checkpoint."""
+    """Images/s of the loop and of the step alone, and the delay by a checkpoint."""
     rows = []
     for part in ('quickstart', 'paper'):
         if found := result['parts'].get(part):
@@ -109,7 +109,7 @@ def loop_overhead_rows(result: dict[str, Any]) -> list[Row]:
 
 
 def memory_rows(result: dict[str, Any]) -> list[Row]:
-    """Peak memory of the step."""
+    """Peak memory of the train step."""
     what = f'peak memory of the train step of `paper`, batch {result["batch_size"]}: MB'
     own = f'{result["jax"]["peak"] / 1e6:,.0f}'
     if result['ratio'] is None:
@@ -128,7 +128,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """The Markdown table of the benchmarks' JSON by name, with machines, versions and dates below."""
+    """Returns the Markdown table of the benchmarks' results by name, with machines, versions and dates below."""
     lines = ['| | this project | beside it | | ratio |', '| --- | --: | --- | --: | --: |']
     for name, rows in ROWS.items():
         above = None
@@ -142,7 +142,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     packages = [
         f'{name} {version}' for name, version in sorted(versions.items(), key=lambda v: v[0].lower()) if version
     ]
-    said = [text for text in packages if not text.lower().startswith('python')]  # which the machine has
+    said = [text for text in packages if not text.lower().startswith('python')]  # `machines` has Python's
     dates = sorted({result['date'] for result in measured.values()})
     period = ' to '.join(dates[:1] + dates[1:][-1:])
     lines += ['', f'{"; ".join(machines)}; {", ".join(said)}. Measured {period}.']
@@ -150,7 +150,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def put_into(readme: str, made: str) -> str:
-    """`readme` with the table `made` between the marks. Raises ValueError: they are not there, once and in order."""
+    """Returns `readme` with `made` between the marks. Raises ValueError: the marks are not there once and in order."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in after:
@@ -159,7 +159,7 @@ def put_into(readme: str, made: str) -> str:
 
 
 def run(name: str, flags: list[str]) -> dict[str, Any]:
-    """What the benchmark `name` measures now, with machine and date; exits where it fails."""
+    """Runs the benchmark `name` and returns its results with machine and date. Exits if it fails."""
     command = [sys.executable, os.path.join(ROOT, 'benchmarks', f'{name}.py'), '--json', *flags]
     print(f'{name}: running', file=sys.stderr, flush=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -170,7 +170,7 @@ def run(name: str, flags: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what is asked for, keep the results and make the table."""
+    """Runs the requested benchmarks, stores their results and writes the table."""
     from alexnet_jax.monitor import atomic_write, read_json, write_json
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,26 +1,27 @@
-"""Speed of one `paper` train step and forward pass, in turn with the same in TensorFlow and in PyTorch.
+"""Times one `paper` train step and forward pass, in turn with the same passes in TensorFlow and PyTorch.
 
     python benchmarks/train_step.py [--batch_size=128] [--rounds=6] [--torch_python=PATH] [--json]
     python benchmarks/train_step.py --platform=gpu --dtype=bfloat16 --batch_size=1024
 
-Timed with the batch in memory and until the result is there:
+Each pass is timed with the batch in memory, until its result is ready:
   train    forward with LRN and dropout, gradient, momentum update with weight decay. The project runs the step of its
-           training loop on uint8 images of 256 pixels: augmentation and error rates are within its time, where the
-           peers are fed ready float images of 224 pixels. The project does more work.
-  forward  logits without dropout. The project runs its evaluation of the centre view: cutting it out, the mean,
-           softmax, loss and errors are within its time; the peers sum their logits.
-  product  of two square matrices, for the rate that the machine reaches at its best, with whichever library and size
-           that is. The FLOPs of a step are those of its convolutions and matrix products.
+           training loop on uint8 images of 256 pixels, which includes augmentation and error rates. The peers start
+           from float images of 224 pixels, so the project does more work.
+  forward  logits without dropout. The project runs its evaluation of the center view, which includes the crop, the mean
+           subtraction, softmax, loss and errors. The peers sum their logits.
+  product  a product of two square matrices. The best rate over all libraries and sizes is the machine's peak. The FLOPs
+           of a step are those of its convolutions and matrix products.
 
-Before that the project's losses, logits, velocities and updated weights are compared with those of a plain
-implementation (plain.py). Where they are not the same but for rounding nothing is timed.
+Before the timing, the project's losses, logits, velocities and updated weights are compared with those of a plain
+implementation (plain.py). If they differ by more than rounding errors, nothing is timed.
 
-Every side has a process of its own; these take turns step by step, so that a change in the machine's speed meets all,
-and the ones not asked are stopped. Ratios are the peer's median time over the project's: above 1 the project is faster.
+Each side has its own process. The sides take turns step by step, so that a change in the machine's speed affects all of
+them; waiting sides are stopped. A ratio is the peer's median time over the project's: above 1 the project is faster.
 
---config.a.b=value goes to the project's side. On a TPU there are no peers; neither GPU nor TPU could be tried here.
-There all sides hold memory at the same time, as little as their allocators can do with. float32 means what a platform
-makes of it for JAX: on GPUs from Ampere on the products of all sides round their inputs to TF32, on TPUs to bfloat16.
+--config.a.b=value applies to the project's side. A TPU has no peers. Neither GPU nor TPU could be tested here. On these
+platforms all sides hold device memory at the same time, so their allocators do not preallocate it. float32 means JAX's
+default on the platform: on GPUs from Ampere on, matrix products of all sides round their inputs to TF32; on TPUs, to
+bfloat16.
 """
 
 import argparse
@@ -46,22 +47,22 @@ from benchmarks import peers
 from benchmarks.peers import tensorflow_passes, torch_passes
 from benchmarks.workers import NO_GPU, Worker, machine, serve
 
-PROJECT, *PEERS = SIDES = ('jax', 'tensorflow', 'torch')  # each named as the package it needs
+PROJECT, *PEERS = SIDES = ('jax', 'tensorflow', 'torch')  # the names of the packages
 PASSES = ('train', 'forward')
 PLATFORMS = {
     'cpu': NO_GPU | {'TF_ENABLE_ONEDNN_OPTS': '1'},
-    # All sides are on the same device at once.
+    # All sides share the device.
     'gpu': {'JAX_PLATFORMS': 'cuda', 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', 'TF_FORCE_GPU_ALLOW_GROWTH': 'true'},
     'tpu': {'JAX_PLATFORMS': 'tpu'},
 }
-# Rows of square matrices, the larger ones so that starting a product and fetching a number take no time beside it.
+# Rows of the square matrices. On accelerators they are larger, to make launch and transfer times negligible.
 PRODUCTS = {'cpu': (2048, 4096), 'gpu': (8192, 16384), 'tpu': (8192, 16384)}
 
-Times = dict[str, dict[str, tuple[float, ...]]]  # seconds of each round by pass and side
+Times = dict[str, dict[str, tuple[float, ...]]]  # seconds of each round, by pass and side
 
 
 def configuration(arguments: argparse.Namespace, overrides: list[str]) -> Any:
-    """The project's settings, resolved; exits with 2 where they cannot be used."""
+    """Returns the project's resolved configuration. Exits with 2 if a setting is invalid."""
     from alexnet_jax.config import ConfigError, apply_overrides, default_config, resolve
 
     values: dict[str, Any] = {'train.batch_size': arguments.batch_size, 'model.dtype': arguments.dtype, 'mesh.data': 1}
@@ -81,7 +82,7 @@ def configuration(arguments: argparse.Namespace, overrides: list[str]) -> Any:
 
 
 def project_passes(config: Any) -> dict[str, Callable[[], Any]]:
-    """This project's passes, and `check`, see check.worst()."""
+    """Returns this project's passes, and `check`, which returns the result of check.worst()."""
     from alexnet_jax import startup
 
     if config.cpu_tuning:
@@ -92,7 +93,7 @@ def project_passes(config: Any) -> dict[str, Callable[[], Any]]:
 
     try:
         jax.devices()
-    except (RuntimeError, AssertionError):  # the latter without the package for it
+    except (RuntimeError, AssertionError):  # AssertionError: the platform's package is not installed
         platforms = os.environ.get('JAX_PLATFORMS')
         sys.exit(f'train_step: jax finds no device for JAX_PLATFORMS={platforms}; is its package installed?')
     project = Project(config)
@@ -107,7 +108,7 @@ def project_passes(config: Any) -> dict[str, Callable[[], Any]]:
 
 
 def project_product(size: int, dtype: str) -> Callable[[], float]:
-    """A product of two `size` x `size` matrices."""
+    """Returns a function that multiplies two `size` x `size` matrices."""
     import jax
 
     matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)
@@ -116,7 +117,7 @@ def project_product(size: int, dtype: str) -> Callable[[], float]:
 
 
 def start(arguments: argparse.Namespace, overrides: list[str]) -> tuple[str | None, Callable[[str], Any]]:
-    """In a worker: the version of its side, None without, and what times one of its passes (or runs `check`)."""
+    """Runs in a worker. Returns the side's version or None, and a function that times a pass or runs `check`."""
     side, device = arguments.worker, 'cuda' if arguments.platform == 'gpu' else 'cpu'
     batch_size, dtype = arguments.batch_size, arguments.dtype
     passes: dict[str, Callable[[], Any]] = {}
@@ -146,9 +147,9 @@ def start(arguments: argparse.Namespace, overrides: list[str]) -> tuple[str | No
 
 
 def equal_to_plain(worker: Worker) -> dict[str, float]:
-    """The name and the largest distance from the plain implementation; exits where rounding does not explain it."""
+    """Returns the largest difference from the plain implementation by its name. Exits if it exceeds the tolerance."""
     name, distance, tolerance = worker.ask('check')
-    if not distance <= tolerance:  # nor what is not a number
+    if not distance <= tolerance:  # also catches NaN
         sys.exit(
             f'train_step: {name} differs by {distance:.1e} of its size from the plain implementation; rounding explains'
             f' {tolerance:g}. The step is wrong, or given other settings than plain.py has (then --unchecked)'
@@ -157,7 +158,7 @@ def equal_to_plain(worker: Worker) -> dict[str, float]:
 
 
 def measure(workers: list[Worker], passes: tuple[str, ...], rounds: int, warmup: int) -> Times:
-    """Seconds of each round; the sides take turns."""
+    """Returns the seconds of each round. The sides take turns."""
     times = {}
     for name in passes:
         table = [[worker.ask(name) for worker in workers] for _ in range(warmup + rounds)]
@@ -167,14 +168,14 @@ def measure(workers: list[Worker], passes: tuple[str, ...], rounds: int, warmup:
 
 
 def ratio(seconds: dict[str, tuple[float, ...]], peer: str) -> float | None:
-    """How many times as fast as `peer` the project is, by the medians; None where one of them was not timed."""
+    """Returns the peer's median time over the project's, or None if one of them was not timed."""
     if PROJECT not in seconds or peer not in seconds:
         return None
     return statistics.median(seconds[peer]) / statistics.median(seconds[PROJECT])
 
 
 def results(times: Times, config: Any) -> dict[str, Any]:
-    """What --json prints of the times: images/s, ratios, rates in FLOP/s, and shares of the best product's rate."""
+    """Returns the results for --json: images/s, ratios, FLOP/s, and shares of the best matrix product's FLOP/s."""
     from alexnet_jax import costs
 
     batch_size, found = config.train.batch_size, {}
@@ -195,7 +196,7 @@ def results(times: Times, config: Any) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The table for people."""
+    """Formats the table as text."""
     shares, versions = result['share_of_product'], result['versions']
     rates = ', '.join(f'{rate / 1e9:.0f} with {side}' for side, rate in result['product_flops_per_second'].items())
     lines = [
@@ -224,7 +225,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
-    """The flags, and those that are settings of the project; exits with 2 where one is wrong."""
+    """Returns the flags and the project's setting overrides. Exits with 2 if one is invalid."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--batch_size', type=int, default=128)
     parser.add_argument('--rounds', type=int, default=6, help='timed, of each pass')
@@ -249,7 +250,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 
 def main() -> None:
-    """Run the sides asked for and print what came out."""
+    """Runs the requested sides and prints the results."""
     arguments, overrides = parse()
     if arguments.worker:
         return serve(lambda: start(arguments, overrides))

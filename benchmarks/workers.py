@@ -1,4 +1,4 @@
-"""The sides of a benchmark, each in a process of its own, taking turns; those not asked for anything are stopped."""
+"""Runs each side of a benchmark in its own process. The sides take turns; waiting ones are stopped by SIGSTOP."""
 
 import contextlib
 import ctypes
@@ -17,7 +17,7 @@ NO_GPU = {'JAX_PLATFORMS': 'cpu', 'CUDA_VISIBLE_DEVICES': '-1', 'TF_CPP_MIN_LOG_
 
 
 def machine() -> str:
-    """Cores and processor of this machine, and the Python that runs."""
+    """Describes the number of cores, the processor and the Python version."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo') as file:
@@ -27,7 +27,7 @@ def machine() -> str:
 
 
 def open_answers() -> Any:
-    """In the process of a side: the file for its answers. What it and libraries print, from C too, goes to stderr."""
+    """Runs in a worker. Returns the file for answers, and redirects stdout, also that of C libraries, to stderr."""
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a stopped process would outlive its parent
     answers = os.fdopen(os.dup(1), 'w')
@@ -36,9 +36,10 @@ def open_answers() -> Any:
 
 
 def serve(start: Callable[[], tuple[Any, Callable[[Any], Any]]]) -> None:
-    """In the process of a side: says what it is, then answers requests until there are no more. A line of JSON each.
+    """Runs in a worker. Describes the side, then answers requests until stdin ends, as one line of JSON each.
 
-    `start` returns what the side says of itself, and a function of a request that gives the answer.
+    Args:
+      start: returns the description of the side, and a function from a request to its answer.
     """
     with open_answers() as answers:
         about, respond = start()
@@ -48,14 +49,15 @@ def serve(start: Callable[[], tuple[Any, Callable[[Any], Any]]]) -> None:
 
 
 class Worker:
-    """The process of one side, killed when `stack` ends.
+    """The process of one side, killed when `stack` closes.
 
     Args:
-      side: its name in messages.
-      command: which ends in serve().
-      environment: variables that it has besides those of this process.
+      side: the name of the side in messages.
+      command: a command that ends in serve().
+      environment: variables to add to this process's environment.
 
-    `about` is what the side said of itself.
+    Attributes:
+      about: the description that the side sent.
     """
 
     def __init__(self, side: str, command: list[str], environment: dict[str, str], stack: contextlib.ExitStack):
@@ -67,7 +69,7 @@ class Worker:
         self.about = self._answer()
 
     def ask(self, request: Any) -> Any:
-        """What the side answers to `request`, both of which JSON can hold. Exits where the process died instead."""
+        """Sends a request and returns the answer, both JSON values. Exits if the process died."""
         self.process.send_signal(signal.SIGCONT)
         with contextlib.suppress(BrokenPipeError):  # _answer() says why
             print(json.dumps(request), file=self.process.stdin, flush=True)

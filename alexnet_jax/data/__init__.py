@@ -1,1 +1,1 @@
-"""Image sources and the reading of prepared stores."""
+"""Image sources, prepared stores, and input pipelines."""

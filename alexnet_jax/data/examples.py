@@ -1,7 +1,7 @@
-"""What a source of images gives: for each split random access to its examples, whatever they are kept in.
+"""Image sources with random access to the examples of each split, for several storage formats.
 
-examples[i] is (content, label), where `content` is a file's bytes or an array of pixels; examples.name(i) is what a
-person would look for; part() cuts out what one process is to work on, small enough to be sent to it.
+examples[i] is (content, label), where `content` is the bytes of a file or an array of pixels. examples.name(i) is a
+human-readable name. examples.part(indices) is a subset that can be pickled and sent to one worker process.
 """
 
 import dataclasses
@@ -17,17 +17,17 @@ Example = tuple[bytes | np.ndarray, int]
 
 
 class SourceError(ValueError):
-    """A source that cannot be read: one line that says what is missing and what to do."""
+    """Raised for an unreadable source. The message is one line with the problem and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Images with labels.
+    """Labeled images.
 
     Attributes:
       splits: 'train' and 'validation', each Files, Pixels or Records.
-      class_names: one a label.
-      holds_out_validation: whether the validation images are a fraction of those that the source has to train on.
+      class_names: one name per label.
+      holds_out_validation: whether the validation images are held out from the training images of the source.
     """
 
     splits: dict[str, Any]
@@ -36,18 +36,18 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the images do, as far as names and sizes of files, or TFDS, tell."""
+        """Digest that detects changed images: from file names and sizes, IDX contents, or TFDS metadata."""
         return digest(*self.class_names, *(f'{split} {part.digest()}' for split, part in self.splits.items()))
 
 
 def digest(*values: Any) -> str:
-    """sha256 of `values` as text, a line each."""
+    """Returns the sha256 of `values` as text, one value per line."""
     return hashlib.sha256('\n'.join(map(str, values)).encode(errors='surrogateescape')).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """Examples that are files below `root`, of `sizes` in bytes."""
+    """Examples stored as one file each below `root`. `sizes` are in bytes."""
 
     root: str
     names: list[str]
@@ -62,26 +62,26 @@ class Files:
             return file.read(), int(self.labels[index])
 
     def name(self, index: int) -> str:
-        """The path below `root`."""
+        """Returns the path relative to `root`."""
         return self.names[index]
 
     def part(self, indices: Any) -> 'Files':
-        """The examples at `indices`."""
+        """Returns the examples at `indices`."""
         names, sizes = ([values[i] for i in indices] for values in (self.names, self.sizes))
         return Files(self.root, names, sizes, self.labels[indices])
 
     def digest(self) -> str:
-        """Of names, sizes and labels."""
+        """Returns the digest of names, sizes and labels."""
         return digest(*zip(self.names, self.sizes, self.labels.tolist(), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """Examples in memory: images (N, H, W) uint8."""
+    """Examples in memory, with images (N, H, W) uint8."""
 
     images: np.ndarray
     labels: np.ndarray
-    numbers: np.ndarray  # which of the file they are
+    numbers: np.ndarray  # positions of the examples in the IDX file
 
     def __len__(self) -> int:
         return len(self.images)
@@ -90,29 +90,29 @@ class Pixels:
         return self.images[index], int(self.labels[index])
 
     def name(self, index: int) -> str:
-        """The place in the file."""
+        """Returns the position in the IDX file."""
         return f'image {self.numbers[index]}'
 
     def part(self, indices: Any) -> 'Pixels':
-        """The examples at `indices`."""
+        """Returns the examples at `indices`."""
         return Pixels(self.images[indices], self.labels[indices], self.numbers[indices])
 
     def digest(self) -> str:
-        """Of all there is."""
+        """Returns the digest of images, labels and numbers."""
         return hashlib.sha256(self.images.tobytes() + self.labels.tobytes() + self.numbers.tobytes()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """Examples of a TFDS data set in ArrayRecord, in `directory`; `split` as TFDS writes it, as 'train[10%:]'."""
+    """Examples of a TFDS data set in ArrayRecord in `directory`. `split` has TFDS syntax, such as 'train[10%:]'."""
 
     directory: str
     split: str
-    image: str  # names of the features
+    image: str  # feature names, as is `label`
     label: str
     start: int
     stop: int
-    about: str  # what TFDS says of the data set, which changes with it
+    about: str  # digest of the TFDS metadata, which changes with the data set
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -125,20 +125,20 @@ class Records:
         return record[self.image], int(record[self.label])
 
     def name(self, index: int) -> str:
-        """The file's name where the data set keeps it, as ImageNet does; otherwise the place in the split."""
+        """Returns the file name if the data set stores it, like ImageNet, otherwise the position in the split."""
         place = f'record {self.start + index} of {self.split}'
         try:
             record = self._record(index)
-        except RuntimeError:  # damaged
+        except RuntimeError:  # corrupt record
             return place
         return record['file_name'].decode() if 'file_name' in record else place
 
     def part(self, indices: range) -> 'Records':
-        """The examples at `indices`, which follow one another."""
+        """Returns the examples at `indices`, which must be contiguous."""
         return dataclasses.replace(self, start=self.start + indices.start, stop=self.start + indices.stop)
 
     def digest(self) -> str:
-        """Of what TFDS says; the folder may be another."""
+        """Returns the digest of the TFDS metadata and the range, independent of `directory`."""
         return digest(self.about, self.split, self.start, self.stop)
 
 

@@ -1,13 +1,14 @@
-"""From image files as the world has them to the square images of section 2 of the paper.
+"""Conversion of image files of any format to the square images of section 2 of the paper.
 
-What becomes of each kind is one rule, whatever the source:
-  grey                  three equal channels
-  transparent           laid over white
-  CMYK, YCCK            to RGB without a colour profile; JPEGs inverted, as Adobe writes them
-  16 bits a channel     the upper eight
-  turned by EXIF        upright
-  animated, many pages  the first picture
-Refused: what is no image, is cut off, has pixels without a known range (32 bits) or more than MAX_PIXELS of them.
+The same rules apply to all sources:
+  gray                    three equal channels
+  transparent             composited over white
+  CMYK, YCCK              converted to RGB without a color profile; JPEGs are inverted, as Adobe writes them
+  16 bits per channel     the upper eight bits
+  EXIF orientation        applied, so that the image is upright
+  animated or multi-page  the first image
+Rejected: files that are no image or are truncated, images of unknown pixel range (32 bits), and images of more than
+MAX_PIXELS pixels.
 """
 
 import io
@@ -16,20 +17,20 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# Pillow's own bound against files that unpack to more than memory holds: 600 MB while such an image is converted.
+# Pillow's own limit against decompression bombs. Converting an image of this size takes 600 MB.
 MAX_PIXELS = 1024**3 // 12
-# Of an image longer than this many times its width the middle is taken before it is scaled.
+# An image with a larger ratio of longer to shorter side is center-cropped to this ratio before scaling.
 MAX_ASPECT_RATIO = 16
 
 
 class UnreadableImage(ValueError):
-    """Content that is not used: a few words that say why."""
+    """Raised for rejected content. The message is a short reason."""
 
 
 def read_image(content: bytes | np.ndarray) -> Image.Image:
-    """The picture in a file's `content`, or in an array (H, W) or (H, W, 3) of uint8, upright, of mode L or RGB.
+    """Returns the upright image of mode L or RGB from the bytes of a file, or from an array (H, W[, 3]) uint8.
 
-    Raises UnreadableImage: see the module.
+    Raises UnreadableImage: see the module docstring.
     """
     if isinstance(content, np.ndarray):
         return Image.fromarray(content)
@@ -37,13 +38,13 @@ def read_image(content: bytes | np.ndarray) -> Image.Image:
         raise UnreadableImage('an empty file')
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of Pillow, about what the rules above decide
+            warnings.simplefilter('ignore')  # Pillow warns about cases that the rules above decide
             image = Image.open(io.BytesIO(content))
             if image.format == 'EPS':
                 raise UnreadableImage('EPS, which is a program')
             if image.width * image.height > MAX_PIXELS:
                 raise UnreadableImage(f'more than {MAX_PIXELS:,} pixels')
-            ImageOps.exif_transpose(image, in_place=True)  # in place, it keeps its format
+            ImageOps.exif_transpose(image, in_place=True)  # in_place keeps image.format
             return _grey_or_rgb(image)
     except UnreadableImage:
         raise
@@ -51,7 +52,7 @@ def read_image(content: bytes | np.ndarray) -> Image.Image:
         raise UnreadableImage('no image, or of a kind that Pillow does not know') from None
     except Image.DecompressionBombError:
         raise UnreadableImage(f'more than {MAX_PIXELS:,} pixels') from None
-    except Exception as error:  # Pillow's decoders raise a dozen kinds on damage
+    except Exception as error:  # Pillow's decoders raise a dozen types for corrupt files
         what = ' '.join(str(error).split())[:80] or type(error).__name__
         raise UnreadableImage(f'damaged ({what})') from None
 
@@ -68,14 +69,14 @@ def _grey_or_rgb(image: Image.Image) -> Image.Image:
 
 
 def square(image: Image.Image, size: int, channels: int = 3) -> np.ndarray:
-    """Section 2 of the paper: the shorter side scaled to `size`, then the central square.
+    """Scales the shorter side to `size`, then crops the central square (section 2 of the paper).
 
-    Scaled with Pillow's bicubic filter, which when it makes smaller widens with the scale, so nothing is skipped.
+    Pillow's bicubic filter is antialiased: the filter widens with the downscaling factor, so every pixel counts.
 
     Args:
-      image: of mode L or RGB, see read_image().
-      size: pixels a side.
-      channels: 3 spreads grey to three equal ones; 1 takes the luminance of colours.
+      image: image of mode L or RGB, see read_image().
+      size: side of the square in pixels.
+      channels: 3 replicates gray to three equal channels; 1 converts colors to luminance.
 
     Returns:
       (size, size, channels) uint8.

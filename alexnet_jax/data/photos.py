@@ -1,4 +1,4 @@
-"""The data set `photos`: patches of the photographs that ship inside scikit-image, labelled by the photograph."""
+"""The data set `photos`: patches of the photographs in the scikit-image package. The label is the photograph."""
 
 import io
 
@@ -24,22 +24,25 @@ PHOTOGRAPHS = (
     'rocket',
     'stereo_motorcycle',
 )
-GRID = 4  # cells a side; they belong to training and validation like the two colours of a chessboard
-PATCHES = {'train': 400, 'validation': 100}  # of each photograph
-SIDES = (0.6, 1.0)  # of a patch, as parts of the shorter side of a cell
+GRID = 4  # cells per side; training and validation cells alternate like a checkerboard
+PATCHES = {'train': 400, 'validation': 100}  # per photograph
+SIDES = (0.6, 1.0)  # range of patch sides, relative to the shorter side of a cell
 
 
 def photograph(name: str) -> np.ndarray:
-    """The photograph (H, W, 3), uint8; grey ones with three equal channels. Read from the package, never downloaded."""
+    """Returns a photograph (H, W, 3) uint8, from the package without a download.
+
+    Gray photographs get three equal channels.
+    """
     import skimage.data
 
     image = getattr(skimage.data, name)()
-    image = image[0] if isinstance(image, tuple) else image  # the left one of the stereo pair
+    image = image[0] if isinstance(image, tuple) else image  # left image of the stereo pair
     return np.repeat(image[..., None], 3, -1) if image.ndim == 2 else image[..., :3]
 
 
 def cells(split: str, height: int, width: int) -> list[tuple[slice, slice]]:
-    """The regions (rows, columns) of a photograph that belong to `split`; no pixel is in regions of two splits."""
+    """Returns the regions (rows, columns) of a photograph that belong to `split`. The splits share no pixel."""
     rows = np.linspace(0, height, GRID + 1).astype(int)
     columns = np.linspace(0, width, GRID + 1).astype(int)
     parity = ('train', 'validation').index(split)
@@ -52,7 +55,7 @@ def cells(split: str, height: int, width: int) -> list[tuple[slice, slice]]:
 
 
 def patches(split: str):
-    """Yield (key, patch, label) of `split`: square windows of random size and place in its cells, always the same."""
+    """Yields (key, patch, label) of `split`: square crops of random size and position in its cells (fixed seed)."""
     for label, name in enumerate(PHOTOGRAPHS):
         image = photograph(name)
         regions = [image[region] for region in cells(split, *image.shape[:2])]
@@ -88,6 +91,6 @@ class Photos(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split):
         for key, patch, label in patches(split):
             file = io.BytesIO()
-            Image.fromarray(patch).save(file, 'PNG', compress_level=1)  # four times as fast as the usual level
+            Image.fromarray(patch).save(file, 'PNG', compress_level=1)  # four times as fast as the default level
             file.seek(0)
             yield key, {'image': file, 'label': label}

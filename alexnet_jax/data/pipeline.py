@@ -1,7 +1,7 @@
-"""Prepared stores and the batches read from them with Grain, without TensorFlow.
+"""Prepared stores, and input pipelines that read batches from a store with Grain, without TensorFlow.
 
-Which image comes when is a pure function of the seed and of how many images came before it, whatever the number of
-processes, so the whole state of the input is the number of steps taken.
+The order of the images is a pure function of the seed and the position in the sequence, for any number of processes.
+The complete state of an input pipeline is therefore the number of steps.
 """
 
 import dataclasses
@@ -26,23 +26,25 @@ from alexnet_jax.monitor import log_error
 
 Batch = dict[str, np.ndarray]
 SETTINGS = ('source', 'image_size', 'channels', 'encoding', 'validation_fraction', 'class_names')
-DESCRIPTION = 'prepared.json'  # in a store: what it was made of, and the sizes of its files
-KEPT = 1 << 28  # bytes of images: a split of no more stays in memory
+DESCRIPTION = (
+    'prepared.json'  # file in a store: settings, source fingerprint, image counts, and sizes of the store's files
+)
+KEPT = 1 << 28  # maximum bytes of images of a split that is cached in memory
 
 
 class DatasetError(RuntimeError):
-    """Data that could not be made or are damaged: one line with the cause and what to do."""
+    """Raised if data could not be prepared or are corrupt. The message is one line with the cause and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """A data set as `prepare` wrote it.
+    """A prepared data set, written by `prepare`.
 
     Attributes:
       train, validation: see Split.
-      statistics: of the training images, see shards.statistics().
-      class_names: one a label.
-      fingerprint: the same for the same images.
+      statistics: statistics of the training images, see shards.statistics().
+      class_names: one name per label.
+      fingerprint: sha256 of settings, source fingerprint, image counts and file sizes.
     """
 
     train: Any
@@ -53,25 +55,23 @@ class Store:
 
 
 class Split:
-    """Random access to {'image': (S, S, C) uint8, 'label': int32}; None for a record that is damaged on disk.
+    """Random access to {'image': (S, S, C) uint8, 'label': int32}, or None for a record that is corrupt on disk.
 
-    Every record has a checksum. A damaged one is named and counted once. Of a split of at most 256 MB an image stays in
-    memory once it was read, for reading is the most of what a batch costs.
+    Every record has a checksum. A corrupt record is logged and counted once. A split of at most 256 MiB caches images
+    in memory after the first read, because reading is most of the cost of a batch.
 
     Args:
-      records: random access to serialised tf.train.Examples.
+      records: random access to serialized tf.train.Examples.
       shape: (S, S, C).
-      encoding: of the image in a record, 'raw' or 'jpeg'.
-      name: shown.
-      max_bad: share of the records that may be damaged.
-
-    Raises DatasetError, when a record is asked for: there are more.
+      encoding: encoding of the image in a record, 'raw' or 'jpeg'.
+      name: name in messages.
+      max_bad: maximum fraction of corrupt records; beyond it, access to a record raises DatasetError.
     """
 
     def __init__(self, records: Any, shape: tuple[int, ...], encoding: str, name: str, max_bad: float):
         from tensorflow_datasets.proto import tf_example_pb2
 
-        # The message itself: what TFDS does with it besides takes twice as long, with the interpreter's lock held.
+        # Parses the protobuf directly: the further steps of TFDS take twice as long as parsing, with the GIL held.
         self.parse = tf_example_pb2.Example.FromString
         self.records, self.shape, self.encoding, self.name, self.max_bad = records, shape, encoding, name, max_bad
         self.keeps = len(records) * math.prod(shape) <= KEPT
@@ -85,7 +85,7 @@ class Split:
         return len(self.records)
 
     def damage(self) -> np.ndarray:
-        """Which records (N,) bool were found to be damaged since the process was started."""
+        """Returns a mask (N,) bool of the records that this process found corrupt."""
         found = np.zeros(len(self), bool)
         found[list(self.damaged)] = True
         return found
@@ -110,17 +110,20 @@ class Split:
                 self.kept[index] = True
         except MemoryError:
             raise
-        except Exception as error:  # of ArrayRecord, protobuf and the decoder, each its own kinds
+        except Exception as error:  # ArrayRecord, protobuf and the decoder raise different types
             self._count(index, error)
             return None
         return example
 
     def from_memory(self, indices: np.ndarray) -> Batch | None:
-        """The images and labels at `indices` (B,), at a fourth of the cost of one by one; None: some are not there."""
+        """Returns the cached images and labels at `indices` (B,), or None if some are not cached.
+
+        The cost is a fourth of the cost of single accesses.
+        """
         if not self.kept[indices].all():
             return None
         images = _empty((len(indices), *self.shape))
-        np.take(self.images, indices, 0, out=images, mode='clip')  # as fast as without `out`, which other modes are not
+        np.take(self.images, indices, 0, out=images, mode='clip')  # other modes are slower with `out`
         return {'image': images, 'label': self.labels[indices]}
 
     def _count(self, index: int, error: Exception) -> None:
@@ -138,7 +141,7 @@ class Split:
 
 
 def dataset_dir(data_dir: str, settings: Any) -> str:
-    """Where the prepared store lies; `settings`: `data` of a configuration, or prepare.Settings."""
+    """Returns the path of the prepared store. `settings` is `data` of a configuration or prepare.Settings."""
     root = data_dir if '://' in data_dir else os.path.abspath(os.path.expanduser(data_dir))
     name = re.sub(r'\W+', '_', settings.source.removeprefix('tfds:')).strip('_')
     kind = '_grey' * (settings.channels == 1) + '_jpeg' * (settings.encoding == 'jpeg')
@@ -146,7 +149,10 @@ def dataset_dir(data_dir: str, settings: Any) -> str:
 
 
 def describe(directory: str, settings: Any) -> dict[str, Any]:
-    """What the store in `directory` was made of. Raises ConfigError: it is no store, or not that of `settings`."""
+    """Returns the settings, fingerprint, image counts and file sizes of the store in `directory`.
+
+    Raises ConfigError: `directory` is no complete store, or the store has other settings than `settings`.
+    """
     try:
         made = json.loads((epath.Path(directory) / DESCRIPTION).read_text())
         made = {name: made[name] for name in ('fingerprint', 'images', 'files', *SETTINGS)}
@@ -166,9 +172,9 @@ def describe(directory: str, settings: Any) -> dict[str, Any]:
 
 
 def open_store(directory: str, settings: Any) -> Store:
-    """The store in `directory`, on a disk or, as gs://..., wherever TFDS and ArrayRecord can read.
+    """Opens the store in `directory`: a path, or a URL such as gs://... that TFDS and ArrayRecord can read.
 
-    Raises ConfigError: it is no whole store, or not that of `settings`, `data` of a configuration.
+    Raises ConfigError: the store is incomplete or has other settings than `settings`, `data` of a configuration.
     """
     made = describe(directory, settings)
     folder = epath.Path(directory)
@@ -203,7 +209,7 @@ def _statistics(path: Any) -> dict[str, np.ndarray]:
 
 
 def spread(split: Any, count: int) -> list[tuple[int, dict[str, Any]]]:
-    """About `count` records of a Split with their numbers, evenly spread over it, without damaged ones."""
+    """Returns about `count` pairs (number, record), evenly spaced over a Split, without corrupt records."""
     numbers = dict.fromkeys(np.linspace(0, len(split) - 1, count).astype(int).tolist())
     return [(number, example) for number in numbers if (example := split[number]) is not None]
 
@@ -211,23 +217,29 @@ def spread(split: Any, count: int) -> list[tuple[int, dict[str, Any]]]:
 def training_batches(
     source: Any, *, seed: int, batch_size: int, first_step: int, threads: int, share: int = 0, shares: int = 1
 ) -> Iterator[Batch]:
-    """Endless batches from step `first_step` on: of each the rows of part number `share` of the `shares` equal ones.
+    """Yields endless batches from step `first_step` on, restricted to shard `share` of `shares` equal shards per batch.
 
-    Every epoch is a new permutation of all images; a batch may end one epoch and begin the next, so none is left out.
-    In the place of a damaged record stands the next one of the store that is whole.
+    Every epoch is a new permutation of all images. A batch may span two epochs, so every epoch visits all images. The
+    next intact record of the store replaces a corrupt record.
 
     Args:
       source: see Split.
+      seed: seed of the permutations.
+      batch_size: global batch size over all shards.
+      first_step: number of batches to skip.
+      threads: number of reader threads; an in-memory split uses none.
+      share: index of this shard.
+      shares: number of shards of a batch.
 
     Yields:
-      image (B, S, S, C) uint8, label (B,) int32 and number (B,) uint32, the count of images given out before this one
-      since step 0; B is batch_size // shares.
+      image (B, S, S, C) uint8, label (B,) int32 and number (B,) uint32, where B is batch_size // shares and `number` is
+      the number of images before this one since step 0.
     """
     import grain
 
     rows, whole = batch_size // shares, _Whole(source)
 
-    @functools.lru_cache(2)  # grain's own shuffle() works out each index by itself: a fifth of the time for a batch
+    @functools.lru_cache(2)  # a batch takes a fifth of the time of grain's shuffle()
     def order(epoch):
         return np.random.default_rng((seed, epoch)).permutation(len(source))
 
@@ -248,12 +260,13 @@ def training_batches(
 def validation_batches(
     source: Any, *, batch_size: int, threads: int, share: int = 0, shares: int = 1, first_batch: int = 0
 ) -> Iterator[Batch]:
-    """Every image once, in order, in batches filled up with black images labelled -1; of each the rows of `share`.
+    """Yields every image once, in order, restricted to shard `share` of `shares` equal shards per batch.
 
-    A damaged record is such a black image too. `first_batch`: how many batches are passed over.
+    Black images with label -1 pad the last batch and replace corrupt records. `first_batch` is the number of batches to
+    skip.
 
     Yields:
-      image (B, S, S, C) uint8 and label (B,) int32; B is batch_size // shares.
+      image (B, S, S, C) uint8 and label (B,) int32, where B is batch_size // shares.
     """
     import grain
 
@@ -267,7 +280,7 @@ def validation_batches(
 
 
 def _reading(source: Any, threads: int) -> Any:
-    """How Grain reads a Split: what stays in memory in the caller's thread, others would only wait for its lock."""
+    """Returns Grain's options to read a Split: no threads for an in-memory split, where they would wait for the GIL."""
     import grain
 
     threads = 0 if source.keeps else threads
@@ -275,7 +288,7 @@ def _reading(source: Any, threads: int) -> Any:
 
 
 def _filled(source: Any, indices: Sequence[int] | np.ndarray) -> Batch:
-    """The images at `indices` in one array: three times as fast as to read them all and stack them."""
+    """Copies the images at `indices` into one array: three times as fast as np.stack."""
     labels = np.empty(len(indices), np.int32)
     for row, index in enumerate(np.asarray(indices).tolist()):
         example = source[index]
@@ -286,7 +299,7 @@ def _filled(source: Any, indices: Sequence[int] | np.ndarray) -> Batch:
 
 
 def _empty(shape: tuple[int, ...]) -> np.ndarray:
-    """An array of uint8 that begins at a multiple of 64 bytes: a CPU's device takes it as it is, copies others."""
+    """Returns an empty uint8 array aligned to 64 bytes, which JAX's CPU backend uses without a copy."""
     size = math.prod(shape)
     memory = np.empty(size + 63, np.uint8)
     start = -memory.ctypes.data % 64
@@ -294,7 +307,7 @@ def _empty(shape: tuple[int, ...]) -> np.ndarray:
 
 
 class _Whole:
-    """`source` with the next whole record in the place of each damaged one."""
+    """`source` with each corrupt record replaced by the next intact record."""
 
     def __init__(self, source: Any):
         self.source = source
@@ -311,7 +324,7 @@ class _Whole:
 
 
 class _Padded:
-    """`source` lengthened to a multiple of `batch_size`."""
+    """`source` padded to a multiple of `batch_size` with black images, label -1, also in place of corrupt records."""
 
     def __init__(self, source: Any, batch_size: int):
         self.source = source

@@ -1,6 +1,6 @@
-"""The parts that a store is made of: their format, the sums over their images, and the statistics of all.
+"""Shards of a store: image format, sums over the images of a shard, and statistics of the whole training set.
 
-Sums are of whole numbers, so statistics are the same in any order.
+The sums are over integers, so that the statistics do not depend on the order of the images.
 """
 
 import collections
@@ -13,13 +13,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-# Of JPEG stores; chroma at half resolution.
+# For JPEG stores, with chroma at half resolution (4:2:0).
 JPEG_QUALITY = 95
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """What the images of a store are: pixels a side, channels (1 or 3), encoding ('raw' or 'jpeg'), class names."""
+    """Image format of a store: side in pixels, channels (1 or 3), encoding ('raw' or 'jpeg') and class names."""
 
     image_size: int
     channels: int
@@ -27,7 +27,7 @@ class Format:
     class_names: tuple[str, ...]
 
     def features(self) -> Any:
-        """The features that TFDS describes a record with."""
+        """Returns the TFDS features of a record."""
         shape = (self.image_size, self.image_size, self.channels)
         if self.encoding == 'jpeg':
             image: Any = tfds.features.Image(shape=shape, encoding_format='jpeg')
@@ -38,7 +38,7 @@ class Format:
         )
 
     def encode(self, pixels: np.ndarray) -> tuple[Any, np.ndarray]:
-        """What is stored for `pixels` (S, S, C) uint8, and the pixels that a reader will get from it."""
+        """Returns the stored value of `pixels` (S, S, C) uint8, and the pixels that a reader decodes from it."""
         if self.encoding == 'raw':
             return pixels, pixels
         file = io.BytesIO()
@@ -50,7 +50,7 @@ class Format:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Number `index` of the `count` parts that a split is cut into, and the examples in it."""
+    """Shard `index` of the `count` shards of a split, with its examples."""
 
     split: str
     index: int
@@ -59,28 +59,28 @@ class Shard:
 
     @property
     def file(self) -> str:
-        """The name that TFDS gives it."""
+        """File name of the shard, as TFDS expects."""
         return f'prepared-{self.split}.array_record-{self.index:05d}-of-{self.count:05d}'
 
     @property
     def report(self) -> str:
-        """The file that says what is in it; it is written last, so where it is the shard is whole."""
+        """File name of the report of the shard. The report is written last, so its existence means a complete shard."""
         return f'{self.split}-{self.index:05d}.json'
 
     @property
     def sums(self) -> str:
-        """The file of what RunningMoments has summed."""
+        """File name of the sums from RunningMoments."""
         return f'{self.split}-{self.index:05d}.npz'
 
 
 class RunningMoments:
-    """Sums over images (S, S, C), as integers.
+    """Integer sums over images (S, S, C).
 
     Attributes:
-      images: (S, S, C) int64.
-      products: (C, C) float64, of channels with channels over all pixels; whole numbers, exact up to 2^53, which is
-        twice what ImageNet has at 256 pixels.
-      class_counts: (classes,) int64.
+      images: (S, S, C) int64, sum of the images.
+      products: (C, C) float64, sums of channel products over all pixels; integers, exact up to 2^53, which is 1.6 times
+        the maximum for ImageNet at 256 pixels.
+      class_counts: (classes,) int64, images per class.
     """
 
     def __init__(self, format: Format):
@@ -89,7 +89,7 @@ class RunningMoments:
         self.class_counts = np.zeros(len(format.class_names), np.int64)
 
     def add(self, pixels: np.ndarray, label: int) -> None:
-        """Count one image (S, S, C) uint8."""
+        """Adds one image (S, S, C) uint8."""
         self.images += pixels
         flat = pixels.reshape(-1, pixels.shape[-1]).astype(np.float64)
         self.products += flat.T @ flat
@@ -97,11 +97,12 @@ class RunningMoments:
 
 
 def statistics(reports: str, shards: list[Shard]) -> dict[str, np.ndarray]:
-    """Statistics of the training images, from the sums of all their shards.
+    """Computes statistics of the training images from the sums of all training shards in the folder `reports`.
 
-    Returns mean_image (S, S, C), mean_rgb (C,), the eigenvalues (C,), ascending, and the eigenvectors (C, C), in
-    columns, of the covariance of channels over all pixels, all float64 in grey levels, and class_counts (classes,)
-    int64.
+    Returns:
+      Float64 arrays, in units of gray levels (0 to 255): mean_image (S, S, C), mean_rgb (C,), and the eigenvalues (C,),
+      ascending, and eigenvectors (C, C), in columns, of the covariance of the channels over all pixels. Also
+      class_counts (classes,) int64.
     """
     sums: dict[str, Any] = collections.Counter()
     for shard in shards:
@@ -113,7 +114,7 @@ def statistics(reports: str, shards: list[Shard]) -> dict[str, np.ndarray]:
     mean_rgb = mean_image.mean((0, 1))
     pixels = count * mean_image[..., 0].size
     eigenvalues, eigenvectors = np.linalg.eigh(sums['products'] / pixels - np.outer(mean_rgb, mean_rgb))
-    # An eigenvector's sign is anyone's choice; libraries differ.
+    # The sign of an eigenvector is arbitrary and differs between libraries.
     eigenvectors = eigenvectors * np.where(eigenvectors.sum(0) < 0, -1.0, 1.0)
     return {
         'mean_image': mean_image,

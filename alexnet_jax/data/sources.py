@@ -1,4 +1,4 @@
-"""Where raw images come from: TFDS, a folder of folders, IDX files, the photographs of the quickstart."""
+"""Sources of raw images: TFDS, a folder with one folder per class, IDX files, and the `photos` data set."""
 
 import gzip
 import importlib.util
@@ -15,23 +15,24 @@ from alexnet_jax.data.examples import Files, Pixels, Records, Source, SourceErro
 from alexnet_jax.monitor import log
 
 IMAGENET_TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
-VALIDATION_SPLIT_NAMES = ('validation', 'val', 'test', 't10k')  # names of a split to validate on, the first there is
+VALIDATION_SPLIT_NAMES = ('validation', 'val', 'test', 't10k')  # the first existing one is used
 
 
 def is_local(source: str) -> bool:
-    """Whether `source` can be opened without making anything: a folder that is there."""
+    """Returns True if `source` is an existing folder, which can be opened without a download or conversion."""
     kind, _, where = source.partition(':')
     return kind in ('folder', 'idx') and os.path.isdir(os.path.expanduser(where))
 
 
 def open_source(source: str, data_dir: str, validation_fraction: float) -> Source:
-    """The source named 'photos', 'tfds:NAME[:config]', 'folder:DIR' or 'idx:DIR'.
+    """Opens a source.
 
     Args:
-      data_dir: where TFDS keeps its data sets.
-      validation_fraction: of the training images, held out where the source has no split to validate on.
+      source: 'photos', 'tfds:NAME[:config]', 'folder:DIR' or 'idx:DIR'.
+      data_dir: folder of the TFDS data sets.
+      validation_fraction: fraction of the training images to hold out if the source has no validation split.
 
-    Raises SourceError: it is not there, or is not made as it should be.
+    Raises SourceError: the source does not exist or has a wrong format.
     """
     kind, _, where = source.partition(':')
     if kind == 'folder':
@@ -42,7 +43,7 @@ def open_source(source: str, data_dir: str, validation_fraction: float) -> Sourc
 
 
 def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """Which examples (N,) bool to validate on: `fraction` of each class, rounded, always the same ones."""
+    """Returns a mask (N,) bool of the held-out examples: `fraction` of each class, rounded, with a fixed seed."""
     chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -51,7 +52,7 @@ def held_out(labels: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def _split_off(examples: Any, fraction: float, where: Any) -> dict[str, Any]:
-    """Splits of `examples` that have no split to validate on."""
+    """Holds out `fraction` of `examples` as a validation split, and returns both splits."""
     chosen = held_out(examples.labels, fraction)
     if not chosen.any() or chosen.all():
         raise SourceError(
@@ -63,12 +64,16 @@ def _split_off(examples: Any, fraction: float, where: Any) -> dict[str, Any]:
 
 
 def _folder(root: Path, fraction: float) -> Source:
-    """One folder a class, within train/ and val/ (or validation/, test/), or with neither directly within `root`."""
+    """Opens a source with one folder per class, in train/ or, without train/, directly in `root`.
+
+    The validation split is next to train/: the first existing folder of validation/, val/, test/ and t10k/. Without
+    one, `fraction` of the training images is held out.
+    """
     if not root.is_dir():
         raise SourceError(f'config.data.source: {root} is no folder; folder:DIR wants one with a folder for each class')
-    has_train = (root / 'train').is_dir() and bool(_subfolders(root / 'train'))  # not a class of that name
+    has_train = (root / 'train').is_dir() and bool(_subfolders(root / 'train'))  # otherwise `train` is a class
     classes = _subfolders(root / 'train' if has_train else root)
-    odd = next((name for name in classes if not name.isprintable()), None)  # such as bytes that are no UTF-8
+    odd = next((name for name in classes if not name.isprintable()), None)  # such as bytes that are not UTF-8
     if odd is not None:
         raise SourceError(f'{root}: rename the folder {odd!r}: the name of a class must be printable text')
     if not classes:
@@ -92,7 +97,7 @@ def _folder(root: Path, fraction: float) -> Source:
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
-    except OSError:  # a link to nothing; preparing skips and names it
+    except OSError:  # a dangling link; prepare skips and reports it
         return -1
 
 
@@ -101,7 +106,7 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _files(root: Path, split: str, classes: list[str]) -> Files:
-    """All files in the folders of `classes`, hidden ones apart, in the order of their names."""
+    """Returns all files in the folders of `classes` except hidden ones, sorted by path within each class."""
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -112,7 +117,10 @@ def _files(root: Path, split: str, classes: list[str]) -> Files:
 
 
 def _walk(folder: Path, seen: set[str]) -> list[str]:
-    """All files below `folder`, hidden ones apart. Raises SourceError: a link leads to a folder `seen` before."""
+    """Returns all files below `folder`, except hidden ones. `seen` has the real paths of the folders on the way down.
+
+    Raises SourceError: a link leads to a folder that contains the link.
+    """
     if not folder.is_dir():
         return []
     with os.scandir(folder) as iterator:
@@ -132,7 +140,7 @@ def _walk(folder: Path, seen: set[str]) -> list[str]:
 
 
 def _idx(folder: Path, fraction: float) -> Source:
-    """The format of MNIST: *train*images*idx3*, *train*labels*idx1*, the same with t10k or test, each maybe .gz."""
+    """Opens files of MNIST's format: *train*images*idx3* and *train*labels*idx1*, also for t10k or test, maybe .gz."""
     train = _idx_split(folder, 'train')
     splits = {'train': train}
     for name in ('t10k', 'test'):
@@ -147,7 +155,7 @@ def _idx(folder: Path, fraction: float) -> Source:
 
 
 def _idx_split(folder: Path, split: str) -> Pixels:
-    """The examples of a split."""
+    """Returns the examples of a split."""
     arrays = []
     for what, dimensions in (('images', 3), ('labels', 1)):
         found = sorted(folder.glob(f'*{split}*{what}*idx{dimensions}*'))
@@ -163,7 +171,7 @@ def _idx_split(folder: Path, split: str) -> Pixels:
 
 
 def _idx_array(path: Path, dimensions: int) -> np.ndarray:
-    """The array of unsigned bytes in an IDX file: two zeros, 8 for uint8, dimensions, sizes (4 bytes each), data."""
+    """Reads a uint8 array from an IDX file: two zero bytes, 8 for uint8, rank, sizes (4 bytes, big-endian), data."""
     content = path.read_bytes()
     try:
         content = gzip.decompress(content) if content[:2] == b'\x1f\x8b' else content
@@ -204,7 +212,7 @@ def _tfds(source: str, data_dir: str, fraction: float) -> Source:
 
 
 def _image_and_label(builder: Any) -> tuple[str, str]:
-    """Names of the features to learn from: the one image, and the class that TFDS calls the label."""
+    """Returns the names of the only image feature and of the class: `label`, a supervised key, or the only class."""
     features = dict(builder.info.features)
     images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
     labels = [name for name, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
@@ -217,7 +225,7 @@ def _image_and_label(builder: Any) -> tuple[str, str]:
 
 
 def _builder(source: str, data_dir: str) -> Any:
-    """The TFDS builder of `source`, for data that can be read at random."""
+    """Returns the TFDS builder of `source` for ArrayRecord files, which have random access."""
     name = source.removeprefix('tfds:').replace(':', '/')
     try:
         if source == 'photos':
@@ -239,10 +247,10 @@ def _builder(source: str, data_dir: str) -> Any:
 
 
 def _download_and_prepare(builder: Any, source: str, data_dir: str) -> None:
-    """Let TFDS download and convert the data of `builder` unless it has done so."""
+    """Downloads and converts the data of `builder` with TFDS, unless already done."""
     if builder.is_prepared():
         return
-    # Before gigabytes are downloaded: builders that use TensorFlow import it (lazily) by this name.
+    # Fails before a download of gigabytes. Builders that use TensorFlow import it lazily under this name.
     if 'tf' in vars(sys.modules[type(builder).__module__]) and importlib.util.find_spec('tensorflow') is None:
         raise _without_tensorflow(source)
     config = tfds.download.DownloadConfig()
@@ -251,7 +259,7 @@ def _download_and_prepare(builder: Any, source: str, data_dir: str) -> None:
     log(f'reading {source} with TFDS into {builder.data_dir}')
     try:
         builder.download_and_prepare(download_config=config)
-    except Exception as error:  # TFDS, its builders and what they download with raise many kinds
+    except Exception as error:  # TFDS, its builders and its downloader raise many types
         if isinstance(error, ModuleNotFoundError) and error.name == 'tensorflow':
             raise _without_tensorflow(source) from None
         raise SourceError(f'{source}: TFDS could not get the data: {_one_line(error)}') from None
@@ -268,9 +276,9 @@ def _one_line(error: Exception) -> str:
 
 
 def imagenet_tars(data_dir: str) -> str:
-    """The folder with ImageNet's tars: data_dir/downloads/manual as TFDS has it, or data_dir itself.
+    """Returns the folder with both tar files of ImageNet: TFDS's data_dir/downloads/manual, or data_dir.
 
-    Raises SourceError: one is missing; says which, and where it goes.
+    Raises SourceError: a file is missing. The message names the file and its folder.
     """
     folders = [os.path.join(data_dir, 'downloads', 'manual'), data_dir]
     for folder in folders:

@@ -1,4 +1,4 @@
-"""The prepared data of a run: opened, or made first by a process of its own."""
+"""Opens the prepared store of a run, after a child process has prepared a missing store."""
 
 import csv
 import io
@@ -17,24 +17,24 @@ from alexnet_jax.monitor import Preemption, summarize_exception
 
 
 def open_or_prepare(config: Any, preemption: Preemption) -> pipeline.Store | None:
-    """The prepared store of `config.data`, made now where it is missing; None when preempted meanwhile.
+    """Opens the store of `config.data`, and prepares a missing store first. Returns None if preempted while preparing.
 
-    Where several processes on a disk miss it one makes it and the others wait, see prepare.prepare().
+    If several processes with a shared disk need the store, one prepares it and the others wait, see prepare.prepare().
 
     Raises:
-      ConfigError: it is damaged, or has other classes than the network.
-      DatasetError: preparing was killed.
-      SystemExit: preparing failed, and said why.
+      ConfigError: the store is unreachable or corrupt, or has other settings or another number of classes.
+      DatasetError: the preparing process was killed.
+      SystemExit: preparing failed, and the child process printed the reason.
     """
     data = config.data
     directory = pipeline.dataset_dir(data.data_dir, data)
     if not _exists(directory):
-        # A process of its own, for TensorFlow should not share one with jax.
+        # A child process, because TensorFlow should not share a process with JAX.
         names = ('source', 'data_dir', 'image_size', 'channels', 'encoding', 'validation_fraction', 'max_bad')
         command = child_command('prepare', *(f'--{name}={data[name]}' for name in names))
         if data.class_names:
             line = io.StringIO()
-            csv.writer(line, lineterminator='').writerow(data.class_names)  # a name may hold a comma
+            csv.writer(line, lineterminator='').writerow(data.class_names)  # a name may contain a comma
             command.append(f'--class_names={line.getvalue()}')
         process = subprocess.Popen(command, env=child_environment())
         while process.poll() is None:
@@ -49,7 +49,7 @@ def open_or_prepare(config: Any, preemption: Preemption) -> pipeline.Store | Non
                 f'preparing {data.source} was ended by {name}; the same command goes on with it'
             )
         if process.returncode:
-            sys.exit(process.returncode)  # it said why
+            sys.exit(process.returncode)  # the child process printed the reason
     store = pipeline.open_store(directory, data)
     if len(store.class_names) != config.model.num_classes:
         classes = len(store.class_names)
@@ -63,7 +63,7 @@ def open_or_prepare(config: Any, preemption: Preemption) -> pipeline.Store | Non
 def _exists(directory: str) -> bool:
     try:
         return epath.Path(directory).exists()
-    except Exception as error:  # of whichever library reads gs://
+    except Exception as error:  # depends on the library that reads gs://
         raise ConfigError(
             f'config.data.data_dir: {directory} cannot be reached: {summarize_exception(error)}'
         ) from None

@@ -1,6 +1,6 @@
-"""The processes of `prepare`: each turns a run of examples into a file of square images, and ends with its parent.
+"""Worker processes of `prepare`, which convert examples to shards of square images and exit with their parent.
 
-Files are the same to the byte whoever writes them.
+The shards are byte-identical for any number of processes.
 """
 
 import contextlib
@@ -26,16 +26,20 @@ from alexnet_jax.monitor import write_json
 def write_shards(
     shards: list[Shard], format: Format, folder: str, reports: str, workers: int
 ) -> Generator[tuple[Shard, dict[str, Any]], None, None]:
-    """Yield each of `shards` with its report, see write_shard(), as soon as one of `workers` processes is done with it.
+    """Writes `shards` with `workers` processes, and yields each shard with its report (see write_shard()) when done.
 
-    Closing the generator ends the processes at once. Raises DatasetError: one was killed; OSError: see write_shard().
+    Closing the generator terminates the processes at once.
+
+    Raises:
+      DatasetError: a process was killed.
+      OSError: see write_shard().
     """
-    # Not forked: with TFDS's own data sets, TensorFlow has started threads in this process.
+    # No fork: TFDS data sets may have loaded TensorFlow, which starts threads in this process.
     pool = ProcessPoolExecutor(
         min(workers, max(len(shards), 1)), multiprocessing.get_context('spawn'), initializer=_end_with_parent
     )
     try:
-        with _interrupts_held_back():  # which the processes inherit; Ctrl-C is this one's to answer
+        with _interrupts_held_back():  # workers inherit the mask; only this process handles Ctrl-C
             futures = {pool.submit(write_shard, shard, format, folder, reports): shard for shard in shards}
         for future in as_completed(futures):
             yield futures[future], future.result()
@@ -45,7 +49,7 @@ def write_shards(
             f' where it stood (fewer than --workers={workers} need less)'
         ) from None
     except BaseException:
-        for process in multiprocessing.active_children():  # no shard is left half written, so none is waited for
+        for process in multiprocessing.active_children():  # no need to wait: shards are written atomically
             process.terminate()
         raise
     finally:
@@ -54,7 +58,7 @@ def write_shards(
 
 @contextlib.contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C that comes meanwhile is answered at the end, by this process alone."""
+    """Blocks SIGINT until the end of the context. Processes started in the context keep SIGINT blocked."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -63,7 +67,7 @@ def _interrupts_held_back() -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """Begin as a worker: when the parent is gone this process ends at once."""
+    """Initializes a worker: starts a thread that exits the process as soon as the parent has exited."""
     parent: Any = multiprocessing.parent_process()
 
     def watch():
@@ -75,7 +79,7 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def _writing(folder: str) -> Iterator[None]:
-    """Errors of ArrayRecord's writer, such as a full disk, as OSError."""
+    """Converts RuntimeError of ArrayRecord's writer, such as for a full disk, to OSError."""
     try:
         yield
     except RuntimeError as error:
@@ -83,15 +87,20 @@ def _writing(folder: str) -> Iterator[None]:
 
 
 def write_shard(shard: Shard, format: Format, folder: str, reports: str) -> dict[str, Any]:
-    """Convert the examples of `shard` into a file in `folder`, whole or not at all, and return its report.
+    """Converts the examples of `shard` to a file in `folder`, atomically, and returns its report.
 
-    The report, also written into `reports` with the sums, has: examples (stored), bytes (of the file), skipped (a
-    list of split, name and reason), digest (of the shard's examples). Raises OSError: it cannot be written.
+    Also writes the report and the sums to the folder `reports`.
+
+    Returns:
+      examples (number of stored examples), bytes (file size), skipped (a list of split, name and reason) and digest (of
+      the shard's examples).
+
+    Raises OSError: a file cannot be written.
     """
     features, sums, skipped = format.features(), RunningMoments(format), []
     serializer = ExampleSerializer(features.get_serialized_info())
-    aside = os.path.join(folder, f'.{shard.file}.{os.getpid()}')  # of a process that may outlive its parent a moment
-    # Without compression, which would make reading three times as slow; one record a group, for random access.
+    aside = os.path.join(folder, f'.{shard.file}.{os.getpid()}')  # by pid: a worker may briefly outlive its parent
+    # Uncompressed, because compression makes reading three times as slow; one record per group for random access.
     writer = ArrayRecordWriter(aside, 'group_size:1,uncompressed')
     try:
         for index in range(len(shard.examples)):
@@ -100,14 +109,14 @@ def write_shard(shard: Shard, format: Format, folder: str, reports: str) -> dict
                 if not 0 <= label < len(format.class_names):
                     raise UnreadableImage(f'its label is {label}, no class')
                 pixels = square(read_image(content), format.image_size, format.channels)
-            except (UnreadableImage, OSError, RuntimeError) as error:  # the last from a damaged record of TFDS
+            except (UnreadableImage, OSError, RuntimeError) as error:  # RuntimeError: corrupt TFDS record
                 reason = getattr(error, 'strerror', None) or (str(error).splitlines() or [type(error).__name__])[0]
                 skipped.append({'split': shard.split, 'name': shard.examples.name(index), 'reason': reason})
                 continue
             stored, read_back = format.encode(pixels)
             sums.add(read_back, label)
             example = serializer.get_tf_example(features.encode_example({'image': stored, 'label': label}))
-            record = example.SerializeToString(deterministic=True)  # otherwise in any order of the features
+            record = example.SerializeToString(deterministic=True)  # otherwise the order of features varies
             with _writing(folder):
                 writer.write(record)
     finally:
@@ -133,7 +142,7 @@ def _to_disk(path: str) -> None:
 
 
 def _save(path: str, arrays: dict[str, np.ndarray]) -> None:
-    """Write `arrays` as .npz, whole or not at all."""
+    """Writes `arrays` as .npz atomically."""
     aside = f'{path}.{os.getpid()}'
     with open(aside, 'wb') as file:
         np.savez(file, allow_pickle=False, **arrays)

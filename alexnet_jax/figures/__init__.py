@@ -1,1 +1,1 @@
-"""Pictures of what a network learned, as in the paper, for screen and print; pure drawing, on NumPy arrays."""
+"""Figures of a trained network as in the paper, for screen and print. Drawing needs NumPy arrays only, no JAX."""

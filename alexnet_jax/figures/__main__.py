@@ -1,15 +1,15 @@
-"""The command that draws the paper's figures from runs and pictures.
+"""The command that draws the paper's figures from runs and images.
 
-    alexnet figures kernels CHECKPOINT                figure 3: what conv1 has learned
-    alexnet figures maps CHECKPOINT PICTURE...        what --layer makes of each picture
+    alexnet figures kernels CHECKPOINT                figure 3: the kernels of conv1
+    alexnet figures maps CHECKPOINT PICTURE...        the feature maps of --layer for each picture
     alexnet figures neighbours CHECKPOINT PICTURE...  figure 4, right: the nearest training images
-    alexnet figures confusion CHECKPOINT              which validation images are taken for which
+    alexnet figures confusion CHECKPOINT              which validation classes are confused with which
     alexnet figures network PRESET                    figure 2: a published network, or a CHECKPOINT's
     alexnet figures curves WORKDIR...                 loss, errors and learning rate of runs or a sweep
 
-CHECKPOINT, PICTURE and --validation=8: see predict.py, which draws the left half of figure 4. A figure is saved as
-WORKDIR/figures/KIND.png, that of several runs as curves.png, that of a preset as PRESET.png, or as --out says. `maps`
-makes a figure for each picture: of several they are KIND_1.png, KIND_2.png and so on.
+predict.py explains CHECKPOINT, PICTURE and --validation=8, and draws the left half of figure 4. A figure is saved as
+WORKDIR/figures/KIND.png, the curves of several runs as curves.png, that of a preset as PRESET.png, or under the name
+given by --out. `maps` makes one figure per picture; several are named KIND_1.png, KIND_2.png and so on.
 """
 
 import itertools
@@ -30,7 +30,7 @@ from alexnet_jax.presets import PRESETS
 from alexnet_jax.shapes import layers
 from alexnet_jax.trained import Member, find, load, store_of
 
-# What stands behind each kind, the most names it takes, and its flags besides --out.
+# By kind: the arguments after it, the maximum number of names, and the flags besides --out.
 KINDS: dict[str, tuple[str, float, tuple[str, ...]]] = {
     'kernels': ('CHECKPOINT', 1, ()),
     'maps': ('CHECKPOINT PICTURE...', math.inf, ('layer', 'validation', 'data_dir')),
@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[str, float, tuple[str, ...]]] = {
 
 
 def check_kind(kind: str, names: list[str], given: Any) -> None:
-    """Raise ConfigError: there is no such kind of figure, or it takes other names or flags."""
+    """Raises ConfigError: the kind of figure does not exist, or it takes other names or flags."""
     if kind not in KINDS:
         raise ConfigError(f'{kind!r} is no kind of figure; there are {", ".join(KINDS)}')
     wanted, most, own = KINDS[kind]
@@ -56,7 +56,7 @@ def check_kind(kind: str, names: list[str], given: Any) -> None:
 
 
 def check_layer(member: Member, layer: str) -> None:
-    """Raise ConfigError: the network has no such layer."""
+    """Raises ConfigError: the network has no such layer."""
     data = member.config.data
     names = [each.name for each in layers(member.config.model, data.crop_size, data.channels)]
     if layer not in names:
@@ -64,7 +64,10 @@ def check_layer(member: Member, layer: str) -> None:
 
 
 def out_path(out: str | None, workdir: str | None, name: str) -> str:
-    """Where to save a figure: `out`, or `name`.png among those of a run, or here. Raises ConfigError: it cannot be."""
+    """Returns the file to save a figure as: `out`, or `name`.png in the workdir's figures/ or the current directory.
+
+    Raises ConfigError: the file cannot be written.
+    """
     if out is None and workdir is not None:
         folder = os.path.join(os.path.expanduser(workdir), 'figures')
         try:
@@ -78,7 +81,7 @@ def out_path(out: str | None, workdir: str | None, name: str) -> str:
 
 
 def readable(pictures: Iterable[Picture], unread: list[str]) -> Iterator[Picture]:
-    """Those of `pictures` that can be read; the names of the others are told, and added to `unread`."""
+    """Yields the pictures that can be read. Logs the names of the others and appends them to `unread`."""
     for picture in pictures:
         if picture.problem:
             log_error(f'{picture.name}: {picture.problem}')
@@ -88,7 +91,7 @@ def readable(pictures: Iterable[Picture], unread: list[str]) -> Iterator[Picture
 
 
 def save(figures: Iterable[Any], path: str, count: int = 1) -> None:
-    """Save a figure as `path`, each of `count` with a number behind that name; says where. Raises OSError."""
+    """Saves a figure as `path`, or each of several with a number after the name. Prints the paths. Raises OSError."""
     from alexnet_jax.figures import style
 
     name, ending = os.path.splitext(path)
@@ -99,11 +102,11 @@ def save(figures: Iterable[Any], path: str, count: int = 1) -> None:
 
 
 def draw_settings(kind: str, names: list[str], out: str | None) -> None:
-    """The kinds that need no weights: `network` and `curves`. Raises ConfigError, OSError."""
+    """Draws the kinds that need no weights: `network` and `curves`. Raises ConfigError, OSError."""
     from alexnet_jax.figures import runs
 
     if kind == 'curves':
-        figure = runs.curves_of(runs.find_runs(names))  # first, for there may be no such folder
+        figure = runs.curves_of(runs.find_runs(names))  # before out_path() creates a folder
         save([figure], out_path(out, names[0] if len(names) == 1 else None, kind))
     elif names[0] in PRESETS:
         path = out_path(out, None, names[0])
@@ -117,7 +120,7 @@ def draw_settings(kind: str, names: list[str], out: str | None) -> None:
 
 
 def draw_weights(kind: str, names: list[str], given: Any) -> int:
-    """The other kinds; returns how many pictures could not be read. Raises ConfigError, DatasetError, OSError."""
+    """Draws the other kinds. Returns the number of unreadable pictures. Raises ConfigError, DatasetError, OSError."""
     member, files = find(names[0]), picture_files(names[1:])
     if kind == 'maps':
         check_layer(member, given.layer)
@@ -125,7 +128,7 @@ def draw_weights(kind: str, names: list[str], given: Any) -> int:
     if member.config.cpu_tuning:
         startup.configure_cpu_backend()
     startup.enable_compilation_cache()
-    from alexnet_jax.checkpoint import CheckpointError  # after the flags, for it imports jax
+    from alexnet_jax.checkpoint import CheckpointError  # imports jax, so only after the flags
     from alexnet_jax.figures import runs
 
     try:
@@ -141,7 +144,7 @@ def draw_weights(kind: str, names: list[str], given: Any) -> int:
 
 
 def draw_pictures(kind: str, member: Member, files: list[str], path: str, given: Any) -> int:
-    """`maps` and `neighbours`; returns how many pictures could not be read. Raises as draw_weights()."""
+    """Draws `maps` and `neighbours`. Returns the number of unreadable pictures. Raises the errors of draw_weights()."""
     from alexnet_jax.figures import neighbours, runs
 
     store = store_of([member], given.data_dir) if given.validation or kind == 'neighbours' else None
@@ -160,7 +163,7 @@ def draw_pictures(kind: str, member: Member, files: list[str], path: str, given:
 
 
 def main(argv: list[str]) -> int:
-    """Draw the figure of kind argv[1] of what argv[2:] name; returns the exit code, after one line on what is wrong."""
+    """Draws the figure of kind argv[1] from the names argv[2:]. Returns the exit code; reports an error in one line."""
     logging.set_verbosity(logging.ERROR)
     given, kind, names = flags.FLAGS, argv[1], argv[2:]
     try:

@@ -1,4 +1,4 @@
-"""Which classes are taken for which: a matrix of up to 40 classes; of more the hardest, and the usual confusions."""
+"""Confusions between classes: a matrix of up to 40 classes; of more, the hardest classes and usual confusions."""
 
 from collections.abc import Sequence
 
@@ -9,18 +9,18 @@ from matplotlib.figure import Figure
 from alexnet_jax.ensemble import errors
 from alexnet_jax.figures import style
 
-MOST = 40  # classes of a matrix
-_NUMBERED = 20  # classes with numbers in the matrix
-_BARS = 20  # in each panel where there are more classes
+MOST = 40  # classes in a matrix
+_NUMBERED = 20  # up to so many classes, the cells have numbers
+_BARS = 20  # per panel if there are more than MOST classes
 _MARGIN, _BAR = 0.12, 0.19  # inches
 _ARROW = ' \u2192 '
-_COLOURS = 'Blues'  # its lightness falls all the way, so it can be printed in grey
+_COLOURS = 'Blues'  # its lightness falls monotonically, so it can be printed in gray
 
 
 def count(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Images by true class (rows) and by the class they are taken for: (classes, classes) int64.
+    """Counts images by true class (rows) and predicted class (columns): (classes, classes) int64.
 
-    Errors are those of ensemble.errors(); an image without any score that is a number is left out.
+    Errors are counted as in ensemble.errors(). An erroneous image is left out if no other class has a score above -inf.
 
     Args:
       scores: (N, classes) float32, log probabilities.
@@ -38,17 +38,17 @@ def count(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 @style.drawing
 def draw(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """A matrix of up to 40 classes; of more the 20 with the greatest errors, and the 20 most frequent confusions.
+    """Draws a matrix of up to 40 classes; of more, the 20 highest class errors and the 20 most frequent confusions.
 
     Args:
-      counts: (classes, classes) int, images by true class (rows) and by the class that got the best score (columns).
-      class_names: in their order.
+      counts: (classes, classes) int, images by true class (rows) and predicted class (columns).
+      class_names: in the order of the classes.
     """
     return _draw_matrix(counts, class_names) if len(class_names) <= MOST else _draw_bars(counts, class_names)
 
 
 def hardest(counts: np.ndarray, most: int) -> list[tuple[int, float, int]]:
-    """Class, error (0 to 1) and number of images of those with the greatest errors; classes without images are not."""
+    """Returns (class, error from 0 to 1, images) of the classes with the highest errors, of those that have images."""
     images = counts.sum(1)
     shares = 1 - np.diagonal(counts) / np.maximum(images, 1)
     order = [int(row) for row in np.argsort(-shares, kind='stable') if images[row]]
@@ -56,7 +56,7 @@ def hardest(counts: np.ndarray, most: int) -> list[tuple[int, float, int]]:
 
 
 def confusions(counts: np.ndarray, most: int) -> list[tuple[int, int, int]]:
-    """True class, the one it was taken for, and how often, the most frequent first; none that never happened."""
+    """Returns (true class, predicted class, count), the most frequent first, without zero counts."""
     wrong = counts - np.diag(np.diagonal(counts))
     order = np.argsort(-wrong, axis=None, kind='stable')[:most]
     found = [divmod(int(place), len(counts)) for place in order]
@@ -113,7 +113,7 @@ def _draw_bars(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
 
 
 def _pair(true: str, taken: str, points: float) -> str:
-    """Both names with an arrow between them, each cut only where it takes more than half and leaves the other less."""
+    """Joins both names by an arrow. A name is cut only if it needs more than half and the other one leaves less."""
     room = points - style.text_width(_ARROW)
     widths = [style.text_width(style.plain(name)) for name in (true, taken)]
     limits = [max(room / 2, room - other) for other in reversed(widths)]
@@ -121,7 +121,7 @@ def _pair(true: str, taken: str, points: float) -> str:
 
 
 def _draw_panel(axes: Axes, title: str, labels: list[str], lengths: list[float], texts: list[str]) -> None:
-    """Bars of `lengths` from 0 to 1, a label on each and a text at its right."""
+    """Draws bars of `lengths` from 0 to 1, each with a label on it and a text at the right."""
     axes.set_title(title, loc='left', pad=3)
     axes.set(xlim=(0, 1), ylim=(_BARS - 0.5, -0.5))
     points = axes.get_position().width * style.WIDTH * 72

@@ -1,4 +1,4 @@
-"""Loss, errors and learning rate of one run or of many, step by step, from their metrics.jsonl."""
+"""Curves of loss, errors and learning rate by step, of one or more runs, from their metrics.jsonl."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from alexnet_jax.config import ConfigError
 from alexnet_jax.figures import style
 
-# What is drawn of each line, with the heading and what the value is multiplied with.
+# By key of a metrics line: the panel's heading and the factor of the values.
 PANELS = {
     'loss': ('loss, nats', 1),
     'top1_error': ('top-1 error, %', 100),
@@ -25,9 +25,9 @@ _LEGEND_COLUMNS, _LEGEND_ROW = 3, 0.165  # inches
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
-    """The lines of the run in `workdir`, in their order; one that a killed run was writing is left out.
+    """Returns the lines of the run's metrics.jsonl in order. A line that a killed run left incomplete is left out.
 
-    Raises ConfigError: there is no metrics.jsonl that can be read.
+    Raises ConfigError: metrics.jsonl cannot be read.
     """
     path = os.path.join(workdir, 'metrics.jsonl')
     try:
@@ -47,7 +47,7 @@ def read_metrics(workdir: str) -> list[dict[str, Any]]:
 
 
 def groups(names: list[str]) -> dict[str, list[str]]:
-    """Which runs share a colour: up to 8 have one each; of more those of one folder, as the seeds of a sweep."""
+    """Groups runs by color: up to 8 runs have one color each; of more, those in one folder share one, as seeds do."""
     if len(names) <= len(style.SERIES):
         return {name: [name] for name in names}
     found: dict[str, list[str]] = {}
@@ -58,13 +58,15 @@ def groups(names: list[str]) -> dict[str, list[str]]:
 
 @style.drawing
 def draw(runs: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Four panels: loss, top-1 error, top-5 error and learning rate; thin lines: training, with marks: validation.
+    """Draws four panels: loss, top-1 error, top-5 error and learning rate.
+
+    Training has thin lines, validation has lines with markers. Values that are not finite are gaps.
 
     Args:
-      runs: by name, what read_metrics() gives. Of more than 8 those of one group, see groups(), are faint, and their
-        mean is drawn where all of them have been.
+      runs: the result of read_metrics() by name. If there are more than 8, the runs of a group, see groups(), are
+        faint, and their mean is drawn at the steps that all of them have.
 
-    Values that are not finite are gaps. Raises ValueError: there is no run.
+    Raises ValueError: there is no run.
     """
     if not runs:
         raise ValueError('no run to draw')
@@ -84,7 +86,7 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> Figure:
 
 
 def mean_of(runs: list[list[dict[str, Any]]], name: str) -> tuple[list[int], list[float]]:
-    """The steps of which all runs have a line, and the mean over the runs of `name` there; NaN where one has none."""
+    """Returns the steps that all runs have, and the mean of `name` over the runs there; NaN if a run has no value."""
     found = [{line['step']: _number(line.get(name)) for line in lines} for lines in runs]
     steps = [step for step in found[0] if all(step in run for run in found)]
     return steps, [sum(run[step] for run in found) / len(found) for step in steps]
@@ -112,14 +114,14 @@ def _draw_panel(axes: Axes, name: str, runs: dict[str, list[dict[str, Any]]], fo
         axes.set_yscale('log', nonpositive='mask')
         axes.yaxis.set_major_formatter(lambda value, position: f'{value:g}')
         low, high = axes.get_ylim()
-        told = '235' if high < 30 * low else ''  # first digits that have a label, where there are few powers of ten
+        told = '235' if high < 30 * low else ''  # first digits of labeled minor ticks, if there are few powers of ten
         axes.yaxis.set_minor_formatter(lambda value, position: f'{value:g}' if f'{value:e}'[0] in told else '')
     elif name.endswith('error'):
         axes.set_ylim(bottom=0)
 
 
 def _look(split: str, group: int, alone: bool) -> dict[str, Any]:
-    """How a line is drawn: of which split, of which of the groups, and whether that is the only one."""
+    """Returns the line style of a split and a group; `alone`: it is the only group."""
     look = {'color': style.SERIES[group % len(style.SERIES)], 'alpha': 0.9}
     if split == 'train':
         return look | {'linestyle': _DASHES[group % len(_DASHES)], 'linewidth': 0.8}
@@ -128,12 +130,12 @@ def _look(split: str, group: int, alone: bool) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float:
-    """`value`, or NaN, which is a gap, in place of what is no finite number."""
+    """Returns `value`, or NaN, which draws a gap, if it is not a finite number."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
 
 
 def _legend(found: dict[str, list[str]]) -> list[Line2D]:
-    """Entries for the two kinds of line, and for each group where there are several."""
+    """Returns entries for training and validation and, if there are several groups, for each group."""
     kinds = {'train': 'training', 'validation': 'validation'}
     alone = len(found) == 1
     entries = [Line2D([], [], label=label, **_look(split, 0, alone)) for split, label in kinds.items()]

@@ -1,4 +1,4 @@
-"""The kernels of the first layer as figure 3 of the paper shows them, and how much colour each tower's have."""
+"""The kernels of the first layer as in figure 3 of the paper, and the color saturation of each tower's."""
 
 import math
 
@@ -7,29 +7,29 @@ from matplotlib.figure import Figure
 
 from alexnet_jax.figures import style
 
-_COLUMNS = 16  # at most, as in the paper
-_CELL = 0.8  # inches a kernel takes at most
+_COLUMNS = 16  # maximum, as in the paper
+_CELL = 0.8  # maximum inches of a kernel
 _LEFT, _HEADING, _GAP, _BELOW = 0.1, 0.28, 0.08, 0.26  # inches
 
 
 def saturation(kernel: np.ndarray, towers: int) -> list[float]:
-    """How much colour the kernels of each tower see: the share of their energy that is not common to the channels.
+    """Returns the color saturation of each tower's kernels: the share of their energy that differs between channels.
 
-    With k[x, y, c, n] a tower's kernels and m[x, y, n] their mean over the channels c it is
-    sum (k - m)^2 / sum k^2 over all of x, y, c and n. 0: grey, all channels have the same weights; 1: colours only, the
-    weights of the channels cancel each other and a grey picture gives nothing. Independent weights, such as those
-    before training, give 2/3 with three channels. Large kernels count for more than faint ones.
+    With k[x, y, c, n] a tower's kernels and m[x, y, n] their mean over the channels c, it is
+    sum (k - m)^2 / sum k^2 over all of x, y, c and n. 0: gray, all channels have the same weights. 1: color only, the
+    weights of the channels cancel and a gray image gives 0. Independent weights of three channels, as before training,
+    give 2/3. Kernels with large weights contribute more.
 
     Args:
       kernel: (height, width, channels, kernels) float, the towers side by side.
-      towers: into how many equal parts the kernels are divided.
+      towers: number of equal parts of the kernels.
 
     Returns:
-      One number from 0 to 1 for each tower, 0 where all its weights are 0, NaN where one is not finite.
+      One number from 0 to 1 for each tower; 0 if all its weights are 0, NaN if one is not finite.
     """
     shares = []
     for part in np.split(kernel.astype(np.float64), towers, -1):
-        with np.errstate(invalid='ignore'):  # weights that are not finite: the share is no number
+        with np.errstate(invalid='ignore'):  # non-finite weights: the result is NaN
             colour = np.sum((part - part.mean(2, keepdims=True)) ** 2)
         energy = np.sum(part**2)
         shares.append(float(colour / energy) if energy else 0.0)
@@ -37,10 +37,10 @@ def saturation(kernel: np.ndarray, towers: int) -> list[float]:
 
 
 def grid(kernel: np.ndarray) -> np.ndarray:
-    """One tower's kernels (h, w, C, N) as a picture (rows * (h + 1) - 1, columns * (w + 1) - 1, 3) float, 0 to 1.
+    """Arranges kernels (h, w, C, N) as an image (rows * (h + 1) - 1, columns * (w + 1) - 1, 3) float, 0 to 1.
 
-    At most 16 are in a row, with a white pixel between them. Each is scaled from its own least weight, of all channels,
-    to its greatest; one whose weights are all the same is grey, and so is one with a weight that is not finite.
+    A row has at most 16 kernels, with a white pixel between them. Each kernel is scaled from its minimum over all
+    channels to its maximum. A kernel is gray if its weights are all equal or one is not finite.
     """
     height, width, _, count = kernel.shape
     rows = math.ceil(count / _COLUMNS)
@@ -58,15 +58,15 @@ def grid(kernel: np.ndarray) -> np.ndarray:
 
 @style.drawing
 def draw(kernel: np.ndarray, towers: int) -> Figure:
-    """Figure 3 of the paper: the first tower's kernels above, the others below, with the saturation() of each.
+    """Draws figure 3 of the paper: each tower's kernels, the first tower on top, with their saturation().
 
     Args:
-      kernel: of conv1, (height, width, channels, kernels) float32; channels are 3, shown as red, green and blue, or 1.
-      towers: that share out the kernels.
+      kernel: of conv1, (height, width, channels, kernels) float32; 3 channels are red, green and blue, or there is 1.
+      towers: number of equal parts of the kernels.
     """
     sheets = [grid(part) for part in np.split(kernel, towers, -1)]
     rows, columns = sheets[0].shape[:2]
-    # Whole pixels for a weight at style.DPI, so that all are squares of one size.
+    # A whole number of pixels per weight at style.DPI, so that all weights are squares of one size.
     pixels = int(min((style.WIDTH - 2 * _LEFT) * style.DPI / columns, _CELL * style.DPI / max(kernel.shape[:2])))
     pixels = max(pixels, 1)
     across, down = columns * pixels / style.DPI, rows * pixels / style.DPI

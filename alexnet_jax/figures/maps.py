@@ -1,4 +1,4 @@
-"""The maps that one layer makes of a picture, each tower's together."""
+"""The feature maps of one layer for an image, grouped by tower."""
 
 import math
 
@@ -7,13 +7,13 @@ from matplotlib.figure import Figure
 
 from alexnet_jax.figures import style
 
-_PICTURE, _LEFT, _GAP = 1.1, 0.1, 0.2  # inches: the picture's side, the margins, what lies between it and the maps
+_PICTURE, _LEFT, _GAP = 1.1, 0.1, 0.2  # inches: the image's side, the left margin, the gap before the maps
 _HEADING, _BELOW, _CELL = 0.28, 0.55, 0.55
-_COLOURS = 'viridis'  # its lightness grows all the way, so it can be printed in grey
+_COLOURS = 'viridis'  # its lightness grows monotonically, so it can be printed in gray
 
 
 def grid(maps: np.ndarray, columns: int) -> np.ndarray:
-    """Maps (H, W, C) in rows of `columns`, float64, with NaN between them: a pixel, or three for maps of 55."""
+    """Arranges maps (H, W, C) in rows of `columns`, float64, separated by NaN: one pixel, or three for maps of 55."""
     height, width, count = maps.shape
     gap = max(1, round(height / 18))
     rows = math.ceil(count / columns)
@@ -25,20 +25,20 @@ def grid(maps: np.ndarray, columns: int) -> np.ndarray:
 
 
 def _columns(count: int) -> int:
-    """Maps in a row: 16, and more where there are so many that the figure would be long."""
+    """Returns the maps per row: up to 16, or up to 64 if there are more than 256 maps, to limit the height."""
     most = 16 if count <= 256 else 64
     return math.ceil(count / math.ceil(count / most))
 
 
 @style.drawing
 def draw(image: np.ndarray, maps: np.ndarray, layer: str, towers: int) -> Figure:
-    """The picture and what `layer` makes of it, all maps on one scale, which is given beside them.
+    """Draws the image and the feature maps of `layer`, all on one color scale, which is shown.
 
     Args:
-      image: (S, S, C) uint8, as the network sees it before the mean is subtracted; C is 3 or 1.
-      maps: (H, W, maps) float32; units of a dense layer are maps of one pixel, (1, 1, units).
-      layer: its name.
-      towers: that share out the maps, one after the other.
+      image: (S, S, C) uint8, the network's input before the mean is subtracted; C is 3 or 1.
+      maps: (H, W, maps) float32; the units of a dense layer are maps of one pixel, (1, 1, units).
+      layer: the name of the layer.
+      towers: number of equal, consecutive parts of the maps.
     """
     parts = np.split(maps, towers, -1)
     columns = _columns(parts[0].shape[-1])

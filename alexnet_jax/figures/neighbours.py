@@ -1,4 +1,4 @@
-"""Pictures and the training images nearest to them, as figure 4 of the paper shows them on its right."""
+"""Images and the training images nearest to them, as in the right half of figure 4 of the paper."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,22 +10,22 @@ from matplotlib.patches import Rectangle
 
 from alexnet_jax.figures import style
 
-MOST = 50  # rows of one figure
+MOST = 50  # rows in one figure
 _HEADING = 'nearest training images with their Euclidean distances; framed: of the same class'
 _LEFT, _GAP, _QUERY_GAP, _TEXT, _TOP = 0.1, 0.07, 0.22, 0.34, 0.3  # inches
 
 
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
-    """A picture and training images, the nearest first.
+    """An image and its nearest training images, the nearest first.
 
     Attributes:
       query: (S, S, C) uint8, C being 3 or 1.
-      name: of the query, such as its file's.
+      name: of the query, such as its file name.
       images: (S, S, C) uint8 each.
-      labels: their classes.
-      distances: Euclidean, in the units of the last hidden layer.
-      label: the class of the query; None: not known.
+      labels: the classes of `images`.
+      distances: Euclidean distances between the activations of the last hidden layer.
+      label: the class of the query; None: unknown.
     """
 
     query: np.ndarray
@@ -38,9 +38,9 @@ class Neighbours:
 
 @style.drawing
 def draw(rows: Sequence[Neighbours]) -> Figure:
-    """Figure 4 of the paper, right: a row a query, at its left; class and distance beneath each neighbour.
+    """Draws figure 4 of the paper, right: one row per query, with class and distance below each neighbor.
 
-    Neighbours of the query's own class have a frame. Raises ValueError: there is no row, or more than MOST.
+    Neighbors of the query's class have a frame. Raises ValueError: there is no row, or more than MOST.
     """
     if not 0 < len(rows) <= MOST:
         raise ValueError(f'{len(rows)} rows; a figure has 1 to {MOST}')

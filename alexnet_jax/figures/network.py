@@ -1,4 +1,4 @@
-"""The network itself as figure 2 of the paper draws it: towers, shapes, who sees whom, and what each layer costs."""
+"""The network's architecture as in figure 2 of the paper: towers, shapes, connections, and the cost of each layer."""
 
 import dataclasses
 from typing import Any
@@ -11,19 +11,19 @@ from matplotlib.patches import FancyArrowPatch, Polygon
 from alexnet_jax.figures import style
 from alexnet_jax.shapes import CONVOLUTIONS, LAYERS, Layer, layers, ops_after, pool_window
 
-MOST_TOWERS = 4  # that are drawn
-# Inches: a layer's column, the names of the rows, the height of a tower, of the title and of a line.
+MOST_TOWERS = 4  # maximum number of towers drawn
+# Inches: the widths of a layer's column and of the row names, the heights of a tower, the title and a line.
 _SLOT, _NAMES, _TOWER, _TITLE, _LINE = 0.72, 0.7, 1.5, 0.45, 0.14
-_HIGHEST, _WIDEST, _BACK = 0.78, 0.3, 0.3  # of boxes; how far their sides go back, in heights
-_COLUMN = (0.09, 0.05)  # of dense layers: width, and how far their sides go back
-_POWER = 0.4  # sizes are drawn as their power, or the last maps could not be seen beside the image
+_HIGHEST, _WIDEST, _BACK = 0.78, 0.3, 0.3  # of boxes, in inches; their depth offset relative to the height
+_COLUMN = (0.09, 0.05)  # of dense layers: width and depth offset
+_POWER = 0.4  # exponent of the drawn sizes; without it the last maps would be invisible beside the image
 
 Point = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """A layer's maps or units in one tower: lower left corner of the front, sizes, how far the side goes back."""
+    """A layer's maps or units in one tower: lower left corner and size of the front, and the offset of its depth."""
 
     x: float
     y: float
@@ -32,27 +32,28 @@ class Box:
     back: float
 
     def on_side(self, across: float, up: float) -> Point:
-        """A point of the side, whose plane is that of the pixels; both from 0 to 1."""
+        """Returns a point of the right side, the plane of the pixels; both coordinates are from 0 to 1."""
         return self.x + self.width + across * self.back, self.y + up * self.height + across * self.back
 
     @property
     def entry(self) -> Point:
-        """Where arrows to it end, as high as those from it begin."""
+        """The end point of incoming arrows, at the height where outgoing ones begin."""
         return self.x, self.y + (self.height + self.back) / 2
 
 
 @style.drawing
 def draw(model: Any, crop_size: int, channels: int, title: str) -> Figure:
-    """Figure 2 of the paper: a row of boxes for each tower, arrows to what sees them, and a table beneath.
+    """Draws figure 2 of the paper: a row of boxes for each tower, arrows for the connections, and a table below.
 
-    A box is as high and as deep as its maps have pixels and as wide as it has maps, to the power of 0.4; the window
-    on its side is what one kernel of the next layer sees. Dense layers are columns. Of more than 4 towers 4 are drawn.
+    The height and depth of a box are the map size, and its width the number of maps, each to the power of 0.4. The
+    window on its side is the receptive field of one kernel of the next layer. Dense layers are columns. At most 4
+    towers are drawn.
 
     Args:
       model: `model` of a resolved configuration.
-      crop_size: pixels a side of the images.
+      crop_size: height and width of the images, in pixels.
       channels: of the images.
-      title: what the network is called.
+      title: the name of the network.
     """
     table = layers(model, crop_size, channels)
     followers = [_followers(model, table, i) for i in range(len(table))]
@@ -91,7 +92,7 @@ def _draw_title(axes: Axes, title: str, table: list[Layer], towers: int, top: fl
 
 
 def _followers(model: Any, table: list[Layer], i: int) -> list[str]:
-    """What becomes of the outputs of table[i], a line a step."""
+    """Returns the operations after table[i], one line each."""
     layer, after = table[i], table[i + 1].name if i + 1 < len(table) else ''
     if layer.name == 'fc8':
         return ['softmax']
@@ -106,7 +107,7 @@ def _followers(model: Any, table: list[Layer], i: int) -> list[str]:
             'batch_norm': 'batch norm',
             'pool': f'pool {window}\u00d7{window}',
         }
-        # Up to the next layer that there is, for the pooling of those that are left out stays.
+        # Includes the layers of width 0 up to the next layer, because their pooling remains.
         own = slice(CONVOLUTIONS.index(layer.name), LAYERS.index(after))
         lines = [names[step] for name in CONVOLUTIONS[own] for step in ops_after(model, name)]
         if layer.pooled != layer.output:
@@ -118,7 +119,7 @@ def _followers(model: Any, table: list[Layer], i: int) -> list[str]:
 
 
 def _kernel(model: Any, layer: Layer) -> list[str]:
-    """What the weights of a layer are, in up to three lines."""
+    """Describes the weights of a layer, in up to four lines."""
     if layer.name not in CONVOLUTIONS:
         return [_shape(layer.kernel)]
     size = model.kernel_sizes[CONVOLUTIONS.index(layer.name)]
@@ -134,14 +135,14 @@ def _shape(sizes: tuple[int, ...]) -> str:
 
 
 def _short(number: int) -> str:
-    """As it is up to a thousand millions, which a column has room for."""
+    """Formats a number in full below 1e9, which is as wide as a column."""
     return f'{number:,}' if number < 1e9 else f'{number / 1e9:.2f}e9'
 
 
 def _draw_boxes(
     axes: Axes, model: Any, table: list[Layer], image: tuple[int, int, int], tower: float, top: float
 ) -> list[list[Box]]:
-    """Boxes with shapes beneath: that of the image, and of each layer one in each tower, or one in all for logits."""
+    """Draws boxes with shapes below: one for the image, one per layer and tower, and one for logits of all towers."""
     shapes = [image, *((*layer.output[:-1], layer.output[-1] // model.towers) for layer in table)]
     whole = [0]
     if 'fc8' in model.exchange:
@@ -176,7 +177,7 @@ def _draw_boxes(
 
 
 def _draw_box(axes: Axes, box: Box, colour: str, gid: str) -> None:
-    """Front, top and side, each in its shade; the front has the name `gid`."""
+    """Draws the front, top and side, each in its shade. The front has the gid `gid`."""
     left, right, low, high = box.x, box.x + box.width, box.y, box.y + box.height
     faces: list[tuple[list[Point], float, str | None]] = [
         ([(left, low), (right, low), (right, high), (left, high)], 0.45, gid),
@@ -189,7 +190,7 @@ def _draw_box(axes: Axes, box: Box, colour: str, gid: str) -> None:
 
 
 def _draw_windows(axes: Axes, model: Any, table: list[Layer], boxes: list[list[Box]], crop_size: int) -> None:
-    """On the side of each box what one kernel of the next convolution sees of its pixels, pooled or not."""
+    """Draws on the side of each box the receptive field of one kernel of the next convolution, on the pooled scale."""
     for i, layer in enumerate(table):
         if layer.name in CONVOLUTIONS:
             pixels = table[i - 1].pooled[0] if i else crop_size
@@ -201,7 +202,7 @@ def _draw_windows(axes: Axes, model: Any, table: list[Layer], boxes: list[list[B
 
 
 def _draw_arrows(axes: Axes, model: Any, table: list[Layer], boxes: list[list[Box]]) -> None:
-    """Arrows from each box to those that see it; across towers they are dashed."""
+    """Draws arrows from each box to the boxes that take its output. Arrows across towers are dashed."""
     for layer, sources, targets in zip(table, boxes, boxes[1:], strict=False):
         for i, source in enumerate(sources):
             for j, target in enumerate(targets):
@@ -225,7 +226,7 @@ def _draw_arrows(axes: Axes, model: Any, table: list[Layer], boxes: list[list[Bo
 
 
 def _draw_table(axes: Axes, rows: dict[str, list[list[str]]], top: float) -> None:
-    """A column below each layer; of each row the name at the left."""
+    """Draws a column below each layer, with the names of the rows at the left."""
     line = top - _LINE / 2
     for name, cells in rows.items():
         axes.text(0.1, line, name, va='center')

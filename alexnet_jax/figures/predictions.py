@@ -1,4 +1,4 @@
-"""Pictures with the five likeliest classes of each, as figure 4 of the paper shows them on its left."""
+"""Images with the five most probable classes of each, as in the left half of figure 4 of the paper."""
 
 import dataclasses
 import math
@@ -9,20 +9,20 @@ from matplotlib.figure import Figure
 
 from alexnet_jax.figures import style
 
-MOST = 100  # pictures in one figure
+MOST = 100  # images in one figure
 _COLUMNS = 4
 _PICTURE, _BAR, _LABEL, _GAP = 1.5, 0.17, 0.24, 0.2  # inches
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a network says of a picture.
+    """A network's prediction for an image.
 
     Attributes:
       image: (S, S, C) uint8, C being 3 or 1.
-      name: of the picture, such as its file's.
-      label: the true class; None: not known.
-      top: classes with their probabilities (0 to 1), the likeliest first.
+      name: of the image, such as its file name.
+      label: the true class; None: unknown.
+      top: classes with their probabilities (0 to 1), the most probable first.
     """
 
     image: np.ndarray
@@ -33,10 +33,10 @@ class Prediction:
 
 @style.drawing
 def draw(pictures: Sequence[Prediction]) -> Figure:
-    """Figure 4 of the paper, left: each picture, below it the true class if known, and a bar for each of `top`.
+    """Draws figure 4 of the paper, left: each image, its true class if known, and a bar for each class in `top`.
 
-    The true class's bar has another colour, and stripes. Names that are too long are cut.
-    Raises ValueError: there is no picture, or more than MOST.
+    The bar of the true class has another color and is hatched. Names that are too long are cut.
+    Raises ValueError: there is no image, or more than MOST.
     """
     if not 0 < len(pictures) <= MOST:
         raise ValueError(f'{len(pictures)} pictures; a figure has 1 to {MOST}')

@@ -1,4 +1,4 @@
-"""Figures of runs and networks: what the drawing modules are given, read from a run's folder or computed."""
+"""Figures of runs and networks: reads or computes the data and passes it to the drawing modules."""
 
 import itertools
 import os
@@ -17,23 +17,23 @@ from alexnet_jax.pictures import Picture
 from alexnet_jax.sweep_results import ReportError, read_sweep
 from alexnet_jax.trained import Member, Network
 
-NEAREST = 6  # training images in a row, as in the paper
+NEAREST = 6  # training images per row, as in the paper
 
 
 def network_of_preset(name: str) -> Figure:
-    """The published network `name` and the images that it was trained with."""
+    """Draws the published network `name` for images of its preset's size."""
     return network_of_config(resolve(preset_config(name)), name)
 
 
 def network_of_config(config: Any, title: str) -> Figure:
-    """The network of a resolved configuration."""
+    """Draws the network of a resolved configuration."""
     return network.draw(config.model, config.data.crop_size, config.data.channels, title)
 
 
 def find_runs(names: Iterable[str]) -> dict[str, str]:
-    """The folders of runs among `names`, and of sweeps there those of the runs that have begun; by what differs.
+    """Returns run folders by their paths relative to the common parent. A sweep stands for its runs that have metrics.
 
-    Raises ConfigError: of a sweep no run has begun.
+    Raises ConfigError: a sweep cannot be read, or none of its runs has begun.
     """
     folders = []
     for folder in map(os.path.abspath, map(os.path.expanduser, names)):
@@ -54,7 +54,7 @@ def find_runs(names: Iterable[str]) -> dict[str, str]:
 
 
 def curves_of(runs: dict[str, str]) -> Figure:
-    """The metrics of folders by name. Raises ConfigError: one has none."""
+    """Draws the metrics of run folders by name. Raises ConfigError: a run has none."""
     read = {name: curves.read_metrics(folder) for name, folder in runs.items()}
     for name, lines in read.items():
         if not lines:
@@ -63,14 +63,19 @@ def curves_of(runs: dict[str, str]) -> Figure:
 
 
 def kernels_of(trained: Network) -> Figure:
-    """The kernels of conv1. Raises ConfigError: it has others at each pixel."""
+    """Draws the kernels of conv1. Raises ConfigError: conv1 does not share its weights between pixels."""
     if 'conv1' in trained.config.model.unshared:
         raise ConfigError(f'{trained.name}: conv1 has other weights at each pixel, so there are no kernels to show')
     return kernels.draw(np.asarray(trained.state.params['conv1']['kernel']), trained.config.model.towers)
 
 
 def maps_of(trained: Network, pictures: Iterable[Picture], layer: str, count: int) -> Iterator[Figure]:
-    """What `layer` makes of the centre of each of about `count` pictures, all of which could be read."""
+    """Yields a figure of the feature maps of `layer` for the center crop of each picture.
+
+    Args:
+      pictures: pictures that could be read.
+      count: their approximate number, for the batch size.
+    """
     from alexnet_jax.step import make_activation_fn
 
     config = trained.config
@@ -85,12 +90,12 @@ def maps_of(trained: Network, pictures: Iterable[Picture], layer: str, count: in
 
 
 def neighbours_of(trained: Network, store: Store, pictures: Sequence[Picture]) -> Figure:
-    """The training images nearest to each of `pictures`, 1 to 50. Raises as features.index_of()."""
+    """Draws the training images nearest to each of `pictures`, 1 to 50. Raises the errors of features.index_of()."""
     index = features.index_of(trained, store)
     queries = features.of_images(trained, index, [picture.pixels for picture in pictures])
     rows = []
     for picture, numbers, distances in zip(pictures, *features.nearest(index, queries, NEAREST), strict=True):
-        whole = np.isfinite(distances)  # damaged records come in only where there are few others
+        whole = np.isfinite(distances)  # corrupt records appear only if there are few others
         found = [store.train[int(number)] for number in numbers[whole]]
         rows.append(
             neighbours.Neighbours(
@@ -106,6 +111,6 @@ def neighbours_of(trained: Network, store: Store, pictures: Sequence[Picture]) -
 
 
 def confusion_of(member: Member, store: Store, views: int) -> Figure:
-    """What the validation images are taken for. Raises as evaluate.predict()."""
+    """Draws the confusions of the validation images. Raises the errors of evaluate.predict()."""
     _, scores, labels = predict(member, store, views)
     return confusion.draw(confusion.count(scores, labels), store.class_names)

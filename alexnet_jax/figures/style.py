@@ -1,7 +1,7 @@
-"""What all figures share: sizes for print, colours that the colour-blind tell apart, text that fits, and their files.
+"""Shared by all figures: sizes for print, colors safe for color-blind readers, text fitting, and file formats.
 
-Drawing functions return a matplotlib Figure of at most 7.2 inches in width, with letters of 7 points and more. Nothing
-here needs a display.
+Drawing functions return a matplotlib Figure at most 7.2 inches wide, with fonts of 7 points or more. No function needs
+a display.
 """
 
 import bisect
@@ -19,16 +19,16 @@ from matplotlib.textpath import text_to_path
 
 from alexnet_jax.monitor import atomic_write
 
-WIDTH = 7.2  # inches: the text of a page
+WIDTH = 7.2  # inches: the text width of a page
 DPI = 150
 SMALL, LARGE = 7.0, 8.5  # points
 
-# The colours of Okabe and Ito; their yellow is too light for lines.
+# The palette of Okabe and Ito without yellow, which is too light for lines, and with gray.
 BLACK, ORANGE, SKY, GREEN = '#000000', '#E69F00', '#56B4E9', '#009E73'
 BLUE, VERMILLION, PURPLE, GREY = '#0072B2', '#D55E00', '#CC79A7', '#8C8C8C'
 SERIES = (BLUE, VERMILLION, GREEN, BLACK, SKY, ORANGE, PURPLE, GREY)
 
-OUTLINE = (patheffects.withStroke(linewidth=1.8, foreground='white'),)  # of text that stands on bars
+OUTLINE = (patheffects.withStroke(linewidth=1.8, foreground='white'),)  # of text on bars
 
 _FAMILY = 'DejaVu Sans'  # comes with matplotlib
 _SETTINGS = {
@@ -45,22 +45,22 @@ _SETTINGS = {
     'axes.axisbelow': True,
     'legend.frameon': False,
     'hatch.linewidth': 0.6,
-    'text.parse_math': False,  # names of classes and files are no formulas
+    'text.parse_math': False,  # names of classes and files are not formulas
     'pdf.fonttype': 42,
 }
-# Around whatever draws: a reader's own settings of matplotlib change no figure.
+# Decorates drawing functions, so that a user's own matplotlib settings do not change the figures.
 drawing = matplotlib.style.context(_SETTINGS, after_reset=True)
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, that is drawn without a display."""
+    """Returns an empty figure with a size in inches, which needs no display."""
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure
 
 
 def blank_axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
-    """Axes without frame and ticks, in inches from the lower left corner of `figure`."""
+    """Adds axes without frame and ticks, positioned in inches from the lower left corner of `figure`."""
     across, up = figure.get_size_inches()
     axes = figure.add_axes((left / across, bottom / up, width / across, height / up))
     axes.set_axis_off()
@@ -69,7 +69,7 @@ def blank_axes(figure: Figure, left: float, bottom: float, width: float, height:
 
 @drawing
 def as_png(figure: Figure, dpi: float = DPI) -> bytes:
-    """The picture as a PNG file, the same bytes for the same figure."""
+    """Returns the figure as a PNG file, with the same bytes for the same figure."""
     file = io.BytesIO()
     figure.savefig(file, format='png', dpi=dpi, metadata={'Software': None})
     return file.getvalue()
@@ -77,14 +77,14 @@ def as_png(figure: Figure, dpi: float = DPI) -> bytes:
 
 @drawing
 def as_pdf(figure: Figure) -> bytes:
-    """The figure as a PDF file with letters that can be searched, the same bytes for the same figure."""
+    """Returns the figure as a PDF file with searchable text, with the same bytes for the same figure."""
     file = io.BytesIO()
     figure.savefig(file, format='pdf', dpi=2 * DPI, metadata={'CreationDate': None})
     return file.getvalue()
 
 
 def save(figure: Figure, path: str) -> None:
-    """Write `figure` as a .png or .pdf file, whole or not at all, the same bytes each time. Raises OSError."""
+    """Writes `figure` atomically as a .png or .pdf file, with the same bytes each time. Raises OSError."""
     content = {'.png': as_png, '.pdf': as_pdf}[os.path.splitext(path)[1].lower()](figure)
     with atomic_write(path, 'wb') as file:
         file.write(content)
@@ -95,7 +95,7 @@ def _font(size: float, bold: bool) -> FontProperties:
 
 
 def plain(text: str, bold: bool = False) -> str:
-    """`text` in one line; a box stands for every character that the figures' font does not have."""
+    """Returns `text` in one line, with a box for each character that the font lacks."""
     font = get_font(findfont(_font(SMALL, bold)))
     return ''.join(
         letter if letter.isprintable() and font.get_char_index(ord(letter)) else '\u25a1'
@@ -104,12 +104,12 @@ def plain(text: str, bold: bool = False) -> str:
 
 
 def text_width(text: str, size: float = SMALL, bold: bool = False) -> float:
-    """Points that plain `text` takes in one line."""
+    """Returns the width of plain `text` in one line, in points."""
     return text_to_path.get_text_width_height_descent(text, _font(size, bold), ismath=False)[0]
 
 
 def fit(text: str, points: float, size: float = SMALL, bold: bool = False) -> str:
-    """plain() text, cut and ended with an ellipsis where it would be wider than `points`."""
+    """Returns plain() text, cut with an ellipsis if it is wider than `points`."""
     text = plain(text, bold)
     if text_width(text, size, bold) <= points:
         return text
@@ -119,5 +119,5 @@ def fit(text: str, points: float, size: float = SMALL, bold: bool = False) -> st
 
 
 def picture(image: np.ndarray) -> np.ndarray:
-    """`image` (H, W, 3) or (H, W, 1) as (H, W, 3) for a figure: a single channel is grey."""
+    """Broadcasts an image (H, W, 3) or (H, W, 1) to (H, W, 3): a single channel becomes gray."""
     return np.broadcast_to(image, (*image.shape[:2], 3))

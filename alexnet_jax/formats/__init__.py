@@ -1,4 +1,4 @@
-"""Files of weights from elsewhere: which kind one is, by its content; the readers of each are the modules here."""
+"""Readers for weight files of other frameworks, one module per format; recognise() detects the format by content."""
 
 import re
 
@@ -6,10 +6,10 @@ WANTED = "weights are wanted: PyTorch's .pth, .safetensors, or Caffe's .caffemod
 
 
 class FormatError(ValueError):
-    """A file that cannot be used: one line, without its name, that says what it is or lacks, and what to do."""
+    """Unusable file. The message is one line without the file name: the defect or actual format, and the remedy."""
 
 
-# First bytes of what people give by mistake, and what to say of them.
+# First bytes of files that users pass by mistake, and the description of each in the error message.
 _OTHERS = (
     (rb'\x89PNG|\xff\xd8\xff|GIF8|BM....\0\0\0\0|II\*\0|MM\0\*|RIFF....WEBP', 'a picture'),
     (rb'%PDF', 'a PDF'),
@@ -28,11 +28,11 @@ _OTHERS = (
 
 
 def recognise(path: str) -> str:
-    """What `path` holds: 'torch', 'safetensors' or 'caffe'.
+    """Returns the format of `path`: 'torch', 'safetensors' or 'caffe'.
 
     Raises:
-      FormatError: it is something else, and what.
-      OSError: it cannot be read.
+      FormatError: The file has another format, which the message names if known.
+      OSError: The file is unreadable.
     """
     with open(path, 'rb') as file:
         start = file.read(1024)
@@ -40,12 +40,12 @@ def recognise(path: str) -> str:
         raise FormatError(f'an empty file; {WANTED}')
     if start[:4] == b'PK\x03\x04' or re.match(rb'\x80[\x02-\x05]', start):
         return 'torch'
-    if start[8:9] == b'{' and int.from_bytes(start[:8], 'little') <= 100_000_000:  # the header, as long as it may be
+    if start[8:9] == b'{' and int.from_bytes(start[:8], 'little') <= 100_000_000:  # maximum header length
         return 'safetensors'
     for pattern, what in _OTHERS:
         if re.match(pattern, start, re.DOTALL | re.IGNORECASE):
             raise FormatError(f'{what}; {WANTED}')
-    # A message of protocol buffers whose first field is one of a network or, of a mean file, of an array.
+    # A protocol buffer message whose first field is one of NetParameter or, for a mean file, of BlobProto.
     if re.match(rb'[\x0a\x12]|\xa2\x06|\x08.\x10|[\x2a\x3a\x42]', start, re.DOTALL):
         return 'caffe'
     text = re.sub(rb'[^ -~]+', b' ', start[:40]).decode()

@@ -1,4 +1,4 @@
-"""Caffe's networks with weights (.caffemodel) and mean images (.binaryproto, .npy): what caffe.proto says of them."""
+"""Reads Caffe's network weights (.caffemodel) and mean images (.binaryproto, .npy)."""
 
 import math
 from functools import cache
@@ -10,8 +10,8 @@ from google.protobuf.message import DecodeError
 
 from alexnet_jax.formats import FormatError
 
-# The messages of caffe.proto as far as they are needed: name, number and type of fields, * where there may be many.
-# Numbers packed into a field lie in the file as an array does, so here they are bytes, and are not read one by one.
+# The required subset of caffe.proto: name, number and type of each field; * marks repeated fields.
+# Packed numbers have the memory layout of an array, so they are declared as bytes to avoid parsing each number.
 _SCHEMA = {
     'BlobShape': (('dim', 1, 'INT64*'),),
     'BlobProto': (
@@ -31,7 +31,7 @@ _SCHEMA = {
 
 @cache
 def _messages() -> dict[str, Any]:
-    """The classes of the messages, by name."""
+    """Returns the message classes by name."""
     file = descriptor_pb2.FileDescriptorProto(name='caffe.proto', package='caffe', syntax='proto2')
     for name, fields in _SCHEMA.items():
         message = file.message_type.add(name=name)
@@ -49,14 +49,16 @@ def _messages() -> dict[str, Any]:
 
 
 def read(path: str) -> tuple[str, dict[str, list[np.ndarray]]]:
-    """The name of the network in the .caffemodel `path`, and the blobs of each layer that has some.
+    """Reads the .caffemodel `path`.
 
-    They are float32 or float64, (outputs, inputs of a group, height, width) of convolutions, (outputs, inputs) or
-    (1, 1, outputs, inputs) of dense layers, and (outputs,) or (1, 1, 1, outputs) of biases.
+    Returns:
+      The name of the network, and the float32 or float64 blobs of each layer that has blobs: kernels (outputs,
+      inputs per group, height, width) of convolutions, kernels (outputs, inputs) or (1, 1, outputs, inputs) of dense
+      layers, and biases (outputs,) or (1, 1, 1, outputs).
 
     Raises:
-      FormatError: it is no such file, or damaged.
-      OSError: it cannot be read.
+      FormatError: The file has another format or is corrupt.
+      OSError: The file is unreadable.
     """
     net = _parsed('NetParameter', path)
     layers = [layer for layer in (*net.layer, *net.layers) if layer.blobs]
@@ -73,11 +75,11 @@ def read(path: str) -> tuple[str, dict[str, list[np.ndarray]]]:
 
 
 def read_mean(path: str) -> np.ndarray:
-    """The mean of images in `path`, a .binaryproto or .npy: (C, H, W) or (C,), float32 or float64, of channels BGR.
+    """Returns the floating-point mean image in `path`, a .binaryproto or .npy: (C, H, W) or (C,), BGR channels.
 
     Raises:
-      FormatError: it is no such file, or damaged.
-      OSError: it cannot be read.
+      FormatError: The file has another format or is corrupt.
+      OSError: The file is unreadable.
     """
     with open(path, 'rb') as file:
         is_numpy = file.read(6) == b'\x93NUMPY'
@@ -96,7 +98,7 @@ def read_mean(path: str) -> np.ndarray:
 
 
 def _parsed(name: str, path: str) -> Any:
-    """The message `name` in the file. Raises FormatError, OSError."""
+    """Parses the file as message `name`. Raises FormatError, OSError."""
     message = _messages()[name]()
     with open(path, 'rb') as file:
         try:
@@ -107,7 +109,7 @@ def _parsed(name: str, path: str) -> Any:
 
 
 def _array(blob: Any, where: str) -> np.ndarray:
-    """The numbers of a BlobProto in its shape, as they lie in the message."""
+    """Returns the data of a BlobProto as an array, without a copy if the data are in one part. Raises FormatError."""
     shape = tuple(blob.shape.dim) if blob.HasField('shape') else (blob.num, blob.channels, blob.height, blob.width)
     parts, kind = (blob.double_data, '<f8') if blob.double_data else (blob.data, '<f4')
     content = parts[0] if len(parts) == 1 else b''.join(parts)

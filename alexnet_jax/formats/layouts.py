@@ -1,7 +1,7 @@
-"""From the names and layouts of torchvision, Caffe and this project's own files to parameters of the network.
+"""Converts the names and layouts of torchvision, Caffe and this project's files to parameters of the network.
 
-PyTorch and Caffe have kernels (outputs, inputs, height, width) and flatten maps channel by channel before fc6; here
-kernels are (height, width, inputs, outputs) and maps are flattened pixel by pixel. Caffe's images are BGR.
+PyTorch and Caffe have kernels (outputs, inputs, height, width) and flatten feature maps before fc6 in (C, H, W) order.
+This project has kernels (height, width, inputs, outputs) and flattens in (H, W, C) order. Caffe's images are BGR.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ TORCHVISION = {
 
 @dataclasses.dataclass
 class Weights:
-    """Kernel and bias of one layer as a file has them, each with the name that it has there."""
+    """Kernel and bias of one layer in the layout of the file, each with its name in the file."""
 
     kernel_name: str
     kernel: np.ndarray
@@ -36,9 +36,9 @@ class Weights:
 
 
 def from_torchvision(tensors: Mapping[str, np.ndarray]) -> dict[str, Weights]:
-    """The weights of each layer in a state dict of torchvision's `alexnet`; wrappers' prefixes are passed over.
+    """Returns the weights of each layer from a state dict of torchvision's `alexnet`; prefixes of wrappers are ignored.
 
-    Raises FormatError: some are missing, or there are others.
+    Raises FormatError: missing or unexpected tensors.
     """
     names = {_without_wrappers(name): name for name in tensors}
     first = f'{TORCHVISION["conv1"]}.weight'
@@ -54,14 +54,14 @@ def from_torchvision(tensors: Mapping[str, np.ndarray]) -> dict[str, Weights]:
 
 
 def _without_wrappers(name: str) -> str:
-    """A parameter's name without what DataParallel and torch.compile put into it."""
+    """Removes the prefixes of DataParallel and torch.compile from the name of a parameter."""
     return '.'.join(part for part in name.split('.') if part not in ('module', '_orig_mod'))
 
 
 def from_caffe(blobs: Mapping[str, list[np.ndarray]]) -> dict[str, Weights]:
-    """The weights of each layer of a network of Caffe; where a fine-tuned one renamed fc8, the layer left over is it.
+    """Returns the weights of each layer of a Caffe network. If fc8 is missing, the only unknown layer stands for fc8.
 
-    Raises FormatError: some are missing, or there are others.
+    Fine-tuned networks may rename fc8. Raises FormatError: missing or unexpected layers or blobs.
     """
     others = [name for name in blobs if name not in LAYERS]
     names = {layer: layer for layer in LAYERS}
@@ -78,7 +78,7 @@ def from_caffe(blobs: Mapping[str, list[np.ndarray]]) -> dict[str, Weights]:
 
 
 def _squeezed(kernel: np.ndarray, layer: str) -> np.ndarray:
-    """A dense layer's kernel without the two axes of 1 that Caffe's older files have in front."""
+    """Removes the two leading axes of size 1 that older Caffe files have in dense kernels."""
     is_dense = layer not in CONVOLUTIONS and kernel.ndim == 4 and kernel.shape[:2] == (1, 1)
     return kernel[0, 0] if is_dense else kernel
 
@@ -98,18 +98,20 @@ def _some(names: set[str]) -> str:
 
 
 def widths(found: Mapping[str, Weights]) -> tuple[int, ...]:
-    """Outputs of conv1 to fc8, from the biases, which have one number for each."""
+    """Returns the number of outputs of conv1 to fc8, from the sizes of the biases."""
     return tuple(found[layer].bias.size for layer in LAYERS)
 
 
 def parameters(layer: Layer, weights: Weights, maps: tuple[int, ...], is_bgr: bool) -> dict[str, np.ndarray]:
-    """Kernel and bias (float32, `layer.kernel` and `layer.bias`) of a layer from elsewhere.
+    """Converts imported weights to the float32 kernel and bias of `layer`, with its shapes.
 
     Args:
-      maps: (height, width, maps), which fc6 flattens.
-      is_bgr: whether conv1 takes blue first.
+      layer: Layer of the network.
+      weights: Weights in the layout of PyTorch or Caffe.
+      maps: Shape (height, width, channels) of the feature maps that fc6 flattens.
+      is_bgr: Whether the input channels of conv1 are BGR.
 
-    Raises FormatError: shapes differ from the layer's, or numbers are not finite.
+    Raises FormatError: shapes do not match the layer, or numbers are not floating point or not finite.
     """
     wanted = layer.kernel[-1:] + layer.kernel[-2:-1] + layer.kernel[:-2]
     if weights.kernel.shape != wanted:
@@ -133,8 +135,8 @@ def parameters(layer: Layer, weights: Weights, maps: tuple[int, ...], is_bgr: bo
 
 
 def _float32(array: np.ndarray, name: str) -> np.ndarray:
-    """A copy in main memory, in C order."""
-    if array.dtype.kind not in 'fV':  # V: bfloat16
+    """Returns a float32 copy in C order. Raises FormatError: not floating point, or not finite in float32."""
+    if array.dtype.kind not in 'fV':  # NumPy kind of bfloat16: V
         raise FormatError(f'{name} has {array.dtype} numbers; floating-point ones are wanted')
     with np.errstate(over='ignore'):
         copy = np.array(array, np.float32, order='C')
@@ -145,10 +147,10 @@ def _float32(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def own_names(config: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the arrays in this project's own files, for a resolved configuration.
+    """Returns the names and shapes of the arrays in this project's files, for a resolved configuration.
 
-    They are 'conv1.kernel', 'conv1.bias' to 'fc8.bias', for batch normalisation 'conv1_norm.mean' and '.var', and of
-    the training images 'statistics.mean_image' and the others of data/shards.statistics().
+    The arrays are 'conv1.kernel', 'conv1.bias' to 'fc8.bias', for batch normalization 'conv1_norm.mean' and '.var',
+    ..., and for the training images 'statistics.mean_image' and the other fields of data/shards.statistics().
     """
     shapes: dict[str, tuple[int, ...]] = {}
     size, channels = config.data.image_size, config.data.channels
@@ -166,9 +168,9 @@ def own_names(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def own(arrays: Mapping[str, np.ndarray], config: Any) -> tuple[dict, dict, dict[str, np.ndarray]]:
-    """Parameters, statistics of batch normalisation, and statistics of the training images of this project's own file.
+    """Splits the arrays of this project's file into parameters, batch norm statistics and training image statistics.
 
-    Raises FormatError: names or shapes differ from those of `config`, or weights are not finite.
+    Raises FormatError: names or shapes do not match `config`, or weights are not floating point or not finite.
     """
     wanted = own_names(config)
     _check_names(arrays, set(wanted))

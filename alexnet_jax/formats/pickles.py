@@ -1,7 +1,7 @@
-"""The few words of pickle's language that state dicts are written in. Nothing is imported, called or made by name.
+"""Safe reader for the subset of pickle opcodes in state dicts. The reader never imports, calls or instantiates by name.
 
-A pickle is a program for a machine with a stack, and Python's own reader runs it: it may call any function there is.
-Here names and calls become inert values, and a name that is not `known` ends the reading.
+A pickle is a program for a stack machine, and Python's unpickler executes any function that the pickle names. This
+reader turns names and calls into inert values and rejects every name outside `known`.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 
 ORDERED_DICT = 'collections.OrderedDict'
 _CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False}
-_PLAIN = (  # words for numbers and texts
+_PLAIN = (  # opcodes of numbers, strings and bytes
     'BININT',
     'BININT1',
     'BININT2',
@@ -30,23 +30,23 @@ _PLAIN = (  # words for numbers and texts
 
 
 class UnknownName(ValueError):
-    """A pickle asks for something that is not to be had; str() of it is its name, such as 'posix.system'."""
+    """The pickle references a name that is not allowed. str() of the error is that name, such as 'posix.system'."""
 
 
 class UnreadablePickle(ValueError):
-    """A pickle that is cut off, damaged, or uses a word that is not known here."""
+    """The pickle is truncated, corrupt, or has an unsupported opcode."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """What a pickle names."""
+    """Name of a class or function that the pickle references."""
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What a pickle would have called, and with what."""
+    """Unexecuted call of a function, with its arguments."""
 
     name: str
     arguments: tuple[Any, ...]
@@ -54,25 +54,30 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """What a pickle says lies outside of it."""
+    """Persistent id, a reference to data outside the pickle."""
 
     where: Any
 
 
 def read(file: Any, known: Collection[str]) -> tuple[Any, list[Stored]]:
-    """The value of the pickle that begins where `file` stands, and all that it says lies outside; `file` is behind it.
+    """Reads one pickle from the current position of `file` and leaves the position at the end of the pickle.
 
     Args:
-      file: binary, with read() and readline().
-      known: names that it may have. collections.OrderedDict becomes a dict, with no attributes; of all others the
-        value has a Name, or a Call where the pickle would have called them.
+      file: Binary file with read() and readline().
+      known: Allowed names. A collections.OrderedDict becomes a dict without attributes. Every other name becomes a
+        Name in the value, or a Call if the pickle calls it.
 
-    Raises UnknownName, UnreadablePickle.
+    Returns:
+      The value, and all its persistent ids.
+
+    Raises:
+      UnknownName: The pickle references a name outside `known`.
+      UnreadablePickle: The pickle is truncated, corrupt, or has an unsupported opcode.
     """
     stored: list[Stored] = []
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # about texts that are decoded before their word is refused
+            warnings.simplefilter('ignore')  # pickletools decodes strings before this reader rejects their opcode
             return _interpret(file, known, stored), stored
     except (UnknownName, UnreadablePickle):
         raise
@@ -82,7 +87,7 @@ def read(file: Any, known: Collection[str]) -> tuple[Any, list[Stored]]:
 
 def _interpret(file: Any, known: Collection[str], stored: list[Stored]) -> Any:
     stack: list[Any] = []
-    below: list[list[Any]] = []  # the stacks below each mark
+    below: list[list[Any]] = []  # saved stacks, one per mark
     memo: dict[int, Any] = {}
     argument: Any
     for opcode, argument, _ in pickletools.genops(file):
@@ -129,7 +134,7 @@ def _interpret(file: Any, known: Collection[str], stored: list[Stored]) -> Any:
             function, arguments = _last(stack, 2)
             stack[-2:] = [_call(_checked(function, Name).name, _checked(arguments, tuple))]
         elif word == 'BUILD':
-            stack.pop()  # attributes, such as the versions of modules
+            stack.pop()  # discards attributes such as module versions
             _checked(stack[-1], (dict, Call))
         elif word == 'BINPERSID':
             stored.append(Stored(stack.pop()))
@@ -148,7 +153,7 @@ def _named(name: str, known: Collection[str]) -> Name:
 
 
 def _call(name: str, arguments: tuple[Any, ...]) -> Any:
-    """An ordered dict from nothing or from pairs, as Python 2 wrote it; otherwise an inert value."""
+    """Returns a dict for collections.OrderedDict, called without arguments or with pairs (Python 2), or else a Call."""
     if name != ORDERED_DICT:
         return Call(name, arguments)
     result: dict[Any, Any] = {}
@@ -170,6 +175,6 @@ def _checked(value: Any, kind: Any) -> Any:
 
 
 def _set_items(target: Any, items: Any) -> None:
-    """Put keys and values by turns into a dict; keys are texts or numbers, whose comparing runs nothing."""
+    """Adds alternating keys and values to a dict. Keys must be str or int, whose comparison runs no foreign code."""
     for key, value in zip(items[::2], items[1::2], strict=True):
         _checked(target, dict)[_checked(key, (str, int))] = value

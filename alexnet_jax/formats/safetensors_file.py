@@ -1,4 +1,4 @@
-"""Files of the safetensors library: those of model hubs, and those that this project writes."""
+"""Reads .safetensors files of model hubs and of this project."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,17 +11,17 @@ from alexnet_jax.formats import FormatError
 
 
 def read_metadata(path: str) -> dict[str, str]:
-    """The metadata of `path`. Raises as read()."""
+    """Returns the metadata of `path`. Raises the errors of read()."""
     with _opened(path) as file:
         return file.metadata() or {}
 
 
 def read(path: str) -> dict[str, np.ndarray]:
-    """The arrays in `path` by name.
+    """Returns the arrays in `path` by name.
 
     Raises:
-      FormatError: it is damaged, or has numbers of a type that NumPy does not know.
-      OSError: it cannot be read.
+      FormatError: The file is corrupt, or has a dtype that NumPy does not support.
+      OSError: The file is unreadable.
     """
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

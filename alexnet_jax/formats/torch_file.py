@@ -1,4 +1,4 @@
-"""State dicts as torch.save writes them, in its ZIP format and the one before it, read without torch."""
+"""Reads state dicts of torch.save without torch, in the ZIP format and in the legacy format before it."""
 
 import dataclasses
 import io
@@ -16,7 +16,7 @@ import numpy as np
 
 from alexnet_jax.formats import FormatError, pickles
 
-# First objects of the older format.
+# First two objects of the legacy format.
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _DTYPES: dict[str, Any] = {
     'torch.FloatStorage': '<f4',
@@ -32,16 +32,16 @@ _DTYPES: dict[str, Any] = {
 }
 _TENSOR = ('torch._utils._rebuild_tensor', 'torch._utils._rebuild_tensor_v2')
 _PARAMETER = 'torch._utils._rebuild_parameter'
-# The last is what torchvision's own training puts beside the weights.
+# Checkpoints of torchvision's training script contain an argparse.Namespace beside the weights.
 KNOWN = frozenset([*_DTYPES, *_TENSOR, _PARAMETER, pickles.ORDERED_DICT, 'argparse.Namespace'])
-# Of what training programs save, where the weights are.
+# Keys of the state dict in checkpoints of training programs.
 _WRAPPERS = ('state_dict', 'model_state_dict', 'model')
 _ADVICE = 'save the weights alone, with torch.save(model.state_dict(), FILE)'
 
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    """Numbers that lie one behind the other, and that tensors share."""
+    """Contiguous block of numbers that one or more tensors view."""
 
     dtype: np.dtype
     key: str
@@ -49,14 +49,14 @@ class _Storage:
 
 
 def read(path: str) -> dict[str, np.ndarray]:
-    """The tensors of the state dict in `path`, also of one that a training program saved with other things.
+    """Returns the tensors of the state dict in `path`, which may be nested in the checkpoint of a training program.
 
-    They are views into the file, read from the disk when they are used: of the tensor's shape and strides, and of
-    float32, float64, float16, bfloat16 or integers, never writable.
+    The arrays are read-only views of the memory-mapped file with the shape and strides of each tensor. Their dtype is
+    float32, float64, float16, bfloat16, an integer type or bool. Code in the pickle is never executed.
 
     Raises:
-      FormatError: it is no state dict, is damaged, or its pickle asks for what none needs; nothing in it is run.
-      OSError: it cannot be read.
+      FormatError: The file is not a state dict, is corrupt, or its pickle references a name outside KNOWN.
+      OSError: The file is unreadable.
     """
     with open(path, 'rb') as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -77,7 +77,7 @@ def read(path: str) -> dict[str, np.ndarray]:
 
 
 def _read_zip(content: mmap.mmap, path: str) -> tuple[Any, dict[str, np.ndarray]]:
-    """The pickled value, and by key what it says lies outside, of the format since torch 1.6."""
+    """Reads the format since torch 1.6. Returns the pickled value, and the storages by key."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
@@ -113,7 +113,7 @@ def _other_archive(names: list[str]) -> str:
 
 
 def _entry(content: mmap.mmap, entries: dict[str, zipfile.ZipInfo], name: str) -> np.ndarray:
-    """The bytes (N,) uint8 of a file in the archive, where they lie."""
+    """Returns the content of a file in the archive, (N,) uint8, without a copy. Raises FormatError."""
     entry = entries.get(name)
     if entry is None:
         raise FormatError(f'damaged: {name} is missing in it')
@@ -122,14 +122,14 @@ def _entry(content: mmap.mmap, entries: dict[str, zipfile.ZipInfo], name: str) -
     header = content[entry.header_offset : entry.header_offset + 30]
     start = entry.header_offset + 30 + int.from_bytes(header[26:28], 'little') + int.from_bytes(header[28:30], 'little')
     own = np.frombuffer(content, np.uint8)[start : start + entry.file_size]
-    # torch can be told to leave the checksums out; they are 0 then.
+    # torch has an option to omit checksums; the CRC is then 0.
     if own.size != entry.file_size or entry.CRC not in (0, zlib.crc32(own.data)):
         raise FormatError(f'damaged: the content of {name} is not what was written; download it again')
     return own
 
 
 def _read_legacy(content: mmap.mmap) -> tuple[Any, dict[str, np.ndarray]]:
-    """The same of the format before torch 1.6: five pickles, and behind them each storage with its length."""
+    """Reads the format before torch 1.6: five pickles, then each storage after its length. Returns as _read_zip()."""
     if pickles.read(content, KNOWN)[0] != MAGIC or pickles.read(content, KNOWN)[0] != PROTOCOL:
         raise FormatError(f'a Python pickle, but not one that torch.save wrote; {_ADVICE}')
     machine, _ = pickles.read(content, KNOWN)
@@ -156,7 +156,7 @@ def _read_legacy(content: mmap.mmap) -> tuple[Any, dict[str, np.ndarray]]:
 
 
 def _storages(stored: list[pickles.Stored], numbers: Callable[[_Storage], np.ndarray]) -> dict[str, np.ndarray]:
-    """The numbers of all that is stored, by key."""
+    """Returns the numbers of each storage by key."""
     found: dict[str, np.ndarray] = {}
     for storage in map(_storage, stored):
         if storage.key not in found:
@@ -167,7 +167,7 @@ def _storages(stored: list[pickles.Stored], numbers: Callable[[_Storage], np.nda
 
 
 def _storage(stored: pickles.Stored) -> _Storage:
-    """What ('storage', type, key, device, count) or, in the older format, (..., count, None) stands for."""
+    """Parses the persistent id ('storage', type, key, device, count) or, in the legacy format, (..., count, None)."""
     match stored.where:
         case ('storage', pickles.Name(name), str(key), str(), int(count), *view) if name in _DTYPES and count >= 0:
             if not any(view):
@@ -187,7 +187,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _array(tensor: pickles.Call, storages: dict[str, np.ndarray]) -> np.ndarray:
-    """The tensor's view into its storage, after a check that it lies within."""
+    """Returns the tensor as a view of its storage. Raises FormatError: the tensor exceeds the storage."""
     match tensor.arguments:
         case (pickles.Call() as inner, *_) if tensor.name == _PARAMETER and inner.name in _TENSOR:
             return _array(inner, storages)

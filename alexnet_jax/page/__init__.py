@@ -1,1 +1,1 @@
-"""The report page: one HTML file that needs nothing else, of a run or of a sweep."""
+"""The report page of a run or a sweep: one self-contained HTML file."""

@@ -1,7 +1,7 @@
-"""The report page's HTML: text that is escaped, tables, pictures inside the file, and how all of it looks.
+"""HTML of the report page: escaped text, tables, embedded images, and the style sheet.
 
-Everything that takes text takes it as it is in files and escapes it; `words` between backticks become code. What is
-wider than a phone scrolls in a box of its own. The page loads nothing and runs nothing, which its policy enforces.
+Functions take plain text and escape it; `words` between backticks become code. Content wider than a phone scrolls in
+its own box. The page loads no resources and runs no scripts, which its content security policy enforces.
 """
 
 import base64
@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
-MOST_PIXELS = 144  # a side of a photograph on the page; wider ones are made smaller
-_LONGEST = 48  # letters of a name below one
+MOST_PIXELS = 144  # maximum side of a photograph; larger ones are scaled down
+_LONGEST = 48  # maximum characters of a name below a photograph
 
 _STYLE = """
 :root {
@@ -94,17 +94,17 @@ footer, figcaption, p.quiet { color: var(--quiet); font-size: 0.94rem; line-heig
 }
 """
 
-# No network and no scripts, whatever a name in a file may hold.
+# Forbids network access and scripts, even if a name in a file contains HTML.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def escape(text: object) -> str:
-    """`text` as it is, for elements and attributes."""
+    """Escapes `text` for elements and attributes."""
     return html.escape(str(text), quote=True)
 
 
 def prose(text: str) -> str:
-    """Escaped; `words` between backticks are code, which is broken between them and not at hyphens."""
+    """Escapes `text`; `words` between backticks become code, which wraps between words and not at hyphens."""
     return re.sub('`([^`]+)`', lambda match: f'<code>{_unbroken(match[1])}</code>', escape(text))
 
 
@@ -113,7 +113,7 @@ def _unbroken(text: str) -> str:
 
 
 def paragraph(text: str, kind: str = '') -> str:
-    """A paragraph; `kind`: 'lead', 'quiet', or 'missing' for what stands in the place of something."""
+    """Returns a paragraph. `kind`: 'lead', 'quiet', 'missing' (explains missing content), or '' for plain text."""
     return f'<p{_kind(kind)}>{prose(text)}</p>'
 
 
@@ -122,29 +122,29 @@ def _kind(kind: str) -> str:
 
 
 def command(text: str) -> str:
-    """What is typed into a shell."""
+    """Returns a shell command in a box."""
     return f'<pre tabindex="0"><code>{escape(text)}</code></pre>'
 
 
 def listing(items: Iterable[str]) -> str:
-    """Items with points."""
+    """Returns a bulleted list."""
     return f'<ul>{"".join(f"<li>{prose(item)}</li>" for item in items)}</ul>'
 
 
 def facts(values: dict[str, str]) -> str:
-    """Names and what is said of each; those of which nothing is said are left out."""
+    """Returns a list of names with their values, without empty values."""
     rows = [f'<dt>{escape(name)}</dt><dd>{prose(value)}</dd>' for name, value in values.items() if value]
     return f'<dl>{"".join(rows)}</dl>' if rows else ''
 
 
 def table(lines: Sequence[Sequence[str]], label: str, numbers: bool = True, published: Sequence[int] = ()) -> str:
-    """A table in a box that scrolls.
+    """Returns a table in a scrollable box.
 
     Args:
-      lines: the names of the columns, then the cells; the first of each line is its name.
-      label: what it is a table of, for those who do not see it.
-      numbers: whether the other columns are of numbers.
-      published: which lines, counted from 1, hold figures of others.
+      lines: the column names, then the rows; the first cell of each row is its name.
+      label: a description for screen readers.
+      numbers: whether the other columns contain numbers.
+      published: the rows, counted from 1, that contain published figures of others.
     """
     kind = _kind('number' if numbers else 'free')
     first, *names = lines[0]
@@ -159,14 +159,14 @@ def table(lines: Sequence[Sequence[str]], label: str, numbers: bool = True, publ
 
 
 def as_png(pixels: np.ndarray) -> bytes:
-    """A PNG file of (H, W, 3) or (H, W, 1) uint8."""
+    """Returns a PNG file of (H, W, 3) or (H, W, 1) uint8."""
     file = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, 'png', optimize=True)
     return file.getvalue()
 
 
 def photograph(pixels: np.ndarray, alt: str) -> str:
-    """(S, S, 3) or (S, S, 1) uint8, made smaller where it is larger than a page needs."""
+    """Returns an image element of (S, S, 3) or (S, S, 1) uint8, scaled down to at most MOST_PIXELS."""
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     image.thumbnail((MOST_PIXELS, MOST_PIXELS), Image.Resampling.LANCZOS)
     file = io.BytesIO()
@@ -175,21 +175,21 @@ def photograph(pixels: np.ndarray, alt: str) -> str:
 
 
 def picture(png: bytes, alt: str) -> str:
-    """A PNG file inside the page; `alt` says what is on it."""
+    """Returns an image element with an embedded PNG file; `alt` describes it."""
     width, height = Image.open(io.BytesIO(png)).size
     data = base64.b64encode(png).decode()
     return f'<img src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="{escape(alt)}">'
 
 
 def sheet(png: bytes, alt: str, caption: str, wide: bool = False) -> str:
-    """A drawing on white with words below; a `wide` one keeps a size at which it can be read, and scrolls."""
+    """Returns a drawing on white with a caption; a `wide` one keeps a readable size and scrolls."""
     box = f' scroll wide" role="region" tabindex="0" aria-label="{escape(alt)}' if wide else ''
     image = f'<div class="sheet{box}">{picture(png, alt)}</div>'
     return f'<figure>{image}<figcaption>{prose(caption)}</figcaption></figure>'
 
 
 def card(image: str, name: str, remark: str = '', below: str = '', same: bool = False) -> str:
-    """A photograph with the name of its class, a remark and more HTML below, for cards(); `same`: with a frame."""
+    """Returns a photograph for cards() with its class name, a remark and more HTML below; `same` adds a frame."""
     remark = f'<br><span class="quiet">{escape(remark)}</span>' if remark else ''
     return (
         f'<figure{_kind("same" if same else "")}>{image}<figcaption>{label(name)}{remark}</figcaption>{below}</figure>'
@@ -197,17 +197,17 @@ def card(image: str, name: str, remark: str = '', below: str = '', same: bool = 
 
 
 def label(name: str) -> str:
-    """The name of a class where there is little room: cut if it is long, and broken at underscores if need be."""
+    """Escapes a class name for little space: cuts a long name, and allows line breaks after underscores."""
     return escape(name if len(name) <= _LONGEST else f'{name[: _LONGEST - 1]}\u2026').replace('_', '_<wbr>')
 
 
 def cards(each: Iterable[str], small: bool = False) -> str:
-    """Cards side by side, as many as there is room for."""
+    """Arranges cards side by side, as many as fit."""
     return f'<div class="cards{" small" * small}">{"".join(each)}</div>'
 
 
 def bars(values: Iterable[tuple[str, float]], true: str) -> str:
-    """Names with their probabilities (0 to 1), that of the name `true` in another colour and with a tick."""
+    """Returns bars of names with probabilities (0 to 1); the bar of `true` has another color and a check mark."""
     rows = []
     for name, probability in values:
         share = f'{100 * probability:.0f}' if probability == probability else '0'
@@ -220,17 +220,17 @@ def bars(values: Iterable[tuple[str, float]], true: str) -> str:
 
 
 def section(title: str, *parts: str) -> str:
-    """A part of the page under a heading."""
+    """Returns a section of the page with a heading."""
     return f'<section><h2>{prose(title)}</h2>\n{chr(10).join(part for part in parts if part)}\n</section>\n'
 
 
 def subsection(title: str, *parts: str) -> str:
-    """A part of a section under a heading."""
+    """Returns part of a section with a heading."""
     return f'<h3>{prose(title)}</h3>\n' + '\n'.join(parts)
 
 
 def document(title: str, lead: str, sections: Iterable[str], made_by: str) -> bytes:
-    """The whole page as a file's content; `made_by` is the command that wrote it."""
+    """Returns the whole page as a file's content; `made_by` is the command that wrote it."""
     text = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -254,4 +254,4 @@ def document(title: str, lead: str, sections: Iterable[str], made_by: str) -> by
 </body>
 </html>
 """
-    return text.encode('utf-8', 'replace')  # names of files may hold what is no character
+    return text.encode('utf-8', 'replace')  # file names may contain surrogates

@@ -1,4 +1,4 @@
-"""The page of one run: what was run, what came of it, and what its network has learned."""
+"""The report page of one run: its settings, its results, and the weights of its network."""
 
 import os
 from typing import Any
@@ -9,17 +9,17 @@ from alexnet_jax.page.run_files import Run, errors_of, number, percent, read_lay
 from alexnet_jax.page.settings import differences, length, published
 from alexnet_jax.sweep_results import read_result, standing
 
-DPI = 200  # of drawings
-_NAMED = 20  # classes whose names are told
-_APART = ('versions', 'command')  # of environment.json: told in other ways
+DPI = 200  # of the drawings
+_NAMED = 20  # classes listed by name
+_APART = ('versions', 'command')  # keys of environment.json that the page shows separately
 
 
 def page(workdir: str, data_dir: str | None, neighbours: bool, made_by: str) -> bytes:
-    """The page of the run in `workdir`.
+    """Returns the page of the run in `workdir`.
 
     Args:
-      data_dir: where the prepared images lie; None: where the run's settings say.
-      neighbours: whether neighbours of some images are searched among the training images.
+      data_dir: the folder of the prepared images; None: the one in the run's settings.
+      neighbours: whether to search the training images for neighbors of some images.
       made_by: the command that is running.
     """
     run = read_run(workdir)
@@ -40,7 +40,7 @@ def page(workdir: str, data_dir: str | None, neighbours: bool, made_by: str) -> 
 
 
 def what_was_run(run: Run) -> list[str]:
-    """The command, the settings, and the network."""
+    """Returns the command, the settings, and the network."""
     parts = [html.command(run.command)]
     if run.config is None:
         why = f'{run.config_problem}. Preset, data and settings are not known; `{run.command}` writes that file.'
@@ -76,7 +76,7 @@ def what_was_run(run: Run) -> list[str]:
 
 
 def result(run: Run) -> list[str]:
-    """Errors, with the published ones beside them where the network and the images are the same."""
+    """Returns the errors, beside the published ones if the network and the images are the same."""
     lines = [['', 'views', 'loss', 'top-1 error', 'top-5 error', 'images'], *errors_of(run)]
     measured = len(lines) - 1
     parts = []
@@ -100,7 +100,7 @@ def result(run: Run) -> list[str]:
 
 
 def drawn_curves(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Loss, errors and learning rate of `runs`, by name what read_metrics() gives."""
+    """Returns the curves of loss, errors and learning rate of `runs`, the results of read_metrics() by name."""
     caption = (
         'Loss and errors on batches as they are trained on, and on all validation images (one view); learning rate.'
     )
@@ -113,7 +113,7 @@ def _no_metrics(run: Run) -> str:
 
 
 def layers(run: Run) -> list[str]:
-    """The last line of layers.jsonl as a table."""
+    """Returns the last line of layers.jsonl as a table."""
     path = os.path.join(run.workdir, 'layers.jsonl')
     last = read_layers(path)
     rows = {name: row for name, row in last.items() if isinstance(row, dict)}
@@ -141,7 +141,7 @@ def layers(run: Run) -> list[str]:
 
 
 def speed(run: Run) -> list[str]:
-    """How long training took and at what rate."""
+    """Returns the training time and the images/s."""
     lines = [line for line in run.metrics if line['split'] == 'train']
     rates = [number(line.get('images_per_second')) for line in lines]
     rate = number(run.result.get('images_per_second')) or next((each for each in reversed(rates) if each), None)
@@ -160,7 +160,7 @@ def speed(run: Run) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """For a reader."""
+    """Formats seconds for readers."""
     for unit, size in (('days', 86400), ('hours', 3600), ('minutes', 60)):
         if seconds >= size:
             return f'{seconds / size:.1f} {unit}'
@@ -168,7 +168,7 @@ def duration(seconds: float) -> str:
 
 
 def made_with(environment: dict[str, Any], command: str) -> list[str]:
-    """Hardware and versions, as environment.json says them."""
+    """Returns hardware and versions from environment.json."""
     if not environment:
         why = f'No readable environment.json: runs write it when they begin and when they go on, by `{command}`.'
         return [html.paragraph(why, 'missing')]

@@ -1,4 +1,4 @@
-"""The page of a sweep: its table, and below it the curves, kernels and machines of its runs."""
+"""The report page of a sweep: its table, and the curves, kernels and machines of its runs."""
 
 import json
 import os
@@ -21,12 +21,12 @@ def page(
     missing: list[str],
     made_by: str,
 ) -> bytes:
-    """The page of the sweep in `folder`.
+    """Returns the page of the sweep in `folder`.
 
     Args:
       sweep, results, missing: see sweep_results.
       rows: see sweep_table.summarise().
-      views: whose errors are in `rows`.
+      views: the number of views of the errors in `rows`.
       made_by: the command that is running.
     """
     done, planned = (sum(getattr(row, name) for row in rows) for name in ('runs_done', 'runs_planned'))
@@ -82,7 +82,7 @@ def _curves(folder: str, sweep: dict[str, Any], command: str) -> list[str]:
 
 
 def _kernels(folder: str, sweep: dict[str, Any], results: dict[str, dict[str, Any]], command: str) -> list[str]:
-    """Of the first finished run of each variant."""
+    """Returns the kernels of the first finished run of each variant."""
     first: dict[str, str] = {}
     for run in sweep['runs']:
         if run['directory'] in results:
@@ -106,7 +106,7 @@ def _kernels(folder: str, sweep: dict[str, Any], results: dict[str, dict[str, An
 
 
 def _machines(folder: str, sweep: dict[str, Any], command: str) -> list[str]:
-    """What the runs were made with and on: those that have it in common together."""
+    """Returns hardware and versions, grouping runs that have the same ones."""
     together: dict[str, list[str]] = {}
     for run in sweep['runs']:
         found = read_json(os.path.join(folder, run['directory'], 'environment.json')) or {}

@@ -1,4 +1,4 @@
-"""What needs a run's weights: the kernels of conv1, predictions, and neighbours in the last hidden layer."""
+"""Sections of the page that need weights: kernels of conv1, predictions, and neighbors in the last hidden layer."""
 
 import os
 import shlex
@@ -15,19 +15,20 @@ from alexnet_jax.page import html
 from alexnet_jax.trained import Network, find, load, store_of
 
 PREDICTED, QUERIES, NEAREST, TOP = 8, 5, 6, 5
-_PROBED = 16  # validation images that are looked at for each that is shown
-_WIDE = 1000  # pixels that a sheet of kernels has at least, about
+_PROBED = 16  # validation images considered per image shown
+_WIDE = 1000  # approximate minimum width of a kernel sheet, in pixels
 _TITLES = ('Kernels of conv1', 'Predictions', 'Neighbours')
 
-Example = tuple[int, dict[str, Any]]  # its number in the store, image and label
+Example = tuple[int, dict[str, Any]]  # its number in the store; its image and label
 
 
 def sections(workdir: str, command: str, data_dir: str | None, neighbours: bool) -> list[str]:
-    """Kernels, predictions and, if wanted, neighbours; where something is missing a sentence says why.
+    """Returns the kernels, predictions and, if requested, neighbors. Missing content is explained in a sentence.
 
     Args:
-      command: that trains in `workdir`.
-      data_dir: where the prepared images lie; None: where the run's settings say.
+      command: the command that trains in `workdir`.
+      data_dir: the folder of the prepared images; None: the one in the run's settings.
+      neighbours: whether to search for neighbors.
     """
     try:
         network = read_network(workdir)
@@ -50,14 +51,14 @@ def sections(workdir: str, command: str, data_dir: str | None, neighbours: bool)
 
 
 def read_network(workdir: str) -> Network:
-    """The newest weights of the run in `workdir`. Raises ConfigError: they cannot be read."""
+    """Loads the newest weights of the run in `workdir`. Raises ConfigError: they cannot be read."""
     if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
         raise ConfigError(f'{workdir} has no checkpoints')
     member = find(workdir)
     if member.config.cpu_tuning:
         startup.configure_cpu_backend()
     startup.enable_compilation_cache()
-    from alexnet_jax.checkpoint import CheckpointError  # now, for it imports jax
+    from alexnet_jax.checkpoint import CheckpointError  # imports jax, so only after the settings above
 
     try:
         return load(member)
@@ -66,7 +67,7 @@ def read_network(workdir: str) -> Network:
 
 
 def kernel_sheets(network: Network) -> list[str]:
-    """Each tower's kernels of conv1, as figure 3 of the paper shows them, with their colour saturation."""
+    """Returns each tower's kernels of conv1 as in figure 3 of the paper, with their color saturation."""
     kernel: np.ndarray = np.asarray(network.state.params['conv1']['kernel'])
     towers = network.config.model.towers
     if 'conv1' in network.config.model.unshared:
@@ -86,7 +87,7 @@ def kernel_sheets(network: Network) -> list[str]:
 
 
 def about_kernels() -> str:
-    """How to read them."""
+    """Explains the kernel sheets."""
     return html.paragraph(
         'As figure 3 of the paper: each kernel from its own least weight to its greatest. Saturation is the share of'
         ' the weights\u2019 energy that the channels do not have in common: 0 is grey, 0.67 untrained, 1 colours only.',
@@ -95,7 +96,7 @@ def about_kernels() -> str:
 
 
 def _open_store(network: Network, data_dir: str | None) -> pipeline.Store:
-    """The images that it was trained with. Raises ConfigError: they are not prepared, or are others."""
+    """Opens the store of the run's images. Raises ConfigError: they are not prepared, or differ from the run's."""
     data = network.config.data
     directory = pipeline.dataset_dir(data_dir or data.data_dir, data)
     if '://' not in directory and not os.path.isdir(directory):
@@ -116,7 +117,7 @@ def _open_store(network: Network, data_dir: str | None) -> pipeline.Store:
 
 
 def choose(split: Any, count: int) -> list[Example]:
-    """`count` images of `split`, always the same ones, of as many classes as can be, with their numbers."""
+    """Returns `count` images of `split` with their numbers: the same ones each time, of as many classes as possible."""
     by_class: dict[int, list[Example]] = {}
     for place, example in pipeline.spread(split, _PROBED * count):
         by_class.setdefault(int(example['label']), []).append((place, example))
@@ -129,7 +130,7 @@ def choose(split: Any, count: int) -> list[Example]:
 
 
 def predictions(network: Network, shown: list[Example]) -> list[str]:
-    """Images of `shown` with the likeliest classes, as figure 4 of the paper on its left."""
+    """Returns the images of `shown` with their most probable classes, as in the left half of figure 4 of the paper."""
     from alexnet_jax.step import make_predict_step
 
     views, names = network.config.eval.views, network.class_names
@@ -149,7 +150,7 @@ def predictions(network: Network, shown: list[Example]) -> list[str]:
 
 
 def nearest(network: Network, store: pipeline.Store, shown: list[Example]) -> list[str]:
-    """Images of `shown` with the training images nearest to them, as figure 4 of the paper on its right.
+    """Returns the images of `shown` with their nearest training images, as in the right half of figure 4 of the paper.
 
     Raises ConfigError, DatasetError: see features.index_of().
     """

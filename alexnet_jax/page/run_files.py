@@ -1,4 +1,4 @@
-"""What the files in a run's folder say, whatever of them is missing or damaged."""
+"""Reads the files in a run's workdir, even if some are missing or corrupt."""
 
 import contextlib
 import dataclasses
@@ -18,15 +18,16 @@ from alexnet_jax.sweep_results import read_result, standing, views_text
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the files of a run say; what is missing or damaged is empty.
+    """Contents of a run's files; missing or corrupt ones are empty.
 
     Attributes:
-      workdir: its folder.
-      config: resolved; None with the reason in `config_problem`.
+      workdir: the folder of the run.
+      config: the resolved configuration, or None with the reason in `config_problem`.
       result: result.json.
-      metrics: see curves.read_metrics(); [] with the reason in `metrics_problem`.
+      metrics: see read_metrics(), or [] with the reason in `metrics_problem`.
       environment: environment.json.
-      class_names, examples: of the data, and how many training images there are; [] and 0 with `inputs_problem`.
+      class_names: class names of the data, or [] with the reason in `inputs_problem`.
+      examples: number of training images, or 0 with the reason in `inputs_problem`.
     """
 
     workdir: str
@@ -42,12 +43,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's own."""
+        """The name of the folder."""
         return os.path.basename(os.path.abspath(self.workdir))
 
     @property
     def command(self) -> str:
-        """That trains there: as it was given, or with the settings to be filled in."""
+        """The command that trains in the workdir, as it was given or, if unknown, with placeholders."""
         given = self.environment.get('command')
         if isinstance(given, list) and given and all(isinstance(part, str) for part in given):
             return shlex.join(['alexnet', 'train', *given[1:]])
@@ -55,7 +56,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """Whether it is done, and at which step it stands."""
+        """Whether the run is done, and its current step."""
         step = number(self.result.get('step'))
         if self.class_names and not (self.metrics or self.environment or self.result):
             return 'weights from elsewhere, which were not trained here'
@@ -67,7 +68,7 @@ class Run:
 
 
 def read_run(workdir: str) -> Run:
-    """What the files in `workdir` say."""
+    """Reads the files in `workdir`."""
     config, metrics, class_names, examples = None, [], list[str](), 0
     config_problem = metrics_problem = inputs_problem = ''
     try:
@@ -99,7 +100,7 @@ def read_run(workdir: str) -> Run:
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that can be drawn. Raises ConfigError: there are none."""
+    """Returns the lines of metrics.jsonl with a valid step. Raises ConfigError: there are none."""
     lines = []
     with contextlib.suppress(ConfigError):
         lines = [line for line in curves.read_metrics(workdir) if number(line['step']) is not None]
@@ -109,19 +110,19 @@ def read_metrics(workdir: str) -> list[dict[str, Any]]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number as it is in a file; None in place of anything else."""
+    """Returns `value` if it is a finite number, otherwise None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number and abs(value) < 1e300 else None
 
 
 def percent(value: Any) -> str:
-    """A share from 0 to 1; '' where it is not known."""
+    """Formats a fraction from 0 to 1 as a percentage; '' if it is not a number."""
     known = number(value)
     return '' if known is None else f'{100 * known:.2f} %'
 
 
 def errors_of(run: Run) -> list[list[str]]:
-    """Views, loss, errors and images of each of its evaluations; of a run that has not ended, the last on the way."""
+    """Returns [run, views, loss, top-1 error, top-5 error, images] of each final evaluation, else of the latest."""
     views = run.result.get('views')
     found = [(name, values) for name, values in (views if isinstance(views, dict) else {}).items() if values]
     what = 'this run'
@@ -140,7 +141,7 @@ def errors_of(run: Run) -> list[list[str]]:
 
 
 def summary(run: Run) -> str:
-    """The run for a terminal."""
+    """Describes the run for a terminal."""
     lines = [f'{run.workdir}: {run.state}']
     for _, views, loss, top1, top5, _ in errors_of(run):
         lines.append(f'  {views_of(views):<8}  loss {loss}  top-1 error {top1}  top-5 error {top5}')
@@ -148,16 +149,16 @@ def summary(run: Run) -> str:
 
 
 def views_of(text: str) -> str:
-    """The name of an evaluation in result.json, for a reader."""
+    """Returns a readable name for a key of `views` in result.json."""
     return views_text(int(text)) if text.isdecimal() else text
 
 
 def read_layers(path: str) -> dict[str, Any]:
-    """The last whole line of a layers.jsonl; {} where there is none."""
+    """Returns the last complete line of a layers.jsonl; {} if there is none."""
     last: dict[str, Any] = {}
     with contextlib.suppress(OSError), open(path, errors='replace') as file:
         for text in file:
-            with contextlib.suppress(ValueError):  # the line a killed run was writing
+            with contextlib.suppress(ValueError):  # the last line of a killed run may be incomplete
                 line = json.loads(text)
                 last = line if isinstance(line, dict) else last
     return last

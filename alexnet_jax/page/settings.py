@@ -1,4 +1,4 @@
-"""A run's settings beside those of its preset, and what was published of that."""
+"""Differences between a run's settings and its preset's, and the published errors of the preset."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from alexnet_jax.config import field_names, get_by_path, preset_config, resolve,
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.sweep_results import views_text
 
-# What a published error is of, besides the network's settings.
+# Besides the `model` settings, published errors are comparable only if these are equal.
 _SAME_IMAGES = ('data.source', 'data.channels', 'data.image_size', 'data.crop_size')
 
 
 def length(config: Any, examples: int) -> str:
-    """How long a run is, for a reader; `examples`: training images, 0 where not known."""
+    """Describes the length of a run. `examples`: number of training images, 0 if unknown."""
     train = config.train
     if not examples:
         whole = f'{train.epochs:g} epochs' if train.steps is None else f'{train.steps:,} steps'
@@ -22,7 +22,7 @@ def length(config: Any, examples: int) -> str:
 
 
 def differences(config: Any) -> list[list[str]]:
-    """Settings whose values are not the preset's: name, the preset's value, the run's; without seed and data_dir."""
+    """Returns [name, preset's value, run's value] of the settings that differ, without seed and data_dir."""
     preset = resolve(preset_config(config.model.preset))
     pairs = {
         field: (_shown(get_by_path(preset, field)), _shown(get_by_path(config, field)))
@@ -33,14 +33,14 @@ def differences(config: Any) -> list[list[str]]:
 
 
 def _shown(value: Any) -> str:
-    """A setting's value, a list read from JSON and a tuple alike."""
+    """Formats a setting's value; a list read from JSON looks the same as a tuple."""
     if isinstance(value, list | tuple):
         return f'({", ".join(map(_shown, value))})'
     return f'{value:g}' if isinstance(value, float) else str(value)
 
 
 def published(config: Any) -> tuple[list[str], str]:
-    """The line of the published errors where they can be compared, otherwise []; and what to say of them."""
+    """Returns the table row of the published errors if they are comparable, otherwise []; and a remark about them."""
     figures, preset = PRESETS[config.model.preset].published, resolve(preset_config(config.model.preset))
     errors = ['' if error is None else f'{error:g} %' for error in (figures.top1_error, figures.top5_error)]
     fields = [field for field in field_names(config) if field.startswith('model.') and field != 'model.dtype']
@@ -49,7 +49,7 @@ def published(config: Any) -> tuple[list[str], str]:
         for field in (*_SAME_IMAGES, *fields)
         if _shown(get_by_path(config, field)) != _shown(get_by_path(preset, field))
     ]
-    if not differ and 'ILSVRC-2010' in figures.source:  # which is not the data set that the settings name
+    if not differ and 'ILSVRC-2010' in figures.source:  # a different data set from the one in the settings
         differ = [f'these images are of `{config.data.source}`']
     name = f'the preset `{config.model.preset}`'
     if not differ:
