@@ -64,9 +64,8 @@ def settings(config: Any, mesh: str | None = None, images_per_device: int | None
 def audit(config: Any) -> dict[str, Any]:
     """Returns the costs of a training step of `config` (see settings()). JAX must have at least as many devices.
 
-    Returns:
-      The fields that --json prints, with `collectives` as a list of Collective. Bytes and FLOPs are per step and
-      device; `multiply_adds` are per image, forward pass only.
+    These are the fields that --json prints, with `collectives` as a list of Collective. Bytes and FLOPs are per step
+    and device; `multiply_adds` are per image, forward pass only.
     """
     import jax
     import numpy as np
