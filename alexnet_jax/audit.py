@@ -18,7 +18,7 @@ from ml_collections import FrozenConfigDict
 from alexnet_jax import costs, shapes
 from alexnet_jax.collectives import Collective, HloFormatError, step_collectives
 from alexnet_jax.config import ConfigError, resolve
-from alexnet_jax.flags import CONFIG, exit_with_usage_error, parse_flags
+from alexnet_jax.flags import CONFIG, parse_flags, report_usage_error
 from alexnet_jax.monitor import log_error
 
 MAX_SIMULATED_DEVICES = 2048  # limit of XLA for one CPU process
@@ -217,7 +217,7 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f'--bandwidth={bandwidth:g} --flops={flops:g}: speeds are above 0')
         config = settings(CONFIG.value, _MESH.value, _IMAGES.value)
     except ConfigError as error:
-        return exit_with_usage_error(str(error))
+        return report_usage_error(str(error))
     import jax
 
     jax.config.update('jax_platforms', 'cpu')

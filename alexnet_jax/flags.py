@@ -28,9 +28,9 @@ def parse_flags(argv: list[str]) -> list[str]:
             raise ConfigError(f'{rest[1]!r} is no flag; flags are written --name=value')
         return rest
     except flags.IllegalFlagValueError as error:
-        sys.exit(exit_with_usage_error(_wrong_type(str(error), config)))
+        sys.exit(report_usage_error(_wrong_type(str(error), config)))
     except (flags.Error, ConfigError) as error:
-        sys.exit(exit_with_usage_error(str(error)))
+        sys.exit(report_usage_error(str(error)))
 
 
 def _find_config(argv: list[str]) -> str:
@@ -76,7 +76,7 @@ def _wrong_type(message: str, config: ConfigDict) -> str:
     return f'{match[1]}: {match[3]!r} is not {config.get_type(name).__name__}'
 
 
-def exit_with_usage_error(reason: str) -> int:
+def report_usage_error(reason: str) -> int:
     """Logs `reason`, one line, as an error and returns the exit code for a usage error, 2."""
     log_error(reason)
     return 2

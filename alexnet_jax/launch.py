@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from alexnet_jax import config_files, monitor, startup
 from alexnet_jax.command import child_command, shell_command
 from alexnet_jax.config import ConfigError, resolve
-from alexnet_jax.flags import CONFIG, exit_with_usage_error, load_sweep, parse_flags
+from alexnet_jax.flags import CONFIG, load_sweep, parse_flags, report_usage_error
 from alexnet_jax.instruments import Wanted, check_wandb, parse_profile
 from alexnet_jax.monitor import log_error
 from alexnet_jax.run_folder import check_resumable, is_finished
@@ -142,7 +142,7 @@ def main(argv: list[str]) -> int:
         if group is None:
             startup.enable_compilation_cache()
     except ConfigError as error:
-        return exit_with_usage_error(str(error))
+        return report_usage_error(str(error))
     from alexnet_jax import processes, train  # these modules import jax, so only after flag parsing
 
     try:
@@ -162,7 +162,7 @@ def _report_failure(error: Exception) -> int:
     from alexnet_jax.data.pipeline import DatasetError
 
     if isinstance(error, ConfigError):
-        return exit_with_usage_error(str(error))
+        return report_usage_error(str(error))
     lost = processes.describe_peer_failure(error)
     if lost or isinstance(error, train.TrainingError | CheckpointError | DatasetError | processes.DistributedInitError):
         log_error(lost or str(error))
