@@ -5,7 +5,7 @@ import runpy
 import sys
 
 from alexnet_jax import __version__
-from alexnet_jax.monitor import log_error
+from alexnet_jax.runtime.console import log_error
 
 COMMANDS = {
     'train': ('alexnet_jax.launch', 'train a network, or resume a run'),

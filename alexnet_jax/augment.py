@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alexnet_jax.config import DataConfig
+
 
 def example_keys(seed: int, number: jax.Array, purpose: int) -> jax.Array:
     """Returns one random key per image, (B,).
@@ -22,7 +24,7 @@ def example_keys(seed: int, number: jax.Array, purpose: int) -> jax.Array:
     return jax.vmap(lambda n: jax.random.fold_in(key, n))(number)
 
 
-def preprocessing(statistics: Any, config: Any) -> dict[str, Any]:
+def make_preprocess_params(statistics: Any, config: DataConfig) -> dict[str, Any]:
     """Computes the constants of augment() and view() from the training set's `statistics`.
 
     `config` is `data` of a configuration.
@@ -37,7 +39,7 @@ def preprocessing(statistics: Any, config: Any) -> dict[str, Any]:
         `none`: 0.
       divisor: float32, divides training inputs: 1.1 for `original`, which compensates for the variance of the noise as
         the original program does, otherwise 1.
-      scale: (C,) float32, 1 / config.divisor, multiplies training and test inputs.
+      scale: (C,) float32, 1 / config.std, multiplies training and test inputs.
     """
     shape = statistics['mean_image'].shape
     means = {
@@ -52,7 +54,7 @@ def preprocessing(statistics: Any, config: Any) -> dict[str, Any]:
         'mean': means[config.mean].astype(np.float32),
         'color': color.astype(np.float32),
         'divisor': np.float32(1.1 if config.color == 'original' else 1.0),
-        'scale': np.broadcast_to(1 / np.array(config.divisor), shape[-1:]).astype(np.float32),
+        'scale': np.broadcast_to(1 / np.array(config.std), shape[-1:]).astype(np.float32),
     }
 
 
@@ -62,7 +64,7 @@ def disable_color_augmentation(preprocessing: dict[str, Any]) -> dict[str, Any]:
 
 
 def augment(
-    images: jax.Array, keys: jax.Array, crop_keys: jax.Array, preprocessing: dict[str, jax.Array], config: Any
+    images: jax.Array, keys: jax.Array, crop_keys: jax.Array, preprocessing: dict[str, jax.Array], config: DataConfig
 ) -> jax.Array:
     """Computes training inputs: takes a random crop, subtracts the mean, flips at random, adds color noise, and scales.
 
@@ -95,7 +97,9 @@ def augment(
     return jax.vmap(one)(images, keys, crop_keys)
 
 
-def view(images: jax.Array, preprocessing: dict[str, jax.Array], config: Any, index: jax.Array | int) -> jax.Array:
+def eval_crop(
+    images: jax.Array, preprocessing: dict[str, jax.Array], config: DataConfig, index: jax.Array | int
+) -> jax.Array:
     """Computes one test view of each image, without color noise.
 
     Args:
@@ -116,9 +120,9 @@ def view(images: jax.Array, preprocessing: dict[str, jax.Array], config: Any, in
     return jnp.where(index >= 5, x[:, :, ::-1], x) * preprocessing['scale'][None, None, None]
 
 
-def _mean(preprocessing: dict[str, jax.Array], offset: jax.Array, config: Any) -> jax.Array:
+def _mean(preprocessing: dict[str, jax.Array], offset: jax.Array, config: DataConfig) -> jax.Array:
     """Returns the mean for a crop at `offset`: that crop of the mean, or its center as in the original program."""
-    if config.mean_window == 'centre':
+    if config.mean_crop == 'center':
         offset = jnp.full((2,), (preprocessing['mean'].shape[0] - config.crop_size) // 2)
     return _window(preprocessing['mean'], offset, config.crop_size)
 

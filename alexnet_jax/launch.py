@@ -15,14 +15,16 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from alexnet_jax import config_files, monitor, startup
-from alexnet_jax.command import child_command, shell_command
+from alexnet_jax import config_files
 from alexnet_jax.config import ConfigError, resolve
-from alexnet_jax.flags import CONFIG, load_sweep, parse_flags, report_usage_error
-from alexnet_jax.instruments import Wanted, check_wandb, parse_profile
-from alexnet_jax.monitor import log_error
-from alexnet_jax.run_folder import check_resumable, is_finished
-from alexnet_jax.sweep import Variant, configure, print_list, run_all, write_manifest
+from alexnet_jax.config_flag import CONFIG, load_sweep, parse_flags, report_usage_error
+from alexnet_jax.runtime import backend, console
+from alexnet_jax.runtime.commands import child_command, shell_command
+from alexnet_jax.runtime.console import log_error
+from alexnet_jax.runtime.workdir import check_resumable, is_finished
+from alexnet_jax.sweep.sweep import Variant, apply_variant, print_runs, run_all, write_manifest
+from alexnet_jax.training.profiler import parse_profile
+from alexnet_jax.training.trackers import TrackingConfig, check_wandb
 
 flags.declare_key_flag('config')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; by default runs/ and the name of the config.')
@@ -66,13 +68,13 @@ def _process_group() -> dict[str, Any] | None:
             f'--process_id: {group["process_id"]} is not below --num_processes={group["num_processes"]};'
             f' the nearest is {group["num_processes"] - 1}'
         )
-    monitor.set_process_index(group['process_id'], group['num_processes'])
+    console.set_process_index(group['process_id'], group['num_processes'])
     return group
 
 
 def _print_result(workdir: str) -> None:
     """Prints the final table, in a multi-process run only on the primary process."""
-    if monitor.is_silent():
+    if not console.is_primary():
         return
     with open(os.path.join(workdir, 'result.json')) as file:
         result = json.load(file)
@@ -96,9 +98,9 @@ def _select_variant(variants: list[Variant]) -> Variant:
 def _sweep(file: str, workdir: str) -> int:
     """Lists or runs the sweep of the config and returns the exit code. Raises ConfigError: a run cannot start."""
     variants = load_sweep(file)
-    configs = [configure(CONFIG.value, variant) for variant in variants]
+    configs = [apply_variant(CONFIG.value, variant) for variant in variants]
     if _SWEEP.value == 'list':
-        print_list(variants, configs, workdir)
+        print_runs(variants, configs, workdir)
         return 0
     for variant, config in zip(variants, configs, strict=True):
         check_resumable(config, os.path.join(workdir, variant.directory), every_field=True)
@@ -117,7 +119,7 @@ def main(argv: list[str]) -> int:
     try:
         group = _process_group()
         check_wandb(_WANDB.value)
-        wanted = Wanted(_TENSORBOARD.value, _WANDB.value, parse_profile(_PROFILE.value))
+        wanted = TrackingConfig(_TENSORBOARD.value, _WANDB.value, parse_profile(_PROFILE.value))
         if _SWEEP.value in ('list', 'all'):
             if group is not None:
                 raise ConfigError('--sweep: several processes run one of its runs together, --sweep=K')
@@ -127,49 +129,51 @@ def main(argv: list[str]) -> int:
         else:
             variants = load_sweep(file)
             variant = _select_variant(variants)
-            if not monitor.is_silent():
+            if console.is_primary():
                 # The runs of a job array have no parent process that writes the manifest.
                 write_manifest(variants, config_files.name_of(file), workdir)
-            config, workdir = configure(CONFIG.value, variant), os.path.join(workdir, variant.directory)
+            config, workdir = apply_variant(CONFIG.value, variant), os.path.join(workdir, variant.directory)
         check_resumable(config, workdir, every_field=_SWEEP.value is not None)
         if is_finished(config, workdir):
-            if not monitor.is_silent():
+            if console.is_primary():
                 print(f'{workdir} is done; another --workdir begins anew, a longer config.train.epochs goes on.')
             _print_result(workdir)
             return 0
         if config.cpu_tuning:
-            startup.configure_cpu_backend()
+            backend.configure_cpu_backend()
         if group is None:
-            startup.enable_compilation_cache()
+            backend.enable_compilation_cache()
     except ConfigError as error:
         return report_usage_error(str(error))
-    from alexnet_jax import processes, train  # these modules import jax, so only after flag parsing
+    from alexnet_jax.runtime import distributed  # these modules import jax, so only after flag parsing
+    from alexnet_jax.training.trainer import EXIT_DONE, train_and_evaluate
 
     try:
-        code = train.run(config, workdir, group, wanted)
+        code = train_and_evaluate(config, workdir, group, wanted)
     except Exception as error:
         code = _report_failure(error)
-        processes.hard_exit(code)
-    if code == train.EXIT_DONE:
+        distributed.hard_exit(code)
+    if code == EXIT_DONE:
         _print_result(workdir)
     return code
 
 
 def _report_failure(error: Exception) -> int:
     """Logs the reason for the failure, in one line if the cause is known; returns the exit code."""
-    from alexnet_jax import processes, train
-    from alexnet_jax.checkpoint import CheckpointError
-    from alexnet_jax.data.pipeline import DatasetError
+    from alexnet_jax.data.dataset import DatasetError
+    from alexnet_jax.runtime import distributed
+    from alexnet_jax.training.checkpointing import CheckpointError
+    from alexnet_jax.training.trainer import EXIT_ERROR, TrainingError
 
     if isinstance(error, ConfigError):
         return report_usage_error(str(error))
-    lost = processes.describe_peer_failure(error)
-    if lost or isinstance(error, train.TrainingError | CheckpointError | DatasetError | processes.DistributedInitError):
+    lost = distributed.describe_peer_failure(error)
+    if lost or isinstance(error, TrainingError | CheckpointError | DatasetError | distributed.DistributedInitError):
         log_error(lost or str(error))
     else:
         log_error('ended by an error:')
         traceback.print_exception(error)
-    return train.EXIT_ERROR
+    return EXIT_ERROR
 
 
 if __name__ == '__main__':

@@ -249,19 +249,19 @@ def _read_before_update_backward(_, gradients):
 order_weight_gradient_after_input_gradient.defvjp(lambda x, kernel: ((x, kernel), None), _read_before_update_backward)
 
 
-def max_pool(x: jax.Array, window: int, stride: int, *, overhang: bool = False) -> jax.Array:
+def max_pool(x: jax.Array, window: int, stride: int, *, ceil_mode: bool = False) -> jax.Array:
     """Computes the maximum over windows of `window` x `window` pixels, `stride` apart, without padding (section 3.4).
 
     The gradient of a window goes to its maximum; among equal values, to the first in row-major order.
 
     Args:
       x: (B, H, W, C), floating point.
-      overhang: whether to add a last window that extends beyond the edge, as in cuda-convnet.
+      ceil_mode: whether to add a last window that extends beyond the edge, as in cuda-convnet.
 
     Returns:
-      (B, (H - window) // stride + 1, (W - window) // stride + 1, C); `overhang` rounds the quotients up instead.
+      (B, (H - window) // stride + 1, (W - window) // stride + 1, C); `ceil_mode` rounds the quotients up instead.
     """
-    if overhang:
+    if ceil_mode:
         missing = [(window - size) % stride for size in x.shape[1:3]]
         x = lax.pad(x, jnp.array(-jnp.inf, x.dtype), [(0, 0, 0), *((0, pixels, 0) for pixels in missing), (0, 0, 0)])
     return _max_pool(x, window, stride)

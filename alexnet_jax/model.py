@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
+from alexnet_jax.config import ModelConfig
 from alexnet_jax.layers import (
     add_bias,
     convolution,
@@ -22,7 +23,7 @@ from alexnet_jax.layers import (
     within_channel_lrn,
 )
 from alexnet_jax.parallel import local_feature_slice, redistribute_features, reduce_scatter_partial_sums
-from alexnet_jax.shapes import LAYERS, Layer, layers, ops_after, pool_window
+from alexnet_jax.shapes import LAYERS, LayerShape, layer_table, ops_after, pool_window
 
 # Constants of the original program for the second normalization of layer 2; the window and alpha are settings.
 SPATIAL_K, SPATIAL_BETA = 1.0, 0.75
@@ -30,19 +31,19 @@ SPATIAL_K, SPATIAL_BETA = 1.0, 0.75
 BATCH_NORM = {'use_scale': False, 'use_bias': False, 'momentum': 0.9, 'epsilon': 1e-5}
 
 
-def _initial(layer: Layer, config: Any, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
+def _initial(layer: LayerShape, config: ModelConfig, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
     """Returns the initial kernel and bias according to model.initializer."""
     index = LAYERS.index(layer.name)
     bias = jnp.full(layer.bias, config.bias_init[index], jnp.float32)
     if config.initializer == 'normal':
         return config.kernel_std[index] * jax.random.normal(rngs.params(), layer.kernel), bias
-    own = () if layer.shared else (0, 1)  # unshared: the fan is counted per output pixel
+    own = () if layer.shared else (0, 1)  # locally_connected: the fan is counted per output pixel
     kernel = {
-        'xavier': initializers.glorot_uniform(batch_axis=own),
-        'he': initializers.he_normal(batch_axis=own),
-        'torch': initializers.variance_scaling(1 / 3, 'fan_in', 'uniform', batch_axis=own),
+        'glorot_uniform': initializers.glorot_uniform(batch_axis=own),
+        'he_normal': initializers.he_normal(batch_axis=own),
+        'torch_default': initializers.variance_scaling(1 / 3, 'fan_in', 'uniform', batch_axis=own),
     }[config.initializer](rngs.params(), layer.kernel, jnp.float32)
-    if config.initializer == 'torch':
+    if config.initializer == 'torch_default':
         bound = math.prod(layer.kernel[len(own) : -1]) ** -0.5
         bias = bias + jax.random.uniform(rngs.params(), layer.bias, minval=-bound, maxval=bound)
     return kernel, bias
@@ -51,7 +52,7 @@ def _initial(layer: Layer, config: Any, rngs: nnx.Rngs) -> tuple[jax.Array, jax.
 class Convolution(nnx.Module):
     """A convolutional or locally connected layer, see shapes.Layer; its outputs divide evenly among the towers."""
 
-    def __init__(self, layer: Layer, config: Any, rngs: nnx.Rngs):
+    def __init__(self, layer: LayerShape, config: ModelConfig, rngs: nnx.Rngs):
         kernel, bias = _initial(layer, config, rngs)
         self.kernel, self.bias = nnx.Param(kernel), nnx.Param(bias)
         self.name, self.shared, self.dtype = layer.name, layer.shared, jnp.dtype(config.dtype)
@@ -94,11 +95,11 @@ def regroup_channels(parts: list[jax.Array], count: int) -> list[jax.Array]:
 class Dense(nnx.Module):
     """A fully connected layer; along `model`, the kernel is sharded in its outputs or, in `hybrid`, in its inputs.
 
-    A layer that is not in `exchange` stores the kernels of the towers side by side in the output dimension, like
+    A layer that is not in `cross_tower` stores the kernels of the towers side by side in the output dimension, like
     Convolution.
     """
 
-    def __init__(self, layer: Layer, config: Any, rngs: nnx.Rngs):
+    def __init__(self, layer: LayerShape, config: ModelConfig, rngs: nnx.Rngs):
         kernel, bias = _initial(layer, config, rngs)
         self.kernel, self.bias = nnx.Param(kernel), nnx.Param(bias)
         self.name, self.global_in_features, self.dtype = layer.name, layer.kernel[0], jnp.dtype(config.dtype)
@@ -146,7 +147,7 @@ class AlexNet(nnx.Module):
 
     def __init__(
         self,
-        config: Any,
+        config: ModelConfig,
         *,
         crop_size: int,
         channels: int = 3,
@@ -155,7 +156,7 @@ class AlexNet(nnx.Module):
         remat: bool = False,
     ):
         self.config, self.remat = config, remat
-        table = layers(config, crop_size, channels)
+        table = layer_table(config, crop_size, channels)
         self.conv_features = next(layer.pooled[-1] for layer in reversed(table) if layer.name.startswith('conv'))
         for layer in table:
             kind = Convolution if layer.name.startswith('conv') else Dense
@@ -193,10 +194,10 @@ class AlexNet(nnx.Module):
     ) -> list[jax.Array]:
         """Applies one convolution and the operations after it; stores the layer's output in `outputs`.
 
-        Layers in `exchange` (conv3 in the paper) see the feature maps of both towers, other layers those of their own.
+        Layers in `cross_tower` (conv3 in the paper) read the feature maps of both towers, others those of their own.
         """
         layer = getattr(self, name, None)
-        if layer is not None and (name == 'conv1' or name in self.config.exchange):
+        if layer is not None and (name == 'conv1' or name in self.config.cross_tower):
             parts = [redistribute_features(jnp.concatenate(parts, -1), layer.inputs, name)]
         norm, training = getattr(self, f'{name}_norm', None), dropout_keys is not None
 
@@ -226,14 +227,14 @@ class AlexNet(nnx.Module):
                     output = jnp.concatenate(parts, -1)
                 elif step == 'lrn':
                     parts = self.normalise(name, parts)
-                elif step == 'spatial_norm':
+                elif step == 'spatial_lrn':
                     parts = [self.spatial_lrn(x) for x in parts]
                 elif step == 'batch_norm':
                     x = norm(jnp.concatenate(parts, -1).astype(jnp.float32), use_running_average=not training)
                     parts = jnp.split(x.astype(parts[0].dtype), len(parts), -1)
                 elif step == 'pool':
-                    overhang = self.config.pool_overhang
-                    parts = [max_pool(x, pool_window(self.config), 2, overhang=overhang) for x in parts]
+                    ceil_mode = self.config.pool_ceil_mode
+                    parts = [max_pool(x, pool_window(self.config), 2, ceil_mode=ceil_mode) for x in parts]
         return parts, output
 
     def connect(
@@ -243,7 +244,7 @@ class AlexNet(nnx.Module):
         layer = getattr(self, name, None)
         if layer is None:
             return parts
-        cross_tower = name in self.config.exchange
+        cross_tower = name in self.config.cross_tower
         if parts[0].ndim == 4:  # feature maps
             if cross_tower:
                 parts = [redistribute_features(jnp.concatenate(parts, -1), self.conv_features, name)]  # (B, 6, 6, 256)
@@ -253,7 +254,7 @@ class AlexNet(nnx.Module):
         x = jnp.concatenate(parts, -1)
         if cross_tower:
             x = redistribute_features(x, layer.inputs, name)
-        if name in self.config.dropout_before:
+        if name in self.config.dropout_on_inputs_of:
             x = self.dropout(
                 x,
                 dropout_keys,
@@ -271,7 +272,7 @@ class AlexNet(nnx.Module):
     def normalise(self, name: str, parts: list[jax.Array]) -> list[jax.Array]:
         """Applies local response normalization (section 3.3) within each tower or, as in Caffe, across towers."""
         config = self.config
-        constants = {'k': config.lrn_k, 'n': config.lrn_size, 'alpha': config.lrn_alpha, 'beta': config.lrn_beta}
+        constants: Any = {'k': config.lrn_k, 'n': config.lrn_size, 'alpha': config.lrn_alpha, 'beta': config.lrn_beta}
         if config.lrn_across_towers:
             return jnp.split(local_response_norm(jnp.concatenate(parts, -1), **constants), len(parts), -1)
         width = getattr(self, name).tower_width
@@ -280,7 +281,7 @@ class AlexNet(nnx.Module):
 
     def spatial_lrn(self, x: jax.Array) -> jax.Array:
         """Applies the original program's second normalization, over neighboring pixels within each feature map."""
-        n, alpha = self.config.spatial_norm_size, self.config.spatial_norm_alpha
+        n, alpha = self.config.spatial_lrn_size, self.config.spatial_lrn_alpha
         return within_channel_lrn(x, k=SPATIAL_K, n=n, alpha=alpha, beta=SPATIAL_BETA)
 
     def dropout(self, x: jax.Array, keys: jax.Array | None, name: str, width: int) -> jax.Array:

@@ -7,18 +7,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from alexnet_jax.config import duration_in_steps, total_steps
+from alexnet_jax.config import OptimizerConfig
 from alexnet_jax.shapes import LAYERS
 
 
 def make_optimizer(
-    config: Any, learning_rate: Any, reduce_norms: Callable[[Any], Any] = lambda sums: sums
+    config: OptimizerConfig, learning_rate: Any, reduce_norms: Callable[[Any], Any] = lambda sums: sums
 ) -> optax.GradientTransformation:
     """Builds the update v <- momentum * v - learning_rate * (gradient + weight_decay * w);  w <- w + v.
 
     The velocity includes the learning rate, as in weights.cu of the original program: after a drop the old velocity
-    decays by momentum alone, whereas optax.sgd would scale it down at once. `weight_decays` gives one weight decay per
-    layer. Biases have no weight decay unless `bias_decay` is set.
+    decays by momentum alone, whereas optax.sgd would scale it down at once. `layer_weight_decay` gives
+    one weight decay per layer. Biases have no weight decay unless `decay_biases` is set.
 
     A `trust_coefficient` t other than 0 selects LARS (You, Gitman, Ginsburg 2017): the update of a kernel is scaled to
     the norm t * |w| before it is multiplied by the learning rate, as in optax.lars.
@@ -33,10 +33,10 @@ def make_optimizer(
       reduce_norms: all-reduces sums over kernel shards (a tree of scalars with the structure of the parameters) to sums
         over whole kernels; LARS needs it on a mesh, see parallel.psum_over_shards().
     """
-    decays = config.weight_decays or (config.weight_decay,) * len(LAYERS)
+    decays = config.layer_weight_decay or (config.weight_decay,) * len(LAYERS)
 
     def decay(path, gradient, weights):
-        if _is_bias(path) and not config.bias_decay:
+        if _is_bias(path) and not config.decay_biases:
             return gradient
         layer = path[-2].key if len(path) > 1 else None
         return gradient + (decays[LAYERS.index(layer)] if layer in LAYERS else config.weight_decay) * weights
@@ -88,77 +88,3 @@ def scale_by_trust_ratio(updates: Any, params: Any, coefficient: float, reduce_n
         return update if _is_bias(path) else update * ratio
 
     return jax.tree_util.tree_map_with_path(scaled, updates, norms(params), norms(updates))
-
-
-def scheduled_rate(config: Any, step: int, examples: int, drops_taken: int) -> float:
-    """Returns the learning rate of all kernels without an entry in `layer_rates` at `step`, counted from 0.
-
-    Args:
-      config: the whole configuration.
-      examples: number of training images, which defines an epoch.
-      drops_taken: number of drops so far of the schedule 'plateau', see plateau_next().
-    """
-    optimizer, batch_size = config.optimizer, config.train.batch_size
-    rate = optimizer.learning_rate
-    if optimizer.schedule == 'steps':
-        at = [duration_in_steps(str(drop), batch_size=batch_size, examples=examples) for drop in optimizer.drops]
-        rate /= optimizer.divisor ** sum(step >= drop for drop in at)
-    elif optimizer.schedule == 'plateau':
-        rate /= optimizer.divisor**drops_taken
-    elif optimizer.schedule == 'dexp':
-        rate /= _dexp_divisor(optimizer.dexp_factor, optimizer.dexp_parts, step, total_steps(config, examples))
-    elif optimizer.schedule == 'poly':
-        rate *= max(0.0, 1 - step / total_steps(config, examples)) ** optimizer.power
-    return rate * _warmed_up(config, step, examples)
-
-
-def _dexp_divisor(factor: float, parts: int, step: int, total: int) -> float:
-    """Returns cuda-convnet2's `dexp` divisor (lr.cu): from 1 to `factor` in `parts` equally long, geometric steps."""
-    part = min(parts - 1, step * parts // max(total, 1))
-    return factor ** (part / (parts - 1))
-
-
-def _warmed_up(config: Any, step: int, examples: int) -> float:
-    warmup = str(config.optimizer.warmup)
-    steps = duration_in_steps(warmup, batch_size=config.train.batch_size, examples=examples)
-    return min(1.0, (step + 1) / steps) if steps else 1.0
-
-
-def learning_rates(config: Any, step: int, examples: int, drops_taken: int) -> dict[str, dict[str, float]]:
-    """Returns the learning rate of each layer's `kernel` and `bias` at `step`; see scheduled_rate() for the arguments.
-
-    The learning rate of biases is `bias_lr_multiplier` times the scheduled one, or times that of a `bias_schedule` with
-    the same initial value. `layer_rates` overrides single kernels or biases from a given time on.
-    """
-    optimizer, batch_size = config.optimizer, config.train.batch_size
-    kernel = bias = scheduled_rate(config, step, examples, drops_taken)
-    if optimizer.bias_schedule != 'same':
-        bias = optimizer.learning_rate * _warmed_up(config, step, examples)
-    if optimizer.bias_schedule == 'dexp':
-        total = total_steps(config, examples)
-        bias /= _dexp_divisor(optimizer.bias_dexp_factor, optimizer.bias_dexp_parts, step, total)
-    rates = {name: {'kernel': kernel, 'bias': bias * optimizer.bias_lr_multiplier} for name in LAYERS}
-    for name, since, rate in optimizer.layer_rates:
-        if step >= duration_in_steps(str(since), batch_size=batch_size, examples=examples):
-            layer, kind = name.split('/')
-            rates[layer][kind] = rate
-    return rates
-
-
-def plateau_init() -> dict[str, float]:
-    """Returns the state of the schedule 'plateau' before the first evaluation: plain numbers, saved in checkpoints."""
-    return {'lowest_error': 1.0, 'waited': 0, 'drops_taken': 0}
-
-
-def plateau_next(state: dict[str, float], error: float, config: Any) -> dict[str, float]:
-    """Returns the state after an evaluation with top-1 `error` (0 to 1), by the paper's rule: drop on a plateau.
-
-    A drop follows `patience` evaluations in a row without a new lowest error, at most `max_drops` times. `config` is
-    `optimizer` of a configuration.
-    """
-    if error < state['lowest_error']:
-        return state | {'lowest_error': error, 'waited': 0}
-    waited = state['waited'] + 1
-    if waited >= config.patience and state['drops_taken'] < config.max_drops:
-        return state | {'waited': 0, 'drops_taken': state['drops_taken'] + 1}
-    return state | {'waited': waited}

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from alexnet_jax.config import ConfigError, check_mesh
+from alexnet_jax.config import Config, ConfigError, MeshConfig, check_mesh
 
 REPLICATED = PartitionSpec()
 
 
-def make_mesh(config: Any) -> Mesh:
+def make_mesh(config: Config) -> Mesh:
     """Returns the ('data', 'model') mesh of `config.mesh`; `data` = -1 means all devices, divided by `model`.
 
     Raises ConfigError: there are too few devices, or the batch, towers or widths do not divide over the mesh.
@@ -137,7 +137,7 @@ def param_specs(tree: Any, layout: str) -> Any:
     return jax.tree_util.tree_map_with_path(spec, tree)
 
 
-def optimizer_specs(tree: Any, mesh: Mesh, config: Any) -> Any:
+def optimizer_specs(tree: Any, mesh: Mesh, config: MeshConfig) -> Any:
     """Returns the specs of the update's operands: velocities in the state; gradients and weights inside the step.
 
     The specs equal param_specs(), but `shard_optimizer` (in `config`, the `mesh` of a configuration) shards kernels

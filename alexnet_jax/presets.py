@@ -41,12 +41,12 @@ _PAPER = Preset(
         'kernel_sizes': (11, 5, 3, 3, 3),
         'conv1_stride': 4,
         'conv1_padding': (0, 3),  # zeros before and after: windows extend over the right and lower edges
-        'unshared': (),  # convolutions with separate weights at each pixel
+        'locally_connected': (),  # convolutions with separate weights at each pixel
         'towers': 2,
-        'exchange': ('conv3', 'fc6', 'fc7', 'fc8'),  # take the maps of all towers; other layers only their own
+        'cross_tower': ('conv3', 'fc6', 'fc7', 'fc8'),  # take the maps of all towers; other layers only their own
         'num_classes': 1000,
         'activation': 'relu',
-        'after_conv': (  # the operations after each convolution, in order
+        'conv_ops': (  # the operations after each convolution, in order
             'activation lrn pool',
             'activation lrn pool',
             'activation',
@@ -59,12 +59,12 @@ _PAPER = Preset(
         'lrn_alpha': 1e-4,  # times the sum over the window, not its mean
         'lrn_beta': 0.75,
         'lrn_across_towers': False,
-        'spatial_norm_size': 5,
-        'spatial_norm_alpha': 1e-3 / 25,
+        'spatial_lrn_size': 5,
+        'spatial_lrn_alpha': 1e-3 / 25,
         'overlapping_pool': True,  # windows of 3, stride 2; False: windows of 2
-        'pool_overhang': False,  # whether to pool a last window that extends over the edge
+        'pool_ceil_mode': False,  # whether to pool a last window that extends over the edge
         'dropout': 0.5,
-        'dropout_before': ('fc7', 'fc8'),  # the layers whose inputs are dropped: the outputs of fc6 and fc7
+        'dropout_on_inputs_of': ('fc7', 'fc8'),  # the layers whose inputs are dropped: the outputs of fc6 and fc7
         'inverted_dropout': False,  # whether to scale kept units in training instead of at inference
         'initializer': 'normal',
         'kernel_std': (0.01,) * 8,
@@ -86,9 +86,9 @@ _PAPER = Preset(
 _KRIZHEVSKY2012 = Preset(
     model=_PAPER.model
     | {
-        'after_conv': (
+        'conv_ops': (
             'lrn pool activation',
-            'activation lrn spatial_norm pool',
+            'activation lrn spatial_lrn pool',
             'activation',
             'activation',
             'pool activation',
@@ -98,14 +98,14 @@ _KRIZHEVSKY2012 = Preset(
     },
     recipe={
         'data.color': 'original',
-        'data.color_until': '67 epochs',
-        'data.crop_chunk': 32,
-        'data.mean_window': 'centre',
+        'data.color_augmentation_until': '67 epochs',
+        'data.crop_group_size': 32,
+        'data.mean_crop': 'center',
         'optimizer.schedule': 'steps',
-        'optimizer.drops': ('25 epochs', '51 epochs', '79 epochs'),
+        'optimizer.milestones': ('25 epochs', '51 epochs', '79 epochs'),
         'optimizer.bias_lr_multiplier': 2.0,
         'optimizer.bias_schedule': 'constant',
-        'optimizer.layer_rates': (
+        'optimizer.lr_overrides': (
             ('conv1/kernel', '67 epochs', 1e-5),
             ('conv1/kernel', '72 epochs', 0.0),
             ('conv1/bias', '72 epochs', 0.0),
@@ -125,7 +125,7 @@ _HALF = Preset(
 
 # Net #150: the towers are separate up to fc8. conv3, fc6 and fc7 have half the inputs.
 _NO_EXCHANGE = Preset(
-    model=_KRIZHEVSKY2012.model | {'exchange': ('fc8',)},
+    model=_KRIZHEVSKY2012.model | {'cross_tower': ('fc8',)},
     recipe=_KRIZHEVSKY2012.recipe,
     published=Published(41.83, 19.33, 10, 'notes to net #150, ILSVRC-2012 validation', 33_259_880, 622_383_648),
 )
@@ -138,7 +138,7 @@ _OWT = Preset(
     | {
         'widths': (64, 192, 384, 256, 256, 4096, 4096),
         'towers': 1,
-        'after_conv': (
+        'conv_ops': (
             'lrn pool activation',
             'activation lrn pool',
             'activation',
@@ -177,7 +177,7 @@ _CAFFE = Preset(
         'data.color': 'none',
         'data.crop_size': 227,
         'optimizer.schedule': 'steps',
-        'optimizer.drops': ('100000 steps', '200000 steps', '300000 steps', '400000 steps'),
+        'optimizer.milestones': ('100000 steps', '200000 steps', '300000 steps', '400000 steps'),
         'optimizer.bias_lr_multiplier': 2.0,
         'train.batch_size': 256,
         'train.steps': 450_000,
@@ -191,7 +191,7 @@ _CAFFE = Preset(
 _CAFFENET = Preset(
     model=_CAFFE.model
     | {
-        'after_conv': (
+        'conv_ops': (
             'activation pool lrn',
             'activation pool lrn',
             'activation',
@@ -214,19 +214,19 @@ _TORCHVISION = Preset(
     | {
         'conv1_padding': (2, 2),
         'lrn': False,
-        'dropout_before': ('fc6', 'fc7'),
+        'dropout_on_inputs_of': ('fc6', 'fc7'),
         'inverted_dropout': True,
-        'initializer': 'torch',
+        'initializer': 'torch_default',
         'bias_init': (0.0,) * 8,
     },
     recipe={
         'data.color': 'none',
         'data.mean': 'channel',
-        'data.divisor': (58.395, 57.12, 57.375),
+        'data.std': (58.395, 57.12, 57.375),
         'optimizer.schedule': 'steps',
-        'optimizer.drops': ('30 epochs', '60 epochs'),
+        'optimizer.milestones': ('30 epochs', '60 epochs'),
         'optimizer.weight_decay': 1e-4,
-        'optimizer.bias_decay': True,
+        'optimizer.decay_biases': True,
         'train.batch_size': 256,
     },
     published=Published(
@@ -244,7 +244,7 @@ _D2L = Preset(
         'num_classes': 10,
         'lrn': False,
         'inverted_dropout': True,
-        'initializer': 'xavier',
+        'initializer': 'glorot_uniform',
         'bias_init': (0.0,) * 8,
     },
     recipe={
@@ -255,7 +255,7 @@ _D2L = Preset(
         'data.flip': False,
         'data.color': 'none',
         'data.mean': 'none',
-        'data.divisor': (255.0,),
+        'data.std': (255.0,),
         'optimizer.schedule': 'constant',
         'optimizer.momentum': 0.0,
         'optimizer.weight_decay': 0.0,
@@ -273,7 +273,7 @@ _D2L = Preset(
 _BN_LARS = Preset(
     model=_CAFFE.model
     | {
-        'after_conv': (
+        'conv_ops': (
             'activation pool batch_norm',
             'activation pool batch_norm',
             'activation batch_norm',
@@ -284,9 +284,9 @@ _BN_LARS = Preset(
     recipe={
         'data.color': 'none',
         'data.crop_size': 227,
-        'data.divisor': (256.0,),
+        'data.std': (256.0,),
         'optimizer.schedule': 'poly',
-        'optimizer.power': 2.0,
+        'optimizer.poly_power': 2.0,
         'optimizer.learning_rate': 10.0,
         'optimizer.trust_coefficient': 0.001,
         'optimizer.bias_lr_multiplier': 0.064,  # 0.64, an ordinary rate for this batch size: LARS does not scale biases
@@ -308,14 +308,14 @@ _CIFAR10_13PCT = Preset(
         'kernel_sizes': (5, 5, 3, 3, 3),
         'conv1_stride': 1,
         'conv1_padding': (2, 2),
-        'unshared': ('conv3', 'conv4'),
+        'locally_connected': ('conv3', 'conv4'),
         'towers': 1,
         'num_classes': 10,
-        'after_conv': ('activation pool', 'activation pool', 'activation', 'activation', ''),
+        'conv_ops': ('activation pool', 'activation pool', 'activation', 'activation', ''),
         'lrn': False,
         'lrn_k': 1.0,
         'lrn_alpha': 1e-3 / 5,
-        'pool_overhang': True,
+        'pool_ceil_mode': True,
         'dropout': 0.0,
         'kernel_std': (0.0001, 0.01, 0.04, 0.04, 0.01, 0.01, 0.01, 0.01),
         'bias_init': (0.0,) * 8,
@@ -328,9 +328,9 @@ _CIFAR10_13PCT = Preset(
         'optimizer.learning_rate': 0.001,
         'optimizer.bias_lr_multiplier': 2.0,
         'optimizer.bias_schedule': 'constant',
-        'optimizer.weight_decays': (0.0, 0.0, 0.004, 0.004, 0.0, 0.0, 0.0, 0.004),
+        'optimizer.layer_weight_decay': (0.0, 0.0, 0.004, 0.004, 0.0, 0.0, 0.0, 0.004),
         'optimizer.schedule': 'steps',
-        'optimizer.drops': ('450 epochs', '460 epochs'),
+        'optimizer.milestones': ('450 epochs', '460 epochs'),
         'train.epochs': 470.0,
     },
     published=Published(13.0, None, 10, 'section 3.3 of the paper, CIFAR-10 test', 1_116_490, 18_517_248),
@@ -338,7 +338,7 @@ _CIFAR10_13PCT = Preset(
 _CIFAR10_11PCT = Preset(
     model=_CIFAR10_13PCT.model
     | {
-        'after_conv': ('activation lrn pool', 'activation lrn pool', 'activation', 'activation', ''),
+        'conv_ops': ('activation lrn pool', 'activation lrn pool', 'activation', 'activation', ''),
         'lrn': True,
     },
     recipe=_CIFAR10_13PCT.recipe,

@@ -29,25 +29,28 @@ def differences(project: Project) -> dict[str, float]:
     the step's own contribution to them. The steps are the ones that `project` is timed with. The initial kernels are
     larger than the paper's, so that few units have nearly the same values.
     """
-    from alexnet_jax import augment, step
+    from alexnet_jax import augment
+    from alexnet_jax.training.eval_step import make_activation_fn
+    from alexnet_jax.training.state import TrainState
+    from alexnet_jax.training.train_step import AUGMENTATION, example_keys
 
     config, batch = project.config, project.batch
-    keys = step.example_keys(config.seed, batch['number'], step.AUGMENTATION)
+    keys = example_keys(config.seed, batch['example_id'], AUGMENTATION)
     inputs = _images(lambda images, rest: augment.augment(images, keys, keys, rest, config.data), project)
-    centre = _images(lambda images, rest: augment.view(images, rest, config.data, 0), project)
+    centre = _images(lambda images, rest: augment.eval_crop(images, rest, config.data, 0), project)
     random, state = np.random.default_rng(1), project.state
     parameters = jax.tree_util.tree_map_with_path(lambda path, w: _weights(random, path, w.shape), state.params)
     velocities = jax.tree.map(lambda w: VELOCITY * random.standard_normal(w.shape, np.float32), parameters)
     params, opt_state = _replaced(state.params, parameters), _replaced(state.opt_state, velocities)
-    state = step.TrainState(jnp.copy(state.step), params, opt_state, state.statistics)  # the step donates its state
+    state = TrainState(jnp.copy(state.step), params, opt_state, state.statistics)  # the step donates its state
 
-    logits = step.make_activation_fn(config, project.mesh, 'fc8')(state, batch['image'], project.preprocessing)
+    logits = make_activation_fn(config, project.mesh, 'fc8')(state, batch['image'], project.preprocessing)
     loss = project.eval_step(state, batch, project.preprocessing)[0]
     plain_logits = jax.jit(plain.logits)(parameters, centre)
     found = {'logits': distance(logits, plain_logits)}
     found['loss of the evaluation'] = distance(loss, plain.losses(plain_logits, batch['label']).sum())
 
-    masks = plain.dropout_masks(config.seed, batch['number'], config.model.widths[-1])
+    masks = plain.dropout_masks(config.seed, batch['example_id'], config.model.widths[-1])
     results = jax.jit(plain.train_step)(parameters, velocities, inputs, batch['label'], masks, jnp.float32(RATE))
     plain_parameters, plain_velocities, plain_loss = jax.tree.map(np.asarray, results)
     state, metrics = project.train_step(state, batch, project.rates(RATE), project.preprocessing)

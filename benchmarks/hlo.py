@@ -8,10 +8,10 @@ import dataclasses
 import math
 import re
 
-from alexnet_jax.collectives import ITEM_SIZES
+from alexnet_jax.audit.hlo_collectives import ITEM_SIZES
 from alexnet_jax.shapes import LAYERS
 
-STEPS = ('bias', 'activation', 'lrn', 'spatial_norm', 'batch_norm', 'pool')
+STEPS = ('bias', 'activation', 'lrn', 'spatial_lrn', 'batch_norm', 'pool')
 PARTS = ('augment', 'dropout', 'logits', 'loss', 'gradients', 'update', 'metrics')
 MOVES = {'copy', 'transpose', 'slice', 'concatenate', 'reshape', 'bitcast', 'reverse', 'parameter', 'constant', 'tuple'}
 # Opcodes that move and compute nothing themselves. Instructions in the computations that they call count separately.

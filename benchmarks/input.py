@@ -102,15 +102,15 @@ def training_files(pictures: str) -> list[Path]:
 
 def project_batches(encoding: str, pictures: str, batch_size: int, threads: int) -> Iterator[Any]:
     """Yields batches of this project's pipeline from its store of `pictures`, with the allocator settings of a run."""
-    from alexnet_jax import startup
     from alexnet_jax.config import default_config
-    from alexnet_jax.data import pipeline
+    from alexnet_jax.data import dataset, loader
+    from alexnet_jax.runtime import backend
 
-    startup.configure_cpu_backend()
+    backend.configure_cpu_backend()
     data = default_config().data
     data.source, data.data_dir, data.encoding = f'folder:{pictures}', f'{pictures}.stores', encoding
-    store = pipeline.open_store(pipeline.dataset_dir(data.data_dir, data), data)
-    batches = pipeline.training_batches(store.train, seed=0, batch_size=batch_size, first_step=0, threads=threads)
+    store = dataset.open_store(dataset.dataset_dir(data.data_dir, data), data)
+    batches = loader.training_batches(store.train, seed=0, batch_size=batch_size, first_step=0, threads=threads)
     return (batch['image'] for batch in batches)
 
 

@@ -193,12 +193,12 @@ def machine_rates() -> tuple[float, float]:
 
 def profile(name: str, batch_size: int, rounds: int) -> dict[str, Any]:
     """Returns the results for --json of the pass `name`."""
-    from alexnet_jax import startup
     from alexnet_jax.config import default_config, resolve
+    from alexnet_jax.runtime import backend
 
     config = default_config()
     config.train.batch_size, config.mesh.data = batch_size, 1
-    startup.configure_cpu_backend()
+    backend.configure_cpu_backend()
     import jax
 
     from benchmarks.project import Project

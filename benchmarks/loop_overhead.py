@@ -49,7 +49,7 @@ def make_pictures(folder: str) -> None:
     import numpy as np
     from PIL import Image
 
-    from alexnet_jax.data.photos import PHOTOGRAPHS, photograph
+    from alexnet_jax.prepare.photos import PHOTOGRAPHS, photograph
 
     photographs, random = [Image.fromarray(photograph(name)) for name in PHOTOGRAPHS], np.random.default_rng(0)
     for i in range(IMAGES):
@@ -87,11 +87,11 @@ def start(part: str, folder: str) -> tuple[None, Callable[[Any], Any]]:
 
     The function returns the seconds of the steps or, for the part `checkpoint`, the figures of saving one checkpoint.
     """
-    from alexnet_jax import startup
+    from alexnet_jax.runtime import backend
 
     config = configuration(part, folder)
     if config.cpu_tuning:
-        startup.configure_cpu_backend()
+        backend.configure_cpu_backend()
     import jax
 
     from benchmarks.project import Project
@@ -115,8 +115,8 @@ def start(part: str, folder: str) -> tuple[None, Callable[[Any], Any]]:
 
     if part != 'checkpoint':
         return None, seconds
-    from alexnet_jax.checkpoint import Checkpointer
-    from alexnet_jax.train import all_finite
+    from alexnet_jax.training.checkpointing import Checkpointer
+    from alexnet_jax.training.trainer import all_finite
     from benchmarks.memory import peak
 
     checkpoints, saved = Checkpointer(os.path.join(folder, 'checkpoints'), keep=1), 0
@@ -146,18 +146,18 @@ def start(part: str, folder: str) -> tuple[None, Callable[[Any], Any]]:
 
 def launch(part: str, folder: str) -> None:
     """Runs launch.py in a worker. After each line of metrics.jsonl, it answers the seconds since the last request."""
-    from alexnet_jax.monitor import Metrics
+    from alexnet_jax.training.metrics_file import JsonlWriter
 
-    answers, begin, write = open_answers(), time.perf_counter(), Metrics.write
+    answers, begin, write = open_answers(), time.perf_counter(), JsonlWriter.write
 
-    def write_and_wait(metrics: Metrics, **values: Any) -> None:
+    def write_and_wait(metrics: JsonlWriter, **values: Any) -> None:
         nonlocal begin
         write(metrics, **values)
         print(time.perf_counter() - begin, file=answers, flush=True)
         sys.stdin.readline()
         begin = time.perf_counter()
 
-    Metrics.write = write_and_wait  # type: ignore[method-assign, assignment]
+    JsonlWriter.write = write_and_wait  # type: ignore[method-assign, assignment]
     flags = [f'--config.{name}={value}' for name, value in overrides(part, folder).items()]
     sys.argv = ['launch.py', f'--config={ROOT}/{CONFIGS[part]}', f'--workdir={tempfile.mkdtemp(dir=folder)}', *flags]
     runpy.run_path(os.path.join(ROOT, 'launch.py'), run_name='__main__')

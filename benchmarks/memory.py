@@ -29,6 +29,7 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from alexnet_jax.config import Config
 from benchmarks.train_step import configuration
 from benchmarks.workers import NO_GPU, Worker, machine, serve
 
@@ -40,15 +41,15 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def project_step(config: Any) -> tuple[dict[str, int], Callable[[], float]]:
+def project_step(config: Config) -> tuple[dict[str, int], Callable[[], float]]:
     """Returns the byte figures of this project's side, and its train step."""
-    from alexnet_jax import startup
+    from alexnet_jax.runtime import backend
 
     if config.cpu_tuning:
-        startup.configure_cpu_backend()
+        backend.configure_cpu_backend()
     import jax
 
-    from alexnet_jax import augment, parallel, step  # noqa: F401
+    from alexnet_jax import augment, parallel  # noqa: F401
     from benchmarks.project import Project
 
     imported = peak()
@@ -57,7 +58,7 @@ def project_step(config: Any) -> tuple[dict[str, int], Callable[[], float]]:
     made = peak()
     project.train_step = project.train_step.lower(*project.train_arguments).compile()
     compiled = project.train_step.memory_analysis()
-    startup.reserve_step_memory(compiled.temp_size_in_bytes)
+    backend.reserve_step_memory(compiled.temp_size_in_bytes)
     found = {'imported': imported, 'made': made, 'state': compiled.alias_size_in_bytes}
     found['batch'] = compiled.argument_size_in_bytes - compiled.alias_size_in_bytes
     return found | {'temporary': compiled.temp_size_in_bytes}, project.train

@@ -91,11 +91,11 @@ def start(checkout: str) -> tuple[str, Callable[[Any], Any]]:
     pass.
     """
     sys.path.insert(0, checkout)
-    from alexnet_jax import startup
     from alexnet_jax.config import ConfigError, apply_overrides, resolve
+    from alexnet_jax.runtime import backend
 
-    assert startup.__file__.startswith(checkout)
-    startup.configure_cpu_backend()
+    assert backend.__file__.startswith(checkout)
+    backend.configure_cpu_backend()
     timed: dict[str, Callable[[], float]] = {}
 
     def prepare(module: str, argument: str | None, fields: dict[str, Any]) -> bool:

@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from alexnet_jax.config import Config
+
 RATE = 0.01
 
 
@@ -14,10 +16,13 @@ class Project:
       config: a resolved configuration.
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Config):
         import jax
 
-        from alexnet_jax import augment, parallel, step
+        from alexnet_jax import augment, parallel
+        from alexnet_jax.training.eval_step import make_eval_step
+        from alexnet_jax.training.state import init_state
+        from alexnet_jax.training.train_step import make_train_step
 
         self.config, self.mesh = config, parallel.make_mesh(config)
         random, data = np.random.default_rng(0), config.data
@@ -25,7 +30,7 @@ class Project:
         batch = {
             'image': random.integers(0, 256, (batch_size, size, size, channels), np.uint8),
             'label': random.integers(0, config.model.num_classes, batch_size, np.int32),
-            'number': np.arange(batch_size, dtype=np.uint32),
+            'example_id': np.arange(batch_size, dtype=np.uint32),
         }
         sharding = parallel.batch_sharding(self.mesh, config.mesh.layout)
         self.batch = jax.block_until_ready(parallel.make_global_batch(sharding, batch))
@@ -37,10 +42,10 @@ class Project:
         }
         # parallel.replicate() may be missing in a checkout that presets.py compares with.
         everywhere = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-        self.preprocessing = jax.device_put(augment.preprocessing(moments, data), everywhere)
-        self.train_step = step.make_train_step(config, self.mesh)
-        self.eval_step = step.make_eval_step(config, self.mesh, views=1)
-        self.state = step.init_state(config, self.mesh)
+        self.preprocessing = jax.device_put(augment.make_preprocess_params(moments, data), everywhere)
+        self.train_step = make_train_step(config, self.mesh)
+        self.eval_step = make_eval_step(config, self.mesh, views=1)
+        self.state = init_state(config, self.mesh)
 
     @property
     def train_arguments(self) -> tuple[Any, ...]:

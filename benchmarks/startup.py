@@ -92,7 +92,7 @@ def trace_launch(arguments: list[str]) -> None:
     start = float(os.environ['STARTUP_BEGAN'])
     seconds, compiled = dict.fromkeys(STAGES, 0.0), 0.0
     sys.path.insert(0, ROOT)
-    from alexnet_jax import monitor, startup
+    from alexnet_jax.runtime import backend, console
 
     def timed(stage: str, function: Callable) -> Callable:
         def call(*given: Any, **named: Any) -> Any:
@@ -109,12 +109,12 @@ def trace_launch(arguments: list[str]) -> None:
         enable_compilation_cache()
         import jax
 
-        from alexnet_jax import train
+        from alexnet_jax.training.trainer import Checkpointer, init_state, open_or_prepare
 
         seconds['imports'] = time.time() - start
-        train.open_or_prepare = timed('data', train.open_or_prepare)
-        train.init_state = timed('state', train.init_state)
-        train.Checkpointer.restore = timed('restore', train.Checkpointer.restore)  # type: ignore[method-assign]
+        open_or_prepare = timed('data', open_or_prepare)
+        init_state = timed('state', init_state)
+        Checkpointer.restore = timed('restore', Checkpointer.restore)  # type: ignore[method-assign]
         jax.monitoring.register_event_duration_secs_listener(on_event)
 
     def on_event(event: str, duration_secs: float, **named: Any) -> None:
@@ -132,8 +132,8 @@ def trace_launch(arguments: list[str]) -> None:
             seconds['other'] = end - start - sum(seconds.values())
             print(json.dumps(seconds), flush=True)
 
-    enable_compilation_cache, write = startup.enable_compilation_cache, monitor.log
-    startup.enable_compilation_cache, monitor.log = hook, on_log
+    enable_compilation_cache, write = backend.enable_compilation_cache, console.log
+    backend.enable_compilation_cache, console.log = hook, on_log
     sys.argv = [LAUNCH, *arguments]
     runpy.run_path(LAUNCH, run_name='__main__')
 

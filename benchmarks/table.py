@@ -171,7 +171,7 @@ def run(name: str, flags: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Runs the requested benchmarks, stores their results and writes the table."""
-    from alexnet_jax.monitor import atomic_write, read_json, write_json
+    from alexnet_jax.runtime.files import atomic_write, read_json, write_json
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('names', nargs='*', metavar='NAME', help=f'of {", ".join(ROWS)}; all without')

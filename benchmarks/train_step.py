@@ -43,6 +43,7 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from alexnet_jax.config import Config
 from benchmarks import peers
 from benchmarks.peers import tensorflow_passes, torch_passes
 from benchmarks.workers import NO_GPU, Worker, machine, serve
@@ -81,12 +82,12 @@ def configuration(arguments: argparse.Namespace, overrides: list[str]) -> Any:
         sys.exit(2)
 
 
-def project_passes(config: Any) -> dict[str, Callable[[], Any]]:
+def project_passes(config: Config) -> dict[str, Callable[[], Any]]:
     """Returns this project's passes, and `check`, which returns the result of check.worst()."""
-    from alexnet_jax import startup
+    from alexnet_jax.runtime import backend
 
     if config.cpu_tuning:
-        startup.configure_cpu_backend()
+        backend.configure_cpu_backend()
     import jax
 
     from benchmarks.project import Project
@@ -174,17 +175,18 @@ def ratio(seconds: dict[str, tuple[float, ...]], peer: str) -> float | None:
     return statistics.median(seconds[peer]) / statistics.median(seconds[PROJECT])
 
 
-def results(times: Times, config: Any) -> dict[str, Any]:
+def results(times: Times, config: Config) -> dict[str, Any]:
     """Returns the results for --json: images/s, ratios, FLOP/s, and shares of the best matrix product's FLOP/s."""
-    from alexnet_jax import costs
+    from alexnet_jax.audit import cost_model
 
-    batch_size, found = config.train.batch_size, {}
+    batch_size = config.train.batch_size
+    found: dict[str, Any] = {}
     rates = dict.fromkeys(times['train'], 0.0)
     for name in times.keys() - set(PASSES):
         flops = 2 * int(name.split()[1]) ** 3
         rates = {side: max(rate, flops / min(times[name][side])) for side, rate in rates.items()}
-    forward = 2 * sum(layer.multiply_adds for layer in costs.layers(config))
-    for prefix, name, flops in (('', 'train', costs.flops_per_image(config)), ('forward_', 'forward', forward)):
+    forward = 2 * sum(layer.multiply_adds for layer in cost_model.layers(config))
+    for prefix, name, flops in (('', 'train', cost_model.flops_per_image(config)), ('forward_', 'forward', forward)):
         speeds = {side: batch_size / statistics.median(seconds) for side, seconds in times[name].items()}
         found[f'{prefix}images_per_second'] = speeds.get(PROJECT)
         found |= {f'{peer}_{prefix}images_per_second': speeds.get(peer) for peer in PEERS}

@@ -81,22 +81,22 @@ def _paper_rows(config) -> list[Variant]:
 
 
 def _normalisation_rows() -> list[Variant]:
-    layer1, layer2, *others = PRESETS['krizhevsky2012'].model['after_conv']
+    layer1, layer2, *others = PRESETS['krizhevsky2012'].model['conv_ops']
     return [
         Variant(
             'no_spatial_norm',
-            {'model.after_conv': (layer1, 'activation lrn pool', *others)},
+            {'model.conv_ops': (layer1, 'activation lrn pool', *others)},
             note='the second normalisation of layer 2 goes; no run of the original isolates it',
         ),
         Variant(
             'no_layer2_norm',
-            {'model.after_conv': (layer1, 'activation pool', *others)},
+            {'model.conv_ops': (layer1, 'activation pool', *others)},
             (-0.03, 0.02),
             f'net #167 against the mean of its siblings #169, #170, #171, {VALIDATION}',
         ),
         Variant(
             'lrn_after_pool',
-            {'model.after_conv': ('pool lrn activation', layer2, *others)},
+            {'model.conv_ops': ('pool lrn activation', layer2, *others)},
             (0.11, 0.14),
             f'net #120 against #131, {VALIDATION}',
         ),
@@ -113,7 +113,7 @@ def _depth_rows(config) -> list[Variant]:
         # The towers meet before conv4 where there is no conv3.
         Variant(
             'no_conv3',
-            {'model.widths': without(2), 'model.exchange': ('conv4', 'fc6', 'fc7', 'fc8')},
+            {'model.widths': without(2), 'model.cross_tower': ('conv4', 'fc6', 'fc7', 'fc8')},
             (2.0, None),
             MIDDLE,
         ),
@@ -125,10 +125,10 @@ def _depth_rows(config) -> list[Variant]:
 
 def _exchange_rows() -> list[Variant]:
     return [
-        Variant('no_exchange', {'model.exchange': ('fc8',)}, (1.17, 1.12), f'net #150 against #145, {VALIDATION}'),
+        Variant('no_exchange', {'model.cross_tower': ('fc8',)}, (1.17, 1.12), f'net #150 against #145, {VALIDATION}'),
         Variant(
             'exchange_at_conv4',
-            {'model.exchange': ('conv4', 'fc6', 'fc7', 'fc8')},
+            {'model.cross_tower': ('conv4', 'fc6', 'fc7', 'fc8')},
             note='notes to nets #132 and #133: worse, without a number',
         ),
     ]
@@ -141,7 +141,7 @@ def _batch_rows(config, batch_sizes) -> list[Variant]:
     for batch_size in batch_sizes:
         # Rates of single layers are of the base's batch size.
         scaled = {'train.batch_size': batch_size, 'optimizer.learning_rate': rate * batch_size / size}
-        scaled['optimizer.layer_rates'] = ()
+        scaled['optimizer.lr_overrides'] = ()
         warmup = {} if batch_size <= 256 else {'optimizer.warmup': '5 epochs'}
         same = batch_size == 256
         rows.append(
@@ -161,7 +161,7 @@ def _batch_rows(config, batch_sizes) -> list[Variant]:
             'optimizer.bias_lr_multiplier': rate * batch_size / size / lars_rate,
             'optimizer.warmup': '5 epochs',
             'optimizer.schedule': 'poly',
-            'optimizer.power': 2.0,
+            'optimizer.poly_power': 2.0,
         }
         rows.append(Variant(f'batch_{batch_size}_lars', scaled | lars))
     return rows

@@ -33,7 +33,7 @@ def get_config():
     config.train.log_every = '100 steps'
     config.optimizer.learning_rate = 0.02
     config.optimizer.schedule = 'poly'
-    config.optimizer.power = 1.0
+    config.optimizer.poly_power = 1.0
     config.train.stall_after = '1 epoch'
     config.eval.batch_size = 200
     return config

@@ -24,7 +24,7 @@ def get_config():
     config.train.epochs = 16.0
     config.train.log_every = '50 steps'
     config.optimizer.schedule = 'steps'
-    config.optimizer.drops = ('11 epochs', '14 epochs', '15 epochs')
+    config.optimizer.milestones = ('11 epochs', '14 epochs', '15 epochs')
     config.train.stall_after = '3 epochs'
     config.eval.batch_size = 200
     return config

@@ -29,11 +29,11 @@ def get_config(part: str = 'seeds'):
     config.data.channels = 1
     config.data.image_size = config.data.crop_size = 28
     config.data.crop = config.data.flip = False
-    config.data.divisor = (64.0,)  # pixels of about one, so that tanh is not saturated from the start
-    config.optimizer.weight_decays = None
+    config.data.std = (64.0,)  # pixels of about one, so that tanh is not saturated from the start
+    config.optimizer.layer_weight_decay = None
     config.optimizer.weight_decay = 0.0
     config.optimizer.schedule = 'constant'
-    config.train.goal_error = 0.0 if part == 'rates' else 0.1
+    config.train.target_error = 0.0 if part == 'rates' else 0.1
     config.train.epochs = 1.0 if part == 'rates' else 20.0
     config.train.log_every = '0.1 epochs'
     config.train.stall_after = '1 epoch'

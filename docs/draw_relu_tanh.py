@@ -23,7 +23,7 @@ def read(folder: str, directory: str) -> dict[str, Any]:
     with open(os.path.join(folder, directory, 'metrics.jsonl')) as file:
         lines = [json.loads(line) for line in file]
     with open(os.path.join(folder, directory, 'result.json')) as file:
-        goal_step = json.load(file)['goal_step']
+        target_step = json.load(file)['target_step']
     epochs, errors, before, wrong = [], [], 0, 0.0
     for line in (line for line in lines if line['split'] == 'train'):
         wrong += line['top1_error'] * (line['step'] - before)
@@ -35,7 +35,7 @@ def read(folder: str, directory: str) -> dict[str, Any]:
     return {
         'epochs': epochs,
         'errors': errors,
-        'goal': goal_step and goal_step * BATCH_SIZE / IMAGES,
+        'goal': target_step and target_step * BATCH_SIZE / IMAGES,
     }
 
 

@@ -9,7 +9,8 @@ import os
 import jax
 import matplotlib.pyplot as plt
 
-from alexnet_jax import audit, config, costs
+from alexnet_jax import config
+from alexnet_jax.audit import cost_model, step_audit
 
 DEVICES = (2, 8, 32, 128, 512)
 FLOPS = 1e13  # assumed to be sustained by a device, in FLOP/s
@@ -26,10 +27,12 @@ def audited(layout: str, devices: int, batch: str) -> dict:
     settings = config.default_config()
     settings.mesh.layout = layout
     settings.train.batch_size = 1024
-    settings = audit.settings(settings, f'data:{devices // model},model:{model}', 128 if batch == PER_DEVICE else None)
-    report = audit.audit(settings)
+    settings = step_audit.audit_config(
+        settings, f'data:{devices // model},model:{model}', 128 if batch == PER_DEVICE else None
+    )
+    report = step_audit.audit(settings)
     predictions = {
-        link: costs.predict(settings, report['collectives'], bandwidth, FLOPS) for link, bandwidth in LINKS.items()
+        link: cost_model.predict(settings, report['collectives'], bandwidth, FLOPS) for link, bandwidth in LINKS.items()
     }
     return {'mesh': f'({devices // model}, {model})', 'bytes': report['wire_bytes_per_device']} | predictions
 

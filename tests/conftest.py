@@ -9,9 +9,9 @@ os.environ['JAX_NUM_CPU_DEVICES'] = '8'
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
 os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # that of the user is left alone
 
-from alexnet_jax import startup
+from alexnet_jax.runtime import backend
 
-startup.configure_cpu_backend()
+backend.configure_cpu_backend()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -23,12 +23,14 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 @pytest.fixture(scope='session')
 def photos_dir(tmp_path_factory) -> str:
     """A data_dir in which `photos` is prepared at 72 pixels: once, where several processes run the tests."""
-    from alexnet_jax.prepare import Settings, prepare
+    from alexnet_jax.prepare.writer import PrepareConfig, prepare
 
     folder = tmp_path_factory.getbasetemp()
     if 'PYTEST_XDIST_WORKER' in os.environ:
         folder = folder.parent
-    prepare(Settings('photos', image_size=72), str(folder / 'photos'))  # the second process waits, and finds it there
+    prepare(
+        PrepareConfig('photos', image_size=72), str(folder / 'photos')
+    )  # the second process waits, and finds it there
     return str(folder / 'photos')
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_jax import audit, collectives, config, costs
-from alexnet_jax.collectives import Collective
+from alexnet_jax import config
+from alexnet_jax.audit import cost_model, hlo_collectives, step_audit
+from alexnet_jax.audit.hlo_collectives import Collective
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / 'tests' / 'golden'
@@ -36,12 +37,12 @@ def paper(mesh: str, model_dtype='float32', **fields):
     settings = config.default_config()
     settings.model.dtype = model_dtype
     settings.mesh.update(fields)
-    return audit.settings(settings, mesh, 128)
+    return step_audit.audit_config(settings, mesh, 128)
 
 
 @functools.cache
 def report(mesh: str, model_dtype='float32', **fields):
-    return audit.audit(paper(mesh, model_dtype, **fields))
+    return step_audit.audit(paper(mesh, model_dtype, **fields))
 
 
 @functools.cache
@@ -77,7 +78,7 @@ def report_of(name: str):
     ],
 )
 def test_devices_in_a_group(attributes, kind, size):
-    assert collectives.group_size(f'x = f32[2]{{0}} {kind}(y), {attributes}, to_apply=%add', kind, 8) == size
+    assert hlo_collectives.group_size(f'x = f32[2]{{0}} {kind}(y), {attributes}, to_apply=%add', kind, 8) == size
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_devices_in_a_group_of_a_mesh(groups, size):
         ('all-to-all', 'channel_id=2'),
     ):
         line = f'x = f32[2]{{0}} {kind}(y), channel_id=1, replica_groups={groups}, {attributes}'
-        assert collectives.group_size(line, kind, 8) == size
+        assert hlo_collectives.group_size(line, kind, 8) == size
 
 
 @pytest.mark.parametrize(
@@ -115,8 +116,8 @@ def test_devices_in_a_group_of_a_mesh(groups, size):
 )
 def test_groups_in_an_unknown_form_are_refused_by_name(groups, named):
     line = f'x = f32[2] all-reduce(y), channel_id=1, {groups}, to_apply=%add, metadata={{op_name="a"}}'
-    with pytest.raises(collectives.HloFormatError, match=re.escape(named)):
-        collectives.group_size(line, 'all-reduce', 8)
+    with pytest.raises(hlo_collectives.HloFormatError, match=re.escape(named)):
+        hlo_collectives.group_size(line, 'all-reduce', 8)
 
 
 UNREADABLE = """
@@ -159,7 +160,7 @@ GROUPS = 'channel_id=1, replica_groups={{0,1},{2,3}}, use_global_device_ids=true
 
 def read(*lines):
     """What is read from a program that was compiled as it was asked for, for 4 devices."""
-    return collectives.step_collectives('\n'.join(lines), '\n'.join(lines), 4)
+    return hlo_collectives.step_collectives('\n'.join(lines), '\n'.join(lines), 4)
 
 
 def test_forms_of_an_instruction():
@@ -214,7 +215,7 @@ def test_layers_and_dtypes_are_those_the_program_asks_for():
         f'  %k = f32[7]{{0}} all-gather(%x), {GROUPS}, {name % "fc6"}',
         f'  %j = f32[100]{{0}} all-gather(%x), {GROUPS}, metadata={{op_name="jit(train_step)/convolution"}}',
     ]
-    found = collectives.step_collectives('\n'.join(compiled), '\n'.join(asked), 4)
+    found = hlo_collectives.step_collectives('\n'.join(compiled), '\n'.join(asked), 4)
     assert [(each.kind, each.layer, each.dtype, each.shapes) for each in found] == [
         ('all-gather', '', 'f32', ((100,),)),  # put in by the compiler: nothing of that size was asked for
         ('all-gather', 'fc6', 'f32', ((7,),)),
@@ -228,7 +229,7 @@ def test_layers_and_dtypes_are_those_the_program_asks_for():
 
 @pytest.mark.slow
 def test_layers_are_the_published_ones():
-    table = {layer.name: layer for layer in costs.layers(paper('data:1,model:1'))}
+    table = {layer.name: layer for layer in cost_model.layers(paper('data:1,model:1'))}
     assert {name: layer.parameters for name, layer in table.items()} == {
         'conv1': 34_944,
         'conv2': 307_456,
@@ -331,7 +332,7 @@ def test_one_weird_trick_sends_a_fifth():
     ],
 )
 def test_bytes_in_bfloat16(layout, mesh, shard, model_dtype, minimum):
-    found = report(mesh, model_dtype, layout=layout, shard_optimizer=shard, gradient_dtype='bfloat16')
+    found = report(mesh, model_dtype, layout=layout, shard_optimizer=shard, grad_allreduce_dtype='bfloat16')
     assert found['analytic_minimum_bytes'] == minimum
     assert 1 <= found['wire_bytes_per_device'] / minimum <= 1.02
 
@@ -350,14 +351,14 @@ def test_a_prediction_by_hand():
         Collective('all-reduce', 'gradients', 'f32', ((1000,),), 4),  # 6,000 bytes
         Collective('all-gather', 'update', 'f32', ((1000,),), 2),  # 2,000 bytes
     ]
-    slow = costs.predict(settings, found, bandwidth=1000, flops=flops / 2)
+    slow = cost_model.predict(settings, found, bandwidth=1000, flops=flops / 2)
     assert slow['compute_seconds'] == pytest.approx(2)
     assert slow['wire_seconds'] == pytest.approx(12)
     assert slow['step_seconds_without_overlap'] == pytest.approx(14)
     assert slow['step_seconds_with_gradients_overlapped'] == pytest.approx(12)
     assert slow['images_per_second_without_overlap'] == pytest.approx(1024 / 14)
     assert slow['efficiency_with_gradients_overlapped'] == pytest.approx(2 / 12)
-    fast = costs.predict(settings, found, bandwidth=1000, flops=flops / 20)
+    fast = cost_model.predict(settings, found, bandwidth=1000, flops=flops / 20)
     assert fast['step_seconds_with_gradients_overlapped'] == pytest.approx(24)
 
 
@@ -367,7 +368,7 @@ def test_collectives_are_those_that_were_reviewed(name):
     renew = (
         f'python {" ".join(COMMAND)} --images_per_device=128 {MESHES[name]} --collectives > {file.relative_to(ROOT)}'
     )
-    found = audit.collectives_table(report_of(name)['collectives']) + '\n'
+    found = step_audit.collectives_table(report_of(name)['collectives']) + '\n'
     assert found == (file.read_text() if file.exists() else ''), f'if this is meant, renew the file: {renew}'
 
 
@@ -432,5 +433,5 @@ def test_without_a_mesh_the_devices_are_those_to_be_simulated(monkeypatch):
     settings = config.default_config()
     settings.mesh.model = 2
     monkeypatch.setenv('JAX_NUM_CPU_DEVICES', '8')
-    found = audit.settings(settings, None, 16)
+    found = step_audit.audit_config(settings, None, 16)
     assert (found.mesh.data, found.mesh.model, found.train.batch_size) == (4, 2, 128)

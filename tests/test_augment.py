@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from alexnet_jax.augment import augment, disable_color_augmentation, example_keys, preprocessing, view
+from alexnet_jax.augment import augment, disable_color_augmentation, eval_crop, example_keys, make_preprocess_params
 from alexnet_jax.config import default_config
 
 SIZE, CROP, BATCH = 20, 14, 6
@@ -37,7 +37,7 @@ def keys_of(count, seed=0, purpose=1):
 
 def augmented(images, keys, config, parts=None, crop_keys=None):
     crop_keys = keys if crop_keys is None else crop_keys
-    parts = preprocessing(statistics(), config) if parts is None else parts
+    parts = make_preprocess_params(statistics(), config) if parts is None else parts
     return np.asarray(
         jax.jit(lambda images, both, parts: augment(images, *both, parts, config))(images, (keys, crop_keys), parts)
     )
@@ -54,7 +54,7 @@ def augmented_in_numpy(images, keys, config, figures=None, crop_keys=None):
             top, left = np.asarray(jax.random.randint(jax.random.fold_in(window_key, 0), (2,), 0, far + 1))
         window = np.s_[top : top + CROP, left : left + CROP]
         middle = np.s_[far // 2 : far // 2 + CROP, far // 2 : far // 2 + CROP]
-        cut = figures['mean_image'][middle if config.mean_window == 'centre' else window]
+        cut = figures['mean_image'][middle if config.mean_crop == 'center' else window]
         mean = {'image': cut, 'channel': figures['mean_rgb'], 'none': 0}[config.mean]
         x = image[window].astype(np.float32) - np.float32(mean)
         if config.flip and jax.random.bernoulli(jax.random.fold_in(window_key, 1)):
@@ -65,7 +65,7 @@ def augmented_in_numpy(images, keys, config, figures=None, crop_keys=None):
             strength = {'original': np.sqrt(variances), 'fb': variances / 255, 'paper': variances}[config.color]
             x = x + figures['eigenvectors'] @ (0.1 * strength * normal)
         x = x / 1.1 if config.color == 'original' else x
-        result.append(x if config.divisor == (1.0,) else x / np.array(config.divisor))
+        result.append(x if config.std == (1.0,) else x / np.array(config.std))
     return np.stack(result)
 
 
@@ -83,14 +83,14 @@ def test_color_by_hand(color, strengths):
     figures = statistics() | {'eigenvectors': np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]])}
     a, b, c = strengths
     expected = [[0.8 * a, -0.6 * b, 0], [0.6 * a, 0.8 * b, 0], [0, 0, c]]
-    matrix = preprocessing(figures, data_config(color=color))['color']
+    matrix = make_preprocess_params(figures, data_config(color=color))['color']
     assert matrix.dtype == np.float32
     np.testing.assert_allclose(matrix, expected, rtol=1e-6)
 
 
 def test_color_of_an_eigenvalue_rounded_below_zero():
     figures = statistics() | {'eigenvalues': np.array([-1e-9, 1.0, 4.0]), 'eigenvectors': np.eye(3)}
-    matrix = preprocessing(figures, data_config(color='original'))['color']
+    matrix = make_preprocess_params(figures, data_config(color='original'))['color']
     np.testing.assert_allclose(matrix, np.diag([0, 0.1, 0.2]), rtol=1e-6)
 
 
@@ -101,7 +101,7 @@ def test_means_by_hand():
         'channel': np.tile([127.3, 119.7, 104.9], (SIZE, SIZE, 1)),
         'none': np.zeros((SIZE, SIZE, 3)),
     }.items():
-        array = preprocessing(figures, data_config(mean=mean))['mean']
+        array = make_preprocess_params(figures, data_config(mean=mean))['mean']
         np.testing.assert_array_equal(array, expected.astype(np.float32), strict=True)
 
 
@@ -135,14 +135,14 @@ def test_one_channel(color):
         'eigenvectors': np.array([[1.0]]),
     }
     images = random_images()[..., :1]
-    ours = augmented(images, keys, config, preprocessing(figures, config))
+    ours = augmented(images, keys, config, make_preprocess_params(figures, config))
     expected = augmented_in_numpy(images, keys, config, figures)
     assert ours.shape == (BATCH, CROP, CROP, 1)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-7 * np.abs(expected).max())
 
 
 def test_images_that_share_a_window_key_have_their_own_noise():
-    """crop_chunk: windows and reflections by the key of the chunk, noise by that of the image."""
+    """crop_group_size: windows and reflections by the key of the chunk, noise by that of the image."""
     config, keys = data_config(), keys_of(BATCH)
     shared = example_keys(0, np.arange(BATCH, dtype=np.uint32) // 3, 1)
     ours = augmented(random_images(), keys, config, crop_keys=shared)
@@ -152,7 +152,9 @@ def test_images_that_share_a_window_key_have_their_own_noise():
 
 def test_without_color_nothing_is_added_and_nothing_divided():
     config, keys = data_config(color='original'), keys_of(BATCH)
-    ours = augmented(random_images(), keys, config, disable_color_augmentation(preprocessing(statistics(), config)))
+    ours = augmented(
+        random_images(), keys, config, disable_color_augmentation(make_preprocess_params(statistics(), config))
+    )
     np.testing.assert_array_equal(ours, augmented_in_numpy(random_images(), keys, data_config(color='none')))
 
 
@@ -207,7 +209,7 @@ def test_strength_of_the_noise(color, deviation):
     count = 4000
     config = data_config(color=color, mean='none', crop=False, flip=False, crop_size=1)
     figures = statistics() | {'eigenvalues': np.array([19.72, 37.09, 121.78]) ** 2}
-    x = augmented(np.zeros((count, 3, 3, 3), np.uint8), keys_of(count), config, preprocessing(figures, config))
+    x = augmented(np.zeros((count, 3, 3, 3), np.uint8), keys_of(count), config, make_preprocess_params(figures, config))
     along = x[:, 0, 0] @ figures['eigenvectors']
     error = 4 / np.sqrt(count)
     assert abs(along[:, 2].std() / deviation - 1) < error
@@ -227,21 +229,21 @@ def test_noise_is_one_color_an_image():
 def test_ten_views(crop):
     images = random_images()
     config = data_config(crop_size=crop)
-    parts = preprocessing(statistics(), config)
+    parts = make_preprocess_params(statistics(), config)
     far = SIZE - crop
     middle = far // 2
     corners = [(middle, middle), (0, 0), (0, far), (far, 0), (far, far)]
     difference = images.astype(np.float32) - statistics()['mean_image'].astype(np.float32)
     windows = [difference[:, top : top + crop, left : left + crop] for top, left in corners]
     expected = windows + [np.flip(window, 2) for window in windows]
-    one = jax.jit(lambda index: view(images, parts, config, index))
+    one = jax.jit(lambda index: eval_crop(images, parts, config, index))
     for index in range(10):
         np.testing.assert_array_equal(one(index), expected[index], strict=True)
-    np.testing.assert_array_equal(view(images, parts, config, 7), expected[7])  # an index that is not traced
+    np.testing.assert_array_equal(eval_crop(images, parts, config, 7), expected[7])  # an index that is not traced
 
 
 def test_centre_of_the_mean_in_every_window():
-    config = data_config(mean_window='centre', color='none')
+    config = data_config(mean_crop='center', color='none')
     images, keys = np.concatenate([random_images(), np.zeros_like(random_images())]), keys_of(2 * BATCH)
     ours = augmented(images, keys, config)
     np.testing.assert_array_equal(ours, augmented_in_numpy(images, keys, config))
@@ -257,11 +259,11 @@ def test_divisor():
     """Of what is left after noise and 1.1; and after disable_color_augmentation() of the window less its mean."""
     keys, images = keys_of(BATCH), random_images()
     train = jax.jit(lambda images, parts: augment(images, keys, keys, parts, data_config(color='original')))
-    plain = preprocessing(statistics(), data_config(color='original'))
+    plain = make_preprocess_params(statistics(), data_config(color='original'))
     assert plain['divisor'] == np.float32(1.1)
     for divisor in DIVISORS:
-        config = data_config(color='original', divisor=divisor)
-        parts = preprocessing(statistics(), config)
+        config = data_config(color='original', std=divisor)
+        parts = make_preprocess_params(statistics(), config)
         np.testing.assert_array_equal(
             parts['scale'], np.float32(1 / np.array(divisor)) * np.ones(3, np.float32), strict=True
         )
@@ -269,7 +271,7 @@ def test_divisor():
             np.testing.assert_array_equal(parts[name], plain[name])
         expected = augmented_in_numpy(images, keys, config)
         np.testing.assert_allclose(train(images, parts), expected, rtol=0, atol=4e-7 * np.abs(expected).max())
-        expected = augmented_in_numpy(images, keys, data_config(color='none', divisor=divisor))
+        expected = augmented_in_numpy(images, keys, data_config(color='none', std=divisor))
         ours = train(images, disable_color_augmentation(parts))
         np.testing.assert_allclose(ours, expected, rtol=0, atol=4e-7 * np.abs(expected).max())
 
@@ -278,9 +280,9 @@ def test_divisor_by_hand():
     figures = {'mean_image': np.full((1, 1, 3), 100.0), 'mean_rgb': np.full(3, 90.0)}
     figures |= {'eigenvalues': np.zeros(3), 'eigenvectors': np.eye(3)}
     image = np.array([[[[144, 122, 56]]]], np.uint8)
-    config = data_config(image_size=1, crop_size=1, crop=False, flip=False, divisor=(2.0, 4.0, 5.0))
-    parts = preprocessing(figures, config)
-    np.testing.assert_allclose(view(image, parts, config, 0)[0, 0, 0], [22, 5.5, -8.8], rtol=1e-6)
+    config = data_config(image_size=1, crop_size=1, crop=False, flip=False, std=(2.0, 4.0, 5.0))
+    parts = make_preprocess_params(figures, config)
+    np.testing.assert_allclose(eval_crop(image, parts, config, 0)[0, 0, 0], [22, 5.5, -8.8], rtol=1e-6)
     ours = augmented(image, keys_of(1), config, parts)[0, 0, 0]
     np.testing.assert_allclose(ours, [20, 5, -8], rtol=1e-6)  # and by 1.1
 
@@ -289,11 +291,11 @@ def test_divisor_by_hand():
 @pytest.mark.parametrize('divisor', DIVISORS)
 def test_ten_views_less_the_centre_of_the_mean_by_the_divisor(crop, divisor):
     images, mean = random_images(), statistics()['mean_image'].astype(np.float32)
-    config = data_config(crop_size=crop, mean_window='centre', divisor=divisor)
-    parts = preprocessing(statistics(), config)
+    config = data_config(crop_size=crop, mean_crop='center', std=divisor)
+    parts = make_preprocess_params(statistics(), config)
     far = SIZE - crop
     middle = far // 2
-    one = jax.jit(lambda index: view(images, parts, config, index))
+    one = jax.jit(lambda index: eval_crop(images, parts, config, index))
     for index, (top, left) in enumerate([(middle, middle), (0, 0), (0, far), (far, 0), (far, far)]):
         x = images[:, top : top + crop, left : left + crop] - mean[middle : middle + crop, middle : middle + crop]
         expected = (x / np.array(divisor)).astype(np.float32)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from alexnet_jax import costs
+from alexnet_jax.audit import cost_model
 from alexnet_jax.config import default_config, resolve
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.shapes import LAYERS
@@ -123,8 +123,8 @@ def test_flops_of_the_compiled_step_are_those_of_its_layers(project):
     fused = {each.name for fusion in program.instructions.values() for each in fusion.fused}
     total = sum(program.flops(name) for name in program.instructions.keys() - fused)
     # Sums are products too, and conv1's forward pass takes 12 rows of a window, one of zeros.
-    zeros = 2 * costs.layers(project.config)[0].multiply_adds / 11
-    assert total == pytest.approx(8 * (costs.flops_per_image(project.config) + zeros), rel=0.02)
+    zeros = 2 * cost_model.layers(project.config)[0].multiply_adds / 11
+    assert total == pytest.approx(8 * (cost_model.flops_per_image(project.config) + zeros), rel=0.02)
 
 
 @pytest.mark.slow

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import checkpoint
-from alexnet_jax.checkpoint import Checkpointer
-from alexnet_jax.step import TrainState
-from alexnet_jax.totals import MetricSum
+from alexnet_jax.training import checkpointing
+from alexnet_jax.training.checkpointing import Checkpointer
+from alexnet_jax.training.metric_sum import MetricSum
+from alexnet_jax.training.state import TrainState
 
 
 def small_state(value: float) -> TrainState:
@@ -57,8 +57,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(checkpoints, tmp_path):
 KILLED = """
     import glob, os, signal, sys
     import jax.numpy as jnp
-    from alexnet_jax.checkpoint import Checkpointer
-    from alexnet_jax.step import TrainState
+    from alexnet_jax.training.checkpointing import Checkpointer
+    from alexnet_jax.training.state import TrainState
 
     checkpoints = Checkpointer(sys.argv[1], keep=2)
     for step in range(1, 100):
@@ -91,8 +91,8 @@ def test_a_killed_writer_leaves_the_checkpoint_before(tmp_path):
 LOST = """
     import os, sys
     import jax.numpy as jnp
-    from alexnet_jax.checkpoint import CheckpointError, Checkpointer
-    from alexnet_jax.step import TrainState
+    from alexnet_jax.training.checkpointing import CheckpointError, Checkpointer
+    from alexnet_jax.training.state import TrainState
 
     for told_by in ('save', 'wait', 'close'):
         folder = os.path.join(sys.argv[1], told_by)
@@ -155,7 +155,7 @@ ORBAX = os.path.join('site-packages', 'orbax', 'checkpoint', 'serialization.py')
 def test_only_what_orbax_leaves_unfinished_is_dropped(monkeypatch, file, message, shown):
     seen = []
     monkeypatch.setattr(sys, 'unraisablehook', seen.append)
-    checkpoint._silence_orbax_teardown.__wrapped__()
+    checkpointing._silence_orbax_teardown.__wrapped__()
     source = f"""
 async def read():
     try:
@@ -175,7 +175,7 @@ async def read():
 def test_only_answers_that_come_too_late_are_dropped(monkeypatch, message, shown):
     seen = []
     monkeypatch.setattr(sys, 'unraisablehook', seen.append)
-    checkpoint._silence_orbax_teardown.__wrapped__()
+    checkpointing._silence_orbax_teardown.__wrapped__()
 
     class Answer:
         def __del__(self):

@@ -22,11 +22,12 @@ from fixtures.make_torch_fixture import CLASSES, WIDTHS, pictures
 from PIL import Image
 from safetensors.numpy import save_file
 
-from alexnet_jax import convert, export, trained
 from alexnet_jax.config import ConfigError, apply_overrides, default_config, resolve
-from alexnet_jax.formats import FormatError, layouts, recognise, torch_file
+from alexnet_jax.convert import export, importer, torch_file, weight_layouts
+from alexnet_jax.convert.formats import FormatError, detect_format
+from alexnet_jax.inference import trained_model
 from alexnet_jax.presets import PRESETS
-from alexnet_jax.step import make_activation_fn
+from alexnet_jax.training.eval_step import make_activation_fn
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / 'fixtures'
@@ -36,17 +37,17 @@ CAFFE_WIDTHS = (8, 12, 8, 12, 8, 10, 9, 7)
 
 def import_file(path, workdir, preset=None, mean=None, class_names=None) -> None:
     given = types.SimpleNamespace(preset=preset, mean=mean, class_names=class_names)
-    convert.import_file(str(path), recognise(str(path)), str(workdir), given)
+    importer.import_file(str(path), detect_format(str(path)), str(workdir), given)
 
 
-def network_of(path, workdir, **flags) -> trained.Network:
+def network_of(path, workdir, **flags) -> trained_model.TrainedModel:
     import_file(path, workdir, **flags)
-    return trained.load(trained.find(str(workdir)))
+    return trained_model.load_model(trained_model.parse_checkpoint_ref(str(workdir)))
 
 
-def logits(network: trained.Network, images: np.ndarray) -> np.ndarray:
+def logits(network: trained_model.TrainedModel, images: np.ndarray) -> np.ndarray:
     step = make_activation_fn(network.config, network.mesh, 'fc8')
-    return np.stack(list(network.rows(step, images, network.batch_size(len(images)))))
+    return np.stack(list(network.predict_batches(step, images, network.batch_size(len(images)))))
 
 
 def state_dict() -> dict[str, np.ndarray]:
@@ -105,7 +106,7 @@ def test_other_ways_of_saving(tmp_path):
     for key, array in torch_file.read(str(path)).items():
         np.testing.assert_array_equal(array, before[key], strict=True)
     renamed = {'net.' + key.replace('s.', 's._orig_mod.module.'): array for key, array in before.items()}
-    found = layouts.from_torchvision(renamed)
+    found = weight_layouts.from_torchvision(renamed)
     assert found['conv2'].kernel_name == 'net.features._orig_mod.module.3.weight'
     np.testing.assert_array_equal(found['fc8'].bias, before['classifier.6.bias'])
 
@@ -163,19 +164,19 @@ def caffemodel(folder: Path, name: str = 'AlexNet', **changes) -> Path:
 
 def test_means(tmp_path):
     """What --mean takes, and what it does not."""
-    np.testing.assert_array_equal(convert.read_mean('1,2.5,-3', 'caffe'), [1, 2.5, -3])
+    np.testing.assert_array_equal(importer.read_mean('1,2.5,-3', 'caffe'), [1, 2.5, -3])
     np.testing.assert_allclose(
-        convert.read_mean(None, 'torchvision'), 255 * np.array([0.485, 0.456, 0.406]), rtol=1e-12
+        importer.read_mean(None, 'torchvision'), 255 * np.array([0.485, 0.456, 0.406]), rtol=1e-12
     )
     path = tmp_path / 'mean'
     array = np.arange(3 * 227 * 227, dtype=np.float32).reshape(3, 227, 227)
     for content in (caffe_files.old_blob(array), caffe_files.blob(array), caffe_files.blob(array[None], True)):
         path.write_bytes(content)
-        mean = convert.read_mean(str(path), 'caffe')
+        mean = importer.read_mean(str(path), 'caffe')
         assert mean.shape == (227, 227, 3)
         np.testing.assert_array_equal(mean[2, 1], [array[2, 2, 1], array[1, 2, 1], array[0, 2, 1]])
     np.save(tmp_path / 'pixel.npy', array[:, 0, 0])
-    np.testing.assert_array_equal(convert.read_mean(str(tmp_path / 'pixel.npy'), 'caffe'), array[::-1, 0, 0])
+    np.testing.assert_array_equal(importer.read_mean(str(tmp_path / 'pixel.npy'), 'caffe'), array[::-1, 0, 0])
     refused = {
         None: 'not in the file; give --mean=FILE',
         '1,2': 'not three numbers',
@@ -201,7 +202,7 @@ def test_means(tmp_path):
     refused[str(path)] = 'cut off or damaged'
     for text, reason in refused.items():
         with pytest.raises(ConfigError, match=reason):
-            convert.read_mean(text, 'caffe')
+            importer.read_mean(text, 'caffe')
 
 
 def test_statistics_of_a_mean_image(tmp_path):
@@ -289,14 +290,14 @@ def test_layers_of_caffe_that_do_not_fit(tmp_path):
 
 
 def test_names_of_classes(tmp_path):
-    ids = convert.class_names(None, 1000)
+    ids = importer.class_names(None, 1000)
     assert (len(set(ids)), ids[0], ids[999], ids == sorted(ids)) == (1000, 'n01440764', 'n15075141', True)
-    assert convert.class_names(None, 3) == ['class 0', 'class 1', 'class 2']
+    assert importer.class_names(None, 3) == ['class 0', 'class 1', 'class 2']
     path = tmp_path / 'names.txt'
     path.write_text('n02012849 crane\nn01440764 tench, Tinca tinca\nn03126707 crane\n\n', encoding='utf-8')
-    assert convert.class_names(str(path), 3) == ['n02012849 crane', 'tench, Tinca tinca', 'n03126707 crane']
+    assert importer.class_names(str(path), 3) == ['n02012849 crane', 'tench, Tinca tinca', 'n03126707 crane']
     path.write_bytes('Löwe \r\nHund\r\n'.encode())
-    assert convert.class_names(str(path), 2) == ['Löwe', 'Hund']
+    assert importer.class_names(str(path), 2) == ['Löwe', 'Hund']
     refused = {
         b'a\nb\nc': '3 names; the network has 2 classes',
         b'a\na\n': "'a' is there twice",
@@ -305,9 +306,9 @@ def test_names_of_classes(tmp_path):
     for content, reason in refused.items():
         path.write_bytes(content)
         with pytest.raises(ConfigError, match=f'^--class_names={path}: {reason}'):
-            convert.class_names(str(path), 2)
+            importer.class_names(str(path), 2)
     with pytest.raises(ConfigError, match='No such file'):
-        convert.class_names(str(tmp_path / 'none'), 2)
+        importer.class_names(str(tmp_path / 'none'), 2)
 
 
 # This project's own files
@@ -370,7 +371,7 @@ def test_own_files(tmp_path):
     for name, array in arrays.items():
         np.testing.assert_array_equal(found[name], array, strict=True)
     assert network.class_names == ['ape', 'bee', 'cat']
-    assert trained.find(str(tmp_path / 'run')).config.to_dict() == settings
+    assert trained_model.parse_checkpoint_ref(str(tmp_path / 'run')).config.to_dict() == settings
     names = tmp_path / 'names'
     names.write_text('x\ny\nz')
     assert network_of(path, tmp_path / 'named', class_names=str(names)).class_names == ['x', 'y', 'z']
@@ -420,7 +421,7 @@ def test_the_command(tmp_path):
     done = command(source, run, f'--class_names={names}', '--mean=120,110,100')
     assert (done.returncode, done.stdout) == (0, '')
     assert f'{run}: torchvision, widths 4, 6, 8, 6, 4, 8, 8, 5 classes' in done.stderr
-    network = trained.load(trained.find(f'{run}/checkpoints/0'))
+    network = trained_model.load_model(trained_model.parse_checkpoint_ref(f'{run}/checkpoints/0'))
     assert network.class_names == ['ape', 'bee', 'cat', 'dog', 'eel']
     np.testing.assert_array_equal(network.preprocessing['mean'][7, 9], [120, 110, 100])
     assert sorted(os.listdir(tmp_path)) == ['names', 'run']

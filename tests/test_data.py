@@ -18,18 +18,19 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from alexnet_jax.config import ConfigError, default_config
-from alexnet_jax.data import photos, pipeline
-from alexnet_jax.data.examples import SourceError
-from alexnet_jax.prepare import Settings, prepare
+from alexnet_jax.data import dataset, loader
+from alexnet_jax.prepare import photos
+from alexnet_jax.prepare.raw_sources import SourceError
+from alexnet_jax.prepare.writer import PrepareConfig, prepare
 
 ROOT = Path(__file__).parent.parent
 
 
-PHOTOS = Settings('photos', image_size=72)
+PHOTOS = PrepareConfig('photos', image_size=72)
 
 
-def open_photos(data_dir: str) -> pipeline.Store:
-    return pipeline.open_store(pipeline.dataset_dir(data_dir, PHOTOS), PHOTOS)
+def open_photos(data_dir: str) -> dataset.PreparedDataset:
+    return dataset.open_store(dataset.dataset_dir(data_dir, PHOTOS), PHOTOS)
 
 
 @pytest.fixture(scope='module')
@@ -55,7 +56,7 @@ def test_patches_lie_inside_their_cells_and_are_always_the_same(monkeypatch):
     monkeypatch.setattr(photos, 'PHOTOGRAPHS', ('a', 'b'))
     for split, parity in (('train', 0), ('validation', 1)):
         found = list(photos.patches(split))
-        assert len(found) == 2 * photos.PATCHES[split]
+        assert len(found) == 2 * photos.PATCHES_PER_IMAGE[split]
         cells = {(int(patch[0, 0, 0]) // 50 + int(patch[0, 0, 1]) // 60) % 2 for _, patch, _ in found}
         cells |= {(int(patch[-1, -1, 0]) // 50 + int(patch[-1, -1, 1]) // 60) % 2 for _, patch, _ in found}
         assert cells == {parity}
@@ -85,7 +86,7 @@ def test_store_of_photos(store):
 
 @pytest.mark.slow
 def test_prepare_is_done_once(photos_dir):
-    folder = Path(pipeline.dataset_dir(photos_dir, PHOTOS))
+    folder = Path(dataset.dataset_dir(photos_dir, PHOTOS))
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert prepare(PHOTOS, photos_dir) == str(folder)
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -95,8 +96,8 @@ def test_prepare_is_done_once(photos_dir):
 def test_a_killed_prepare_leaves_no_store_and_one_that_waited_makes_it(photos_dir, tmp_path):
     shutil.copytree(os.path.join(photos_dir, 'photos'), tmp_path / 'photos')
     command = [sys.executable, '-m', 'alexnet_jax.prepare', f'--data_dir={tmp_path}', '--image_size=96']
-    given = Settings('photos', image_size=96)
-    target = Path(pipeline.dataset_dir(str(tmp_path), given))
+    given = PrepareConfig('photos', image_size=96)
+    target = Path(dataset.dataset_dir(str(tmp_path), given))
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
         while not list(Path(f'{target}.incomplete').rglob('*.json')):
             assert process.poll() is None
@@ -112,12 +113,12 @@ def test_a_killed_prepare_leaves_no_store_and_one_that_waited_makes_it(photos_di
             waiting.send_signal(signal.SIGCONT)
             said = waiting.stderr.read()
     assert waiting.returncode == 0, said
-    assert len(pipeline.open_store(str(target), given).train) == 6400
+    assert len(dataset.open_store(str(target), given).train) == 6400
     assert not Path(f'{target}.incomplete').exists()
 
 
 def test_a_run_that_waits_for_the_data_can_be_stopped(tmp_path):
-    target = Path(pipeline.dataset_dir(str(tmp_path), PHOTOS))
+    target = Path(dataset.dataset_dir(str(tmp_path), PHOTOS))
     target.parent.mkdir()
     command = [sys.executable, 'launch.py', f'--workdir={tmp_path}/run', f'--config.data.data_dir={tmp_path}']
     with open(f'{target}.lock', 'w') as lock:
@@ -144,7 +145,7 @@ def test_a_source_without_random_access_is_refused(photos_dir, tmp_path):
     info = tmp_path / 'photos' / '1.0.0' / 'dataset_info.json'
     info.write_text(info.read_text().replace('array_record', 'tfrecord'))
     with pytest.raises(SourceError, match='in another format than array_record'):
-        prepare(Settings('photos', image_size=64), str(tmp_path))
+        prepare(PrepareConfig('photos', image_size=64), str(tmp_path))
 
 
 class Numbered:
@@ -163,7 +164,7 @@ class Numbered:
             raise IndexError(index)
         return {'image': np.full((2, 2, 3), index, np.uint8), 'label': np.int32(index)}
 
-    def from_memory(self, indices: np.ndarray) -> None:
+    def take_cached(self, indices: np.ndarray) -> None:
         return None
 
 
@@ -173,7 +174,7 @@ def take(batches, count: int) -> list[dict]:
 
 def training(first_step: int = 0, **options) -> list[dict]:
     settings = {'seed': 3, 'batch_size': 8, 'threads': 2} | options
-    return take(pipeline.training_batches(Numbered(20), first_step=first_step, **settings), 10)
+    return take(loader.training_batches(Numbered(20), first_step=first_step, **settings), 10)
 
 
 def test_every_epoch_is_another_permutation_of_all_images():
@@ -182,10 +183,14 @@ def test_every_epoch_is_another_permutation_of_all_images():
     np.testing.assert_array_equal(np.sort(epochs, 1), np.broadcast_to(np.arange(20), (4, 20)))
     assert len({tuple(epoch) for epoch in epochs}) == 4
     assert tuple(epochs[0]) != tuple(range(20))
-    np.testing.assert_array_equal(np.concatenate([batch['number'] for batch in training()]), np.arange(80))
+    np.testing.assert_array_equal(np.concatenate([batch['example_id'] for batch in training()]), np.arange(80))
     for batch in training():
         np.testing.assert_array_equal(batch['image'][:, 0, 0, 0], batch['label'])
-        assert (batch['image'].dtype, batch['label'].dtype, batch['number'].dtype) == (np.uint8, np.int32, np.uint32)
+        assert (batch['image'].dtype, batch['label'].dtype, batch['example_id'].dtype) == (
+            np.uint8,
+            np.int32,
+            np.uint32,
+        )
 
 
 def test_order_depends_on_the_seed_alone():
@@ -198,7 +203,7 @@ def test_order_depends_on_the_seed_alone():
 def test_batches_resume_in_the_middle_of_an_epoch(first_step):
     for resumed, expected in zip(training(first_step), training()[first_step:], strict=False):
         np.testing.assert_array_equal(resumed['label'], expected['label'])
-        np.testing.assert_array_equal(resumed['number'], expected['number'])
+        np.testing.assert_array_equal(resumed['example_id'], expected['example_id'])
 
 
 def test_shares_one_after_the_other_are_the_same_global_batch():
@@ -212,7 +217,7 @@ def test_shares_one_after_the_other_are_the_same_global_batch():
 @pytest.mark.parametrize('count', [1, 2])
 def test_validation_gives_every_image_once(count):
     shares = [
-        list(pipeline.validation_batches(Numbered(20), batch_size=8, threads=2, share=share, shares=count))
+        list(loader.validation_batches(Numbered(20), batch_size=8, threads=2, share=share, shares=count))
         for share in range(count)
     ]
     assert {len(share) for share in shares} == {3}  # as many batches on each, or collectives would wait for ever
@@ -223,24 +228,24 @@ def test_validation_gives_every_image_once(count):
 
 READER = """
 import hashlib, json, sys, time
-from alexnet_jax import startup
-startup.configure_cpu_backend()
+from alexnet_jax.runtime import backend
+backend.configure_cpu_backend()
 import jax, numpy as np
-from alexnet_jax.augment import augment, example_keys, preprocessing
+from alexnet_jax.augment import augment, example_keys, make_preprocess_params
 from alexnet_jax.config import default_config
-from alexnet_jax.data import pipeline
+from alexnet_jax.data import dataset, loader
 first_step, share, shares = map(int, sys.argv[2:])
 config = default_config()
 config.data.update(source='photos', image_size=72, crop_size=64)
-store = pipeline.open_store(pipeline.dataset_dir(sys.argv[1], config.data), config.data)
-parts = preprocessing(store.statistics, config.data)
+store = dataset.open_store(dataset.dataset_dir(sys.argv[1], config.data), config.data)
+parts = make_preprocess_params(store.statistics, config.data)
 step = jax.jit(lambda images, keys: augment(images, keys, keys, parts, config.data))
-for batch in pipeline.training_batches(
+for batch in loader.training_batches(
     store.train, seed=3, batch_size=640, first_step=first_step, threads=2, share=share, shares=shares
 ):
-    pixels = np.asarray(step(batch['image'], example_keys(3, batch['number'], 1)))
+    pixels = np.asarray(step(batch['image'], example_keys(3, batch['example_id'], 1)))
     digests = [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in pixels]
-    print(json.dumps([batch['number'].tolist(), batch['label'].tolist(), digests]), flush=True)
+    print(json.dumps([batch['example_id'].tolist(), batch['label'].tolist(), digests]), flush=True)
 """
 
 
@@ -269,13 +274,13 @@ def test_order_and_pixels_after_kill_and_with_another_number_of_processes(photos
 def test_training_reads_without_tensorflow(photos_dir):
     program = f"""
 import sys
-from alexnet_jax import train
+from alexnet_jax.training import trainer
 from alexnet_jax.config import default_config
-from alexnet_jax.data import pipeline
+from alexnet_jax.data import dataset, loader
 config = default_config().data
 config.update(source='photos', image_size=72)
-store = pipeline.open_store(pipeline.dataset_dir({photos_dir!r}, config), config)
-next(pipeline.training_batches(store.train, seed=0, batch_size=4, first_step=0, threads=1))
+store = dataset.open_store(dataset.dataset_dir({photos_dir!r}, config), config)
+next(loader.training_batches(store.train, seed=0, batch_size=4, first_step=0, threads=1))
 print('tensorflow' in sys.modules)
 """
     run = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
@@ -297,7 +302,7 @@ def damaged(photos_dir, store, tmp_path):
         ('prepared-train.array_record-00001-of-00007', store.train, 1030),
         ('prepared-validation.array_record-00000-of-00002', store.validation, 5),
     ):
-        path = Path(pipeline.dataset_dir(str(tmp_path), PHOTOS)) / file
+        path = Path(dataset.dataset_dir(str(tmp_path), PHOTOS)) / file
         flip_a_byte(path, split[record]['image'])
     return str(tmp_path)
 
@@ -306,17 +311,17 @@ def damaged(photos_dir, store, tmp_path):
 def test_a_damaged_record_is_named_and_the_next_one_takes_its_place(damaged, store, capfd):
     copy = open_photos(damaged)
     options = {'seed': 0, 'batch_size': 640, 'first_step': 0, 'threads': 2}
-    whole, found = (take(pipeline.training_batches(split.train, **options), 20) for split in (store, copy))
+    whole, found = (take(loader.training_batches(split.train, **options), 20) for split in (store, copy))
     differ = []
     for expected, batch in zip(whole, found, strict=True):
-        np.testing.assert_array_equal(batch['number'], expected['number'])
+        np.testing.assert_array_equal(batch['example_id'], expected['example_id'])
         rows = np.flatnonzero((batch['image'] != expected['image']).any((1, 2, 3)))
         differ += [(expected['image'][row], batch['image'][row]) for row in rows]
     assert len(differ) == 2  # once in each of the two epochs
     for expected, got in differ:
         np.testing.assert_array_equal(expected, store.train[1030]['image'])
         np.testing.assert_array_equal(got, store.train[1031]['image'])
-    assert copy.train.damaged == {1030}
+    assert copy.train.corrupt == {1030}
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1
     assert said[0].startswith(f'alexnet_jax: record 1030 of train in {damaged}')
@@ -326,31 +331,33 @@ def test_a_damaged_record_is_named_and_the_next_one_takes_its_place(damaged, sto
 @pytest.mark.slow
 def test_a_damaged_record_does_not_count_in_validation(damaged):
     copy = open_photos(damaged)
-    batches = list(pipeline.validation_batches(copy.validation, batch_size=200, threads=2))
+    batches = list(loader.validation_batches(copy.validation, batch_size=200, threads=2))
     labels = np.concatenate([batch['label'] for batch in batches])
     assert (labels >= 0).sum() == 1599
     assert labels[5] == -1
-    assert copy.validation.damaged == {5}
+    assert copy.validation.corrupt == {5}
 
 
 @pytest.mark.slow
 def test_more_damage_than_allowed_stops_the_reading(damaged):
-    given = Settings('photos', image_size=72, max_bad=0.0001)  # of 6,400: none
-    copy = pipeline.open_store(pipeline.dataset_dir(damaged, given), given)
-    with pytest.raises(pipeline.DatasetError, match=r'1 of 6400 records of train .*, more than data.max_bad=0.0001 a'):
-        take(pipeline.training_batches(copy.train, seed=0, batch_size=640, first_step=0, threads=2), 10)
+    given = PrepareConfig('photos', image_size=72, max_corrupt_fraction=0.0001)  # of 6,400: none
+    copy = dataset.open_store(dataset.dataset_dir(damaged, given), given)
+    with pytest.raises(
+        dataset.DatasetError, match=r'1 of 6400 records of train .*, more than data.max_corrupt_fraction=0.0001 a'
+    ):
+        take(loader.training_batches(copy.train, seed=0, batch_size=640, first_step=0, threads=2), 10)
 
 
 @pytest.mark.slow
 def test_batches_from_memory_are_those_read_and_a_cpu_takes_them_as_they_are(photos_dir, monkeypatch):
     kept = open_photos(photos_dir).train
-    monkeypatch.setattr(pipeline, 'KEPT', 0)
+    monkeypatch.setattr(dataset, 'IN_MEMORY_LIMIT_BYTES', 0)
     read = open_photos(photos_dir).train
     assert (kept.keeps, read.keeps) == (True, False)
     options = {'seed': 0, 'batch_size': 640, 'first_step': 0, 'threads': 2}
-    found = [take(pipeline.training_batches(split, **options), 15) for split in (read, kept)]
+    found = [take(loader.training_batches(split, **options), 15) for split in (read, kept)]
     for expected, batch in zip(*found, strict=True):
-        for name in ('image', 'label', 'number'):
+        for name in ('image', 'label', 'example_id'):
             np.testing.assert_array_equal(batch[name], expected[name])
         for images in (batch['image'], expected['image']):
             assert jax.device_put(images, jax.devices()[0]).unsafe_buffer_pointer() == images.ctypes.data
@@ -370,9 +377,9 @@ def test_a_small_split_is_read_once(monkeypatch, limit, reads):
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
     image = tfds.features.Tensor(shape=(8, 8, 3), dtype=np.uint8, encoding='bytes')
     features = tfds.features.FeaturesDict({'image': image, 'label': tfds.features.ClassLabel(num_classes=3)})
-    monkeypatch.setattr(pipeline, 'KEPT', limit)
+    monkeypatch.setattr(dataset, 'IN_MEMORY_LIMIT_BYTES', limit)
     records = Records(features.serialize_example({'image': images[i], 'label': i}) for i in range(3))
-    split = pipeline.Split(records, (8, 8, 3), 'raw', 'here', 0.0)
+    split = dataset.SplitReader(records, (8, 8, 3), 'raw', 'here', 0.0)
     for _ in range(2):
         for index in (2, 0, 1):
             np.testing.assert_array_equal(split[index]['image'], images[index])
@@ -391,10 +398,10 @@ def test_a_jpeg_that_does_not_decode_is_damage():
     )
     contents = [io.BytesIO(jpeg.getvalue()), io.BytesIO(jpeg.getvalue()[:100])]
     records = [features.serialize_example({'image': content, 'label': 1}) for content in contents]
-    split = pipeline.Split(records, (8, 8, 3), 'jpeg', 'here', 0.5)
+    split = dataset.SplitReader(records, (8, 8, 3), 'jpeg', 'here', 0.5)
     assert split[0]['image'].shape == (8, 8, 3)
     assert split[1] is None
-    assert split.damaged == {1}
+    assert split.corrupt == {1}
 
 
 def spoil(file: Path) -> None:
@@ -417,7 +424,7 @@ def spoil(file: Path) -> None:
 )
 def test_a_store_that_was_not_copied_whole_is_refused(photos_dir, tmp_path, damage, reason):
     shutil.copytree(os.path.join(photos_dir, 'prepared'), tmp_path / 'prepared')
-    damage(Path(pipeline.dataset_dir(str(tmp_path), PHOTOS)))
+    damage(Path(dataset.dataset_dir(str(tmp_path), PHOTOS)))
     with pytest.raises(ConfigError, match=reason) as caught:
         open_photos(str(tmp_path))
     assert '\n' not in str(caught.value)
@@ -425,7 +432,7 @@ def test_a_store_that_was_not_copied_whole_is_refused(photos_dir, tmp_path, dama
 
 def test_where_a_store_lies():
     data = default_config().data
-    where = pipeline.dataset_dir
+    where = dataset.dataset_dir
     assert where('/d', data) == '/d/prepared/imagenet2012_256px'
     assert where('gs://bucket/d', data) == 'gs://bucket/d/prepared/imagenet2012_256px'  # not taken for a folder here
     data.update(source='tfds:imagenette:320px-v2', channels=1, encoding='jpeg', image_size=64)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from alexnet_jax import __version__, command, config_files
+from alexnet_jax import __version__, config_files
 from alexnet_jax.__main__ import COMMANDS
 from alexnet_jax.config import ConfigError
+from alexnet_jax.runtime import commands
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,7 +108,7 @@ def test_a_sweep_of_the_package_is_listed_from_anywhere(tmp_path):
 def test_the_command_line_is_recorded_as_it_was_typed(tmp_path):
     program = """
 import sys
-from alexnet_jax.flags import CONFIG, parse_flags
+from alexnet_jax.config_flag import CONFIG, parse_flags
 parse_flags(sys.argv)
 print(sys.argv[1:], CONFIG.value.model.num_classes)
 """
@@ -136,27 +137,27 @@ def installed(tmp_path, monkeypatch) -> Path:
 
 def test_the_command_to_paste_is_that_of_the_installed_package(installed, tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', '/usr/bin')
-    assert command.shell_command('report', 'my run') == "environment/bin/alexnet report 'my run'"
+    assert commands.shell_command('report', 'my run') == "environment/bin/alexnet report 'my run'"
     monkeypatch.setenv('PATH', f'/usr/bin:{installed.parent}')
-    assert command.shell_command('report', 'my run') == "alexnet report 'my run'"
+    assert commands.shell_command('report', 'my run') == "alexnet report 'my run'"
     (tmp_path / 'links').mkdir()  # as pipx has it
     (tmp_path / 'links' / 'alexnet').symlink_to(installed)
     monkeypatch.setenv('PATH', str(tmp_path / 'links'))
-    assert command.shell_command('report') == 'alexnet report'
+    assert commands.shell_command('report') == 'alexnet report'
     (tmp_path / 'links' / 'alexnet').unlink()
     shutil.copy(installed, tmp_path / 'links')  # another program of that name
-    assert command.shell_command('report') == 'environment/bin/alexnet report'
+    assert commands.shell_command('report') == 'environment/bin/alexnet report'
     monkeypatch.chdir(installed.parent)
-    assert command.shell_command('report') == './alexnet report'
+    assert commands.shell_command('report') == './alexnet report'
     monkeypatch.chdir('/')
-    assert command.shell_command('report') == f'{installed} report'
+    assert commands.shell_command('report') == f'{installed} report'
 
 
 @pytest.mark.parametrize('origin', [{'url': 'file:///elsewhere', 'dir_info': {'editable': True}}, {}])
 def test_the_script_of_another_copy_of_the_package_is_not_named(installed, origin):
     [record] = installed.parent.parent.glob('lib/site-packages/*.dist-info')
     (record / 'direct_url.json').write_text(json.dumps(origin))
-    assert command.shell_command('report').startswith(f'PYTHONPATH={shlex.quote(str(ROOT))}$')
+    assert commands.shell_command('report').startswith(f'PYTHONPATH={shlex.quote(str(ROOT))}$')
 
 
 def test_without_an_installed_package_the_command_to_paste_runs_all_the_same(installed, tmp_path, monkeypatch):
@@ -165,13 +166,13 @@ def test_without_an_installed_package_the_command_to_paste_runs_all_the_same(ins
     interpreter.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.base_prefix)}/bin/python3 "$@"\n')
     interpreter.chmod(0o755)
     monkeypatch.delenv('PYTHONPATH', raising=False)
-    pasted = command.shell_command('--version')
+    pasted = commands.shell_command('--version')
     paths = f'{shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}'
     assert pasted == f'PYTHONPATH={paths} environment/bin/python -m alexnet_jax --version'
     run = subprocess.run(['sh', '-c', pasted], capture_output=True, text=True)
     assert run.stdout == f'alexnet_jax {__version__}\n'
     monkeypatch.chdir(ROOT)
-    assert command.shell_command('--version') == f'{interpreter} -m alexnet_jax --version'
+    assert commands.shell_command('--version') == f'{interpreter} -m alexnet_jax --version'
 
 
 def test_a_child_process_runs_this_package_and_not_one_in_the_current_folder(tmp_path, monkeypatch):
@@ -179,9 +180,9 @@ def test_a_child_process_runs_this_package_and_not_one_in_the_current_folder(tmp
     (tmp_path / 'alexnet_jax' / '__init__.py').touch()
     (tmp_path / 'alexnet_jax' / 'prepare.py').write_text('print("another one")\n')
     run = subprocess.run(
-        command.child_command('prepare', '--help'),
+        commands.child_command('prepare', '--help'),
         cwd=tmp_path,
-        env=command.child_environment(),
+        env=commands.child_environment(),
         capture_output=True,
         text=True,
     )

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize  # type: ignore[import-untyped]
 
-from alexnet_jax import checkpoint, ensemble, evaluate, trained
+from alexnet_jax import metrics
 from alexnet_jax.config import resolve
-from alexnet_jax.data import pipeline
+from alexnet_jax.data import dataset
+from alexnet_jax.evaluate import summary
+from alexnet_jax.inference import trained_model
+from alexnet_jax.training import checkpointing
 from configs.quickstart import get_config
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +29,7 @@ COMMON = {
     'model.dropout': 0.0,
     'model.kernel_std': (0.05,) * 8,
     'data.color': 'none',
-    'data.divisor': (64.0,),
+    'data.std': (64.0,),
     'optimizer.learning_rate': 0.02,
     'optimizer.schedule': 'constant',
     'train.batch_size': 64,
@@ -40,13 +43,13 @@ RUNS = {
     'a': {
         'seed': 0,
         'model.widths': (16, 0, 0, 0, 32, 0, 64),
-        'model.after_conv': ('activation lrn', '', '', '', 'activation pool'),
+        'model.conv_ops': ('activation lrn', '', '', '', 'activation pool'),
         'eval.every': 30,
     },
     'b': {
         'seed': 1,
         'model.widths': (8, 0, 0, 0, 16, 0, 0),
-        'model.after_conv': ('activation', '', '', '', 'activation'),
+        'model.conv_ops': ('activation', '', '', '', 'activation'),
         'model.towers': 1,
         'data.crop_size': 60,
         'data.mean': 'channel',
@@ -278,13 +281,13 @@ def test_a_run_may_be_called_best(runs, tmp_path):
         ('checkpoints/7', 'checkpoints/7', 'newest'),
         ('best/checkpoints/40/', 'best', '40'),
     ]:
-        member = trained.find(f'{tmp_path}/{name}')
+        member = trained_model.parse_checkpoint_ref(f'{tmp_path}/{name}')
         assert (member.workdir, member.which) == (str(tmp_path / workdir), which)
 
 
-def opened(photos_dir: str) -> pipeline.Store:
+def opened(photos_dir: str) -> dataset.PreparedDataset:
     directory = next(Path(photos_dir).glob('prepared/*/prepared.json')).parent
-    return pipeline.open_store(str(directory), resolve(get_config()).data)
+    return dataset.open_store(str(directory), resolve(get_config()).data)
 
 
 @pytest.mark.slow
@@ -303,7 +306,9 @@ def test_several_devices_give_the_numbers_of_one(runs, evaluations, photos_dir, 
     settings['mesh'] |= mesh
     settings['eval']['batch_size'] = 197  # no multiple of the devices
     file.write_text(json.dumps(settings))
-    step, scores, labels = evaluate.predict(trained.find(str(tmp_path / 'a')), opened(photos_dir), 1)
+    step, scores, labels = summary.predict(
+        trained_model.parse_checkpoint_ref(str(tmp_path / 'a')), opened(photos_dir), 1
+    )
     _, saved = evaluations['a']
     assert step == 40
     np.testing.assert_array_equal(labels, saved['labels'])
@@ -314,7 +319,7 @@ def test_several_devices_give_the_numbers_of_one(runs, evaluations, photos_dir, 
 @pytest.mark.slow
 def test_a_newer_checkpoint_takes_the_place_of_one_that_is_gone_meanwhile(runs, tmp_path, monkeypatch):
     shutil.copytree(runs['b'], tmp_path / 'b')
-    folder, read = tmp_path / 'b' / 'checkpoints', checkpoint.restore_checkpoint
+    folder, read = tmp_path / 'b' / 'checkpoints', checkpointing.restore_checkpoint
     asked = []
 
     def read_late(path, abstract_state):
@@ -323,11 +328,11 @@ def test_a_newer_checkpoint_takes_the_place_of_one_that_is_gone_meanwhile(runs, 
             (folder / '40').rename(folder / '41')
         return read(path, abstract_state)
 
-    monkeypatch.setattr(checkpoint, 'restore_checkpoint', read_late)
-    assert trained.read(trained.find(str(tmp_path / 'b')), None).progress['step'] == 40
+    monkeypatch.setattr(checkpointing, 'restore_checkpoint', read_late)
+    assert trained_model.restore(trained_model.parse_checkpoint_ref(str(tmp_path / 'b')), None).progress['step'] == 40
     assert asked == ['40', '41']
-    with pytest.raises(evaluate.ConfigError, match=r'checkpoints/40: there is no such checkpoint; .* steps 41$'):
-        trained.read(trained.find(str(folder / '40')), None)
+    with pytest.raises(summary.ConfigError, match=r'checkpoints/40: there is no such checkpoint; .* steps 41$'):
+        trained_model.restore(trained_model.parse_checkpoint_ref(str(folder / '40')), None)
 
 
 # The arithmetic, by hand.
@@ -353,30 +358,30 @@ def test_errors_by_hand():
         ],
         np.float32,
     )
-    top1, top5 = ensemble.errors(scores, np.zeros(8, np.int32))
+    top1, top5 = metrics.errors(scores, np.zeros(8, np.int32))
     assert top1.tolist() == [False, True, True, True, True, True, True, True]
     assert top5.tolist() == [False, False, False, True, True, False, True, True]
-    top1, top5 = ensemble.errors(scores[:, :5], np.full(8, 1, np.int32))  # of five classes
+    top1, top5 = metrics.errors(scores[:, :5], np.full(8, 1, np.int32))  # of five classes
     assert top1.tolist() == [True, True, False, False, False, True, True, True]
     assert not top5.any()
 
 
 def test_figures_by_hand():
     scores = log([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.25, 0.5, 0.25], [0.1, 0.1, 0.8]])
-    found = ensemble.figures(scores, np.array([0, 1, 2, 2], np.int32))
+    found = metrics.error_rates(scores, np.array([0, 1, 2, 2], np.int32))
     loss = -(math.log(0.5) + math.log(0.3) + math.log(0.25) + math.log(0.8)) / 4
     assert found == pytest.approx({'loss': loss, 'top1_error': 0.5, 'top5_error': 0.0})
 
 
 def test_mixtures_by_hand():
     scores = [log([[0.5, 0.5, 0]]), log([[0.1, 0.2, 0.7]]), np.full((1, 3), np.nan, np.float32)]
-    mixed = ensemble.mixture(scores, [0.25, 0.75, 0])
+    mixed = metrics.average_log_probs(scores, [0.25, 0.75, 0])
     assert mixed.dtype == np.float32
     np.testing.assert_allclose(np.exp(mixed), [[0.2, 0.275, 0.525]], rtol=1e-6)
-    np.testing.assert_array_equal(ensemble.mixture(scores[:1], [1.0]), scores[0])
+    np.testing.assert_array_equal(metrics.average_log_probs(scores[:1], [1.0]), scores[0])
     tiny = np.array([[-200.0, -300.0]], np.float32)  # no probability of float32 is so small
-    np.testing.assert_allclose(ensemble.mixture([tiny, tiny], [0.5, 0.5]), tiny, rtol=1e-6)
-    assert np.isnan(ensemble.mixture(scores, [0.25, 0.5, 0.25])).all()
+    np.testing.assert_allclose(metrics.average_log_probs([tiny, tiny], [0.5, 0.5]), tiny, rtol=1e-6)
+    assert np.isnan(metrics.average_log_probs(scores, [0.25, 0.5, 0.25])).all()
 
 
 def synthetic(members: int, quality: list[float], seed: int) -> tuple[list[np.ndarray], np.ndarray]:
@@ -407,7 +412,7 @@ def test_fitted_weights_are_those_of_scipy(quality, seed):
         constraints={'type': 'eq', 'fun': lambda weights: weights.sum() - 1},
         options={'ftol': 1e-14},
     )
-    weights = ensemble.fit_weights(scores, labels)
+    weights = metrics.fit_weights(scores, labels)
     assert weights.sum() == pytest.approx(1, abs=1e-12)
     assert loss(weights) == pytest.approx(found.fun, abs=1e-9)
     np.testing.assert_allclose(weights, found.x, atol=5e-4)
@@ -419,14 +424,14 @@ def test_fitted_weights_by_hand():
     first = log([[1, 0], [1, 0], [1, 0], [0, 1]])
     second = log([[0, 1], [0, 1], [0, 1], [1, 0]])
     labels = np.zeros(4, np.int32)
-    np.testing.assert_allclose(ensemble.fit_weights([first, second], labels), [0.75, 0.25], atol=1e-6)
+    np.testing.assert_allclose(metrics.fit_weights([first, second], labels), [0.75, 0.25], atol=1e-6)
     # What is not a number is no probability; an image of which nothing is known does not count.
     first[3], second[:2] = np.nan, np.nan
     both = [np.concatenate([each, np.full((1, 2), np.nan, np.float32)]) for each in (first, second)]
-    np.testing.assert_allclose(ensemble.fit_weights(both, np.zeros(5, np.int32)), [0.75, 0.25], atol=1e-6)
+    np.testing.assert_allclose(metrics.fit_weights(both, np.zeros(5, np.int32)), [0.75, 0.25], atol=1e-6)
     # However small the probabilities are.
     small = [each - np.float32(2000) for each in (first, second)]
-    np.testing.assert_allclose(ensemble.fit_weights(small, labels), [0.75, 0.25], atol=1e-6)
+    np.testing.assert_allclose(metrics.fit_weights(small, labels), [0.75, 0.25], atol=1e-6)
 
 
 def test_weights_are_fitted_on_the_even_images_only():
@@ -434,18 +439,18 @@ def test_weights_are_fitted_on_the_even_images_only():
     scores = [log(generator.dirichlet([1] * 4, 40)) for _ in range(2)]
     labels = generator.integers(0, 4, 40).astype(np.int32)
     named = [{'checkpoint': name, 'step': 7} for name in 'xy']
-    found, _ = evaluate.summarise(named, scores, labels, list('abcd'), None)
+    found, _ = summary.summarize(named, scores, labels, list('abcd'), None)
     changed, odd = [member.copy() for member in scores], np.arange(1, 40, 2)
     changed[0][odd] = log(generator.dirichlet([1] * 4, 20))
-    other, _ = evaluate.summarise(named, changed, labels, list('abcd'), None)
+    other, _ = summary.summarize(named, changed, labels, list('abcd'), None)
     assert [m['weight'] for m in found['members']] == [m['weight'] for m in other['members']]
     assert found['members'][0]['loss'] != other['members'][0]['loss']
     changed = [member.copy() for member in scores]
     changed[0][::2] = log(generator.dirichlet([1] * 4, 20))
-    other, _ = evaluate.summarise(named, changed, labels, list('abcd'), None)
+    other, _ = summary.summarize(named, changed, labels, list('abcd'), None)
     assert found['members'][0]['weight'] != other['members'][0]['weight']
     assert found['members'][0]['loss'] == other['members'][0]['loss']
-    text = evaluate.as_text({'views': 10, **evaluate.summarise(named, scores, labels, list('abcd'), None)[0]})
+    text = summary.as_text({'views': 10, **summary.summarize(named, scores, labels, list('abcd'), None)[0]})
     assert text.startswith(
         '20 validation images, 10 views: every second one; the weights were fitted on the other 20\n'
     )
@@ -467,7 +472,7 @@ def test_classes_by_hand():
         ],
         np.float32,
     )
-    rows = ensemble.by_class(scores, np.array([0, 0, 0, 0, 0, 1, 1, 1, 2], np.int32), list('abcd'))
+    rows = metrics.per_class_errors(scores, np.array([0, 0, 0, 0, 0, 1, 1, 1, 2], np.int32), list('abcd'))
     assert rows == [
         {'name': 'a', 'images': 5, 'top1_error': 0.8, 'top5_error': 0, 'instead': 'b', 'instead_images': 3},
         {'name': 'b', 'images': 3, 'top1_error': 1, 'top5_error': 0, 'instead': 'a', 'instead_images': 1},
@@ -478,10 +483,10 @@ def test_classes_by_hand():
 
 def test_a_table_of_classes_without_images_or_errors():
     scores = log([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]])
-    report, _ = evaluate.summarise(
+    report, _ = summary.summarize(
         [{'checkpoint': 'x', 'step': 7}], scores[None], np.zeros(2, np.int32), 'abc', [1.0], True
     )
-    lines = evaluate.as_text({'views': 10, **report}).splitlines()
+    lines = summary.as_text({'views': 10, **report}).splitlines()
     assert lines[0] == '2 validation images, 10 views'
     assert lines[3].split() == ['x,', 'step', '7', '0.6020', '0.00%', '0.00%', '1.0000']
     assert [line.split() for line in lines[-3:]] == [['a', '2', '0.00%', '0.00%'], ['b', '0'], ['c', '0']]
@@ -544,8 +549,8 @@ def test_wrong_arguments_are_refused_before_jax_is_imported(runs, tmp_path, argu
     ],
 )
 def test_wrong_weights_are_refused(given, fit, reason):
-    with pytest.raises(evaluate.ConfigError) as error:
-        evaluate._weights(given.split(','), fit, 2)
+    with pytest.raises(summary.ConfigError) as error:
+        summary.ensemble_weights(given.split(','), fit, 2)
     assert str(error.value).startswith(reason)
 
 
@@ -559,7 +564,9 @@ def without_jax(folder: Path, instead: str = 'raise ImportError') -> str:
 @pytest.mark.slow
 def test_the_cpu_is_tuned_before_jax_is_imported(runs, tmp_path):
     ask = "import os, sys; sys.exit(os.environ['XLA_FLAGS'])"
-    tuned = execute('-c', f'from alexnet_jax import startup; startup.configure_cpu_backend(); {ask}', XLA_FLAGS='')
+    tuned = execute(
+        '-c', f'from alexnet_jax.runtime import backend; backend.configure_cpu_backend(); {ask}', XLA_FLAGS=''
+    )
     run = command(runs['a'], XLA_FLAGS='', PYTHONPATH=without_jax(tmp_path, ask))
     assert (run.returncode, run.stderr) == (1, tuned.stderr)
 
@@ -619,11 +626,11 @@ def test_what_cannot_be_evaluated_is_refused_and_left_as_it_is(runs, photos_dir,
         for run, reason in zip(refused, by_command.values(), strict=True):
             assert refusal(run).startswith(reason)
     for (name, folder), reason in by_function.items():
-        members = [trained.find(str(each)) for each in ((b, name) if name == larger else (name,))]
-        with pytest.raises((evaluate.ConfigError, checkpoint.CheckpointError)) as error:
-            trained.store_of(members, folder and str(folder))
+        members = [trained_model.parse_checkpoint_ref(str(each)) for each in ((b, name) if name == larger else (name,))]
+        with pytest.raises((summary.ConfigError, checkpointing.CheckpointError)) as error:
+            trained_model.open_eval_dataset(members, folder and str(folder))
         assert str(error.value).startswith(reason)
     assert traces(tmp_path) == before
     with pytest.raises(SystemExit, match='2'):
-        trained.store_of([trained.find(str(gone))], str(nowhere))
+        trained_model.open_eval_dataset([trained_model.parse_checkpoint_ref(str(gone))], str(nowhere))
     assert capfd.readouterr().err.startswith('alexnet_jax: config.data.source: /nowhere is no folder; folder:DIR wants')

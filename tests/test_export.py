@@ -21,9 +21,12 @@ import safetensors.numpy
 from flax import nnx
 from jax import export as jax_export
 
-from alexnet_jax import export, step, trained
 from alexnet_jax.config import ConfigError, default_config, resolve
+from alexnet_jax.convert import export
+from alexnet_jax.inference import trained_model
 from alexnet_jax.presets import PRESETS
+from alexnet_jax.training.eval_step import make_predict_step
+from alexnet_jax.training.state import TrainState, build_model
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ['tench', 'Gänse "grau"', 'a, b', *(f'class {i}' for i in range(9))]
@@ -33,7 +36,7 @@ CASES = {
     'paper': ('paper', {**SMALL, **STRONG, 'data.image_size': 107, 'data.crop_size': 96}),  # fc6 sees 2 x 2 pixels
     'krizhevsky2012': (
         'krizhevsky2012',
-        {'data.crop_size': 64, 'model.spatial_norm_alpha': 0.05, **SMALL, **STRONG},
+        {'data.crop_size': 64, 'model.spatial_lrn_alpha': 0.05, **SMALL, **STRONG},
     ),
     'no_exchange': ('no_exchange', {**SMALL, **STRONG, 'data.image_size': 107, 'data.crop_size': 96}),
     'caffe': ('caffe', {'data.crop_size': 67, **SMALL, **STRONG}),
@@ -51,12 +54,12 @@ CASES = {
             'data.crop_size': 64,
             'model.widths': (8, 16, 24, 16, 0, 24, 0),
             'model.kernel_sizes': (8, 4, 3, 2, 3),
-            'model.unshared': ('conv4',),
-            'model.exchange': ('conv2',),
+            'model.locally_connected': ('conv4',),
+            'model.cross_tower': ('conv2',),
             'model.activation': 'tanh',
             'model.overlapping_pool': False,
             'model.dropout': 0.2,
-            'model.dropout_before': ('fc6', 'fc8'),
+            'model.dropout_on_inputs_of': ('fc6', 'fc8'),
         },
     ),
 }
@@ -73,7 +76,7 @@ def settings(preset, changes):
 def weights(config):
     """Random ones: activations, and logits, are of about 1."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(step.network(config)[1], jax.random.key(0))
+    shapes = jax.eval_shape(build_model(config)[1], jax.random.key(0))
 
     def one(path, leaf):
         layer, kind = path[-2].key, path[-1].key
@@ -82,11 +85,11 @@ def weights(config):
             return rng.uniform(low, high, leaf.shape).astype(np.float32)
         std = 0.1
         if kind == 'kernel':
-            halved = layer in config.model.dropout_before and not config.model.inverted_dropout
-            inputs = leaf.shape[2:3] if layer in config.model.unshared else leaf.shape[:-1]
+            halved = layer in config.model.dropout_on_inputs_of and not config.model.inverted_dropout
+            inputs = leaf.shape[2:3] if layer in config.model.locally_connected else leaf.shape[:-1]
             std = np.sqrt((8 if halved else 2) / np.prod(inputs))
         if (layer, kind) == ('conv1', 'kernel'):
-            std *= np.mean(config.data.divisor) / 64
+            std *= np.mean(config.data.std) / 64
         return (std * rng.standard_normal(leaf.shape)).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(one, shapes)
@@ -109,14 +112,14 @@ def statistics(config):
 
 def network_of(config):
     params, batch_statistics = weights(config)
-    return trained.Network(
+    return trained_model.TrainedModel(
         name='run',
         workdir='',
         step=321,
         digest='',
         config=config,
         mesh=None,
-        state=step.TrainState(np.int32(321), params, {}, batch_statistics),
+        state=TrainState(np.int32(321), params, {}, batch_statistics),
         statistics=statistics(config),
         class_names=CLASSES,
     )
@@ -141,8 +144,8 @@ def logits_of(network, centres):
         'channel': network.statistics['mean_rgb'],
         'none': 0.0,
     }[data.mean]
-    inputs = ((centres - mean) / np.array(data.divisor)).astype(np.float32)
-    graph, state = step.network(network.config)[0], network.state
+    inputs = ((centres - mean) / np.array(data.std)).astype(np.float32)
+    graph, state = build_model(network.config)[0], network.state
     model = jax.jit(lambda params, means, x: nnx.merge(graph, params, means)(x))
     return np.asarray(model(state.params, state.statistics, inputs))
 
@@ -228,8 +231,8 @@ def on_a_mesh(tmp_path_factory):
     config = settings(preset, {**changes, 'mesh.data': 4, 'mesh.model': 2, 'train.batch_size': 32})
     workdir = str(tmp_path_factory.mktemp('runs') / 'run')
     params, batch_statistics = weights(config)
-    trained.create(workdir, config, params, batch_statistics, statistics(config), CLASSES)
-    return trained.load(trained.find(workdir))
+    trained_model.import_weights_as_run(workdir, config, params, batch_statistics, statistics(config), CLASSES)
+    return trained_model.load_model(trained_model.parse_checkpoint_ref(workdir))
 
 
 @pytest.mark.slow
@@ -238,8 +241,8 @@ def test_exports_of_a_sharded_network_give_what_its_prediction_gives(on_a_mesh, 
     assert dict(network.mesh.shape) == {'data': 4, 'model': 2}
     assert not network.state.params['fc6']['kernel'].sharding.is_fully_replicated
     stored, centres = pictures(network.config)
-    predict = step.make_predict_step(network.config, network.mesh, views=1)
-    wanted = np.stack(list(network.rows(predict, stored, network.batch_size(len(stored)))))
+    predict = make_predict_step(network.config, network.mesh, views=1)
+    wanted = np.stack(list(network.predict_batches(predict, stored, network.batch_size(len(stored)))))
     for ending, run in (('stablehlo', run_stablehlo), ('onnx', run_onnx)):
         export.write(network, str(tmp_path / f'net.{ending}'))
         given = jax.nn.log_softmax(run(tmp_path / f'net.{ending}', centres))
@@ -274,7 +277,7 @@ def test_safetensors_have_the_settings_of_the_run_whatever_devices_there_are(on_
     written['mesh']['data'] = 8
     written['data']['data_dir'] = '/home/somebody'
     path.write_text(json.dumps(written))
-    network = trained.load(trained.find(str(tmp_path / 'run')))
+    network = trained_model.load_model(trained_model.parse_checkpoint_ref(str(tmp_path / 'run')))
     assert network.config.mesh.model == 1  # 16 devices are too many
     export.write(network, str(tmp_path / 'net.safetensors'))
     with safetensors.safe_open(tmp_path / 'net.safetensors', 'numpy') as file:

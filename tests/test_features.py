@@ -11,10 +11,12 @@ import pytest
 from flax import nnx
 from small_runs import centre, make_run, small_config, store_of
 
-from alexnet_jax import features, trained
 from alexnet_jax.config import ConfigError
-from alexnet_jax.data.pipeline import Store, validation_batches
-from alexnet_jax.step import make_activation_fn, network
+from alexnet_jax.data.dataset import PreparedDataset
+from alexnet_jax.data.loader import validation_batches
+from alexnet_jax.inference import feature_index, trained_model
+from alexnet_jax.training.eval_step import make_activation_fn
+from alexnet_jax.training.state import build_model
 
 pytestmark = pytest.mark.slow
 
@@ -25,24 +27,26 @@ def config(photos_dir):
 
 
 @pytest.fixture(scope='module')
-def store(config) -> Store:
+def store(config) -> PreparedDataset:
     return store_of(config)
 
 
 @pytest.fixture(scope='module')
-def loaded(config, tmp_path_factory) -> trained.Network:
-    return trained.load(trained.find(make_run(tmp_path_factory.mktemp('runs') / 'run', config)))
+def loaded(config, tmp_path_factory) -> trained_model.TrainedModel:
+    return trained_model.load_model(
+        trained_model.parse_checkpoint_ref(make_run(tmp_path_factory.mktemp('runs') / 'run', config))
+    )
 
 
 @pytest.fixture(scope='module')
-def index(loaded, store) -> features.Index:
-    return features.index_of(loaded, store)
+def index(loaded, store) -> feature_index.FeatureIndex:
+    return feature_index.build_or_load_index(loaded, store)
 
 
 def eager(loaded, image: np.ndarray) -> dict[str, np.ndarray]:
     """What each layer gives for one image, without compiled step, mesh and augment.py."""
     state = jax.device_get(loaded.state)
-    model = nnx.merge(network(loaded.config)[0], state.params, state.statistics)
+    model = nnx.merge(build_model(loaded.config)[0], state.params, state.statistics)
     outputs = model.activations(jnp.asarray(centre(image, loaded.config, loaded.statistics))[None])
     return {layer: np.asarray(output[0]) for layer, output in outputs.items()}
 
@@ -59,7 +63,7 @@ def test_features_are_those_of_each_image_in_order(loaded, store, index):
 
 def test_the_nearest_are_those_of_brute_force_and_an_image_is_nearest_to_itself(index):
     numbers = np.arange(0, len(index.features), 97)
-    found, distances = features.nearest(index, np.asarray(index.features[numbers]), 7)
+    found, distances = feature_index.nearest_neighbors(index, np.asarray(index.features[numbers]), 7)
     assert found.shape == distances.shape == (len(numbers), 7)
     every = np.asarray(index.features, np.float64)
     for row, number in enumerate(numbers):
@@ -71,18 +75,20 @@ def test_the_nearest_are_those_of_brute_force_and_an_image_is_nearest_to_itself(
 
 
 def test_blocks_do_not_matter_and_damaged_records_are_never_near(monkeypatch):
-    monkeypatch.setattr(features, 'BLOCK', 10)
+    monkeypatch.setattr(feature_index, 'BLOCK', 10)
     rows = np.random.default_rng(0).normal(size=(37, 5)).astype(np.float32)
     rows[20] = rows[3]
     rows[[4, 36]] = np.nan
-    found, distances = features.nearest(features.Index(rows, 'fc7'), rows[[3, 35]], 35)
+    found, distances = feature_index.nearest_neighbors(feature_index.FeatureIndex(rows, 'fc7'), rows[[3, 35]], 35)
     assert found[0, :2].tolist() == [3, 20]  # of equal ones the first
     assert found[1, 0] == 35
     assert not set(found.flat) & {4, 36}
     assert np.isfinite(distances).all()
-    equal = features.Index(np.zeros((300, 5), np.float32), 'fc7')
-    assert features.nearest(equal, rows[:1], 40)[0].tolist() == [list(range(40))]
-    assert np.isinf(features.nearest(features.Index(rows, 'fc7'), rows[:1], 37)[1][0, -2:]).all()
+    equal = feature_index.FeatureIndex(np.zeros((300, 5), np.float32), 'fc7')
+    assert feature_index.nearest_neighbors(equal, rows[:1], 40)[0].tolist() == [list(range(40))]
+    assert np.isinf(
+        feature_index.nearest_neighbors(feature_index.FeatureIndex(rows, 'fc7'), rows[:1], 37)[1][0, -2:]
+    ).all()
 
 
 class Interrupted:
@@ -104,20 +110,20 @@ class Interrupted:
 
 
 def test_an_interrupted_index_goes_on_where_it_stood(config, store, index, tmp_path, monkeypatch):
-    monkeypatch.setattr(features, 'SAVE_SECONDS', 0.0)
-    loaded = trained.load(trained.find(make_run(tmp_path / 'run', config)))
+    monkeypatch.setattr(feature_index, 'SAVE_SECONDS', 0.0)
+    loaded = trained_model.load_model(trained_model.parse_checkpoint_ref(make_run(tmp_path / 'run', config)))
     stopped = Interrupted(store.train, 2000)
     with pytest.raises(KeyboardInterrupt):
-        features.index_of(loaded, Store(stopped, None, {}, [], store.fingerprint))
+        feature_index.build_or_load_index(loaded, PreparedDataset(stopped, None, {}, [], store.fingerprint))
     (state,) = (tmp_path / 'run').glob('features/*/state.json')
     done = json.loads(state.read_text())['done']
     assert 0 < done <= 2000
     rest = Interrupted(store.train, np.inf)
-    again = features.index_of(loaded, Store(rest, None, {}, [], store.fingerprint))
+    again = feature_index.build_or_load_index(loaded, PreparedDataset(rest, None, {}, [], store.fingerprint))
     np.testing.assert_array_equal(again.features, index.features)
     assert min(set(rest.asked) - {0}) >= done  # 0: asked for the shape of an image
     finished = Interrupted(store.train, 0)
-    features.index_of(loaded, Store(finished, None, {}, [], store.fingerprint))
+    feature_index.build_or_load_index(loaded, PreparedDataset(finished, None, {}, [], store.fingerprint))
     assert finished.asked == []
 
 
@@ -129,37 +135,37 @@ def test_a_share_of_batches_from_a_later_one_on(store):
 
 
 def test_damaged_and_foreign_files_of_features_are_named(config, store, tmp_path, monkeypatch):
-    loaded = trained.load(trained.find(make_run(tmp_path / 'run', config)))
+    loaded = trained_model.load_model(trained_model.parse_checkpoint_ref(make_run(tmp_path / 'run', config)))
     few = Interrupted(store.train, 2000)
     with pytest.raises(KeyboardInterrupt):
-        features.index_of(loaded, Store(few, None, {}, [], store.fingerprint))
+        feature_index.build_or_load_index(loaded, PreparedDataset(few, None, {}, [], store.fingerprint))
     (file,) = (tmp_path / 'run').glob('features/*/features.npy')
     (file.parent / 'state.json').write_text('{"done": 48}')
     file.write_bytes(b'no array')
     with pytest.raises(ConfigError, match=r'features.npy cannot be used .*; remove .*, and it is made anew$'):
-        features.index_of(loaded, store)
+        feature_index.build_or_load_index(loaded, store)
     (file.parent / 'state.json').unlink()
-    monkeypatch.setattr(features.shutil, 'disk_usage', lambda folder: type('Usage', (), {'free': 1000}))
+    monkeypatch.setattr(feature_index.shutil, 'disk_usage', lambda folder: type('Usage', (), {'free': 1000}))
     with pytest.raises(ConfigError, match=r'0.0 GB of features, and 0.0 GB are free; make room$'):
-        features.index_of(loaded, store)
+        feature_index.build_or_load_index(loaded, store)
 
 
 WIDE = {
     'model__widths': (8, 16, 16, 16, 16, 32, 32),
-    'model__after_conv': ('activation lrn pool', 'activation', 'activation', 'activation', 'activation'),
+    'model__conv_ops': ('activation lrn pool', 'activation', 'activation', 'activation', 'activation'),
 }
 
 
 @pytest.mark.parametrize(('layout', 'data', 'model'), [('towers', 4, 2), ('hybrid', 2, 4), ('data', 8, 1)])
 def test_outputs_of_every_layer_on_a_mesh_are_those_of_one_device(photos_dir, store, tmp_path, layout, data, model):
     config = small_config(photos_dir, **WIDE, mesh__layout=layout, mesh__data=data, mesh__model=model)
-    loaded = trained.load(trained.find(make_run(tmp_path / 'run', config)))
+    loaded = trained_model.load_model(trained_model.parse_checkpoint_ref(make_run(tmp_path / 'run', config)))
     assert dict(loaded.mesh.shape) == {'data': data, 'model': model}
     images = [store.train[number]['image'] for number in range(11)]
     expected = {number: eager(loaded, images[number]) for number in (0, 10)}
     for layer in ('conv1', 'conv3', 'conv5', 'fc6', 'fc7', 'fc8'):
         compiled = make_activation_fn(loaded.config, loaded.mesh, layer)
-        rows = list(loaded.rows(compiled, images, batch_size=8))
+        rows = list(loaded.predict_batches(compiled, images, batch_size=8))
         assert len(rows) == 11
         for number, outputs in expected.items():
             assert rows[number].shape == outputs[layer].shape
@@ -168,14 +174,14 @@ def test_outputs_of_every_layer_on_a_mesh_are_those_of_one_device(photos_dir, st
 
 def test_features_of_a_network_without_hidden_dense_layers_are_maps(photos_dir, store, tmp_path):
     config = small_config(photos_dir, model__widths=(8, 0, 0, 0, 16, 0, 0))
-    loaded = trained.load(trained.find(make_run(tmp_path / 'run', config)))
-    few = Store(Few(store.train), None, {}, [], store.fingerprint)
-    index = features.index_of(loaded, few)
+    loaded = trained_model.load_model(trained_model.parse_checkpoint_ref(make_run(tmp_path / 'run', config)))
+    few = PreparedDataset(Few(store.train), None, {}, [], store.fingerprint)
+    index = feature_index.build_or_load_index(loaded, few)
     assert (index.layer, index.features.shape) == ('conv5', (50, 8 * 8 * 16))
     expected = eager(loaded, store.train[49]['image'])['conv5'].reshape(-1)
     np.testing.assert_allclose(index.features[49], expected, rtol=1e-4, atol=1e-5)
-    queries = features.of_images(loaded, index, [store.train[number]['image'] for number in (3, 49)])
-    found, distances = features.nearest(index, queries, 2)
+    queries = feature_index.extract_features(loaded, index, [store.train[number]['image'] for number in (3, 49)])
+    found, distances = feature_index.nearest_neighbors(index, queries, 2)
     assert found[:, 0].tolist() == [3, 49]
     assert distances[:, 0].tolist() == [0, 0]
 
@@ -196,33 +202,33 @@ class Few:
 
 
 def test_a_whole_index_is_read_where_nothing_can_be_written(config, store, index, tmp_path, capfd):
-    loaded = trained.load(trained.find(make_run(tmp_path / 'run', config)))
-    few = Store(Few(store.train), None, {}, [], store.fingerprint)
-    made = features.index_of(loaded, few)
+    loaded = trained_model.load_model(trained_model.parse_checkpoint_ref(make_run(tmp_path / 'run', config)))
+    few = PreparedDataset(Few(store.train), None, {}, [], store.fingerprint)
+    made = feature_index.build_or_load_index(loaded, few)
     (folder,) = (tmp_path / 'run' / 'features').iterdir()
     before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
-    again = features.index_of(loaded, few)
+    again = feature_index.build_or_load_index(loaded, few)
     assert isinstance(again.features, np.memmap)
     assert again.features.mode == made.features.mode == 'r'
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
-    other = Store(Few(store.train), None, {}, [], 'of other images')
+    other = PreparedDataset(Few(store.train), None, {}, [], 'of other images')
     with open(tmp_path / 'run' / 'features' / 'blocked', 'w'):
-        features.index_of(loaded, other)
+        feature_index.build_or_load_index(loaded, other)
     said = capfd.readouterr().err
     assert f'blocked, {folder.name} are of other weights or images, and may be removed' in said
 
 
 def test_one_process_at_a_time_computes_features(config, store, tmp_path):
-    loaded = trained.load(trained.find(make_run(tmp_path / 'run', config)))
-    few = Store(Few(store.train), None, {}, [], store.fingerprint)
-    features.index_of(loaded, few)
+    loaded = trained_model.load_model(trained_model.parse_checkpoint_ref(make_run(tmp_path / 'run', config)))
+    few = PreparedDataset(Few(store.train), None, {}, [], store.fingerprint)
+    feature_index.build_or_load_index(loaded, few)
     (folder,) = (tmp_path / 'run' / 'features').iterdir()
     (folder / 'state.json').unlink()
     with open(folder / 'lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match='another process is computing these features; wait for it'):
-            features.index_of(loaded, few)
-    assert features.index_of(loaded, few).features.shape == (50, 32)
+            feature_index.build_or_load_index(loaded, few)
+    assert feature_index.build_or_load_index(loaded, few).features.shape == (50, 32)
 
 
 def test_create_refuses_what_is_there_and_leaves_nothing_half_made(config, tmp_path):

@@ -16,7 +16,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from alexnet_jax.config import ConfigError, apply_overrides, default_config, preset_config, resolve
-from alexnet_jax.figures import confusion, curves, kernels, maps, neighbours, network, predictions, style
+from alexnet_jax.plots import confusion, curves, feature_maps, kernels, neighbors, network, predictions, style
 from alexnet_jax.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
@@ -169,7 +169,7 @@ def test_kernels_without_a_range_are_grey(value):
 @pytest.mark.parametrize(('side', 'gap'), [(1, 1), (6, 1), (13, 1), (27, 2), (55, 3)])
 def test_maps_stand_in_rows_on_one_scale(side, gap):
     values = np.random.default_rng(5).normal(size=(side, side, 40)).astype(np.float32) ** 2
-    figure = maps.draw(image(), values, 'conv3', 2)
+    figure = feature_maps.draw(image(), values, 'conv3', 2)
     picture, first, second, bar = figure.axes
     np.testing.assert_array_equal(picture.images[0].get_array(), image())
     for tower, axes in enumerate((first, second)):
@@ -186,11 +186,11 @@ def test_maps_stand_in_rows_on_one_scale(side, gap):
 
 def test_maps_of_both_signs_have_zero_in_the_middle_and_odd_ones_are_drawn():
     values = np.array([-1, 3], np.float32).reshape(1, 1, 2)
-    figure = maps.draw(image(channels=1), values, 'fc8', 1)
+    figure = feature_maps.draw(image(channels=1), values, 'fc8', 1)
     assert figure.axes[1].images[0].get_clim() == (-3, 3)
     assert 'fc8: 2 units' in texts(figure)
     for odd in (np.zeros((3, 3, 2)), np.full((3, 3, 2), np.nan), np.array([[[np.inf, 1]]])):
-        check_print(maps.draw(image(), odd.astype(np.float32), 'conv5', 2))
+        check_print(feature_maps.draw(image(), odd.astype(np.float32), 'conv5', 2))
 
 
 # Predictions and neighbours
@@ -226,17 +226,17 @@ def test_many_predictions_and_neighbours_are_not_in_each_others_way(count):
     long = 'German short-haired pointer, that is a hunting dog of great endurance'
     top = [(long, 0.99), *((f'{long} {i}', 0.0) for i in range(3)), ('x', float('nan'))]
     check_print(predictions.draw([predictions.Prediction(image(), f'{long}.png', long, top)] * count))
-    near = neighbours.Neighbours(image(), f'{long}.png', [image()] * 6, [long] * 6, [12345.678] * 6, long)
-    check_print(neighbours.draw([near] * count))
+    near = neighbors.Neighbors(image(), f'{long}.png', [image()] * 6, [long] * 6, [12345.678] * 6, long)
+    check_print(neighbors.draw([near] * count))
 
 
 def test_neighbours_stand_beside_their_query_and_those_of_its_class_are_framed():
     found = [image(seed) for seed in range(1, 7)]
     labels = ['dog', 'cat', 'dog', 'dog', 'van', 'cat']
     distances = [0.0, 0.004, 1.5, 22.25, 333.0, 4444.4]
-    known = neighbours.Neighbours(image(), 'file.png', found, labels, distances, 'dog')
-    unknown = neighbours.Neighbours(image(9), 'other.png', found[:2], labels[:2], distances[:2])
-    figure = neighbours.draw([known, unknown])
+    known = neighbors.Neighbors(image(), 'file.png', found, labels, distances, 'dog')
+    unknown = neighbors.Neighbors(image(9), 'other.png', found[:2], labels[:2], distances[:2])
+    figure = neighbors.draw([known, unknown])
     query, *rest = figure.axes[:7]
     np.testing.assert_array_equal(query.images[0].get_array(), known.query)
     for axes, picture, label, distance in zip(
@@ -253,7 +253,7 @@ def test_neighbours_stand_beside_their_query_and_those_of_its_class_are_framed()
     check_print(figure)
 
 
-@pytest.mark.parametrize(('module', 'most'), [(predictions, 100), (neighbours, 50)])
+@pytest.mark.parametrize(('module', 'most'), [(predictions, 100), (neighbors, 50)])
 def test_there_are_neither_no_pictures_nor_too_many(module, most):
     for rows in ([], [None] * (most + 1)):
         with pytest.raises(ValueError, match=f'{len(rows)} .* 1 to {most}'):
@@ -422,7 +422,7 @@ def test_pooling_of_layers_that_are_left_out_stays():
 
 def test_logits_that_see_one_tower_stand_in_it():
     config = default_config()
-    apply_overrides(config, {'model.exchange': ('conv3',)})
+    apply_overrides(config, {'model.cross_tower': ('conv3',)})
     figure = draw_network(resolve(config))
     assert {('fc8', 0), ('fc8', 1)} <= set(boxes(figure))
     assert [arrow for arrow in arrows(figure) if arrow[0] == 'fc8'] == [('fc8', 0, 0), ('fc8', 1, 1)]
@@ -679,10 +679,10 @@ def odd_figures():
     top = [(name, 0.2) for name in ODD_NAMES]
     return {
         'kernels': kernels.draw(np.ones((3, 3, 3, 4), np.float32), 2),
-        'maps': maps.draw(image(), np.ones((3, 3, 4), np.float32), 'conv1', 2),
+        'maps': feature_maps.draw(image(), np.ones((3, 3, 4), np.float32), 'conv1', 2),
         'predictions': predictions.draw([predictions.Prediction(image(), name, name, top) for name in ODD_NAMES]),
-        'neighbours': neighbours.draw(
-            [neighbours.Neighbours(image(), name, [image()] * 7, ODD_NAMES, [1.0] * 7, name) for name in ODD_NAMES[2:4]]
+        'neighbours': neighbors.draw(
+            [neighbors.Neighbors(image(), name, [image()] * 7, ODD_NAMES, [1.0] * 7, name) for name in ODD_NAMES[2:4]]
         ),
         'network': draw_network(preset('paper'), ' '.join(ODD_NAMES)),
         'curves': curves.draw({name: [line(1, 'train', 1.0)] for name in ODD_NAMES}),

@@ -13,10 +13,11 @@ from matplotlib.text import Text
 from PIL import Image
 from small_runs import centre, make_run, small_config, store_of
 
-from alexnet_jax import trained
 from alexnet_jax.config import ConfigError
-from alexnet_jax.figures import kernels, runs
-from alexnet_jax.pictures import Picture
+from alexnet_jax.figures import from_run
+from alexnet_jax.inference import trained_model
+from alexnet_jax.inference.images import ImageInput
+from alexnet_jax.plots import kernels
 
 pytestmark = pytest.mark.slow
 
@@ -45,15 +46,15 @@ def run(config, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def loaded(run):
-    return trained.load(trained.find(run))
+    return trained_model.load_model(trained_model.parse_checkpoint_ref(run))
 
 
 def test_maps_are_those_of_the_layer(loaded, config):
     """Against a loop over windows: conv1, stride 8, padded by zeros after the last row and column, then ReLU."""
     store = store_of(config)
-    shown = [Picture(f'{i}', store.validation[i]['image'], None) for i in (3, 40)]
+    shown = [ImageInput(f'{i}', store.validation[i]['image'], None) for i in (3, 40)]
     kernel = np.asarray(loaded.state.params['conv1']['kernel'])
-    for picture, figure in zip(shown, runs.maps_of(loaded, iter(shown), 'conv1', 2), strict=True):
+    for picture, figure in zip(shown, from_run.plot_feature_maps(loaded, iter(shown), 'conv1', 2), strict=True):
         np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), picture.pixels[4:68, 4:68])
         seen = np.pad(centre(picture.pixels, config, store.statistics), ((0, 3), (0, 3), (0, 0)))
         sheets = [axes.images[0].get_array().filled(np.nan) for axes in figure.axes[1:3]]
@@ -61,7 +62,7 @@ def test_maps_are_those_of_the_layer(loaded, config):
             value = float(np.sum(seen[8 * y : 8 * y + 11, 8 * x : 8 * x + 11] * kernel[..., n], dtype=np.float64))
             drawn = sheets[n // 4][y, n % 4 * 8 + n % 4 + x]
             assert drawn == pytest.approx(max(value, 0), rel=1e-4, abs=1e-4)
-    logits = next(runs.maps_of(loaded, iter(shown[:1]), 'fc8', 1))
+    logits = next(from_run.plot_feature_maps(loaded, iter(shown[:1]), 'fc8', 1))
     assert 'fc8: 16 units' in texts(logits)
 
 
@@ -70,10 +71,10 @@ def test_a_training_image_is_its_own_nearest_neighbour(loaded, config):
     numbers = [5, 700]
     examples = [store.train[i] for i in numbers]
     own = [
-        Picture(f'/data/{i}.png', example['image'], store.class_names[example['label']])
+        ImageInput(f'/data/{i}.png', example['image'], store.class_names[example['label']])
         for i, example in zip(numbers, examples, strict=True)
     ]
-    figure = runs.neighbours_of(loaded, store, own)
+    figure = from_run.plot_neighbors(loaded, store, own)
     for row, picture in enumerate(own):
         query, first, *others = figure.axes[7 * row : 7 * row + 7]
         np.testing.assert_array_equal(query.images[0].get_array(), picture.pixels)
@@ -85,7 +86,7 @@ def test_a_training_image_is_its_own_nearest_neighbour(loaded, config):
 
 
 def test_kernels_are_those_of_the_checkpoint(loaded):
-    figure = runs.kernels_of(loaded)
+    figure = from_run.plot_kernels(loaded)
     kernel = np.asarray(loaded.state.params['conv1']['kernel'])
     shares = kernels.saturation(kernel, 2)
     assert f'tower 2: 4 kernels, colour saturation {shares[1]:.2f}' in texts(figure)
@@ -107,16 +108,16 @@ def test_runs_of_a_sweep_are_those_that_have_begun(tmp_path):
         if text is not None:
             (folder / name / 'metrics.jsonl').write_text(text)
     write_sweep(folder, ['a/seed_0', 'a/seed_1', 'a/seed_2', 'b/seed_0'])
-    found = runs.find_runs([str(folder)])
+    found = from_run.find_runs([str(folder)])
     assert found == {name: str(folder / name) for name in ('a/seed_0', 'b/seed_0')}
-    assert list(runs.find_runs([f'{tmp_path}/x/', f'{tmp_path}/y', f'{tmp_path}/x'])) == ['x', 'y']
-    assert list(runs.find_runs([f'{tmp_path}/x'])) == ['x']
+    assert list(from_run.find_runs([f'{tmp_path}/x/', f'{tmp_path}/y', f'{tmp_path}/x'])) == ['x', 'y']
+    assert list(from_run.find_runs([f'{tmp_path}/x'])) == ['x']
     write_sweep(folder, ['a/seed_1', 'a/seed_2'])
     with pytest.raises(ConfigError, match='no run has begun'):
-        runs.find_runs([str(folder)])
+        from_run.find_runs([str(folder)])
     (folder / 'sweep.json').write_text('{"runs": [1]}')
     with pytest.raises(ConfigError, match=r'sweep\.json is damaged'):
-        runs.find_runs([str(folder)])
+        from_run.find_runs([str(folder)])
 
 
 def command(*arguments, cwd=ROOT):

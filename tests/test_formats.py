@@ -17,14 +17,15 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save
 
-from alexnet_jax.formats import FormatError, caffe_file, recognise, safetensors_file, torch_file
+from alexnet_jax.convert import caffe_file, safetensors_file, torch_file
+from alexnet_jax.convert.formats import FormatError, detect_format
 
 FIXTURES = Path(__file__).parent / 'fixtures'
 ZIP, LEGACY = ((FIXTURES / f'torchvision_{name}.pth').read_bytes() for name in ('zip', 'legacy'))
 
 
 def read(path: Path) -> object:
-    kind = recognise(str(path))
+    kind = detect_format(str(path))
     return {'torch': torch_file, 'safetensors': safetensors_file, 'caffe': caffe_file}[kind].read(str(path))
 
 

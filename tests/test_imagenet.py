@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax.data import pipeline
-from alexnet_jax.prepare import Settings
+from alexnet_jax.data import dataset
+from alexnet_jax.prepare.writer import PrepareConfig
 
 pytestmark = pytest.mark.slow
 
@@ -74,8 +74,8 @@ def test_tars_to_trained_network(tmp_path):
     assert [result['views'][views]['examples'] for views in ('1', '10')] == [VALIDATION_IMAGES] * 2
     assert '3/3 steps' in run.stderr
 
-    given = Settings('tfds:imagenet2012')
-    store = pipeline.open_store(pipeline.dataset_dir(str(tmp_path / 'data'), given), given)
+    given = PrepareConfig('tfds:imagenet2012')
+    store = dataset.open_store(dataset.dataset_dir(str(tmp_path / 'data'), given), given)
     assert len(store.class_names) == 1000
     assert (len(store.train), len(store.validation)) == (4 * len(SYNSETS) + 2, VALIDATION_IMAGES)
     assert store.train[0]['image'].shape == (256, 256, 3)

@@ -7,7 +7,7 @@ import pytest
 import zoo
 from PIL import Image
 
-from alexnet_jax.data.images import UnreadableImage, read_image, square
+from alexnet_jax.data.images import UnreadableImage, read_image, resize_and_center_crop
 
 ZOO = zoo.zoo()
 
@@ -19,7 +19,7 @@ def test_the_zoo(name):
         with pytest.raises(UnreadableImage, match=expected):
             read_image(content)
         return
-    pixels = square(read_image(content), 32)
+    pixels = resize_and_center_crop(read_image(content), 32)
     assert (pixels.shape, pixels.dtype) == ((32, 32, 3), np.uint8)
     np.testing.assert_allclose(pixels.mean((0, 1)), expected, atol=3)
     if name == 'turned.jpg':
@@ -32,17 +32,17 @@ def test_the_zoo(name):
 def test_one_channel_is_luminance():
     image = Image.new('RGB', (80, 70), zoo.COLOUR)
     for picture in (image, image.convert('L')):
-        pixels = square(picture, 64, channels=1)
+        pixels = resize_and_center_crop(picture, 64, channels=1)
         assert pixels.shape == (64, 64, 1)
         np.testing.assert_allclose(pixels, zoo.GREY, atol=1)
-    np.testing.assert_array_equal(square(image.convert('L'), 64), np.full((64, 64, 3), zoo.GREY))
+    np.testing.assert_array_equal(resize_and_center_crop(image.convert('L'), 64), np.full((64, 64, 3), zoo.GREY))
 
 
 def test_arrays_are_pictures():
     generator = np.random.default_rng(0)
     for shape in ((28, 28), (28, 28, 3)):
         pixels = generator.integers(0, 256, shape, np.uint8)
-        result = square(read_image(pixels), 28)
+        result = resize_and_center_crop(read_image(pixels), 28)
         np.testing.assert_array_equal(result, np.broadcast_to(pixels.reshape(28, 28, -1), (28, 28, 3)))
 
 
@@ -51,7 +51,7 @@ def test_square_takes_the_centre_after_scaling_the_shorter_side(width, height):
     """A ramp along the longer side: the centre keeps the middle value and the slope of the scale."""
     ramp = np.broadcast_to(np.linspace(0, 255, max(width, height)), (min(width, height), max(width, height)))
     ramp = (ramp if width >= height else ramp.T).astype(np.uint8)
-    result = square(Image.fromarray(ramp), 64)
+    result = resize_and_center_crop(Image.fromarray(ramp), 64)
     assert result.shape == (64, 64, 3)
     along = result[32, :, 0].astype(float) if width >= height else result[:, 32, 0].astype(float)
     longer = max(width, height) / min(width, height)
@@ -80,7 +80,7 @@ def test_the_filter_is_bicubic(width, height):
     scaled = bicubic_matrix(height, rows) @ pixels.astype(float) @ bicubic_matrix(width, columns).T
     top, left = (rows - size) // 2, (columns - size) // 2
     expected = scaled[top : top + size, left : left + size]
-    result = square(Image.fromarray(pixels), size, channels=1)[..., 0]
+    result = resize_and_center_crop(Image.fromarray(pixels), size, channels=1)[..., 0]
     # Pillow rounds to eight bits between the two directions.
     np.testing.assert_allclose(result, expected, atol=1.2)
 
@@ -88,12 +88,14 @@ def test_the_filter_is_bicubic(width, height):
 def test_of_a_very_long_picture_the_middle_is_taken():
     pixels = np.zeros((5000, 2, 3), np.uint8)
     pixels[2490:2510] = zoo.COLOUR
-    result = square(Image.fromarray(pixels), 32)
+    result = resize_and_center_crop(Image.fromarray(pixels), 32)
     np.testing.assert_array_equal(result[16], np.broadcast_to(zoo.COLOUR, (32, 3)))
 
 
 def test_a_very_long_picture_does_not_fill_the_memory():
-    assert square(Image.new('L', (1, 2_000_000), 7), 256, channels=1).max() == 7  # scaled whole it would be 130 GB
+    assert (
+        resize_and_center_crop(Image.new('L', (1, 2_000_000), 7), 256, channels=1).max() == 7
+    )  # scaled whole it would be 130 GB
 
 
 def test_sixteen_bits_keep_the_upper_eight():

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from alexnet_jax.config import ConfigError
-from alexnet_jax.instruments import Profile, as_scalars, check_wandb, parse_profile
+from alexnet_jax.training.profiler import StepProfiler, parse_profile
+from alexnet_jax.training.trackers import as_scalars, check_wandb
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('compiled_programs')]
@@ -130,11 +131,11 @@ def test_the_trace_has_the_steps_asked_for(watched):
 
 
 def test_steps_that_never_came_are_told(capfd, tmp_path):
-    profile = Profile((5000, 5005), str(tmp_path))
+    profile = StepProfiler((5000, 5005), str(tmp_path))
     profile.at(3, None)
     profile.end(None)
     assert 'no trace: this run did not come to step 5000 of --profile' in capfd.readouterr().err
-    Profile(None, str(tmp_path)).end(None)
+    StepProfiler(None, str(tmp_path)).end(None)
     assert capfd.readouterr().err == ''
 
 

@@ -7,8 +7,10 @@ import pytest
 from flax import nnx
 from test_net145 import WIDTHS, make
 
-from alexnet_jax import augment, config, parallel, shapes, step
+from alexnet_jax import augment, config, parallel, shapes
 from alexnet_jax.model import AlexNet
+from alexnet_jax.training.state import TrainState, init_state, state_specs
+from alexnet_jax.training.train_step import make_train_step
 
 SIZE, CLASSES, BATCH = 96, 10, 8
 # Where each convolution's output after ReLU stands in the NumPy program.
@@ -66,9 +68,9 @@ def test_one_update(case, data, model):
     rates['conv1'] = {'kernel': np.float32(0), 'bias': np.float32(0)}
     rates['conv3']['kernel'] = np.float32(1e-3)
 
-    state = step.init_state(resolved, mesh)
-    place = parallel.shardings(mesh, step.state_specs(resolved, mesh))
-    state = step.TrainState(
+    state = init_state(resolved, mesh)
+    place = parallel.shardings(mesh, state_specs(resolved, mesh))
+    state = TrainState(
         state.step,
         jax.device_put(params, place.params),
         (*state.opt_state[:-1], state.opt_state[-1]._replace(trace=velocities)),
@@ -77,10 +79,10 @@ def test_one_update(case, data, model):
     state = jax.device_put(state, place)
     moments = {'mean_image': np.zeros((SIZE, SIZE, 3)), 'mean_rgb': np.zeros(3)}
     moments |= {'eigenvalues': np.ones(3), 'eigenvectors': np.eye(3)}
-    rows = {'image': images, 'label': labels, 'number': np.arange(BATCH, dtype=np.uint32)}
+    rows = {'image': images, 'label': labels, 'example_id': np.arange(BATCH, dtype=np.uint32)}
     rows = parallel.make_global_batch(parallel.batch_sharding(mesh, 'towers'), rows)
-    prepared = augment.preprocessing(moments, resolved.data)
-    state, metrics = step.make_train_step(resolved, mesh)(state, rows, rates, prepared)
+    prepared = augment.make_preprocess_params(moments, resolved.data)
+    state, metrics = make_train_step(resolved, mesh)(state, rows, rates, prepared)
 
     ones = {'fc6': np.ones((BATCH, WIDTHS[5])), 'fc7': np.ones((BATCH, WIDTHS[6]))}
     loss, gradients = net145.gradients(params, images, labels, ones)

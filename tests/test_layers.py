@@ -535,7 +535,7 @@ def test_overhanging_max_pool_and_its_gradient_are_the_loop(window, stride, side
     mixed, cotangent = distinct((2, *sides, 3), 3), distinct((2, *pooled, 3), 4)
 
     def both(x, cotangent):
-        y, back = jax.vjp(lambda x: max_pool(x, window, stride, overhang=True), x)
+        y, back = jax.vjp(lambda x: max_pool(x, window, stride, ceil_mode=True), x)
         return y, *back(cotangent)
 
     both = jax.jit(both)
@@ -551,13 +551,13 @@ def test_overhanging_max_pool_and_its_gradient_are_the_loop(window, stride, side
 
 def test_overhanging_max_pool_of_24_pixels_gives_12_and_then_6():
     x = jnp.asarray(distinct((1, 24, 24, 1), 5))
-    over = jax.jit(lambda x: max_pool(x, 3, 2, overhang=True))
+    over = jax.jit(lambda x: max_pool(x, 3, 2, ceil_mode=True))
     once, inside = over(x), jax.jit(max_pool, static_argnums=(1, 2))(x, 3, 2)
     assert (once.shape, over(once).shape, inside.shape) == ((1, 12, 12, 1), (1, 6, 6, 1), (1, 11, 11, 1))
     np.testing.assert_array_equal(once[:, :11, :11], inside)
 
 
 def test_overhanging_max_pool_keeps_bfloat16():
-    y = max_pool(jnp.full((1, 4, 4, 1), -3, jnp.bfloat16), 3, 2, overhang=True)
+    y = max_pool(jnp.full((1, 4, 4, 1), -3, jnp.bfloat16), 3, 2, ceil_mode=True)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(y, np.float32), np.full((1, 2, 2, 1), -3))

@@ -9,9 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from alexnet_jax import augment, config, parallel, step
-from alexnet_jax.checkpoint import Checkpointer, CheckpointError, state_digest
+from alexnet_jax import augment, config, parallel
 from alexnet_jax.shapes import LAYERS
+from alexnet_jax.training.checkpointing import Checkpointer, CheckpointError, state_digest
+from alexnet_jax.training.eval_step import make_eval_step, make_layer_stats_fn, make_predict_step, topk_errors
+from alexnet_jax.training.state import abstract_state, init_state
+from alexnet_jax.training.train_step import make_train_step
 
 # Machine code that is run for some steps or never need not be fast; what is done on which device is the same.
 FAST = {'xla_backend_optimization_level': 0}
@@ -44,7 +47,7 @@ def batch(number: int, settings) -> dict[str, np.ndarray]:
     return {
         'image': generator.integers(0, 256, (size, 72, 72, 3), dtype=np.uint8),
         'label': generator.integers(0, 10, size, dtype=np.int32),
-        'number': np.arange(number * size, (number + 1) * size, dtype=np.uint32),
+        'example_id': np.arange(number * size, (number + 1) * size, dtype=np.uint32),
     }
 
 
@@ -59,11 +62,11 @@ def make_global_batch(settings, mesh, rows):
 
 def train(settings, steps: int):
     mesh = parallel.make_mesh(settings)
-    prepared = augment.preprocessing(STATISTICS, settings.data)
-    state, losses = step.init_state(settings, mesh), []
+    prepared = augment.make_preprocess_params(STATISTICS, settings.data)
+    state, losses = init_state(settings, mesh), []
     initial = state_digest(state)
     rows = [make_global_batch(settings, mesh, batch(number, settings)) for number in range(steps)]
-    lowered = step.make_train_step(settings, mesh).lower(state, rows[0], rates(0.01), prepared)
+    lowered = make_train_step(settings, mesh).lower(state, rows[0], rates(0.01), prepared)
     train_step = lowered.compile(FAST)
     for number in range(steps):
         state, metrics = train_step(state, rows[number], rates(0.01), prepared)
@@ -193,7 +196,7 @@ def test_every_leaf_lies_as_its_layout_says(layout, data, model, shard_optimizer
 
 @pytest.mark.slow
 def test_gradients_travel_as_bfloat16_where_asked(runs):
-    settings = small_config(4, 2, {'mesh': {'gradient_dtype': 'bfloat16'}})
+    settings = small_config(4, 2, {'mesh': {'grad_allreduce_dtype': 'bfloat16'}})
     _, _, losses, _ = train(settings, 10)
     difference = np.abs(np.array(losses) - runs[1, 1][2])
     assert 1e-6 < difference.max() < 5e-3
@@ -230,8 +233,8 @@ def test_evaluation_is_the_same_on_every_mesh(runs, views):
         mesh, state = runs[shape][:2]
         rows = batch(99, settings)
         rows['label'][-3:] = -1  # padding
-        eval_step = step.make_eval_step(settings, mesh, views)
-        prepared = augment.preprocessing(STATISTICS, settings.data)
+        eval_step = make_eval_step(settings, mesh, views)
+        prepared = augment.make_preprocess_params(STATISTICS, settings.data)
         sums.append(np.asarray(eval_step(state, make_global_batch(settings, mesh, rows), prepared)))
     assert sums[0][3] == 13
     np.testing.assert_allclose(sums, np.broadcast_to(sums[0], (4, 4)), rtol=2e-5)
@@ -246,10 +249,10 @@ def test_hybrid_evaluates_as_one_device(runs, views, model):
     state, sums = runs[1, 1][1], []
     for settings in [small_config(1, 1), small_config(8 // model, model, {'mesh': {'layout': 'hybrid'}})]:
         mesh = parallel.make_mesh(settings)
-        eval_step = step.make_eval_step(settings, mesh, views)
-        abstract = step.abstract_state(settings, mesh)
+        eval_step = make_eval_step(settings, mesh, views)
+        abstract = abstract_state(settings, mesh)
         moved = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), state, abstract)
-        prepared = augment.preprocessing(STATISTICS, settings.data)
+        prepared = augment.make_preprocess_params(STATISTICS, settings.data)
         sums.append(np.asarray(eval_step(moved, make_global_batch(settings, mesh, rows), prepared)))
     np.testing.assert_allclose(sums[1], sums[0], rtol=2e-5)
     assert sums[1][3] == 13
@@ -264,13 +267,13 @@ def test_a_checkpoint_moves_between_meshes(runs, tmp_path):
     sharded_hybrid = {'layout': 'hybrid', 'shard_optimizer': True}
     for settings in [small_config(1, 1), small_config(8, 1), small_config(2, 4, {'mesh': sharded_hybrid})]:
         mesh = parallel.make_mesh(settings)
-        restored, progress = checkpoints.restore(step.abstract_state(settings, mesh))
+        restored, progress = checkpoints.restore(abstract_state(settings, mesh))
         assert progress['step'] == 10
         assert state_digest(restored) == state_digest(state)
         assert restored.params['fc6']['kernel'].sharding.mesh == mesh
-        prepared = augment.preprocessing(STATISTICS, settings.data)
+        prepared = augment.make_preprocess_params(STATISTICS, settings.data)
         rows = make_global_batch(settings, mesh, batch(10, settings))
-        restored, _ = step.make_train_step(settings, mesh)(restored, rows, rates(0.01), prepared)
+        restored, _ = make_train_step(settings, mesh)(restored, rows, rates(0.01), prepared)
         assert int(restored.step) == 11
     checkpoints.close()
 
@@ -287,7 +290,7 @@ def damage(checkpoint: Path) -> None:
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(runs, tmp_path, capsys):
     settings = small_config(1, 1)
     mesh, state = runs[1, 1][:2]
-    abstract = step.abstract_state(settings, mesh)
+    abstract = abstract_state(settings, mesh)
     checkpoints = Checkpointer(str(tmp_path), keep=2)
     for number in (10, 20):
         numbered = dataclasses.replace(state, step=np.int32(number))
@@ -329,10 +332,10 @@ def test_newest_and_best_checkpoints_are_kept(runs, tmp_path):
 
 def test_scores_that_are_not_numbers_count_as_errors():
     scores = np.full((2, 10), np.nan, np.float32)
-    top1, top5 = step._errors(jax.numpy.asarray(scores), jax.numpy.array([0, 3]))
+    top1, top5 = topk_errors(jax.numpy.asarray(scores), jax.numpy.array([0, 3]))
     np.testing.assert_array_equal([top1, top5], np.ones((2, 2)))
     scores = np.arange(20, dtype=np.float32).reshape(2, 10)
-    top1, top5 = step._errors(jax.numpy.asarray(scores), jax.numpy.array([9, 4]))
+    top1, top5 = topk_errors(jax.numpy.asarray(scores), jax.numpy.array([9, 4]))
     np.testing.assert_array_equal([top1, top5], [[0, 1], [0, 1]])
 
 
@@ -355,12 +358,12 @@ def lowered_step(settings):
     shapes = {
         'image': struct((rows, size, size, 3), np.uint8),
         'label': struct((rows,), np.int32),
-        'number': struct((rows,), np.uint32),
+        'example_id': struct((rows,), np.uint32),
     }
     prepared = {'mean': struct((size, size, 3), np.float32), 'color': struct((3, 3), np.float32)}
     prepared |= {'divisor': struct((), np.float32), 'scale': struct((3,), np.float32)}
-    train_step = step.make_train_step(settings, mesh)
-    return train_step.lower(step.abstract_state(settings, mesh), shapes, rates(0.01), prepared)
+    train_step = make_train_step(settings, mesh)
+    return train_step.lower(abstract_state(settings, mesh), shapes, rates(0.01), prepared)
 
 
 def compiled_step(data: int, model: int, batch_size: int, **mesh) -> str:
@@ -481,16 +484,18 @@ def test_images_of_a_chunk_share_a_window_and_a_reflection():
     row = batch(0, one)
     losses = {}
     for chunk in (8, 1):
-        groups = {'model': {'dropout': 0.0}, 'data': {'color': 'none', 'crop_chunk': chunk}, 'train': {'batch_size': 8}}
+        groups = {
+            'model': {'dropout': 0.0},
+            'data': {'color': 'none', 'crop_group_size': chunk},
+            'train': {'batch_size': 8},
+        }
         settings = small_config(1, 1, groups)
         mesh = parallel.make_mesh(settings)
         rows = {name: np.repeat(values, 8, 0) for name, values in row.items()}
-        rows['number'] = np.arange(8, dtype=np.uint32)
-        prepared = augment.preprocessing(STATISTICS, settings.data)
-        train_step = step.make_train_step(settings, mesh)
-        _, metrics = train_step(
-            step.init_state(settings, mesh), make_global_batch(settings, mesh, rows), rates(0), prepared
-        )
+        rows['example_id'] = np.arange(8, dtype=np.uint32)
+        prepared = augment.make_preprocess_params(STATISTICS, settings.data)
+        train_step = make_train_step(settings, mesh)
+        _, metrics = train_step(init_state(settings, mesh), make_global_batch(settings, mesh, rows), rates(0), prepared)
         losses[chunk] = float(metrics['loss'])
     np.testing.assert_allclose(losses[8], loss_of_one, rtol=1e-6)
     assert abs(losses[1] / loss_of_one - 1) > 1e-4
@@ -498,8 +503,8 @@ def test_images_of_a_chunk_share_a_window_and_a_reflection():
 
 NORMED = ('activation pool batch_norm',) * 2 + ('activation batch_norm',) * 2 + ('activation pool',)
 OTHER_NETWORKS = {
-    'batch_norm_and_lars': {'model': {'after_conv': NORMED}, 'optimizer': {'trust_coefficient': 1.0}},
-    'no_exchange': {'model': {'exchange': ('fc8',)}},
+    'batch_norm_and_lars': {'model': {'conv_ops': NORMED}, 'optimizer': {'trust_coefficient': 1.0}},
+    'no_exchange': {'model': {'cross_tower': ('fc8',)}},
 }
 
 
@@ -509,9 +514,9 @@ def four_steps(network: str, layout: str, data: int, model: int, shard_optimizer
     groups = OTHER_NETWORKS[network] | {'mesh': {'layout': layout, 'shard_optimizer': shard_optimizer}}
     settings = small_config(data, model, groups)
     mesh, state, losses, _ = train(settings, 4)
-    prepared = augment.preprocessing(STATISTICS, settings.data)
+    prepared = augment.make_preprocess_params(STATISTICS, settings.data)
     images = make_global_batch(settings, mesh, batch(99, settings))['image']
-    report = step.make_layer_stats_fn(settings, mesh)(state, images, prepared)
+    report = make_layer_stats_fn(settings, mesh)(state, images, prepared)
     return *jax.device_get((state, losses, report)), state.statistics
 
 
@@ -549,10 +554,10 @@ def test_predictions_are_those_of_one_device(runs, layout, data, model):
     for settings in (small_config(1, 1), small_config(data, model, {'mesh': {'layout': layout}})):
         mesh = parallel.make_mesh(settings)
         state = jax.tree.map(
-            lambda leaf, like: jax.device_put(leaf, like.sharding), runs[1, 1][1], step.abstract_state(settings, mesh)
+            lambda leaf, like: jax.device_put(leaf, like.sharding), runs[1, 1][1], abstract_state(settings, mesh)
         )
         images = make_global_batch(settings, mesh, batch(99, settings))['image']
-        prepared = augment.preprocessing(STATISTICS, settings.data)
-        predictions.append(np.asarray(step.make_predict_step(settings, mesh, 1)(state, images, prepared)))
+        prepared = augment.make_preprocess_params(STATISTICS, settings.data)
+        predictions.append(np.asarray(make_predict_step(settings, mesh, 1)(state, images, prepared)))
     np.testing.assert_allclose(np.exp(predictions[0]).sum(-1), 1, rtol=1e-5)
     np.testing.assert_allclose(predictions[1], predictions[0], rtol=0, atol=2e-5)

@@ -1,5 +1,6 @@
 """The network against an independent program in TensorFlow: outputs, shapes, parameters, ablations, dropout, towers."""
 
+import dataclasses
 import functools
 
 import jax
@@ -195,15 +196,15 @@ VARIATIONS = [
     ({'conv1_padding': (2, 2)}, {'zeros': (2, 2)}),  # torchvision
     ({'lrn_across_towers': True}, {'across': True}),
     (
-        {'after_conv': ('activation pool lrn', 'lrn pool activation', 'activation lrn', '', 'activation pool')},
+        {'conv_ops': ('activation pool lrn', 'lrn pool activation', 'activation lrn', '', 'activation pool')},
         {'after': ('act pool lrn', 'lrn pool act', 'act lrn', '', 'act pool')},
     ),
-    ({'dropout_before': ('fc6', 'fc7')}, {'halved': ('fc6', 'fc7')}),
+    ({'dropout_on_inputs_of': ('fc6', 'fc7')}, {'halved': ('fc6', 'fc7')}),
     ({'inverted_dropout': True}, {'halved': ()}),
-    ({'exchange': ('fc8',)}, {'cross_tower': ('conv1', 'fc8')}),
-    ({'exchange': ('conv4', 'fc7')}, {'cross_tower': ('conv1', 'conv4', 'fc7')}),
+    ({'cross_tower': ('fc8',)}, {'cross_tower': ('conv1', 'fc8')}),
+    ({'cross_tower': ('conv4', 'fc7')}, {'cross_tower': ('conv1', 'conv4', 'fc7')}),
     (
-        {'widths': (8, 16, 0, 16, 8, 24, 20), 'exchange': ('conv4', 'fc6', 'fc7', 'fc8')},
+        {'widths': (8, 16, 0, 16, 8, 24, 20), 'cross_tower': ('conv4', 'fc6', 'fc7', 'fc8')},
         {'cross_tower': ('conv1', 'conv4', 'fc6', 'fc7', 'fc8')},
     ),
     ({'widths': (8, 16, 24, 16, 0, 24, 0)}, {}),
@@ -227,7 +228,7 @@ def test_variations_are_those_of_the_independent_program(fields, options):
 
 
 def test_layers_without_a_nonlinearity_have_outputs_too():
-    config = model_config(**SMALL, after_conv=('lrn pool', 'activation pool', '', 'pool activation', ''))
+    config = model_config(**SMALL, conv_ops=('lrn pool', 'activation pool', '', 'pool activation', ''))
     parameters = random_parameters(network(config, 67)[1], bias_std=0.3)
     images = np.random.default_rng(2).standard_normal((2, 67, 67, 3)).astype(np.float32)
     graph, _ = network(config, 67)
@@ -279,7 +280,7 @@ def observed_sizes(config, crop_size):
 
 def layer_sizes(config, crop_size):
     """Sides after conv1, pool1, conv2, pool2, conv3, conv4, conv5, pool5, by the arithmetic of the package."""
-    conv1, conv2, conv3, conv4, conv5 = shapes.layers(config, crop_size, 3)[:5]
+    conv1, conv2, conv3, conv4, conv5 = shapes.layer_table(config, crop_size, 3)[:5]
     sides = [layer.output[0] for layer in (conv1, conv2, conv3, conv4, conv5)]
     return [sides[0], conv1.pooled[0], sides[1], conv2.pooled[0], *sides[2:], conv5.pooled[0]]
 
@@ -372,9 +373,9 @@ def test_initial_values(fields, stds, biases):
 @pytest.mark.parametrize(
     ('initializer', 'kernel', 'bias'),
     [  # standard deviation of a kernel with 3 x 3 x 48 inputs and 96 outputs; bound of the biases
-        ('xavier', (2 / (9 * 48 + 9 * 96)) ** 0.5, 0),
-        ('he', (2 / (9 * 48)) ** 0.5, 0),
-        ('torch', (1 / (3 * 9 * 48)) ** 0.5, (9 * 48) ** -0.5),
+        ('glorot_uniform', (2 / (9 * 48 + 9 * 96)) ** 0.5, 0),
+        ('he_normal', (2 / (9 * 48)) ** 0.5, 0),
+        ('torch_default', (1 / (3 * 9 * 48)) ** 0.5, (9 * 48) ** -0.5),
     ],
 )
 def test_initializers(initializer, kernel, bias):
@@ -385,7 +386,7 @@ def test_initializers(initializer, kernel, bias):
     conv4 = jax.device_get(nnx.to_pure_dict(nnx.state(module, nnx.Param)))['conv4']
     assert conv4['kernel'].shape == (3, 3, 48, 96)
     assert abs(conv4['kernel'].std() / kernel - 1) < 4 / np.sqrt(conv4['kernel'].size)
-    if initializer != 'he':
+    if initializer != 'he_normal':
         assert np.abs(conv4['kernel']).max() == pytest.approx(kernel * np.sqrt(3), rel=1e-3)  # uniform
     assert np.abs(conv4['bias']).max() == pytest.approx(bias, rel=0.05)
 
@@ -393,7 +394,11 @@ def test_initializers(initializer, kernel, bias):
 @pytest.mark.slow
 def test_weights_that_pixels_do_not_share_have_the_fans_of_one_pixel():
     config = model_config(
-        widths=(24, 64, 96, 96, 96, 128, 256), num_classes=100, unshared=('conv3',), initializer='he', towers=1
+        widths=(24, 64, 96, 96, 96, 128, 256),
+        num_classes=100,
+        locally_connected=('conv3',),
+        initializer='he_normal',
+        towers=1,
     )
     module = AlexNet(config, crop_size=64, rngs=nnx.Rngs(params=1))
     kernel = nnx.to_pure_dict(nnx.state(module, nnx.Param))['conv3']['kernel']
@@ -403,7 +408,7 @@ def test_weights_that_pixels_do_not_share_have_the_fans_of_one_pixel():
 
 def test_inverted_dropout_scales_what_it_keeps():
     config, parameters = masks_network(0.2)
-    inverted = model_config(**config.to_dict() | {'inverted_dropout': True})
+    inverted = dataclasses.replace(config, inverted_dropout=True)
     images, keys = np.zeros((8, 64, 64, 3), np.float32), jax.random.split(jax.random.key(5), 8)
     plain = logits_of(config, 64, parameters, images, keys)
     np.testing.assert_allclose(logits_of(inverted, 64, parameters, images, keys), plain / 0.8**2, rtol=1e-6)
@@ -488,7 +493,7 @@ def test_normalisation_stays_within_a_tower(layer, seen):
 
 @pytest.mark.parametrize('norm', ['lrn', 'batch_norm'])
 def test_bfloat16_is_near_float32(norm):
-    small = SMALL | {'after_conv': (f'activation {norm} pool', f'activation {norm} pool', *('activation',) * 2, 'pool')}
+    small = SMALL | {'conv_ops': (f'activation {norm} pool', f'activation {norm} pool', *('activation',) * 2, 'pool')}
     parameters = random_parameters(network(model_config(**small), 96)[1], bias_std=0.3)
     for layer in filter(lambda layer: layer.endswith('_norm'), parameters):
         parameters[layer]['var'] = 1 + np.abs(parameters[layer]['var'])

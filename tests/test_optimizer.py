@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from alexnet_jax.config import ConfigError, default_config, resolve, total_steps
-from alexnet_jax.optimizer import learning_rates, make_optimizer, plateau_init, plateau_next, scheduled_rate
+from alexnet_jax.optimizer import make_optimizer
+from alexnet_jax.schedules import learning_rate, learning_rate_tree, plateau_init, plateau_next
 
 RATES = [0.1] * 6 + [0.01] * 6
 SHAPES = {'convolution': (2, 2, 3, 4), 'matrix': (5, 4), 'bias': (4,)}
@@ -130,41 +131,43 @@ def run_config(batch_size=10, **fields):
     return resolve(config)
 
 
-def rates_at(config, steps, examples=100, drops_taken=0):
-    return [scheduled_rate(config, step, examples, drops_taken) for step in steps]
+def rates_at(config, steps, examples=100, decays_taken=0):
+    return [learning_rate(config, step, examples, decays_taken) for step in steps]
 
 
 def test_constant_rate():
     config = run_config(schedule='constant', learning_rate=0.02)
-    assert rates_at(config, [0, 1, 10**6], drops_taken=2) == [0.02] * 3
+    assert rates_at(config, [0, 1, 10**6], decays_taken=2) == [0.02] * 3
 
 
 def test_rate_drops_by_epochs_steps_and_images():
     # 100 images in batches of 10: 2 epochs are 20 steps, 4000 images are 400.
-    config = run_config(schedule='steps', learning_rate=0.8, divisor=2.0, drops=('2 epochs', '30 steps', '4000 images'))
-    rates = rates_at(config, [0, 19, 20, 29, 30, 399, 400, 10**6], drops_taken=2)
+    config = run_config(
+        schedule='steps', learning_rate=0.8, decay_factor=2.0, milestones=('2 epochs', '30 steps', '4000 images')
+    )
+    rates = rates_at(config, [0, 19, 20, 29, 30, 399, 400, 10**6], decays_taken=2)
     assert rates == [0.8, 0.8, 0.4, 0.4, 0.2, 0.2, 0.1, 0.1]
 
 
 def test_rate_falls_with_a_power_of_what_is_left():
-    config = run_config(schedule='poly', learning_rate=0.8, power=2.0)
-    steps = total_steps(config, 100)
+    config = run_config(schedule='poly', learning_rate=0.8, poly_power=2.0)
+    steps = total_steps(config.train, 100)
     assert steps == 900
     expected = [0.8, 0.8 * 0.75**2, 0.2, 0.8 / 900**2, 0.0, 0.0]
     np.testing.assert_allclose(rates_at(config, [0, 225, 450, 899, 900, 901]), expected, rtol=1e-12)
-    straight = run_config(schedule='poly', learning_rate=0.8, power=1.0)
+    straight = run_config(schedule='poly', learning_rate=0.8, poly_power=1.0)
     np.testing.assert_allclose(rates_at(straight, [0, 450, 810]), [0.8, 0.4, 0.08], rtol=1e-12)
 
 
 def test_epochs_count_by_the_data_set():
-    config = run_config(schedule='steps', learning_rate=1.0, divisor=2.0, drops=('1.5 epochs',))
+    config = run_config(schedule='steps', learning_rate=1.0, decay_factor=2.0, milestones=('1.5 epochs',))
     assert rates_at(config, [14, 15], examples=100) == [1.0, 0.5]
     assert rates_at(config, [29, 30], examples=200) == [1.0, 0.5]
 
 
 def test_rate_of_the_plateau_schedule():
-    config = run_config(schedule='plateau', learning_rate=0.01, divisor=10.0)
-    rates = [rates_at(config, [0, 10**6], drops_taken=drops) for drops in range(4)]
+    config = run_config(schedule='plateau', learning_rate=0.01, decay_factor=10.0)
+    rates = [rates_at(config, [0, 10**6], decays_taken=drops) for drops in range(4)]
     np.testing.assert_allclose(rates, [[1e-2] * 2, [1e-3] * 2, [1e-4] * 2, [1e-5] * 2], rtol=1e-12)
 
 
@@ -175,7 +178,9 @@ def test_warmup_is_linear(warmup):
 
 
 def test_warmup_scales_the_schedule():
-    config = run_config(schedule='steps', learning_rate=0.8, divisor=2.0, drops=('2 steps',), warmup='4 steps')
+    config = run_config(
+        schedule='steps', learning_rate=0.8, decay_factor=2.0, milestones=('2 steps',), warmup='4 steps'
+    )
     np.testing.assert_allclose(rates_at(config, range(5)), [0.2, 0.4, 0.3, 0.4, 0.4], rtol=1e-12)
 
 
@@ -199,21 +204,21 @@ ERRORS = [
 
 @pytest.mark.parametrize('saved', [False, True])  # through JSON and back between any two evaluations
 def test_plateau_drops(saved):
-    config = optimizer_config(patience=2, max_drops=2)
+    config = optimizer_config(patience=2, max_decays=2)
     state = plateau_init()
     lowest = 1.0
-    for error, waited, drops_taken in ERRORS:
+    for error, waited, decays_taken in ERRORS:
         if saved:
             restored = json.loads(json.dumps(state))
             assert restored == state
             state = restored
         state = plateau_next(state, error, config)
         lowest = min(lowest, error)
-        assert state == {'lowest_error': lowest, 'waited': waited, 'drops_taken': drops_taken}
+        assert state == {'lowest_error': lowest, 'waited': waited, 'decays_taken': decays_taken}
 
 
 def test_plateau_start():
-    assert plateau_init() == {'lowest_error': 1.0, 'waited': 0, 'drops_taken': 0}
+    assert plateau_init() == {'lowest_error': 1.0, 'waited': 0, 'decays_taken': 0}
 
 
 def test_plateau_of_the_paper_drops_three_times():
@@ -222,7 +227,7 @@ def test_plateau_of_the_paper_drops_three_times():
     drops = []
     for _ in range(20):
         state = plateau_next(state, 1.0, config)
-        drops.append(state['drops_taken'])
+        drops.append(state['decays_taken'])
     assert drops == [0, 0, 1, 1, 1, 2, 2, 2] + [3] * 12
 
 
@@ -237,9 +242,9 @@ DEXP = {'schedule': 'dexp', 'learning_rate': 0.01, 'bias_schedule': 'dexp', 'bia
 NAMES = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8')
 
 
-def all_rates(config, steps, examples=100, drops_taken=0):
+def all_rates(config, steps, examples=100, decays_taken=0):
     """Rates of kernels and of biases at `steps`, which have to be the same in all layers."""
-    every = [learning_rates(config, step, examples, drops_taken) for step in steps]
+    every = [learning_rate_tree(config, step, examples, decays_taken) for step in steps]
     for rates in every:
         assert tuple(rates) == NAMES
         assert all(layer == rates['conv1'] for layer in rates.values())
@@ -259,7 +264,7 @@ def test_dexp_over_90_epochs():
 def test_dexp_on_imagenet():
     # 90 * 1281167 / 128 are 900821 steps, and the parts begin behind 225205.25, 450410.5 and 675615.75 of them.
     config = run_config(batch_size=128, **DEXP)
-    assert total_steps(config, 1281167) == 900821
+    assert total_steps(config.train, 1281167) == 900821
     steps = [0, 225205, 225206, 450410, 450411, 675615, 675616, 900820]
     kernels = np.repeat([0.01, 0.01 / 250 ** (1 / 3), 0.01 / 250 ** (2 / 3), 0.00004], 2)
     biases = np.repeat([0.02, 0.002], 4)
@@ -289,7 +294,9 @@ def test_dexp_is_that_of_lr_cu(factor, parts, steps, late):
 
 
 def test_biases_of_the_same_schedule():
-    config = run_config(schedule='steps', learning_rate=0.8, divisor=2.0, drops=('20 steps',), bias_lr_multiplier=2.0)
+    config = run_config(
+        schedule='steps', learning_rate=0.8, decay_factor=2.0, milestones=('20 steps',), bias_lr_multiplier=2.0
+    )
     assert all_rates(config, [19, 20]) == [[0.8, 0.4], [1.6, 0.8]]
     dexp = run_config(**DEXP | {'bias_schedule': 'same'})
     np.testing.assert_allclose(all_rates(dexp, [0, 899]), [[0.01, 0.00004], [0.02, 0.00008]], rtol=1e-12)
@@ -297,8 +304,8 @@ def test_biases_of_the_same_schedule():
 
 @pytest.mark.parametrize('schedule', ['steps', 'plateau', 'dexp', 'poly'])
 def test_constant_biases_stay_while_kernels_drop(schedule):
-    fields = {'schedule': schedule, 'learning_rate': 0.01, 'drops': ('20 steps',), 'bias_lr_multiplier': 2.0}
-    kernels, biases = all_rates(run_config(bias_schedule='constant', **fields), [0, 450, 899], drops_taken=1)
+    fields = {'schedule': schedule, 'learning_rate': 0.01, 'milestones': ('20 steps',), 'bias_lr_multiplier': 2.0}
+    kernels, biases = all_rates(run_config(bias_schedule='constant', **fields), [0, 450, 899], decays_taken=1)
     assert kernels[2] < 0.0011
     assert biases == [0.02] * 3
 
@@ -325,7 +332,7 @@ def test_layer_rates():
         ('fc8/bias', '60 steps', 0.5),
         ('fc8/bias', '50', 0.7),  # the later entry wins from step 60 on too
     )
-    config = run_config(schedule='constant', learning_rate=0.8, bias_lr_multiplier=2.0, layer_rates=entries)
+    config = run_config(schedule='constant', learning_rate=0.8, bias_lr_multiplier=2.0, lr_overrides=entries)
     others = {name: {'kernel': 0.8, 'bias': 1.6} for name in NAMES}
     expected = {
         19: {},
@@ -341,14 +348,14 @@ def test_layer_rates():
     }
     for step, changed in expected.items():
         changed = {name: {'kernel': kernel, 'bias': bias} for name, (kernel, bias) in changed.items()}
-        assert learning_rates(config, step, 100, 0) == others | changed
+        assert learning_rate_tree(config, step, 100, 0) == others | changed
 
 
 def test_layer_rates_count_epochs_by_the_data_set_and_are_not_warmed_up():
     entries = (('fc7/kernel', '1 epoch', 0.5),)
-    config = run_config(schedule='constant', learning_rate=0.8, warmup='40 steps', layer_rates=entries)
+    config = run_config(schedule='constant', learning_rate=0.8, warmup='40 steps', lr_overrides=entries)
     for examples, first in ((100, 10), (200, 20)):
-        before, after = (learning_rates(config, step, examples, 0)['fc7']['kernel'] for step in (first - 1, first))
+        before, after = (learning_rate_tree(config, step, examples, 0)['fc7']['kernel'] for step in (first - 1, first))
         np.testing.assert_allclose([before, after], [0.8 * first / 40, 0.5], rtol=1e-12)
 
 
@@ -368,8 +375,8 @@ def test_layer_rates_count_epochs_by_the_data_set_and_are_not_warmed_up():
     ],
 )
 def test_layer_rates_refuse_what_is_no_parameter_time_and_rate(entry):
-    with pytest.raises(ConfigError, match=r'config\.optimizer\.layer_rates: .* is no parameter, time and rate'):
-        run_config(layer_rates=(('conv1/bias', '1 epoch', 0.0), entry))
+    with pytest.raises(ConfigError, match=r'config\.optimizer\.lr_overrides: .* is no parameter, time and rate'):
+        run_config(lr_overrides=(('conv1/bias', '1 epoch', 0.0), entry))
 
 
 @pytest.mark.parametrize(
@@ -377,8 +384,8 @@ def test_layer_rates_refuse_what_is_no_parameter_time_and_rate(entry):
     [('soon', "'soon' is no duration"), ('-1 epochs', 'is no duration'), ('0 steps', "the nearest is '1 step'")],
 )
 def test_layer_rates_refuse_a_wrong_time(time, answer):
-    with pytest.raises(ConfigError, match=rf'config\.optimizer\.layer_rates\[1\]: .*{answer}'):
-        run_config(layer_rates=(('conv1/bias', '1 epoch', 0.0), ('fc8/bias', time, 0.1)))
+    with pytest.raises(ConfigError, match=rf'config\.optimizer\.lr_overrides\[1\]: .*{answer}'):
+        run_config(lr_overrides=(('conv1/bias', '1 epoch', 0.0), ('fc8/bias', time, 0.1)))
 
 
 NET_SHAPES = {
@@ -414,16 +421,18 @@ def one_update(config, w, g, rate, *reduce_norms):
     return optimizer.update(g, optimizer.init(w), w)[0]
 
 
-@pytest.mark.parametrize('bias_decay', [False, True])
+@pytest.mark.parametrize('decay_biases', [False, True])
 @pytest.mark.parametrize('by_layer', [False, True])
-def test_weight_decays_by_hand(by_layer, bias_decay):
+def test_weight_decays_by_hand(by_layer, decay_biases):
     decays = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.0) if by_layer else None
-    config = optimizer_config(weight_decay=0.0625, weight_decays=decays, bias_decay=bias_decay, bias_lr_multiplier=4.0)
+    config = optimizer_config(
+        weight_decay=0.0625, layer_weight_decay=decays, decay_biases=decay_biases, bias_lr_multiplier=4.0
+    )
     w = {name: {'kernel': jnp.full((1, 1), 2.0), 'bias': jnp.full((1,), 3.0)} for name in NAMES}
     updates = one_update(config, w, jax.tree.map(jnp.zeros_like, w), 0.5)
     for name, decay in zip(NAMES, decays or [0.0625] * 8, strict=True):
         assert updates[name]['kernel'][0, 0] == -0.5 * decay * 2
-        assert updates[name]['bias'][0] == (-0.5 * 4 * decay * 3 if bias_decay else 0)
+        assert updates[name]['bias'][0] == (-0.5 * 4 * decay * 3 if decay_biases else 0)
 
 
 def test_rates_by_parameter_are_taken_as_they_are():

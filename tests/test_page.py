@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import evaluate, trained
 from alexnet_jax.config import resolve
-from alexnet_jax.data import pipeline
-from alexnet_jax.page import of_run, of_weights
-from alexnet_jax.page.settings import differences, published
-from alexnet_jax.run_folder import read_inputs, write_inputs
+from alexnet_jax.data import dataset
+from alexnet_jax.evaluate import summary
+from alexnet_jax.inference import trained_model
+from alexnet_jax.report import model_section, run_page
+from alexnet_jax.report.config_diff import differences, published
+from alexnet_jax.runtime.workdir import read_dataset_statistics, write_dataset_statistics
 from configs import imagenet, quickstart
 
 ROOT = Path(__file__).parent.parent
@@ -34,11 +35,11 @@ SETTINGS = {
     'seed': 3,
     'model.conv1_stride': 8,
     'model.widths': (16, 0, 0, 0, 32, 0, 64),
-    'model.after_conv': ('activation lrn', '', '', '', 'activation pool'),
+    'model.conv_ops': ('activation lrn', '', '', '', 'activation pool'),
     'model.kernel_std': (0.05,) * 8,
     'model.dropout': 0.0,
     'data.color': 'none',
-    'data.divisor': (64.0,),
+    'data.std': (64.0,),
     'optimizer.learning_rate': 0.02,
     'optimizer.schedule': 'constant',
     'train.steps': 40,
@@ -86,8 +87,8 @@ def folders(photos_dir, tmp_path_factory) -> dict[str, Path]:
     assert done.returncode == 0, done.stderr
 
     shutil.copytree(made['run'], made['hostile'])
-    statistics, names = read_inputs(str(made['run']))
-    write_inputs(str(made['hostile']), statistics, [HOSTILE.get(name, name) for name in names])
+    statistics, names = read_dataset_statistics(str(made['run']))
+    write_dataset_statistics(str(made['hostile']), statistics, [HOSTILE.get(name, name) for name in names])
 
     made['bare'].mkdir()
     shutil.copy(made['run'] / 'config.json', made['bare'])
@@ -427,7 +428,7 @@ def test_settings_are_those_that_were_changed(folders, parsed):
     assert head == ['setting', 'preset', 'this run']
     own = {name: value for name, value in SETTINGS.items() if name != 'seed'}
     of_quickstart = {'data.source', 'data.image_size', 'data.crop_size', 'model.num_classes', 'train.batch_size'}
-    of_quickstart |= {'train.epochs', 'train.stall_after', 'optimizer.drops', 'eval.batch_size'}
+    of_quickstart |= {'train.epochs', 'train.stall_after', 'optimizer.milestones', 'eval.batch_size'}
     found = {row[0]: row[1:] for row in rows}
     assert set(found) == set(own) | of_quickstart
     assert found['model.widths'] == ['(96, 256, 384, 384, 256, 4096, 4096)', '(16, 0, 0, 0, 32, 0, 64)']
@@ -471,13 +472,13 @@ def pixels(png: bytes) -> np.ndarray:
 
 @pytest.fixture(scope='module')
 def network(folders):
-    return trained.load(trained.find(str(folders['run'])))
+    return trained_model.load_model(trained_model.parse_checkpoint_ref(str(folders['run'])))
 
 
 @pytest.fixture(scope='module')
 def store(photos_dir):
     directory = next(Path(photos_dir).glob('prepared/*/prepared.json')).parent
-    return pipeline.open_store(str(directory), resolve(quickstart.get_config()).data)
+    return dataset.open_store(str(directory), resolve(quickstart.get_config()).data)
 
 
 def test_kernels_and_their_saturation(network, parsed):
@@ -502,7 +503,7 @@ def test_kernels_and_their_saturation(network, parsed):
 
 
 def test_predictions_are_those_of_the_evaluation(folders, store, pages, parsed):
-    _, scores, labels = evaluate.predict(trained.find(str(folders['run'])), store, 10)
+    _, scores, labels = summary.predict(trained_model.parse_checkpoint_ref(str(folders['run'])), store, 10)
     content = pages['run'].read_text()
     cards = re.findall(
         r'alt="validation image (\d+) of class (\w+)"><figcaption>(.*?)</figcaption><ol(.*?)</ol>', content
@@ -523,7 +524,7 @@ def test_predictions_are_those_of_the_evaluation(folders, store, pages, parsed):
 
 
 def test_neighbours_are_the_nearest_of_all_training_images(network, store, folders, pages, parsed):
-    from alexnet_jax.step import make_activation_fn
+    from alexnet_jax.training.eval_step import make_activation_fn
 
     (file,) = (folders['run'] / 'features').glob('fc7_*/features.npy')
     known = np.load(file).astype(np.float64)
@@ -537,7 +538,7 @@ def test_neighbours_are_the_nearest_of_all_training_images(network, store, folde
         number, label = re.match(r'.*?alt="validation image (\d+) of class (\w+)"', row).groups()
         query = store.validation[int(number)]
         np.testing.assert_array_equal(pixels(next(images)[1]), query['image'])
-        (output,) = network.rows(step, [query['image']], network.batch_size(1))
+        (output,) = network.predict_batches(step, [query['image']], network.batch_size(1))
         distances = np.sqrt(((known - output) ** 2).sum(-1))
         found = re.findall(
             r'<figure( class="same")?><img [^>]*alt="training image (\d+) of class (\w+)">.*?quiet">([\d.]+)<', row
@@ -633,7 +634,7 @@ def test_published_errors_have_a_line_of_their_own(tmp_path):
     write_json(tmp_path / 'config.json', config.to_dict())
     views = {'10': {'loss': 2.0, 'top1_error': 0.405, 'top5_error': 0.181, 'examples': 50000}}
     write_json(tmp_path / 'result.json', {'status': 'done', 'step': 900_000, 'views': views})
-    page = Page(of_run.page(str(tmp_path), None, True, 'command'))
+    page = Page(run_page.page(str(tmp_path), None, True, 'command'))
     assert page.cells('Result')[1:] == [
         ['this run', '10', '2.0000', '40.50 %', '18.10 %', '50,000'],
         ['published', '10', '', '40.664 %', '18.21 %', ''],
@@ -664,7 +665,7 @@ def test_a_run_that_has_not_begun(folders, parsed):
 
 
 def test_a_log_without_settings():
-    page = Page(of_run.page(str(ROOT / 'docs' / 'logs' / 'ablations' / 'base' / 'seed_0'), None, True, 'command'))
+    page = Page(run_page.page(str(ROOT / 'docs' / 'logs' / 'ablations' / 'base' / 'seed_0'), None, True, 'command'))
     assert 'no readable config.json' in page.text['What was run']
     assert [row[3] for row in page.cells('Result')[1:]] == ['14.81 %', '14.37 %']
     assert len(page.images['Curves']) == 1
@@ -677,7 +678,7 @@ def test_a_run_under_way_shows_its_last_errors(folders, tmp_path):
     lines = (folders['run'] / 'metrics.jsonl').read_text().splitlines(keepends=True)
     written = [line for line in lines if json.loads(line)['step'] <= 30]
     (tmp_path / 'metrics.jsonl').write_text(''.join(written) + '{"step": 40, "spl')
-    page = Page(of_run.page(str(tmp_path), None, True, 'command'))
+    page = Page(run_page.page(str(tmp_path), None, True, 'command'))
     first, *_, validation = [json.loads(line) for line in written if json.loads(line)['split'] == 'validation']
     assert validation['loss'] < first['loss'] - 1e-3
     assert 'Not done: at step 30. Validation: top-1 error' in page.text['']
@@ -685,7 +686,7 @@ def test_a_run_under_way_shows_its_last_errors(folders, tmp_path):
     assert row[:3] == ['this run, step 30', '1', f'{validation["loss"]:.4f}']
     assert float(row[3][:-2]) == pytest.approx(100 * validation['top1_error'], abs=5e-3)
     write_json(tmp_path / 'result.json', {'status': 'preempted', 'step': 30, 'views': {'1': validation}})
-    page = Page(of_run.page(str(tmp_path), None, True, 'command'))
+    page = Page(run_page.page(str(tmp_path), None, True, 'command'))
     assert 'Preempted, at step 30.' in page.text['']
     assert 'The run is preempted, at step 30; these are its last errors so far.' in page.text['Result']
 
@@ -705,7 +706,7 @@ GARBAGE = [
 def test_files_of_garbage_leave_a_page(tmp_path, text):
     for name in ('config.json', 'result.json', 'metrics.jsonl', 'layers.jsonl', 'environment.json', 'inputs.npz'):
         (tmp_path / name).write_text(text, errors='surrogateescape')
-    page = Page(of_run.page(str(tmp_path), None, True, 'command'))
+    page = Page(run_page.page(str(tmp_path), None, True, 'command'))
     assert [words for tag, words in page.headings if tag == 'h2'] == SECTIONS
     assert 'no readable config.json' in page.text['What was run'] or 'config.' in page.text['What was run']
     assert 'layers.jsonl is missing or has no line' in page.text['Layers'] or len(page.cells('Layers')) == 2
@@ -720,7 +721,7 @@ def test_without_the_images_there_are_kernels_and_what_makes_the_rest(copy, tmp_
     settings = read_json(copy / 'config.json')
     settings['data']['data_dir'] = f'{tmp_path}/else where'
     write_json(copy / 'config.json', settings)
-    page = Page(of_run.page(str(copy), None, True, 'command'))
+    page = Page(run_page.page(str(copy), None, True, 'command'))
     assert len(page.images['Kernels of conv1']) == 2
     for section in ('Predictions', 'Neighbours'):
         assert f'there is no {tmp_path}/else where/prepared/photos_72px' in page.text[section]
@@ -730,7 +731,7 @@ def test_without_the_images_there_are_kernels_and_what_makes_the_rest(copy, tmp_
 
 def test_neighbours_are_left_out_where_that_is_asked_for(copy, photos_dir):
     shutil.rmtree(copy / 'features')
-    page = Page(of_run.page(str(copy), photos_dir, False, 'command'))
+    page = Page(run_page.page(str(copy), photos_dir, False, 'command'))
     assert len(page.images['Predictions']) == 8
     assert 'Left out by --noneighbours' in page.text['Neighbours']
     assert not (copy / 'features').exists()
@@ -761,17 +762,17 @@ class Labels:
     """A split of images that show their numbers; those in `damaged` cannot be read."""
 
     def __init__(self, labels, damaged=()):
-        self.labels, self.damaged = labels, damaged
+        self.labels, self.corrupt = labels, damaged
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index):
-        return None if index in self.damaged else {'image': index, 'label': self.labels[index]}
+        return None if index in self.corrupt else {'image': index, 'label': self.labels[index]}
 
 
 def chosen(split, count):
-    return [(place, example['label']) for place, example in of_weights.choose(split, count)]
+    return [(place, example['label']) for place, example in model_section.choose(split, count)]
 
 
 def test_images_are_spread_over_the_classes():
@@ -828,7 +829,8 @@ def test_jax_is_tuned_and_imported_only_for_weights(folders, tmp_path):
     (tmp_path / 'modules' / 'jax.py').write_text("import os, sys; sys.exit(os.environ['XLA_FLAGS'])")
     tuned = execute(
         '-c',
-        "from alexnet_jax import startup; startup.configure_cpu_backend(); import os; print(os.environ['XLA_FLAGS'])",
+        'from alexnet_jax.runtime.backend import configure_cpu_backend; configure_cpu_backend();'
+        "import os; print(os.environ['XLA_FLAGS'])",
         XLA_FLAGS='',
     )
     page = tmp_path / 'page.html'

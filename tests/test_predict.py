@@ -17,10 +17,11 @@ from PIL import Image
 from small_runs import centre, make_run, small_config, store_of
 from zoo import zoo
 
-from alexnet_jax import evaluate, trained
 from alexnet_jax.config import ConfigError
-from alexnet_jax.pictures import of_files, picture_files, read_picture
-from alexnet_jax.step import network
+from alexnet_jax.evaluate import summary
+from alexnet_jax.inference import trained_model
+from alexnet_jax.inference.images import expand_paths, load_images, read_picture
+from alexnet_jax.training.state import build_model
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('compiled_programs')]
@@ -56,9 +57,9 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope='module')
 def probabilities(run, config):
     """A function of an image (S, S, C) uint8: its probabilities as the mean over the ten windows, or of its centre."""
-    loaded = trained.load(trained.find(run))
+    loaded = trained_model.load_model(trained_model.parse_checkpoint_ref(run))
     state = jax.device_get(loaded.state)
-    model = nnx.merge(network(loaded.config)[0], state.params, state.statistics)
+    model = nnx.merge(build_model(loaded.config)[0], state.params, state.statistics)
     mean, crop = loaded.statistics['mean_image'].astype(np.float32), config.data.crop_size
     far = config.data.image_size - crop
 
@@ -109,9 +110,11 @@ def test_every_file_of_a_folder_gets_an_answer_or_a_reason(run, animals, probabi
     assert f'{bad} of {len(kinds) + 1} pictures could not be read' in done.stderr
     for name in ('picture.bmp', 'palette.png', 'brick/wall.png'):
         row = told[Path(name).name]
-        expected = probabilities(read_picture(str(animals / name), trained.find(run).config.data), views)
+        expected = probabilities(
+            read_picture(str(animals / name), trained_model.parse_checkpoint_ref(run).config.data), views
+        )
         found = {each['class']: each['probability'] for each in row['top']}
-        classes = trained.load(trained.find(run)).class_names
+        classes = trained_model.load_model(trained_model.parse_checkpoint_ref(run)).class_names
         np.testing.assert_allclose([found[each] for each in classes], expected, rtol=2e-4)
         assert [each['probability'] for each in row['top']] == sorted(found.values(), reverse=True)
     assert told['wall.png']['label'] == 'brick'
@@ -168,11 +171,11 @@ def test_folders_stand_for_their_files_in_order(tmp_path):
     for name in ('e.png', 'b.png', 'f.png', 'a/z.png', 'a/.git/x.png', '.x.png', 'd.png', 'c.png'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    files = picture_files([str(tmp_path / 'c.png'), str(tmp_path)])
+    files = expand_paths([str(tmp_path / 'c.png'), str(tmp_path)])
     found = [os.path.relpath(file, tmp_path) for file in files]
     assert found == ['c.png', 'a/z.png', *(f'{letter}.png' for letter in 'bcdef')]
     with pytest.raises(ConfigError, match='a folder without files'):
-        picture_files([str(tmp_path / 'a' / '.git' / '..' / '..' / 'a' / '.git' / 'x.png'), str(_empty(tmp_path))])
+        expand_paths([str(tmp_path / 'a' / '.git' / '..' / '..' / 'a' / '.git' / 'x.png'), str(_empty(tmp_path))])
 
 
 def _empty(folder: Path) -> Path:
@@ -181,7 +184,7 @@ def _empty(folder: Path) -> Path:
 
 
 def test_files_that_cannot_be_opened_are_named(tmp_path, config):
-    (gone, folder) = of_files([str(tmp_path / 'gone.png'), str(tmp_path)], config.data, [tmp_path.parent.name])
+    (gone, folder) = load_images([str(tmp_path / 'gone.png'), str(tmp_path)], config.data, [tmp_path.parent.name])
     assert (gone.problem, gone.label) == ('No such file or directory', None)
     assert (folder.problem, folder.label) == ('Is a directory', tmp_path.parent.name)
 
@@ -189,14 +192,14 @@ def test_files_that_cannot_be_opened_are_named(tmp_path, config):
 def test_weights_from_elsewhere_keep_their_own_mean_and_can_be_trained_on(config, probabilities, run, tmp_path):
     """Evaluated and trained with the statistics in their folder, not with those of the images."""
     store = store_of(config)
-    loaded = trained.load(trained.find(run))
+    loaded = trained_model.load_model(trained_model.parse_checkpoint_ref(run))
     params, batch_statistics = jax.device_get((loaded.state.params, loaded.state.statistics))
     own = loaded.statistics | {'mean_image': np.full_like(loaded.statistics['mean_image'], 200.0)}
     workdir = tmp_path / 'other'
-    trained.create(str(workdir), config, params, batch_statistics, own, store.class_names)
-    step, scores, _ = evaluate.predict(trained.find(str(workdir)), store, views=1)
+    trained_model.import_weights_as_run(str(workdir), config, params, batch_statistics, own, store.class_names)
+    step, scores, _ = summary.predict(trained_model.parse_checkpoint_ref(str(workdir)), store, views=1)
     state = jax.device_get(loaded.state)
-    model = nnx.merge(network(loaded.config)[0], state.params, state.statistics)
+    model = nnx.merge(build_model(loaded.config)[0], state.params, state.statistics)
     first = jnp.asarray(centre(store.validation[0]['image'], config, own))
     assert step == 0
     np.testing.assert_allclose(np.exp(scores[0]), softmax(np.asarray(model(first[None]))[0]), rtol=1e-4)
@@ -207,8 +210,8 @@ def test_weights_from_elsewhere_keep_their_own_mean_and_can_be_trained_on(config
         'model.conv1_stride': 8,
         'model.widths': (8, 0, 0, 0, 16, 0, 32),
         'model.kernel_std': (0.15,) * 8,
-        'model.after_conv': ('activation lrn', '', '', '', 'activation pool'),
-        'data.divisor': (64.0,),
+        'model.conv_ops': ('activation lrn', '', '', '', 'activation pool'),
+        'data.std': (64.0,),
         'data.data_dir': settings['data']['data_dir'],
         'eval.batch_size': 48,
         'eval.views': 1,
@@ -220,7 +223,9 @@ def test_weights_from_elsewhere_keep_their_own_mean_and_can_be_trained_on(config
     assert 'at step 0 of 3' in done.stderr
     assert (workdir / 'inputs.npz').read_bytes() == before
     losses = json.loads((workdir / 'result.json').read_text())['views']['1']
-    expected = -np.mean(evaluate.predict(trained.find(str(workdir)), store, 1)[1][np.arange(1600), _labels(store)])
+    expected = -np.mean(
+        summary.predict(trained_model.parse_checkpoint_ref(str(workdir)), store, 1)[1][np.arange(1600), _labels(store)]
+    )
     np.testing.assert_allclose(losses['loss'], expected, rtol=1e-5)
     environment = json.loads((workdir / 'environment.json').read_text())
     assert environment['versions']['jax'] == jax.__version__
@@ -229,25 +234,27 @@ def test_weights_from_elsewhere_keep_their_own_mean_and_can_be_trained_on(config
 
 
 def test_names_of_classes_in_another_order_are_refused(config, run, tmp_path, capfd):
-    store, loaded = store_of(config), trained.load(trained.find(run))
+    store, loaded = store_of(config), trained_model.load_model(trained_model.parse_checkpoint_ref(run))
     params, batch_statistics = jax.device_get((loaded.state.params, loaded.state.statistics))
     for workdir, names in {'turned': store.class_names[::-1], 'numbers': [f'class {i}' for i in range(16)]}.items():
-        trained.create(str(tmp_path / workdir), config, params, batch_statistics, loaded.statistics, names)
+        trained_model.import_weights_as_run(
+            str(tmp_path / workdir), config, params, batch_statistics, loaded.statistics, names
+        )
     with pytest.raises(ConfigError, match=r"turned: .* such as 'stereo_motorcycle' and not 'astronaut' as number 0"):
-        trained.store_of([trained.find(str(tmp_path / 'turned'))], None)
-    trained.store_of([trained.find(str(tmp_path / 'numbers'))], None)
+        trained_model.open_eval_dataset([trained_model.parse_checkpoint_ref(str(tmp_path / 'turned'))], None)
+    trained_model.open_eval_dataset([trained_model.parse_checkpoint_ref(str(tmp_path / 'numbers'))], None)
     assert "other names than those of the data, 'class 0' and 'astronaut' the first ones" in capfd.readouterr().err
 
 
 def test_a_run_of_an_earlier_version_is_evaluated_with_the_statistics_of_its_images(config, run, tmp_path):
     store = store_of(config)
-    expected = evaluate.predict(trained.find(run), store, views=1)[1]
+    expected = summary.predict(trained_model.parse_checkpoint_ref(run), store, views=1)[1]
     shutil.copytree(run, tmp_path / 'run')
     (tmp_path / 'run' / 'inputs.npz').unlink()
-    member = trained.find(str(tmp_path / 'run'))
-    np.testing.assert_array_equal(evaluate.predict(member, store, views=1)[1], expected)
+    member = trained_model.parse_checkpoint_ref(str(tmp_path / 'run'))
+    np.testing.assert_array_equal(summary.predict(member, store, views=1)[1], expected)
     with pytest.raises(ConfigError, match=r'inputs\.npz cannot be read'):
-        trained.load(member)
+        trained_model.load_model(member)
 
 
 def test_names_that_are_no_text_do_not_stop_the_rest(run, animals, tmp_path):

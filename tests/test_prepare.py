@@ -19,12 +19,12 @@ import zoo
 from PIL import Image
 
 from alexnet_jax.config import ConfigError
-from alexnet_jax.data import pipeline
-from alexnet_jax.data.examples import Pixels, SourceError
-from alexnet_jax.data.pipeline import DatasetError
-from alexnet_jax.data.shards import Format, Shard
-from alexnet_jax.data.workers import _interrupts_held_back, write_shard
-from alexnet_jax.prepare import Settings, prepare
+from alexnet_jax.data import dataset
+from alexnet_jax.data.dataset import DatasetError
+from alexnet_jax.prepare.raw_sources import ArrayExamples, SourceError
+from alexnet_jax.prepare.shard_writer import _interrupts_held_back, write_shard
+from alexnet_jax.prepare.shards import ImageSpec, Shard
+from alexnet_jax.prepare.writer import PrepareConfig, prepare
 
 ROOT = Path(__file__).parent.parent
 CLASSES, TRAINING, VALIDATION = ('ant', 'bee', 'cow'), 150, 20
@@ -32,10 +32,10 @@ CLASSES, TRAINING, VALIDATION = ('ant', 'bee', 'cow'), 150, 20
 # Small shards, so that a small folder has many.
 PROGRAM = """
 import json, sys
-from alexnet_jax import prepare
+from alexnet_jax.prepare import writer
 if __name__ == '__main__':
-    prepare.SHARD_SIZE = 16
-    prepare.prepare(prepare.Settings(**json.loads(sys.argv[1])), sys.argv[2])
+    writer.SHARD_SIZE = 16
+    writer.prepare(writer.PrepareConfig(**json.loads(sys.argv[1])), sys.argv[2])
 """
 
 
@@ -61,7 +61,7 @@ def pictures(tmp_path_factory) -> Path:
 
 
 def settings(source: Path, **changes) -> dict:
-    return {'source': f'folder:{source}', 'image_size': 32, 'max_bad': 0.02, 'workers': 2} | changes
+    return {'source': f'folder:{source}', 'image_size': 32, 'max_corrupt_fraction': 0.02, 'workers': 2} | changes
 
 
 def start(given: dict, data_dir: Path, command: list[str] | None = None) -> subprocess.Popen:
@@ -78,7 +78,7 @@ def prepared(given: dict, data_dir: Path) -> Path:
 
 
 def store_folder(given: dict, data_dir: Path) -> Path:
-    return Path(pipeline.dataset_dir(str(data_dir), Settings(**given)))
+    return Path(dataset.dataset_dir(str(data_dir), PrepareConfig(**given)))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -160,7 +160,7 @@ def test_the_number_of_processes_does_not_matter(uninterrupted, pictures, tmp_pa
 
 def test_what_is_in_the_store(uninterrupted, pictures):
     folder = uninterrupted
-    store = pipeline.open_store(str(folder), Settings(**settings(pictures)))
+    store = dataset.open_store(str(folder), PrepareConfig(**settings(pictures)))
     assert store.class_names == list(CLASSES)
     assert (len(store.train), len(store.validation)) == (TRAINING - 2, VALIDATION - 1)
     images = np.stack([store.train[i]['image'] for i in range(len(store.train))])
@@ -203,11 +203,11 @@ def check_statistics(statistics: dict, images: np.ndarray) -> None:
 @pytest.mark.parametrize('channels', [1, 3])
 def test_jpeg_store(pictures, tmp_path, channels):
     """Read back as Pillow decodes it; statistics are those of what is read back."""
-    given = Settings(**settings(pictures, encoding='jpeg', channels=channels))
+    given = PrepareConfig(**settings(pictures, encoding='jpeg', channels=channels))
     folder = prepare(given, str(tmp_path))
-    store = pipeline.open_store(folder, given)
-    raw = Settings(**settings(pictures, channels=channels))
-    originals = pipeline.open_store(prepare(raw, str(tmp_path)), raw)
+    store = dataset.open_store(folder, given)
+    raw = PrepareConfig(**settings(pictures, channels=channels))
+    originals = dataset.open_store(prepare(raw, str(tmp_path)), raw)
     images = np.stack([store.train[i]['image'] for i in range(len(store.train))])
     assert images.shape == (TRAINING - 2, 32, 32, channels)
     check_statistics(store.statistics, images)
@@ -233,7 +233,7 @@ def test_the_zoo_in_a_folder(tmp_path):
             if split == 'train' or not isinstance(animals[name][1], str):
                 (tmp_path / 'zoo' / split / 'all' / name).write_bytes(content)
     os.symlink('/nowhere', tmp_path / 'zoo' / 'train' / 'all' / 'zz_link_to_nothing.jpg')
-    given = Settings(source=f'folder:{tmp_path}/zoo', image_size=32, max_bad=0.5)
+    given = PrepareConfig(source=f'folder:{tmp_path}/zoo', image_size=32, max_corrupt_fraction=0.5)
     folder = prepare(given, str(tmp_path))
     skipped = [json.loads(line) for line in (Path(folder) / 'skipped.jsonl').read_text().splitlines()]
     expected = {f'train/all/{name}': reason for name, (_, reason) in animals.items() if isinstance(reason, str)}
@@ -241,7 +241,7 @@ def test_the_zoo_in_a_folder(tmp_path):
     assert [line['name'] for line in skipped] == sorted(expected)
     assert all(re.match(expected[line['name']], line['reason']) for line in skipped)
     assert {line['split'] for line in skipped} == {'train'}
-    store = pipeline.open_store(folder, given)
+    store = dataset.open_store(folder, given)
     colours = [colour for _, (_, colour) in sorted(animals.items()) if not isinstance(colour, str)]
     assert len(store.train) == len(store.validation) == len(colours)
     for index, colour in enumerate(colours):
@@ -249,19 +249,19 @@ def test_the_zoo_in_a_folder(tmp_path):
 
 
 def test_too_many_unreadable_images_stop_it_and_it_goes_on_when_they_are_allowed(pictures, tmp_path):
-    few = Settings(**settings(pictures, max_bad=0.01))  # of 170: one
+    few = PrepareConfig(**settings(pictures, max_corrupt_fraction=0.01))  # of 170: one
     with pytest.raises(DatasetError) as caught:
         prepare(few, str(tmp_path))
     message = str(caught.value)
     assert '\n' not in message
     assert 'cannot be used: ' in message
     assert 'train/bee/007.jpg, damaged' in message or 'train/bee/133.jpg' in message
-    assert 'data.max_bad=0.01 of 170 allows 1' in message
-    assert 'raise --max_bad' in message
+    assert 'data.max_corrupt_fraction=0.01 of 170 allows 1' in message
+    assert 'raise --max_corrupt_fraction' in message
     listed = message.split('all are in ')[1].split(';')[0]
     names = [json.loads(line)['name'] for line in Path(listed).read_text().splitlines()]
     assert set(names) <= {'train/bee/007.jpg', 'train/bee/133.jpg', 'val/bee/007.jpg'}
-    folder = prepare(Settings(**settings(pictures)), str(tmp_path))
+    folder = prepare(PrepareConfig(**settings(pictures)), str(tmp_path))
     assert len((Path(folder) / 'skipped.jsonl').read_text().splitlines()) == 3
 
 
@@ -278,14 +278,14 @@ def test_too_many_unreadable_images_stop_it_and_it_goes_on_when_they_are_allowed
 )
 def test_a_store_of_other_settings_or_images_is_refused(pictures, tmp_path, changes, reason):
     root = shutil.copytree(pictures / 'train', tmp_path / 'pictures')
-    given = Settings(**settings(root, max_bad=0.1, validation_fraction=0.2))
+    given = PrepareConfig(**settings(root, max_corrupt_fraction=0.1, validation_fraction=0.2))
     folder = prepare(given, str(tmp_path))
     before = content(Path(folder))
     assert prepare(given, str(tmp_path)) == folder  # the same again is no work
     if not changes:
         (root / 'ant' / 'new.jpg').write_bytes(jpeg(np.random.default_rng(1)))
     with pytest.raises(ConfigError, match=reason):
-        prepare(Settings(**vars(given) | changes), str(tmp_path))
+        prepare(PrepareConfig(**vars(given) | changes), str(tmp_path))
     assert content(Path(folder)) == before
 
 
@@ -293,7 +293,7 @@ def test_a_store_of_other_settings_or_images_is_refused(pictures, tmp_path, chan
 @pytest.mark.parametrize('same_size', [True, False])
 def test_after_mending_it_goes_on_with_what_was_mended(uninterrupted, pictures, tmp_path, same_size):
     root = shutil.copytree(pictures, tmp_path / 'pictures')
-    given = settings(root, max_bad=0.0)
+    given = settings(root, max_corrupt_fraction=0.0)
     bad = ('train/bee/007.jpg', 'train/bee/133.jpg', 'val/bee/007.jpg')
     originals = {name: jpeg(np.random.default_rng(3)) for name in bad}
     for name, whole in originals.items():
@@ -322,7 +322,7 @@ def test_after_mending_it_goes_on_with_what_was_mended(uninterrupted, pictures, 
 def test_what_was_made_of_other_images_or_classes_is_made_again(pictures, tmp_path, change):
     """One process has made three shards of ants when it meets a bee that is cut off; then the first ant is another."""
     root = shutil.copytree(pictures, tmp_path / 'pictures')
-    process = start(settings(root, max_bad=0.0, workers=1), tmp_path)
+    process = start(settings(root, max_corrupt_fraction=0.0, workers=1), tmp_path)
     process.communicate()
     assert process.returncode == 1
     given = settings(root)
@@ -338,23 +338,23 @@ def test_what_was_made_of_other_images_or_classes_is_made_again(pictures, tmp_pa
 
 def test_wrong_numbers_of_class_names_and_full_disks_are_refused(pictures, tmp_path):
     with pytest.raises(ConfigError, match=r'class_names: 2 names, but .* has 3 classes'):
-        prepare(Settings(**settings(pictures, class_names=('a', 'b'))), str(tmp_path))
+        prepare(PrepareConfig(**settings(pictures, class_names=('a', 'b'))), str(tmp_path))
     with pytest.raises(
         SourceError, match=r'needs [\d.]+ GB and [\d.]+ GB are free: name another data_dir or give --enc'
     ):
-        prepare(Settings(**settings(pictures, image_size=2**15)), str(tmp_path))
+        prepare(PrepareConfig(**settings(pictures, image_size=2**15)), str(tmp_path))
     with pytest.raises(ConfigError, match=r"class_names: 'b ' is no printable text without blanks"):
-        prepare(Settings(**settings(pictures, class_names=('a', 'b ', 'c'))), str(tmp_path))
+        prepare(PrepareConfig(**settings(pictures, class_names=('a', 'b ', 'c'))), str(tmp_path))
     with pytest.raises(SourceError, match=r'gs://bucket/d: stores are made on a disk'):
-        prepare(Settings(**settings(pictures)), 'gs://bucket/d')
+        prepare(PrepareConfig(**settings(pictures)), 'gs://bucket/d')
 
 
 def test_a_label_that_is_no_class_is_skipped(tmp_path):
     """As in the test splits of TFDS that come without labels."""
     images, labels = np.zeros((3, 8, 8), np.uint8), np.array([0, -1, 5])
-    shard = Shard('train', 0, 1, Pixels(images, labels, np.arange(3)))
+    shard = Shard('train', 0, 1, ArrayExamples(images, labels, np.arange(3)))
     (tmp_path / 'store').mkdir()
-    report = write_shard(shard, Format(8, 3, 'raw', ('a', 'b')), str(tmp_path / 'store'), str(tmp_path))
+    report = write_shard(shard, ImageSpec(8, 3, 'raw', ('a', 'b')), str(tmp_path / 'store'), str(tmp_path))
     assert report['examples'] == 1
     assert [line['reason'] for line in report['skipped']] == ['its label is -1, no class', 'its label is 5, no class']
 
@@ -370,7 +370,7 @@ def test_a_full_disk_is_told_in_one_line(pictures, tmp_path):
         '-c',
         'ulimit -f 100; exec "$@"',
         '-',
-        *command(f'folder:{pictures}', tmp_path, '--max_bad=0.02'),
+        *command(f'folder:{pictures}', tmp_path, '--max_corrupt_fraction=0.02'),
     ]
     run = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1
@@ -388,7 +388,7 @@ def test_interrupted_it_ends_at_once_in_one_line(pictures, tmp_path, number, del
         folder.mkdir(parents=True, exist_ok=True)
         for i in range(40):
             os.link(path, folder / f'{path.stem}_{i}.jpg')
-    process = start(settings(many), tmp_path, command(f'folder:{many}', tmp_path, '--max_bad=0.02'))
+    process = start(settings(many), tmp_path, command(f'folder:{many}', tmp_path, '--max_corrupt_fraction=0.02'))
     aside = store_folder(settings(many), tmp_path).with_name(
         store_folder(settings(many), tmp_path).name + '.incomplete'
     )
@@ -427,7 +427,7 @@ def test_the_summary_of_the_command(pictures, tmp_path):
     run = subprocess.run(given, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1].startswith('alexnet_jax: too many images')
-    run = subprocess.run([*given, '--max_bad=0.02'], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([*given, '--max_corrupt_fraction=0.02'], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0
     for said in ('167 images', ' GB', 'images/s with 2 processes', 'skipped 3: damaged', 'skipped.jsonl'):
         assert said in run.stderr

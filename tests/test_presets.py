@@ -9,9 +9,11 @@ import pytest
 from flax import nnx
 from test_model import operations
 
-from alexnet_jax import augment, config, parallel, shapes, step
+from alexnet_jax import augment, config, parallel, shapes
 from alexnet_jax.model import AlexNet
 from alexnet_jax.presets import PRESETS
+from alexnet_jax.training.state import init_state
+from alexnet_jax.training.train_step import make_train_step
 
 # Parameters and multiply-adds of one image by layer, by hand: kernel height x width x inputs x outputs (+ outputs),
 # times pixels. The totals of `paper` (60,965,224; 724,406,816), of `half` (59,798,312) and of torchvision's
@@ -145,7 +147,7 @@ def test_layers_parameters_and_multiply_adds(preset):
     }
     assert counted == {name: parameters for name, (parameters, _) in expected.items()}
     assert sum(counted.values()) == PRESETS[preset].published.parameters
-    table = shapes.layers(model, data.crop_size, data.channels)
+    table = shapes.layer_table(model, data.crop_size, data.channels)
     assert {layer.name: (layer.parameters, layer.multiply_adds) for layer in table} == expected
     assert multiply_adds(program.jaxpr) == PRESETS[preset].published.multiply_adds
     assert sum(products for _, products in expected.values()) == PRESETS[preset].published.multiply_adds
@@ -204,15 +206,15 @@ def test_a_step_with_the_recipe_trains(preset):
     batch = {
         'image': generator.integers(0, 256, (16, size, size, channels), np.uint8),
         'label': generator.integers(0, 10, 16, np.int32),
-        'number': np.arange(16, dtype=np.uint32),
+        'example_id': np.arange(16, dtype=np.uint32),
     }
     rows = parallel.make_global_batch(parallel.batch_sharding(mesh, 'towers'), batch)
     # Small enough for networks whose signal is not that of the full size; LARS does not mind the size of gradients.
     rate = 0.5 if preset == 'bn_lars' else 1e-4
     rates = {name: {'kernel': np.float32(rate), 'bias': np.float32(rate)} for name in shapes.LAYERS}
-    prepared = augment.preprocessing(moments, resolved.data)
-    state = step.init_state(resolved, mesh)
-    lowered = step.make_train_step(resolved, mesh).lower(state, rows, rates, prepared)
+    prepared = augment.make_preprocess_params(moments, resolved.data)
+    state = init_state(resolved, mesh)
+    lowered = make_train_step(resolved, mesh).lower(state, rows, rates, prepared)
     train_step = lowered.compile(compiler_options={'xla_backend_optimization_level': 0})  # three steps need not be fast
     before = jax.device_get(state.params)
     losses = []
@@ -243,26 +245,28 @@ IMAGES = 1_281_167
 
 @pytest.mark.parametrize('batch_size', [128, 256])
 def test_rates_freezes_and_colour_of_net_145_over_91_epochs(batch_size):
-    from alexnet_jax.optimizer import learning_rates
+    from alexnet_jax.schedules import learning_rate_tree
 
     given = settings('krizhevsky2012')
     given.train.batch_size = batch_size
     resolved = config.resolve(given)
-    total = config.total_steps(resolved, IMAGES)
+    total = config.total_steps(resolved.train, IMAGES)
     assert total == round(91 * IMAGES / batch_size)
-    color_until = config.duration_in_steps(resolved.data.color_until, batch_size=batch_size, examples=IMAGES)
+    color_augmentation_until = config.duration_in_steps(
+        resolved.data.color_augmentation_until, batch_size=batch_size, examples=IMAGES
+    )
     checked = 0
     for epoch in range(91):
         *_, (_, kernels, conv1, conv1_bias, biases, color) = (row for row in NET_145 if row[0] <= epoch)
         first = round(epoch * IMAGES / batch_size)
         last = round((epoch + 1) * IMAGES / batch_size) - 1
         for at in (first, (first + last) // 2, last):
-            rates = learning_rates(resolved, at, IMAGES, drops_taken=0)
+            rates = learning_rate_tree(resolved, at, IMAGES, decays_taken=0)
             expected = {name: {'kernel': kernels, 'bias': biases} for name in shapes.LAYERS}
             expected['conv1'] = {'kernel': conv1, 'bias': conv1_bias}
             assert rates.keys() == expected.keys()
             for name in expected:
                 assert rates[name] == pytest.approx(expected[name], rel=1e-12), (epoch, name)
-            assert (at < color_until) == color
+            assert (at < color_augmentation_until) == color
             checked += 1
     assert checked == 273

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alexnet_jax.data import pipeline
-from alexnet_jax.prepare import Settings
+from alexnet_jax.data import dataset, loader
+from alexnet_jax.prepare.writer import PrepareConfig
 
 ROOT = Path(__file__).parent.parent
 STEPS = 8
@@ -27,8 +27,8 @@ STUCK_AFTER = 40  # seconds; compiling must not take longer
 FAULTY_INPUT = """
 import dataclasses, runpy, sys, time
 sys.path.insert(0, '.')
-from alexnet_jax.data import pipeline
-from alexnet_jax.prepare import Settings
+from alexnet_jax.data import dataset
+from alexnet_jax.prepare.writer import PrepareConfig
 (fault, index), sys.argv = sys.argv[1].split(), ['launch.py', *sys.argv[2:]]
 class Faulty:
     keeps = False
@@ -36,9 +36,9 @@ class Faulty:
         self.source, self.reads = source, 0
     def __len__(self):
         return len(self.source)
-    def damage(self):
-        return self.source.damage()
-    def from_memory(self, indices):
+    def corrupt_mask(self):
+        return self.source.corrupt_mask()
+    def take_cached(self, indices):
         return None
     def __getitem__(self, index):
         self.reads += 1
@@ -49,12 +49,12 @@ class Faulty:
         elif self.reads > 200:
             time.sleep(1000)
         return self.source[index]
-open_store = pipeline.open_store
+open_store = dataset.open_store
 def faulty_store(directory, settings):
     store = open_store(directory, settings)
     return dataclasses.replace(store, train=Faulty(store.train))
 if f'--process_id={index}' in sys.argv:
-    pipeline.open_store = faulty_store
+    dataset.open_store = faulty_store
 runpy.run_path('launch.py', run_name='__main__')
 """
 
@@ -63,10 +63,11 @@ FOUR = """
 import dataclasses, hashlib, json, os, sys
 from types import SimpleNamespace
 import jax, numpy as np
-from alexnet_jax import parallel, processes
-from alexnet_jax.checkpoint import Checkpointer, state_digest
+from alexnet_jax import parallel
+from alexnet_jax.runtime import distributed
+from alexnet_jax.training.checkpointing import Checkpointer, state_digest
 from alexnet_jax.config import ConfigError, default_config, resolve
-from alexnet_jax.monitor import Preemption
+from alexnet_jax.runtime.preemption import PreemptionHandler
 address, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 def refusal(function, *arguments):
     try:
@@ -74,12 +75,12 @@ def refusal(function, *arguments):
     except ConfigError as error:
         return str(error)
 def enter(workdir):
-    with processes.workdir_lock(workdir):
+    with distributed.workdir_lock(workdir):
         pass
 config = resolve(default_config())
-with Preemption() as preemption:
+with PreemptionHandler() as preemption:
     group = {'coordinator_address': address, 'num_processes': 4, 'process_id': index}
-    processes.start(group, config.distributed, preemption)
+    distributed.initialize(group, config.distributed, preemption)
     seen = {'shares': {}}
     for data, model in ((8, 1), (4, 2), (2, 4), (1, 8), (3, 1), (6, 1)):
         devices, kinds = jax.devices()[:data * model], (jax.sharding.AxisType.Auto,) * 2
@@ -90,19 +91,19 @@ with Preemption() as preemption:
             seen['shares'][f'{data}x{model}'] = 'refused'
     mesh = parallel.make_mesh(config)
     rows = np.arange(16, dtype=np.uint32).reshape(4, 4)[index]
-    batch = parallel.make_global_batch(parallel.batch_sharding(mesh, 'towers'), {'number': rows})
-    state = SimpleNamespace(params={'b': batch['number'].astype('float32')}, opt_state={}, statistics={})
-    seen['rows'] = processes.gather_to_host(batch['number']).tolist()
+    batch = parallel.make_global_batch(parallel.batch_sharding(mesh, 'towers'), {'example_id': rows})
+    state = SimpleNamespace(params={'b': batch['example_id'].astype('float32')}, opt_state={}, statistics={})
+    seen['rows'] = distributed.gather_to_host(batch['example_id']).tolist()
     seen['digest'] = state_digest(state)
-    seen['agreed'] = processes.first_error_on_any_process(f'problem of {index}' if index > 1 else '')
-    seen['same'] = refusal(processes.assert_equal_across_processes, {'a': 1, 'b': [1, 2]})
-    seen['other'] = refusal(processes.assert_equal_across_processes, {'a': 1, 'b': [1, 3 if index == 2 else 2]})
+    seen['agreed'] = distributed.first_error_on_any_process(f'problem of {index}' if index > 1 else '')
+    seen['same'] = refusal(distributed.assert_equal_across_processes, {'a': 1, 'b': [1, 2]})
+    seen['other'] = refusal(distributed.assert_equal_across_processes, {'a': 1, 'b': [1, 3 if index == 2 else 2]})
     os.makedirs(f'{folder}/{index}')
     open(f'{folder}/{index}/lock', 'w').write('of an earlier run')
     seen['shared'] = refusal(enter, folder)
     os.makedirs(f'{folder}/{index}/checkpoints/{7 if index == 2 else "none"}')
     seen['restored'] = Checkpointer(f'{folder}/{index}/checkpoints', keep=1).restore({})
-    processes.SHARED_FS_TIMEOUT_SECS = 0.5
+    distributed.SHARED_FS_TIMEOUT_SECS = 0.5
     seen['not shared'] = refusal(enter, f'{folder}/{index}')
     print(json.dumps(seen), flush=True)
     jax.distributed.shutdown()
@@ -233,7 +234,7 @@ def preempted(photos_dir, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('preempted')
     (folder / 'faulty.py').write_text(FAULTY_INPUT)
     program = (str(folder / 'faulty.py'), 'slow 1')
-    with Group(2, 4, photos_dir, folder / 'run', '--config.data.threads=1', program=program) as group:
+    with Group(2, 4, photos_dir, folder / 'run', '--config.data.reader_threads=1', program=program) as group:
         group.wait_for_step(1)
         group.processes[1].send_signal(signal.SIGTERM)
         assert group.wait(120) == [75, 75], group.said(0) + group.said(1)
@@ -302,12 +303,12 @@ def test_a_run_moves_between_numbers_of_processes(photos_dir, tmp_path, preempte
 
 
 def test_the_images_of_a_run_do_not_depend_on_the_number_of_shares(photos_dir):
-    given = Settings('photos', image_size=72)
-    source = pipeline.open_store(pipeline.dataset_dir(photos_dir, given), given).train
+    given = PrepareConfig('photos', image_size=72)
+    source = dataset.open_store(dataset.dataset_dir(photos_dir, given), given).train
 
     def batches(first_step, steps, shares):
         readers = [
-            pipeline.training_batches(
+            loader.training_batches(
                 source, seed=5, batch_size=64, first_step=first_step, threads=1, share=share, shares=shares
             )
             for share in range(shares)
@@ -318,7 +319,7 @@ def test_the_images_of_a_run_do_not_depend_on_the_number_of_shares(photos_dir):
 
     moved = [*batches(98, 2, 2), *batches(100, 1, 1), *batches(101, 2, 4)]  # an epoch ends at step 100
     for found, expected in zip(moved, batches(98, 5, 1), strict=True):
-        for name in ('number', 'label', 'image'):
+        for name in ('example_id', 'label', 'image'):
             np.testing.assert_array_equal(found[name], expected[name])
 
 
@@ -331,7 +332,7 @@ def test_when_one_process_fails_all_end(photos_dir, tmp_path, fault):
     if kind == 'stuck':
         # Both watchdogs bite at about the same time; until the heartbeat is missed JAX leaves process 0 to its own.
         overrides += [
-            f'--config.distributed.progress_timeout={STUCK_AFTER}',
+            f'--config.distributed.watchdog_timeout={STUCK_AFTER}',
             f'--config.distributed.heartbeat_timeout={STUCK_AFTER}',
         ]
     with Group(2, 4, photos_dir, tmp_path / 'run', *overrides, program=program) as group:
@@ -432,7 +433,10 @@ def launch(*arguments: str) -> subprocess.CompletedProcess:
             '--process_id: 2 is not below --num_processes=2',
         ),
         ('--distributed', '--distributed: found neither SLURM, TPU nor Kubernetes'),
-        ('--config.distributed.start_timeout=0', 'config.distributed.start_timeout: 0 is outside 1 to'),
+        (
+            '--config.distributed.initialization_timeout=0',
+            'config.distributed.initialization_timeout: 0 is outside 1 to',
+        ),
     ],
 )
 def test_wrong_flags_are_refused_in_one_line(photos_dir, tmp_path, arguments, reason):
@@ -450,7 +454,7 @@ def test_a_coordinator_out_of_reach_ends_the_process_in_time(photos_dir, tmp_pat
         f'--coordinator_address=localhost:{free_port()}',
         '--num_processes=2',
         '--process_id=1',
-        '--config.distributed.start_timeout=3',
+        '--config.distributed.initialization_timeout=3',
     )
     assert time.monotonic() - start < 60
     assert alone.returncode == 1

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from scipy.stats import ttest_ind  # type: ignore[import-untyped]
 
-from alexnet_jax.sweep_results import read_results, read_sweep
-from alexnet_jax.sweep_table import Row, summarise, welch_interval
+from alexnet_jax.sweep.results import read_results, read_sweep
+from alexnet_jax.sweep.table import Row, summarize, welch_interval
 
 ROOT = Path(__file__).parent.parent
 
@@ -96,7 +96,7 @@ def table(text: str) -> list[list[str]]:
 
 def rows_of(folder: str, views=10) -> dict[str, Row]:
     sweep = read_sweep(folder)
-    return {row.name: row for row in summarise(sweep, read_results(folder, sweep), views)}
+    return {row.name: row for row in summarize(sweep, read_results(folder, sweep), views)}
 
 
 def test_means_deviations_and_differences_by_hand(whole):

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 import zoo
 from PIL import Image
 
-from alexnet_jax.data import sources
+from alexnet_jax.prepare import sources
 
 
 def tree(root: Path, *paths: str) -> Path:
@@ -40,7 +40,7 @@ def test_folder_with_train_and_val(tmp_path):
     expected = [('train/cat/deep/c.jpg', 1), ('train/dog/a.jpg', 2), ('train/dog/b.jpg', 2)]
     assert content(source.splits['train']) == [(name, name.encode(), label) for name, label in expected]
     assert content(source.splits['validation']) == [('val/dog/d.jpg', b'val/dog/d.jpg', 2)]
-    part = source.splits['train'].part(range(1, 3))
+    part = source.splits['train'].subset(range(1, 3))
     assert content(part) == content(source.splits['train'])[1:]
 
 
@@ -135,7 +135,7 @@ def test_idx(tmp_path, ending):
     source = opened(f'idx:{tmp_path}')
     assert source.class_names == ['0', '1', '2', '3']
     for split, start in (('train', 0), ('validation', 1)):
-        for i, (name, pixels, label) in enumerate(content(source.splits[split].part(range(1, 3)))):
+        for i, (name, pixels, label) in enumerate(content(source.splits[split].subset(range(1, 3)))):
             assert (name, label) == (f'image {i + 1}', LABELS[i + 1] + start)
             np.testing.assert_array_equal(pixels, IMAGES[i + 1])
     assert len(source.splits['train']) == 20
@@ -210,7 +210,7 @@ def test_tfds_with_one_split_and_other_names(tmp_path):
     assert {split: len(examples) for split, examples in source.splits.items()} == {'train': 15, 'validation': 5}
     seen = []
     for examples in source.splits.values():
-        for part in (examples.part(range(0, 2)), examples.part(range(2, len(examples)))):
+        for part in (examples.subset(range(0, 2)), examples.subset(range(2, len(examples)))):
             for name, file, label in content(part):
                 assert name.startswith('record ')
                 value = int(np.asarray(Image.open(zoo.io.BytesIO(file)))[0, 0, 0])

@@ -15,14 +15,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from alexnet_jax import startup
+from alexnet_jax.runtime import backend
 
 ROOT = Path(__file__).parent.parent
 COUNT_FAULTS = """
 import resource, sys, time
-from alexnet_jax import startup
+from alexnet_jax.runtime import backend
 if 'tuned' in sys.argv:
-    startup.configure_cpu_backend()
+    backend.configure_cpu_backend()
 import jax, jax.numpy as jnp
 from alexnet_jax.layers import materialize
 images = jnp.ones((25, 1 << 20))
@@ -55,8 +55,8 @@ def test_memory_of_a_step_is_not_mapped_anew():
 
 GIVE_BACK = """
 import re
-from alexnet_jax import startup
-startup.configure_cpu_backend()
+from alexnet_jax.runtime import backend
+backend.configure_cpu_backend()
 def resident():
     return int(re.search(r'VmRSS:\\s+(\\d+)', open('/proc/self/status').read())[1]) << 10
 blocks = [bytearray(1 << 20) for _ in range(200)]
@@ -64,7 +64,7 @@ end = bytearray(1 << 20)  # what is above free memory keeps it from the system
 sizes = [resident()]
 del blocks
 sizes.append(resident())
-startup.reserve_step_memory(0)
+backend.reserve_step_memory(0)
 sizes.append(resident())
 print(*sizes)
 """
@@ -80,14 +80,14 @@ def test_free_memory_is_given_back_when_asked_for():
 
 PLACE = """
 import ctypes
-from alexnet_jax import startup
-startup.configure_cpu_backend()
+from alexnet_jax.runtime import backend
+backend.configure_cpu_backend()
 library = ctypes.CDLL(None)
 library.malloc.restype = ctypes.c_void_p
 library.free.argtypes = [ctypes.c_void_p]
 below, between = library.malloc(200 << 20), library.malloc(1 << 20)
 library.free(below)
-startup.reserve_step_memory(300 << 20)
+backend.reserve_step_memory(300 << 20)
 first_step = library.malloc(300 << 20)
 library.free(first_step)
 library.free(between)
@@ -104,14 +104,14 @@ def test_a_step_takes_its_memory_where_the_one_before_it_did():
 @pytest.mark.parametrize(
     ('before', 'after'),
     [
-        ('', startup.CPU_LIBRARY_FUSION),
-        ('--xla_foo=1', '--xla_foo=1 ' + startup.CPU_LIBRARY_FUSION),
+        ('', backend.CPU_LIBRARY_FUSION),
+        ('--xla_foo=1', '--xla_foo=1 ' + backend.CPU_LIBRARY_FUSION),
         ('--xla_cpu_experimental_ynn_fusion_type=', '--xla_cpu_experimental_ynn_fusion_type='),
     ],
 )
 def test_flags_of_the_user_are_kept(monkeypatch, before, after):
     monkeypatch.setenv('XLA_FLAGS', before)
-    startup.configure_cpu_backend()
+    backend.configure_cpu_backend()
     assert os.environ['XLA_FLAGS'] == after
 
 
@@ -125,36 +125,36 @@ def answers(caches: Path) -> list[str]:
 
 def test_xla_is_asked_once_whether_it_accepts_a_flag(caches, monkeypatch):
     monkeypatch.setenv('XLA_FLAGS', '--xla_cpu_not_asked_about=1')
-    asked = {startup.CPU_LIBRARY_FUSION: True, UNKNOWN_FLAG: False}
-    assert {flag: startup.xla_accepts(flag) for flag in asked} == asked
+    asked = {backend.CPU_LIBRARY_FUSION: True, UNKNOWN_FLAG: False}
+    assert {flag: backend.xla_accepts(flag) for flag in asked} == asked
     assert answers(caches) == ['accepted', 'refused']
     monkeypatch.setattr(sys, 'executable', '/nowhere/python')  # no child process can start
-    assert {flag: startup.xla_accepts(flag) for flag in asked} == asked
+    assert {flag: backend.xla_accepts(flag) for flag in asked} == asked
     other = importlib.metadata.distribution('jax')  # another build
     monkeypatch.setattr(importlib.metadata, 'distribution', lambda name: other)
-    assert not startup.xla_accepts(startup.CPU_LIBRARY_FUSION)
+    assert not backend.xla_accepts(backend.CPU_LIBRARY_FUSION)
     assert answers(caches) == ['accepted', 'refused']
 
 
 def test_modules_of_the_current_folder_are_not_taken_for_those_of_python(caches, tmp_path, monkeypatch):
     (tmp_path / 'random.py').write_text('raise ImportError')
     monkeypatch.chdir(tmp_path)
-    assert startup.xla_accepts(startup.CPU_LIBRARY_FUSION)
+    assert backend.xla_accepts(backend.CPU_LIBRARY_FUSION)
 
 
 @pytest.mark.parametrize('interpreter', ['/nowhere/python', '/bin/false', None])
 def test_a_child_process_that_fails_for_another_reason_gives_no_answer_to_keep(caches, monkeypatch, interpreter):
     monkeypatch.setattr(sys, 'executable', interpreter)
-    assert not startup.xla_accepts(startup.CPU_LIBRARY_FUSION)
+    assert not backend.xla_accepts(backend.CPU_LIBRARY_FUSION)
     assert answers(caches) == []
 
 
 def test_a_damaged_answer_is_asked_for_again(caches):
-    startup.xla_accepts(UNKNOWN_FLAG)
+    backend.xla_accepts(UNKNOWN_FLAG)
     [file] = caches.glob('alexnet_jax/xla_flags/*')
     for damaged in (b'', b'maybe', b'\xff'):
         file.write_bytes(damaged)
-        assert not startup.xla_accepts(UNKNOWN_FLAG)
+        assert not backend.xla_accepts(UNKNOWN_FLAG)
         assert file.read_text() == 'refused'
 
 
@@ -163,16 +163,16 @@ def test_without_a_cache_folder_xla_is_asked_each_time(caches, monkeypatch, capf
     (tmp_path / 'file').touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('XDG_CACHE_HOME', place.format(tmp_path))
-    assert startup.xla_accepts(startup.CPU_LIBRARY_FUSION)
-    assert not startup.xla_accepts(UNKNOWN_FLAG)
+    assert backend.xla_accepts(backend.CPU_LIBRARY_FUSION)
+    assert not backend.xla_accepts(UNKNOWN_FLAG)
     assert os.listdir(tmp_path) == ['file']
     assert capfd.readouterr() == ('', '')
 
 
 REFUSING = """
 import runpy, sys
-from alexnet_jax import startup
-startup.CPU_LIBRARY_FUSION = '--xla_cpu_no_such_flag=1'
+from alexnet_jax.runtime import backend
+backend.CPU_LIBRARY_FUSION = '--xla_cpu_no_such_flag=1'
 sys.argv[0] = 'launch.py'
 runpy.run_module('alexnet_jax.launch', run_name='__main__', alter_sys=True)
 """
@@ -188,9 +188,9 @@ def test_where_xla_refuses_the_flag_training_goes_without_it(photos_dir, tmp_pat
 def test_the_flag_takes_convolutions_and_biases_out_of_library_fusions():
     program = """
 import sys
-from alexnet_jax import startup
+from alexnet_jax.runtime import backend
 if 'tuned' in sys.argv:
-    startup.configure_cpu_backend()
+    backend.configure_cpu_backend()
 import jax, jax.numpy as jnp
 from alexnet_jax.layers import convolution
 convolved = jax.jit(convolution).lower(jnp.ones((8, 13, 13, 32)), jnp.ones((3, 3, 32, 32))).compile()
@@ -243,7 +243,7 @@ def caches(tmp_path, monkeypatch):
 
 
 def folder_in_use() -> str | None:
-    startup.enable_compilation_cache()
+    backend.enable_compilation_cache()
     return jax.config.jax_compilation_cache_dir
 
 
@@ -293,14 +293,14 @@ def test_without_a_folder_to_write_in_a_line_says_so(caches, monkeypatch, capsys
 
 
 def test_programs_not_used_for_longest_are_removed(caches, monkeypatch):
-    monkeypatch.setattr(startup, 'KEPT', 250)
+    monkeypatch.setattr(backend, 'MAX_CACHE_BYTES', 250)
     used = {'2_cores/old': (1, 1), '3_cores/older_but_read': (9, 0), '3_cores/oldest': (0, 0), '4_cores/new': (8, 8)}
     for name, times in used.items():
         file = caches / 'alexnet_jax' / 'compiled' / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(bytes(100))
         os.utime(file, times)
-    startup.enable_compilation_cache()
+    backend.enable_compilation_cache()
     left = {path.name for path in (caches / 'alexnet_jax').rglob('*') if path.is_file()}
     assert left == {'older_but_read', 'new'}
 
@@ -308,7 +308,7 @@ def test_programs_not_used_for_longest_are_removed(caches, monkeypatch):
 def test_what_cannot_be_kept_is_told_in_a_line(caches, monkeypatch, capsys):
     shown = []
     monkeypatch.setattr(warnings, 'showwarning', lambda *warning: shown.append(warning))
-    startup.enable_compilation_cache()
+    backend.enable_compilation_cache()
     text = "Error writing persistent compilation cache entry for 'jit_f': OSError: [Errno 28] No space left on device"
     for message in (text, 'another thing'):
         warnings.showwarning(UserWarning(message), UserWarning, 'somewhere.py', 1)
@@ -319,9 +319,9 @@ def test_what_cannot_be_kept_is_told_in_a_line(caches, monkeypatch, capsys):
 
 PROGRAM = """
 import os, sys
-from alexnet_jax import startup
+from alexnet_jax.runtime import backend
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(sys.argv[1])])
-startup.enable_compilation_cache()
+backend.enable_compilation_cache()
 import jax, jax.numpy as jnp
 hits = []
 jax.monitoring.register_event_listener(lambda event, **kind: hits.append(event.endswith('/cache_hits')))

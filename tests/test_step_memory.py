@@ -18,8 +18,10 @@ from test_mesh import (
     train,
 )
 
-from alexnet_jax import augment, parallel, step
+from alexnet_jax import augment, parallel
 from alexnet_jax.config import ConfigError, default_config, resolve
+from alexnet_jax.training.state import abstract_state, init_state
+from alexnet_jax.training.train_step import make_train_step
 
 pytestmark = pytest.mark.slow
 
@@ -40,9 +42,9 @@ def three_steps(**fields):
 @pytest.mark.parametrize(
     'fields',
     [
-        {'micro_batches': 4},
-        {'micro_batches': 2, 'mesh': ('towers', 4, 2, False)},
-        {'micro_batches': 2, 'remat': True, 'mesh': ('hybrid', 2, 4, True)},
+        {'grad_accum_steps': 4},
+        {'grad_accum_steps': 2, 'mesh': ('towers', 4, 2, False)},
+        {'grad_accum_steps': 2, 'remat': True, 'mesh': ('hybrid', 2, 4, True)},
         {'remat': True, 'mesh': ('towers', 4, 2, False)},
     ],
     ids=str,
@@ -59,7 +61,7 @@ def test_memory_is_saved_without_changing_the_numbers(fields):
 
 def test_accelerators_loop_over_micro_batches_and_add_up_gradients_between_devices_once(monkeypatch):
     """On them a loop is compiled, on CPUs its body as often as there are parts."""
-    settings = small_config(4, 2, {'train': {'micro_batches': 2}})
+    settings = small_config(4, 2, {'train': {'grad_accum_steps': 2}})
     once, unrolled = (collectives(compiled(each).as_text()) for each in (small_config(4, 2), settings))
     expected, losses = three_steps()
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
@@ -80,15 +82,15 @@ def test_accelerators_loop_over_micro_batches_and_add_up_gradients_between_devic
 
 def test_statistics_of_micro_batches_are_the_means_of_those_of_each():
     """Each as a batch of its own; also where convolutions are computed again, which must not count a batch twice."""
-    model = {'after_conv': NORMED}
-    whole = small_config(1, 1, {'model': model, 'train': {'micro_batches': 2, 'remat': True}})
+    model = {'conv_ops': NORMED}
+    whole = small_config(1, 1, {'model': model, 'train': {'grad_accum_steps': 2, 'remat': True}})
     half = small_config(1, 1, {'model': model, 'train': {'batch_size': 8}})
     rows, mesh, found = batch(0, whole), parallel.make_mesh(whole), []
-    prepared = augment.preprocessing(STATISTICS, whole.data)
-    steps = {id(settings): step.make_train_step(settings, mesh) for settings in (whole, half)}
+    prepared = augment.make_preprocess_params(STATISTICS, whole.data)
+    steps = {id(settings): make_train_step(settings, mesh) for settings in (whole, half)}
     for settings, part in ((whole, slice(None)), (half, slice(8)), (half, slice(8, None))):
         part_rows = make_global_batch(settings, mesh, {name: values[part] for name, values in rows.items()})
-        state, metrics = steps[id(settings)](step.init_state(settings, mesh), part_rows, rates(0.0), prepared)
+        state, metrics = steps[id(settings)](init_state(settings, mesh), part_rows, rates(0.0), prepared)
         found.append(jax.tree.leaves(jax.device_get((state.statistics, metrics))))
     assert len(found[0]) == 8 + 3
     for ours, first, second in zip(*found, strict=True):
@@ -101,7 +103,7 @@ def test_bytes_that_a_step_of_the_whole_network_needs_besides_its_state():
     for images, count, remat in ((256, 1, False), (256, 2, False), (256, 4, False), (256, 4, True)):
         settings = default_config()
         settings.train.batch_size = images
-        settings.mesh.data, settings.train.micro_batches, settings.train.remat = 1, count, remat
+        settings.mesh.data, settings.train.grad_accum_steps, settings.train.remat = 1, count, remat
         needed[images, count, remat] = compiled(resolve(settings)).memory_analysis().temp_size_in_bytes
     gradients = 4 * 60_965_224
     # Besides the gradients nearly all is of images: half of it for half of them, and one kernel's gradient more.
@@ -115,7 +117,7 @@ def test_the_state_is_updated_in_place():
     for mesh in ({}, {'mesh': {'layout': 'hybrid', 'shard_optimizer': True}}):
         settings = small_config(4, 2, mesh) if mesh else small_config(1, 1)
         program = compiled(settings)
-        state = step.abstract_state(settings, parallel.make_mesh(settings))
+        state = abstract_state(settings, parallel.make_mesh(settings))
         leaves = jax.tree.leaves(state)
         aliases = re.search(r'input_output_alias={ (.*?) }, entry', program.as_text())[1]
         pairs = re.findall(r'\{(\d+)\}: \((\d+), \{\}', aliases)
@@ -155,19 +157,19 @@ def test_what_is_computed_again_is_not_sent_again():
 @pytest.mark.parametrize(
     ('data', 'model', 'groups', 'reason'),
     [
-        (1, 1, {'train': {'micro_batches': 0}}, r'config.train.micro_batches: 0 is outside 1 to'),
+        (1, 1, {'train': {'grad_accum_steps': 0}}, r'config.train.grad_accum_steps: 0 is outside 1 to'),
         (
             8,
             1,
-            {'train': {'batch_size': 48, 'micro_batches': 4}},
-            r'^config.train.micro_batches: 4 does not divide the 6 images of train.batch_size that each device has;'
+            {'train': {'batch_size': 48, 'grad_accum_steps': 4}},
+            r'^config.train.grad_accum_steps: 4 does not divide the 6 images of train.batch_size that each device has;'
             r' the nearest is 3$',
         ),
         (
             4,
             2,
-            {'mesh': {'layout': 'hybrid'}, 'train': {'micro_batches': 4}},
-            r'micro_batches: 4 does not divide the 2 images .*; the nearest is 2$',
+            {'mesh': {'layout': 'hybrid'}, 'train': {'grad_accum_steps': 4}},
+            r'grad_accum_steps: 4 does not divide the 2 images .*; the nearest is 2$',
         ),
     ],
 )

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from alexnet_jax.config import ConfigError, default_config, field_names, get_by_path, resolve
-from alexnet_jax.flags import load_sweep
-from alexnet_jax.monitor import write_json
-from alexnet_jax.run_folder import check_resumable, is_finished, read_config
-from alexnet_jax.sweep import _CHILD_BOOTSTRAP, Variant, check, configure, grid, run_all, seeds, zipped
+from alexnet_jax.config_flag import load_sweep
+from alexnet_jax.runtime.files import write_json
+from alexnet_jax.runtime.workdir import check_resumable, is_finished, read_config
+from alexnet_jax.sweep.sweep import _CHILD_BOOTSTRAP, Variant, apply_variant, grid, run_all, seeds, validate, zip_
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,12 +39,12 @@ def test_grid_has_every_combination_the_last_field_fastest():
 
 
 def test_zipped_takes_the_values_side_by_side():
-    assert zipped({'train.batch_size': (128, 256), 'optimizer.learning_rate': (0.01, 0.02)}) == [
+    assert zip_({'train.batch_size': (128, 256), 'optimizer.learning_rate': (0.01, 0.02)}) == [
         Variant('batch_size=128,learning_rate=0.01', {'train.batch_size': 128, 'optimizer.learning_rate': 0.01}),
         Variant('batch_size=256,learning_rate=0.02', {'train.batch_size': 256, 'optimizer.learning_rate': 0.02}),
     ]
     with pytest.raises(ValueError, match='argument 2 is shorter'):
-        zipped({'train.batch_size': (128, 256), 'optimizer.learning_rate': (0.01,)})
+        zip_({'train.batch_size': (128, 256), 'optimizer.learning_rate': (0.01,)})
 
 
 def test_seeds_run_all_variants_before_the_next_seed():
@@ -72,11 +72,11 @@ def test_a_variant_is_the_configuration_with_its_overrides():
     before = config.to_dict()
     variant = Variant('a', {'model.dropout': 0.0, 'model.widths': (24, 64, 96, 96, 64, 1024, 1024)})
     changed = {'model.dropout': 0.0, 'model.widths': (24, 64, 96, 96, 64, 1024, 1024)}
-    assert differences(resolve(config), configure(config, variant)) == changed
-    assert differences(resolve(config), configure(config, seeds([variant], 1)[0])) == changed | {'seed': 0}
+    assert differences(resolve(config), apply_variant(config, variant)) == changed
+    assert differences(resolve(config), apply_variant(config, seeds([variant], 1)[0])) == changed | {'seed': 0}
     assert config.to_dict() == before
     with pytest.raises(AttributeError):
-        configure(config, variant).seed = 1
+        apply_variant(config, variant).seed = 1
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_variant_is_the_configuration_with_its_overrides():
 )
 def test_what_cannot_be_set_is_refused_with_the_name_of_the_variant(overrides, reason):
     with pytest.raises(ConfigError) as refusal:
-        configure(default_config(), Variant('row 3', overrides))
+        apply_variant(default_config(), Variant('row 3', overrides))
     assert str(refusal.value).startswith('sweep, row 3: ' + reason)
     assert '\n' not in str(refusal.value)
 
@@ -110,10 +110,10 @@ def test_what_cannot_be_set_is_refused_with_the_name_of_the_variant(overrides, r
 )
 def test_sweeps_that_cannot_be_run(variants, reason):
     with pytest.raises(ConfigError) as refusal:
-        check(variants)
+        validate(variants)
     assert str(refusal.value).startswith('--sweep: ')
     assert reason in str(refusal.value)
-    check([Variant('a'), Variant('b'), Variant('c', seed=0), Variant('c', seed=1)])
+    validate([Variant('a'), Variant('b'), Variant('c', seed=0), Variant('c', seed=1)])
 
 
 # The sweeps of configs/.
@@ -142,7 +142,7 @@ def test_every_run_of_a_sweep_resolves(name, part):
     config, runs = load(name, part)
     assert len(runs) == SWEEPS[name][part]
     for run in runs:
-        assert configure(config, run).seed == (config.seed if run.seed is None else run.seed)
+        assert apply_variant(config, run).seed == (config.seed if run.seed is None else run.seed)
 
 
 WITHOUT_CONV3 = ('conv4', 'fc6', 'fc7', 'fc8')
@@ -162,7 +162,7 @@ def paper_rows(half: tuple[int, ...]) -> dict:
 
 
 POLY = {'optimizer.schedule': 'poly', 'optimizer.bias_schedule': 'same'}
-NO_RATES = {'optimizer.layer_rates': ()}
+NO_RATES = {'optimizer.lr_overrides': ()}
 
 
 def batch_rows(
@@ -189,20 +189,20 @@ ROWS = {
             for name, row in paper_rows((16, 48, 80, 80, 96, 1024, 1024)).items()
             if name not in ('no_color', 'no_overlap')
         },
-        'no_conv3': {'model.widths': (32, 96, 0, 160, 96, 1024, 1024), 'model.exchange': WITHOUT_CONV3},
+        'no_conv3': {'model.widths': (32, 96, 0, 160, 96, 1024, 1024), 'model.cross_tower': WITHOUT_CONV3},
         'no_conv4': {'model.widths': (32, 96, 160, 0, 96, 1024, 1024)},
         'no_conv5': {'model.widths': (32, 96, 160, 160, 0, 1024, 1024)},
         'no_fc7': {'model.widths': (32, 96, 160, 160, 96, 1024, 0)},
-        'no_exchange': {'model.exchange': ('fc8',)},
-        'exchange_at_conv4': {'model.exchange': WITHOUT_CONV3},
-        **batch_rows(256, 0.04, 1.7677669529663689, 0.022627417, {'optimizer.power': 2.0}, {}),
-        **batch_rows(1024, 0.16, 3.5355339059327378, 0.045254834, {'optimizer.power': 2.0}, {}),
-        **batch_rows(8192, 1.28, 10.0, 0.128, {'optimizer.power': 2.0}, {}),
+        'no_exchange': {'model.cross_tower': ('fc8',)},
+        'exchange_at_conv4': {'model.cross_tower': WITHOUT_CONV3},
+        **batch_rows(256, 0.04, 1.7677669529663689, 0.022627417, {'optimizer.poly_power': 2.0}, {}),
+        **batch_rows(1024, 0.16, 3.5355339059327378, 0.045254834, {'optimizer.poly_power': 2.0}, {}),
+        **batch_rows(8192, 1.28, 10.0, 0.128, {'optimizer.poly_power': 2.0}, {}),
     },
     'imagenet': {
         **paper_rows((48, 128, 192, 192, 256, 4096, 4096)),
         'no_spatial_norm': {
-            'model.after_conv': (
+            'model.conv_ops': (
                 'lrn pool activation',
                 'activation lrn pool',
                 'activation',
@@ -211,7 +211,7 @@ ROWS = {
             )
         },
         'no_layer2_norm': {
-            'model.after_conv': (
+            'model.conv_ops': (
                 'lrn pool activation',
                 'activation pool',
                 'activation',
@@ -220,20 +220,20 @@ ROWS = {
             )
         },
         'lrn_after_pool': {
-            'model.after_conv': (
+            'model.conv_ops': (
                 'pool lrn activation',
-                'activation lrn spatial_norm pool',
+                'activation lrn spatial_lrn pool',
                 'activation',
                 'activation',
                 'pool activation',
             )
         },
-        'no_conv3': {'model.widths': (96, 256, 0, 384, 256, 4096, 4096), 'model.exchange': WITHOUT_CONV3},
+        'no_conv3': {'model.widths': (96, 256, 0, 384, 256, 4096, 4096), 'model.cross_tower': WITHOUT_CONV3},
         'no_conv4': {'model.widths': (96, 256, 384, 0, 256, 4096, 4096)},
         'no_conv5': {'model.widths': (96, 256, 384, 384, 0, 4096, 4096)},
         'no_fc7': {'model.widths': (96, 256, 384, 384, 256, 4096, 0)},
-        'no_exchange': {'model.exchange': ('fc8',)},
-        'exchange_at_conv4': {'model.exchange': WITHOUT_CONV3},
+        'no_exchange': {'model.cross_tower': ('fc8',)},
+        'exchange_at_conv4': {'model.cross_tower': WITHOUT_CONV3},
         **batch_rows(256, 0.02, 1.7677669529663689, 0.0113137085, POLY, NO_RATES),
         **batch_rows(1024, 0.08, 3.5355339059327378, 0.022627417, POLY, NO_RATES),
         **batch_rows(8192, 0.64, 10.0, 0.064, POLY, NO_RATES),
@@ -251,13 +251,13 @@ def test_rows_of_the_ablations_differ_from_the_base_in_what_they_are_named_after
     config, runs = load('ablations', data)
     assert {run.name for run in runs} == set(ROWS[data])
     for run in runs:
-        base = configure(config, Variant('base', seed=run.seed))
-        assert differences(base, configure(config, run)) == as_numbers(ROWS[data][run.name]), run.directory
+        base = apply_variant(config, Variant('base', seed=run.seed))
+        assert differences(base, apply_variant(config, run)) == as_numbers(ROWS[data][run.name]), run.directory
 
 
 def test_rows_that_are_presets_too_are_the_same_networks():
     config, runs = load('ablations', 'imagenet')
-    rows = {run.name: configure(config, run) for run in runs}
+    rows = {run.name: apply_variant(config, run) for run in runs}
     for name in ('half', 'no_exchange'):
         preset = resolve(runpy.run_path(str(ROOT / 'configs' / 'imagenet.py'))['get_config'](name))
         assert differences(rows[name], preset) == {'model.preset': name}
@@ -298,16 +298,18 @@ def test_relu_and_tanh_differ_in_nothing_but_nonlinearity_and_rate():
     config, runs = load('relu_tanh', 'seeds')
     assert [run.directory for run in runs] == [f'{name}/seed_{seed}' for seed in range(5) for name in ('relu', 'tanh')]
     for relu, tanh in zip(runs[::2], runs[1::2], strict=True):
-        changed = differences(configure(config, relu), configure(config, tanh))
+        changed = differences(apply_variant(config, relu), apply_variant(config, tanh))
         assert changed.pop('model.activation') == 'tanh'
         assert set(changed) <= {'optimizer.learning_rate'}
     # The rates were chosen with another seed, and from some that both nonlinearities tried.
     config, rates = load('relu_tanh', 'rates')
-    tried = [(c.model.activation, c.optimizer.learning_rate, c.seed) for c in (configure(config, run) for run in rates)]
+    tried = [
+        (c.model.activation, c.optimizer.learning_rate, c.seed) for c in (apply_variant(config, run) for run in rates)
+    ]
     assert len(set(tried)) == len(tried)
     assert {seed for _, _, seed in tried}.isdisjoint(range(5))
     for run in runs:
-        chosen = configure(config, run)
+        chosen = apply_variant(config, run)
         assert (chosen.model.activation, chosen.optimizer.learning_rate) in {rate[:2] for rate in tried}
 
 
@@ -325,14 +327,16 @@ def folder(tmp_path):
 
 
 def with_fields(**fields):
-    return configure(default_config(), Variant('a', {name.replace('__', '.'): value for name, value in fields.items()}))
+    return apply_variant(
+        default_config(), Variant('a', {name.replace('__', '.'): value for name, value in fields.items()})
+    )
 
 
 def test_a_run_is_finished_when_it_is_this_one_and_done(folder):
     workdir, config = folder
     assert is_finished(config, str(workdir))
     assert is_finished(with_fields(data__data_dir='elsewhere'), str(workdir))
-    for other in ({'seed': 1}, {'train__log_every': '7 steps'}, {'data__threads': 3}, {'cpu_tuning': False}):
+    for other in ({'seed': 1}, {'train__log_every': '7 steps'}, {'data__reader_threads': 3}, {'cpu_tuning': False}):
         assert not is_finished(with_fields(**other), str(workdir)), other
     for text in ('{"status": "preempted"}', '{"step": 5}', '{"status": "do', '[]'):
         (workdir / 'result.json').write_text(text)
@@ -430,11 +434,11 @@ sys.exit(3 if number == 1 else 0)
 @pytest.mark.parametrize('jobs', [1, 2, 3])
 def test_as_many_at_once_as_wanted_and_failures_stop_nothing(tmp_path, capfd, monkeypatch, jobs):
     variants = [Variant(name) for name in 'abcdef']
-    configs = [configure(default_config(), variant) for variant in variants]
+    configs = [apply_variant(default_config(), variant) for variant in variants]
     (tmp_path / 'sweep' / 'f').mkdir(parents=True)
     write_json(str(tmp_path / 'sweep' / 'f' / 'config.json'), configs[5].to_dict())
     write_json(str(tmp_path / 'sweep' / 'f' / 'result.json'), {'status': 'done'})
-    monkeypatch.setattr('alexnet_jax.monitor.LOG_INTERVAL_SECS', 0.0)
+    monkeypatch.setattr('alexnet_jax.runtime.console.LOG_INTERVAL_SECS', 0.0)
     told = tmp_path / 'told'
     command = [sys.executable, '-ISc', SLEEPER, str(told)]
     assert run_all(variants, configs, str(tmp_path / 'sweep'), command, jobs) == 1
@@ -461,7 +465,7 @@ def test_as_many_at_once_as_wanted_and_failures_stop_nothing(tmp_path, capfd, mo
 
 def test_after_sigterm_nothing_else_is_started(tmp_path, capfd):
     variants = [Variant(name) for name in 'abcde']
-    configs = [configure(default_config(), variant) for variant in variants]
+    configs = [apply_variant(default_config(), variant) for variant in variants]
     told = tmp_path / 'told'
     told.write_text('')
     command = [sys.executable, '-ISc', SLEEPER.replace('0.3', '60'), str(told)]
@@ -493,7 +497,7 @@ def get_config(part='whole'):
     config = default_config()
     config.model.widths = (8, 16, 0, 0, 0, 0, 0)
     config.model.conv1_stride = 2
-    config.model.exchange = ('fc8',)
+    config.model.cross_tower = ('fc8',)
     config.model.num_classes = 8
     config.model.kernel_std = (0.1,) * 8
     config.model.bias_init = (0.0,) * 8
@@ -502,7 +506,7 @@ def get_config(part='whole'):
     config.data.image_size = config.data.crop_size = 36
     config.data.crop = config.data.flip = False
     config.data.color = 'none'
-    config.data.divisor = (64.0,)
+    config.data.std = (64.0,)
     config.optimizer.learning_rate = 0.01
     config.train.batch_size = 16
     config.train.steps = {STEPS}
@@ -518,10 +522,10 @@ def sweep(part='whole'):
     if part == 'failing':
         infinite = {{'optimizer.learning_rate': 100.0, 'model.kernel_std': (3e38,) * 8}}
         return [Variant('diverges', infinite), base]
-    slow = {{'optimizer.learning_rate': 0.0001, 'optimizer.drops': ('2 epochs', '3 epochs')}}
+    slow = {{'optimizer.learning_rate': 0.0001, 'optimizer.milestones': ('2 epochs', '3 epochs')}}
     return seeds([base, Variant('slow', slow, (1.5, None), 'a book', 'slower')], 2)
 """
-SLOW = {'optimizer.learning_rate': 0.0001, 'optimizer.drops': ['2 epochs', '3 epochs']}
+SLOW = {'optimizer.learning_rate': 0.0001, 'optimizer.milestones': ['2 epochs', '3 epochs']}
 RUNS = ['base/seed_0', 'slow/seed_0', 'base/seed_1', 'slow/seed_1']
 
 
@@ -667,7 +671,7 @@ def whole(place, first):
 def test_a_list_shows_the_runs_and_makes_no_folder(place, tmp_path):
     shown = place.run(tmp_path / 'new', '--sweep=list')
     assert (shown.returncode, shown.stderr) == (0, '')
-    overrides = "optimizer.learning_rate=0.0001 optimizer.drops=('2 epochs', '3 epochs')"
+    overrides = "optimizer.learning_rate=0.0001 optimizer.milestones=('2 epochs', '3 epochs')"
     assert shown.stdout.splitlines() == [
         '   0  base/seed_0',
         f'   1  slow/seed_0         {overrides}',

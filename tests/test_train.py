@@ -92,7 +92,7 @@ def test_files_of_a_run(uninterrupted):
     workdir, result, run = uninterrupted
     assert (result['status'], result['step']) == ('done', STEPS)
     assert len(result['state_digest']) == 64
-    assert result['damaged_records'] == 0
+    assert result['corrupt_records'] == 0
     assert result['views']['1']['examples'] == result['views']['10']['examples'] == 1600
     assert result['top1_error'] == result['views']['10']['top1_error']
     assert 0 < result['top5_error'] < result['top1_error'] < 1
@@ -144,7 +144,7 @@ def test_colour_noise_ends_where_it_is_told_to(photos_dir, tmp_path):
     """As if the run had been stopped there and gone on without."""
     short = ('--config.eval.views=1', '--config.eval.every=100', '--config.train.steps=6')
     commands = {
-        'ended': [['--config.data.color_until=4 steps']],
+        'ended': [['--config.data.color_augmentation_until=4 steps']],
         'two': [
             [f'--config.data.color={color}', f'--config.train.steps={n}'] for n, color in ((4, 'original'), (6, 'none'))
         ],
@@ -171,7 +171,7 @@ def test_what_a_step_takes_is_on_the_devices(photos_dir, tmp_path):
 import runpy
 import sys
 import jax
-from alexnet_jax import train
+from alexnet_jax.training import trainer
 
 class Guarded:
     def __init__(self, step):
@@ -188,8 +188,8 @@ class Guarded:
         print('guarded')
         return result
 
-make_train_step = train.make_train_step
-train.make_train_step = lambda *arguments: Guarded(make_train_step(*arguments))
+make_train_step = trainer.make_train_step
+trainer.make_train_step = lambda *arguments: Guarded(make_train_step(*arguments))
 runpy.run_path('launch.py', run_name='__main__')
 """
     flags = command(photos_dir, tmp_path, '--config.train.steps=3', '--config.optimizer.warmup=2 steps')[1:]
@@ -223,8 +223,8 @@ def test_a_damaged_record_is_counted_and_more_of_them_end_the_run(photos_dir, tm
     run = launch(str(tmp_path), tmp_path / 'run', *short)
     assert run.returncode == 0, run.stderr
     assert run.stderr.count('is damaged and left out') == 1
-    assert json.loads((tmp_path / 'run' / 'result.json').read_text())['damaged_records'] == 1
-    run = launch(str(tmp_path), tmp_path / 'strict', *short, '--config.data.max_bad=0.0001')
+    assert json.loads((tmp_path / 'run' / 'result.json').read_text())['corrupt_records'] == 1
+    run = launch(str(tmp_path), tmp_path / 'strict', *short, '--config.data.max_corrupt_fraction=0.0001')
     assert run.returncode == 1
     assert '1 of 6400 records of train in' in run.stderr
     assert 'Traceback' not in run.stderr
@@ -440,12 +440,12 @@ def test_a_goal_ends_a_run_and_kill_changes_nothing(photos_dir, tmp_path):
     expected = next(at for at in means if at > 4 and means[at] < min(means[earlier] for earlier in range(4, at, 4)))
     goal = (means[expected] + min(means[earlier] for earlier in range(4, expected, 4))) / 2
 
-    goal_flag = f'--config.train.goal_error={goal}'
+    goal_flag = f'--config.train.target_error={goal}'
     run = launch(photos_dir, tmp_path / 'goal', *steps, goal_flag)
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / 'goal' / 'result.json').read_text())
-    assert (result['status'], result['step'], result['goal_step']) == ('done', expected, expected)
-    assert said(run, 'below train.goal_error')
+    assert (result['status'], result['step'], result['target_step']) == ('done', expected, expected)
+    assert said(run, 'below train.target_error')
     again = launch(photos_dir, tmp_path / 'goal', *steps, goal_flag)
     assert again.returncode == 0
     assert 'is done' in again.stdout
@@ -456,5 +456,5 @@ def test_a_goal_ends_a_run_and_kill_changes_nothing(photos_dir, tmp_path):
     further = launch(photos_dir, tmp_path / 'goal', *steps)  # without the goal it goes on
     assert further.returncode == 0, further.stderr
     ends = [json.loads((tmp_path / name / 'result.json').read_text()) for name in ('whole', 'goal')]
-    assert ends[1]['goal_step'] is None
+    assert ends[1]['target_step'] is None
     assert ends[1]['state_digest'] == ends[0]['state_digest']

@@ -1,1 +1,1 @@
-"""Image sources, prepared stores, and input pipelines."""
+"""Prepared data sets and their batches."""

@@ -45,7 +45,7 @@ def read_image(content: bytes | np.ndarray) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise UnreadableImage(f'more than {MAX_PIXELS:,} pixels')
             ImageOps.exif_transpose(image, in_place=True)  # in_place keeps image.format
-            return _grey_or_rgb(image)
+            return _gray_or_rgb(image)
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
@@ -57,7 +57,7 @@ def read_image(content: bytes | np.ndarray) -> Image.Image:
         raise UnreadableImage(f'damaged ({what})') from None
 
 
-def _grey_or_rgb(image: Image.Image) -> Image.Image:
+def _gray_or_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PPM'):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ('I', 'F'):
@@ -68,7 +68,7 @@ def _grey_or_rgb(image: Image.Image) -> Image.Image:
     return image.convert('L' if image.mode in ('1', 'L') else 'RGB')
 
 
-def square(image: Image.Image, size: int, channels: int = 3) -> np.ndarray:
+def resize_and_center_crop(image: Image.Image, size: int, channels: int = 3) -> np.ndarray:
     """Scales the shorter side to `size`, then crops the central square (section 2 of the paper).
 
     Pillow's bicubic filter is antialiased: the filter widens with the downscaling factor, so every pixel counts.

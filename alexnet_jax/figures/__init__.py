@@ -1,1 +1,1 @@
-"""Figures of a trained network as in the paper, for screen and print. Drawing needs NumPy arrays only, no JAX."""
+"""The command `figures`: the figures of the paper from a run."""

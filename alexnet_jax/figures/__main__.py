@@ -20,15 +20,15 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from alexnet_jax import startup
-from alexnet_jax.command import check_output, parse_flags
+from alexnet_jax.cli import check_output, parse_flags
 from alexnet_jax.config import ConfigError
-from alexnet_jax.data.pipeline import DatasetError
-from alexnet_jax.monitor import log, log_error
-from alexnet_jax.pictures import Picture, of_files, of_validation, picture_files
+from alexnet_jax.data.dataset import DatasetError
+from alexnet_jax.inference.images import ImageInput, expand_paths, load_images, sample_validation
+from alexnet_jax.inference.trained_model import CheckpointRef, load_model, open_eval_dataset, parse_checkpoint_ref
 from alexnet_jax.presets import PRESETS
-from alexnet_jax.shapes import layers
-from alexnet_jax.trained import Member, find, load, store_of
+from alexnet_jax.runtime import backend
+from alexnet_jax.runtime.console import log, log_error
+from alexnet_jax.shapes import layer_table
 
 # By kind: the arguments after it, the maximum number of names, and the flags besides --out.
 KINDS: dict[str, tuple[str, float, tuple[str, ...]]] = {
@@ -55,10 +55,10 @@ def check_kind(kind: str, names: list[str], given: Any) -> None:
         raise ConfigError('which pictures? Name files or folders behind the checkpoint, or --validation=8')
 
 
-def check_layer(member: Member, layer: str) -> None:
+def check_layer(member: CheckpointRef, layer: str) -> None:
     """Raises ConfigError: the network has no such layer."""
     data = member.config.data
-    names = [each.name for each in layers(member.config.model, data.crop_size, data.channels)]
+    names = [each.name for each in layer_table(member.config.model, data.crop_size, data.channels)]
     if layer not in names:
         raise ConfigError(f'--layer={layer}: no layer of {member.name}; it has {", ".join(names)}')
 
@@ -80,7 +80,7 @@ def out_path(out: str | None, workdir: str | None, name: str) -> str:
     return path
 
 
-def readable(pictures: Iterable[Picture], unread: list[str]) -> Iterator[Picture]:
+def readable(pictures: Iterable[ImageInput], unread: list[str]) -> Iterator[ImageInput]:
     """Yields the pictures that can be read. Logs the names of the others and appends them to `unread`."""
     for picture in pictures:
         if picture.problem:
@@ -92,7 +92,7 @@ def readable(pictures: Iterable[Picture], unread: list[str]) -> Iterator[Picture
 
 def save(figures: Iterable[Any], path: str, count: int = 1) -> None:
     """Saves a figure as `path`, or each of several with a number after the name. Prints the paths. Raises OSError."""
-    from alexnet_jax.figures import style
+    from alexnet_jax.plots import style
 
     name, ending = os.path.splitext(path)
     for i, figure in enumerate(figures):
@@ -103,62 +103,63 @@ def save(figures: Iterable[Any], path: str, count: int = 1) -> None:
 
 def draw_settings(kind: str, names: list[str], out: str | None) -> None:
     """Draws the kinds that need no weights: `network` and `curves`. Raises ConfigError, OSError."""
-    from alexnet_jax.figures import runs
+    from alexnet_jax.figures import from_run
 
     if kind == 'curves':
-        figure = runs.curves_of(runs.find_runs(names))  # before out_path() creates a folder
+        figure = from_run.plot_curves(from_run.find_runs(names))  # before out_path() creates a folder
         save([figure], out_path(out, names[0] if len(names) == 1 else None, kind))
     elif names[0] in PRESETS:
         path = out_path(out, None, names[0])
-        save([runs.network_of_preset(names[0])], path)
+        save([from_run.plot_preset(names[0])], path)
     elif not os.path.exists(os.path.expanduser(names[0])):
         raise ConfigError(f'{names[0]}: no preset and no folder of a run; presets are {", ".join(PRESETS)}')
     else:
-        member = find(names[0])
+        member = parse_checkpoint_ref(names[0])
         path = out_path(out, member.workdir, kind)
-        save([runs.network_of_config(member.config, member.name)], path)
+        save([from_run.plot_network(member.config, member.name)], path)
 
 
 def draw_weights(kind: str, names: list[str], given: Any) -> int:
     """Draws the other kinds. Returns the number of unreadable pictures. Raises ConfigError, DatasetError, OSError."""
-    member, files = find(names[0]), picture_files(names[1:])
+    member, files = parse_checkpoint_ref(names[0]), expand_paths(names[1:])
     if kind == 'maps':
         check_layer(member, given.layer)
     path = out_path(given.out, member.workdir, kind)
     if member.config.cpu_tuning:
-        startup.configure_cpu_backend()
-    startup.enable_compilation_cache()
-    from alexnet_jax.checkpoint import CheckpointError  # imports jax, so only after the flags
-    from alexnet_jax.figures import runs
+        backend.configure_cpu_backend()
+    backend.enable_compilation_cache()
+    from alexnet_jax.figures import from_run
+    from alexnet_jax.training.checkpointing import CheckpointError  # imports jax, so only after the flags
 
     try:
         if kind == 'kernels':
-            save([runs.kernels_of(load(member))], path)
+            save([from_run.plot_kernels(load_model(member))], path)
             return 0
         if kind == 'confusion':
-            save([runs.confusion_of(member, store_of([member], given.data_dir), int(given.views))], path)
+            save([from_run.plot_confusion(member, open_eval_dataset([member], given.data_dir), int(given.views))], path)
             return 0
         return draw_pictures(kind, member, files, path, given)
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
 
 
-def draw_pictures(kind: str, member: Member, files: list[str], path: str, given: Any) -> int:
+def draw_pictures(kind: str, member: CheckpointRef, files: list[str], path: str, given: Any) -> int:
     """Draws `maps` and `neighbours`. Returns the number of unreadable pictures. Raises the errors of draw_weights()."""
-    from alexnet_jax.figures import neighbours, runs
+    from alexnet_jax.figures import from_run
+    from alexnet_jax.plots import neighbors
 
-    store = store_of([member], given.data_dir) if given.validation or kind == 'neighbours' else None
-    network = load(member)
-    of_store = of_validation(store, given.validation) if store and given.validation else []
+    store = open_eval_dataset([member], given.data_dir) if given.validation or kind == 'neighbours' else None
+    network = load_model(member)
+    of_store = sample_validation(store, given.validation) if store and given.validation else []
     unread: list[str] = []
-    pictures = readable(itertools.chain(of_files(files, network.config.data, network.class_names), of_store), unread)
+    pictures = readable(itertools.chain(load_images(files, network.config.data, network.class_names), of_store), unread)
     count = len(files) + len(of_store)
     if store and kind == 'neighbours':
-        shown = list(itertools.islice(pictures, neighbours.MOST))
-        save([runs.neighbours_of(network, store, shown)] if shown else [], path)
+        shown = list(itertools.islice(pictures, neighbors.MAX_ROWS))
+        save([from_run.plot_neighbors(network, store, shown)] if shown else [], path)
         log(f'{path}: {len(shown)} of {count} pictures')
     else:
-        save(runs.maps_of(network, pictures, given.layer, count), path, count)
+        save(from_run.plot_feature_maps(network, pictures, given.layer, count), path, count)
     return len(unread)
 
 

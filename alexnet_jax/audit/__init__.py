@@ -1,0 +1,1 @@
+"""The command `audit`: what a train step costs on a mesh."""

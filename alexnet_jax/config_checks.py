@@ -1,0 +1,301 @@
+"""Validation of settings: each check raises ConfigError with the field, its value and the nearest valid value."""
+
+import difflib
+import math
+import re
+from typing import Any
+
+from alexnet_jax.config_schema import RENAMED_VALUES, Config, ConfigError, ModelConfig, duration_in_steps, get_by_path
+from alexnet_jax.presets import PRESETS
+from alexnet_jax.shapes import CONVOLUTIONS, DENSE, LAYERS, layer_table, ops_after
+
+_CHOICES = {
+    'model.preset': tuple(PRESETS),
+    'model.activation': ('relu', 'tanh'),
+    'model.initializer': ('normal', 'glorot_uniform', 'he_normal', 'torch_default'),
+    'model.dtype': ('float32', 'bfloat16'),
+    'data.channels': (1, 3),
+    'data.encoding': ('raw', 'jpeg'),
+    'data.color': ('none', 'original', 'fb', 'paper'),
+    'data.mean': ('image', 'channel', 'none'),
+    'data.mean_crop': ('matching', 'center'),
+    'optimizer.schedule': ('plateau', 'steps', 'dexp', 'poly', 'constant'),
+    'optimizer.bias_schedule': ('same', 'dexp', 'constant'),
+    'train.stall_action': ('warn', 'stop'),
+    'eval.views': (1, 10),
+    'mesh.layout': ('towers', 'data', 'hybrid'),
+    'mesh.grad_allreduce_dtype': ('float32', 'bfloat16'),
+}
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError if a value is not allowed, or contradicts another field."""
+    for field in _CHOICES:
+        _check_choice(field, get_by_path(config, field))
+    _check_ranges(config)
+    _check_model(config)
+    _check_durations(config)
+    check_mesh(config, config.mesh.data, config.mesh.model)
+
+
+def check_preset(name: str) -> None:
+    """Raises ConfigError if `name` is not a preset."""
+    _check_choice('model.preset', name)
+
+
+def _check_choice(field: str, value: Any) -> None:
+    choices = _CHOICES[field]
+    if value not in choices:
+        new = RENAMED_VALUES.get(field, {}).get(value)
+        if new is not None:
+            raise ConfigError(f'config.{field}: {value!r} was renamed to {new!r}')
+        near: Any
+        if isinstance(value, str):
+            near = difflib.get_close_matches(value, [str(choice) for choice in choices], 1, 0.0)[0]
+        else:
+            near = min(choices, key=lambda choice: abs(choice - value))
+        every = ', '.join(map(str, choices))
+        raise ConfigError(f'config.{field}: {value!r} is not one of {every}; the nearest is {near!r}')
+
+
+def _check_ranges(config: Config) -> None:
+    bounds = {  # field: (minimum, maximum)
+        'seed': (0, 2**32 - 1),
+        'model.dropout': (0, 0.95),
+        'model.towers': (1, 64),
+        'model.num_classes': (2, 10**6),
+        'model.conv1_stride': (1, 64),
+        'model.lrn_size': (1, 63),
+        'model.spatial_lrn_size': (1, 63),
+        'model.spatial_lrn_alpha': (0, 1e6),
+        'model.lrn_k': (1e-6, 1e6),  # at 0, LRN of a pixel with zero activations would be 0 / 0
+        'model.lrn_alpha': (0, 1e6),
+        'model.lrn_beta': (0, 10),
+        'data.image_size': (8, 4096),
+        'data.validation_fraction': (0, 1),
+        'data.max_corrupt_fraction': (0, 1),
+        'data.crop_group_size': (1, 2**20),
+        'data.reader_threads': (1, 256),
+        'optimizer.learning_rate': (0, 100),
+        'optimizer.momentum': (0, 0.9999),
+        'optimizer.weight_decay': (0, 1),
+        'optimizer.bias_lr_multiplier': (0, 100),
+        'optimizer.decay_factor': (1, 1e6),
+        'optimizer.patience': (1, 10**6),
+        'optimizer.max_decays': (0, 100),
+        'optimizer.poly_power': (0, 100),
+        'optimizer.trust_coefficient': (0, 10),
+        'optimizer.dexp_factor': (1, 1e9),
+        'optimizer.dexp_parts': (2, 1000),
+        'optimizer.bias_dexp_factor': (1, 1e9),
+        'optimizer.bias_dexp_parts': (2, 1000),
+        'train.batch_size': (1, 2**24),
+        'train.grad_accum_steps': (1, 2**24),
+        'train.epochs': (0, 10**6),
+        'train.target_error': (0, 1),
+        'eval.batch_size': (1, 2**24),
+        'checkpoint.keep': (1, 10**6),
+        'mesh.model': (1, 4096),
+        'distributed.initialization_timeout': (1, 10**6),
+        'distributed.heartbeat_timeout': (1, 10**6),
+        'distributed.watchdog_timeout': (1, 10**6),
+    }
+    if config.train.steps is not None:
+        bounds['train.steps'] = (0, 2**31 - 1)
+    for field, (least, greatest) in bounds.items():
+        value = get_by_path(config, field)
+        if not least <= value <= greatest:
+            near = greatest if value > greatest else least
+            raise ConfigError(f'config.{field}: {value} is outside {least} to {greatest}; the nearest is {near}')
+    check_class_names(config.data.class_names or ())
+    source = config.data.source
+    if source != 'photos' and not re.fullmatch(r'tfds:[\w/]+(:[\w.-]+)?|(folder|idx):.+', source):
+        raise ConfigError(
+            f"config.data.source: {source!r} is not 'photos', 'tfds:NAME[:config]', 'folder:DIR' or 'idx:DIR';"
+            " for example 'tfds:imagenet2012'"
+        )
+
+
+def check_class_names(names: Any) -> None:
+    """Raises ConfigError unless `names` are distinct, printable, nonempty texts without blanks around them."""
+    for name in names:
+        if not isinstance(name, str) or not name.isprintable() or name != name.strip() or not name:
+            raise ConfigError(f'config.data.class_names: {name!r} is no printable text without blanks around it')
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise ConfigError(f'config.data.class_names: {twice!r} is there twice')
+
+
+def _check_model(config: Config) -> None:
+    model, data = config.model, config.data
+    _check_lists(config)
+    if data.crop_size > data.image_size:
+        raise ConfigError(
+            f'config.data.crop_size: {data.crop_size} is larger than data.image_size={data.image_size};'
+            f' the nearest is {data.image_size}'
+        )
+    for i in range(5):
+        if model.widths[i] and (i or model.towers > 1):
+            _check_divides(f'config.model.widths (conv{i + 1})', model.widths[i], 'model.towers', model.towers)
+    if _smallest_side(config, data.crop_size) < 1:
+        least = next((size for size in range(data.crop_size, 4096) if _smallest_side(config, size) >= 1), None)
+        if least is None:
+            raise ConfigError(f'config.model.kernel_sizes: {model.kernel_sizes!r} are larger than images may be')
+        field = 'crop_size' if least <= data.image_size else 'image_size'
+        raise ConfigError(
+            f'config.data.{field}: {getattr(data, field)} leaves nothing after pool5; the nearest is {least}'
+        )
+    for field in ('lrn_size', 'spatial_lrn_size'):
+        if getattr(model, field) % 2 == 0:
+            raise ConfigError(
+                f'config.model.{field}: {getattr(model, field)} is even; the nearest is {getattr(model, field) + 1}'
+            )
+    for layer in ('fc6', 'fc7', 'fc8'):
+        width = (*model.widths, model.num_classes)[LAYERS.index(layer)]
+        if width and layer not in model.cross_tower:
+            _check_divides(f'config.model.widths ({layer})', width, 'model.towers', model.towers)
+
+
+def _smallest_side(config: Config, crop_size: int) -> int:
+    """Returns the smallest side of the network's feature maps, in pixels."""
+    table = layer_table(config.model, crop_size, config.data.channels)
+    return min(side for layer in table for side in (*layer.output[:-1], *layer.pooled[:-1]))
+
+
+def _check_lists(config: Config) -> None:
+    """Validates the lists of numbers and of names: their lengths and items."""
+    whole, number = (int,), (int, float)
+    lists: dict[str, tuple[tuple[int, ...], Any, float]] = {  # (allowed lengths, item types, minimum)
+        'model.widths': ((7,), whole, 0),
+        'model.kernel_sizes': ((5,), whole, 1),
+        'model.conv1_padding': ((2,), whole, 0),
+        'model.kernel_std': ((8,), number, 0),
+        'model.bias_init': ((8,), number, -math.inf),
+        'data.std': ((1, config.data.channels), number, 1e-6),
+        'optimizer.layer_weight_decay': ((8,), number, 0),
+    }
+    for field, (lengths, kinds, least) in lists.items():
+        values = get_by_path(config, field)
+        if values is None:
+            continue
+        if len(values) not in lengths:
+            wanted = 'one a layer' if len(lengths) == 1 and lengths[0] > 2 else 'no more and no less'
+            needed = ' or '.join(str(length) for length in lengths)
+            raise ConfigError(f'config.{field}: {len(values)} values; {needed} are needed, {wanted}')
+        for value in values:
+            if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value < math.inf:
+                what = f'a whole number from {least}' if kinds is whole else f'a number from {least}'
+                raise ConfigError(f'config.{field}: {value!r} is not {what}')
+    names = {
+        'model.locally_connected': CONVOLUTIONS,
+        'model.cross_tower': LAYERS[1:],
+        'model.dropout_on_inputs_of': DENSE,
+    }
+    for field, known in names.items():
+        for name in get_by_path(config, field):
+            if name not in known:
+                raise ConfigError(f'config.{field}: {name!r} is not one of {", ".join(known)}')
+    _check_steps(config.model)
+    if not config.model.widths[0]:
+        raise ConfigError('config.model.widths: conv1 cannot be left out, so its width is 1 at least')
+
+
+_STEPS = ('activation', 'lrn', 'spatial_lrn', 'batch_norm', 'pool')
+
+
+def _check_steps(model: ModelConfig) -> None:
+    if len(model.conv_ops) != 5:
+        raise ConfigError(f'config.model.conv_ops: {len(model.conv_ops)} texts; 5 are needed, one a convolution')
+    for text in model.conv_ops:
+        steps = text.split() if isinstance(text, str) else [text]
+        for i, step in enumerate(steps):
+            if step not in _STEPS or step in steps[:i]:
+                raise ConfigError(f'config.model.conv_ops: {text!r} is no order of some of {", ".join(_STEPS)}')
+
+
+def _check_divides(field: str, value: int, by_field: str, by: int) -> None:
+    if value % by or value < by:
+        near = max(by, round(value / by) * by)
+        raise ConfigError(f'{field}: {value} is not divisible by {by_field}={by}; the nearest is {near}')
+
+
+def _check_durations(config: Config) -> None:
+    durations = {
+        'train.log_every': config.train.log_every,
+        'train.stall_after': config.train.stall_after,
+        'eval.every': config.eval.every,
+        'checkpoint.every': config.checkpoint.every,
+        'optimizer.warmup': config.optimizer.warmup,
+    }
+    if config.data.color_augmentation_until is not None:
+        durations['data.color_augmentation_until'] = config.data.color_augmentation_until
+    durations |= {f'optimizer.milestones[{i}]': drop for i, drop in enumerate(config.optimizer.milestones)}
+    for i, entry in enumerate(config.optimizer.lr_overrides):
+        names = [f'{layer}/{kind}' for layer in LAYERS for kind in ('kernel', 'bias')]
+        is_entry = isinstance(entry, tuple | list) and len(entry) == 3 and entry[0] in names
+        is_rate = is_entry and isinstance(entry[2], int | float) and not isinstance(entry[2], bool)
+        if not is_rate or not 0 <= entry[2] <= 100:
+            raise ConfigError(
+                f'config.optimizer.lr_overrides: {entry!r} is no parameter, time and rate,'
+                " such as ('conv1/kernel', '67 epochs', 1e-5)"
+            )
+        durations[f'optimizer.lr_overrides[{i}]'] = entry[1]
+    for field, duration in durations.items():
+        try:
+            steps = duration_in_steps(str(duration), batch_size=1, examples=1)
+        except ConfigError as error:
+            raise ConfigError(f'config.{field}: {error}') from None
+        if steps == 0 and field != 'optimizer.warmup':
+            raise ConfigError(f"config.{field}: {duration!r} is no time at all; the nearest is '1 step'")
+
+
+def check_mesh(config: Config, data: int, model: int) -> None:
+    """Raises ConfigError if batch, towers or widths do not divide evenly over a mesh of `data` x `model` devices.
+
+    If `data` is -1 (not yet known), the function skips the checks of the batch size.
+    """
+    layout, towers, widths = config.mesh.layout, config.model.towers, config.model.widths
+    if layout == 'data' and model != 1:
+        raise ConfigError(
+            f"config.mesh.model: {model} with mesh.layout='data', which has no model axis; the nearest is 1"
+        )
+    if layout == 'towers' and towers % model:
+        near = max(size for size in range(1, towers + 1) if size <= model and towers % size == 0)
+        raise ConfigError(f'config.mesh.model: {model} does not divide model.towers={towers}; the nearest is {near}')
+    table = {layer.name: layer for layer in layer_table(config.model, config.data.crop_size, config.data.channels)}
+    if layout == 'hybrid' and not set(DENSE) <= set(table) & set(config.model.cross_tower):
+        raise ConfigError(
+            "config.mesh.layout: 'hybrid' needs fc6, fc7 and fc8, and all in model.cross_tower; the nearest is 'towers'"
+        )
+    has_lrn = any('lrn' in ops_after(config.model, name) for name in CONVOLUTIONS)
+    if model > 1 and layout == 'towers' and has_lrn and config.model.lrn_across_towers:
+        raise ConfigError(f'config.mesh.model: {model} with model.lrn_across_towers; the nearest is 1')
+    inputs = table['fc6'].kernel[0] if 'fc6' in table else model
+    if layout == 'hybrid' and inputs % model:
+        near = max(size for size in range(1, model) if inputs % size == 0)
+        raise ConfigError(
+            f'config.mesh.model: {model} does not divide the {inputs} inputs of fc6; the nearest is {near}'
+        )
+    for layer, width in (('fc6', widths[5]), ('fc7', widths[6])):
+        if width:
+            _check_divides(f'config.model.widths ({layer})', width, 'mesh.model', model)
+    classes = config.model.num_classes
+    if layout != 'hybrid' and classes % model:
+        near = max(size for size in range(1, model) if classes % size == 0)
+        raise ConfigError(
+            f'config.mesh.model: {model} does not divide model.num_classes={classes}; the nearest is {near}'
+        )
+    if data == 0 or data < -1:
+        raise ConfigError(f'config.mesh.data: {data} devices; the nearest is 1 (or -1 for all there are)')
+    if data != -1:
+        by, parts = ('mesh.data x mesh.model', data * model) if layout == 'hybrid' else ('mesh.data', data)
+        _check_divides('config.train.batch_size', config.train.batch_size, by, parts)
+        images, count = config.train.batch_size // parts, config.train.grad_accum_steps
+        if images % count:
+            near = min(
+                (size for size in range(1, images + 1) if images % size == 0), key=lambda size: abs(size - count)
+            )
+            raise ConfigError(
+                f'config.train.grad_accum_steps: {count} does not divide the {images} images of train.batch_size that'
+                f' each device has; the nearest is {near}'
+            )

@@ -1,0 +1,1 @@
+"""The command `convert`: weights of other programs in, exchange formats out."""

@@ -1,0 +1,52 @@
+"""Readers for weight files of other frameworks, one module per format; recognise() detects the format by content."""
+
+import re
+
+WANTED = "weights are wanted: PyTorch's .pth, .safetensors, or Caffe's .caffemodel"
+
+
+class FormatError(ValueError):
+    """Unusable file. The message is one line without the file name: the defect or actual format, and the remedy."""
+
+
+# First bytes of files that users pass by mistake, and the description of each in the error message.
+_OTHERS = (
+    (rb'\x89PNG|\xff\xd8\xff|GIF8|BM....\0\0\0\0|II\*\0|MM\0\*|RIFF....WEBP', 'a picture'),
+    (rb'%PDF', 'a PDF'),
+    (rb'\s*<(!doctype\s+html|html)', 'a web page, often one that says why a download failed; download it again'),
+    (rb'\s*<', 'XML or a web page; download it again'),
+    (rb'version https://git-lfs', 'a Git LFS pointer, which stands for the file; get the file with git lfs pull'),
+    (rb'\x89HDF\r\n\x1a\n', "HDF5, such as Keras' .h5 or Caffe's .caffemodel.h5"),
+    (rb'\x93NUMPY', 'a NumPy array (.npy)'),
+    (rb'\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd', 'a compressed file; unpack it first'),
+    (rb'.{257}ustar', 'a tar archive; unpack it, or if torch.save of 2016 wrote it, load and save it with torch anew'),
+    (rb'\s*(#.*\n\s*)*(name\s*:|layers?\s*\{|input)', 'a prototxt of Caffe, a network without its weights'),
+    (rb'\s*[{\[]', 'JSON'),
+    (rb'\x80[\x00-\x01]|\x7fELF|MZ', 'a program or other binary file'),
+    (rb'\x08[\x01-\x20](\x12.[ -~]|\x12\0|[\x3a\x42])', 'an ONNX model'),
+)
+
+
+def detect_format(path: str) -> str:
+    """Returns the format of `path`: 'torch', 'safetensors' or 'caffe'.
+
+    Raises:
+      FormatError: The file has another format, which the message names if known.
+      OSError: The file is unreadable.
+    """
+    with open(path, 'rb') as file:
+        start = file.read(1024)
+    if not start:
+        raise FormatError(f'an empty file; {WANTED}')
+    if start[:4] == b'PK\x03\x04' or re.match(rb'\x80[\x02-\x05]', start):
+        return 'torch'
+    if start[8:9] == b'{' and int.from_bytes(start[:8], 'little') <= 100_000_000:  # maximum header length
+        return 'safetensors'
+    for pattern, what in _OTHERS:
+        if re.match(pattern, start, re.DOTALL | re.IGNORECASE):
+            raise FormatError(f'{what}; {WANTED}')
+    # A protocol buffer message whose first field is one of NetParameter or, for a mean file, of BlobProto.
+    if re.match(rb'[\x0a\x12]|\xa2\x06|\x08.\x10|[\x2a\x3a\x42]', start, re.DOTALL):
+        return 'caffe'
+    text = re.sub(rb'[^ -~]+', b' ', start[:40]).decode()
+    raise FormatError(f'of no kind that is known here (it begins with {text!r}); {WANTED}')

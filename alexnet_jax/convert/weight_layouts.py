@@ -1,0 +1,189 @@
+"""Converts the names and layouts of torchvision, Caffe and this project's files to parameters of the network.
+
+PyTorch and Caffe have kernels (outputs, inputs, height, width) and flatten feature maps before fc6 in (C, H, W) order.
+This project has kernels (height, width, inputs, outputs) and flattens in (H, W, C) order. Caffe's images are BGR.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from alexnet_jax.config import Config
+from alexnet_jax.convert.formats import FormatError
+from alexnet_jax.shapes import CONVOLUTIONS, LAYERS, LayerShape, layer_table, ops_after
+
+TORCHVISION = {
+    'conv1': 'features.0',
+    'conv2': 'features.3',
+    'conv3': 'features.6',
+    'conv4': 'features.8',
+    'conv5': 'features.10',
+    'fc6': 'classifier.1',
+    'fc7': 'classifier.4',
+    'fc8': 'classifier.6',
+}
+
+
+@dataclasses.dataclass
+class Weights:
+    """Kernel and bias of one layer in the layout of the file, each with its name in the file."""
+
+    kernel_name: str
+    kernel: np.ndarray
+    bias_name: str
+    bias: np.ndarray
+
+
+def from_torchvision(tensors: Mapping[str, np.ndarray]) -> dict[str, Weights]:
+    """Returns the weights of each layer from a state dict of torchvision's `alexnet`; prefixes of wrappers are ignored.
+
+    Raises FormatError: missing or unexpected tensors.
+    """
+    names = {_without_wrappers(name): name for name in tensors}
+    first = f'{TORCHVISION["conv1"]}.weight'
+    prefix = next((name.removesuffix(first) for name in names if f'.{name}'.endswith(f'.{first}')), '')
+    wanted = {f'{prefix}{module}.{kind}' for module in TORCHVISION.values() for kind in ('weight', 'bias')}
+    _check_names([name.removeprefix(prefix) for name in names], {name.removeprefix(prefix) for name in wanted})
+
+    def of(module: str) -> Weights:
+        kernel, bias = (names[f'{prefix}{module}.{kind}'] for kind in ('weight', 'bias'))
+        return Weights(kernel, tensors[kernel], bias, tensors[bias])
+
+    return {layer: of(module) for layer, module in TORCHVISION.items()}
+
+
+def _without_wrappers(name: str) -> str:
+    """Removes the prefixes of DataParallel and torch.compile from the name of a parameter."""
+    return '.'.join(part for part in name.split('.') if part not in ('module', '_orig_mod'))
+
+
+def from_caffe(blobs: Mapping[str, list[np.ndarray]]) -> dict[str, Weights]:
+    """Returns the weights of each layer of a Caffe network. If fc8 is missing, the only unknown layer stands for fc8.
+
+    Fine-tuned networks may rename fc8. Raises FormatError: missing or unexpected layers or blobs.
+    """
+    others = [name for name in blobs if name not in LAYERS]
+    names = {layer: layer for layer in LAYERS}
+    if 'fc8' not in blobs and len(others) == 1:
+        names['fc8'] = others[0]
+    _check_names(blobs, set(names.values()))
+    for name, arrays in blobs.items():
+        if len(arrays) != 2:
+            raise FormatError(f'{name} has {len(arrays)} blobs; kernel and bias are wanted')
+    return {
+        layer: Weights(f'{name} (kernel)', _squeezed(blobs[name][0], layer), f'{name} (bias)', blobs[name][1].ravel())
+        for layer, name in names.items()
+    }
+
+
+def _squeezed(kernel: np.ndarray, layer: str) -> np.ndarray:
+    """Removes the two leading axes of size 1 that older Caffe files have in dense kernels."""
+    is_dense = layer not in CONVOLUTIONS and kernel.ndim == 4 and kernel.shape[:2] == (1, 1)
+    return kernel[0, 0] if is_dense else kernel
+
+
+def _check_names(found: Iterable[str], wanted: set[str]) -> None:
+    missing, others = wanted - set(found), set(found) - wanted
+    has = f'it has {_some(others)}, which no layer of AlexNet has'
+    if missing:
+        raise FormatError(f'it lacks {_some(missing)}{f"; {has}" if others else ""}')
+    if others:
+        raise FormatError(has)
+
+
+def _some(names: set[str]) -> str:
+    ordered = sorted(names)
+    return ', '.join(ordered[:3]) + (f' and {len(ordered) - 3} more' if len(ordered) > 3 else '')
+
+
+def widths(found: Mapping[str, Weights]) -> tuple[int, ...]:
+    """Returns the number of outputs of conv1 to fc8, from the sizes of the biases."""
+    return tuple(found[layer].bias.size for layer in LAYERS)
+
+
+def parameters(layer: LayerShape, weights: Weights, maps: tuple[int, ...], is_bgr: bool) -> dict[str, np.ndarray]:
+    """Converts imported weights to the float32 kernel and bias of `layer`, with its shapes.
+
+    Args:
+      layer: Layer of the network.
+      weights: Weights in the layout of PyTorch or Caffe.
+      maps: Shape (height, width, channels) of the feature maps that fc6 flattens.
+      is_bgr: Whether the input channels of conv1 are BGR.
+
+    Raises FormatError: shapes do not match the layer, or numbers are not floating point or not finite.
+    """
+    wanted = layer.kernel[-1:] + layer.kernel[-2:-1] + layer.kernel[:-2]
+    if weights.kernel.shape != wanted:
+        swapped = ', the same axes in another order' * (sorted(weights.kernel.shape) == sorted(wanted))
+        raise FormatError(f'{weights.kernel_name} has the shape {weights.kernel.shape}{swapped}; {wanted} is wanted')
+    if weights.bias.shape != layer.bias:
+        raise FormatError(f'{weights.bias_name} has the shape {weights.bias.shape}; {layer.bias} is wanted')
+    kernel = weights.kernel
+    if layer.name == 'fc6':
+        kernel = kernel.reshape(-1, maps[2], *maps[:2]).transpose(2, 3, 1, 0)
+    elif layer.name in CONVOLUTIONS:
+        kernel = kernel.transpose(2, 3, 1, 0)
+        if layer.name == 'conv1' and is_bgr:
+            kernel = kernel[:, :, ::-1]
+    else:
+        kernel = kernel.T
+    return {
+        'kernel': _float32(kernel, weights.kernel_name).reshape(layer.kernel),
+        'bias': _float32(weights.bias, weights.bias_name),
+    }
+
+
+def _float32(array: np.ndarray, name: str) -> np.ndarray:
+    """Returns a float32 copy in C order. Raises FormatError: not floating point, or not finite in float32."""
+    if array.dtype.kind not in 'fV':  # NumPy kind of bfloat16: V
+        raise FormatError(f'{name} has {array.dtype} numbers; floating-point ones are wanted')
+    with np.errstate(over='ignore'):
+        copy = np.array(array, np.float32, order='C')
+    finite = np.isfinite(copy).sum()
+    if finite < copy.size:
+        raise FormatError(f'{name} has {copy.size - finite} numbers of {copy.size} that are not finite in float32')
+    return copy
+
+
+def native_names(config: Config) -> dict[str, tuple[int, ...]]:
+    """Returns the names and shapes of the arrays in this project's files, for a resolved configuration.
+
+    The arrays are 'conv1.kernel', 'conv1.bias' to 'fc8.bias', for batch normalization 'conv1_norm.mean' and '.var',
+    ..., and for the training images 'statistics.mean_image' and the other fields of data/shards.statistics().
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    size, channels = config.data.image_size, config.data.channels
+    for layer in layer_table(config.model, config.data.crop_size, channels):
+        shapes |= {f'{layer.name}.kernel': layer.kernel, f'{layer.name}.bias': layer.bias}
+        if layer.name in CONVOLUTIONS and 'batch_norm' in ops_after(config.model, layer.name):
+            shapes |= {f'{layer.name}_norm.{kind}': layer.output[-1:] for kind in ('mean', 'var')}
+    return shapes | {
+        'statistics.mean_image': (size, size, channels),
+        'statistics.mean_rgb': (channels,),
+        'statistics.eigenvalues': (channels,),
+        'statistics.eigenvectors': (channels, channels),
+        'statistics.class_counts': (config.model.num_classes,),
+    }
+
+
+def native(arrays: Mapping[str, np.ndarray], config: Config) -> tuple[dict, dict, dict[str, np.ndarray]]:
+    """Splits the arrays of this project's file into parameters, batch norm statistics and training image statistics.
+
+    Raises FormatError: names or shapes do not match `config`, or weights are not floating point or not finite.
+    """
+    wanted = native_names(config)
+    _check_names(arrays, set(wanted))
+    params: dict[str, dict[str, np.ndarray]] = {}
+    norms: dict[str, dict[str, np.ndarray]] = {}
+    statistics: dict[str, np.ndarray] = {}
+    for name, shape in wanted.items():
+        if arrays[name].shape != shape:
+            raise FormatError(f'{name} has the shape {arrays[name].shape}; {shape} is wanted')
+        layer, kind = name.split('.')
+        if layer == 'statistics':
+            statistics[kind] = arrays[name].astype(np.int64 if kind == 'class_counts' else np.float64)
+        else:
+            target = norms if layer.endswith('_norm') else params
+            target.setdefault(layer, {})[kind] = _float32(arrays[name], name)
+    return params, norms, statistics

@@ -1,0 +1,75 @@
+"""Opens the prepared store of a run, after a child process has prepared a missing store."""
+
+import csv
+import io
+import signal
+import subprocess
+import sys
+import time
+
+from etils import epath
+
+from alexnet_jax.config import Config, ConfigError
+from alexnet_jax.data import dataset
+from alexnet_jax.runtime.commands import child_command, child_environment
+from alexnet_jax.runtime.console import summarize_exception
+from alexnet_jax.runtime.preemption import PreemptionHandler
+
+
+def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.PreparedDataset | None:
+    """Opens the store of `config.data`, and prepares a missing store first. Returns None if preempted while preparing.
+
+    If several processes with a shared disk need the store, one prepares it and the others wait, see prepare.prepare().
+
+    Raises:
+      ConfigError: the store is unreachable or corrupt, or has other settings or another number of classes.
+      DatasetError: the preparing process was killed.
+      SystemExit: preparing failed, and the child process printed the reason.
+    """
+    data = config.data
+    directory = dataset.dataset_dir(data.data_dir, data)
+    if not _exists(directory):
+        # A child process, because TensorFlow should not share a process with JAX.
+        names = (
+            'source',
+            'data_dir',
+            'image_size',
+            'channels',
+            'encoding',
+            'validation_fraction',
+            'max_corrupt_fraction',
+        )
+        command = child_command('prepare', *(f'--{name}={getattr(data, name)}' for name in names))
+        if data.class_names:
+            line = io.StringIO()
+            csv.writer(line, lineterminator='').writerow(data.class_names)  # a name may contain a comma
+            command.append(f'--class_names={line.getvalue()}')
+        process = subprocess.Popen(command, env=child_environment())
+        while process.poll() is None:
+            if preemption.requested:
+                process.terminate()
+            time.sleep(0.1)
+        if preemption.requested:
+            return None
+        if process.returncode < 0:
+            name = signal.Signals(-process.returncode).name
+            raise dataset.DatasetError(f'preparing {data.source} was ended by {name}; the same command goes on with it')
+        if process.returncode:
+            sys.exit(process.returncode)  # the child process printed the reason
+    store = dataset.open_store(directory, data)
+    if len(store.class_names) != config.model.num_classes:
+        classes = len(store.class_names)
+        raise ConfigError(
+            f'config.model.num_classes: {config.model.num_classes}, but {data.source} has {classes} classes;'
+            f' the nearest is {classes}'
+        )
+    return store
+
+
+def _exists(directory: str) -> bool:
+    try:
+        return epath.Path(directory).exists()
+    except Exception as error:  # depends on the library that reads gs://
+        raise ConfigError(
+            f'config.data.data_dir: {directory} cannot be reached: {summarize_exception(error)}'
+        ) from None

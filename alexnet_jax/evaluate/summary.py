@@ -1,0 +1,147 @@
+"""Predictions of checkpoints for the validation images, and the errors of checkpoints and ensembles."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from alexnet_jax import metrics
+from alexnet_jax.config import ConfigError
+from alexnet_jax.data import dataset, loader
+from alexnet_jax.inference.trained_model import CheckpointRef, load_model
+from alexnet_jax.runtime.console import ProgressBar, log
+
+FITTED, REPORTED = slice(0, None, 2), slice(1, None, 2)  # of the validation images, for --fit_weights
+
+
+def predict(member: CheckpointRef, store: dataset.PreparedDataset, views: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """Predicts the validation images with the network `member`; skips records that are corrupt on disk.
+
+    Raises ConfigError, CheckpointError, DatasetError: see trained.load() and data/pipeline.Split.
+
+    Returns:
+      The checkpoint's step, log probabilities (N, classes) float32 and labels (N,) int32, in the order of the images.
+      The probabilities are means over `views`, 1 or 10 (section 4.1).
+    """
+    from alexnet_jax import parallel
+    from alexnet_jax.training.eval_step import make_predict_step
+
+    network = load_model(member, store)
+    config, mesh = network.config, network.mesh
+    log(f'{member.name}: step {network.step}; mesh data={mesh.shape["data"]}, model={mesh.shape["model"]}')
+    predict_step = make_predict_step(config, mesh, views)
+    preprocessing = network.preprocessing
+    scores, labels = [], []
+    what = f'evaluate {member.name}, {views} view{"s" * (views > 1)}'
+    batch_size = network.batch_size(len(store.validation))
+    progress = ProgressBar(what, math.ceil(len(store.validation) / batch_size), 'batches')
+    batches = loader.validation_batches(store.validation, batch_size=batch_size, threads=config.data.reader_threads)
+    for batch in batches:
+        images, counted = parallel.make_global_batch(network.sharding, batch['image']), batch['label'] >= 0
+        scores.append(np.asarray(predict_step(network.state, images, preprocessing))[counted])
+        labels.append(batch['label'][counted])
+        progress.update()
+    progress.close()
+    return network.step, np.concatenate(scores), np.concatenate(labels)
+
+
+def summarize(
+    members: Sequence[dict[str, Any]],
+    scores: Sequence[np.ndarray],
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    weights: Sequence[float] | None,
+    per_class: bool = False,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Computes the report that --json prints, without `views`, and the ensemble's scores (N, classes) for all images.
+
+    Args:
+      members: entries to copy into the report of each member, such as its name.
+      scores: log probabilities (N, classes) float32 of each member.
+      labels: (N,) int32.
+      class_names: one name per label.
+      weights: weights of the members, with sum 1; None fits the weights on images 0, 2, 4, ... and reports errors on
+        the remaining images.
+      per_class: add the errors of each class to the report.
+    """
+    reported = slice(None)
+    if weights is None:
+        weights = metrics.fit_weights([member[FITTED] for member in scores], labels[FITTED]).tolist()
+        reported = REPORTED
+    mixed = metrics.average_log_probs(scores, weights)
+    own = [metrics.error_rates(member[reported], labels[reported]) for member in scores]
+    report: dict[str, Any] = {
+        'images': len(labels[reported]),
+        'fitted_on': len(labels) - len(labels[reported]),
+        'members': [
+            {**member, **figures, 'weight': weight}
+            for member, figures, weight in zip(members, own, weights, strict=True)
+        ],
+    }
+    if len(members) > 1:
+        report['mean'] = {name: float(np.mean([figures[name] for figures in own])) for name in own[0]}
+        report['ensemble'] = metrics.error_rates(mixed[reported], labels[reported])
+    if per_class:
+        report['classes'] = metrics.per_class_errors(mixed[reported], labels[reported], class_names)
+    return report, mixed
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """Formats the report, with `views`, as text tables."""
+    rows = [(f'{member["checkpoint"]}, step {member["step"]}', member) for member in report['members']]
+    together = {'mean of members': 'mean', 'ensemble': 'ensemble'}
+    rows += [(label, report[name]) for label, name in together.items() if name in report]
+    width = max(len(label) for label, _ in rows)
+    views = f'{report["views"]} view{"s" * (report["views"] > 1)}'
+    lines = [f'{report["images"]:,} validation images, {views}']
+    if report['fitted_on']:
+        lines[0] += f': every second one; the weights were fitted on the other {report["fitted_on"]:,}'
+    lines += ['', f'{"":<{width}}{"loss":>10}{"top-1 error":>14}{"top-5 error":>14}{"weight":>10}']
+    for label, figures in rows:
+        weight = f'{figures["weight"]:>10.4f}' if 'weight' in figures else ''
+        lines.append(f'{label:<{width}}{figures["loss"]:>10.4f}{_percents(figures)}{weight}')
+    return '\n'.join(lines + _class_lines(report.get('classes', [])))
+
+
+def _percents(figures: dict[str, Any]) -> str:
+    errors = (figures['top1_error'], figures['top5_error'])
+    return ''.join(f'{"" if error is None else f"{error:.2%}":>14}' for error in errors)
+
+
+def _class_lines(classes: list[dict[str, Any]]) -> list[str]:
+    """Formats the rows of ensemble.by_class() as lines of a table; returns [] without rows."""
+    if not classes:
+        return []
+    width = max(len('class'), *(len(row['name']) for row in classes))
+    header = f'{"class":<{width}}{"images":>8}{"top-1 error":>14}{"top-5 error":>14}  most often taken for'
+    lines = ['', header]
+    for row in classes:
+        instead = f'  {row["instead"]} ({row["instead_images"]})' if row['instead'] else ''
+        lines.append(f'{row["name"]:<{width}}{row["images"]:>8,}{_percents(row)}{instead}')
+    return lines
+
+
+def ensemble_weights(given: list[str] | None, fit: bool, members: int) -> list[float] | None:
+    """Returns the weights of the members, normalized to sum 1, or None if the weights are to be fitted.
+
+    Raises ConfigError: the flags are invalid.
+    """
+    if fit:
+        if given is not None or members == 1:
+            what = 'name two checkpoints or more' if given is None else 'leave it out, or --weights'
+            raise ConfigError(f'--fit_weights: {what}')
+        return None
+    if given is None:
+        return [1 / members] * members
+    text = f'--weights={",".join(given)}'
+    try:
+        values = [float(value) for value in given]
+    except ValueError:
+        raise ConfigError(f'{text}: not numbers; write for example --weights=0.5,0.3,0.2') from None
+    if len(values) != members:
+        raise ConfigError(f'{text}: {len(values)} for {members} checkpoints; give one for each')
+    total = sum(values)
+    if min(values) < 0 or not 0 < total < math.inf:
+        raise ConfigError(f'{text}: weights are 0 or more, and one at least is above 0')
+    return [value / total for value in values]

@@ -1,0 +1,1 @@
+"""Trained models: finding, restoring and applying them."""

@@ -1,0 +1,178 @@
+"""Features of a whole training set, and nearest training images: the right half of the paper's figure 4.
+
+The features of an image are the outputs of the last hidden layer (fc7, 4096 numbers, section 6.1) for the center crop;
+the distance is Euclidean. The features are computed once and stored on disk in the run's folder; a killed computation
+resumes where it stopped. Memory holds one batch of images or one block of features at a time.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from alexnet_jax.config import Config, ConfigError
+from alexnet_jax.data import dataset, loader
+from alexnet_jax.inference.trained_model import TrainedModel
+from alexnet_jax.runtime.console import ProgressBar, log
+from alexnet_jax.runtime.files import read_json, write_json
+from alexnet_jax.shapes import LayerShape, layer_table
+
+BLOCK = 4096  # rows of features on a device at a time
+SAVE_SECONDS = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureIndex:
+    """Features of the training images: (N, units) float32 on disk, in store order; NaN for corrupt records."""
+
+    features: np.ndarray
+    layer: str
+
+
+def hidden_layer(config: Config) -> LayerShape:
+    """Returns the last layer before the logits: fc7 in AlexNet."""
+    return layer_table(config.model, config.data.crop_size, config.data.channels)[-2]
+
+
+def build_or_load_index(network: TrainedModel, store: dataset.PreparedDataset) -> FeatureIndex:
+    """Returns the features of all training images, and computes missing features.
+
+    The folder is WORKDIR/features/LAYER_WEIGHTS_STORE/, with 16 digits each of the weights' digest and the store's
+    fingerprint.
+
+    Raises:
+      ConfigError: the files cannot be written or read or do not fit on the disk, or another process computes them.
+      DatasetError: too many records of the store are corrupt.
+    """
+    hidden, images = hidden_layer(network.config), len(store.train)
+    layer, units = hidden.name, math.prod(hidden.output)
+    above = os.path.join(network.workdir, 'features')
+    folder = os.path.join(above, f'{layer}_{network.digest[:16]}_{store.fingerprint[:16]}')
+    path, state = os.path.join(folder, 'features.npy'), os.path.join(folder, 'state.json')
+    shape = (images, units)
+    if (read_json(state) or {}).get('done') == images:
+        return FeatureIndex(_read(path, shape, 'r'), layer)
+    others = [
+        other for other in (os.listdir(above) if os.path.isdir(above) else []) if other != os.path.basename(folder)
+    ]
+    if others:
+        log(f'{above}: {", ".join(sorted(others))} are of other weights or images, and may be removed')
+    with _exclusive_lock(folder):
+        _compute(network, store, layer, path, state, shape)
+    return FeatureIndex(_read(path, shape, 'r'), layer)
+
+
+def _compute(
+    network: TrainedModel, store: dataset.PreparedDataset, layer: str, path: str, state: str, shape: tuple[int, int]
+) -> None:
+    """Writes the missing features to the file `path`, and the number of finished images to the JSON file `state`."""
+    from alexnet_jax import parallel
+    from alexnet_jax.training.eval_step import make_activation_fn
+
+    images, units = shape
+    done = (read_json(state) or {}).get('done', 0)
+    features = _read(path, shape, 'r+') if done else _new(path, shape)
+    batch_size = network.batch_size(images)
+    output_step = make_activation_fn(network.config, network.mesh, layer)
+    preprocessing, damaged = network.preprocessing, np.full(units, np.nan, np.float32)
+    first_batch = done // batch_size
+    progress = ProgressBar(f'features of {layer}', images, 'images', done=first_batch * batch_size)
+    batches = loader.validation_batches(
+        store.train, batch_size=batch_size, threads=network.config.data.reader_threads, first_batch=first_batch
+    )
+    saved = time.monotonic()
+    for number, batch in enumerate(batches, first_batch):
+        rows = parallel.make_global_batch(network.sharding, batch['image'])
+        found = np.asarray(output_step(network.state, rows, preprocessing)).reshape(batch_size, units)
+        start, stop = number * batch_size, min((number + 1) * batch_size, images)
+        features[start:stop] = np.where(batch['label'][:, None] >= 0, found, damaged)[: stop - start]
+        progress.update(stop - start)
+        if stop == images or time.monotonic() - saved > SAVE_SECONDS:
+            features.flush()
+            write_json(state, {'done': stop})
+            saved = time.monotonic()
+    progress.close()
+
+
+@contextlib.contextmanager
+def _exclusive_lock(folder: str) -> Iterator[None]:
+    """Creates `folder` and holds an exclusive lock on the folder.
+
+    Raises ConfigError: the folder cannot be written, or another process holds the lock.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock = open(os.path.join(folder, 'lock'), 'w')  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(f'{folder} cannot be written ({error.strerror}), and the features go there') from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f'{folder}: another process is computing these features; wait for it') from None
+        yield
+
+
+def _new(path: str, shape: tuple[int, int]) -> np.memmap:
+    needed, free = 4 * shape[0] * shape[1], shutil.disk_usage(os.path.dirname(path)).free
+    if needed > free:
+        raise ConfigError(f'{path}: {needed / 1e9:.1f} GB of features, and {free / 1e9:.1f} GB are free; make room')
+    return np.lib.format.open_memmap(path, 'w+', np.float32, shape)
+
+
+def _read(path: str, shape: tuple[int, int], mode: Any) -> np.memmap:
+    """Returns the file as a memory map. Raises ConfigError: the file is unreadable or has another shape."""
+    try:
+        features = np.load(path, mmap_mode=mode)
+        if features.shape != shape:
+            raise ValueError(f'it has shape {features.shape} and not {shape}')
+        return features
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f'{path} cannot be used ({error}); remove {os.path.dirname(path)}, and it is made anew'
+        ) from None
+
+
+def extract_features(network: TrainedModel, index: FeatureIndex, images: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the features (Q, units) float32 of `images` (S, S, C) uint8.
+
+    The batch size is that of the index, so that a training image has a distance of exactly 0 from itself.
+    """
+    from alexnet_jax.training.eval_step import make_activation_fn
+
+    output_step = make_activation_fn(network.config, network.mesh, index.layer)
+    rows = network.predict_batches(output_step, images, network.batch_size(len(index.features)))
+    return np.stack([row.reshape(-1) for row in rows])
+
+
+def nearest_neighbors(index: FeatureIndex, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the `count` rows of `index` nearest to each of `queries` (Q, units) float32, nearest first.
+
+    Equal distances are in row order. Corrupt records come last, with an infinite distance.
+
+    Returns:
+      Row numbers (Q, count) int64 and distances (Q, count) float32.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def distances(block, query):  # unlike |a|^2 - 2ab + |b|^2, exactly 0 for equal rows
+        return jnp.sqrt(jnp.sum(jnp.square(block - query[None]), -1))
+
+    found: list[list[np.ndarray]] = [[] for _ in queries]
+    for start in range(0, len(index.features), BLOCK):
+        block = jnp.asarray(index.features[start : start + BLOCK])
+        for query, of_query in zip(queries, found, strict=True):
+            of_query.append(np.asarray(distances(block, query)))
+    everywhere = np.stack([np.concatenate(blocks) for blocks in found])
+    everywhere = np.where(np.isnan(everywhere), np.inf, everywhere)
+    order = np.argsort(everywhere, -1, kind='stable')[:, :count]
+    return order, np.take_along_axis(everywhere, order, -1)

@@ -1,0 +1,94 @@
+"""Input pictures for a trained network: picture files, folders, and validation images of its data set."""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from alexnet_jax.config import ConfigError, DataConfig
+from alexnet_jax.data import dataset
+from alexnet_jax.data.images import UnreadableImage, read_image, resize_and_center_crop
+
+
+def expand_paths(names: Iterable[str]) -> list[str]:
+    """Returns `names` with each folder replaced by all files below the folder, sorted, without hidden files.
+
+    Raises ConfigError: a folder has no files.
+    """
+    files = []
+    for name in map(os.path.expanduser, names):
+        if not os.path.isdir(name):
+            files.append(name)
+            continue
+        below = list(_files_below(name))
+        if not below:
+            raise ConfigError(f'{name}: a folder without files; name pictures or a folder with some')
+        files += sorted(below)
+    return files
+
+
+def _files_below(folder: str) -> Iterator[str]:
+    """Yields files, then unreadable folders: the later attempt to read such a folder reports the reason."""
+    closed: list[str] = []
+    for where, folders, found in os.walk(folder, onerror=lambda error: closed.append(error.filename)):
+        folders[:] = [each for each in folders if not each.startswith('.')]
+        yield from (os.path.join(where, file) for file in found if not file.startswith('.'))
+    yield from closed
+
+
+def read_picture(file: str, data: DataConfig) -> np.ndarray:
+    """Returns the picture in `file` as `prepare` stores pictures: (S, S, C) uint8.
+
+    Args:
+      file: path.
+      data: `data` section of the run's configuration.
+
+    Raises UnreadableImage: the message gives the reason.
+    """
+    try:
+        with open(file, 'rb') as opened:
+            return resize_and_center_crop(read_image(opened.read()), data.image_size, data.channels)
+    except OSError as error:
+        raise UnreadableImage(error.strerror or type(error).__name__) from None
+
+
+def label_from_folder(file: str, class_names: Sequence[str]) -> str | None:
+    """Returns the name of the folder that contains `file` if the name is a class, otherwise None."""
+    folder = os.path.basename(os.path.dirname(os.path.abspath(file)))
+    return folder if folder in class_names else None
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageInput:
+    """An input picture.
+
+    Attributes:
+      name: file name, or position in the validation split.
+      pixels: (S, S, C) uint8, in the format of the network's data set; empty if the picture is unreadable.
+      label: true class, or None if unknown.
+      problem: reason why the picture is unreadable, or ''.
+    """
+
+    name: str
+    pixels: np.ndarray
+    label: str | None
+    problem: str = ''
+
+
+def load_images(files: Iterable[str], data: DataConfig, class_names: Sequence[str]) -> Iterator[ImageInput]:
+    """Yields the pictures in `files`, each read on demand and labeled if its folder has the name of a class."""
+    for file in files:
+        label = label_from_folder(file, class_names)
+        try:
+            yield ImageInput(file, read_picture(file, data), label)
+        except UnreadableImage as error:
+            yield ImageInput(file, np.empty(0, np.uint8), label, str(error))
+
+
+def sample_validation(store: dataset.PreparedDataset, count: int) -> list[ImageInput]:
+    """Returns about `count` validation images, evenly spaced over the split."""
+    return [
+        ImageInput(f'validation {number}', example['image'], store.class_names[example['label']])
+        for number, example in dataset.evenly_spaced(store.validation, count)
+    ]

@@ -1,0 +1,103 @@
+"""NumPy functions for prediction errors, weighted ensembles of networks, and fitting of the ensemble weights.
+
+Scores are log probabilities (N, classes) float32; labels are (N,) int32 from 0 to classes - 1.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def errors(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the top-1 and top-5 errors, (N,) bool each, by the same rule as step.make_eval_step().
+
+    A class that ties with the correct class ranks above the correct class, and so does a class with a NaN score.
+    """
+    better = np.sum(~(scores < _right(scores, labels)[:, None]), -1) - 1
+    return better >= 1, better >= 5
+
+
+def _right(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns the score (N,) of the correct class of each image."""
+    return np.take_along_axis(scores, labels[:, None], -1)[:, 0]
+
+
+def error_rates(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Returns means over the images: loss (negative log likelihood in nats), top1_error and top5_error (0 to 1)."""
+    top1, top5 = errors(scores, labels)
+    loss = -np.mean(_right(scores, labels), dtype=np.float64)
+    return {'loss': float(loss), 'top1_error': float(top1.mean()), 'top5_error': float(top5.mean())}
+
+
+def average_log_probs(scores: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+    """Returns the log of the members' weighted mean probabilities (the ensembles of table 2); `weights` sum to 1.
+
+    A member with weight 0 has no effect, even if its scores are NaN.
+    """
+    mixed = np.full_like(scores[0], -np.inf)
+    with np.errstate(invalid='ignore'):
+        for member, weight in zip(scores, weights, strict=True):
+            if weight > 0:
+                np.logaddexp(mixed, member + np.log(weight, dtype=np.float32), out=mixed)
+    return mixed
+
+
+def fit_weights(scores: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
+    """Fits the weights (members,) float64 of the mixture() with the maximum likelihood, by expectation maximization.
+
+    Each iteration sets the weight of a member to the member's mean share of the probability of the correct class. The
+    log likelihood, summed over all images, is concave in the weights and never decreases; the iterations end when the
+    log likelihood grows by less than 1e-9. A NaN score counts as probability 0. Images for which all members give the
+    correct class probability 0 are ignored.
+    """
+    right = np.stack([_right(member, labels) for member in scores], -1).astype(np.float64)
+    right = np.where(np.isnan(right), -np.inf, right)
+    right = right[right.max(-1) > -np.inf]
+    likelihoods = np.exp(right - right.max(-1, keepdims=True))  # scaled per image; the scale cancels in the shares
+    weights = np.full(len(scores), 1 / len(scores))
+    reached = -np.inf
+    while True:
+        mixed = likelihoods @ weights
+        before, reached = reached, float(np.log(mixed).sum())
+        if not reached - before >= 1e-9:
+            return weights
+        weights = weights * np.mean(likelihoods / mixed[:, None], 0)
+
+
+def top_k(probabilities: np.ndarray, class_names: Sequence[str], top: int) -> list[tuple[str, float]]:
+    """Returns (name, probability) of the `top` most probable classes, highest first; ties keep the order of classes.
+
+    `probabilities`: (classes,).
+    """
+    order = np.argsort(-probabilities, kind='stable')[:top]
+    return [(class_names[index], float(probabilities[index])) for index in order]
+
+
+def per_class_errors(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns one row per class: name, images, top1_error, top5_error, instead and instead_images.
+
+    The errors are 0 to 1, or None for a class without images. `instead` is the class that most often has the best score
+    among the wrong classes in the top-1 errors (the first class in a tie), and `instead_images` is the number of those
+    errors; they are None and 0 if there is no such error.
+    """
+    top1, top5 = errors(scores, labels)
+    others = np.where(np.isnan(scores), -np.inf, scores)
+    np.put_along_axis(others, labels[:, None], -np.inf, -1)
+    top_k, known = others.argmax(-1), others.max(-1) > -np.inf
+    rows = []
+    for label, name in enumerate(names):
+        own = labels == label
+        counts = np.bincount(top_k[own & top1 & known], minlength=len(names))
+        images, most = int(own.sum()), int(np.argmax(counts))
+        rows.append(
+            {
+                'name': name,
+                'images': images,
+                'top1_error': float(top1[own].mean()) if images else None,
+                'top5_error': float(top5[own].mean()) if images else None,
+                'instead': names[most] if counts[most] else None,
+                'instead_images': int(counts[most]),
+            }
+        )
+    return rows

@@ -1,1 +1,0 @@
-"""The report page of a run or a sweep: one self-contained HTML file."""

@@ -1,0 +1,1 @@
+"""Drawing functions: arrays in, matplotlib figures out."""

@@ -1,0 +1,150 @@
+"""Curves of loss, errors and learning rate by step, of one or more runs, from their metrics.jsonl."""
+
+import json
+import math
+import os
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from alexnet_jax.config import ConfigError
+from alexnet_jax.plots import style
+
+# By key of a metrics line: the panel's heading and the factor of the values.
+PANELS = {
+    'loss': ('loss, nats', 1),
+    'top1_error': ('top-1 error, %', 100),
+    'top5_error': ('top-5 error, %', 100),
+    'learning_rate': ('learning rate', 1),
+}
+_DASHES = ('-', (0, (5, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (1, 1)))
+_MARKERS = 'osD^vPX*'
+_LEGEND_COLUMNS, _LEGEND_ROW = 3, 0.165  # inches
+
+
+def read_metrics(workdir: str) -> list[dict[str, Any]]:
+    """Returns the lines of the run's metrics.jsonl in order. A line that a killed run left incomplete is left out.
+
+    Raises ConfigError: metrics.jsonl cannot be read.
+    """
+    path = os.path.join(workdir, 'metrics.jsonl')
+    try:
+        with open(path, errors='replace') as file:
+            texts = file.readlines()
+    except OSError as error:
+        raise ConfigError(f'{path}: {error.strerror}; name the folder of a run, which has a metrics.jsonl') from None
+    lines = []
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and {'step', 'split'} <= set(line):
+            lines.append(line)
+    return lines
+
+
+def groups(names: list[str]) -> dict[str, list[str]]:
+    """Groups runs by color: up to 8 runs have one color each; of more, those in one folder share one, as seeds do."""
+    if len(names) <= len(style.SERIES):
+        return {name: [name] for name in names}
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(os.path.dirname(name) or name, []).append(name)
+    return found
+
+
+@style.drawing
+def draw(runs: dict[str, list[dict[str, Any]]]) -> Figure:
+    """Draws four panels: loss, top-1 error, top-5 error and learning rate.
+
+    Training has thin lines, validation has lines with markers. Values that are not finite are gaps.
+
+    Args:
+      runs: the result of read_metrics() by name. If there are more than 8, the runs of a group, see groups(), are
+        faint, and their mean is drawn at the steps that all of them have.
+
+    Raises ValueError: there is no run.
+    """
+    if not runs:
+        raise ValueError('no run to draw')
+    found = groups(list(runs))
+    legend = _legend(found)
+    below = 0.42 + _LEGEND_ROW * math.ceil(len(legend) / _LEGEND_COLUMNS)
+    height = 4.3 + below
+    figure = style.new_figure(style.WIDTH, height)
+    panels = figure.subplots(2, 2, sharex=True)
+    figure.subplots_adjust(0.08, below / height, 0.985, 1 - 0.25 / height, hspace=0.2, wspace=0.18)
+    for axes, name in zip(panels.flat, PANELS, strict=True):
+        _draw_panel(axes, name, runs, found)
+    for axes in panels[1]:
+        axes.set_xlabel('step')
+    figure.legend(handles=legend, loc='lower center', ncols=min(_LEGEND_COLUMNS, len(legend)), handlelength=3.2)
+    return figure
+
+
+def mean_of(runs: list[list[dict[str, Any]]], name: str) -> tuple[list[int], list[float]]:
+    """Returns the steps that all runs have, and the mean of `name` over the runs there; NaN if a run has no value."""
+    found = [{line['step']: _number(line.get(name)) for line in lines} for lines in runs]
+    steps = [step for step in found[0] if all(step in run for run in found)]
+    return steps, [sum(run[step] for run in found) / len(found) for step in steps]
+
+
+def _draw_panel(axes: Axes, name: str, runs: dict[str, list[dict[str, Any]]], found: dict[str, list[str]]) -> None:
+    heading, factor = PANELS[name]
+    is_rate = name == 'learning_rate'
+    axes.set_title(heading, loc='left')
+    axes.grid(alpha=0.3, linewidth=0.5)
+    for i, (group, members) in enumerate(found.items()):
+        for split in ('train',) if is_rate else ('train', 'validation'):
+            look = _look(split, i, len(found) == 1)
+            faint = {'color': look['color'], 'linewidth': 0.5, 'alpha': 0.35}
+            lines = [[line for line in runs[run] if is_rate or line['split'] == split] for run in members]
+            for run, of_run in zip(members, lines, strict=True):
+                values = [factor * _number(line.get(name)) for line in of_run]
+                of_one = faint if len(members) > 1 and not is_rate else look
+                of_one = {'marker': '.', **of_one} if len(values) == 1 else of_one
+                axes.plot([line['step'] for line in of_run], values, gid=f'{split}:{run}', **of_one)
+            if len(members) > 1 and not is_rate:
+                steps, means = mean_of(lines, name)
+                axes.plot(steps, [factor * mean for mean in means], gid=f'{split}:mean:{group}', **look)
+    if is_rate:
+        axes.set_yscale('log', nonpositive='mask')
+        axes.yaxis.set_major_formatter(lambda value, position: f'{value:g}')
+        low, high = axes.get_ylim()
+        told = '235' if high < 30 * low else ''  # first digits of labeled minor ticks, if there are few powers of ten
+        axes.yaxis.set_minor_formatter(lambda value, position: f'{value:g}' if f'{value:e}'[0] in told else '')
+    elif name.endswith('error'):
+        axes.set_ylim(bottom=0)
+
+
+def _look(split: str, group: int, alone: bool) -> dict[str, Any]:
+    """Returns the line style of a split and a group; `alone`: it is the only group."""
+    look = {'color': style.SERIES[group % len(style.SERIES)], 'alpha': 0.9}
+    if split == 'train':
+        return look | {'linestyle': _DASHES[group % len(_DASHES)], 'linewidth': 0.8}
+    look |= {'marker': _MARKERS[group % len(_MARKERS)], 'markersize': 3, 'linewidth': 1.2}
+    return look | {'color': style.VERMILLION} if alone else look
+
+
+def _number(value: Any) -> float:
+    """Returns `value`, or NaN, which draws a gap, if it is not a finite number."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
+
+
+def _legend(found: dict[str, list[str]]) -> list[Line2D]:
+    """Returns entries for training and validation and, if there are several groups, for each group."""
+    kinds = {'train': 'training', 'validation': 'validation'}
+    alone = len(found) == 1
+    entries = [Line2D([], [], label=label, **_look(split, 0, alone)) for split, label in kinds.items()]
+    if alone:
+        return entries
+    for entry in entries:
+        entry.set_color(style.BLACK)
+    for group, (name, members) in enumerate(found.items()):
+        label = style.fit(name, 105) + (f', mean of {len(members)}' if len(members) > 1 else '')
+        look = _look('validation', group, False)
+        entries.append(Line2D([], [], label=label, **look | {'linestyle': _DASHES[group % len(_DASHES)]}))
+    return entries

@@ -1,0 +1,91 @@
+"""The kernels of the first layer as in figure 3 of the paper, and the color saturation of each tower's."""
+
+import math
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from alexnet_jax.plots import style
+
+_COLUMNS = 16  # maximum, as in the paper
+_CELL = 0.8  # maximum inches of a kernel
+_LEFT, _HEADING, _GAP, _BELOW = 0.1, 0.28, 0.08, 0.26  # inches
+
+
+def saturation(kernel: np.ndarray, towers: int) -> list[float]:
+    """Returns the color saturation of each tower's kernels: the share of their energy that differs between channels.
+
+    With k[x, y, c, n] a tower's kernels and m[x, y, n] their mean over the channels c, it is
+    sum (k - m)^2 / sum k^2 over all of x, y, c and n. 0: gray, all channels have the same weights. 1: color only, the
+    weights of the channels cancel and a gray image gives 0. Independent weights of three channels, as before training,
+    give 2/3. Kernels with large weights contribute more.
+
+    Args:
+      kernel: (height, width, channels, kernels) float, the towers side by side.
+      towers: number of equal parts of the kernels.
+
+    Returns:
+      One number from 0 to 1 for each tower; 0 if all its weights are 0, NaN if one is not finite.
+    """
+    shares = []
+    for part in np.split(kernel.astype(np.float64), towers, -1):
+        with np.errstate(invalid='ignore'):  # non-finite weights: the result is NaN
+            colour = np.sum((part - part.mean(2, keepdims=True)) ** 2)
+        energy = np.sum(part**2)
+        shares.append(float(colour / energy) if energy else 0.0)
+    return shares
+
+
+def grid(kernel: np.ndarray) -> np.ndarray:
+    """Arranges kernels (h, w, C, N) as an image (rows * (h + 1) - 1, columns * (w + 1) - 1, 3) float, 0 to 1.
+
+    A row has at most 16 kernels, with a white pixel between them. Each kernel is scaled from its minimum over all
+    channels to its maximum. A kernel is gray if its weights are all equal or one is not finite.
+    """
+    height, width, _, count = kernel.shape
+    rows = math.ceil(count / _COLUMNS)
+    columns = math.ceil(count / rows)
+    least, greatest = kernel.min((0, 1, 2)), kernel.max((0, 1, 2))
+    fine = np.isfinite(kernel).all((0, 1, 2)) & (least < greatest)
+    least, greatest = np.where(fine, least, 0), np.where(fine, greatest, 1)
+    scaled = np.where(fine, (kernel - least) / (greatest - least), 0.5)
+    sheet = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, 3))
+    for i in range(count):
+        top, left = i // columns * (height + 1), i % columns * (width + 1)
+        sheet[top : top + height, left : left + width] = scaled[..., i]
+    return sheet
+
+
+@style.drawing
+def draw(kernel: np.ndarray, towers: int) -> Figure:
+    """Draws figure 3 of the paper: each tower's kernels, the first tower on top, with their saturation().
+
+    Args:
+      kernel: of conv1, (height, width, channels, kernels) float32; 3 channels are red, green and blue, or there is 1.
+      towers: number of equal parts of the kernels.
+    """
+    sheets = [grid(part) for part in np.split(kernel, towers, -1)]
+    rows, columns = sheets[0].shape[:2]
+    # A whole number of pixels per weight at style.DPI, so that all weights are squares of one size.
+    pixels = int(min((style.WIDTH - 2 * _LEFT) * style.DPI / columns, _CELL * style.DPI / max(kernel.shape[:2])))
+    pixels = max(pixels, 1)
+    across, down = columns * pixels / style.DPI, rows * pixels / style.DPI
+    block = _HEADING + down + _GAP
+    figure = style.new_figure(style.WIDTH, round((towers * block + _BELOW) * style.DPI) / style.DPI)
+    top = figure.get_size_inches()[1]
+    for i, (sheet, share) in enumerate(zip(sheets, saturation(kernel, towers), strict=True)):
+        colour = f', colour saturation {share:.2f}' if kernel.shape[2] > 1 else ''
+        name = f'tower {i + 1}: ' if towers > 1 else ''
+        count = kernel.shape[-1] // towers
+        heading = f'{name}{count} kernel{"s" * (count > 1)}{colour}'
+        bottom = round((top - i * block - _HEADING - down) * style.DPI) / style.DPI
+        axes = style.blank_axes(figure, _LEFT, bottom, across, down)
+        axes.set_title(heading, loc='left', pad=3)
+        axes.imshow(np.repeat(np.repeat(sheet, pixels, 0), pixels, 1), interpolation='none', aspect='auto')
+    figure.text(
+        _LEFT / style.WIDTH,
+        0.1 / top,
+        f'{kernel.shape[0]}\u00d7{kernel.shape[1]} weights, each kernel scaled from its own minimum to its maximum.'
+        + (' Saturation: 0 grey, 0.67 untrained, 1 colours only.' if kernel.shape[2] > 1 else ''),
+    )
+    return figure

@@ -1,0 +1,1 @@
+"""The command `predict`: classes of image files."""

@@ -1,0 +1,1 @@
+"""The command `prepare`: raw images to a prepared data set."""

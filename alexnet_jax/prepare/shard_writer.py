@@ -1,0 +1,150 @@
+"""Worker processes of `prepare`, which convert examples to shards of square images and exit with their parent.
+
+The shards are byte-identical for any number of processes.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Generator, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+from alexnet_jax.data.dataset import DatasetError
+from alexnet_jax.data.images import UnreadableImage, read_image, resize_and_center_crop
+from alexnet_jax.prepare.shards import ImageSpec, RunningMoments, Shard
+from alexnet_jax.runtime.files import write_json
+
+
+def write_shards(
+    shards: list[Shard], format: ImageSpec, folder: str, reports: str, workers: int
+) -> Generator[tuple[Shard, dict[str, Any]], None, None]:
+    """Writes `shards` with `workers` processes, and yields each shard with its report (see write_shard()) when done.
+
+    Closing the generator terminates the processes at once.
+
+    Raises:
+      DatasetError: a process was killed.
+      OSError: see write_shard().
+    """
+    # No fork: TFDS data sets may have loaded TensorFlow, which starts threads in this process.
+    pool = ProcessPoolExecutor(
+        min(workers, max(len(shards), 1)), multiprocessing.get_context('spawn'), initializer=_end_with_parent
+    )
+    try:
+        with _interrupts_held_back():  # workers inherit the mask; only this process handles Ctrl-C
+            futures = {pool.submit(write_shard, shard, format, folder, reports): shard for shard in shards}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool:
+        raise DatasetError(
+            'a process that prepared images was killed, perhaps for want of memory; the same command goes on'
+            f' where it stood (fewer than --workers={workers} need less)'
+        ) from None
+    except BaseException:
+        for process in multiprocessing.active_children():  # no need to wait: shards are written atomically
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Blocks SIGINT until the end of the context. Processes started in the context keep SIGINT blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent() -> None:
+    """Initializes a worker: starts a thread that exits the process as soon as the parent has exited."""
+    parent: Any = multiprocessing.parent_process()
+
+    def watch():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _writing(folder: str) -> Iterator[None]:
+    """Converts RuntimeError of ArrayRecord's writer, such as for a full disk, to OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f'{folder}: {str(error).splitlines()[0]}') from None
+
+
+def write_shard(shard: Shard, format: ImageSpec, folder: str, reports: str) -> dict[str, Any]:
+    """Converts the examples of `shard` to a file in `folder`, atomically, and returns its report.
+
+    Also writes the report and the sums to the folder `reports`.
+
+    Returns:
+      examples (number of stored examples), bytes (file size), skipped (a list of split, name and reason) and digest (of
+      the shard's examples).
+
+    Raises OSError: a file cannot be written.
+    """
+    features, sums, skipped = format.features(), RunningMoments(format), []
+    serializer = ExampleSerializer(features.get_serialized_info())
+    aside = os.path.join(folder, f'.{shard.file}.{os.getpid()}')  # by pid: a worker may briefly outlive its parent
+    # Uncompressed, because compression makes reading three times as slow; one record per group for random access.
+    writer = ArrayRecordWriter(aside, 'group_size:1,uncompressed')
+    try:
+        for index in range(len(shard.examples)):
+            try:
+                content, label = shard.examples[index]
+                if not 0 <= label < len(format.class_names):
+                    raise UnreadableImage(f'its label is {label}, no class')
+                pixels = resize_and_center_crop(read_image(content), format.image_size, format.channels)
+            except (UnreadableImage, OSError, RuntimeError) as error:  # RuntimeError: corrupt TFDS record
+                reason = getattr(error, 'strerror', None) or (str(error).splitlines() or [type(error).__name__])[0]
+                skipped.append({'split': shard.split, 'name': shard.examples.name(index), 'reason': reason})
+                continue
+            stored, read_back = format.encode(pixels)
+            sums.add(read_back, label)
+            example = serializer.get_tf_example(features.encode_example({'image': stored, 'label': label}))
+            record = example.SerializeToString(deterministic=True)  # otherwise the order of features varies
+            with _writing(folder):
+                writer.write(record)
+    finally:
+        with _writing(folder):
+            writer.close()
+    _to_disk(aside)
+    os.replace(aside, os.path.join(folder, shard.file))
+    _save(os.path.join(reports, shard.sums), vars(sums))
+    report = {
+        'examples': int(sums.class_counts.sum()),
+        'bytes': os.path.getsize(os.path.join(folder, shard.file)),
+        'skipped': skipped,
+        'digest': shard.examples.digest(),
+    }
+    write_json(os.path.join(reports, shard.report), report)
+    return report
+
+
+def _to_disk(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _save(path: str, arrays: dict[str, np.ndarray]) -> None:
+    """Writes `arrays` as .npz atomically."""
+    aside = f'{path}.{os.getpid()}'
+    with open(aside, 'wb') as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    _to_disk(aside)
+    os.replace(aside, path)

@@ -1,0 +1,125 @@
+"""Shards of a store: image format, sums over the images of a shard, and statistics of the whole training set.
+
+The sums are over integers, so that the statistics do not depend on the order of the images.
+"""
+
+import collections
+import dataclasses
+import io
+import os
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+# For JPEG stores, with chroma at half resolution (4:2:0).
+JPEG_QUALITY = 95
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSpec:
+    """Image format of a store: side in pixels, channels (1 or 3), encoding ('raw' or 'jpeg') and class names."""
+
+    image_size: int
+    channels: int
+    encoding: str
+    class_names: tuple[str, ...]
+
+    def features(self) -> Any:
+        """Returns the TFDS features of a record."""
+        shape = (self.image_size, self.image_size, self.channels)
+        if self.encoding == 'jpeg':
+            image: Any = tfds.features.Image(shape=shape, encoding_format='jpeg')
+        else:
+            image = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
+        return tfds.features.FeaturesDict(
+            {'image': image, 'label': tfds.features.ClassLabel(names=list(self.class_names))}
+        )
+
+    def encode(self, pixels: np.ndarray) -> tuple[Any, np.ndarray]:
+        """Returns the stored value of `pixels` (S, S, C) uint8, and the pixels that a reader decodes from it."""
+        if self.encoding == 'raw':
+            return pixels, pixels
+        file = io.BytesIO()
+        Image.fromarray(pixels[..., 0] if self.channels == 1 else pixels).save(
+            file, 'JPEG', quality=JPEG_QUALITY, subsampling='4:2:0'
+        )
+        return file.getvalue(), np.asarray(Image.open(file)).reshape(pixels.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Shard `index` of the `count` shards of a split, with its examples."""
+
+    split: str
+    index: int
+    count: int
+    examples: Any
+
+    @property
+    def file(self) -> str:
+        """File name of the shard, as TFDS expects."""
+        return f'prepared-{self.split}.array_record-{self.index:05d}-of-{self.count:05d}'
+
+    @property
+    def report(self) -> str:
+        """File name of the report of the shard. The report is written last, so its existence means a complete shard."""
+        return f'{self.split}-{self.index:05d}.json'
+
+    @property
+    def sums(self) -> str:
+        """File name of the sums from RunningMoments."""
+        return f'{self.split}-{self.index:05d}.npz'
+
+
+class RunningMoments:
+    """Integer sums over images (S, S, C).
+
+    Attributes:
+      images: (S, S, C) int64, sum of the images.
+      products: (C, C) float64, sums of channel products over all pixels; integers, exact up to 2^53, which is 1.6 times
+        the maximum for ImageNet at 256 pixels.
+      class_counts: (classes,) int64, images per class.
+    """
+
+    def __init__(self, format: ImageSpec):
+        self.images = np.zeros((format.image_size, format.image_size, format.channels), np.int64)
+        self.products = np.zeros((format.channels, format.channels))
+        self.class_counts = np.zeros(len(format.class_names), np.int64)
+
+    def add(self, pixels: np.ndarray, label: int) -> None:
+        """Adds one image (S, S, C) uint8."""
+        self.images += pixels
+        flat = pixels.reshape(-1, pixels.shape[-1]).astype(np.float64)
+        self.products += flat.T @ flat
+        self.class_counts[label] += 1
+
+
+def statistics(reports: str, shards: list[Shard]) -> dict[str, np.ndarray]:
+    """Computes statistics of the training images from the sums of all training shards in the folder `reports`.
+
+    Returns:
+      Float64 arrays, in units of gray levels (0 to 255): mean_image (S, S, C), mean_rgb (C,), and the eigenvalues (C,),
+      ascending, and eigenvectors (C, C), in columns, of the covariance of the channels over all pixels. Also
+      class_counts (classes,) int64.
+    """
+    sums: dict[str, Any] = collections.Counter()
+    for shard in shards:
+        if shard.split == 'train':
+            with np.load(os.path.join(reports, shard.sums)) as file:
+                sums = {name: sums[name] + file[name] for name in file.files}
+    count = sums['class_counts'].sum()
+    mean_image = sums['images'] / count
+    mean_rgb = mean_image.mean((0, 1))
+    pixels = count * mean_image[..., 0].size
+    eigenvalues, eigenvectors = np.linalg.eigh(sums['products'] / pixels - np.outer(mean_rgb, mean_rgb))
+    # The sign of an eigenvector is arbitrary and differs between libraries.
+    eigenvectors = eigenvectors * np.where(eigenvectors.sum(0) < 0, -1.0, 1.0)
+    return {
+        'mean_image': mean_image,
+        'mean_rgb': mean_rgb,
+        'eigenvalues': eigenvalues,
+        'eigenvectors': eigenvectors,
+        'class_counts': sums['class_counts'],
+    }

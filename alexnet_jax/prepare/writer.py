@@ -1,0 +1,264 @@
+"""Converts a source of raw images into a prepared data set: plan, worker processes, resuming and summary."""
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import time
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from alexnet_jax.config import ConfigError, check_class_names
+from alexnet_jax.data.dataset import MANIFEST, DatasetError, dataset_dir, read_manifest
+from alexnet_jax.prepare.raw_sources import Source, SourceError
+from alexnet_jax.prepare.shard_writer import write_shards
+from alexnet_jax.prepare.shards import ImageSpec, Shard, statistics
+from alexnet_jax.prepare.sources import is_local, open_source
+from alexnet_jax.runtime.console import ProgressBar, log
+from alexnet_jax.runtime.files import atomic_write, read_json, write_json
+
+SHARD_SIZE = 1024
+JPEG_SIZE_RATIO = 0.25  # assumed JPEG size relative to raw images, for the disk space check
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """Settings of a store. All but `max_corrupt_fraction` and `workers` determine the contents.
+
+    Attributes:
+      source: see sources.open_source().
+      image_size, channels, encoding: see shards.Format.
+      class_names: replace the class names of the source, unless empty.
+      validation_fraction: see sources.open_source().
+      max_corrupt_fraction: maximum fraction of unreadable images.
+      workers: number of processes.
+    """
+
+    source: str
+    image_size: int = 256
+    channels: int = 3
+    encoding: str = 'raw'
+    class_names: tuple[str, ...] = ()
+    validation_fraction: float = 0.1
+    max_corrupt_fraction: float = 0.001
+    workers: int = 2
+
+
+def prepare(settings: PrepareConfig, data_dir: str) -> str:
+    """Creates the store for `settings` in `data_dir` unless the store exists, and returns its folder.
+
+    Raises:
+      SourceError: the source cannot be read (see sources.open_source()), the disk is too small, or `data_dir` is a URL.
+      ConfigError: the existing store has other settings or images, or the class names do not fit the source.
+      DatasetError: too many images are unreadable, a split has no usable image, or a process was killed.
+    """
+    if '://' in data_dir:
+        raise SourceError(f'{data_dir}: stores are made on a disk; make it there and copy the folder prepared/')
+    data_dir = os.path.abspath(os.path.expanduser(data_dir))
+    target = dataset_dir(data_dir, settings)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    with open(f'{target}.lock', 'w') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log(f'{target}: another process prepares it; waiting until it is there')
+            fcntl.flock(lock, fcntl.LOCK_EX)  # also returns when the other process dies unfinished
+        if os.path.exists(target):
+            shutil.rmtree(f'{target}.incomplete', ignore_errors=True)  # left by a process killed after the rename
+            _check_same(target, settings, data_dir)
+        else:
+            _prepare(settings, data_dir, target)
+    return target
+
+
+def _check_same(target: str, settings: PrepareConfig, data_dir: str) -> None:
+    """Raises ConfigError if the store in `target` has other settings, or if its source folder has other images."""
+    made = read_manifest(target, settings)
+    if not is_local(settings.source):
+        return
+    source = open_source(settings.source, data_dir, settings.validation_fraction)
+    if source.fingerprint != made['fingerprint']:
+        raise ConfigError(
+            f'{settings.source} is not what {target} was made of: images were added, removed or changed;'
+            ' remove that folder, or name another data_dir'
+        )
+
+
+def _prepare(settings: PrepareConfig, data_dir: str, target: str) -> None:
+    source = open_source(settings.source, data_dir, settings.validation_fraction)
+    format = _format(settings, source)
+    description = {
+        'source': settings.source,
+        'fingerprint': source.fingerprint,
+        'validation_fraction': settings.validation_fraction if source.holds_out_validation else None,
+        **dataclasses.asdict(format),
+        'class_names': list(format.class_names),
+    }
+    aside = f'{target}.incomplete'
+    plan = description | {
+        'images_a_shard': SHARD_SIZE,
+        'fingerprint': None,
+    }  # each shard report has a digest of its images
+    if read_json(os.path.join(aside, 'plan.json')) != plan:
+        shutil.rmtree(aside, ignore_errors=True)  # started with other settings
+    for folder in ('store', 'reports'):
+        os.makedirs(os.path.join(aside, folder), exist_ok=True)
+    write_json(os.path.join(aside, 'plan.json'), plan)
+    shards = _shards(source)
+    start, begun = time.monotonic(), _reports(shards, aside)
+    _check_disk(shards, begun, format, target)
+    reports = _write_shards(shards, begun, format, aside, settings)
+    _write_metadata(shards, reports, format, description, aside)
+    os.rename(os.path.join(aside, 'store'), target)
+    shutil.rmtree(aside)
+    read = sum(len(shard.examples) for shard in shards if shard.report not in begun)
+    _summarize(target, reports, read, time.monotonic() - start, settings.workers)
+
+
+def _format(settings: PrepareConfig, source: Source) -> ImageSpec:
+    names = settings.class_names or tuple(source.class_names)
+    check_class_names(names)
+    if len(names) != len(source.class_names):
+        raise ConfigError(
+            f'config.data.class_names: {len(names)} names, but {settings.source} has {len(source.class_names)} classes'
+        )
+    return ImageSpec(settings.image_size, settings.channels, settings.encoding, names)
+
+
+def _shards(source: Source) -> list[Shard]:
+    """Returns the shards of both splits, training first. The number of processes does not affect the shards."""
+    shards = []
+    for split, examples in source.splits.items():
+        starts = range(0, len(examples), SHARD_SIZE)
+        for index, start in enumerate(starts):
+            part = examples.subset(range(start, min(start + SHARD_SIZE, len(examples))))
+            shards.append(Shard(split, index, len(starts), part))
+    return shards
+
+
+def _reports(shards: list[Shard], aside: str) -> dict[str, dict[str, Any]]:
+    """Returns the reports, by file name, of the shards that are complete and contain exactly these images.
+
+    Omits shards with skipped images: the user may have repaired those images since.
+    """
+    reports = {}
+    for shard in shards:
+        report, file = read_json(os.path.join(aside, 'reports', shard.report)), os.path.join(aside, 'store', shard.file)
+        whole = report and os.path.exists(file) and os.path.getsize(file) == report['bytes']
+        if report and whole and not report['skipped'] and report.get('digest') == shard.examples.digest():
+            reports[shard.report] = report
+    return reports
+
+
+def _check_disk(shards: list[Shard], reports: dict[str, Any], format: ImageSpec, target: str) -> None:
+    """Raises SourceError if the missing shards do not fit on the disk."""
+    images = sum(len(shard.examples) for shard in shards if shard.report not in reports)
+    needed = images * format.image_size**2 * format.channels * (1 if format.encoding == 'raw' else JPEG_SIZE_RATIO)
+    free = shutil.disk_usage(os.path.dirname(target)).free
+    if needed > free:
+        hint = ' or give --encoding=jpeg' if format.encoding == 'raw' else ''
+        raise SourceError(
+            f'{target} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: name another data_dir{hint}'
+        )
+
+
+def _write_shards(
+    shards: list[Shard], begun: dict[str, Any], format: ImageSpec, aside: str, settings: PrepareConfig
+) -> dict[str, Any]:
+    """Writes the shards that are not in `begun` with worker processes, and returns the reports of all shards."""
+    reports, total = dict(begun), sum(len(shard.examples) for shard in shards)
+    done = sum(len(shard.examples) for shard in shards if shard.report in begun)
+    if done:
+        log(f'{done:,} of {total:,} images were prepared before')
+    todo = [shard for shard in shards if shard.report not in begun]
+    progress = ProgressBar(f'prepare {settings.source}', total, 'images', done=done)
+    folders = os.path.join(aside, 'store'), os.path.join(aside, 'reports')
+    with (
+        contextlib.closing(progress),
+        contextlib.closing(write_shards(todo, format, *folders, settings.workers)) as written,
+    ):
+        for shard, report in written:
+            reports[shard.report] = report
+            progress.update(len(shard.examples))
+            _check_skipped(reports, total, aside, settings)
+    return reports
+
+
+def _check_skipped(reports: dict[str, Any], total: int, aside: str, settings: PrepareConfig) -> None:
+    """Raises DatasetError, and lists the skipped images in a file, if too many images are skipped."""
+    skipped = _skipped(reports)
+    if len(skipped) <= settings.max_corrupt_fraction * total:
+        return
+    path = os.path.join(aside, 'skipped.jsonl')
+    _write_lines(path, skipped)
+    first, allowed = skipped[0], int(settings.max_corrupt_fraction * total)
+    raise DatasetError(
+        f'too many images of {settings.source} cannot be used: {len(skipped)} so far, and'
+        f' data.max_corrupt_fraction={settings.max_corrupt_fraction:g} of {total} allows {allowed}; the first is'
+        f' {first["name"]}, {first["reason"]}; all are in {path};'
+        ' mend them or raise --max_corrupt_fraction (--config.data.max_corrupt_fraction), and the same command goes on'
+    )
+
+
+def _skipped(reports: dict[str, Any]) -> list[dict[str, str]]:
+    """Returns the records of the skipped images, in the order of the shard names."""
+    return [line for name in sorted(reports) for line in reports[name]['skipped']]
+
+
+def _write_lines(path: str, lines: list[dict[str, str]]) -> None:
+    with atomic_write(path) as file:
+        file.writelines(json.dumps(line) + '\n' for line in lines)
+
+
+def _write_metadata(
+    shards: list[Shard], reports: dict[str, Any], format: ImageSpec, description: dict[str, Any], aside: str
+) -> None:
+    """Writes the other files of a store: TFDS metadata, statistics, the list of skipped images and the description."""
+    folder = os.path.join(aside, 'store')
+    for name in set(os.listdir(folder)) - {shard.file for shard in shards}:
+        os.remove(os.path.join(folder, name))  # temporary files of killed processes
+    template = tfds.core.ShardedFileTemplate(dataset_name='prepared', data_dir=folder, filetype_suffix='array_record')
+    splits = []
+    for split in ('train', 'validation'):
+        of_split = [reports[shard.report] for shard in shards if shard.split == split]
+        lengths = [report['examples'] for report in of_split]
+        if not sum(lengths):
+            raise DatasetError(f'{description["source"]}: not one image of the {split} split can be used')
+        size = sum(report['bytes'] for report in of_split)
+        splits.append(
+            tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template)
+        )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=format.features(),
+        split_infos=splits,
+        filename_template=template,
+        check_data=False,
+        description=f'{description["source"]}, shorter side {format.image_size} pixels, centre square',
+    )
+    figures = statistics(os.path.join(aside, 'reports'), shards)
+    np.savez(os.path.join(folder, 'statistics.npz'), allow_pickle=False, **figures)
+    _write_lines(os.path.join(folder, 'skipped.jsonl'), _skipped(reports))
+    images = {split.name: split.num_examples for split in splits}
+    files = {name: os.path.getsize(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
+    write_json(os.path.join(folder, MANIFEST), description | {'images': images, 'files': files})
+
+
+def _summarize(target: str, reports: dict[str, Any], read: int, seconds: float, workers: int) -> None:
+    """Logs the number of images, the size, the speed, and the skipped images by reason."""
+    size = sum(report['bytes'] for report in reports.values())
+    stored = sum(report['examples'] for report in reports.values())
+    log(
+        f'prepared {target}: {stored:,} images, {size / 1e9:.2f} GB, {size / stored:,.0f} bytes an image;'
+        f' {read:,} read in {seconds:.0f} s, {read / seconds:.0f} images/s with {workers} processes'
+    )
+    reasons = collections.Counter(line['reason'] for line in _skipped(reports))
+    for reason, count in reasons.most_common():
+        log(f'skipped {count:,}: {reason}')
+    if reasons:
+        log(f'skipped images are named in {target}/skipped.jsonl')

@@ -1,0 +1,1 @@
+"""The command `report`: a run or a sweep as text or as an HTML page."""

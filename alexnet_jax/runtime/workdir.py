@@ -1,0 +1,165 @@
+"""Reads and writes the files of a workdir, and checks whether a run in the workdir can resume or is finished."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from alexnet_jax.config import Config, ConfigError, field_names, get_by_path, resolve, upgrade
+from alexnet_jax.runtime.console import log, summarize_exception
+from alexnet_jax.runtime.files import atomic_write, read_json
+
+# The weights and the order of the data depend on these fields; other fields may change when a run resumes.
+RESUME_INVARIANT_FIELDS = (
+    'seed',
+    'data.source',
+    'data.image_size',
+    'data.channels',
+    'data.encoding',
+    'data.crop_size',
+    'train.batch_size',
+)
+
+
+def check_resumable(config: Config, workdir: str, every_field: bool = False) -> None:
+    """Raises ConfigError if the checkpoints in `workdir` belong to another network or another order of the data.
+
+    The function also raises if config.json is unreadable or from an older version. Without checkpoints it returns.
+
+    Args:
+      config: a resolved configuration.
+      workdir: the folder of the run.
+      every_field: compare all fields except data.data_dir, as for the runs of a sweep, whose names state their
+        settings.
+    """
+    checkpoints = os.path.join(workdir, 'checkpoints')
+    if not os.path.isdir(checkpoints) or not os.listdir(checkpoints):
+        return
+    before = _read_settings(workdir)
+    if before is None:
+        raise ConfigError(f'--workdir: {workdir} has checkpoints but no readable config.json; name another one')
+    old = ml_collections.ConfigDict(before)
+    now = ml_collections.ConfigDict(json.loads(json.dumps(config.to_dict())))
+    fields = [field for field in field_names(now) if field in RESUME_INVARIANT_FIELDS or field.startswith('model.')]
+    if every_field:
+        fields = [field for field in field_names(now) if field != 'data.data_dir']
+    known = set(field_names(old))
+    for field in fields:
+        if field not in known:
+            raise ConfigError(f'--workdir: {workdir} was begun with an older version; name another one')
+        was, given = get_by_path(old, field), get_by_path(now, field)
+        if was != given:
+            raise ConfigError(
+                f'config.{field}: {given!r}, but {workdir} was begun with {was!r}: give that, or another --workdir'
+            )
+
+
+def is_finished(config: Config, workdir: str) -> bool:
+    """Returns True if `workdir` has a finished run with the resolved `config`, where data.data_dir may differ."""
+    result, before = read_json(os.path.join(workdir, 'result.json')), _read_settings(workdir)
+    if result is None or before is None or result.get('status') != 'done':
+        return False
+    now = json.loads(json.dumps(config.to_dict()))
+    return before | {'data': before.get('data', {}) | {'data_dir': now['data']['data_dir']}} == now
+
+
+def _read_settings(workdir: str) -> dict[str, Any] | None:
+    """Returns the content of config.json with today's field names, or None if the file is missing or unreadable."""
+    written = read_json(os.path.join(workdir, 'config.json'))
+    return None if written is None else upgrade(written)
+
+
+def read_config(workdir: str) -> Config:
+    """Returns the resolved configuration of the run in `workdir`.
+
+    Raises ConfigError: config.json is missing, unreadable or from an older version.
+    """
+    written = _read_settings(workdir)
+    if written is None:
+        raise ConfigError(f'{workdir}: no run, for it has no readable config.json')
+    return resolve(ml_collections.ConfigDict(written))
+
+
+def write_dataset_statistics(workdir: str, statistics: dict[str, np.ndarray], class_names: list[str]) -> None:
+    """Writes inputs.npz, with which the weights of the run can be used without its data store.
+
+    Args:
+      workdir: the folder of the run.
+      statistics: see data/shards.statistics().
+      class_names: one name per label.
+    """
+    with atomic_write(os.path.join(workdir, 'inputs.npz'), 'wb') as file:
+        np.savez(file, allow_pickle=False, class_names=np.array(class_names), **statistics)
+
+
+def read_dataset_statistics(workdir: str) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Returns (statistics, class names) from inputs.npz. Raises ConfigError: the file is missing or corrupt."""
+    path = os.path.join(workdir, 'inputs.npz')
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+        return arrays, arrays.pop('class_names').tolist()
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ConfigError(
+            f'{path} cannot be read ({summarize_exception(error)}); a run writes it when it begins and when it goes on'
+        ) from None
+
+
+def check_class_names(name: str, own: list[str], of_data: list[str]) -> None:
+    """Compares the class names `own` of imported weights with those of the data, and logs if they differ.
+
+    Raises ConfigError: the names are equal but in another order, so labels would be mixed up.
+
+    Args:
+      name: the weights, for the message.
+      own: class names of the weights, one per label.
+      of_data: class names of the data, one per label.
+    """
+    if own == of_data:
+        return
+    if sorted(own) == sorted(of_data):
+        place = next(i for i, pair in enumerate(zip(own, of_data, strict=True)) if pair[0] != pair[1])
+        raise ConfigError(
+            f'{name}: its classes are those of the data in another order, such as {own[place]!r} and not'
+            f' {of_data[place]!r} as number {place}; prepare the data with config.data.class_names in its order'
+        )
+    log(f'{name}: its classes have other names than those of the data, {own[0]!r} and {of_data[0]!r} the first ones')
+
+
+def environment() -> dict[str, Any]:
+    """Returns the content of environment.json: software and hardware of the run. JAX must be initialized.
+
+    Keys: versions (by package), system, processor, devices (their kind), device_count (over all processes), processes,
+    command.
+    """
+    import jax
+
+    here = re.escape(f'{Path(__file__).resolve().parents[2]}{os.sep}')
+    packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    return {
+        'versions': {'python': platform.python_version(), **versions},
+        'system': platform.platform(),
+        'processor': _processor(),
+        'devices': jax.devices()[0].device_kind,
+        'device_count': jax.device_count(),
+        'processes': jax.process_count(),
+        'command': [os.path.basename(sys.argv[0]), *(re.sub(f'(^|=){here}', r'\1', each) for each in sys.argv[1:])],
+    }
+
+
+def _processor() -> str:
+    """Returns the name of the processor and the number of its cores."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:  # exists on Linux
+        name = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), name)
+    return f'{name}, {os.cpu_count()} cores'

@@ -1,0 +1,134 @@
+"""Reads the folder of a sweep: its plan, the results of its finished runs, and the progress of its other runs."""
+
+import contextlib
+import json
+import os
+from typing import Any
+
+from alexnet_jax.runtime.files import read_json
+
+# Fields read from sweep.json, with their types.
+_SWEEP = {'config': str, 'base': str | None, 'variants': list, 'runs': list}
+_VARIANT = {'name': str, 'published': list | None, 'source': str, 'note': str}
+_RUN = {'variant': str, 'seed': int | None, 'directory': str}
+
+
+class ReportError(ValueError):
+    """A report is impossible. The message is one line with the cause and the remedy."""
+
+
+def read_sweep(folder: str) -> dict[str, Any]:
+    """Returns the content of sweep.json in `folder`. Raises ReportError: the file is missing or corrupt."""
+    path = os.path.join(folder, 'sweep.json')
+    sweep = read_json(path) or {}
+    if (
+        _has(sweep, _SWEEP)
+        and all(_has(each, _VARIANT) and _are_differences(each['published']) for each in sweep['variants'])
+        and all(_has(each, _RUN) for each in sweep['runs'])
+    ):
+        return sweep
+    wrong = 'is damaged' if os.path.exists(path) else 'is missing'
+    raise ReportError(f'{path} {wrong}: run `alexnet train --config=... --sweep=all --workdir={folder}` first')
+
+
+def _has(value: Any, types: dict[str, Any]) -> bool:
+    return isinstance(value, dict) and all(name in value and isinstance(value[name], types[name]) for name in types)
+
+
+def _are_differences(published: list[Any] | None) -> bool:
+    return published is None or (
+        len(published) == 2 and all(isinstance(each, float | int | None) for each in published)
+    )
+
+
+def read_results(folder: str, sweep: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the result.json of each finished run of the sweep in `folder`, keyed by the directory of the run."""
+    found = {run['directory']: read_result(os.path.join(folder, run['directory'])) for run in sweep['runs']}
+    return {directory: result for directory, result in found.items() if result}
+
+
+def read_result(workdir: str) -> dict[str, Any] | None:
+    """Returns the result.json of the run in `workdir`, or None if the run is not finished."""
+    result = read_json(os.path.join(workdir, 'result.json'))
+    return result if result and _is_done(result) else None
+
+
+def _is_done(result: dict[str, Any]) -> bool:
+    """Returns whether `result` is from a finished run and has error rates between 0 and 1."""
+    try:
+        return (
+            result['status'] == 'done'
+            and any(result['views'])
+            and all(
+                int(views) > 0 and 0 <= errors['top1_error'] <= 1 and 0 <= errors['top5_error'] <= 1
+                for views, errors in result['views'].items()
+            )
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+
+
+def choose_views(results: dict[str, dict[str, Any]], wanted: int | None) -> int | None:
+    """Returns `wanted`, or else the largest number of views that all `results` have in common.
+
+    Without `results` the return value is `wanted`, which may be None.
+
+    Raises ReportError: no result has `wanted` views, or `wanted` is None and no number of views is common to all.
+    """
+    each = [{int(views) for views in result['views']} for result in results.values()]
+    if not each:
+        return wanted
+    known = ', '.join(map(str, sorted(set.union(*each))))
+    common = set.union(*each) & {wanted} if wanted else set.intersection(*each)
+    if not common:
+        raise ReportError(
+            f'--views={wanted}: no finished run has so many; there are {known}'
+            if wanted
+            else f'the finished runs have no number of views in common; choose --views of {known}'
+        )
+    return max(common)
+
+
+def missing_runs(
+    folder: str, sweep: dict[str, Any], results: dict[str, dict[str, Any]], views: int | None
+) -> list[str]:
+    """Returns the runs of the sweep in `folder` without a result for `views`, each with its state in parentheses."""
+    missing = []
+    for run in sweep['runs']:
+        result = results.get(run['directory'])
+        if result is None:
+            state = run_status(os.path.join(folder, run['directory']))
+        elif str(views) not in result['views']:
+            state = f'done, but not with {views_text(views)}'
+        else:
+            continue
+        seed = '' if run['seed'] is None else f' seed {run["seed"]}'
+        missing.append(f'{run["variant"]}{seed} ({state})')
+    return missing
+
+
+def run_status(workdir: str) -> str:
+    """Returns the progress of the unfinished run in `workdir`, as text."""
+    path = os.path.join(workdir, 'result.json')
+    result = read_json(path)
+    if os.path.exists(path) and (result is None or result.get('status') != 'preempted'):
+        return 'unreadable result.json'
+    step = result.get('step') if result else _last_step(os.path.join(workdir, 'metrics.jsonl'))
+    if step is not None:
+        return f'at step {step}'
+    return 'begun, no step logged' if os.path.isdir(workdir) else 'not begun'
+
+
+def _last_step(path: str) -> int | None:
+    """Returns the step of the last complete line of a metrics.jsonl, or None if there is no such line."""
+    step = None
+    with contextlib.suppress(OSError), open(path, errors='replace') as file:
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run leaves a partial line
+                step = json.loads(line)['step']
+    return step
+
+
+def views_text(views: int | None) -> str:
+    """Returns the number of views as text; None stands for a sweep without results."""
+    return 'no run done' if views is None else f'{views} view{"s" * (views != 1)}'

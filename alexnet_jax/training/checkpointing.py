@@ -1,0 +1,249 @@
+"""Checkpoints: a small class around Orbax, with a digest of the state that detects corrupt files."""
+
+import functools
+import gc
+import hashlib
+import os
+import sys
+import time
+import types
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint.options import MultiprocessingOptions
+
+from alexnet_jax.runtime import distributed
+from alexnet_jax.runtime.console import log, summarize_exception
+
+
+def state_digest(state: Any) -> str:
+    """Returns the sha256 hex digest of the parameters, the optimizer state and the batch-normalization statistics.
+
+    The digest covers the leaves as little-endian float32, sorted by name. It does not depend on the mesh or the number
+    of processes. Collective: every process must call it.
+    """
+    digest = hashlib.sha256()
+    leaves = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state, state.statistics))
+    for path, leaf in sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0])):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(distributed.gather_to_host(leaf), dtype='<f4').data)
+    return digest.hexdigest()
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read or written; the message is one line with the folder, the cause and the remedy."""
+
+
+def restore_checkpoint(path: str, abstract_state: Any) -> tuple[Any, str]:
+    """Restores the checkpoint in the folder `path` without changing the folder. Collective.
+
+    Args:
+      path: the folder of one checkpoint.
+      abstract_state: shapes, dtypes and shardings of the state; None restores only `progress`.
+
+    Returns:
+      (restored, ''), where `restored` has the attributes `state` and `progress`, or (None, error message) if the
+      checkpoint is corrupt. All processes return the same outcome.
+    """
+    # A CheckpointManager would end with a barrier that a process with a read error never reaches.
+    index = jax.process_index()
+    alone = MultiprocessingOptions(primary_host=index, active_processes={index}, barrier_sync_key_prefix=f'read{index}')
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
+    arguments: dict[str, Any] = {'progress': ocp.args.JsonRestore()}
+    if abstract_state is not None:
+        arguments['state'] = ocp.args.StandardRestore(abstract_state)
+    restored: Any = None
+    problem = ''
+    _silence_orbax_teardown()
+    try:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+            restored = reader.restore(path, args=ocp.args.Composite(**arguments))
+        written = restored.progress['state_digest']
+    except Exception as error:  # Orbax raises many types; the caller handles all of them alike
+        cause = error.__cause__  # names the file and the parameter; Orbax lists TensorStore settings
+        problem = summarize_exception(cause if isinstance(cause, Exception) else error)
+    if problem:
+        gc.collect()  # free the partly restored arrays before the next restore
+    problem = distributed.first_error_on_any_process(problem)
+    if problem:
+        return None, problem
+    if abstract_state is not None and state_digest(restored.state) != written:
+        return None, 'its numbers differ from those written'
+    return restored, ''
+
+
+@functools.cache
+def _silence_orbax_teardown() -> None:
+    """Suppresses the tracebacks that Orbax prints to standard error at some time after a failed restore.
+
+    Orbax's unfinished coroutines raise the error that was already reported, and TensorStore's threads call a closed
+    event loop.
+    """
+    show = sys.unraisablehook
+
+    def show_others(unraisable: Any) -> None:
+        coroutine = isinstance(unraisable.object, types.CoroutineType)
+        of_orbax = coroutine and f'{os.sep}orbax{os.sep}' in unraisable.object.cr_code.co_filename
+        if not of_orbax and str(unraisable.exc_value) != 'Event loop is closed':
+            show(unraisable)
+
+    sys.unraisablehook = show_others
+
+
+def checkpoint_metrics(directory: str) -> dict[int, float | None]:
+    """Maps the step of each checkpoint in `directory`, ascending, to its top-1 error (0 to 1), or None if unmeasured.
+
+    The function does not change the folder. Raises CheckpointError: the folder cannot be read.
+    """
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+    try:
+        with ocp.CheckpointManager(directory, options=options) as manager:
+            metrics = {step: manager.metrics(step) for step in sorted(manager.all_steps())}
+            return {step: found['top1_error'] if found else None for step, found in metrics.items()}
+    except Exception as error:  # from the file system, or from a corrupt metrics file
+        raise CheckpointError(f'{directory}: the checkpoints cannot be listed: {summarize_exception(error)}') from None
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Returns False, so that Orbax never calls JAX's preemption sync point.
+
+        Orbax would pass the step, whereas the training loop passes its own counter; mixing the two loses a SIGTERM.
+        """
+        return False
+
+
+@functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
+def _copied(state: Any, before: Any) -> Any:
+    """Copies `state` into donated buffers of the last copy, `before`; on a CPU, new memory takes 3 times as long."""
+    return jax.tree.map(jnp.copy, state)
+
+
+class Checkpointer:
+    """Saves the checkpoints of a run in a background thread; keeps the newest `keep` and the one with the lowest error.
+
+    The thread writes a copy of the state that stays in device memory from the first save on. All processes must call
+    the same methods in the same order; each process writes its own shards.
+
+    Args:
+      directory: the folder of the checkpoints, with one subfolder per step.
+      keep: number of newest checkpoints to keep.
+    """
+
+    def __init__(self, directory: str, keep: int):
+        def error(metrics):
+            return metrics['top1_error']
+
+        # With only best_fn and max_to_keep, Orbax would delete the newest checkpoint when it is not the best.
+        newest = checkpoint_managers.LatestN(n=keep)
+        best = checkpoint_managers.BestN(get_metric_fn=error, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        self.directory = os.path.abspath(directory)
+        os.makedirs(self.directory, exist_ok=True)
+        # With active_processes, Orbax uses barriers that have a timeout instead of collectives that have none.
+        everyone = MultiprocessingOptions(active_processes=set(range(jax.process_count())))
+        self.manager = _Manager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
+                best_fn=error,
+                best_mode='min',
+                cleanup_tmp_directories=True,
+                create=False,
+                multiprocessing_options=everyone,
+            ),
+        )
+        self.writer = ThreadPoolExecutor(1)
+        self.writing: Future[None] | None = None
+        self.copy: Any = None  # the last saved state, on the devices
+
+    def save(self, state: Any, progress: dict[str, Any], error: float | None) -> None:
+        """Starts to write a checkpoint in the background; does nothing if the step already has a checkpoint.
+
+        The call waits for the previous checkpoint and for the copy of `state`, which may be donated afterwards. The
+        next call reports a failure of this write.
+
+        Args:
+          state: a step.TrainState.
+          progress: JSON values; `step` is the step of `state`.
+          error: the validation top-1 error at this step, or None if it was not measured.
+
+        Raises:
+          CheckpointError: the previous checkpoint could not be written.
+        """
+        self.wait()
+        if progress['step'] in self._steps():
+            return
+        self.copy = copy = jax.block_until_ready(_copied(state, self.copy))  # the next train step would wait anyway
+        # All processes must run collectives in the same order, so the writer thread must not start one.
+        digest = state_digest(copy) if any(distributed.needs_gather(leaf) for leaf in jax.tree.leaves(copy)) else None
+        self.writing = self.writer.submit(self._write, copy, {**progress}, digest, error)
+
+    def _write(self, copy: Any, progress: dict[str, Any], digest: str | None, error: float | None) -> None:
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(copy),
+            progress=ocp.args.JsonSave(progress | {'state_digest': digest or state_digest(copy)}),
+        )
+        metrics = None if error is None else {'top1_error': error}
+        self.manager.save(progress['step'], args=arguments, metrics=metrics)
+        self.manager.wait_until_finished()
+        self.manager.check_for_errors()
+
+    def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
+        """Returns (state, progress) of the newest intact checkpoint, or None if there is no checkpoint. Collective.
+
+        `abstract_state` has the shapes, dtypes and shardings of the state. Corrupt checkpoints that are newer are
+        logged and renamed to damaged-STEP-NANOSECONDS. A checkpoint that one process cannot read counts as corrupt on
+        all. Raises CheckpointError: there are checkpoints, but none can be read.
+        """
+        damaged: list[tuple[int, str]] = []
+        for step in sorted(self._steps(), reverse=True):
+            restored, problem = restore_checkpoint(os.path.join(self.directory, str(step)), abstract_state)
+            if restored is None:
+                damaged.append((step, problem))
+                continue
+            if damaged:
+                self._quarantine(damaged)
+            return restored.state, restored.progress
+        if damaged:
+            raise CheckpointError(
+                f'{self.directory}: no checkpoint can be read, the newest because {damaged[0][1]};'
+                ' remove the folder or name another --workdir to begin anew'
+            )
+        return None
+
+    def _steps(self) -> list[int]:
+        """Returns the checkpoint steps that process 0 sees; on a network disk, other processes may differ."""
+        steps = np.array(self.manager.all_steps(), np.int32)
+        count = int(distributed.broadcast_from_primary(np.int32(len(steps))))
+        return distributed.broadcast_from_primary(np.resize(steps, count)).tolist()
+
+    def _quarantine(self, damaged: list[tuple[int, str]]) -> None:
+        for step, problem in damaged:
+            aside = f'damaged-{step}-{time.time_ns()}'
+            if distributed.is_primary_process():
+                os.rename(os.path.join(self.directory, str(step)), os.path.join(self.directory, aside))
+            log(f'checkpoint {self.directory}/{step} is damaged ({problem}); moved to {aside}')
+        distributed.first_error_on_any_process()
+        self.manager.reload()
+
+    def wait(self) -> None:
+        """Waits for the background write. Raises CheckpointError: the checkpoint could not be written."""
+        writing, self.writing = self.writing, None
+        try:
+            if writing:
+                writing.result()
+        except Exception as error:  # Orbax raises many types for a full disk or a lost mount
+            raise CheckpointError(
+                f'{self.directory}: a checkpoint was not written: {summarize_exception(error)}'
+            ) from None
+
+    def close(self) -> None:
+        """Waits for the background write, then releases the thread and the manager."""
+        self.wait()
+        self.writer.shutdown()
+        self.manager.close()

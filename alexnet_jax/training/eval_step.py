@@ -1,0 +1,129 @@
+"""The compiled steps without an update: evaluation, prediction, activations and layer statistics."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from alexnet_jax import parallel
+from alexnet_jax.augment import eval_crop
+from alexnet_jax.config import Config
+from alexnet_jax.training.state import TrainState, build_model, state_specs
+
+
+def topk_errors(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns top-1 and top-5 errors, (B,) each, 0.0 or 1.0; a tie with the correct class counts against it."""
+    right = jnp.take_along_axis(scores, labels[:, None], -1)
+    better = jnp.sum(~(scores < right), -1) - 1  # so NaN scores count as errors
+    return (better >= 1).astype(jnp.float32), (better >= 5).astype(jnp.float32)
+
+
+def make_eval_step(config: Config, mesh: parallel.Mesh, views: int) -> Any:
+    """Returns the jitted step (state, batch, preprocessing) -> sums (4,) of loss, top-1 error, top-5 error, images.
+
+    views: 1 (the center crop) or 10 (see augment.view()); the softmax outputs of the views are averaged (section 4.1).
+    batch: image (B, S, S, C) uint8 and label (B,) int32; images with label -1 are padding and are not counted.
+    """
+    layout = config.mesh.layout
+
+    def eval_step(state, batch, preprocessing):
+        scores = _log_probabilities(config, state, batch['image'], preprocessing, views)
+        counted = batch['label'] >= 0
+        labels = jnp.maximum(batch['label'], 0)
+        losses = -jnp.take_along_axis(scores, labels[:, None], -1)[:, 0]
+        rows = jnp.stack([losses, *topk_errors(scores, labels), jnp.ones_like(losses)])
+        return parallel.global_sum(jnp.where(counted[None], rows, 0.0).sum(-1), layout)
+
+    return parallel.jit_shard_map(
+        eval_step,
+        mesh,
+        in_specs=(state_specs(config, mesh), parallel.batch_spec(layout), parallel.REPLICATED),
+        out_specs=parallel.REPLICATED,
+    )
+
+
+def make_layer_stats_fn(config: Config, mesh: parallel.Mesh) -> Any:
+    """Returns the jitted step (state, images, preprocessing) -> {layer: float32 (5,)}, cuda-convnet's test-time report.
+
+    The five values are mean |kernel|, mean |velocity of the kernel| (the last update), the same two for the bias, and
+    the fraction of dead units (feature maps in a convolution): those that are 0 on the center crops of all `images`
+    (B, S, S, C) uint8. The fraction is 0 for fc8.
+    """
+    graph, layout = build_model(config)[0], config.mesh.layout
+
+    def layer_report(state, images, preprocessing):
+        specs = state_specs(config, mesh)
+        model = nnx.merge(graph, state.params, state.statistics)
+        outputs = model.activations(eval_crop(images, preprocessing, config.data, 0))
+        weights = mean_abs(state.params, specs.params)
+        updates = mean_abs(state.opt_state[-1].trace, specs.opt_state[-1].trace)
+        report = {}
+        for name in weights:
+            dead = parallel.dead_unit_fraction(outputs[name], name, layout) if name != 'fc8' else jnp.zeros(())
+            sizes = [tree[name][kind] for kind in ('kernel', 'bias') for tree in (weights, updates)]
+            report[name] = jnp.stack([*sizes, dead])
+        return report
+
+    rows = parallel.batch_spec(layout)
+    return parallel.jit_shard_map(
+        layer_report,
+        mesh,
+        in_specs=(state_specs(config, mesh), rows, parallel.REPLICATED),
+        out_specs=parallel.REPLICATED,
+    )
+
+
+def mean_abs(tree: Any, specs: Any) -> Any:
+    """Returns the mean absolute value of each leaf of `tree`, which is sharded according to `specs`."""
+    sums = parallel.psum_over_shards(jax.tree.map(lambda leaf: jnp.sum(jnp.abs(leaf)), tree), specs)
+    counts = parallel.psum_over_shards(jax.tree.map(lambda leaf: jnp.float32(leaf.size), tree), specs)
+    return jax.tree.map(jnp.divide, sums, counts)
+
+
+def make_predict_step(config: Config, mesh: parallel.Mesh, views: int) -> Any:
+    """Returns the jitted step (state, images, preprocessing) -> log probabilities (B, num_classes) float32.
+
+    The probabilities are the mean over `views`, see make_eval_step(). images: (B, S, S, C) uint8.
+    """
+
+    def predict_step(state, images, preprocessing):
+        scores = _log_probabilities(config, state, images, preprocessing, views)
+        return parallel.mark_replicated(scores, config.mesh.layout)
+
+    rows = parallel.batch_spec(config.mesh.layout)
+    return parallel.jit_shard_map(
+        predict_step, mesh, in_specs=(state_specs(config, mesh), rows, parallel.REPLICATED), out_specs=rows
+    )
+
+
+def make_activation_fn(config: Config, mesh: parallel.Mesh, layer: str) -> Any:
+    """Returns the jitted step (state, images, preprocessing) -> float32 output of `layer` for the center crop.
+
+    The output is (B, H, W, C) after the nonlinearity and before normalization and pooling, with the feature maps of the
+    first tower first; or (B, units), where fc8 gives logits. images: (B, S, S, C) uint8.
+    """
+    graph, layout = build_model(config)[0], config.mesh.layout
+
+    def output_step(state, images, preprocessing):
+        model = nnx.merge(graph, state.params, state.statistics)
+        return model.activations(eval_crop(images, preprocessing, config.data, 0))[layer].astype(jnp.float32)
+
+    rows = parallel.batch_spec(layout)
+    return parallel.jit_shard_map(
+        output_step,
+        mesh,
+        in_specs=(state_specs(config, mesh), rows, parallel.REPLICATED),
+        out_specs=parallel.activation_spec(layer, 4 if layer.startswith('conv') else 2, layout),
+    )
+
+
+def _log_probabilities(config: Config, state: TrainState, images: Any, preprocessing: Any, views: int) -> jax.Array:
+    """Returns the log of the mean softmax output over `views`, (B, num_classes) float32."""
+    model = nnx.merge(build_model(config)[0], state.params, state.statistics)
+
+    def one_view(index):
+        return jax.nn.log_softmax(model(eval_crop(images, preprocessing, config.data, index)))
+
+    scores = jax.lax.map(one_view, jnp.arange(views))
+    return jax.nn.logsumexp(scores, 0) - jnp.log(views)

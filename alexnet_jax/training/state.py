@@ -1,0 +1,96 @@
+"""The train state, its specs on a mesh, and its initialization."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from alexnet_jax import parallel
+from alexnet_jax.config import Config
+from alexnet_jax.model import AlexNet
+from alexnet_jax.optimizer import make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The state that a training step updates.
+
+    Attributes:
+      step: number of steps taken (int32).
+      params: parameters (float32).
+      opt_state: state of the optimizer: velocities (float32) in the same tree as `params`.
+      statistics: running means and variances of batch normalization (float32); empty without batch normalization.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+    statistics: Any
+
+
+def build_model(config: Config) -> tuple[Any, Callable]:
+    """Returns the GraphDef for nnx.merge(graph, params, statistics), and a function key -> (params, statistics)."""
+
+    def build(key):
+        data, rngs = config.data, nnx.Rngs(params=key)
+        axes = parallel.batch_axes(config.mesh.layout)
+        return AlexNet(
+            config.model,
+            crop_size=data.crop_size,
+            channels=data.channels,
+            rngs=rngs,
+            statistics_axes=axes,
+            remat=config.train.remat,
+        )
+
+    def initial(key):
+        _, params, statistics = nnx.split(build(key), nnx.Param, nnx.BatchStat)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(statistics)
+
+    graph = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))), nnx.Param, nnx.BatchStat)[0]
+    return graph, initial
+
+
+def state_specs(config: Config, mesh: parallel.Mesh) -> TrainState:
+    """Returns the specs of a TrainState: parallel.param_specs(), parallel.optimizer_specs(); `step` is replicated."""
+    state = param_shapes(config)
+    return TrainState(
+        step=parallel.REPLICATED,
+        params=parallel.param_specs(state.params, config.mesh.layout),
+        opt_state=parallel.optimizer_specs(state.opt_state, mesh, config.mesh),
+        statistics=parallel.param_specs(state.statistics, config.mesh.layout),
+    )
+
+
+def _initial_state(config: Config) -> TrainState:
+    params, statistics = build_model(config)[1](jax.random.key(config.seed))
+    opt_state = make_optimizer(config.optimizer, 0.0).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, statistics)
+
+
+@lru_cache(1)
+def param_shapes(config: Config) -> TrainState:
+    """Returns the shapes and dtypes of _initial_state(); the cache saves 1/4 s in a run that compiles five programs."""
+    return jax.eval_shape(lambda: _initial_state(config))
+
+
+def init_state(config: Config, mesh: parallel.Mesh) -> TrainState:
+    """Returns the state before the first step, with the same values on every mesh."""
+    out_shardings = parallel.shardings(mesh, state_specs(config, mesh))
+    # Level 2 halves the compile time of this program, which runs once; the values and the run time are the same.
+    options = {'xla_backend_optimization_level': '2'}
+    return jax.jit(lambda: _initial_state(config), out_shardings=out_shardings, compiler_options=options)()
+
+
+def abstract_state(config: Config, mesh: parallel.Mesh) -> TrainState:
+    """Returns the shapes, dtypes and shardings of init_state() as a tree of jax.ShapeDtypeStruct."""
+    shapes = param_shapes(config)
+    shardings = parallel.shardings(mesh, state_specs(config, mesh))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )

@@ -1,0 +1,206 @@
+"""Trackers of a run besides the log: TensorBoard, Weights & Biases, and a profiler trace of some steps."""
+
+import dataclasses
+import importlib.util
+import io
+import os
+import uuid
+from typing import Any
+
+import numpy as np
+
+from alexnet_jax.config import Config, ConfigError
+from alexnet_jax.runtime.console import summarize_exception
+from alexnet_jax.runtime.files import read_json, write_json
+
+SAMPLES, SHOWN = 8, 5  # number of sample images, and of top classes shown for each
+
+
+class TensorBoard:
+    """Writes event files to WORKDIR/tensorboard without TensorFlow; a restart hides the older events after `step`."""
+
+    def __init__(self, workdir: str, step: int):
+        from tensorboardX import SummaryWriter
+
+        folder = os.path.join(workdir, 'tensorboard')
+        self.writer = SummaryWriter(folder, purge_step=step + 1 if step else None, flush_secs=10)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Logs numbers by name, such as 'train/loss'."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Logs an image; `pixels`: (H, W, 3) uint8."""
+        self.writer.add_image(name, pixels, step, dataformats='HWC')
+
+    def close(self) -> None:
+        """Flushes and closes the event files."""
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """Logs to a Weights & Biases run in `project`; a resumed run in `workdir` continues the same Weights & Biases run.
+
+    Raises ConfigError: the Weights & Biases run cannot be started.
+    """
+
+    def __init__(self, workdir: str, project: str, config: Config):
+        import wandb
+
+        path = os.path.join(workdir, 'wandb.json')
+        identity = (read_json(path) or {}).get('id') or uuid.uuid4().hex[:12]
+        write_json(path, {'id': identity})
+        self.image = wandb.Image
+        name = os.path.basename(os.path.abspath(workdir))
+        settings = config.to_dict()
+        try:
+            self.run = wandb.init(project=project, dir=workdir, id=identity, name=name, resume='allow', config=settings)
+        except Exception as error:  # wandb raises many types for the service and the network
+            raise ConfigError(
+                f'--wandb={project}: {summarize_exception(error)}; WANDB_MODE=offline needs no network'
+            ) from None
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Logs numbers by name, such as 'train/loss'."""
+        self.run.log(values, step=step)
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Logs an image; `pixels`: (H, W, 3) uint8."""
+        self.run.log({name: self.image(pixels)}, step=step)
+
+    def close(self) -> None:
+        """Sends the remaining data and ends the Weights & Biases run."""
+        self.run.finish()
+
+
+def check_wandb(project: str | None) -> None:
+    """Raises ConfigError if --wandb is given and the package wandb is not installed."""
+    if project is not None and importlib.util.find_spec('wandb') is None:
+        raise ConfigError(f'--wandb={project}: the package wandb is not installed: pip install "alexnet_jax[wandb]"')
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackingConfig:
+    """The trackers requested on the command line.
+
+    Attributes:
+      tensorboard: write event files.
+      wandb: the Weights & Biases project, or None.
+      profile: the range of steps to trace, see parse_profile(), or None.
+    """
+
+    tensorboard: bool = False
+    wandb: str | None = None
+    profile: tuple[int, int] | None = None
+
+    @property
+    def pictures(self) -> bool:
+        """True if some tracker shows pictures."""
+        return self.tensorboard or self.wandb is not None
+
+
+class CompositeTracker:
+    """The `wanted` trackers on the primary process (`first`), and no trackers on other processes.
+
+    Raises ConfigError: see WeightsAndBiases.
+    """
+
+    def __init__(self, wanted: TrackingConfig, workdir: str, step: int, config: Config, first: bool):
+        self.each: list[TensorBoard | WeightsAndBiases] = []
+        if first and wanted.tensorboard:
+            self.each.append(TensorBoard(workdir, step))
+        if first and wanted.wandb is not None:
+            self.each.append(WeightsAndBiases(workdir, wanted.wandb, config))
+
+    def line(self, values: dict[str, Any]) -> None:
+        """Logs the numbers of a line of metrics.jsonl or layers.jsonl."""
+        for each in self.each:
+            each.scalars(values['step'], as_scalars(values))
+
+    def pictures(
+        self,
+        step: int,
+        kernel: np.ndarray | None,
+        towers: int,
+        examples: list[dict[str, Any]],
+        scores: np.ndarray,
+        class_names: list[str],
+    ) -> None:
+        """Logs pictures of conv1's `kernel` (h, w, C, N), unless None, and of the predictions for `examples`.
+
+        `scores`: log probabilities (n, classes) of the examples.
+        """
+        if not self.each:
+            return
+        from alexnet_jax.metrics import top_k
+        from alexnet_jax.plots import kernels, predictions, style
+
+        drawn = [
+            predictions.Prediction(
+                image=example['image'],
+                name='',
+                label=class_names[example['label']],
+                top=top_k(np.exp(row), class_names, SHOWN),
+            )
+            for example, row in zip(examples, scores, strict=True)
+        ]
+        figures = {'predictions': predictions.draw(drawn)}
+        if kernel is not None:
+            figures['kernels'] = kernels.draw(kernel, towers)
+        for name, figure in figures.items():
+            pixels = as_pixels(style.as_png(figure))
+            for each in self.each:
+                each.picture(step, name, pixels)
+
+    def close(self) -> None:
+        """Closes all trackers."""
+        for each in self.each:
+            each.close()
+
+
+class SamplePredictions:
+    """Predicts a few validation images that are evenly spread over the split.
+
+    Attributes:
+      examples: records of the split, see data/pipeline.Split; the same on all processes.
+    """
+
+    def __init__(self, config: Config, mesh: Any, split: Any):
+        from alexnet_jax import parallel
+        from alexnet_jax.data import dataset
+        from alexnet_jax.training.eval_step import make_predict_step
+
+        self.examples = [example for _, example in dataset.evenly_spaced(split, SAMPLES)]
+        self.sharding = parallel.batch_sharding(mesh, config.mesh.layout)
+        self.step = make_predict_step(config, mesh, views=1)
+
+    def scores(self, state: Any, preprocessing: dict[str, np.ndarray]) -> np.ndarray:
+        """Collective. Returns log probabilities (n, classes) float32 for the center views of the examples."""
+        from alexnet_jax import parallel
+        from alexnet_jax.runtime import distributed
+
+        (share, shares), parts = parallel.process_shard(self.sharding), parallel.num_batch_shards(self.sharding)
+        rows = [example['image'] for example in self.examples]
+        rows += rows[:1] * (-len(rows) % parts)
+        own = np.split(np.stack(rows), shares)[share]
+        scores = self.step(state, parallel.make_global_batch(self.sharding, own), preprocessing)
+        return distributed.gather_to_host(scores)[: len(self.examples)]
+
+
+def as_scalars(values: dict[str, Any]) -> dict[str, float]:
+    """Flattens a line of metrics.jsonl or layers.jsonl to numbers by name: 'validation/loss', 'layers/conv1/dead'."""
+    split, found = values['split'], {}
+    for name, value in values.items():
+        parts = value if isinstance(value, dict) else {'': value}
+        for part, number in parts.items():
+            if isinstance(number, int | float) and name != 'step':
+                found['/'.join(filter(None, (split, name, part)))] = float(number)
+    return found
+
+
+def as_pixels(png: bytes) -> np.ndarray:
+    """Decodes a PNG file to (H, W, 3) uint8."""
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(png)).convert('RGB'))
