@@ -332,7 +332,7 @@ def process_shard(sharding: NamedSharding) -> tuple[int, int]:
         mesh = sharding.mesh
         raise ConfigError(
             f'config.mesh: data={mesh.shape["data"]}, model={mesh.shape["model"]} gives the {jax.process_count()}'
-            f' processes no equal shares of a batch: use all devices, and a model that divides the devices of a process'
-            f' or is a multiple of them'
+            f' processes unequal shards of a batch: use all devices, and a mesh.model that divides the devices per'
+            f' process or is a multiple of their number'
         )
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)

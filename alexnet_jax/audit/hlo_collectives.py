@@ -167,13 +167,13 @@ def group_size(line: str, kind: str, devices: int) -> int:
         axes = re.findall(rf'({_AXIS})(?::\(\d+\)(\d+))?', mesh[2])
         unknown = [name for name, _ in axes if name not in axis_sizes]
         if unknown:
-            raise HloFormatError(f'{mesh[0]} names {unknown[0]}, which is no axis of its mesh')
+            raise HloFormatError(f'{mesh[0]} names {unknown[0]}, which is not an axis of its mesh')
         size = math.prod(int(part or axis_sizes[name]) for name, part in axes)
     elif listed is None:
         written = re.search(r'replica_groups=.*?(?=, (?!device_ids)[a-z_]+=|$)', line)
         raise HloFormatError(
-            f'{kind} has {written[0] if written else "no replica_groups"}, a form unknown to this version of'
-            ' alexnet_jax, which reads those of jax 0.10 to 0.12'
+            f'{kind} has {written[0] if written else "no replica_groups"}, a format unknown to this version of'
+            ' alexnet_jax, which reads the formats of jax 0.10 to 0.12'
         )
     else:
         groups = re.findall(r'\{([\d,]*)\}', listed[1])

@@ -27,7 +27,7 @@ def audit_config(
     for axis in mesh.split(',') if mesh is not None else []:
         match = re.fullmatch(r'(data|model):([1-9]\d*)', axis)
         if not match:
-            raise ConfigError(f'--mesh: {mesh!r} is no mesh; write for example --mesh=data:64,model:2')
+            raise ConfigError(f'--mesh: {mesh!r} is not a mesh; write for example --mesh=data:64,model:2')
         config.mesh[match[1]] = int(match[2])
     if config.mesh.data == -1:
         simulated = os.environ.get('JAX_NUM_CPU_DEVICES', '1')
@@ -153,18 +153,18 @@ def as_text(report: dict[str, Any]) -> str:
     devices = data * model
     lines = [
         f'layout {report["layout"]} on data {data} x model {model} = {devices} device{"s" * (devices > 1)},'
-        f' batch {report["batch_size"]:,}: {report["batch_per_device"]:g} images a device',
+        f' batch {report["batch_size"]:,}: {report["batch_per_device"]:g} images per device',
         '',
         layers_table(report),
         '',
         collectives_table(report['collectives']),
         '',
         'per step and device',
-        f'bytes sent       {wire:>18,}  {wire / least:.4f} of the least that the layout needs, {least:,}'
+        f'bytes sent       {wire:>18,}  {wire / least:.4f} of the lower bound of this layout, {least:,}'
         if least
         else f'bytes sent       {wire:>18,}',
         f'FLOPs            {report["flops_per_device"]:>18,}  convolutions and matrix products, padding included',
-        f"compiler's count {report['compiler_flops_per_device']:>18,}  without padding, with all else",
+        f"compiler's count {report['compiler_flops_per_device']:>18,}  without padding, other operations included",
         f'memory, bytes    {report["peak_bytes_per_device"]:>18,}  compiled for a CPU',
     ]
     return '\n'.join(lines + prediction_lines(report.get('prediction')))
@@ -176,14 +176,14 @@ def prediction_lines(prediction: dict[str, float] | None) -> list[str]:
         return []
     lines = [
         '',
-        f'predicted from {prediction["bandwidth"]:.3g} bytes/s and {prediction["flops"]:.3g} FLOP/s a device, latency'
-        ' not modelled',
+        f'predicted from {prediction["bandwidth"]:.3g} bytes/s and {prediction["flops"]:.3g} FLOP/s per device, latency'
+        ' not modeled',
         f'compute {prediction["compute_seconds"] * 1e3:.2f} ms, wire {prediction["wire_seconds"] * 1e3:.2f} ms',
     ]
     for name in ('without_overlap', 'with_gradients_overlapped'):
         lines.append(
-            f'{name.replace("_", " "):<26}{prediction[f"step_seconds_{name}"] * 1e3:>10.2f} ms a step'
-            f'{prediction[f"images_per_second_{name}"]:>14,.0f} images/s in all'
+            f'{name.replace("_", " "):<26}{prediction[f"step_seconds_{name}"] * 1e3:>10.2f} ms per step'
+            f'{prediction[f"images_per_second_{name}"]:>14,.0f} images/s in total'
             f'{prediction[f"efficiency_{name}"]:>8.1%} efficiency'
         )
     return lines

@@ -66,7 +66,7 @@ def read(path: str) -> tuple[str, dict[str, list[np.ndarray]]]:
         blob = _parsed('BlobProto', path)
         if blob.data or blob.double_data:
             raise FormatError('a single array, such as a mean image; give it as --mean')
-        raise FormatError('not a network of Caffe with weights in it; name its .caffemodel')
+        raise FormatError('not a Caffe network with weights; name its .caffemodel')
     names = [layer.name for layer in layers]
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
@@ -87,7 +87,7 @@ def read_mean(path: str) -> np.ndarray:
         try:
             mean = np.load(path, allow_pickle=False)
         except ValueError:
-            raise FormatError('a damaged .npy, or one of Python objects') from None
+            raise FormatError('a corrupt .npy, or one with Python objects') from None
     else:
         mean = _array(_parsed('BlobProto', path), 'the mean')
     if mean.ndim == 4 and len(mean) == 1:
@@ -104,7 +104,7 @@ def _parsed(name: str, path: str) -> Any:
         try:
             message.ParseFromString(file.read())
         except DecodeError:
-            raise FormatError("none of Caffe's files, or one that is cut off or damaged") from None
+            raise FormatError('not a Caffe file, or a truncated or corrupt one') from None
     return message
 
 
@@ -115,6 +115,6 @@ def _array(blob: Any, where: str) -> np.ndarray:
     content = parts[0] if len(parts) == 1 else b''.join(parts)
     if not content or min(shape, default=0) < 1 or math.prod(shape) * np.dtype(kind).itemsize != len(content):
         raise FormatError(
-            f'damaged: {where} has a blob of shape {shape} with {len(content)} bytes of {np.dtype(kind).name}'
+            f'corrupt: {where} has a blob of shape {shape} with {len(content)} bytes of {np.dtype(kind).name}'
         )
     return np.frombuffer(content, kind).reshape(shape)

@@ -29,9 +29,9 @@ def validate_target(path: str) -> str:
     path = os.path.expanduser(path)
     ending = os.path.splitext(path)[1].lower()
     if ending not in _LIBRARIES:
-        raise ConfigError(f'{path}: its ending must say what to write: .safetensors, .stablehlo or .onnx')
+        raise ConfigError(f'{path}: its suffix must be .safetensors, .stablehlo or .onnx')
     if os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
-        raise ConfigError(f'{path} cannot be written; name a file in a folder that can be')
+        raise ConfigError(f'{path} cannot be written; name a file in a writable folder')
     library = _LIBRARIES[ending]
     try:
         importlib.import_module(library)
@@ -62,7 +62,7 @@ def write(network: Any, path: str) -> None:
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if ending != '.safetensors' and size > _LIMIT:
         raise ConfigError(
-            f'{path}: its limit is 2 GB, and these are {size / 1e9:.1f} GB of weights; write .safetensors'
+            f'{path}: the format is limited to 2 GB, but the weights take {size / 1e9:.1f} GB; write .safetensors'
         )
     convert = {'.safetensors': _safetensors, '.stablehlo': _stablehlo, '.onnx': _onnx}[ending]
     content = convert(network, params, batch_statistics)

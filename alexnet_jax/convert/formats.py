@@ -2,7 +2,7 @@
 
 import re
 
-WANTED = "weights are wanted: PyTorch's .pth, .safetensors, or Caffe's .caffemodel"
+WANTED = "supported are PyTorch's .pth, .safetensors and Caffe's .caffemodel"
 
 
 class FormatError(ValueError):
@@ -13,14 +13,20 @@ class FormatError(ValueError):
 _OTHERS = (
     (rb'\x89PNG|\xff\xd8\xff|GIF8|BM....\0\0\0\0|II\*\0|MM\0\*|RIFF....WEBP', 'a picture'),
     (rb'%PDF', 'a PDF'),
-    (rb'\s*<(!doctype\s+html|html)', 'a web page, often one that says why a download failed; download it again'),
-    (rb'\s*<', 'XML or a web page; download it again'),
-    (rb'version https://git-lfs', 'a Git LFS pointer, which stands for the file; get the file with git lfs pull'),
+    (
+        rb'\s*<(!doctype\s+html|html)',
+        'a web page, perhaps the error page of a failed download; download the file again',
+    ),
+    (rb'\s*<', 'XML or a web page; download the file again'),
+    (rb'version https://git-lfs', 'a Git LFS pointer; download the file itself with git lfs pull'),
     (rb'\x89HDF\r\n\x1a\n', "HDF5, such as Keras' .h5 or Caffe's .caffemodel.h5"),
     (rb'\x93NUMPY', 'a NumPy array (.npy)'),
     (rb'\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd', 'a compressed file; unpack it first'),
-    (rb'.{257}ustar', 'a tar archive; unpack it, or if torch.save of 2016 wrote it, load and save it with torch anew'),
-    (rb'\s*(#.*\n\s*)*(name\s*:|layers?\s*\{|input)', 'a prototxt of Caffe, a network without its weights'),
+    (
+        rb'.{257}ustar',
+        'a tar archive; unpack it, or, if torch.save wrote it in 2016, load and save it again with torch',
+    ),
+    (rb'\s*(#.*\n\s*)*(name\s*:|layers?\s*\{|input)', 'a Caffe prototxt, which describes a network but has no weights'),
     (rb'\s*[{\[]', 'JSON'),
     (rb'\x80[\x00-\x01]|\x7fELF|MZ', 'a program or other binary file'),
     (rb'\x08[\x01-\x20](\x12.[ -~]|\x12\0|[\x3a\x42])', 'an ONNX model'),
@@ -49,4 +55,4 @@ def detect_format(path: str) -> str:
     if re.match(rb'[\x0a\x12]|\xa2\x06|\x08.\x10|[\x2a\x3a\x42]', start, re.DOTALL):
         return 'caffe'
     text = re.sub(rb'[^ -~]+', b' ', start[:40]).decode()
-    raise FormatError(f'of no kind that is known here (it begins with {text!r}); {WANTED}')
+    raise FormatError(f'of an unknown format (it begins with {text!r}); {WANTED}')

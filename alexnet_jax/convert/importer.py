@@ -46,8 +46,8 @@ def read_external(path: str, kind: str, preset: str | None) -> tuple[dict[str, w
     name, blobs = caffe_file.read(path)
     if preset is None and name not in BY_NET_NAME:
         raise ConfigError(
-            f'{path}: a network of the name {name!r}, which does not tell what it is; give --preset=caffe for one like'
-            ' bvlc_alexnet, or --preset=caffenet for one like bvlc_reference_caffenet (pooling before normalisation)'
+            f'{path}: a Caffe network named {name!r}, whose kind is unknown; give --preset=caffe for one like'
+            ' bvlc_alexnet, or --preset=caffenet for one like bvlc_reference_caffenet (pooling before normalization)'
         )
     return weight_layouts.from_caffe(blobs), preset or BY_NET_NAME[name]
 
@@ -63,7 +63,8 @@ def read_mean(text: str | None, preset: str) -> np.ndarray:
         if preset == 'torchvision':
             return np.array(MEAN_RGB)
         raise ConfigError(
-            f'--mean: which? What the preset {preset} was trained with is not in the file; give {MEAN_FORMS}'
+            f'--mean is missing: the file does not contain the mean that the preset {preset} subtracts;'
+            f' give {MEAN_FORMS}'
         )
     if re.fullmatch(r'[-+.,\de\s]+', text):
         try:
@@ -71,7 +72,7 @@ def read_mean(text: str | None, preset: str) -> np.ndarray:
         except ValueError:
             numbers = []
         if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
-            raise ConfigError(f'--mean={text}: not three numbers; give {MEAN_FORMS}')
+            raise ConfigError(f'--mean={text}: must be three numbers or a file; give {MEAN_FORMS}')
         return np.array(numbers)
     try:
         mean = caffe_file.read_mean(os.path.expanduser(text)).astype(np.float64)
@@ -81,7 +82,9 @@ def read_mean(text: str | None, preset: str) -> np.ndarray:
     crop = preset_config(preset).data.crop_size
     channels, *sides = mean.shape
     if channels != 3 or len(set(sides)) > 1 or min(sides, default=crop) < crop:
-        raise ConfigError(f'--mean={text}: the shape {mean.shape}; (3, S, S) with S from {crop}, or (3,), is wanted')
+        raise ConfigError(
+            f'--mean={text}: its shape is {mean.shape}, but must be (3,) or (3, S, S) with S at least {crop}'
+        )
     return np.moveaxis(mean[::-1], 0, -1)
 
 
@@ -123,7 +126,7 @@ def class_names(path: str | None, count: int) -> list[str]:
                 ids = importlib.resources.files('tensorflow_datasets') / 'datasets/imagenet2012/labels.txt'
                 return ids.read_text().split()
             except (ImportError, OSError):
-                log('the names of ImageNet, which tensorflow_datasets brings, are not there; classes get numbers')
+                log('no ImageNet class names in tensorflow_datasets; the classes are numbered')
         return [f'class {label}' for label in range(count)]
     flag = f'--class_names={path}'
     try:
@@ -131,7 +134,7 @@ def class_names(path: str | None, count: int) -> list[str]:
             names = [line.strip() for line in file if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else 'not UTF-8'
-        raise ConfigError(f'{flag}: {reason}; name a file of text with one name a line') from None
+        raise ConfigError(f'{flag}: {reason}; name a text file with one name per line') from None
     words = [re.sub(r'^n\d{8}\s+', '', name) for name in names]
     names = [word if words.count(word) == 1 else name for word, name in zip(words, names, strict=True)]
     if len(names) != count:
@@ -170,16 +173,16 @@ def import_external(path: str, kind: str, workdir: str, given: Any) -> None:
 def import_native(path: str, workdir: str, given: Any) -> None:
     """Creates the run `workdir` from a file that this project exported. Raises the errors of import_file()."""
     if given.preset is not None or given.mean is not None:
-        raise ConfigError(f'--{"mean" if given.preset is None else "preset"}: {path} has its own; leave it out')
+        raise ConfigError(f'--{"mean" if given.preset is None else "preset"}: {path} contains its own; omit the flag')
     metadata = safetensors_file.read_metadata(path)
     try:
         config = resolve(ml_collections.ConfigDict(upgrade(json.loads(metadata['config']))))
         names = json.loads(metadata['class_names'])
         check_class_names(names)
         if len(names) != config.model.num_classes:
-            raise ConfigError(f'{len(names)} names of {config.model.num_classes} classes')
+            raise ConfigError(f'{len(names)} names for {config.model.num_classes} classes')
     except (KeyError, TypeError, ValueError) as error:  # ConfigError is a ValueError
-        raise FormatError(f'its metadata cannot be used: {" ".join(str(error).split())[:200]}') from None
+        raise FormatError(f'its metadata is unusable: {" ".join(str(error).split())[:200]}') from None
     if given.class_names is not None:
         names = class_names(given.class_names, config.model.num_classes)
     params, norms, statistics = weight_layouts.native(safetensors_file.read(path), config)
@@ -211,7 +214,7 @@ def import_file(path: str, kind: str, workdir: str, given: Any) -> None:
 def check_arguments(argv: list[str], given: Any) -> tuple[str, Any]:
     """Returns (file format, None) if argv[1] is a file, or ('', Member). Raises ConfigError, FormatError, OSError."""
     if len(argv) < 3:
-        raise ConfigError('where to? Name a new WORKDIR behind a file, or a FILE behind a checkpoint')
+        raise ConfigError('the destination is missing: name a new WORKDIR after a file, or a FILE after a checkpoint')
     path = os.path.expanduser(argv[1])
     if os.path.isfile(path):
         check_new(argv[2])
@@ -220,7 +223,7 @@ def check_arguments(argv: list[str], given: Any) -> tuple[str, Any]:
         raise ConfigError(f'{argv[1]}: there is no such file or folder; name a file of weights, or {CHECKPOINT_HELP}')
     unused = next((name for name in ('preset', 'mean', 'class_names') if given[name].value is not None), None)
     if unused:
-        raise ConfigError(f'--{unused}: of no use where a checkpoint becomes a file; leave it out')
+        raise ConfigError(f'--{unused}: has no effect when a checkpoint is exported; omit the flag')
     export.validate_target(argv[2])
     return '', parse_checkpoint_ref(argv[1])
 

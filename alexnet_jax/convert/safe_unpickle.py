@@ -82,7 +82,7 @@ def safe_unpickle(file: Any, known: Collection[str]) -> tuple[Any, list[Stored]]
     except (UnknownName, UnreadablePickle):
         raise
     except (ValueError, TypeError, AttributeError, LookupError, OverflowError, MemoryError) as error:
-        raise UnreadablePickle(f'its pickle is cut off or damaged ({" ".join(str(error).split())[:80]})') from None
+        raise UnreadablePickle(f'its pickle is truncated or corrupt ({" ".join(str(error).split())[:80]})') from None
 
 
 def _interpret(file: Any, known: Collection[str], stored: list[Stored]) -> Any:
@@ -142,8 +142,8 @@ def _interpret(file: Any, known: Collection[str], stored: list[Stored]) -> Any:
         elif word == 'STOP':
             return stack.pop()
         elif word not in ('PROTO', 'FRAME'):
-            raise UnreadablePickle(f'its pickle uses {word}, which no state dict needs; nothing in it was run')
-    raise UnreadablePickle('its pickle is cut off')
+            raise UnreadablePickle(f'its pickle uses {word}, which a state dict never needs; nothing was executed')
+    raise UnreadablePickle('its pickle is truncated')
 
 
 def _named(name: str, known: Collection[str]) -> Name:
@@ -170,7 +170,7 @@ def _last(stack: list[Any], count: int) -> tuple[Any, ...]:
 
 def _checked(value: Any, kind: Any) -> Any:
     if not isinstance(value, kind):
-        raise TypeError(f'{type(value).__name__} where another type belongs')
+        raise TypeError(f'{type(value).__name__} in place of another type')
     return value
 
 

@@ -35,5 +35,5 @@ def _opened(path: str) -> Iterator[Any]:
     except (SafetensorError, TypeError, AttributeError, ValueError) as error:
         raise FormatError(
             f'a .safetensors file that cannot be read ({" ".join(str(error).split())[:120]});'
-            ' where it was cut off, download it again'
+            ' if it is truncated, download it again'
         ) from None

@@ -37,7 +37,7 @@ _PARAMETER = 'torch._utils._rebuild_parameter'
 KNOWN = frozenset([*_DTYPES, *_TENSOR, _PARAMETER, safe_unpickle.ORDERED_DICT, 'argparse.Namespace'])
 # Keys of the state dict in checkpoints of training programs.
 _WRAPPERS = ('state_dict', 'model_state_dict', 'model')
-_ADVICE = 'save the weights alone, with torch.save(model.state_dict(), FILE)'
+_ADVICE = 'save only the weights, with torch.save(model.state_dict(), FILE)'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +65,13 @@ def read(path: str) -> dict[str, np.ndarray]:
         value, storages = _read_zip(content, path) if content[:2] == b'PK' else _read_legacy(content)
         tensors = {name: item for name, item in _state_dict(value).items() if _is_tensor(item)}
         if not tensors:
-            raise FormatError(f'it holds no tensors by name; {_ADVICE}')
+            raise FormatError(f'it does not contain named tensors; {_ADVICE}')
         return {str(name): _array(item, storages) for name, item in tensors.items()}
     except safe_unpickle.UnknownName as error:
         if re.match(r'torch\.nn\.|torchvision\.|timm\.|__main__\.|__torch__\.', str(error)):
             raise FormatError(f'a whole pickled module ({error}), not a state dict; {_ADVICE}') from None
         raise FormatError(
-            f'refused: its pickle asks for {error}, which no state dict needs; nothing in it was run'
+            f'refused: its pickle asks for {error}, which a state dict never needs; nothing was executed'
         ) from None
     except safe_unpickle.UnreadablePickle as error:
         raise FormatError(str(error)) from None
@@ -83,7 +83,7 @@ def _read_zip(content: mmap.mmap, path: str) -> tuple[Any, dict[str, np.ndarray]
         with zipfile.ZipFile(path) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError, struct.error):
-        raise FormatError('a ZIP archive that is cut off or damaged; download it again') from None
+        raise FormatError('a truncated or corrupt ZIP archive; download it again') from None
     folder = next((name.removesuffix('data.pkl') for name in entries if re.fullmatch(r'[^/]+/data\.pkl', name)), None)
     if folder is None:
         raise FormatError(_other_archive(list(entries)))
@@ -99,7 +99,7 @@ def _read_zip(content: mmap.mmap, path: str) -> tuple[Any, dict[str, np.ndarray]
         own = _entry(content, entries, f'{folder}data/{storage.key}')
         if own.size != storage.count * storage.dtype.itemsize:
             raise FormatError(
-                f'damaged: storage {storage.key} has {own.size} bytes, not those of {storage.count} numbers'
+                f'corrupt: storage {storage.key} has {own.size} bytes, which do not fit {storage.count} numbers'
             )
         return own.view(storage.dtype)
 
@@ -108,26 +108,26 @@ def _read_zip(content: mmap.mmap, path: str) -> tuple[Any, dict[str, np.ndarray]
 
 def _other_archive(names: list[str]) -> str:
     if names and all(name.endswith('.npy') for name in names):
-        return "NumPy's .npz, not weights that torch.save wrote"
+        return "NumPy's .npz, not weights written by torch.save"
     if 'model.weights.h5' in names:
-        return 'a model of Keras (.keras), not weights that torch.save wrote'
+        return 'a model of Keras (.keras), not weights written by torch.save'
     inside = f'whose first file is {names[0]!r}' if names else 'without files'
-    return f'a ZIP archive {inside}, not weights that torch.save wrote; if those are in it, unpack it'
+    return f'a ZIP archive {inside}, not weights written by torch.save; if it contains such a file, unpack it'
 
 
 def _entry(content: mmap.mmap, entries: dict[str, zipfile.ZipInfo], name: str) -> np.ndarray:
     """Returns the content of a file in the archive, (N,) uint8, without a copy. Raises FormatError."""
     entry = entries.get(name)
     if entry is None:
-        raise FormatError(f'damaged: {name} is missing in it')
+        raise FormatError(f'corrupt: {name} is missing')
     if entry.compress_type != zipfile.ZIP_STORED:
-        raise FormatError(f'{name} in it is compressed, which torch.save never does; {_ADVICE}')
+        raise FormatError(f'{name} is compressed, which torch.save never does; {_ADVICE}')
     header = content[entry.header_offset : entry.header_offset + 30]
     start = entry.header_offset + 30 + int.from_bytes(header[26:28], 'little') + int.from_bytes(header[28:30], 'little')
     own = np.frombuffer(content, np.uint8)[start : start + entry.file_size]
     # torch has an option to omit checksums; the CRC is then 0.
     if own.size != entry.file_size or entry.CRC not in (0, zlib.crc32(own.data)):
-        raise FormatError(f'damaged: the content of {name} is not what was written; download it again')
+        raise FormatError(f'corrupt: the checksum of {name} does not match; download the file again')
     return own
 
 
@@ -148,16 +148,16 @@ def _read_legacy(content: mmap.mmap) -> tuple[Any, dict[str, np.ndarray]]:
     position = content.tell()
     for key in keys if isinstance(keys, list) else ():
         if not isinstance(key, str) or key not in wanted:
-            raise FormatError(f'damaged: no tensor has storage {key!r}')
+            raise FormatError(f'corrupt: no tensor has storage {key!r}')
         dtype, count = wanted[key].dtype, int.from_bytes(content[position : position + 8], 'little')
         position += 8
         if count != wanted[key].count or position + count * dtype.itemsize > len(content):
-            raise FormatError(f'cut off or damaged at storage {key!r}; download it again')
+            raise FormatError(f'truncated or corrupt at storage {key!r}; download it again')
         found[key] = np.frombuffer(content, np.uint8)[position : position + count * dtype.itemsize].view(dtype)
         position += count * dtype.itemsize
     missing = next((key for key in wanted if key not in found), None)
     if missing is not None:
-        raise FormatError(f'damaged: storage {missing!r} is missing in it')
+        raise FormatError(f'corrupt: storage {missing!r} is missing')
     return value, _storages(stored, lambda storage: found[storage.key])
 
 
@@ -168,7 +168,7 @@ def _storages(stored: list[safe_unpickle.Stored], numbers: Callable[[_Storage], 
         if storage.key not in found:
             found[storage.key] = numbers(storage)
         if found[storage.key].dtype != storage.dtype:
-            raise FormatError(f'damaged: storage {storage.key!r} has two types')
+            raise FormatError(f'corrupt: storage {storage.key!r} has two types')
     return found
 
 
@@ -180,13 +180,13 @@ def _storage(stored: safe_unpickle.Stored) -> _Storage:
         ):
             if not any(view):
                 return _Storage(np.dtype(_DTYPES[name]), key, count)
-    raise FormatError('its pickle has a persistent id that is no storage of a tensor; nothing in it was run')
+    raise FormatError('its pickle has a persistent id that is not a tensor storage; nothing was executed')
 
 
 def _state_dict(value: Any) -> dict[Any, Any]:
     if not isinstance(value, dict):
         what = 'a tensor' if _is_tensor(value) else f'a {type(value).__name__}'
-        raise FormatError(f'it holds {what}, no state dict; {_ADVICE}')
+        raise FormatError(f'it contains {what}, not a state dict; {_ADVICE}')
     return next((value[name] for name in _WRAPPERS if isinstance(value.get(name), dict)), value)
 
 
@@ -209,4 +209,4 @@ def _array(tensor: safe_unpickle.Call, storages: dict[str, np.ndarray]) -> np.nd
                 if last < len(storage):
                     steps = [stride * storage.itemsize for stride in strides]
                     return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps, writeable=False)
-    raise FormatError('damaged: a tensor reaches out of its storage')
+    raise FormatError('corrupt: a tensor extends beyond its storage')

@@ -70,7 +70,7 @@ def from_caffe(blobs: Mapping[str, list[np.ndarray]]) -> dict[str, Weights]:
     _check_names(blobs, set(names.values()))
     for name, arrays in blobs.items():
         if len(arrays) != 2:
-            raise FormatError(f'{name} has {len(arrays)} blobs; kernel and bias are wanted')
+            raise FormatError(f'{name} has {len(arrays)} blobs; a kernel and a bias are expected')
     return {
         layer: Weights(f'{name} (kernel)', _squeezed(blobs[name][0], layer), f'{name} (bias)', blobs[name][1].ravel())
         for layer, name in names.items()
@@ -115,10 +115,10 @@ def parameters(layer: LayerShape, weights: Weights, maps: tuple[int, ...], is_bg
     """
     wanted = layer.kernel[-1:] + layer.kernel[-2:-1] + layer.kernel[:-2]
     if weights.kernel.shape != wanted:
-        swapped = ', the same axes in another order' * (sorted(weights.kernel.shape) == sorted(wanted))
-        raise FormatError(f'{weights.kernel_name} has the shape {weights.kernel.shape}{swapped}; {wanted} is wanted')
+        swapped = ', which has the axes in another order' * (sorted(weights.kernel.shape) == sorted(wanted))
+        raise FormatError(f'{weights.kernel_name} has shape {weights.kernel.shape}{swapped}; {wanted} is expected')
     if weights.bias.shape != layer.bias:
-        raise FormatError(f'{weights.bias_name} has the shape {weights.bias.shape}; {layer.bias} is wanted')
+        raise FormatError(f'{weights.bias_name} has shape {weights.bias.shape}; {layer.bias} is expected')
     kernel = weights.kernel
     if layer.name == 'fc6':
         kernel = kernel.reshape(-1, maps[2], *maps[:2]).transpose(2, 3, 1, 0)
@@ -137,12 +137,12 @@ def parameters(layer: LayerShape, weights: Weights, maps: tuple[int, ...], is_bg
 def _float32(array: np.ndarray, name: str) -> np.ndarray:
     """Returns a float32 copy in C order. Raises FormatError: not floating point, or not finite in float32."""
     if array.dtype.kind not in 'fV':  # NumPy kind of bfloat16: V
-        raise FormatError(f'{name} has {array.dtype} numbers; floating-point ones are wanted')
+        raise FormatError(f'{name} has dtype {array.dtype}; a floating-point dtype is expected')
     with np.errstate(over='ignore'):
         copy = np.array(array, np.float32, order='C')
     finite = np.isfinite(copy).sum()
     if finite < copy.size:
-        raise FormatError(f'{name} has {copy.size - finite} numbers of {copy.size} that are not finite in float32')
+        raise FormatError(f'{name} has {copy.size - finite} of {copy.size} values that are not finite in float32')
     return copy
 
 
@@ -179,7 +179,7 @@ def native(arrays: Mapping[str, np.ndarray], config: Config) -> tuple[dict, dict
     statistics: dict[str, np.ndarray] = {}
     for name, shape in wanted.items():
         if arrays[name].shape != shape:
-            raise FormatError(f'{name} has the shape {arrays[name].shape}; {shape} is wanted')
+            raise FormatError(f'{name} has shape {arrays[name].shape}; {shape} is expected')
         layer, kind = name.split('.')
         if layer == 'statistics':
             statistics[kind] = arrays[name].astype(np.int64 if kind == 'class_counts' else np.float64)

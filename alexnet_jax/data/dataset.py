@@ -136,10 +136,10 @@ class SplitReader:
                 return
             self.corrupt.add(index)
         what = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        log_error(f'record {index} of {self.name} is damaged and left out: {what}')
+        log_error(f'record {index} of {self.name} is corrupt and skipped: {what}')
         if len(self.corrupt) > self.max_corrupt_fraction * len(self):
             raise DatasetError(
-                f'{len(self.corrupt)} of {len(self)} records of {self.name} are damaged, more than'
+                f'{len(self.corrupt)} of {len(self)} records of {self.name} are corrupt, more than'
                 f' data.max_corrupt_fraction={self.max_corrupt_fraction:g} allows:'
                 ' copy the data set again or remove it, and it will be prepared again'
             ) from None
@@ -170,8 +170,8 @@ def read_manifest(directory: str, settings: Any) -> dict[str, Any]:
         wanted = list(settings.class_names or made[name]) if name == 'class_names' else getattr(settings, name)
         if made[name] not in (wanted, None):
             raise ConfigError(
-                f'config.data.{name}: {wanted!r}, but {directory} was prepared with {made[name]!r}: give that, remove'
-                ' the folder, or name another data_dir'
+                f'config.data.{name}: {wanted!r}, but {directory} was prepared with {made[name]!r}: use that value,'
+                ' remove the folder, or choose another data_dir'
             )
     return made
 
@@ -188,7 +188,7 @@ def open_store(directory: str, settings: Any) -> PreparedDataset:
         if not path.exists() or path.stat().length != size:
             there = f'{path.stat().length} bytes' if path.exists() else 'missing'
             raise ConfigError(
-                f'config.data.data_dir: {path} is {there}, not {size} bytes; copy the store again, or remove it'
+                f'config.data.data_dir: {path} is {there}, not {size} bytes; copy the data set again, or remove it'
             )
     statistics = _statistics(folder / 'statistics.npz')
     import tensorflow_datasets as tfds
@@ -211,7 +211,7 @@ def _statistics(path: Any) -> dict[str, np.ndarray]:
             return dict(arrays)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise ConfigError(
-            f'config.data.data_dir: {path} is damaged ({error}); copy the store again, or remove it'
+            f'config.data.data_dir: {path} is corrupt ({error}); copy the data set again, or remove it'
         ) from None
 
 

@@ -41,7 +41,7 @@ def read_image(content: bytes | np.ndarray) -> Image.Image:
             warnings.simplefilter('ignore')  # Pillow warns about cases that the rules above decide
             image = Image.open(io.BytesIO(content))
             if image.format == 'EPS':
-                raise UnreadableImage('EPS, which is a program')
+                raise UnreadableImage('EPS, which is a program, not an image')
             if image.width * image.height > MAX_PIXELS:
                 raise UnreadableImage(f'more than {MAX_PIXELS:,} pixels')
             ImageOps.exif_transpose(image, in_place=True)  # in_place keeps image.format
@@ -49,7 +49,7 @@ def read_image(content: bytes | np.ndarray) -> Image.Image:
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
-        raise UnreadableImage('no image, or of a kind that Pillow does not know') from None
+        raise UnreadableImage('not an image, or in a format that Pillow does not read') from None
     except Image.DecompressionBombError:
         raise UnreadableImage(f'more than {MAX_PIXELS:,} pixels') from None
     except Exception as error:  # Pillow's decoders raise a dozen types for corrupt files
@@ -61,7 +61,7 @@ def _gray_or_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PPM'):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ('I', 'F'):
-        raise UnreadableImage('32 bits a pixel, whose range is unknown')
+        raise UnreadableImage('32 bits per pixel, with an unknown value range')
     if image.has_transparency_data:
         image = image.convert('RGBA')
         return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')

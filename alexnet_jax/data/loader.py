@@ -108,7 +108,7 @@ class _SkipCorrupt:
             example = self.source[other % len(self.source)]
             if example is not None:
                 return example
-        raise DatasetError('not one record can be read: copy the store again or remove it, and it will be made anew')
+        raise DatasetError('no record can be read: copy the data set again, or remove it to prepare it again')
 
 
 class _Padded:

@@ -53,7 +53,7 @@ def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.Pr
             return None
         if process.returncode < 0:
             name = signal.Signals(-process.returncode).name
-            raise dataset.DatasetError(f'preparing {data.source} was ended by {name}; the same command goes on with it')
+            raise dataset.DatasetError(f'preparing {data.source} was ended by {name}; rerun the same command to resume')
         if process.returncode:
             sys.exit(process.returncode)  # the child process printed the reason
     store = dataset.open_store(directory, data)

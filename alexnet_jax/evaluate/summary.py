@@ -114,7 +114,7 @@ def _class_lines(classes: list[dict[str, Any]]) -> list[str]:
     if not classes:
         return []
     width = max(len('class'), *(len(row['name']) for row in classes))
-    header = f'{"class":<{width}}{"images":>8}{"top-1 error":>14}{"top-5 error":>14}  most often taken for'
+    header = f'{"class":<{width}}{"images":>8}{"top-1 error":>14}{"top-5 error":>14}  most often confused with'
     lines = ['', header]
     for row in classes:
         instead = f'  {row["instead"]} ({row["instead_images"]})' if row['instead'] else ''
@@ -129,7 +129,7 @@ def ensemble_weights(given: list[str] | None, fit: bool, members: int) -> list[f
     """
     if fit:
         if given is not None or members == 1:
-            what = 'name two checkpoints or more' if given is None else 'leave it out, or --weights'
+            what = 'name at least two checkpoints' if given is None else 'leave it out, or --weights'
             raise ConfigError(f'--fit_weights: {what}')
         return None
     if given is None:
@@ -140,8 +140,8 @@ def ensemble_weights(given: list[str] | None, fit: bool, members: int) -> list[f
     except ValueError:
         raise ConfigError(f'{text}: not numbers; write for example --weights=0.5,0.3,0.2') from None
     if len(values) != members:
-        raise ConfigError(f'{text}: {len(values)} for {members} checkpoints; give one for each')
+        raise ConfigError(f'{text}: {len(values)} weights for {members} checkpoints; give one weight per checkpoint')
     total = sum(values)
     if min(values) < 0 or not 0 < total < math.inf:
-        raise ConfigError(f'{text}: weights are 0 or more, and one at least is above 0')
+        raise ConfigError(f'{text}: weights must be at least 0, and one of them above 0')
     return [value / total for value in values]

@@ -46,7 +46,7 @@ def find_runs(names: Iterable[str]) -> dict[str, str]:
         runs = [os.path.join(folder, run['directory']) for run in sweep['runs']]
         begun = [run for run in runs if os.path.exists(os.path.join(run, 'metrics.jsonl')) and curves.read_metrics(run)]
         if not begun:
-            raise ConfigError(f'{folder}: a sweep of which no run has begun; wait for one')
+            raise ConfigError(f'{folder}: no run of this sweep has started; wait for one')
         folders += begun
     above = os.path.commonpath([os.path.dirname(folder) for folder in folders])
     return {os.path.relpath(folder, above): folder for folder in folders}
@@ -57,14 +57,14 @@ def plot_curves(runs: dict[str, str]) -> Figure:
     read = {name: curves.read_metrics(folder) for name, folder in runs.items()}
     for name, lines in read.items():
         if not lines:
-            raise ConfigError(f'{runs[name]}: its metrics.jsonl has no line yet; wait for one, or leave it out')
+            raise ConfigError(f'{runs[name]}: its metrics.jsonl is still empty; wait for a line, or omit this run')
     return curves.draw(read)
 
 
 def plot_kernels(trained: TrainedModel) -> Figure:
     """Draws the kernels of conv1. Raises ConfigError: conv1 does not share its weights between pixels."""
     if 'conv1' in trained.config.model.locally_connected:
-        raise ConfigError(f'{trained.name}: conv1 has other weights at each pixel, so there are no kernels to show')
+        raise ConfigError(f'{trained.name}: conv1 has separate weights at each pixel, so it has no kernels to draw')
     return kernels.draw(np.asarray(trained.state.params['conv1']['kernel']), trained.config.model.towers)
 
 
@@ -86,8 +86,8 @@ def plot_feature_maps(
     crop, far = config.data.crop_size, (config.data.image_size - config.data.crop_size) // 2
     towers = 1 if layer == 'fc8' else config.model.towers
     for picture, output in zip(shown, outputs, strict=False):
-        centre = picture.pixels[far : far + crop, far : far + crop]
-        yield feature_maps.draw(centre, output if output.ndim == 3 else output[None, None], layer, towers)
+        center = picture.pixels[far : far + crop, far : far + crop]
+        yield feature_maps.draw(center, output if output.ndim == 3 else output[None, None], layer, towers)
 
 
 def plot_neighbors(trained: TrainedModel, store: PreparedDataset, pictures: Sequence[ImageInput]) -> Figure:

@@ -63,7 +63,7 @@ def build_or_load_index(network: TrainedModel, store: dataset.PreparedDataset) -
         other for other in (os.listdir(above) if os.path.isdir(above) else []) if other != os.path.basename(folder)
     ]
     if others:
-        log(f'{above}: {", ".join(sorted(others))} are of other weights or images, and may be removed')
+        log(f'{above}: {", ".join(sorted(others))} belong to other weights or images and may be removed')
     with _exclusive_lock(folder):
         _compute(network, store, layer, path, state, shape)
     return FeatureIndex(_read(path, shape, 'r'), layer)
@@ -111,7 +111,7 @@ def _exclusive_lock(folder: str) -> Iterator[None]:
         os.makedirs(folder, exist_ok=True)
         lock = open(os.path.join(folder, 'lock'), 'w')  # noqa: SIM115
     except OSError as error:
-        raise ConfigError(f'{folder} cannot be written ({error.strerror}), and the features go there') from None
+        raise ConfigError(f'{folder} cannot be written ({error.strerror}); the features are stored there') from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,7 +123,9 @@ def _exclusive_lock(folder: str) -> Iterator[None]:
 def _new(path: str, shape: tuple[int, int]) -> np.memmap:
     needed, free = 4 * shape[0] * shape[1], shutil.disk_usage(os.path.dirname(path)).free
     if needed > free:
-        raise ConfigError(f'{path}: {needed / 1e9:.1f} GB of features, and {free / 1e9:.1f} GB are free; make room')
+        raise ConfigError(
+            f'{path}: {needed / 1e9:.1f} GB of features, and {free / 1e9:.1f} GB are free; free some space'
+        )
     return np.lib.format.open_memmap(path, 'w+', np.float32, shape)
 
 
@@ -132,12 +134,10 @@ def _read(path: str, shape: tuple[int, int], mode: Any) -> np.memmap:
     try:
         features = np.load(path, mmap_mode=mode)
         if features.shape != shape:
-            raise ValueError(f'it has shape {features.shape} and not {shape}')
+            raise ValueError(f'its shape is {features.shape}, not {shape}')
         return features
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f'{path} cannot be used ({error}); remove {os.path.dirname(path)}, and it is made anew'
-        ) from None
+        raise ConfigError(f'{path} is unusable ({error}); remove {os.path.dirname(path)} to compute it again') from None
 
 
 def extract_features(network: TrainedModel, index: FeatureIndex, images: Sequence[np.ndarray]) -> np.ndarray:

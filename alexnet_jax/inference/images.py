@@ -23,7 +23,7 @@ def expand_paths(names: Iterable[str]) -> list[str]:
             continue
         below = list(_files_below(name))
         if not below:
-            raise ConfigError(f'{name}: a folder without files; name pictures or a folder with some')
+            raise ConfigError(f'{name}: the folder contains no files; name image files, or a folder that contains some')
         files += sorted(below)
     return files
 

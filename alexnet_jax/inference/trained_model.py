@@ -65,7 +65,7 @@ def parse_checkpoint_ref(name: str) -> CheckpointRef:
     try:
         return CheckpointRef(name, workdir, which, read_config(workdir))
     except ConfigError as error:
-        raise ConfigError(f'{name}: its config.json cannot be used: {error}') from None
+        raise ConfigError(f'{name}: its config.json is unusable: {error}') from None
 
 
 def resolve_step(member: CheckpointRef) -> int:
@@ -78,7 +78,7 @@ def resolve_step(member: CheckpointRef) -> int:
     errors = checkpoint_metrics(os.path.join(member.workdir, 'checkpoints'))
     if not errors:
         raise ConfigError(f'{member.name}: {member.workdir} has no checkpoint; train there first')
-    there = f'there are those of steps {", ".join(map(str, errors))}'
+    there = f'the checkpoints are those of steps {", ".join(map(str, errors))}'
     if member.which == 'newest':
         return max(errors)
     if member.which == 'best':
@@ -106,7 +106,7 @@ def restore(member: CheckpointRef, abstract_state: Any) -> Any:
             return restored
         # A run that is still training may have replaced the checkpoint in the meantime.
         if resolve_step(member) == step:
-            raise CheckpointError(f'{member.name}: checkpoint {path} is damaged ({problem}); name another one')
+            raise CheckpointError(f'{member.name}: checkpoint {path} is corrupt ({problem}); name another checkpoint')
 
 
 def with_overrides(config: Config, values: dict[str, Any]) -> Config:
@@ -155,7 +155,7 @@ def open_eval_dataset(members: Sequence[CheckpointRef], data_dir: str | None) ->
             why = ', '.join(f'data.{name}={getattr(own, name)!r} and not {getattr(theirs, name)!r}' for name in differ)
             raise ConfigError(
                 f'{member.name}: trained with other classes or images than {first.name}'
-                f' ({why or "the same settings, but another store"}); evaluate it by itself'
+                f' ({why or "the same settings, but other images"}); evaluate it separately'
             )
     data_dir = data_dir or first.config.data.data_dir
     with PreemptionHandler() as preemption:
@@ -167,7 +167,8 @@ def open_eval_dataset(members: Sequence[CheckpointRef], data_dir: str | None) ->
             check_class_names(member.name, read_dataset_statistics(member.workdir)[1], store.class_names)
     if fingerprint not in (store.fingerprint, None):
         raise ConfigError(
-            f'{first.name}: the images prepared in {data_dir} are not those it was trained with; name their --data_dir'
+            f'{first.name}: was trained with other images than those prepared in {data_dir};'
+            ' name their folder with --data_dir'
         )
     return store
 
@@ -325,4 +326,4 @@ def check_new(workdir: str) -> None:
     """Raises ConfigError unless `workdir` does not exist or is an empty folder."""
     path = os.path.expanduser(workdir)
     if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
-        raise ConfigError(f'{workdir} is there already; name a new folder')
+        raise ConfigError(f'{workdir} already exists; name a new folder')

@@ -83,8 +83,8 @@ def _draw_matrix(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
     axes.set_title(f'{total:,} images, error {_percent(total - right, total)}', loc='left')
     if count <= _NUMBERED:
         for row, column in np.argwhere(counts > 0):
-            colour = 'white' if shares[row, column] > 60 else 'black'
-            axes.text(column, row, f'{counts[row, column]}', ha='center', va='center', color=colour)
+            color = 'white' if shares[row, column] > 60 else 'black'
+            axes.text(column, row, f'{counts[row, column]}', ha='center', va='center', color=color)
     bar = figure.add_axes(((label + 0.35 + side) / across, (label + 0.25) / height, 0.1 / across, side / height))
     figure.colorbar(shown, cax=bar).set_label('% of the true class')
     return figure
@@ -104,7 +104,7 @@ def _draw_bars(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
     )
     _draw_panel(
         style.blank_axes(figure, 2 * _MARGIN + side, _MARGIN, side, height),
-        f'most frequent confusions: true class{_ARROW}taken for',
+        f'most frequent confusions: true class{_ARROW}predicted class',
         [_pair(class_names[row], class_names[column], side * 72 - 40) for row, column, _ in taken],
         [times / taken[0][2] for _, _, times in taken],
         [f'{times:,}' for _, _, times in taken],

@@ -58,11 +58,11 @@ def draw(image: np.ndarray, maps: np.ndarray, layer: str, towers: int) -> Figure
     least = -greatest if finite.size and finite.min() < 0 else 0.0
     for i, sheet in enumerate(sheets):
         axes = style.blank_axes(figure, _LEFT + _PICTURE + _GAP, height - i * block - block, across, down)
-        colours = axes.imshow(sheet, _COLORS, aspect='auto', interpolation='nearest', vmin=least, vmax=greatest or 1.0)
+        mappable = axes.imshow(sheet, _COLORS, aspect='auto', interpolation='nearest', vmin=least, vmax=greatest or 1.0)
         size = 'units' if maps.shape[:2] == (1, 1) else f'maps of {maps.shape[0]}\u00d7{maps.shape[1]}'
         tower = f', tower {i + 1}' if towers > 1 else ''
         axes.set_title(f'{layer}{tower}: {parts[0].shape[-1]} {size}', loc='left', pad=3)
     bar = figure.add_axes(((_LEFT + _PICTURE + _GAP) / style.WIDTH, 0.32 / height, 1.5 / style.WIDTH, 0.09 / height))
-    figure.colorbar(colours, cax=bar, orientation='horizontal')
-    figure.text((_LEFT + _PICTURE + _GAP + 1.65) / style.WIDTH, 0.32 / height, 'one scale for all maps')
+    figure.colorbar(mappable, cax=bar, orientation='horizontal')
+    figure.text((_LEFT + _PICTURE + _GAP + 1.65) / style.WIDTH, 0.32 / height, 'all maps share one scale')
     return figure

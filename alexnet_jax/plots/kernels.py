@@ -30,9 +30,9 @@ def saturation(kernel: np.ndarray, towers: int) -> list[float]:
     shares = []
     for part in np.split(kernel.astype(np.float64), towers, -1):
         with np.errstate(invalid='ignore'):  # non-finite weights: the result is NaN
-            colour = np.sum((part - part.mean(2, keepdims=True)) ** 2)
+            color = np.sum((part - part.mean(2, keepdims=True)) ** 2)
         energy = np.sum(part**2)
-        shares.append(float(colour / energy) if energy else 0.0)
+        shares.append(float(color / energy) if energy else 0.0)
     return shares
 
 
@@ -74,10 +74,10 @@ def draw(kernel: np.ndarray, towers: int) -> Figure:
     figure = style.new_figure(style.WIDTH, round((towers * block + _BELOW) * style.DPI) / style.DPI)
     top = figure.get_size_inches()[1]
     for i, (sheet, share) in enumerate(zip(sheets, saturation(kernel, towers), strict=True)):
-        colour = f', colour saturation {share:.2f}' if kernel.shape[2] > 1 else ''
+        color = f', color saturation {share:.2f}' if kernel.shape[2] > 1 else ''
         name = f'tower {i + 1}: ' if towers > 1 else ''
         count = kernel.shape[-1] // towers
-        heading = f'{name}{count} kernel{"s" * (count > 1)}{colour}'
+        heading = f'{name}{count} kernel{"s" * (count > 1)}{color}'
         bottom = round((top - i * block - _HEADING - down) * style.DPI) / style.DPI
         axes = style.blank_axes(figure, _LEFT, bottom, across, down)
         axes.set_title(heading, loc='left', pad=3)
@@ -85,7 +85,7 @@ def draw(kernel: np.ndarray, towers: int) -> Figure:
     figure.text(
         _LEFT / style.WIDTH,
         0.1 / top,
-        f'{kernel.shape[0]}\u00d7{kernel.shape[1]} weights, each kernel scaled from its own minimum to its maximum.'
-        + (' Saturation: 0 grey, 0.67 untrained, 1 colours only.' if kernel.shape[2] > 1 else ''),
+        f'{kernel.shape[0]}\u00d7{kernel.shape[1]} weights; each kernel is scaled from its minimum to its maximum.'
+        + (' Saturation: 0 is gray, 0.67 untrained, 1 pure color.' if kernel.shape[2] > 1 else ''),
     )
     return figure

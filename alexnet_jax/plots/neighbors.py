@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from alexnet_jax.plots import style
 
 MAX_ROWS = 50  # rows in one figure
-_HEADING = 'nearest training images with their Euclidean distances; framed: of the same class'
+_HEADING = 'nearest training images with their Euclidean distances; framed: same class'
 _LEFT, _GAP, _QUERY_GAP, _TEXT, _TOP = 0.1, 0.07, 0.22, 0.34, 0.3  # inches
 
 

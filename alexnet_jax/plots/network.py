@@ -156,7 +156,7 @@ def _draw_boxes(
     for i, shape in enumerate(shapes):
         if len(shape) == 3:
             height, width = room * (shape[0] / image[0]) ** _POWER, _WIDEST * (shape[-1] / most_maps) ** _POWER
-            back, colour = _BACK * height, style.SKY if i else style.GREY
+            back, colour = _BACK * height, style.SKY if i else style.GRAY
         else:
             height, (width, back), colour = room * (shape[0] / most_units) ** _POWER, _COLUMN, style.ORANGE
         middle, name = _NAMES + (i + 0.5) * _SLOT, table[i - 1].name if i else 'image'
@@ -237,4 +237,4 @@ def _draw_table(axes: Axes, rows: dict[str, list[list[str]]], top: float) -> Non
                 place = (_NAMES + (i + 1.5) * _SLOT, line - j * _LINE)
                 axes.text(*place, text, ha='center', va='center', weight='normal' if name else 'bold')
         line -= max(map(len, cells)) * _LINE + _LINE / 4
-        axes.plot([0.1, _NAMES + (len(cells) + 1) * _SLOT], [line + 0.6 * _LINE] * 2, color=style.GREY, linewidth=0.4)
+        axes.plot([0.1, _NAMES + (len(cells) + 1) * _SLOT], [line + 0.6 * _LINE] * 2, color=style.GRAY, linewidth=0.4)

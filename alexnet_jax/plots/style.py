@@ -25,8 +25,8 @@ SMALL, LARGE = 7.0, 8.5  # points
 
 # The palette of Okabe and Ito without yellow, which is too light for lines, and with gray.
 BLACK, ORANGE, SKY, GREEN = '#000000', '#E69F00', '#56B4E9', '#009E73'
-BLUE, VERMILLION, PURPLE, GREY = '#0072B2', '#D55E00', '#CC79A7', '#8C8C8C'
-SERIES = (BLUE, VERMILLION, GREEN, BLACK, SKY, ORANGE, PURPLE, GREY)
+BLUE, VERMILLION, PURPLE, GRAY = '#0072B2', '#D55E00', '#CC79A7', '#8C8C8C'
+SERIES = (BLUE, VERMILLION, GREEN, BLACK, SKY, ORANGE, PURPLE, GRAY)
 
 OUTLINE = (patheffects.withStroke(linewidth=1.8, foreground='white'),)  # of text on bars
 

@@ -81,5 +81,5 @@ def classify(network: TrainedModel, pictures: Iterable[ImageInput], count: int, 
         style.save(predictions.draw(shown), given.figure)
         log(f'{given.figure}: {len(drawn)} of {count - unread} pictures')
     if unread:
-        log_error(f'{unread} of {count} pictures could not be read')
+        log_error(f'{unread} of {count} images could not be read')
     return unread

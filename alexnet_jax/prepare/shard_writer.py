@@ -45,8 +45,8 @@ def write_shards(
             yield futures[future], future.result()
     except BrokenProcessPool:
         raise DatasetError(
-            'a process that prepared images was killed, perhaps for want of memory; the same command goes on'
-            f' where it stood (fewer than --workers={workers} need less)'
+            'a worker process was killed, perhaps because memory ran out; rerun the same command to resume'
+            f' (fewer --workers than {workers} need less memory)'
         ) from None
     except BaseException:
         for process in multiprocessing.active_children():  # no need to wait: shards are written atomically
@@ -107,7 +107,7 @@ def write_shard(shard: Shard, format: ImageSpec, folder: str, reports: str) -> d
             try:
                 content, label = shard.examples[index]
                 if not 0 <= label < len(format.class_names):
-                    raise UnreadableImage(f'its label is {label}, no class')
+                    raise UnreadableImage(f'its label {label} is not a class')
                 pixels = resize_and_center_crop(read_image(content), format.image_size, format.channels)
             except (UnreadableImage, OSError, RuntimeError) as error:  # RuntimeError: corrupt TFDS record
                 reason = getattr(error, 'strerror', None) or (str(error).splitlines() or [type(error).__name__])[0]

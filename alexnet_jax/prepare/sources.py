@@ -56,9 +56,9 @@ def _split_off(examples: Any, fraction: float, where: Any) -> dict[str, Any]:
     chosen = holdout_mask(examples.labels, fraction)
     if not chosen.any() or chosen.all():
         raise SourceError(
-            f'{where} has no images to validate on ({", ".join(VALIDATION_SPLIT_NAMES[:3])}), and'
-            f' data.validation_fraction={fraction:g} of its {len(chosen)} training images leaves'
-            ' none of them, or none to train on'
+            f'{where} has no validation split ({", ".join(VALIDATION_SPLIT_NAMES[:3])}), and'
+            f' data.validation_fraction={fraction:g} of its {len(chosen)} training images'
+            ' leaves no image for validation or none for training'
         )
     return {'train': examples.subset(np.flatnonzero(~chosen)), 'validation': examples.subset(np.flatnonzero(chosen))}
 
@@ -70,14 +70,16 @@ def _folder(root: Path, fraction: float) -> Source:
     one, `fraction` of the training images is held out.
     """
     if not root.is_dir():
-        raise SourceError(f'config.data.source: {root} is no folder; folder:DIR wants one with a folder for each class')
+        raise SourceError(
+            f'config.data.source: {root} is not a folder; DIR of folder:DIR must contain one folder per class'
+        )
     has_train = (root / 'train').is_dir() and bool(_subfolders(root / 'train'))  # otherwise `train` is a class
     classes = _subfolders(root / 'train' if has_train else root)
     odd = next((name for name in classes if not name.isprintable()), None)  # such as bytes that are not UTF-8
     if odd is not None:
-        raise SourceError(f'{root}: rename the folder {odd!r}: the name of a class must be printable text')
+        raise SourceError(f'{root}: rename the folder {odd!r}; the name of a class must be printable text')
     if not classes:
-        raise SourceError(f'{root / "train" if has_train else root} has no folders, of which each would be a class')
+        raise SourceError(f'{root / "train" if has_train else root} has no folders; each class needs its own folder')
     train = _files(root, 'train' if has_train else '', classes)
     if not len(train):
         raise SourceError(f'{root}: the folders of its {len(classes)} classes are empty')
@@ -87,10 +89,10 @@ def _folder(root: Path, fraction: float) -> Source:
     else:
         unknown = sorted(set(_subfolders(root / held)) - set(classes))
         if unknown:
-            raise SourceError(f'{root / held / unknown[0]} is a class that {root / "train"} does not have')
+            raise SourceError(f'{root / held / unknown[0]} is a class that is missing from {root / "train"}')
         splits = {'train': train, 'validation': _files(root, held, classes)}
         if not len(splits['validation']):
-            raise SourceError(f'{root / held} has no images in the folders of the classes')
+            raise SourceError(f'{root / held} has no images in its class folders')
     return Source(splits, classes, held is None)
 
 
@@ -134,7 +136,7 @@ def _walk(folder: Path, seen: set[str]) -> list[str]:
             continue
         real = os.path.realpath(entry.path)
         if any(f'{other}{os.sep}'.startswith(f'{real}{os.sep}') for other in seen):
-            raise SourceError(f'{entry.path} is a link to a folder that it lies in; remove it')
+            raise SourceError(f'{entry.path} is a link to a folder that contains it; remove the link')
         files += _walk(Path(entry.path), {*seen, real})
     return files
 
@@ -162,11 +164,11 @@ def _idx_split(folder: Path, split: str) -> ArrayExamples:
         if len(found) != 1:
             names = ', '.join(path.name for path in found) or 'none'
             pattern = f'{split}-{what}-idx{dimensions}-ubyte[.gz]'
-            raise SourceError(f'config.data.source: {folder} must have one file {pattern}; there is {names}')
+            raise SourceError(f'config.data.source: {folder} must contain one file {pattern}, but contains {names}')
         arrays.append(_idx_array(found[0], dimensions))
     images, labels = arrays
     if len(images) != len(labels) or not len(images):
-        raise SourceError(f'{folder}: {len(images)} {split} images and {len(labels)} labels; they must be as many')
+        raise SourceError(f'{folder}: {len(images)} {split} images but {len(labels)} labels; the numbers must be equal')
     return ArrayExamples(images, labels, np.arange(len(images)))
 
 
@@ -176,10 +178,10 @@ def _idx_array(path: Path, dimensions: int) -> np.ndarray:
     try:
         content = gzip.decompress(content) if content[:2] == b'\x1f\x8b' else content
     except (OSError, EOFError, zlib.error) as error:
-        raise SourceError(f'{path} is damaged: {error}; get it again') from None
+        raise SourceError(f'{path} is corrupt: {error}; download it again') from None
     shape = tuple(np.frombuffer(content[4 : 4 + 4 * dimensions], '>u4').tolist())
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != 4 + 4 * dimensions + np.prod(shape, dtype=int):
-        raise SourceError(f'{path} is no IDX file of {dimensions} dimensions of bytes, or is cut off; get it again')
+        raise SourceError(f'{path} is not a complete IDX file of bytes with {dimensions} dimensions; download it again')
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
@@ -190,7 +192,7 @@ def _tfds(source: str, data_dir: str, fraction: float) -> Source:
     info = builder.info
     sizes = {name: split.num_examples for name, split in info.splits.items() if split.num_examples}
     if 'train' not in sizes:
-        raise SourceError(f'config.data.source: {info.full_name} has no split to train on; there are {sorted(sizes)}')
+        raise SourceError(f'config.data.source: {info.full_name} has no training split; its splits are {sorted(sizes)}')
     held = next((name for name in VALIDATION_SPLIT_NAMES if name in sizes), None)
     if held is None:
         kept = sizes['train'] - round(fraction * sizes['train'])
@@ -205,8 +207,8 @@ def _tfds(source: str, data_dir: str, fraction: float) -> Source:
         splits[split] = TfdsExamples(str(builder.data_dir), name, image, label, 0, count, about)
         if not count:
             raise SourceError(
-                f'{info.full_name} has no split to validate on, and data.validation_fraction={fraction:g} of its'
-                f' {sizes["train"]} training images leaves none of them, or none to train on'
+                f'{info.full_name} has no validation split, and data.validation_fraction={fraction:g} of its'
+                f' {sizes["train"]} training images leaves no image for validation or none for training'
             )
     return Source(splits, list(info.features[label].names), held is None)
 
@@ -220,7 +222,9 @@ def _image_and_label(builder: Any) -> tuple[str, str]:
     label = next((name for name in ('label', *supervised) if name in labels), labels[0] if len(labels) == 1 else None)
     if len(images) != 1 or label is None:
         found = ', '.join(f'{name}: {type(feature).__name__}' for name, feature in features.items())
-        raise SourceError(f'config.data.source: {builder.name} has no one image with one class label, but {found}')
+        raise SourceError(
+            f'config.data.source: {builder.name} must have one image and one class label per example, but has {found}'
+        )
     return images[0], label
 
 
@@ -239,10 +243,10 @@ def _builder(source: str, data_dir: str) -> Any:
     except ValueError as error:
         if 'File format is already set' in str(error):
             raise SourceError(
-                f'{name} in {data_dir} is there in another format than array_record, which has no random access:'
-                ' name another config.data.data_dir, or remove it'
+                f'{name} in {data_dir} already exists in a file format other than array_record, without random access:'
+                ' choose another config.data.data_dir, or remove the folder'
             ) from None
-        raise SourceError(f'config.data.source: TFDS cannot make {name!r}: {_one_line(error)}') from None
+        raise SourceError(f'config.data.source: TFDS cannot build {name!r}: {_one_line(error)}') from None
     return builder
 
 
@@ -262,7 +266,7 @@ def _download_and_prepare(builder: Any, source: str, data_dir: str) -> None:
     except Exception as error:  # TFDS, its builders and its downloader raise many types
         if isinstance(error, ModuleNotFoundError) and error.name == 'tensorflow':
             raise _without_tensorflow(source) from None
-        raise SourceError(f'{source}: TFDS could not get the data: {_one_line(error)}') from None
+        raise SourceError(f'{source}: TFDS could not download or prepare the data: {_one_line(error)}') from None
 
 
 def _without_tensorflow(source: str) -> SourceError:

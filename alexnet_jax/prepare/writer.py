@@ -58,7 +58,9 @@ def prepare(settings: PrepareConfig, data_dir: str) -> str:
       DatasetError: too many images are unreadable, a split has no usable image, or a process was killed.
     """
     if '://' in data_dir:
-        raise SourceError(f'{data_dir}: stores are made on a disk; make it there and copy the folder prepared/')
+        raise SourceError(
+            f'{data_dir}: data sets are prepared on a local disk; prepare there, then copy the folder prepared/'
+        )
     data_dir = os.path.abspath(os.path.expanduser(data_dir))
     target = dataset_dir(data_dir, settings)
     os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -66,7 +68,7 @@ def prepare(settings: PrepareConfig, data_dir: str) -> str:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log(f'{target}: another process prepares it; waiting until it is there')
+            log(f'{target}: another process is preparing this data set; waiting for it')
             fcntl.flock(lock, fcntl.LOCK_EX)  # also returns when the other process dies unfinished
         if os.path.exists(target):
             shutil.rmtree(f'{target}.incomplete', ignore_errors=True)  # left by a process killed after the rename
@@ -84,8 +86,8 @@ def _check_same(target: str, settings: PrepareConfig, data_dir: str) -> None:
     source = open_source(settings.source, data_dir, settings.validation_fraction)
     if source.fingerprint != made['fingerprint']:
         raise ConfigError(
-            f'{settings.source} is not what {target} was made of: images were added, removed or changed;'
-            ' remove that folder, or name another data_dir'
+            f'{settings.source} differs from what {target} was prepared from: images were added, removed or changed;'
+            ' remove that folder, or choose another data_dir'
         )
 
 
@@ -163,7 +165,7 @@ def _check_disk(shards: list[Shard], reports: dict[str, Any], format: ImageSpec,
     if needed > free:
         hint = ' or give --encoding=jpeg' if format.encoding == 'raw' else ''
         raise SourceError(
-            f'{target} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: name another data_dir{hint}'
+            f'{target} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: choose another data_dir{hint}'
         )
 
 
@@ -174,7 +176,7 @@ def _write_shards(
     reports, total = dict(begun), sum(len(shard.examples) for shard in shards)
     done = sum(len(shard.examples) for shard in shards if shard.report in begun)
     if done:
-        log(f'{done:,} of {total:,} images were prepared before')
+        log(f'{done:,} of {total:,} images were prepared by an earlier run')
     todo = [shard for shard in shards if shard.report not in begun]
     progress = ProgressBar(f'prepare {settings.source}', total, 'images', done=done)
     folders = os.path.join(aside, 'store'), os.path.join(aside, 'reports')
@@ -198,10 +200,11 @@ def _check_skipped(reports: dict[str, Any], total: int, aside: str, settings: Pr
     _write_lines(path, skipped)
     first, allowed = skipped[0], int(settings.max_corrupt_fraction * total)
     raise DatasetError(
-        f'too many images of {settings.source} cannot be used: {len(skipped)} so far, and'
+        f'too many images of {settings.source} are unusable: {len(skipped)} so far, but'
         f' data.max_corrupt_fraction={settings.max_corrupt_fraction:g} of {total} allows {allowed}; the first is'
-        f' {first["name"]}, {first["reason"]}; all are in {path};'
-        ' mend them or raise --max_corrupt_fraction (--config.data.max_corrupt_fraction), and the same command goes on'
+        f' {first["name"]}, {first["reason"]}; all are listed in {path};'
+        ' repair them or raise --max_corrupt_fraction (--config.data.max_corrupt_fraction), then rerun'
+        ' the command to resume'
     )
 
 
@@ -228,7 +231,7 @@ def _write_metadata(
         of_split = [reports[shard.report] for shard in shards if shard.split == split]
         lengths = [report['examples'] for report in of_split]
         if not sum(lengths):
-            raise DatasetError(f'{description["source"]}: not one image of the {split} split can be used')
+            raise DatasetError(f'{description["source"]}: no image of the {split} split is usable')
         size = sum(report['bytes'] for report in of_split)
         splits.append(
             tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template)
@@ -239,7 +242,7 @@ def _write_metadata(
         split_infos=splits,
         filename_template=template,
         check_data=False,
-        description=f'{description["source"]}, shorter side {format.image_size} pixels, centre square',
+        description=f'{description["source"]}, shorter side {format.image_size} pixels, center square',
     )
     figures = statistics(os.path.join(aside, 'reports'), shards)
     np.savez(os.path.join(folder, 'statistics.npz'), allow_pickle=False, **figures)
@@ -254,11 +257,11 @@ def _summarize(target: str, reports: dict[str, Any], read: int, seconds: float, 
     size = sum(report['bytes'] for report in reports.values())
     stored = sum(report['examples'] for report in reports.values())
     log(
-        f'prepared {target}: {stored:,} images, {size / 1e9:.2f} GB, {size / stored:,.0f} bytes an image;'
+        f'prepared {target}: {stored:,} images, {size / 1e9:.2f} GB, {size / stored:,.0f} bytes per image;'
         f' {read:,} read in {seconds:.0f} s, {read / seconds:.0f} images/s with {workers} processes'
     )
     reasons = collections.Counter(line['reason'] for line in _skipped(reports))
     for reason, count in reasons.most_common():
         log(f'skipped {count:,}: {reason}')
     if reasons:
-        log(f'skipped images are named in {target}/skipped.jsonl')
+        log(f'skipped images are listed in {target}/skipped.jsonl')

@@ -137,7 +137,7 @@ def enable_compilation_cache() -> None:
         if os.path.isabs(folder):
             os.makedirs(folder, exist_ok=True)
     if not os.access(folder, os.W_OK):
-        log(f'{folder} cannot be written, so each start compiles anew; JAX_COMPILATION_CACHE_DIR names another folder')
+        log(f'{folder} is not writable, so each start compiles again; set JAX_COMPILATION_CACHE_DIR to another folder')
         return
     _evict_lru(root)
     _shorten_cache_warnings(folder)
@@ -173,9 +173,9 @@ def _shorten_cache_warnings(folder: str) -> None:
         if not found:
             show(message, *where, **more)
         elif found[1] == 'writing':
-            log(f'{folder}: {found[2]} cannot be kept: {found[3]}')
+            log(f'{folder}: {found[2]} cannot be cached: {found[3]}')
         else:
-            log(f'{folder}: {found[2]} is damaged ({found[3]}); it is removed and compiled again')
+            log(f'{folder}: {found[2]} is corrupt ({found[3]}); it is removed and compiled again')
             for path in glob.glob(glob.escape(os.path.join(folder, found[2])) + '-*'):
                 with contextlib.suppress(OSError):
                     os.remove(path)

@@ -51,7 +51,7 @@ def initialize(group: dict[str, Any] | None, config: DistributedConfig, preempti
     if group.get('process_id') == 0:
         _check_free(where)
     missed = (
-        f'not all processes met at {where} within'
+        f'not all processes connected to {where} within'
         f' config.distributed.initialization_timeout={config.initialization_timeout} s'
     )
     # A thread, because Python handles no signal while initialize waits in C++, and its own timeout aborts the process.
@@ -77,13 +77,15 @@ def initialize(group: dict[str, Any] | None, config: DistributedConfig, preempti
             ' give --coordinator_address, --num_processes and --process_id'
         ) from None
     except RuntimeError as error:
-        raise DistributedInitError(f'the processes could not meet at {where}: {summarize_exception(error)}') from None
+        raise DistributedInitError(
+            f'the processes could not connect to {where}: {summarize_exception(error)}'
+        ) from None
     preemption.delegate_to_jax()
     set_process_index(jax.process_index(), jax.process_count())
     held = collections.Counter(device.process_index for device in jax.devices())
     if len(set(held.values())) > 1:
         devices = ', '.join(str(held[process]) for process in sorted(held))
-        raise ConfigError(f'the processes have {devices} devices; all must have as many')
+        raise ConfigError(f'the processes have {devices} devices; all processes must have the same number')
     return not preemption.requested
 
 
@@ -93,7 +95,8 @@ def _check_free(address: str) -> None:
         socket.create_server(('', int(address.rsplit(':', 1)[1]))).close()
     except (OSError, OverflowError) as error:
         raise DistributedInitError(
-            f'--coordinator_address: {address} cannot be used: {error}; is a process left, or name another port'
+            f'--coordinator_address: {address} cannot be used: {error};'
+            ' end the process that still uses the port, or choose another port'
         ) from None
 
 
@@ -151,7 +154,9 @@ def assert_equal_across_processes(settings: dict[str, Any]) -> None:
         for name, value in settings.items()
     }
     differ = [name for name, value in broadcast_from_primary(digests).items() if (value != digests[name]).any()]
-    mine = f'{differ[0]}: {settings[differ[0]]} on process {jax.process_index()}, not so on process 0' if differ else ''
+    mine = (
+        f'{differ[0]}: {settings[differ[0]]} on process {jax.process_index()}, but not on process 0' if differ else ''
+    )
     problem = first_error_on_any_process(mine)
     if problem:
         raise ConfigError(problem)
@@ -177,7 +182,7 @@ def workdir_lock(workdir: str) -> Iterator[None]:
                 print(token, file=file, flush=True)
                 os.fsync(file.fileno())  # without fsync, other NFS clients see the token half a minute later
             except BlockingIOError:
-                problem = f'--workdir: another process trains in {workdir}; name another one'
+                problem = f'--workdir: another process is training in {workdir}; name another folder'
             except OSError as error:
                 problem = f'--workdir: {workdir} cannot be used: {error}'
         problem = first_error_on_any_process(problem)
@@ -188,7 +193,8 @@ def workdir_lock(workdir: str) -> Iterator[None]:
             problem = first_error_on_any_process(
                 ''
                 if seen
-                else f'--workdir: {workdir} on process {jax.process_index()} is not that of process 0; share it'
+                else f'--workdir: {workdir} on process {jax.process_index()} is not the folder of process 0;'
+                ' use a shared file system'
             )
         if problem:
             raise ConfigError(problem)

@@ -82,7 +82,7 @@ def choose_views(results: dict[str, dict[str, Any]], wanted: int | None) -> int 
     common = set.union(*each) & {wanted} if wanted else set.intersection(*each)
     if not common:
         raise ReportError(
-            f'--views={wanted}: no finished run has so many; there are {known}'
+            f'--views={wanted}: no finished run has this number of views; the runs have {known}'
             if wanted
             else f'the finished runs have no number of views in common; choose --views of {known}'
         )
@@ -116,7 +116,7 @@ def run_status(workdir: str) -> str:
     step = result.get('step') if result else _last_step(os.path.join(workdir, 'metrics.jsonl'))
     if step is not None:
         return f'at step {step}'
-    return 'begun, no step logged' if os.path.isdir(workdir) else 'not begun'
+    return 'started, no step logged' if os.path.isdir(workdir) else 'not begun'
 
 
 def _last_step(path: str) -> int | None:

@@ -94,7 +94,7 @@ def validate(variants: list[Variant]) -> None:
             (row for row in variants[:i] if row.name == variant.name and row.overrides != variant.overrides), None
         )
         if is_other:
-            raise ConfigError(f'--sweep: {variant.name!r} is the name of two variants with other overrides')
+            raise ConfigError(f'--sweep: {variant.name!r} is the name of two variants with different overrides')
         usable = variant.name.isprintable() and len(variant.name.encode()) < 256 and variant.name != 'sweep.json'
         if not usable or variant.name != os.path.basename(variant.name) or variant.name[:1] in ('', '.'):
             raise ConfigError(f'--sweep: {variant.name!r} cannot be the name of a folder')
@@ -140,7 +140,8 @@ def print_runs(variants: list[Variant], configs: list[Any], workdir: str) -> Non
         shown = ' '.join(f'{field}={value}' for field, value in variant.overrides.items())
         print(f'{i:>4}  {variant.directory:<{width}}  {state:<5}  {shown}'.rstrip())
     print(
-        f'\n{len(variants)} runs; --sweep=all runs what is not done, --sweep=K one: an array of 0-{len(variants) - 1}'
+        f'\n{len(variants)} runs; --sweep=all runs all unfinished ones, --sweep=K runs one:'
+        f' a job array of 0-{len(variants) - 1}'
     )
 
 
@@ -163,7 +164,7 @@ def run_all(variants: list[Variant], configs: list[Any], workdir: str, command: 
     """
     folders = [os.path.join(workdir, variant.directory) for variant in variants]
     waiting = [i for i, folder in enumerate(folders) if not is_finished(configs[i], folder)]
-    log(f'{workdir}: {len(variants) - len(waiting)} of {len(variants)} runs are done, {jobs} at once')
+    log(f'{workdir}: {len(variants) - len(waiting)} of {len(variants)} runs are done; running {jobs} at a time')
     progress = ProgressBar('sweep', len(variants), 'runs', done=len(variants) - len(waiting))
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else []
     places = [set(cores[place::jobs]) for place in range(jobs)] if 1 < jobs <= len(cores) else [set()] * jobs
@@ -194,7 +195,7 @@ def run_all(variants: list[Variant], configs: list[Any], workdir: str, command: 
                     log_error(f'{variants[i].directory} ended with {code}: {_last_line(_log_of(folders[i]))}')
     progress.close()
     if preemption.requested:
-        log('the sweep was stopped; the same command goes on with what is missing')
+        log('the sweep was stopped; rerun the same command to run what is missing')
         return 75
     if failed:
         names = ', '.join(variants[i].directory for i in failed)

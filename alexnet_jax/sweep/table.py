@@ -147,7 +147,7 @@ def caption(sweep: dict[str, Any], views: int | None) -> str:
     """Returns the caption of the table: config, number of views, and definition of the statistics."""
     errors = f'`{sweep["config"]}`, {views_text(views)}; errors are mean +- sample standard deviation over the runs'
     differences = (
-        f'; differences of the means to `{sweep["base"]}` are in percentage points, with two runs or more on either'
+        f'; differences of the means to `{sweep["base"]}` are in percentage points, with at least two runs on either'
         " side [with their 95 % confidence interval by Welch's t]."
     )
     return errors + ('.' if sweep['base'] is None else differences)
