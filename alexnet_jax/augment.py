@@ -25,12 +25,12 @@ def example_keys(seed: int, number: jax.Array, purpose: int) -> jax.Array:
 
 
 def make_preprocess_params(statistics: Any, config: DataConfig) -> dict[str, Any]:
-    """Computes the constants of augment() and view() from the training set's `statistics`.
+    """Computes the constants of augment() and eval_crop() from the training set's `statistics`.
 
     `config` is `data` of a configuration.
 
     Returns:
-      mean: (S, S, C) float32, the mean image, channel means or zeros; augment() and view() subtract it.
+      mean: (S, S, C) float32, the mean image, channel means or zeros; augment() and eval_crop() subtract it.
       color: (C, C) float32, multiplies a vector of C standard normal numbers to give the color noise in gray levels.
         Its columns are the eigenvectors of the covariance of RGB values, times 0.1 and times a factor for
         `original`: the square roots of the eigenvalues (convdata_jpeg.py of the original program);

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def errors(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the top-1 and top-5 errors, (N,) bool each, by the same rule as step.make_eval_step().
+    """Returns the top-1 and top-5 errors, (N,) bool each, by the same rule as make_eval_step().
 
     A class that ties with the correct class ranks above the correct class, and so does a class with a NaN score.
     """
@@ -44,7 +44,7 @@ def average_log_probs(scores: Sequence[np.ndarray], weights: Sequence[float]) ->
 
 
 def fit_weights(scores: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
-    """Fits the weights (members,) float64 of the mixture() with the maximum likelihood, by expectation maximization.
+    """Fits the weights (members,) float64 of the average_log_probs() with the maximum likelihood, by expectation maximization.
 
     Each iteration sets the weight of a member to the member's mean share of the probability of the correct class. The
     log likelihood, summed over all images, is concave in the weights and never decreases; the iterations end when the

@@ -43,7 +43,7 @@ def audit_config(
 
 
 def audit(config: Config) -> dict[str, Any]:
-    """Returns the costs of a training step of `config` (see settings()). JAX must have at least as many devices.
+    """Returns the costs of a training step of `config` (see audit_config()). JAX must have at least as many devices.
 
     These are the fields that --json prints, with `collectives` as a list of Collective. Bytes and FLOPs are per step
     and device; `multiply_adds` are per image, forward pass only.

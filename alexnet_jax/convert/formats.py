@@ -1,4 +1,4 @@
-"""Readers for weight files of other frameworks, one module per format; recognise() detects the format by content."""
+"""Readers for weight files of other frameworks, one module per format; detect_format() detects the format by content."""
 
 import re
 

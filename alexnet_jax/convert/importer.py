@@ -30,7 +30,7 @@ def read_external(path: str, kind: str, preset: str | None) -> tuple[dict[str, w
 
     Args:
       path: File to read.
-      kind: File format, see recognise().
+      kind: File format, see detect_format().
       preset: Preset of the network; None derives the preset from the file.
 
     Returns:
@@ -101,7 +101,7 @@ def import_config(preset: str, widths: tuple[int, ...], mean: np.ndarray) -> Any
 
 
 def statistics_from_mean(mean: np.ndarray, config: Config) -> dict[str, np.ndarray]:
-    """Returns the fields of data/shards.statistics() if only the mean is known: zero eigenvalues, so no color noise."""
+    """Returns the fields of prepare.shards.statistics() if only the mean is known: zero eigenvalues, so no color noise."""
     size, channels = config.data.image_size, config.data.channels
     return {
         'mean_image': np.broadcast_to(mean, (size, size, channels)).copy(),
@@ -195,7 +195,7 @@ def import_file(path: str, kind: str, workdir: str, given: Any) -> None:
 
     Args:
       path: File of weights.
-      kind: File format, see recognise().
+      kind: File format, see detect_format().
       workdir: Folder of the new run.
       given: Parsed flags.
 

@@ -150,7 +150,7 @@ def native_names(config: Config) -> dict[str, tuple[int, ...]]:
     """Returns the names and shapes of the arrays in this project's files, for a resolved configuration.
 
     The arrays are 'conv1.kernel', 'conv1.bias' to 'fc8.bias', for batch normalization 'conv1_norm.mean' and '.var',
-    ..., and for the training images 'statistics.mean_image' and the other fields of data/shards.statistics().
+    ..., and for the training images 'statistics.mean_image' and the other fields of prepare.shards.statistics().
     """
     shapes: dict[str, tuple[int, ...]] = {}
     size, channels = config.data.image_size, config.data.channels

@@ -1,4 +1,4 @@
-"""Prepared stores, and input pipelines that read batches from a store with Grain, without TensorFlow.
+"""Prepared data sets, read as ArrayRecord files without TensorFlow.
 
 The order of the images is a pure function of the seed and the position in the sequence, for any number of processes.
 The complete state of an input pipeline is therefore the number of steps.
@@ -25,7 +25,7 @@ Batch = dict[str, np.ndarray]
 
 MANIFEST_FIELDS = ('source', 'image_size', 'channels', 'encoding', 'validation_fraction', 'class_names')
 MANIFEST = (
-    'prepared.json'  # file in a store: settings, source fingerprint, image counts, and sizes of the store's files
+    'prepared.json'  # file in a data set: settings, source fingerprint, image counts, and sizes of the data set's files
 )
 IN_MEMORY_LIMIT_BYTES = 1 << 28  # maximum bytes of images of a split that is cached in memory
 
@@ -40,7 +40,7 @@ class PreparedDataset:
 
     Attributes:
       train, validation: see Split.
-      statistics: statistics of the training images, see shards.statistics().
+      statistics: statistics of the training images, see prepare.shards.statistics().
       class_names: one name per label.
       fingerprint: sha256 of settings, source fingerprint, image counts and file sizes.
     """
@@ -146,7 +146,7 @@ class SplitReader:
 
 
 def dataset_dir(data_dir: str, settings: Any) -> str:
-    """Returns the path of the prepared store. `settings` is `data` of a configuration or prepare.Settings."""
+    """Returns the path of the prepared store. `settings` is `data` of a configuration or PrepareConfig."""
     root = data_dir if '://' in data_dir else os.path.abspath(os.path.expanduser(data_dir))
     name = re.sub(r'\W+', '_', settings.source.removeprefix('tfds:')).strip('_')
     kind = '_grey' * (settings.channels == 1) + '_jpeg' * (settings.encoding == 'jpeg')
@@ -154,17 +154,17 @@ def dataset_dir(data_dir: str, settings: Any) -> str:
 
 
 def read_manifest(directory: str, settings: Any) -> dict[str, Any]:
-    """Returns the settings, fingerprint, image counts and file sizes of the store in `directory`.
+    """Returns the settings, fingerprint, image counts and file sizes of the data set in `directory`.
 
-    Raises ConfigError: `directory` is no complete store, or the store has other settings than `settings`.
+    Raises ConfigError: `directory` is not a complete data set, or the data set has other settings than `settings`.
     """
     try:
         made = json.loads((epath.Path(directory) / MANIFEST).read_text())
         made = {name: made[name] for name in ('fingerprint', 'images', 'files', *MANIFEST_FIELDS)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f'config.data.data_dir: {directory} is no whole store, or of an older version ({error}); remove it, and it'
-            ' will be made again'
+            f'config.data.data_dir: {directory} is incomplete or of an older version ({error}); remove it to'
+            ' prepare it again'
         ) from None
     for name in MANIFEST_FIELDS:
         wanted = list(settings.class_names or made[name]) if name == 'class_names' else getattr(settings, name)
@@ -177,9 +177,9 @@ def read_manifest(directory: str, settings: Any) -> dict[str, Any]:
 
 
 def open_store(directory: str, settings: Any) -> PreparedDataset:
-    """Opens the store in `directory`: a path, or a URL such as gs://... that TFDS and ArrayRecord can read.
+    """Opens the data set in `directory`: a path, or a URL such as gs://... that TFDS and ArrayRecord can read.
 
-    Raises ConfigError: the store is incomplete or has other settings than `settings`, `data` of a configuration.
+    Raises ConfigError: the data set is incomplete or has other settings than `settings`, `data` of a configuration.
     """
     made = read_manifest(directory, settings)
     folder = epath.Path(directory)

@@ -16,7 +16,7 @@ def training_batches(
     """Yields endless batches from step `first_step` on, restricted to shard `share` of `shares` equal shards per batch.
 
     Every epoch is a new permutation of all images. A batch may span two epochs, so every epoch visits all images. The
-    next intact record of the store replaces a corrupt record.
+    next intact record of the data set replaces a corrupt record.
 
     Args:
       source: see Split.

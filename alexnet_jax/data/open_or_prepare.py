@@ -1,4 +1,4 @@
-"""Opens the prepared store of a run, after a child process has prepared a missing store."""
+"""Opens the prepared data set of a run, which a child process prepares if it is missing."""
 
 import csv
 import io
@@ -17,12 +17,12 @@ from alexnet_jax.runtime.preemption import PreemptionHandler
 
 
 def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.PreparedDataset | None:
-    """Opens the store of `config.data`, and prepares a missing store first. Returns None if preempted while preparing.
+    """Opens the data set of `config.data`, or prepares it first; returns None if preempted during preparation.
 
-    If several processes with a shared disk need the store, one prepares it and the others wait, see prepare.prepare().
+    Of several processes with a shared disk, one prepares the data set and the others wait; see prepare.writer.prepare().
 
     Raises:
-      ConfigError: the store is unreachable or corrupt, or has other settings or another number of classes.
+      ConfigError: the data set is unreachable or corrupt, or has other settings or another number of classes.
       DatasetError: the preparing process was killed.
       SystemExit: preparing failed, and the child process printed the reason.
     """

@@ -18,7 +18,7 @@ FITTED, REPORTED = slice(0, None, 2), slice(1, None, 2)  # of the validation ima
 def predict(member: CheckpointRef, store: dataset.PreparedDataset, views: int) -> tuple[int, np.ndarray, np.ndarray]:
     """Predicts the validation images with the network `member`; skips records that are corrupt on disk.
 
-    Raises ConfigError, CheckpointError, DatasetError: see trained.load() and data/pipeline.Split.
+    Raises ConfigError, CheckpointError, DatasetError: see trained_model.load_model() and data/pipeline.Split.
 
     Returns:
       The checkpoint's step, log probabilities (N, classes) float32 and labels (N,) int32, in the order of the images.
@@ -110,7 +110,7 @@ def _percents(figures: dict[str, Any]) -> str:
 
 
 def _class_lines(classes: list[dict[str, Any]]) -> list[str]:
-    """Formats the rows of ensemble.by_class() as lines of a table; returns [] without rows."""
+    """Formats the rows of metrics.per_class_errors() as lines of a table; returns [] without rows."""
     if not classes:
         return []
     width = max(len('class'), *(len(row['name']) for row in classes))

@@ -30,7 +30,7 @@ SAVE_SECONDS = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class FeatureIndex:
-    """Features of the training images: (N, units) float32 on disk, in store order; NaN for corrupt records."""
+    """Features of the training images: (N, units) float32 on disk, in data set order; NaN for corrupt records."""
 
     features: np.ndarray
     layer: str
@@ -44,12 +44,12 @@ def hidden_layer(config: Config) -> LayerShape:
 def build_or_load_index(network: TrainedModel, store: dataset.PreparedDataset) -> FeatureIndex:
     """Returns the features of all training images, and computes missing features.
 
-    The folder is WORKDIR/features/LAYER_WEIGHTS_STORE/, with 16 digits each of the weights' digest and the store's
+    The folder is WORKDIR/features/LAYER_WEIGHTS_STORE/, with 16 digits each of the weights' digest and the data set's
     fingerprint.
 
     Raises:
       ConfigError: the files cannot be written or read or do not fit on the disk, or another process computes them.
-      DatasetError: too many records of the store are corrupt.
+      DatasetError: too many records of the data set are corrupt.
     """
     hidden, images = hidden_layer(network.config), len(store.train)
     layer, units = hidden.name, math.prod(hidden.output)

@@ -92,7 +92,7 @@ def resolve_step(member: CheckpointRef) -> int:
 
 
 def restore(member: CheckpointRef, abstract_state: Any) -> Any:
-    """Restores the checkpoint of `member`, see checkpoint.restore_checkpoint().
+    """Restores the checkpoint of `member`, see checkpointing.restore_checkpoint().
 
     Raises ConfigError: there is no such checkpoint. Raises CheckpointError: the checkpoint is corrupt.
     """
@@ -131,9 +131,9 @@ def _with_mesh(config: Config) -> tuple[Config, Any]:
 
 
 def open_eval_dataset(members: Sequence[CheckpointRef], data_dir: str | None) -> dataset.PreparedDataset:
-    """Returns the prepared data store that all members were trained on, and prepares the store if it is missing.
+    """Returns the data set that all members were trained on; prepares it if it is missing.
 
-    If all members have imported weights, the configuration of the first member names the store.
+    If all members have imported weights, the configuration of the first member names the data set.
 
     Args:
       members: the networks.
@@ -145,7 +145,7 @@ def open_eval_dataset(members: Sequence[CheckpointRef], data_dir: str | None) ->
       DatasetError, SystemExit: see open_or_prepare().
       KeyboardInterrupt: SIGTERM or SIGINT arrived during preparation.
     """
-    # A fingerprint covers the settings, the class names and all images of a store; None: imported weights.
+    # A fingerprint covers the settings, the class names and all images of a data set; None: imported weights.
     fingerprints = [(member, restore(member, None).progress['store']) for member in members]
     first, fingerprint = next((pair for pair in fingerprints if pair[1] is not None), (members[0], None))
     for member, other in fingerprints:
@@ -180,11 +180,11 @@ class TrainedModel:
     Attributes:
       name, workdir: see Member.
       step: step of the checkpoint.
-      digest: digest of the state, see checkpoint.state_digest().
+      digest: digest of the state, see checkpointing.state_digest().
       config: resolved configuration of the run, with a mesh that fits the available devices.
       mesh: see parallel.make_mesh().
       state: step.TrainState, sharded over the mesh.
-      statistics: statistics of the training images, see data/shards.statistics().
+      statistics: statistics of the training images, see prepare.shards.statistics().
       class_names: one name per label.
     """
 
@@ -225,8 +225,8 @@ class TrainedModel:
         """Yields the output row of `compiled` for each image, in order; `images` is consumed one batch at a time.
 
         Args:
-          compiled: (state, images, preprocessing) -> (B, ...), such as step.make_predict_step() or
-            step.make_activation_fn() returns.
+          compiled: (state, images, preprocessing) -> (B, ...), such as make_predict_step() or
+            make_activation_fn() returns.
           images: (S, S, C) uint8 each.
           batch_size: rows per call of `compiled`; the last batch is padded with zeros.
         """
@@ -244,7 +244,7 @@ def load_model(member: CheckpointRef, store: dataset.PreparedDataset | None = No
 
     Args:
       member: the network.
-      store: see store_of(); supplies the statistics and class names if the workdir has no inputs.npz, as in runs of an
+      store: see open_eval_dataset(); supplies the statistics and class names if the workdir has no inputs.npz, as in runs of an
         earlier version.
 
     Raises:

@@ -20,7 +20,7 @@ _COLORS = 'Blues'  # its lightness falls monotonically, so it can be printed in 
 def count(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Counts images by true class (rows) and predicted class (columns): (classes, classes) int64.
 
-    Errors are counted as in ensemble.errors(). An erroneous image is left out if no other class has a score above -inf.
+    Errors are counted as in metrics.errors(). An erroneous image is left out if no other class has a score above -inf.
 
     Args:
       scores: (N, classes) float32, log probabilities.

@@ -31,7 +31,7 @@ def predict_pictures(
 
 
 def as_text(told: dict[str, Any]) -> str:
-    """Formats the predictions of one picture, from told_of(), as text."""
+    """Formats the predictions of one picture, from as_record(), as text."""
     label = '' if told['label'] is None else f' (true label: {told["label"]})'
     lines = [f'  {row["probability"]:>7.2%}  {row["class"]}' for row in told['top']]
     return '\n'.join([f'{told["file"]}{label}', *lines])

@@ -1,4 +1,4 @@
-"""Shards of a store: image format, sums over the images of a shard, and statistics of the whole training set.
+"""Shards of a data set: image format, sums over the images of a shard, and statistics of the whole training set.
 
 The sums are over integers, so that the statistics do not depend on the order of the images.
 """
@@ -13,13 +13,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-# For JPEG stores, with chroma at half resolution (4:2:0).
+# For JPEG data sets, with chroma at half resolution (4:2:0).
 JPEG_QUALITY = 95
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSpec:
-    """Image format of a store: side in pixels, channels (1 or 3), encoding ('raw' or 'jpeg') and class names."""
+    """Image format of a data set: side in pixels, channels (1 or 3), encoding ('raw' or 'jpeg') and class names."""
 
     image_size: int
     channels: int

@@ -28,7 +28,7 @@ JPEG_SIZE_RATIO = 0.25  # assumed JPEG size relative to raw images, for the disk
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
-    """Settings of a store. All but `max_corrupt_fraction` and `workers` determine the contents.
+    """Settings of a data set. All but `max_corrupt_fraction` and `workers` determine the contents.
 
     Attributes:
       source: see sources.open_source().
@@ -50,11 +50,11 @@ class PrepareConfig:
 
 
 def prepare(settings: PrepareConfig, data_dir: str) -> str:
-    """Creates the store for `settings` in `data_dir` unless the store exists, and returns its folder.
+    """Creates the data set for `settings` in `data_dir` unless the data set exists, and returns its folder.
 
     Raises:
       SourceError: the source cannot be read (see sources.open_source()), the disk is too small, or `data_dir` is a URL.
-      ConfigError: the existing store has other settings or images, or the class names do not fit the source.
+      ConfigError: the existing data set has other settings or images, or the class names do not fit the source.
       DatasetError: too many images are unreadable, a split has no usable image, or a process was killed.
     """
     if '://' in data_dir:
@@ -79,7 +79,7 @@ def prepare(settings: PrepareConfig, data_dir: str) -> str:
 
 
 def _check_same(target: str, settings: PrepareConfig, data_dir: str) -> None:
-    """Raises ConfigError if the store in `target` has other settings, or if its source folder has other images."""
+    """Raises ConfigError if the data set in `target` has other settings, or if its source folder has other images."""
     made = read_manifest(target, settings)
     if not is_local(settings.source):
         return
@@ -221,7 +221,7 @@ def _write_lines(path: str, lines: list[dict[str, str]]) -> None:
 def _write_metadata(
     shards: list[Shard], reports: dict[str, Any], format: ImageSpec, description: dict[str, Any], aside: str
 ) -> None:
-    """Writes the other files of a store: TFDS metadata, statistics, the list of skipped images and the description."""
+    """Writes the other files of a data set: TFDS metadata, statistics, skipped images and the manifest."""
     folder = os.path.join(aside, 'store')
     for name in set(os.listdir(folder)) - {shard.file for shard in shards}:
         os.remove(os.path.join(folder, name))  # temporary files of killed processes

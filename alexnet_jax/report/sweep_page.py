@@ -26,7 +26,7 @@ def page(
 
     Args:
       sweep, results, missing: see sweep_results.
-      rows: see sweep_table.summarise().
+      rows: see sweep.table.summarize().
       views: the number of views of the errors in `rows`.
       made_by: the command that is running.
     """
