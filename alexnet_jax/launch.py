@@ -48,7 +48,7 @@ _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Several processes, found
 
 
 def _process_group() -> dict[str, Any] | None:
-    """Returns the arguments of distributed.initialize(): None for one process, {} to detect the processes automatically.
+    """Returns the arguments of processes.start(): None for one process, {} to detect the processes automatically.
 
     Raises ConfigError: the flags contradict each other or are incomplete.
     """

@@ -44,7 +44,7 @@ def average_log_probs(scores: Sequence[np.ndarray], weights: Sequence[float]) ->
 
 
 def fit_weights(scores: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
-    """Fits the weights (members,) float64 of the average_log_probs() with the maximum likelihood, by expectation maximization.
+    """Fits the weights (members,) float64 of average_log_probs() by expectation maximization of the likelihood.
 
     Each iteration sets the weight of a member to the member's mean share of the probability of the correct class. The
     log likelihood, summed over all images, is concave in the weights and never decreases; the iterations end when the

@@ -27,7 +27,7 @@ def make_optimizer(
 
     Args:
       config: `optimizer` of a configuration.
-      learning_rate: a tree of float32 scalars with the structure of the parameters, see learning_rate_tree(); or one scalar
+      learning_rate: a tree of float32 scalars with the structure of the parameters, see learning_rates(); or one scalar
         for all kernels, which `bias_lr_multiplier` scales for biases. It may be traced, so that a new learning rate
         needs no recompilation.
       reduce_norms: all-reduces sums over kernel shards (a tree of scalars with the structure of the parameters) to sums

@@ -39,7 +39,7 @@ def _warmed_up(config: Config, step: int, examples: int) -> float:
 
 
 def learning_rate_tree(config: Config, step: int, examples: int, decays_taken: int) -> dict[str, dict[str, float]]:
-    """Returns the learning rate of each layer's `kernel` and `bias` at `step`; see learning_rate() for the arguments.
+    """Returns the learning rate of each layer's `kernel` and `bias` at `step`; see scheduled_rate() for the arguments.
 
     The learning rate of biases is `bias_lr_multiplier` times the scheduled one, or times that of a `bias_schedule` with
     the same initial value. `lr_overrides` overrides single kernels or biases from a given time on.

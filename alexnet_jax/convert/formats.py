@@ -1,4 +1,4 @@
-"""Readers for weight files of other frameworks, one module per format; detect_format() detects the format by content."""
+"""Detects the format of a weight file by its content."""
 
 import re
 

@@ -101,7 +101,7 @@ def import_config(preset: str, widths: tuple[int, ...], mean: np.ndarray) -> Any
 
 
 def statistics_from_mean(mean: np.ndarray, config: Config) -> dict[str, np.ndarray]:
-    """Returns the fields of prepare.shards.statistics() if only the mean is known: zero eigenvalues, so no color noise."""
+    """Returns data set statistics for a known mean alone: the eigenvalues are zero, so there is no color noise."""
     size, channels = config.data.image_size, config.data.channels
     return {
         'mean_image': np.broadcast_to(mean, (size, size, channels)).copy(),

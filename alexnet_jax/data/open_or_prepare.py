@@ -19,7 +19,8 @@ from alexnet_jax.runtime.preemption import PreemptionHandler
 def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.PreparedDataset | None:
     """Opens the data set of `config.data`, or prepares it first; returns None if preempted during preparation.
 
-    Of several processes with a shared disk, one prepares the data set and the others wait; see prepare.writer.prepare().
+    Of several processes with a shared disk, one prepares the data set and the others wait; see
+    prepare.writer.prepare().
 
     Raises:
       ConfigError: the data set is unreachable or corrupt, or has other settings or another number of classes.

@@ -91,7 +91,7 @@ def plot_feature_maps(
 
 
 def plot_neighbors(trained: TrainedModel, store: PreparedDataset, pictures: Sequence[ImageInput]) -> Figure:
-    """Draws the training images nearest to each of `pictures`, 1 to 50. Raises the errors of feature_index.build_or_load_index()."""
+    """Draws the training images nearest to each of 1 to 50 `pictures`. Raises the errors of build_or_load_index()."""
     index = feature_index.build_or_load_index(trained, store)
     queries = feature_index.extract_features(trained, index, [picture.pixels for picture in pictures])
     rows = []

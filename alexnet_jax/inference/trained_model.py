@@ -244,8 +244,8 @@ def load_model(member: CheckpointRef, store: dataset.PreparedDataset | None = No
 
     Args:
       member: the network.
-      store: see open_eval_dataset(); supplies the statistics and class names if the workdir has no inputs.npz, as in runs of an
-        earlier version.
+      store: see open_eval_dataset(); supplies the statistics and class names if the workdir has no inputs.npz, as in
+        runs of an earlier version.
 
     Raises:
       ConfigError: there is no such checkpoint, or inputs.npz is missing or corrupt.

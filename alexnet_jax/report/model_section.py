@@ -155,7 +155,7 @@ def predictions(network: TrainedModel, shown: list[Example]) -> list[str]:
 def nearest(network: TrainedModel, store: dataset.PreparedDataset, shown: list[Example]) -> list[str]:
     """Returns the images of `shown` with their nearest training images, as in the right half of figure 4 of the paper.
 
-    Raises ConfigError, DatasetError: see feature_index.build_or_load_index().
+    Raises ConfigError, DatasetError: see features.index_of().
     """
     names, index = network.class_names, feature_index.build_or_load_index(network, store)
     queries = feature_index.extract_features(network, index, [example['image'] for _, example in shown])

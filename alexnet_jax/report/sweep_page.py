@@ -26,7 +26,7 @@ def page(
 
     Args:
       sweep, results, missing: see sweep_results.
-      rows: see sweep.table.summarize().
+      rows: see sweep_table.summarise().
       views: the number of views of the errors in `rows`.
       made_by: the command that is running.
     """

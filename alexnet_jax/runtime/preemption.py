@@ -44,7 +44,7 @@ class PreemptionHandler:
 
 
 class Watchdog:
-    """Context that dumps all stacks and exits the process with 1 after `timeout` seconds without a call of reset().
+    """Context that dumps all stacks and exits the process with 1 after `timeout` seconds without a call of feed().
 
     The watchdog counts its own one-second waits, so time during which the whole process is suspended does not count.
     """

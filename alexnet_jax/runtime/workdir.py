@@ -94,7 +94,7 @@ def write_dataset_statistics(workdir: str, statistics: dict[str, np.ndarray], cl
 
     Args:
       workdir: the folder of the run.
-      statistics: see prepare.shards.statistics().
+      statistics: see data/shards.statistics().
       class_names: one name per label.
     """
     with atomic_write(os.path.join(workdir, 'inputs.npz'), 'wb') as file:

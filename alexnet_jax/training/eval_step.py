@@ -22,7 +22,7 @@ def topk_errors(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Ar
 def make_eval_step(config: Config, mesh: parallel.Mesh, views: int) -> Any:
     """Returns the jitted step (state, batch, preprocessing) -> sums (4,) of loss, top-1 error, top-5 error, images.
 
-    views: 1 (the center crop) or 10 (see augment.eval_crop()); the softmax outputs of the views are averaged (section 4.1).
+    views: 1 (the center crop) or 10 (see augment.view()); the softmax outputs of the views are averaged (section 4.1).
     batch: image (B, S, S, C) uint8 and label (B,) int32; images with label -1 are padding and are not counted.
     """
     layout = config.mesh.layout

@@ -22,9 +22,9 @@ def evaluate(
     """Evaluates a network on `batches`.
 
     Args:
-      eval_step: see make_eval_step().
+      eval_step: see step.make_eval_step().
       state: step.TrainState, sharded over the mesh.
-      batches: this process's rows of each batch, see data/loader.validation_batches().
+      batches: this process's rows of each batch, see data/pipeline.validation_batches().
       preprocessing: see augment.preprocessing().
       sharding: sharding of the rows of a batch, see parallel.batch_sharding().
       what: label of the progress bar.

@@ -80,7 +80,7 @@ def make_train_step(config: Config, mesh: parallel.Mesh) -> Any:
     """Returns the jitted step (state, batch, learning_rates, preprocessing) -> (state, metrics); donates `state`.
 
     batch: image (B, S, S, C) uint8, label (B,) int32, and number (B,) uint32: the count of images seen before this one.
-    learning_rates: float32 scalars by layer and kernel or bias, see schedules.learning_rate_tree().
+    learning_rates: float32 scalars by layer and kernel or bias, see optimizer.learning_rates().
     preprocessing: see augment.preprocessing().
     metrics: loss, top1_error and top5_error of the batch under augmentation and dropout, float32 scalars.
     """

@@ -58,8 +58,8 @@ def train_and_evaluate(config: Config, workdir: str, group: dict[str, Any] | Non
     Writes config.json, environment.json, inputs.npz, metrics.jsonl, layers.jsonl, checkpoints/ and result.json.
 
     Args:
-      group: the processes of the run, see distributed.initialize(). After an exception the joined processes still wait for
-        one another, so the caller must end this process with distributed.hard_exit().
+      group: the processes of the run, see processes.start(). After an exception the joined processes still wait for
+        one another, so the caller must end this process with processes.hard_exit().
       wanted: dashboards and profile to write besides the log; the same on all processes.
 
     Returns:
@@ -322,7 +322,7 @@ class Trainer:
         self.batch = None
         batch = self.batch = next(batches)
         waited = time.perf_counter() - start
-        self.update_learning_rate_tree()
+        self.update_learning_rates()
         make_preprocess_params = self.preprocessing if self.step < self.color_augmentation_until else self.colorless
         arguments = self.state, batch, self.device_learning_rates, make_preprocess_params
         first = self.step == self.first_step
@@ -436,7 +436,7 @@ class Trainer:
         )
 
     def layer_stats(self) -> dict[str, list[float]]:
-        """Returns the values of make_layer_stats_fn() on the last batch, by layer."""
+        """Returns the values of step.make_layer_stats_fn() on the last batch, by layer."""
         report = self.layer_report(self.state, self.batch['image'], self.preprocessing)
         return {name: [float(value) for value in values] for name, values in jax.device_get(report).items()}
 
