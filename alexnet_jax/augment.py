@@ -3,16 +3,18 @@
 The crop, flip and noise of an image are a pure function of its keys, and do not depend on the mesh or the batch.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Int, Key, UInt8, UInt32
 
 from alexnet_jax.config import DataConfig
 
 
-def example_keys(seed: int, number: jax.Array, purpose: int) -> jax.Array:
+def example_keys(seed: int, number: UInt32[Array, ' b'], purpose: int) -> Key[Array, ' b']:
     """Returns one random key per image, (B,).
 
     Args:
@@ -24,10 +26,17 @@ def example_keys(seed: int, number: jax.Array, purpose: int) -> jax.Array:
     return jax.vmap(lambda n: jax.random.fold_in(key, n))(number)
 
 
-def make_preprocess_params(statistics: Any, config: DataConfig) -> dict[str, Any]:
-    """Computes the constants of augment() and eval_crop() from the training set's `statistics`.
+class PreprocessParams(TypedDict):
+    """The constants of augment() and eval_crop(), see make_preprocess_params()."""
 
-    `config` is `data` of a configuration.
+    mean: Float32[Array | np.ndarray, 's s c']
+    color: Float32[Array | np.ndarray, 'c c']
+    divisor: Float32[Array | np.ndarray | np.float32, '']
+    scale: Float32[Array | np.ndarray, ' c']
+
+
+def make_preprocess_params(statistics: Mapping[str, np.ndarray], config: DataConfig) -> PreprocessParams:
+    """Computes the constants of augment() and eval_crop() from the training set's `statistics`.
 
     Returns:
       mean: (S, S, C) float32, the mean image, channel means or zeros; augment() and eval_crop() subtract it.
@@ -58,35 +67,39 @@ def make_preprocess_params(statistics: Any, config: DataConfig) -> dict[str, Any
     }
 
 
-def disable_color_augmentation(preprocessing: dict[str, Any]) -> dict[str, Any]:
+def disable_color_augmentation(preprocessing: PreprocessParams) -> PreprocessParams:
     """Returns `preprocessing` without color noise and its divisor, as in the original program's last epochs."""
-    return preprocessing | {'color': np.zeros_like(preprocessing['color']), 'divisor': np.float32(1)}
+    return {**preprocessing, 'color': np.zeros_like(preprocessing['color']), 'divisor': np.float32(1)}
 
 
 def augment(
-    images: jax.Array, keys: jax.Array, crop_keys: jax.Array, preprocessing: dict[str, jax.Array], config: DataConfig
-) -> jax.Array:
+    images: UInt8[Array, 'b s s c'],
+    keys: Key[Array, ' b'],
+    crop_keys: Key[Array, ' b'],
+    preprocessing: PreprocessParams,
+    config: DataConfig,
+) -> Float32[Array, 'b crop crop c']:
     """Computes training inputs: takes a random crop, subtracts the mean, flips at random, adds color noise, and scales.
 
     Args:
       images: (B, S, S, C) uint8.
       keys: (B,), one per image, for the color noise.
       crop_keys: (B,), for crop and horizontal flip; images with the same key get the same crop and flip.
-      preprocessing: see preprocessing().
-      config: `data` of a configuration; `crop`, `flip` and `color` select the parts.
+      preprocessing: see make_preprocess_params().
+      config: `crop`, `flip` and `color` select the parts.
 
     Returns:
       (B, crop_size, crop_size, C) float32, in gray levels around zero times preprocessing['scale'].
     """
     size, crop = images.shape[1], config.crop_size
 
-    def one(image, key, window_key):
+    def one(image, key, crop_key):
         offset = jnp.full((2,), (size - crop) // 2)
         if config.crop:
-            offset = jax.random.randint(jax.random.fold_in(window_key, 0), (2,), 0, size - crop + 1)
-        x = _window(image, offset, crop).astype(jnp.float32) - _mean(preprocessing, offset, config)
+            offset = jax.random.randint(jax.random.fold_in(crop_key, 0), (2,), 0, size - crop + 1)
+        x = _crop(image, offset, crop).astype(jnp.float32) - _mean(preprocessing, offset, config)
         if config.flip:
-            x = jnp.where(jax.random.bernoulli(jax.random.fold_in(window_key, 1)), x[:, ::-1], x)
+            x = jnp.where(jax.random.bernoulli(jax.random.fold_in(crop_key, 1)), x[:, ::-1], x)
         if config.color != 'none':
             color = preprocessing['color']
             strengths = jax.random.normal(jax.random.fold_in(key, 2), color.shape[:1])
@@ -98,14 +111,14 @@ def augment(
 
 
 def eval_crop(
-    images: jax.Array, preprocessing: dict[str, jax.Array], config: DataConfig, index: jax.Array | int
-) -> jax.Array:
+    images: UInt8[Array, 'b s s c'], preprocessing: PreprocessParams, config: DataConfig, index: Int[Array, ''] | int
+) -> Float32[Array, 'b crop crop c']:
     """Computes one test view of each image, without color noise.
 
     Args:
       images: (B, S, S, C) uint8.
-      preprocessing: see preprocessing().
-      config: `data` of a configuration.
+      preprocessing: see make_preprocess_params().
+      config: its `crop_size` and `mean_crop` are used.
       index: 0 for the center crop, 1 to 4 for the corners, 5 to 9 for horizontal flips of the same five crops.
 
     Returns:
@@ -115,17 +128,17 @@ def eval_crop(
     far = images.shape[1] - crop
     offsets = jnp.array([(far // 2, far // 2), (0, 0), (0, far), (far, 0), (far, far)])
     offset = offsets[index % 5]
-    batch = jax.vmap(lambda image: _window(image, offset, crop))(images)
+    batch = jax.vmap(lambda image: _crop(image, offset, crop))(images)
     x = batch.astype(jnp.float32) - _mean(preprocessing, offset, config)[None]
     return jnp.where(index >= 5, x[:, :, ::-1], x) * preprocessing['scale'][None, None, None]
 
 
-def _mean(preprocessing: dict[str, jax.Array], offset: jax.Array, config: DataConfig) -> jax.Array:
+def _mean(preprocessing: PreprocessParams, offset: jax.Array, config: DataConfig) -> jax.Array:
     """Returns the mean for a crop at `offset`: that crop of the mean, or its center as in the original program."""
     if config.mean_crop == 'center':
         offset = jnp.full((2,), (preprocessing['mean'].shape[0] - config.crop_size) // 2)
-    return _window(preprocessing['mean'], offset, config.crop_size)
+    return _crop(preprocessing['mean'], offset, config.crop_size)
 
 
-def _window(image: jax.Array, offset: jax.Array, size: int) -> jax.Array:
+def _crop(image: jax.Array | np.ndarray, offset: jax.Array, size: int) -> jax.Array:
     return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), (size, size, image.shape[2]))

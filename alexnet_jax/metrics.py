@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Float64, Integer
+
+Scores = Float32[np.ndarray, 'n classes']
+Labels = Integer[np.ndarray, ' n']
 
 
-def errors(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def errors(scores: Scores, labels: Labels) -> tuple[Bool[np.ndarray, ' n'], Bool[np.ndarray, ' n']]:
     """Returns the top-1 and top-5 errors, (N,) bool each, by the same rule as make_eval_step().
 
     A class that ties with the correct class ranks above the correct class, and so does a class with a NaN score.
@@ -18,19 +22,19 @@ def errors(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return better >= 1, better >= 5
 
 
-def _right(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _right(scores: Scores, labels: Labels) -> Float32[np.ndarray, ' n']:
     """Returns the score (N,) of the correct class of each image."""
     return np.take_along_axis(scores, labels[:, None], -1)[:, 0]
 
 
-def error_rates(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def error_rates(scores: Scores, labels: Labels) -> dict[str, float]:
     """Returns means over the images: loss (negative log likelihood in nats), top1_error and top5_error (0 to 1)."""
     top1, top5 = errors(scores, labels)
     loss = -np.mean(_right(scores, labels), dtype=np.float64)
     return {'loss': float(loss), 'top1_error': float(top1.mean()), 'top5_error': float(top5.mean())}
 
 
-def average_log_probs(scores: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+def average_log_probs(scores: Sequence[Scores], weights: Sequence[float]) -> Scores:
     """Returns the log of the members' weighted mean probabilities (the ensembles of table 2); `weights` sum to 1.
 
     A member with weight 0 has no effect, even if its scores are NaN.
@@ -43,7 +47,7 @@ def average_log_probs(scores: Sequence[np.ndarray], weights: Sequence[float]) ->
     return mixed
 
 
-def fit_weights(scores: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
+def fit_weights(scores: Sequence[Scores], labels: Labels) -> Float64[np.ndarray, ' members']:
     """Fits the weights (members,) float64 of average_log_probs() by expectation maximization of the likelihood.
 
     Each iteration sets the weight of a member to the member's mean share of the probability of the correct class. The
@@ -65,16 +69,15 @@ def fit_weights(scores: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
         weights = weights * np.mean(likelihoods / mixed[:, None], 0)
 
 
-def top_k(probabilities: np.ndarray, class_names: Sequence[str], top: int) -> list[tuple[str, float]]:
-    """Returns (name, probability) of the `top` most probable classes, highest first; ties keep the order of classes.
-
-    `probabilities`: (classes,).
-    """
+def top_k(
+    probabilities: Float[np.ndarray, ' classes'], class_names: Sequence[str], top: int
+) -> list[tuple[str, float]]:
+    """Returns (name, probability) of the `top` most probable classes, highest first; ties keep the order of classes."""
     order = np.argsort(-probabilities, kind='stable')[:top]
     return [(class_names[index], float(probabilities[index])) for index in order]
 
 
-def per_class_errors(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+def per_class_errors(scores: Scores, labels: Labels, names: Sequence[str]) -> list[dict[str, Any]]:
     """Returns one row per class: name, images, top1_error, top5_error, instead and instead_images.
 
     The errors are 0 to 1, or None for a class without images. `instead` is the class that most often has the best score
@@ -84,11 +87,11 @@ def per_class_errors(scores: np.ndarray, labels: np.ndarray, names: Sequence[str
     top1, top5 = errors(scores, labels)
     others = np.where(np.isnan(scores), -np.inf, scores)
     np.put_along_axis(others, labels[:, None], -np.inf, -1)
-    top_k, known = others.argmax(-1), others.max(-1) > -np.inf
+    confused, known = others.argmax(-1), others.max(-1) > -np.inf
     rows = []
     for label, name in enumerate(names):
         own = labels == label
-        counts = np.bincount(top_k[own & top1 & known], minlength=len(names))
+        counts = np.bincount(confused[own & top1 & known], minlength=len(names))
         images, most = int(own.sum()), int(np.argmax(counts))
         rows.append(
             {

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 import numpy as np
@@ -28,42 +28,45 @@ from alexnet_jax.runtime.workdir import (
     write_dataset_statistics,
 )
 
+if TYPE_CHECKING:
+    from alexnet_jax.augment import PreprocessParams
+
 CHECKPOINT_HELP = "a run's folder WORKDIR, WORKDIR/best or WORKDIR/checkpoints/STEP"
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointRef:
-    """A network that is named on a command line.
+    """A checkpoint that is named on a command line.
 
     Attributes:
       name: the CHECKPOINT argument as given.
       workdir: absolute path of the run's folder.
-      which: the checkpoint to use: 'newest', 'best' or a step as text.
+      selector: the checkpoint to use: 'newest', 'best' or a step as text.
       config: the resolved configuration of the run.
     """
 
     name: str
     workdir: str
-    which: str
+    selector: str
     config: Config
 
 
 def parse_checkpoint_ref(name: str) -> CheckpointRef:
     """Parses the CHECKPOINT argument `name`. Raises ConfigError: there is no run with a usable config.json."""
     path = os.path.abspath(os.path.expanduser(name))
-    workdir, which = path, 'newest'
+    workdir, selector = path, 'newest'
     parent, last = os.path.split(path)
     if not os.path.exists(os.path.join(path, 'config.json')):
         if last == 'best':
-            workdir, which = parent, last
+            workdir, selector = parent, last
         elif os.path.basename(parent) == 'checkpoints' and last.isdecimal():
-            workdir, which = os.path.dirname(parent), last
+            workdir, selector = os.path.dirname(parent), last
     if not os.path.isdir(workdir):
         raise ConfigError(f'{name}: there is no folder {workdir}; name {CHECKPOINT_HELP}')
     if not os.path.exists(os.path.join(workdir, 'config.json')):
         raise ConfigError(f'{name}: {workdir} has no config.json; name {CHECKPOINT_HELP}')
     try:
-        return CheckpointRef(name, workdir, which, read_config(workdir))
+        return CheckpointRef(name, workdir, selector, read_config(workdir))
     except ConfigError as error:
         raise ConfigError(f'{name}: its config.json is unusable: {error}') from None
 
@@ -79,16 +82,16 @@ def resolve_step(member: CheckpointRef) -> int:
     if not errors:
         raise ConfigError(f'{member.name}: {member.workdir} has no checkpoint; train there first')
     there = f'the checkpoints are those of steps {", ".join(map(str, errors))}'
-    if member.which == 'newest':
+    if member.selector == 'newest':
         return max(errors)
-    if member.which == 'best':
+    if member.selector == 'best':
         measured = {step: error for step, error in errors.items() if error is not None}
         if not measured:
             raise ConfigError(f'{member.name}: no checkpoint has a validation error; {there}')
         return min(measured, key=lambda step: measured[step])
-    if int(member.which) not in errors:
+    if int(member.selector) not in errors:
         raise ConfigError(f'{member.name}: there is no such checkpoint; {there}')
-    return int(member.which)
+    return int(member.selector)
 
 
 def restore(member: CheckpointRef, abstract_state: Any) -> Any:
@@ -178,12 +181,12 @@ class TrainedModel:
     """A trained network on the devices.
 
     Attributes:
-      name, workdir: see Member.
+      name, workdir: see CheckpointRef.
       step: step of the checkpoint.
       digest: digest of the state, see checkpointing.state_digest().
       config: resolved configuration of the run, with a mesh that fits the available devices.
       mesh: see parallel.make_mesh().
-      state: step.TrainState, sharded over the mesh.
+      state: training.state.TrainState, sharded over the mesh.
       statistics: statistics of the training images, see prepare.shards.statistics().
       class_names: one name per label.
     """
@@ -199,8 +202,8 @@ class TrainedModel:
     class_names: list[str]
 
     @property
-    def preprocessing(self) -> dict[str, np.ndarray]:
-        """The preprocessing arrays of the network, see augment.preprocessing()."""
+    def preprocessing(self) -> 'PreprocessParams':
+        """The preprocessing arrays of the network, see augment.make_preprocess_params()."""
         from alexnet_jax.augment import make_preprocess_params
 
         return make_preprocess_params(self.statistics, self.config.data)
@@ -232,10 +235,10 @@ class TrainedModel:
         """
         from alexnet_jax import parallel
 
-        make_preprocess_params, images = self.preprocessing, iter(images)
+        preprocessing, images = self.preprocessing, iter(images)
         while batch := list(itertools.islice(images, batch_size)):
             filled = np.stack(batch + [np.zeros_like(batch[0])] * (batch_size - len(batch)))
-            outputs = compiled(self.state, parallel.make_global_batch(self.sharding, filled), make_preprocess_params)
+            outputs = compiled(self.state, parallel.make_global_batch(self.sharding, filled), preprocessing)
             yield from np.asarray(outputs)[: len(batch)]
 
 
@@ -286,9 +289,9 @@ def import_weights_as_run(
     Args:
       workdir: the folder to create.
       config: a resolved configuration.
-      params: float32, as in step.TrainState.
-      batch_statistics: float32 running means and variances, as in step.TrainState; {} without batch normalization.
-      statistics, class_names: see Network.
+      params: float32, as in TrainState.
+      batch_statistics: float32 running means and variances, as in TrainState; {} without batch normalization.
+      statistics, class_names: see TrainedModel.
 
     Raises:
       ConfigError: `workdir` is not empty, or cannot be written.
