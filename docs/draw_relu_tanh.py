@@ -16,7 +16,7 @@ IMAGES, BATCH_SIZE, WINDOW = 60_000, 128, 47
 
 
 def load_runs(path: str) -> list[dict[str, Any]]:
-    """Returns the variant, result and metrics of each run of the sweep in folder `path`, or of the JSONL file `path`."""
+    """Returns variant, result and metrics of each run of the sweep in folder `path`, or of the JSONL file `path`."""
     if os.path.isfile(path):
         with open(path) as file:
             return [json.loads(line) for line in file]
