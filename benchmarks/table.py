@@ -1,4 +1,4 @@
-"""Runs the benchmarks and writes their results to docs/benchmarks.md, as the table between two marks.
+"""Runs the benchmarks and writes their results to README.md, as the table between two marks.
 
     python benchmarks/table.py [NAME ...] [--torch_python=PATH]      # `make bench` runs all of them
 
@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks.workers import ROOT, machine
 
-RESULTS, README = 'docs/logs/benchmarks.json', 'docs/benchmarks.md'
+RESULTS, README = 'docs/logs/benchmarks.json', 'README.md'
 BEGIN, END = '<!-- The table is made by `make bench`. -->', '<!-- End of what `make bench` makes. -->'
 PEERS = {'tensorflow': 'TensorFlow, oneDNN', 'torch': 'PyTorch, `torch.compile`'}
 WITH_TORCH = ('train_step', 'memory')
