@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a SLURM cluster; what follows the script's name goes to launch.py. From the repository, with its .venv:
+# Trains on a SLURM cluster; arguments are passed to launch.py. From the repository, with its .venv:
 #
 #   one task per GPU:       sbatch --nodes=2 --ntasks-per-node=8 --gres=gpu:8 cluster/slurm.sh --workdir=runs/a
 #   CPUs, one per node:     sbatch --nodes=4 --exclusive cluster/slurm.sh --workdir=runs/a
@@ -16,16 +16,16 @@
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 
-# srun no longer takes this from sbatch.
+# srun no longer inherits this from sbatch.
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
   export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 fi
 
-# When one task ends the others get 60 s. --kill-on-bad-exit would give a task that still writes a second SIGTERM.
+# When one task exits, the others have 60 s. --kill-on-bad-exit would send a second SIGTERM to a task that still writes.
 code=0
 srun --label --kill-on-bad-exit=0 --wait=60 \
   .venv/bin/python launch.py --distributed "${@//\%a/${SLURM_ARRAY_TASK_ID:-%a}}" || code=$?
-if [[ $code == 75 ]]; then # stopped with a checkpoint written
+if [[ $code == 75 ]]; then # preempted, with a checkpoint written
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

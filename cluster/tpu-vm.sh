@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains on a slice of Cloud TPU VMs, all of its workers; what follows the script's name goes to launch.py. It takes a
-# spot slice from the queue, asks for another one when that is preempted, and gives it back at the end. Let it run where
-# it can go on for days (tmux on a small machine):
+# Trains on all workers of a slice of Cloud TPU VMs; arguments are passed to launch.py. The script requests a spot slice,
+# requests another one if the slice is preempted, and deletes the slice at the end. Run it on a machine that stays on for
+# days (tmux on a small machine):
 #
 #   NAME=alexnet ZONE=us-east5-b TYPE=v6e-16 RUNTIME=v2-alpha-tpuv6e NFS=10.0.0.2:/share \
 #   REPOSITORY=https://github.com/YOU/alexnet_jax \
@@ -19,7 +19,7 @@ state() {
   elif [[ $answer == *NOT_FOUND* ]]; then
     echo MISSING
   else
-    echo "$answer" >&2 # the network, say: it is asked again
+    echo "$answer" >&2 # a network error, for example: the state is queried again
     echo UNKNOWN
   fi
 }
@@ -35,7 +35,7 @@ cd alexnet_jax
 pip install --user uv
 ~/.local/bin/uv venv --allow-existing --python=3.13 .venv
 ~/.local/bin/uv pip install --python=.venv/bin/python --constraint=requirements.txt --editable '.[tpu]'"
-# 75: stopped with a checkpoint written, on all workers at once.
+# 75: preempted, with a checkpoint written, on all workers at once.
 train="cd alexnet_jax
 while .venv/bin/python launch.py --distributed$arguments; code=\$?; [ \$code = 75 ]; do :; done
 exit \$code"
@@ -55,6 +55,6 @@ while true; do
       ;;
     FAILED | SUSPENDED) queue delete --quiet --force ;;
     MISSING) queue create --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" --spot ;;
-    *) sleep "$SECONDS_BETWEEN_LOOKS" ;; # waiting, being made or taken away
+    *) sleep "$SECONDS_BETWEEN_LOOKS" ;; # waiting, being created or deleted
   esac
 done

@@ -4,14 +4,14 @@
     alexnet report runs/ablations
 
 DATA           base row                                     seeds   rows
-photos         configs/quickstart.py                          5     LRN, overlap, dropout, towers, tanh, colour
-fashion_mnist  configs/fashion_mnist.py                       5     no overlap, no colour, but depth, exchange, batches
+photos         configs/quickstart.py                          5     LRN, overlap, dropout, towers, tanh, color
+fashion_mnist  configs/fashion_mnist.py                       5     no overlap or color; plus depth, exchange, batches
 imagenet       configs/imagenet.py:krizhevsky2012             1     all
 
-Hardware and time: `photos` on two CPU cores in docs/ablations.md. The others were not run here; `fashion_mnist` takes
-15 to 18 minutes a run on two CPU cores, `imagenet` as long as the network for each row. On a cluster one SLURM array
-does it: cluster/slurm.sh. Published differences are those of ILSVRC, in percentage points, of networks forty times the
-size of the small ones here: a table made with other data is read beside them, not against them.
+Hardware and time: docs/ablations.md for `photos`, on two CPU cores. The others were not run here; a run of
+`fashion_mnist` takes 15 to 18 minutes on two CPU cores, a run of `imagenet` as long as training the network. On a
+cluster one SLURM array runs the sweep: cluster/slurm.sh. Published differences are for ILSVRC, in percentage points, of
+networks forty times the size of the small ones here, so they are a reference for other data, not a target.
 """
 
 from alexnet_jax import config_files
@@ -26,27 +26,27 @@ MIDDLE = 'section 7 of the paper: "about 2 %" for any of the middle layers'
 
 
 def get_config(data: str = 'photos'):
-    """Settings of the base row."""
+    """Returns the settings of the base row."""
     if data not in BASES:
         raise ConfigError(f'configs/ablations.py:{data}: no such data; there are {", ".join(BASES)}')
     return config_files.call(BASES[data], 'get_config')
 
 
 def sweep(data: str = 'photos') -> list[Variant]:
-    """All rows with all seeds."""
+    """Returns all rows with all seeds."""
     config = get_config(data)
     rows = _paper_rows(config)
     if data == 'fashion_mnist':
-        rows = [row for row in rows if row.name not in ('no_color', 'no_overlap')]  # whose base row has neither
+        rows = [row for row in rows if row.name not in ('no_color', 'no_overlap')]  # the base row has neither
     if data == 'imagenet':
-        rows += _normalisation_rows()
+        rows += _lrn_rows()
     if data != 'photos':
         rows += _depth_rows(config) + _exchange_rows() + _batch_rows(config, (256, 1024, 8192))
     return seeds(rows, SEEDS[data])
 
 
 def _model(config, name):
-    """A field of `model`, from the preset where the configuration leaves it empty."""
+    """Returns a field of `model`, from the preset if the configuration leaves it empty."""
     value = get_by_path(config, f'model.{name}')
     return PRESETS[config.model.preset].model[name] if value is None else value
 
@@ -60,33 +60,33 @@ def _paper_rows(config) -> list[Variant]:
             'no_lrn',
             {'model.lrn': False},
             (1.37, 1.15),
-            f'net #148 against #145, {VALIDATION}; both normalisations go',
+            f'net #148 against #145, {VALIDATION}; both LRNs are removed',
         ),
         Variant('no_overlap', {'model.overlapping_pool': False}, (0.39, 0.30), f'net #147 against #145, {VALIDATION}'),
         Variant('no_dropout', {'model.dropout': 0.0}, note='the paper: "substantial overfitting", without a number'),
-        Variant('one_tower', {'model.towers': 1}, note='all layers see all maps, which is more weights'),
+        Variant('one_tower', {'model.towers': 1}, note='every layer reads all feature maps, which needs more weights'),
         Variant(
             'half',
             {'model.towers': 1, 'model.widths': half},
             (1.70, 1.23),
-            'net #145 on one GPU against two, ILSVRC-2010 test, ten views; conv5 keeps its width',
+            'net #145 on one GPU against two, ILSVRC-2010 test, ten views; conv5 keeps its full width',
         ),
         Variant(
             'tanh',
             {'model.activation': 'tanh', 'model.bias_init': (0.0,) * 8},
-            note='biases of 0, for those of 1 saturate it and nothing is learnt; the paper compares speeds, not errors',
+            note='biases of 0, because biases of 1 saturate tanh; the paper compares speeds, not errors',
         ),
         Variant('no_color', {'data.color': 'none'}, (1.0, None), 'section 4.1 of the paper: "over 1 %"'),
     ]
 
 
-def _normalisation_rows() -> list[Variant]:
+def _lrn_rows() -> list[Variant]:
     layer1, layer2, *others = PRESETS['krizhevsky2012'].model['conv_ops']
     return [
         Variant(
             'no_spatial_norm',
             {'model.conv_ops': (layer1, 'activation lrn pool', *others)},
-            note='the second normalisation of layer 2 goes; no run of the original isolates it',
+            note='the second LRN of conv2 is removed; no run of the original isolates it',
         ),
         Variant(
             'no_layer2_norm',
@@ -110,7 +110,7 @@ def _depth_rows(config) -> list[Variant]:
         return (*widths[:layer], 0, *widths[layer + 1 :])
 
     return [
-        # The towers meet before conv4 where there is no conv3.
+        # Without conv3, conv4 reads both towers.
         Variant(
             'no_conv3',
             {'model.widths': without(2), 'model.cross_tower': ('conv4', 'fc6', 'fc7', 'fc8')},
@@ -135,11 +135,14 @@ def _exchange_rows() -> list[Variant]:
 
 
 def _batch_rows(config, batch_sizes) -> list[Variant]:
-    """Larger batches at a rate that grows with them; with LARS at 10 for 8,192 images, less as a root below."""
+    """Returns rows of larger batches, without and with LARS.
+
+    The learning rate is proportional to the batch size. With LARS it is 10 for 8,192 images, scaled by the square root.
+    """
     rate, size = config.optimizer.learning_rate, config.train.batch_size
     rows = []
     for batch_size in batch_sizes:
-        # Rates of single layers are of the base's batch size.
+        # The learning rates in lr_overrides are for the batch size of the base.
         scaled = {'train.batch_size': batch_size, 'optimizer.learning_rate': rate * batch_size / size}
         scaled['optimizer.lr_overrides'] = ()
         warmup = {} if batch_size <= 256 else {'optimizer.warmup': '5 epochs'}
@@ -156,7 +159,7 @@ def _batch_rows(config, batch_sizes) -> list[Variant]:
         lars = {
             'optimizer.trust_coefficient': 0.001,
             'optimizer.learning_rate': lars_rate,
-            # LARS does not scale biases: they learn as without it.
+            # LARS does not scale biases: they keep the learning rate of the row without LARS.
             'optimizer.bias_schedule': 'same',
             'optimizer.bias_lr_multiplier': rate * batch_size / size / lars_rate,
             'optimizer.warmup': '5 epochs',

@@ -2,20 +2,21 @@
 
     python launch.py --config=configs/flowers102.py
 
-TFDS downloads the data (330 MB) at the first run, and prepares them with TensorFlow (the extra `imagenet`); it has not
-been run here, where nothing can be downloaded. So few images do not train 58 million weights well from scratch: this is
-an example of a small data set of large pictures.
-Hardware and time: on two CPU cores about an hour, judging by the speed of the step in the README.
+TFDS downloads the data (330 MB) in the first run and prepares them with TensorFlow (the extra `imagenet`). It was not
+run here, because nothing could be downloaded. So few images cannot train 58 million weights well from scratch; this is
+an example of a small data set of large images.
+Hardware and time: about an hour on two CPU cores, estimated from the speed of the step in docs/benchmarks.md.
 """
 
 from alexnet_jax.config import default_config
 
 
 def get_config():
-    """Settings for Oxford Flowers 102."""
+    """Returns the settings for Oxford Flowers 102."""
     config = default_config()
     config.model.num_classes = 102
-    # The paper's biases of 1 and weights of 0.01 can take thousands of steps to come off chance; an epoch has 16.
+    # With the paper's biases of 1 and weights of 0.01 the loss can stay at ln(102) for thousands of steps, and an epoch
+    # has 16 steps.
     config.model.kernel_std = (0.01, 0.02, 0.02, 0.02, 0.02, 0.01, 0.01, 0.01)
     config.model.bias_init = (0.0, 0.1, 0.0, 0.1, 0.1, 0.1, 0.1, 0.0)
     config.data.source = 'tfds:oxford_flowers102'

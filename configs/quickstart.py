@@ -1,8 +1,8 @@
-"""The paper's network at a quarter of its width learns which of 16 photographs a patch comes from.
+"""The paper's network at a quarter of its width learns from which of 16 photographs a patch comes.
 
     python launch.py        (this is the default config; `make demo` runs it)
 
-Data: made from photographs inside scikit-image, nothing is downloaded. Patches for validation come from regions that no
+The data are made from photographs in scikit-image; nothing is downloaded. Validation patches come from regions that no
 training patch touches.
 """
 
@@ -10,11 +10,11 @@ from alexnet_jax.config import default_config
 
 
 def get_config():
-    """Settings of the quickstart."""
+    """Returns the settings of the quickstart."""
     config = default_config()
     config.model.widths = (24, 64, 96, 96, 64, 1024, 1024)
     config.model.num_classes = 16
-    # A quarter of the inputs to each unit asks for larger weights, or the signal fades from layer to layer.
+    # Units with a quarter of the inputs need larger weights, otherwise activations shrink from layer to layer.
     config.model.kernel_std = (0.05, 0.05, 0.05, 0.05, 0.05, 0.03, 0.03, 0.03)
     config.data.source = 'photos'
     config.data.data_dir = 'data'

@@ -1,13 +1,13 @@
-"""Figure 1 of the paper: how soon a four-layer network reaches a training error with ReLU and with tanh.
+"""Figure 1 of the paper: epochs until a four-layer network reaches a given training error, with ReLU and with tanh.
 
     python launch.py --config=configs/relu_tanh.py:rates --sweep=all --sweep_jobs=2 --workdir=runs/relu_tanh_rates
     python launch.py --config=configs/relu_tanh.py --sweep=all --sweep_jobs=2 --workdir=runs/relu_tanh
     python docs/draw_relu_tanh.py runs/relu_tanh
 
 The paper's network (preset cifar10_13pct) at half its width and with a stride of 2 in its first layer, on the 60,000
-images of Fashion-MNIST instead of CIFAR-10, which could not be downloaded here. As in the paper nothing regularises,
-and each nonlinearity has the learning rate that was the fastest of those that `:rates` tries, for one epoch with
-another seed. They, hardware, time and results are in docs/ablations.md.
+images of Fashion-MNIST instead of CIFAR-10, which could not be downloaded here. As in the paper there is no
+regularization, and each activation has its fastest learning rate: the best one of `:rates`, which trains one epoch with
+a separate seed. docs/ablations.md has the learning rates, results, hardware and time.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ RATES = (0.003, 0.01, 0.03, 0.1)
 
 
 def get_config(part: str = 'seeds'):
-    """Settings of both rows but for nonlinearity and learning rate."""
+    """Returns the settings of both rows, except for activation and learning rate."""
     config = preset_config('cifar10_13pct')
     config.model.conv1_stride = 2
     config.model.widths = (32, 32, 32, 32, 0, 0, 0)
@@ -29,7 +29,7 @@ def get_config(part: str = 'seeds'):
     config.data.channels = 1
     config.data.image_size = config.data.crop_size = 28
     config.data.crop = config.data.flip = False
-    config.data.std = (64.0,)  # pixels of about one, so that tanh is not saturated from the start
+    config.data.std = (64.0,)  # pixels are about 1, so that tanh is not saturated at the start
     config.optimizer.layer_weight_decay = None
     config.optimizer.weight_decay = 0.0
     config.optimizer.schedule = 'constant'
@@ -44,7 +44,7 @@ def get_config(part: str = 'seeds'):
 
 
 def sweep(part: str = 'seeds') -> list[Variant]:
-    """Both nonlinearities with five seeds, or with the learning rates to choose from."""
+    """Returns both activations with five seeds, or with the candidate learning rates."""
     if part == 'rates':
         variants = grid({'model.activation': ('relu', 'tanh'), 'optimizer.learning_rate': RATES})
         return [dataclasses.replace(variant, seed=100) for variant in variants]

@@ -1,6 +1,6 @@
-"""The figure docs/relu_tanh.png and its table, after figure 1 of the paper: python docs/draw_relu_tanh.py SWEEP_DIR
+"""The figure docs/relu_tanh.png and its table, after figure 1 of the paper: python docs/draw_relu_tanh.py PATH
 
-SWEEP_DIR: a finished sweep of configs/relu_tanh.py, or docs/logs/relu_tanh.
+PATH: the folder of a finished sweep of configs/relu_tanh.py, or docs/logs/relu_tanh.jsonl, the logs of such a sweep.
 """
 
 import json
@@ -15,17 +15,29 @@ STYLES = {'relu': ('#0072B2', '-'), 'tanh': ('#D55E00', '--')}  # colours of Oka
 IMAGES, BATCH_SIZE, WINDOW = 60_000, 128, 47
 
 
-def read(folder: str, directory: str) -> dict[str, Any]:
-    """Epochs and training errors (0 to 1) of a run's windows of WINDOW steps, and the epochs at which it met the goal.
+def load_runs(path: str) -> list[dict[str, Any]]:
+    """Returns variant, result and metrics of each run of the sweep in folder `path`, or of the JSONL file `path`."""
+    if os.path.isfile(path):
+        with open(path) as file:
+            return [json.loads(line) for line in file]
+    with open(os.path.join(path, 'sweep.json')) as file:
+        runs = json.load(file)['runs']
+    for run in runs:
+        with open(os.path.join(path, run['directory'], 'metrics.jsonl')) as file:
+            run['metrics'] = [json.loads(line) for line in file]
+        with open(os.path.join(path, run['directory'], 'result.json')) as file:
+            run['result'] = json.load(file)
+    return runs
 
-    A checkpoint ends a line of the log early; what belongs to one window is put together again.
+
+def learning_curve(run: dict[str, Any]) -> dict[str, Any]:
+    """Returns the epochs and training errors (0 to 1) of `run` per WINDOW steps, and the epochs to the target error.
+
+    A checkpoint ends a window of the log early; the parts of one window are averaged.
     """
-    with open(os.path.join(folder, directory, 'metrics.jsonl')) as file:
-        lines = [json.loads(line) for line in file]
-    with open(os.path.join(folder, directory, 'result.json')) as file:
-        target_step = json.load(file)['target_step']
+    target_step = run['result']['target_step']
     epochs, errors, before, wrong = [], [], 0, 0.0
-    for line in (line for line in lines if line['split'] == 'train'):
+    for line in (line for line in run['metrics'] if line['split'] == 'train'):
         wrong += line['top1_error'] * (line['step'] - before)
         before = line['step']
         if before % WINDOW == 0:
@@ -72,11 +84,8 @@ def draw(runs: dict[str, list[dict[str, Any]]], goal: float, file: str) -> None:
 
 
 if __name__ == '__main__':
-    folder = sys.argv[1]
-    with open(os.path.join(folder, 'sweep.json')) as file:
-        sweep = json.load(file)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in STYLES}
-    for run in sweep['runs']:
-        found[run['variant']].append(read(folder, run['directory']))
+    for run in load_runs(sys.argv[1]):
+        found[run['variant']].append(learning_curve(run))
     print_table(found)
     draw(found, 0.1, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'relu_tanh.png'))

@@ -288,7 +288,7 @@ def test_safetensors_have_the_settings_of_the_run_whatever_devices_there_are(on_
 
 def examples():
     """The loaders in the documentation, by the ending of what they load."""
-    text = (ROOT / 'docs' / 'weights.md').read_text().split('## Weights for elsewhere')[1]
+    text = (ROOT / 'docs' / 'weights.md').read_text().split('## Export')[1]
     blocks = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
     return {re.search(r"'alexnet\.(\w+)'", block)[1]: block for block in blocks}
 

@@ -665,7 +665,7 @@ def test_a_run_that_has_not_begun(folders, parsed):
 
 
 def test_a_log_without_settings():
-    page = Page(run_page.page(str(ROOT / 'docs' / 'logs' / 'ablations' / 'base' / 'seed_0'), None, True, 'command'))
+    page = Page(run_page.page(str(ROOT / 'tests' / 'data' / 'run_without_config'), None, True, 'command'))
     assert 'no readable config.json' in page.text['What was run']
     assert [row[3] for row in page.cells('Result')[1:]] == ['14.81 %', '14.37 %']
     assert len(page.images['Curves']) == 1
