@@ -83,22 +83,10 @@ def pixel_picture(pixels: np.ndarray, alt: str, max_pixels: int = _MAX_PIXELS) -
 
 
 def render(title: str, lead: str, sections: list[Section], command: str) -> bytes:
-    """Returns the page as the content of an HTML file.
-
-    Args:
-      title: name of the run or sweep.
-      lead: summary in one line.
-      sections: content of the page.
-      command: the command that is running.
-    """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(os.path.dirname(__file__)),
-        autoescape=True,
-        keep_trailing_newline=True,
-        lstrip_blocks=True,
-        trim_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    """Returns the page as the content of an HTML file. `lead` is a summary, `command` the command that is running."""
+    environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, autoescape=True)
+    environment.loader = jinja2.FileSystemLoader(os.path.dirname(__file__))
+    environment.undefined = jinja2.StrictUndefined
     environment.filters['split_code'] = re.compile('`([^`]+)`').split  # every second part is code
     template = environment.get_template('report.html.j2')
     text = template.render(title=title, lead=lead, sections=sections, command=command)

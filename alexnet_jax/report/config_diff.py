@@ -24,12 +24,9 @@ def length(config: Config, examples: int) -> str:
 def differences(config: Config) -> list[list[str]]:
     """Returns [name, preset's value, run's value] of the settings that differ, without seed and data_dir."""
     preset = resolve(preset_config(config.model.preset))
-    pairs = {
-        field: (_shown(get_by_path(preset, field)), _shown(get_by_path(config, field)))
-        for field in field_names(config)
-        if field not in ('seed', 'data.data_dir')
-    }
-    return [[f'`{field}`', *pair] for field, pair in pairs.items() if pair[0] != pair[1]]
+    fields = [field for field in field_names(config) if field not in ('seed', 'data.data_dir')]
+    rows = [[f'`{field}`', *(_shown(get_by_path(each, field)) for each in (preset, config))] for field in fields]
+    return [row for row in rows if row[1] != row[2]]
 
 
 def _shown(value: Any) -> str:

@@ -18,18 +18,14 @@ from alexnet_jax.sweep.table import as_cells, caption, footnotes
 
 _DPI = 200  # of the drawings
 _MAX_NAMES = 20  # classes listed by name
+# Keys of result.json; `goal_step`, like `damaged_records` below, is from an earlier version.
+_TARGET = 'The training error reached its target'
+_EVENTS = {'stalled_step': 'The loss stalled', 'target_step': _TARGET, 'goal_step': _TARGET}
 _NOT_FACTS = ('versions', 'command')  # keys of environment.json that the page shows differently
 
 
 def run_page(workdir: str, data_dir: str | None, neighbors: bool, command: str) -> bytes:
-    """Returns the page of the run in `workdir`.
-
-    Args:
-      workdir: the folder of the run.
-      data_dir: the folder of the prepared images; None: the one in the run's settings.
-      neighbors: whether to search the training images for neighbors of some images.
-      command: the command that is running.
-    """
+    """Returns the page of the run in `workdir`, see model_sections(). `command` is the command that is running."""
     run = read_run(workdir)
     no_metrics = f'{run.metrics_problem}. `{run.train_command}` writes a line every `train.log_every`.'
     sections: list[Section] = [
@@ -90,11 +86,10 @@ def _result_section(run: Run) -> list[Block]:
         blocks.append(('table', Table('errors', header, rows, published=bool(published_row))))
     if remark:
         blocks.append(('text', remark))
-    events = {'stalled_step': 'The loss stalled', 'target_step': 'The training error reached its target'}
-    for name, event in events.items():
+    for name, event in _EVENTS.items():
         if (step := number(run.result.get(name))) is not None:
             blocks.append(('text', f'{event} at step {step:,.0f}.'))
-    if corrupt := number(run.result.get('corrupt_records')):
+    if corrupt := number(run.result.get('corrupt_records', run.result.get('damaged_records'))):
         blocks.append(('text', f'{corrupt:,.0f} corrupt records of the data set were skipped.'))
     return blocks
 
