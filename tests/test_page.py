@@ -453,7 +453,7 @@ def test_published_errors_need_equal_network_and_images(tmp_path):
     assert page.rows('What was run') == []  # no settings differ from the preset
 
 
-# Missing and damaged files.
+# Missing and corrupt files.
 
 
 def test_run_that_has_not_started(folders, pages):
