@@ -1,9 +1,10 @@
-"""The table of a sweep against SciPy's Welch test and numbers by hand; runs that are missing, and refusals."""
+"""The table of a sweep against SciPy's Welch test and manual calculations; missing runs, and errors."""
 
 import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from alexnet_jax.sweep.table import Row, summarize, welch_interval
 
 ROOT = Path(__file__).parent.parent
 
-# Top-1 and top-5 errors in percent, a pair a run.
+# Top-1 and top-5 errors of each run, in percent.
 BASE = [(10.0, 1.0), (12.0, 2.0), (14.0, 3.0)]
 NO_LRN = [(13.0, 1.5), (15.0, 1.0), (17.0, 2.0)]
 HALF = [(9.0, 4.0), (19.0, 5.0)]
@@ -28,7 +29,7 @@ def variant(name: str, published=None, source='', note='') -> dict:
 
 
 def result(*errors: tuple[float, float], views=('10',), status='done', step=1600) -> dict:
-    """A result.json: for each of `views` the pair of errors in percent."""
+    """Returns a result.json with a pair of errors in percent for each of `views`."""
     known = {
         name: {'loss': 1.0, 'top1_error': top1 / 100, 'top5_error': top5 / 100, 'examples': 1600}
         for name, (top1, top5) in zip(views, errors, strict=True)
@@ -37,7 +38,7 @@ def result(*errors: tuple[float, float], views=('10',), status='done', step=1600
 
 
 def write_sweep(folder: Path, variants: list[dict], results: dict[str, list], base: str | None = 'base') -> str:
-    """A sweep's folder. `results`: a variant's runs by seed; a dict or text for result.json, or None for no folder."""
+    """Writes a sweep. `results`: for each variant and seed, a result.json (dict or text), or None for no folder."""
     runs = []
     for name, found in results.items():
         for seed, content in enumerate(found):
@@ -57,8 +58,8 @@ def done(errors: list[tuple[float, float]]) -> list[dict]:
 
 
 @pytest.fixture
-def whole(tmp_path) -> str:
-    """A sweep of which all is done."""
+def finished(tmp_path) -> str:
+    """A finished sweep."""
     variants = [
         variant('base'),
         variant('no_lrn', [1.37, 1.15], SOURCE),
@@ -81,7 +82,7 @@ def printed(*arguments: str) -> str:
 
 
 def refusal(*arguments: str) -> str:
-    """The one line that says why there is no report."""
+    """Returns the error message, which must be one line."""
     run = report(*arguments)
     assert (run.returncode, run.stdout) == (2, '')
     assert run.stderr.startswith('alexnet_jax: ')
@@ -99,104 +100,74 @@ def rows_of(folder: str, views=10) -> dict[str, Row]:
     return {row.name: row for row in summarize(sweep, read_results(folder, sweep), views)}
 
 
-def test_means_deviations_and_differences_by_hand(whole):
-    rows = rows_of(whole)
+def test_means_deviations_and_differences(finished):
+    rows = rows_of(finished)
     assert list(rows) == ['base', 'no_lrn', 'half', 'one']
     base, no_lrn, half = rows['base'], rows['no_lrn'], rows['half']
-    # Deviations from the mean: -2, 0, 2; -1, 0, 1; -5, 5. Squares summed over n - 1, then the root.
     assert (base.top1.mean, base.top1.deviation) == pytest.approx((12.0, 2.0))
     assert (base.top5.mean, base.top5.deviation) == pytest.approx((2.0, 1.0))
     assert (no_lrn.top1.mean, no_lrn.top1.deviation, no_lrn.top1.difference) == pytest.approx((15.0, 2.0, 3.0))
     assert (no_lrn.top5.mean, no_lrn.top5.deviation, no_lrn.top5.difference) == pytest.approx((1.5, 0.5, -0.5))
     assert (half.top1.mean, half.top1.deviation, half.top1.difference) == pytest.approx((14.0, 50**0.5, 2.0))
     assert (base.top1.difference, base.top1.interval, base.top5.difference, base.top5.interval) == (None,) * 4
-    # Equal variances of 4 and three runs each: 4 degrees of freedom, whose t is 2.776 in every table.
+    # Equal variances of 4 and three runs each: 4 degrees of freedom, t = 2.776.
     half_width = 2.776 * (4 / 3 + 4 / 3) ** 0.5
     assert no_lrn.top1.interval == pytest.approx((3 - half_width, 3 + half_width), abs=1e-3)
 
 
 @pytest.mark.parametrize(('name', 'errors'), [('no_lrn', NO_LRN), ('half', HALF)])
 @pytest.mark.parametrize(('kind', 'which'), [('top1', 0), ('top5', 1)])
-def test_intervals_are_those_of_welch_test(whole, name, errors, kind, which):
+def test_intervals_match_welch_test(finished, name, errors, kind, which):
     values, base = [[run[which] for run in runs] for runs in (errors, BASE)]
     expected = ttest_ind(values, base, equal_var=False).confidence_interval(0.95)
-    assert getattr(rows_of(whole)[name], kind).interval == pytest.approx((expected.low, expected.high))
+    assert getattr(rows_of(finished)[name], kind).interval == pytest.approx((expected.low, expected.high))
 
 
-def test_intervals_with_unequal_numbers_and_variances():
+def test_intervals_of_unequal_samples_match_welch_test():
     values, base = [1.0, 1.1, 0.9, 1.3, 1.2, 1.05], [3.0, 9.0, 5.0]
     expected = ttest_ind(values, base, equal_var=False).confidence_interval(0.95)
     assert welch_interval(values, base) == pytest.approx((expected.low, expected.high))
     assert welch_interval(base, values) == pytest.approx((-expected.high, -expected.low))
 
 
-def test_a_single_run_has_neither_deviation_nor_interval(whole):
-    one = rows_of(whole)['one'].top1
+def test_single_run_has_no_deviation_or_interval(finished):
+    one = rows_of(finished)['one'].top1
     assert one.mean == pytest.approx(11.0)
     assert one.difference == pytest.approx(-1.0)
     assert (one.deviation, one.interval) == (None, None)
-    assert table(printed(whole))[-1] == ['one', '1/1', '11.00', '-1.00', '', '2.00', '+0.00', '']
+    assert table(printed(finished))[-1] == ['one', '1/1', '11.00', '-1.00', '', '2.00', '+0.00', '']
 
 
-def test_no_interval_where_a_side_is_single_or_nothing_varies():
+def test_no_interval_without_variance():
     assert welch_interval([1.0], [1.0, 2.0]) is None
     assert welch_interval([1.0, 2.0], [1.0]) is None
     assert welch_interval([1.0, 1.0], [2.0, 2.0]) is None
     assert welch_interval([1.0, 1.0], [2.0, 3.0]) is not None
 
 
-def test_the_table(whole):
-    head, rule, base, no_lrn, half, _ = table(printed(whole))
-    kinds = [
-        f'{kind} {column}'
-        for kind in ('top-1', 'top-5')
-        for column in ('error, %', 'difference', 'difference, published')
-    ]
-    assert head == ['variant', 'runs', *kinds]
+def test_table_cells(finished):
+    head, rule, base, no_lrn, half, _ = table(printed(finished))
+    columns = ['error, %', 'difference', 'difference, published']
+    assert head == ['variant', 'runs', *(f'{kind} {column}' for kind in ('top-1', 'top-5') for column in columns)]
     assert rule == ['---', *['--:'] * 7]
     assert base == ['base', '3/3', '12.00 +- 2.00', '', '', '2.00 +- 1.00', '', '']
-    welch = [
-        ttest_ind([run[i] for run in NO_LRN], [run[i] for run in BASE], equal_var=False).confidence_interval()
-        for i in (0, 1)
-    ]
-    top1, top5 = (f'[{interval.low:+.2f}, {interval.high:+.2f}]' for interval in welch)
-    assert no_lrn == [
-        'no_lrn',
-        '3/3',
-        '15.00 +- 2.00',
-        f'+3.00 {top1}',
-        '+1.37',
-        '1.50 +- 0.50',
-        f'-0.50 {top5}',
-        '+1.15',
-    ]
-    assert top1 == '[-1.53, +7.53]'
+    assert no_lrn[:5] == ['no_lrn', '3/3', '15.00 +- 2.00', '+3.00 [-1.53, +7.53]', '+1.37']
+    assert no_lrn[5] == '1.50 +- 0.50'
+    assert no_lrn[6].startswith('-0.50 [-')
+    assert no_lrn[7] == '+1.15'
     assert (half[4], half[7]) == ('-1.00', '')
 
 
-def test_what_stands_below_the_table(whole):
-    text = printed(whole)
-    below = text.split('\n\n', 1)[1]
-    first = below.splitlines()[0]
-    assert first.startswith('`configs/ablations.py:photos`, 10 views; errors are mean +- sample standard deviation')
-    assert 'differences of the means to `base` are in percentage points' in first
-    assert "95 % confidence interval by Welch's t" in first
-    assert below.splitlines()[1:] == [
-        '',
-        'Sources of the published differences:',
-        '',
-        f'* no_lrn: {SOURCE}',
-        '* half: section 4.1',
-        '',
-        'Notes:',
-        '',
-        '* half: conv5 is as wide',
-        '* one: a single run',
-    ]
-    assert 'Missing' not in text
+def test_caption_sources_and_notes(finished):
+    caption, *lines = printed(finished).split('\n\n', 1)[1].splitlines()
+    for words in ('`configs/ablations.py:photos`', '10 views', 'standard deviation', '`base`', 'Welch'):
+        assert words in caption
+    notes = [f'* no_lrn: {SOURCE}', '* half: section 4.1', '* half: conv5 is as wide', '* one: a single run']
+    assert [line for line in lines if line.startswith('*')] == notes
+    assert not any('Missing' in line for line in lines)
 
 
-def test_missing_runs_are_named_with_where_they_stand(tmp_path):
+def test_missing_runs_are_listed_with_their_progress(tmp_path):
     no_lrn = [
         result((13.0, 1.0)),
         result((0.0, 0.0), status='preempted', step=400),
@@ -216,19 +187,22 @@ def test_missing_runs_are_named_with_where_they_stand(tmp_path):
         if lines:
             (tmp_path / 'tanh' / f'seed_{seed}' / 'metrics.jsonl').write_text('\n'.join(lines))
     text = printed(folder, f'--csv={tmp_path}/table.csv')
-    broken = ', '.join(f'no_lrn seed {seed} (unreadable result.json)' for seed in (5, 6, 7, 8))
-    assert text.splitlines()[-1] == (
-        'Missing: no_lrn seed 1 (at step 400), no_lrn seed 2 (unreadable result.json), no_lrn seed 3 (not begun), '
-        f'{broken}, no_lrn seed 9 (begun, no step logged), tanh seed 0 (at step 40), '
-        'tanh seed 1 (begun, no step logged), tanh seed 2 (begun, no step logged), tanh seed 3 (not begun)'
-    )
+    missing = text.splitlines()[-1]
+    assert missing.startswith('Missing: ')
+    progress = dict(re.findall(r'(\w+ seed \d) \((.*?)\)', missing))
+    assert len(progress) == 12
+    assert progress['no_lrn seed 1'] == 'at step 400'
+    assert progress['tanh seed 0'] == 'at step 40'
+    assert {progress[f'no_lrn seed {seed}'] for seed in (2, 5, 6, 7, 8)} == {'unreadable result.json'}
+    assert progress['no_lrn seed 3'] == progress['tanh seed 3']  # has no folder
+    assert progress['no_lrn seed 9'] == progress['tanh seed 1'] == progress['tanh seed 2']  # has no step
     rows = table(text)
     assert rows[3][:3] == ['no_lrn', '2/10', '15.00 +- 2.83']
     assert rows[4] == ['tanh', '0/4', *[''] * 6]
     assert (tmp_path / 'table.csv').read_text().splitlines()[3] == 'tanh,0,4' + ',' * 13
 
 
-def test_a_sweep_without_seeds_of_which_nothing_is_done(tmp_path):
+def test_sweep_without_seeds_or_finished_runs(tmp_path):
     sweep = {
         'config': 'c.py',
         'base': 'base',
@@ -237,19 +211,18 @@ def test_a_sweep_without_seeds_of_which_nothing_is_done(tmp_path):
     }
     (tmp_path / 'sweep.json').write_text(json.dumps(sweep))
     text = printed(str(tmp_path))
-    assert text.splitlines()[-1] == 'Missing: base (not begun), no_lrn (not begun)'
-    assert '`c.py`, no run done; ' in text
+    assert re.fullmatch(r'Missing: base \(.*\), no_lrn \(.*\)', text.splitlines()[-1])
     assert table(text)[2:] == [['base', '0/1', *[''] * 6], ['no_lrn', '0/1', '', '', '+1.37', '', '', '']]
     assert printed(str(tmp_path), '--views=10').splitlines()[-1] == text.splitlines()[-1]
 
 
-def test_a_base_of_which_nothing_is_done(tmp_path):
+def test_no_differences_without_finished_base(tmp_path):
     runs: dict[str, list] = {'base': [None], 'no_lrn': done(NO_LRN)}
     folder = write_sweep(tmp_path, [variant('base'), variant('no_lrn')], runs)
     assert table(printed(folder))[3] == ['no_lrn', '3/3', '15.00 +- 2.00', '', '', '1.50 +- 0.50', '', '']
 
 
-def test_no_base_no_differences(tmp_path):
+def test_no_differences_without_base(tmp_path):
     variants = [variant('towers=1', [1.0, 2.0], 'a source', 'a note'), variant('a|b')]
     folder = write_sweep(tmp_path, variants, {'towers=1': done(BASE), 'a|b': done(NO_LRN)}, base=None)
     assert rows_of(folder)['a|b'].top1.difference is None
@@ -264,17 +237,19 @@ def test_no_base_no_differences(tmp_path):
     assert text.endswith('\nNotes:\n\n* towers=1: a note\n')
 
 
-def test_views(tmp_path):
+def test_views_can_be_chosen(tmp_path):
     both = [result((20.0, 8.0), (10.0, 4.0), views=('1', '10')), result((24.0, 8.0), (12.0, 4.0), views=('1', '10'))]
     folder = write_sweep(tmp_path, [variant('base')], {'base': both})
     assert table(printed(folder))[2][2] == '11.00 +- 1.41'
     text = printed(folder, '--views=1')
     assert table(text)[2][2] == '22.00 +- 2.83'
-    assert '`, 1 view; ' in text
-    assert refusal(folder, '--views=5') == '--views=5: no finished run has so many; there are 1, 10'
+    assert '1 view' in text
+    message = refusal(folder, '--views=5')
+    assert message.startswith('--views=5: ')
+    assert message.endswith('1, 10')
 
 
-def test_views_are_by_default_those_that_all_results_have(tmp_path):
+def test_default_views_are_common_to_all_results(tmp_path):
     unlike = [
         result((20.0, 8.0), (10.0, 4.0), views=('1', '10')),
         result((24.0, 8.0), views=('1',)),
@@ -282,25 +257,24 @@ def test_views_are_by_default_those_that_all_results_have(tmp_path):
     ]
     folder = write_sweep(tmp_path, [variant('base')], {'base': unlike})
     text = printed(folder)
-    assert '`, 1 view; ' in text
+    assert '1 view' in text
     assert table(text)[2][1:3] == ['2/3', '22.00 +- 2.83']
     text = printed(folder, '--views', '10')
     assert table(text)[2][1:3] == ['1/3', '10.00']
-    assert text.endswith('\nMissing: base seed 1 (done, but not with 10 views), base seed 2 (at step 7)\n')
-    assert refusal(folder, '--views=5').endswith('there are 1, 10')
+    assert re.search(r'Missing: base seed 1 \(done, .*10 views\), base seed 2 \(at step 7\)\n$', text)
 
 
-def test_no_views_in_common(tmp_path):
+def test_results_without_common_views_are_refused(tmp_path):
     runs = [result((20.0, 8.0), views=('1',)), result((10.0, 4.0), views=('10',))]
     folder = write_sweep(tmp_path, [variant('base')], {'base': runs})
-    assert refusal(folder) == 'the finished runs have no number of views in common; choose --views of 1, 10'
+    assert refusal(folder).endswith('1, 10')
 
 
-def test_files_say_what_is_printed(whole, tmp_path):
+def test_files_contain_the_printed_table(finished, tmp_path):
     markdown, figures = tmp_path / 'table.md', tmp_path / 'table.csv'
-    markdown.write_text('what was there before ' * 1000)
-    text = printed(whole, f'--markdown={markdown}', f'--csv={figures}')
-    assert text == printed(whole)
+    markdown.write_text('replaced by the table ' * 1000)
+    text = printed(finished, f'--markdown={markdown}', f'--csv={figures}')
+    assert text == printed(finished)
     assert markdown.read_text() == text
     assert not list(tmp_path.glob('*.tmp'))
     kinds = ('error_mean', 'error_std', 'difference', 'interval_low', 'interval_high', 'published')
@@ -308,22 +282,19 @@ def test_files_say_what_is_printed(whole, tmp_path):
     lines = list(csv.DictReader(io.StringIO(figures.read_text())))
     assert list(lines[0]) == ['variant', 'runs_done', 'runs_planned', *columns, 'source']
     assert [line['variant'] for line in lines] == ['base', 'no_lrn', 'half', 'one']
-    for i, top in enumerate(('top1', 'top5')):
-        found = [float(lines[1][f'{top}_{kind}']) for kind in kinds]
-        values, base = [[run[i] for run in runs] for runs in (NO_LRN, BASE)]
-        interval = ttest_ind(values, base, equal_var=False).confidence_interval()
-        by_hand = [(15.0, 2.0, 3.0), (1.5, 0.5, -0.5)][i]
-        assert found == pytest.approx([*by_hand, interval.low, interval.high, (1.37, 1.15)[i]])
+    found = [float(lines[1][f'top1_{kind}']) for kind in kinds]
+    interval = ttest_ind([run[0] for run in NO_LRN], [run[0] for run in BASE], equal_var=False).confidence_interval()
+    assert found == pytest.approx([15.0, 2.0, 3.0, interval.low, interval.high, 1.37])
     assert lines[1]['source'] == SOURCE
     one = [lines[3][f'top1_{kind}'] for kind in kinds]
     assert [bool(value) for value in one] == [True, False, True, False, False, False]
     assert (lines[3]['runs_done'], lines[3]['runs_planned']) == ('1', '1')
 
 
-def test_a_file_that_cannot_be_written_is_refused(whole, tmp_path):
+def test_unwritable_file_is_refused(finished, tmp_path):
     path = tmp_path / 'nowhere' / 'table.md'
-    assert refusal(whole, f'--markdown={path}') == f'--markdown: {path} cannot be written: No such file or directory'
-    assert 'cannot be written' in refusal(whole, f'--csv={tmp_path}')
+    assert refusal(finished, f'--markdown={path}').startswith(f'--markdown: {path} cannot be written')
+    assert refusal(finished, f'--csv={tmp_path}').startswith(f'--csv: {tmp_path} cannot be written')
 
 
 @pytest.mark.parametrize(
@@ -339,28 +310,28 @@ def test_a_file_that_cannot_be_written_is_refused(whole, tmp_path):
         json.dumps({'config': 'c.py', 'base': None, 'variants': [variant('a', ['1', '2'])], 'runs': []}),
     ],
 )
-def test_a_damaged_sweep_is_refused(tmp_path, text):
+def test_corrupt_sweep_is_refused(tmp_path, text):
     (tmp_path / 'sweep.json').write_text(text)
-    assert refusal(str(tmp_path)) == (
-        f'{tmp_path}/sweep.json is damaged: run `alexnet train --config=... --sweep=all --workdir={tmp_path}` first'
-    )
+    message = refusal(str(tmp_path))
+    assert message.startswith(f'{tmp_path}/sweep.json is ')
+    assert f'--sweep=all --workdir={tmp_path}' in message
 
 
-def test_folders_without_a_sweep_are_refused(tmp_path):
+def test_folder_without_sweep_or_run_is_refused(tmp_path):
     for folder in (str(tmp_path), os.path.join(tmp_path, 'nowhere')):
-        assert refusal(folder) == f'{folder}: no run and no sweep; name the folder that was the --workdir of one'
+        assert refusal(folder).startswith(f'{folder} contains neither a run nor a sweep')
 
 
-def test_flags_of_a_run_are_none_of_a_sweep(whole):
-    assert refusal(whole, '--noneighbours') == f'--neighbours: {whole} is a sweep and no run; leave it out'
-    assert refusal(whole, '--data_dir=d') == f'--data_dir: {whole} is a sweep and no run; leave it out'
+def test_flags_for_runs_are_refused_for_sweeps(finished):
+    for flag in ('--noneighbors', '--data_dir=d'):
+        assert f'is a flag for runs, and {finished} is a sweep' in refusal(finished, flag)
 
 
 @pytest.mark.parametrize(
     ('arguments', 'reason'),
     [
-        ([], 'which sweep? Name its folder: alexnet report SWEEP_DIR'),
-        (['a', 'b'], "'b' is no flag; flags are written --name=value"),
+        ([], 'no folder is named'),
+        (['a', 'b'], "'b' "),
         (['a', '--views=0'], 'flag --views=0: 0 is not a positive integer'),
         (['a', '--vews=1'], "Unknown command line flag 'vews'"),
     ],
@@ -370,7 +341,7 @@ def test_wrong_flags_are_refused(arguments, reason):
 
 
 @pytest.mark.parametrize('arguments', [['--help'], ['SWEEP']])
-def test_jax_is_not_imported(whole, arguments):
+def test_jax_is_not_imported(finished, arguments):
     program = """
 import runpy, sys
 try:
@@ -378,7 +349,7 @@ try:
 except SystemExit:
     print('scipy' in sys.modules, 'jax' in sys.modules, file=sys.stderr)
 """
-    arguments = [whole if argument == 'SWEEP' else argument for argument in arguments]
+    arguments = [finished if argument == 'SWEEP' else argument for argument in arguments]
     run = subprocess.run([sys.executable, '-c', program, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert ('SWEEP_DIR [--views=10]' if arguments == ['--help'] else '| no_lrn | 3/3 |') in run.stdout
     assert run.stderr.split() == [str(arguments != ['--help']), 'False']

@@ -1,4 +1,4 @@
-"""Differences between a run's settings and its preset's, and the published errors of the preset."""
+"""Differences between the settings of a run and of its preset, and the published errors of the preset."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ def length(config: Config, examples: int) -> str:
     """Describes the length of a run. `examples`: number of training images, 0 if unknown."""
     train = config.train
     if not examples:
-        whole = f'{train.epochs:g} epochs' if train.steps is None else f'{train.steps:,} steps'
-        return f'{whole} of batches of {train.batch_size:,} images'
+        duration = f'{train.epochs:g} epochs' if train.steps is None else f'{train.steps:,} steps'
+        return f'{duration} with batches of {train.batch_size:,} images'
     steps = total_steps(config.train, examples)
     epochs = steps * train.batch_size / examples
     return f'{steps:,} steps of {train.batch_size:,} images: {epochs:.4g} epochs of {examples:,} training images'
@@ -24,12 +24,9 @@ def length(config: Config, examples: int) -> str:
 def differences(config: Config) -> list[list[str]]:
     """Returns [name, preset's value, run's value] of the settings that differ, without seed and data_dir."""
     preset = resolve(preset_config(config.model.preset))
-    pairs = {
-        field: (_shown(get_by_path(preset, field)), _shown(get_by_path(config, field)))
-        for field in field_names(config)
-        if field not in ('seed', 'data.data_dir')
-    }
-    return [[f'`{field}`', *pair] for field, pair in pairs.items() if pair[0] != pair[1]]
+    fields = [field for field in field_names(config) if field not in ('seed', 'data.data_dir')]
+    rows = [[f'`{field}`', *(_shown(get_by_path(each, field)) for each in (preset, config))] for field in fields]
+    return [row for row in rows if row[1] != row[2]]
 
 
 def _shown(value: Any) -> str:
@@ -45,20 +42,20 @@ def published(config: Config) -> tuple[list[str], str]:
     errors = ['' if error is None else f'{error:g} %' for error in (figures.top1_error, figures.top5_error)]
     fields = [field for field in field_names(config) if field.startswith('model.') and field != 'model.dtype']
     differ = [
-        f'`{field}` is {_shown(get_by_path(config, field))} and not {_shown(get_by_path(preset, field))}'
+        f'`{field}` is {_shown(get_by_path(config, field))} instead of {_shown(get_by_path(preset, field))}'
         for field in (*_SAME_IMAGES, *fields)
         if _shown(get_by_path(config, field)) != _shown(get_by_path(preset, field))
     ]
     if not differ and 'ILSVRC-2010' in figures.source:  # a different data set from the one in the settings
-        differ = [f'these images are of `{config.data.source}`']
+        differ = [f'the images of this run are from `{config.data.source}`']
     name = f'the preset `{config.model.preset}`'
     if not differ:
         line = ['published', '' if figures.views is None else str(figures.views), '', *errors, '']
         return line, f'Published for {name}, not measured here: {figures.source}.'
-    told = [f'top-{1 if i == 0 else 5} error {error}' for i, error in enumerate(errors) if error]
+    known = [f'top-{1 if i == 0 else 5} error {error}' for i, error in enumerate(errors) if error]
     views = '' if figures.views is None else f' with {views_text(figures.views)}'
     more = f'; {len(differ) - 3} more settings differ' if len(differ) > 3 else ''
     return [], (
-        f'Published for {name}: {", ".join(told)}{views} ({figures.source}). Not comparable with this run:'
+        f'Published for {name}: {", ".join(known)}{views} ({figures.source}). Not comparable with this run:'
         f' {"; ".join(differ[:3])}{more}.'
     )

@@ -12,43 +12,48 @@ from alexnet_jax.inference import feature_index
 from alexnet_jax.inference.trained_model import TrainedModel, load_model, open_eval_dataset, parse_checkpoint_ref
 from alexnet_jax.metrics import top_k
 from alexnet_jax.plots import kernels
-from alexnet_jax.report import html
+from alexnet_jax.report.blocks import Block, Card, Figure, Section, pixel_picture
 from alexnet_jax.runtime import backend
 
+ABOUT_KERNELS: Block = (
+    'remark',
+    'As in figure 3 of the paper, each kernel is scaled from its minimum to its maximum. The saturation is the fraction'
+    ' of the squared weights that is left without the mean over the channels: 0 is gray, 0.67 untrained, 1 color only.',
+)
 PREDICTED, QUERIES, NEAREST, TOP = 8, 5, 6, 5
 _PROBED = 16  # validation images considered per image shown
-_WIDE = 1000  # approximate minimum width of a kernel sheet, in pixels
-_TITLES = ('Kernels of conv1', 'Predictions', 'Neighbours')
+_SHEET_PIXELS = 1000  # approximate minimum width of the kernels of a tower
+_TITLES = ('Kernels of conv1', 'Predictions', 'Neighbors')
 
-Example = tuple[int, dict[str, Any]]  # its number in the store; its image and label
+Example = tuple[int, dict[str, Any]]  # index in the data set; its image and label
 
 
-def sections(workdir: str, command: str, data_dir: str | None, neighbours: bool) -> list[str]:
-    """Returns the kernels, predictions and, if requested, neighbors. Missing content is explained in a sentence.
+def model_sections(workdir: str, train_command: str, data_dir: str | None, neighbors: bool) -> list[Section]:
+    """Returns the kernels, predictions and, if requested, neighbors. A sentence explains missing content.
 
     Args:
-      command: the command that trains in `workdir`.
+      workdir: the folder of the run.
+      train_command: the command that trains in `workdir`.
       data_dir: the folder of the prepared images; None: the one in the run's settings.
-      neighbours: whether to search for neighbors.
+      neighbors: whether to search for neighbors.
     """
     try:
         network = read_network(workdir)
     except ConfigError as error:
-        why = html.paragraph(f'{error}. `{command}` makes what is missing.', 'missing')
-        return [html.section(title, why) for title in _TITLES]
-    parts = [html.section(_TITLES[0], *kernel_sheets(network), about_kernels())]
+        why = f'{error}. `{train_command}` trains the network.'
+        return [(title, [('missing', why)]) for title in _TITLES]
+    sections: list[Section] = [(_TITLES[0], [*kernel_figures(network), ABOUT_KERNELS])]
     try:
-        store = _open_store(network, data_dir)
+        store = _open_dataset(network, data_dir)
         shown = choose(store.validation, PREDICTED)
-        parts.append(html.section(_TITLES[1], *predictions(network, shown)))
-        if not neighbours:
-            why = html.paragraph('Left out by `--noneighbours`; the same command without it finds them.', 'missing')
-            return [*parts, html.section(_TITLES[2], why)]
-        parts.append(html.section(_TITLES[2], *nearest(network, store, shown[:QUERIES])))
+        sections.append((_TITLES[1], predictions(network, shown)))
+        if neighbors:
+            sections.append((_TITLES[2], nearest(network, store, shown[:QUERIES])))
+        else:
+            sections.append((_TITLES[2], [('missing', 'Omitted because of `--noneighbors`.')]))
     except (ConfigError, dataset.DatasetError) as error:
-        why = html.paragraph(f'{error}.', 'missing')
-        parts += [html.section(title, why) for title in _TITLES[len(parts) :]]
-    return parts
+        sections += [(title, [('missing', f'{error}.')]) for title in _TITLES[len(sections) :]]
+    return sections
 
 
 def read_network(workdir: str) -> TrainedModel:
@@ -67,49 +72,41 @@ def read_network(workdir: str) -> TrainedModel:
         raise ConfigError(str(error)) from None
 
 
-def kernel_sheets(network: TrainedModel) -> list[str]:
+def kernel_figures(network: TrainedModel) -> list[Block]:
     """Returns each tower's kernels of conv1 as in figure 3 of the paper, with their color saturation."""
     kernel: np.ndarray = np.asarray(network.state.params['conv1']['kernel'])
     towers = network.config.model.towers
     if 'conv1' in network.config.model.locally_connected:
-        return [html.paragraph('conv1 has other weights at each pixel, so there are no kernels to show.', 'missing')]
-    figures = []
-    for i, (part, share) in enumerate(
-        zip(np.split(kernel, towers, -1), kernels.saturation(kernel, towers), strict=True)
-    ):
-        name = f'tower {i + 1}: ' if towers > 1 else ''
-        colour = f', colour saturation {share:.2f}' if network.config.data.channels > 1 else ''
-        words = f'{name}{part.shape[-1]} kernels at step {network.step:,}{colour}'
+        return [('missing', 'conv1 is locally connected: its weights differ from pixel to pixel and are not shown.')]
+    figures: list[Block] = []
+    parts = np.split(kernel, towers, -1)
+    for i, (part, saturation) in enumerate(zip(parts, kernels.saturation(kernel, towers), strict=True), 1):
+        tower = f'tower {i}: ' if towers > 1 else ''
+        color = f', color saturation {saturation:.2f}' if network.config.data.channels > 1 else ''
+        words = f'{tower}{part.shape[-1]} kernels at step {network.step:,}{color}'
         pixels = np.rint(255 * kernels.grid(part)).astype(np.uint8)
-        times = max(1, _WIDE // pixels.shape[1])
-        png = html.as_png(pixels.repeat(times, 0).repeat(times, 1))
-        figures.append(html.sheet(png, f'kernels of conv1, {words}', words[0].upper() + words[1:]))
+        times = max(1, _SHEET_PIXELS // pixels.shape[1])
+        pixels = pixels.repeat(times, 0).repeat(times, 1)
+        picture = pixel_picture(pixels, f'kernels of conv1, {words}', max_pixels=max(pixels.shape))
+        figures.append(('figure', Figure(picture, words[0].upper() + words[1:])))
     return figures
 
 
-def about_kernels() -> str:
-    """Explains the kernel sheets."""
-    return html.paragraph(
-        'As figure 3 of the paper: each kernel from its own least weight to its greatest. Saturation is the share of'
-        ' the weights\u2019 energy that the channels do not have in common: 0 is grey, 0.67 untrained, 1 colours only.',
-        'quiet',
-    )
-
-
-def _open_store(network: TrainedModel, data_dir: str | None) -> dataset.PreparedDataset:
-    """Opens the store of the run's images. Raises ConfigError: they are not prepared, or differ from the run's."""
+def _open_dataset(network: TrainedModel, data_dir: str | None) -> dataset.PreparedDataset:
+    """Opens the run's prepared data set. Raises ConfigError: it does not exist, or it is not the one of the run."""
     data = network.config.data
-    directory = dataset.dataset_dir(data_dir or data.data_dir, data)
+    folder = data_dir or data.data_dir
+    directory = dataset.dataset_dir(folder, data)
     if '://' not in directory and not os.path.isdir(directory):
         defaults = default_config().data
         names = [
             name for name in dataset.MANIFEST_FIELDS[:-1] if name == 'source' or getattr(data, name) != defaults[name]
         ]
-        settings = {name: getattr(data, name) for name in names} | {'data_dir': data_dir or data.data_dir}
-        made_by = ['alexnet', 'prepare', *(f'--{name}={value}' for name, value in settings.items())]
+        settings = {name: getattr(data, name) for name in names} | {'data_dir': folder}
+        prepare = shlex.join(['alexnet', 'prepare', *(f'--{name}={value}' for name, value in settings.items())])
         raise ConfigError(
-            f'The images are not prepared here, for there is no {directory}: `{shlex.join(made_by)}` makes them, or'
-            ' `--data_dir` names where they lie'
+            f'The images are missing: {directory} does not exist. Prepare them with `{prepare}`, or name their folder'
+            ' with `--data_dir`'
         )
     from alexnet_jax.training.checkpointing import CheckpointError
 
@@ -120,7 +117,7 @@ def _open_store(network: TrainedModel, data_dir: str | None) -> dataset.Prepared
 
 
 def choose(split: Any, count: int) -> list[Example]:
-    """Returns `count` images of `split` with their numbers: the same ones each time, of as many classes as possible."""
+    """Returns `count` images of `split` with their indices: always the same ones, of as many classes as possible."""
     by_class: dict[int, list[Example]] = {}
     for place, example in dataset.evenly_spaced(split, _PROBED * count):
         by_class.setdefault(int(example['label']), []).append((place, example))
@@ -132,49 +129,51 @@ def choose(split: Any, count: int) -> list[Example]:
     return ordered[:count]
 
 
-def predictions(network: TrainedModel, shown: list[Example]) -> list[str]:
+def predictions(network: TrainedModel, shown: list[Example]) -> list[Block]:
     """Returns the images of `shown` with their most probable classes, as in the left half of figure 4 of the paper."""
     from alexnet_jax.training.eval_step import make_predict_step
 
     views, names = network.config.eval.views, network.class_names
     step = make_predict_step(network.config, network.mesh, views)
     images = [example['image'] for _, example in shown]
-    scores = network.predict_batches(step, images, network.batch_size(len(images)))
-    each = []
-    for (place, example), score in zip(shown, scores, strict=True):
+    log_probs = network.predict_batches(step, images, network.batch_size(len(images)))
+    cards = []
+    for (place, example), row in zip(shown, log_probs, strict=True):
         label = names[example['label']]
-        image = html.photograph(example['image'], f'validation image {place} of class {label}')
-        each.append(html.card(image, label, below=html.bars(top_k(np.exp(score), names, TOP), label)))
+        # A network whose loss diverged may predict NaN.
+        bars = [(name, round(100 * p) if p == p else 0) for name, p in top_k(np.exp(row), names, TOP)]
+        picture = pixel_picture(example['image'], f'validation image {place} of class {label}')
+        cards.append(Card(picture, label, bars=bars))
     about = (
-        f'{len(each)} validation images, the same ones for every network on these data and spread over the classes;'
-        f' below each its class, and the likeliest classes by {views} view{"s" * (views > 1)} (\u2713: right).'
+        f'{len(cards)} validation images, spread over the classes and the same for every network on this data set.'
+        f' Below each image are its class and the {TOP} most probable classes with {views} view{"s" * (views > 1)}'
+        ' (✓: correct).'
     )
-    return [html.paragraph(about, 'quiet'), html.cards(each)]
+    return [('remark', about), ('cards', cards)]
 
 
-def nearest(network: TrainedModel, store: dataset.PreparedDataset, shown: list[Example]) -> list[str]:
+def nearest(network: TrainedModel, store: dataset.PreparedDataset, shown: list[Example]) -> list[Block]:
     """Returns the images of `shown` with their nearest training images, as in the right half of figure 4 of the paper.
 
-    Raises ConfigError, DatasetError: see features.index_of().
+    Raises ConfigError, DatasetError: see feature_index.build_or_load_index().
     """
     names, index = network.class_names, feature_index.build_or_load_index(network, store)
     queries = feature_index.extract_features(network, index, [example['image'] for _, example in shown])
-    rows = []
-    for (place, query), numbers, distances in zip(
-        shown, *feature_index.nearest_neighbors(index, queries, NEAREST), strict=True
-    ):
+    about = (
+        f'Each group starts with a validation image, followed by the {NEAREST} training images with the nearest'
+        f' {index.layer} features and their Euclidean distances. A frame marks images of the same class.'
+    )
+    blocks: list[Block] = [('remark', about)]
+    found = feature_index.nearest_neighbors(index, queries, NEAREST)
+    for (place, query), numbers, distances in zip(shown, *found, strict=True):
         label = names[query['label']]
-        image = html.photograph(query['image'], f'validation image {place} of class {label}')
-        each = [html.card(image, label, 'the picture')]
+        picture = pixel_picture(query['image'], f'validation image {place} of class {label}')
+        cards = [Card(picture, label, 'query')]
         for where, distance in zip(numbers.tolist(), distances.tolist(), strict=True):
             example = store.train[where]
             if example is not None:
-                other = names[example['label']]
-                image = html.photograph(example['image'], f'training image {where} of class {other}')
-                each.append(html.card(image, other, f'{distance:.4g}', same=other == label))
-        rows.append(html.cards(each, small=True))
-    about = (
-        f'Validation images, and behind each the {NEAREST} training images whose {index.layer} is nearest to its own,'
-        ' with their Euclidean distances; those of its own class have a frame.'
-    )
-    return [html.paragraph(about, 'quiet'), *rows]
+                name = names[example['label']]
+                picture = pixel_picture(example['image'], f'training image {where} of class {name}')
+                cards.append(Card(picture, name, f'{distance:.4g}', framed=name == label))
+        blocks.append(('small_cards', cards))
+    return blocks

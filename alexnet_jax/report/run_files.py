@@ -1,19 +1,22 @@
-"""Reads the files in a run's workdir, even if some are missing or corrupt."""
+"""Reads the files of a run or of a sweep, even if some are missing or corrupt."""
 
 import contextlib
 import dataclasses
 import json
 import os
 import shlex
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 
-from alexnet_jax.config import ConfigError
-from alexnet_jax.plots import curves
+from alexnet_jax.config import Config, ConfigError
 from alexnet_jax.runtime.files import read_json
 from alexnet_jax.runtime.workdir import read_config, read_dataset_statistics
-from alexnet_jax.sweep.results import read_result, run_status, views_text
+from alexnet_jax.sweep import results as sweep_results
+from alexnet_jax.sweep.table import Row, summarize
+
+T = TypeVar('T')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Run:
     """
 
     workdir: str
-    config: Any
+    config: Config | None
     config_problem: str
     result: dict[str, Any]
     metrics: list[dict[str, Any]]
@@ -47,8 +50,8 @@ class Run:
         return os.path.basename(os.path.abspath(self.workdir))
 
     @property
-    def command(self) -> str:
-        """The command that trains in the workdir, as it was given or, if unknown, with placeholders."""
+    def train_command(self) -> str:
+        """The command that trains in the workdir: the original one or, if unknown, one with placeholders."""
         given = self.environment.get('command')
         if isinstance(given, list) and given and all(isinstance(part, str) for part in given):
             return shlex.join(['alexnet', 'train', *given[1:]])
@@ -59,63 +62,82 @@ class Run:
         """Whether the run is done, and its current step."""
         step = number(self.result.get('step'))
         if self.class_names and not (self.metrics or self.environment or self.result):
-            return 'weights from elsewhere, which were not trained here'
-        if read_result(self.workdir) and step is not None:
+            return 'imported weights that were not trained here'
+        if sweep_results.read_result(self.workdir) and step is not None:
             return f'done at step {step:,.0f}'
         if self.result.get('status') == 'preempted':
-            return f'preempted, {run_status(self.workdir)}'
-        return f'not done: {run_status(self.workdir)}'
+            return f'preempted, {sweep_results.run_status(self.workdir)}'
+        return f'not done: {sweep_results.run_status(self.workdir)}'
+
+    @property
+    def headline(self) -> str:
+        """The state and the errors in a paragraph."""
+        text = f'{self.state[0].upper()}{self.state[1:]}.'
+        for _, views, _, top1, top5, _ in errors_of(self)[-1:]:
+            text += f' Validation: top-1 error {top1}, top-5 error {top5} with {views_of(views)}.'
+        return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Contents of a sweep's files. See the functions of load_sweep() for the attributes."""
+
+    folder: str
+    plan: dict[str, Any]
+    results: dict[str, dict[str, Any]]
+    views: int | None
+    rows: list[Row]
+    missing: list[str]
+
+
+def load_sweep(folder: str, views: int | None) -> Sweep:
+    """Reads the sweep in `folder`. Raises ReportError: sweep.json is missing or corrupt, or no run has `views`."""
+    plan = sweep_results.read_sweep(folder)
+    results = sweep_results.read_results(folder, plan)
+    views = sweep_results.choose_views(results, views)
+    rows, missing = summarize(plan, results, views), sweep_results.missing_runs(folder, plan, results, views)
+    return Sweep(folder, plan, results, views, rows, missing)
 
 
 def read_run(workdir: str) -> Run:
     """Reads the files in `workdir`."""
-    config, metrics, class_names, examples = None, [], list[str](), 0
-    config_problem = metrics_problem = inputs_problem = ''
-    try:
-        config = read_config(workdir)
-    except ConfigError as error:
-        config_problem = str(error)
-    try:
-        metrics = read_metrics(workdir)
-    except ConfigError as error:
-        metrics_problem = str(error)
-    try:
-        statistics, class_names = read_dataset_statistics(workdir)
-        examples = int(statistics.get('class_counts', np.zeros(0)).sum())
-    except ConfigError as error:
-        inputs_problem = str(error)
+    nothing: tuple[dict[str, np.ndarray], list[str]] = ({}, [])
+    config, no_config = _attempt(read_config, workdir, None)
+    metrics, no_metrics = _attempt(read_metrics, workdir, list[dict[str, Any]]())
+    (statistics, class_names), no_inputs = _attempt(read_dataset_statistics, workdir, nothing)
+    examples = int(statistics.get('class_counts', np.zeros(0)).sum())
     result, environment = (read_json(os.path.join(workdir, name)) or {} for name in ('result.json', 'environment.json'))
-    return Run(
-        workdir=workdir,
-        config=config,
-        config_problem=config_problem,
-        result=result,
-        metrics=metrics,
-        metrics_problem=metrics_problem,
-        environment=environment,
-        class_names=class_names,
-        examples=examples,
-        inputs_problem=inputs_problem,
-    )
+    return Run(workdir, config, no_config, result, metrics, no_metrics, environment, class_names, examples, no_inputs)
+
+
+def _attempt(read: Callable[[str], T], workdir: str, default: T) -> tuple[T, str]:
+    """Returns (content, '') or, if the file cannot be read, (`default`, reason)."""
+    try:
+        return read(workdir), ''
+    except ConfigError as error:
+        return default, str(error)
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
     """Returns the lines of metrics.jsonl with a valid step. Raises ConfigError: there are none."""
+    from alexnet_jax.plots import curves  # imports matplotlib, which takes a second
+
     lines = []
     with contextlib.suppress(ConfigError):
         lines = [line for line in curves.read_metrics(workdir) if number(line['step']) is not None]
     if not lines:
-        raise ConfigError(f'{os.path.join(workdir, "metrics.jsonl")} is missing or has no line that can be read')
+        raise ConfigError(f'{os.path.join(workdir, "metrics.jsonl")} is missing or has no readable line')
     return lines
 
 
-def number(value: Any) -> float | None:
+def number(value: object) -> float | None:
     """Returns `value` if it is a finite number, otherwise None."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and abs(value) < 1e300 else None
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
+        return value
+    return None
 
 
-def percent(value: Any) -> str:
+def percent(value: object) -> str:
     """Formats a fraction from 0 to 1 as a percentage; '' if it is not a number."""
     known = number(value)
     return '' if known is None else f'{100 * known:.2f} %'
@@ -125,18 +147,17 @@ def errors_of(run: Run) -> list[list[str]]:
     """Returns [run, views, loss, top-1 error, top-5 error, images] of each final evaluation, else of the latest."""
     views = run.result.get('views')
     found = [(name, values) for name, values in (views if isinstance(views, dict) else {}).items() if values]
-    what = 'this run'
+    name_of_row = 'this run'
     if not found:
-        on_the_way = [line for line in run.metrics if line['split'] == 'validation']
-        found = [('1', line) for line in on_the_way[-1:]]
-        what = f'this run, step {on_the_way[-1]["step"]:,}' if on_the_way else ''
+        found = [('1', line) for line in run.metrics if line['split'] == 'validation'][-1:]
+        name_of_row = f'this run, step {found[0][1]["step"]:,}' if found else ''
     lines = []
     for name, values in found:
         if isinstance(values, dict):
             loss, images = number(values.get('loss')), number(values.get('examples'))
             errors = [percent(values.get('top1_error')), percent(values.get('top5_error'))]
             cells = ['' if loss is None else f'{loss:.4f}', *errors, '' if images is None else f'{images:,.0f}']
-            lines.append([what, str(name), *cells])
+            lines.append([name_of_row, str(name), *cells])
     return lines
 
 
@@ -150,7 +171,7 @@ def summary(run: Run) -> str:
 
 def views_of(text: str) -> str:
     """Returns a readable name for a key of `views` in result.json."""
-    return views_text(int(text)) if text.isdecimal() else text
+    return sweep_results.views_text(int(text)) if text.isdecimal() else text
 
 
 def read_layers(path: str) -> dict[str, Any]:
