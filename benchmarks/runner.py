@@ -73,8 +73,7 @@ class Worker:
         self.side, self.errors = side, tempfile.TemporaryFile('w+')  # noqa: SIM115
         pipes: dict[str, Any] = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'stderr': self.errors}
         self.process: Any = subprocess.Popen(command, **pipes, text=True, env=os.environ | environment)
-        stack.callback(self.process.wait)
-        stack.callback(self.process.kill)  # first
+        stack.callback(self._close)
         self.about = self._answer()
 
     def ask(self, request: Any) -> Any:
@@ -89,6 +88,13 @@ class Worker:
         self.process.terminate()
         self.process.send_signal(signal.SIGCONT)
         self.process.wait()
+
+    def _close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for file in (self.process.stdin, self.process.stdout, self.errors):
+            with contextlib.suppress(BrokenPipeError):  # a request that a dead process did not read
+                file.close()
 
     def _answer(self) -> Any:
         line = self.process.stdout.readline()
