@@ -14,7 +14,6 @@ exceeds the sum of these and the imports by workspaces of library calls and memo
 --config.a.b=value applies to the project's side, for example --config.cpu_tuning=False.
 """
 
-import argparse
 import contextlib
 import os
 import platform
@@ -64,17 +63,16 @@ def torch_step(batch_size: int) -> tuple[dict[str, int], Callable[[], float]]:
     return {'imported': imported, 'made': runner.peak_memory()}, train
 
 
-def start(arguments: argparse.Namespace, flags: list[str]) -> tuple[dict[str, Any], Callable[[int], int]]:
+def start(side: str, batch_size: int, flags: list[str]) -> tuple[dict[str, Any], Callable[[int], int]]:
     """Runs in a worker. Returns the initial figures, and a function that runs steps and returns the peak memory."""
-    batch_size = arguments.batch_size
-    found, train = project_step(batch_size, flags) if arguments.worker == PROJECT else torch_step(batch_size)
+    found, train = project_step(batch_size, flags) if side == PROJECT else torch_step(batch_size)
 
     def respond(steps: int) -> int:
         for _ in range(steps):
             train()
         return runner.peak_memory()
 
-    return {'version': sys.modules[arguments.worker].__version__} | found, respond
+    return {'version': sys.modules[side].__version__} | found, respond
 
 
 def report(result: dict[str, Any]) -> str:
@@ -105,7 +103,7 @@ def main() -> None:
     parser.add_argument('--torch_python', type=runner.program, default=sys.executable, help='Python with torch')
     arguments, flags = parser.parse_known_args()
     if arguments.worker:
-        return runner.serve(lambda: start(arguments, flags))
+        return runner.serve(lambda: start(arguments.worker, arguments.batch_size, flags))
     from benchmarks.project import paper_config
 
     paper_config(arguments.batch_size, flags)  # exits if a flag is invalid

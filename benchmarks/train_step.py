@@ -64,13 +64,13 @@ def start(arguments: argparse.Namespace, flags: list[str]) -> tuple[str | None, 
         from benchmarks.project import paper_config, project_passes, project_product
 
         passes, product = project_passes(paper_config(batch_size, flags, dtype)), project_product
-    elif side == 'tensorflow' and peers.has_tensorflow(arguments.platform):
+    elif not peers.is_available(side, arguments.platform):
+        return None, lambda name: None
+    elif side == 'tensorflow':
         passes, product = peers.tensorflow_passes(batch_size, dtype), peers.tensorflow_product
-    elif side == 'torch' and peers.has_torch(arguments.platform):
+    else:
         passes = peers.torch_passes(batch_size, dtype, device)
         product = functools.partial(peers.torch_product, device=device)
-    else:
-        return None, lambda name: None
     passes |= {f'product {size}': product(size, dtype) for size in PRODUCTS[arguments.platform]}
 
     def respond(name: str) -> Any:

@@ -11,14 +11,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-STYLES = {'relu': ('#0072B2', '-'), 'tanh': ('#D55E00', '--')}  # colours of Okabe and Ito
+STYLES = {'relu': ('#0072B2', '-'), 'tanh': ('#D55E00', '--')}  # colors of Okabe and Ito
 IMAGES, BATCH_SIZE, WINDOW = 60_000, 128, 47
 
 
 def read(folder: str, directory: str) -> dict[str, Any]:
-    """Epochs and training errors (0 to 1) of a run's windows of WINDOW steps, and the epochs at which it met the goal.
+    """Returns epochs and training errors (0 to 1) of a run's windows of WINDOW steps, and the epochs to the goal.
 
-    A checkpoint ends a line of the log early; what belongs to one window is put together again.
+    A checkpoint ends a line of the log early, so a window may have several lines, which are averaged.
     """
     with open(os.path.join(folder, directory, 'metrics.jsonl')) as file:
         lines = [json.loads(line) for line in file]
@@ -40,7 +40,7 @@ def read(folder: str, directory: str) -> dict[str, Any]:
 
 
 def print_table(runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Epochs to the goal in Markdown, and the ratio of the means."""
+    """Prints the epochs to the goal in Markdown, and the ratio of the means."""
     print('| | epochs to the goal, seed by seed | mean +- standard deviation |\n| --- | --- | --: |')
     means = {}
     for name, each in runs.items():
@@ -54,13 +54,13 @@ def print_table(runs: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], goal: float, file: str) -> None:
-    """A line for each run."""
+    """Draws one line per run."""
     figure, axis = plt.subplots(figsize=(6.5, 4.2), layout='constrained')
-    for name, (colour, line) in STYLES.items():
+    for name, (color, line) in STYLES.items():
         for i, run in enumerate(runs[name]):
             label = {'relu': 'ReLU', 'tanh': 'tanh'}[name] + f', {len(runs[name])} seeds' if i == 0 else None
             errors = [100 * error for error in run['errors']]
-            axis.plot(run['epochs'], errors, line, color=colour, linewidth=1.2, alpha=0.8, label=label)
+            axis.plot(run['epochs'], errors, line, color=color, linewidth=1.2, alpha=0.8, label=label)
     axis.axhline(100 * goal, color='black', linewidth=0.8, linestyle=':')
     axis.annotate(f'goal, {goal:.0%}', (0.03, 100 * goal - 0.5), ha='left', va='top')
     axis.set(xlabel='epochs', ylabel='training error, %', ylim=(0, 40), xlim=(0, None))
