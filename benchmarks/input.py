@@ -232,7 +232,7 @@ def measure(folder: str, cores: int, arguments: argparse.Namespace) -> dict[str,
 def report(result: dict[str, Any]) -> str:
     """Formats the table as text."""
     speeds = result['images_per_second']
-    rows = [('side', 'version', 'images/s', 'best', 'raw/side', 'jpeg/side', 'peak, MB', 'a batch')]
+    rows = [('side', 'version', 'images/s', 'best', 'raw/side', 'jpeg/side', 'peak, MB', 'batch')]
     for side in (*PROJECT, *PEERS):
         ratios = (f'{speeds[own] / speeds[side]:.2f}' if side in PEERS else '' for own in PROJECT)
         version, best = f'{MODULES[side]} {result["versions"][MODULES[side]]}', result['best_images_per_second'][side]
