@@ -16,12 +16,9 @@ rate. The same run measures these rates: FLOP/s of a product of large matrices a
 cache. The table shows the traced step of median time.
 """
 
-import argparse
 import collections
-import datetime
 import glob
 import heapq
-import json
 import os
 import sys
 import tempfile
@@ -31,24 +28,12 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from alexnet_jax.shapes import LAYERS
+from benchmarks import runner
 from benchmarks.hlo import STEPS, Program
-from benchmarks.workers import NO_GPU, machine
 
 PRODUCT_SIZES, ADDED = (2048, 4096), 2**26  # rows of the square matrices; float32 elements of an array
-ORDER: tuple[str, ...] = (
-    'augment',
-    'conv1',
-    'conv2',
-    'conv3',
-    'conv4',
-    'conv5',
-    'fc6',
-    'fc7',
-    'fc8',
-    'dropout',
-    'logits',
-)
-ORDER += ('loss', 'gradients', 'update', 'metrics', 'other', 'idle')
+ORDER = ('augment', *LAYERS, 'dropout', 'logits', 'loss', 'gradients', 'update', 'metrics', 'other', 'idle')
 
 # (time in ns, thread, kind of action, instruction or task); time_by_instruction() lists the kinds.
 Action = tuple[float, int, str, Any]
@@ -193,17 +178,14 @@ def machine_rates() -> tuple[float, float]:
 
 def profile(name: str, batch_size: int, rounds: int) -> dict[str, Any]:
     """Returns the results for --json of the pass `name`."""
-    from alexnet_jax.config import default_config, resolve
     from alexnet_jax.runtime import backend
 
-    config = default_config()
-    config.train.batch_size, config.mesh.data = batch_size, 1
     backend.configure_cpu_backend()
     import jax
 
-    from benchmarks.project import Project
+    from benchmarks.project import Project, paper_config
 
-    project = Project(resolve(config))
+    project = Project(paper_config(batch_size))
     if name == 'train':
         project.train_step = compiled = project.train_step.lower(*project.train_arguments).compile()
         run = project.train
@@ -217,63 +199,44 @@ def profile(name: str, batch_size: int, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         traces.append(traced(run, program.module))
         rates.append(machine_rates())
-    product, bandwidth = (max(each) for each in zip(*rates, strict=True))
+    product, bandwidth = map(max, zip(*rates, strict=True))
     tables = [rows_of(trace, program, product, bandwidth) for trace in traces]
-    tables.sort(key=lambda rows: sum(row['seconds'] for row in rows))
-    rows = tables[(rounds - 1) // 2]
-    return {
-        'pass': name,
-        'batch_size': batch_size,
-        'seconds': sum(row['seconds'] for row in rows),
-        'flops': sum(row['flops'] for row in rows),
-        'product_flops_per_second': product,
-        'bytes_per_second': bandwidth,
-        'rows': rows,
-        'kinds': by_kind(rows),
-        'versions': {'jax': jax.__version__},
-    }
+    rows = sorted(tables, key=lambda rows: sum(row['seconds'] for row in rows))[(rounds - 1) // 2]
+    totals = {total: sum(row[total] for row in rows) for total in ('seconds', 'flops')}
+    speeds = {'product_flops_per_second': product, 'bytes_per_second': bandwidth}
+    result = {'pass': name, 'batch_size': batch_size, **totals, **speeds, 'rows': rows, 'kinds': by_kind(rows)}
+    return result | {'versions': {'jax': jax.__version__}}
 
 
 def report(result: dict[str, Any]) -> str:
     """Formats the tables as text."""
-    product, bandwidth = result['product_flops_per_second'], result['bytes_per_second']
+    total, product, bandwidth = (result[n] for n in ('seconds', 'product_flops_per_second', 'bytes_per_second'))
     lines = [
         f'{result["machine"]}; jax {result["versions"]["jax"]}',
         f'{result["pass"]}, batch {result["batch_size"]}, float32',
-        f'{result["seconds"]:.3f} s, {result["batch_size"] / result["seconds"]:.1f} images/s,'
-        f' {result["flops"] / result["seconds"] / 1e9:.0f} GFLOP/s; the machine: products {product / 1e9:.0f} GFLOP/s,'
-        f' memory {bandwidth / 1e9:.1f} GB/s',
+        f'{total:.3f} s, {result["batch_size"] / total:.1f} images/s, {result["flops"] / total / 1e9:.0f} GFLOP/s;'
+        f' the machine: products {product / 1e9:.0f} GFLOP/s, memory {bandwidth / 1e9:.1f} GB/s',
     ]
     for rows in (result['rows'], result['kinds']):
-        lines += [
-            '',
-            f'{"part":<18}{"":<9}{"ms":>8}{"share":>8}{"GFLOP/s":>9}{"MB":>8}{"GB/s":>7}{"least":>8}{"of it":>7}',
-        ]
+        table = [('part', '', 'ms', 'share', 'GFLOP/s', 'MB', 'GB/s', 'least', 'of it')]
         for row in rows:
-            seconds = max(row['seconds'], 1e-9)
-            line = f'{row["part"]:<18}{row["pass"]:<9}{seconds * 1e3:>8.1f}{seconds / result["seconds"]:>8.1%}'
-            line += f'{row["flops"] / seconds / 1e9:>9.0f}' if row['flops'] else f'{"":>9}'
-            if row['bytes']:
-                line += f'{row["bytes"] / 1e6:>8.0f}{row["bytes"] / seconds / 1e9:>7.1f}'
-                line += f'{row["least_seconds"] * 1e3:>8.1f}{row["least_seconds"] / seconds:>7.2f}'
-            lines.append(line)
+            seconds, size, least = max(row['seconds'], 1e-9), row['bytes'], row['least_seconds']
+            flops = f'{row["flops"] / seconds / 1e9:.0f}' if row['flops'] else ''
+            traffic = f'{size / 1e6:.0f}', f'{size / seconds / 1e9:.1f}', f'{least * 1e3:.1f}', f'{least / seconds:.2f}'
+            share = f'{seconds * 1e3:.1f}', f'{seconds / total:.1%}'
+            table.append((row['part'], row['pass'], *share, flops, *(traffic if size else ('',) * 4)))
+        lines += ['', *runner.text_table(*table)]
     return '\n'.join(lines)
 
 
 def main() -> None:
     """Profiles the requested pass and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runner.make_parser(__doc__, 3)
     parser.add_argument('--pass', choices=('train', 'forward'), default='train', dest='name')
-    parser.add_argument('--batch_size', type=int, default=128)
-    parser.add_argument('--rounds', type=int, default=3, help='traced steps')
-    parser.add_argument('--json', action='store_true', help='one JSON object in place of the tables')
+    parser.add_argument('--batch_size', type=runner.positive, default=128)
     arguments = parser.parse_args()
-    if min(arguments.batch_size, arguments.rounds) < 1:
-        parser.error('--batch_size and --rounds are at least 1')
-    os.environ |= NO_GPU
-    result = profile(arguments.name, arguments.batch_size, arguments.rounds)
-    result |= {'machine': machine(), 'date': datetime.date.today().isoformat()}
-    print(json.dumps(result) if arguments.json else report(result))
+    os.environ |= runner.NO_GPU
+    runner.print_result(profile(arguments.name, arguments.batch_size, arguments.rounds), report, arguments.json)
 
 
 if __name__ == '__main__':

@@ -9,22 +9,19 @@ RATE, MOMENTUM, DECAY = 0.01, 0.9, 5e-4
 Passes = dict[str, Callable[[], float]]  # each runs one pass to completion and returns a finite number
 
 
-def has_tensorflow(platform: str) -> bool:
-    """Returns whether TensorFlow is installed and, for 'gpu', finds a GPU. False on a TPU, where it is not run."""
-    if platform == 'tpu' or importlib.util.find_spec('tensorflow') is None:
+def is_available(package: str, platform: str) -> bool:
+    """Returns whether 'tensorflow' or 'torch' is installed and, for 'gpu', finds a GPU. On a TPU neither is run."""
+    if platform == 'tpu' or importlib.util.find_spec(package) is None:
         return False
+    if platform == 'cpu':
+        return True
+    if package == 'torch':
+        import torch
+
+        return torch.cuda.is_available()
     import tensorflow as tf
 
-    return platform == 'cpu' or bool(tf.config.list_physical_devices('GPU'))
-
-
-def has_torch(platform: str) -> bool:
-    """Returns whether PyTorch is installed and, for 'gpu', finds a GPU. False on a TPU, where it is not run."""
-    if platform == 'tpu' or importlib.util.find_spec('torch') is None:
-        return False
-    import torch
-
-    return platform == 'cpu' or torch.cuda.is_available()
+    return bool(tf.config.list_physical_devices('GPU'))
 
 
 def tensorflow_passes(batch_size: int, dtype: str = 'float32') -> Passes:

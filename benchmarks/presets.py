@@ -15,11 +15,13 @@ is noise. Each kind of case has its own noise; it is largest for eight devices o
 time is longer by more than MARGIN standard deviations of the noise (estimated from the kind's median) and by more than
 FLOOR. Then the exit code is 1. A ratio is the other checkout's time over this one's: above 1 this checkout is faster.
 Cases that the other checkout does not have are left out.
+
+Each side runs benchmarks/presets.py of its own checkout, so that neither needs to know the other's modules and field
+names. The protocol must therefore stay as it is: cases() by `python -c`, the flags --against and --worker=this, and the
+requests that start() describes. The cases of both checkouts are matched by name.
 """
 
-import argparse
 import contextlib
-import datetime
 import importlib
 import importlib.metadata
 import json
@@ -27,8 +29,8 @@ import math
 import os
 import platform
 import re
-import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -36,8 +38,7 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from benchmarks import project
-from benchmarks.workers import NO_GPU, ROOT, Worker, machine, serve
+from benchmarks import runner
 
 PASSES = ('train', 'forward')
 SIDES = ('this', 'other', 'again')
@@ -60,6 +61,7 @@ MESHES: dict[str, dict[str, Any]] = {
 
 # A worker prepares a case from a module of configs, the argument of its get_config(), and overrides by dotted name.
 Case = tuple[str, str | None, dict[str, Any]]
+Times = dict[str, dict[str, dict[str, float]]]  # seconds by case, pass and side
 
 
 def cases() -> dict[str, Case]:
@@ -84,17 +86,26 @@ def cases() -> dict[str, Case]:
     return found
 
 
-def start(checkout: str) -> tuple[str, Callable[[Any], Any]]:
+def cases_of(checkout: str, python: str) -> dict[str, Case]:
+    """Returns the cases of another checkout by name."""
+    code = 'import json; from benchmarks.presets import cases; print(json.dumps(cases()))'
+    environment = os.environ | runner.NO_GPU
+    run = subprocess.run([python, '-c', code], cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True)
+    if run.returncode:
+        runner.fail(f'the cases of {checkout} cannot be listed with {python}; see above')
+    return json.loads(run.stdout)
+
+
+def start() -> tuple[str, Callable[[list[Any]], Any]]:
     """Runs in a worker. Returns the versions of Python and JAX, and a function that answers requests.
 
-    The answer to ['prepare', case] is whether the checkout has the case; that to [pass, repeats] is the seconds per
+    The answer to ['prepare', case] is whether this checkout has the case; that to [pass, repeats] is the seconds per
     pass.
     """
-    sys.path.insert(0, checkout)
     from alexnet_jax.config import ConfigError, apply_overrides, resolve
     from alexnet_jax.runtime import backend
+    from benchmarks.project import Project
 
-    assert backend.__file__.startswith(checkout)
     backend.configure_cpu_backend()
     timed: dict[str, Callable[[], float]] = {}
 
@@ -104,20 +115,20 @@ def start(checkout: str) -> tuple[str, Callable[[Any], Any]]:
             get_config = importlib.import_module(f'configs.{module}').get_config
             config = get_config(argument) if argument else get_config()
             apply_overrides(config, {name: _tuples(value) for name, value in fields.items()})
-            made = project.Project(resolve(config))
+            project = Project(resolve(config))
         except ConfigError:
             return False
-        timed.update(train=made.train, forward=made.forward)
+        timed.update(train=project.train, forward=project.forward)
         return True
 
     def respond(request: list[Any]) -> Any:
-        what, *rest = request
+        what, argument = request
         if what == 'prepare':
-            return prepare(*rest[0])
+            return prepare(*argument)
         begin = time.perf_counter()
-        for _ in range(rest[0]):
+        for _ in range(argument):
             timed[what]()
-        return (time.perf_counter() - begin) / rest[0]
+        return (time.perf_counter() - begin) / argument
 
     return f'Python {platform.python_version()}, jax {importlib.metadata.version("jax")}', respond
 
@@ -127,15 +138,12 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def measure(workers: list[Worker], rounds: int) -> dict[str, dict[str, float]]:
+def measure(workers: list[runner.Worker], rounds: int) -> dict[str, dict[str, float]]:
     """Returns the median seconds of the prepared case by pass and side. The sides take turns."""
     medians = {}
     for name in PASSES:
-        for worker in workers:
-            worker.ask([name, 1])  # compiles
-        repeats = math.ceil(SHORTEST / max(worker.ask([name, 1]) for worker in workers))
-        table = [[worker.ask([name, repeats]) for worker in workers] for _ in range(rounds)]
-        columns = zip(*table, strict=True)
+        once = runner.take_turns(workers, [name, 1], 1, warmup=1)  # the first compiles
+        columns = runner.take_turns(workers, [name, math.ceil(SHORTEST / max(once)[0])], rounds)
         medians[name] = {w.side: statistics.median(column) for w, column in zip(workers, columns, strict=True)}
     return medians
 
@@ -145,12 +153,8 @@ def kind(case: str) -> str:
     return case.partition('/')[0]
 
 
-def judge(times: dict[str, dict[str, dict[str, float]]]) -> tuple[dict[str, float], list[tuple[str, str]]]:
-    """Returns each kind's margin, as a share of the time, and the (case, pass) that are slower by more than the margin.
-
-    Args:
-      times: seconds by case, pass and side.
-    """
+def judge(times: Times) -> tuple[dict[str, float], list[tuple[str, str]]]:
+    """Returns each kind's margin, as a share of the time, and the (case, pass) that are slower by more than that."""
     each = {(case, name): seconds for case, passes in times.items() for name, seconds in passes.items()}
     noise: dict[str, list[float]] = {}
     for (case, _), seconds in each.items():
@@ -168,74 +172,81 @@ def judge(times: dict[str, dict[str, dict[str, float]]]) -> tuple[dict[str, floa
 
 def report(result: dict[str, Any]) -> str:
     """Formats the table as text."""
-    lines = [f'{result["machine"]}; this checkout against {result["against"]}']
-    lines += [f'this: {result["versions"]["this"]}; other: {result["versions"]["other"]}', '']
-    lines += [f'{"case":<36}{"pass":<9}{"this, ms":>10}{"other, ms":>11}{"ratio":>8}{"other / itself":>16}']
+    rows = [('case', 'pass', 'this, ms', 'other, ms', 'ratio', 'other / itself', '')]
     for case, passes in result['seconds'].items():
         for name, seconds in passes.items():
-            mark = '  slower' if [case, name] in result['slower'] else ''
-            line = f'{case:<36}{name:<9}{seconds["this"] * 1e3:>10.1f}{seconds["other"] * 1e3:>11.1f}'
-            line += f'{seconds["other"] / seconds["this"]:>8.2f}{seconds["other"] / seconds["again"]:>16.2f}{mark}'
-            lines.append(line)
-    lines += [f'{case:<36}not there in the other checkout' for case in result['absent']]
+            this, other, again = (seconds[side] for side in SIDES)
+            figures = f'{this * 1e3:.1f}', f'{other * 1e3:.1f}', f'{other / this:.2f}', f'{other / again:.2f}'
+            rows.append((case, name, *figures, 'slower' if [case, name] in result['slower'] else ''))
     margins = ', '.join(f'{margin:.1%} ({name})' for name, margin in result['margins'].items())
-    lines += ['', f'{len(result["slower"])} slower by more than the noise: {margins}']
-    return '\n'.join(lines)
+    return '\n'.join(
+        [
+            f'{result["machine"]}; this checkout against {result["against"]}',
+            f'this: {result["versions"]["this"]}; other: {result["versions"]["other"]}',
+            *('', *runner.text_table(*rows)),
+            *(f'{case} is missing in the other checkout' for case in result['absent']),
+            *('', f'{len(result["slower"])} slower by more than the noise: {margins}'),
+        ]
+    )
+
+
+def compare(
+    pairs: dict[str, tuple[Case, Case]], sides: dict[str, tuple[str, str]], rounds: int
+) -> tuple[Times, dict[str, str]]:
+    """Returns the seconds of the cases that both checkouts accept, and the versions by side.
+
+    Args:
+      pairs: (case of this checkout, case of the other one) by name.
+      sides: (checkout, interpreter) of each side.
+    """
+    times: Times = {}
+    versions: dict[str, str] = {}
+    for devices in (1, DEVICES):
+        chosen = [name for name in pairs if name.startswith('mesh/') == (devices > 1)]
+        # Each process compiles for itself: of two equal ones, the one that read the compilation cache was faster.
+        environment = {'JAX_NUM_CPU_DEVICES': str(devices), 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
+        with contextlib.ExitStack() as stack:
+            workers = []
+            for side, (checkout, python) in sides.items() if chosen else ():
+                command = [python, f'{checkout}/benchmarks/presets.py', f'--against={checkout}', '--worker=this']
+                workers.append(runner.Worker(side, command, runner.NO_GPU | environment, stack))
+                versions[side] = workers[-1].about
+            for number, name in enumerate(chosen, 1):
+                print(f'{name}, {number} of {len(chosen)}', file=sys.stderr, flush=True)
+                ready = [worker.ask(['prepare', pairs[name][worker.side != 'this']]) for worker in workers]
+                if all(ready):
+                    times[name] = measure(workers, rounds)
+    return times, versions
 
 
 def main() -> int:
     """Times the requested cases and prints the results. Returns exit code 1 if a case is slower, else 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runner.make_parser(__doc__, 5)
     parser.add_argument('--against', required=True, metavar='CHECKOUT', help='another checkout of the project')
-    parser.add_argument('--against_python', default=sys.executable, metavar='PATH', help='the interpreter that runs it')
+    parser.add_argument('--against_python', type=runner.program, default=sys.executable, help='its interpreter')
     parser.add_argument('--only', default='', metavar='REGEX', help='the cases in whose names it is found')
-    parser.add_argument('--rounds', type=int, default=5, help='timed, of each pass')
-    parser.add_argument('--json', action='store_true', help='one JSON object in place of the table')
-    parser.add_argument('--worker', choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    against = os.path.abspath(arguments.against)
     if arguments.worker:
-        serve(lambda: start(ROOT if arguments.worker == 'this' else against))
+        runner.serve(start)
         return 0
-    if not os.path.isdir(os.path.join(against, 'alexnet_jax')):
-        parser.error(f'--against: {arguments.against!r} has no folder alexnet_jax')
-    if not shutil.which(arguments.against_python):
-        parser.error(f'--against_python: {arguments.against_python!r} is no program')
-    wanted = {name: case for name, case in cases().items() if re.search(arguments.only, name)}
-    if not wanted or arguments.rounds < 1:
-        parser.error(f'--only: none of {", ".join(cases())}' if arguments.rounds > 0 else '--rounds is at least 1')
-
-    times: dict[str, dict[str, dict[str, float]]] = {}
-    absent: list[str] = []
-    versions: dict[str, str] = {}
-    for devices in (1, DEVICES):
-        names = [name for name in wanted if name.startswith('mesh/') == (devices > 1)]
-        if not names:
-            continue
-        with contextlib.ExitStack() as stack:
-            # Each process compiles for itself: of two equal ones, the one that read the compilation cache was faster.
-            environment = NO_GPU | {'JAX_NUM_CPU_DEVICES': str(devices), 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
-            command = [os.path.abspath(__file__), f'--against={against}']
-            pythons = (sys.executable, arguments.against_python, arguments.against_python)
-            workers = [
-                Worker(side, [python, *command, f'--worker={side}'], environment, stack)
-                for side, python in zip(SIDES, pythons, strict=True)
-            ]
-            versions |= {worker.side: worker.about for worker in workers}
-            for number, name in enumerate(names, 1):
-                print(f'{name}, {number} of {len(names)}', file=sys.stderr, flush=True)
-                there = [worker.ask(['prepare', wanted[name]]) for worker in workers]
-                if all(there):
-                    times[name] = measure(workers, arguments.rounds)
-                else:
-                    absent.append(name)
+    against, python = os.path.abspath(arguments.against), arguments.against_python
+    if not os.path.isfile(os.path.join(against, 'benchmarks', 'presets.py')):
+        parser.error(f'--against: {arguments.against!r} has no benchmarks/presets.py')
+    own = cases()
+    wanted = [name for name in own if re.search(arguments.only, name)]
+    if not wanted:
+        parser.error(f'--only: {arguments.only!r} matches none of {", ".join(own)}')
+    others = cases_of(against, python)
+    sides = {'this': (runner.ROOT, sys.executable), 'other': (against, python), 'again': (against, python)}
+    pairs = {name: (own[name], others[name]) for name in wanted if name in others}
+    times, versions = compare(pairs, sides, arguments.rounds)
+    absent = [name for name in wanted if name not in times]
     if not times:
-        sys.exit(f'presets: {arguments.against} has none of these cases: {", ".join(absent)}')
+        runner.fail(f'{against} has none of these cases: {", ".join(absent)}')
     margins, slower = judge(times)
     result = {'seconds': times, 'absent': absent, 'margins': margins, 'slower': list(map(list, slower))}
     result |= {'against': against, 'rounds': arguments.rounds, 'versions': versions}
-    result |= {'machine': machine(), 'date': datetime.date.today().isoformat()}
-    print(json.dumps(result) if arguments.json else report(result))
+    runner.print_result(result, report, arguments.json)
     return bool(slower)
 
 

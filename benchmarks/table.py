@@ -1,13 +1,12 @@
-"""Runs the benchmarks and writes their results to README.md, as the table between two marks.
+"""Runs the benchmarks and writes their results to docs/benchmarks.md, as the table between two markers.
 
     python benchmarks/table.py [NAME ...] [--torch_python=PATH]      # `make bench` runs all of them
 
-Results are kept in docs/logs/benchmarks.json, so that the table can be remade after one benchmark runs again.
-`--only_table` remakes it without any measurement.
+Results are kept in docs/logs/benchmarks.json, so that the table can be made again after one benchmark runs again.
+`--only_table` makes it without any measurement.
 """
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -17,94 +16,78 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from benchmarks.workers import ROOT, machine
+from benchmarks import runner
 
-RESULTS, README = 'docs/logs/benchmarks.json', 'README.md'
+RESULTS, PAGE = 'docs/logs/benchmarks.json', 'docs/benchmarks.md'
 BEGIN, END = '<!-- The table is made by `make bench`. -->', '<!-- End of what `make bench` makes. -->'
 PEERS = {'tensorflow': 'TensorFlow, oneDNN', 'torch': 'PyTorch, `torch.compile`'}
+INPUT_PEERS = {'tensorflow': "tf.data, the recipe of Flax's example", 'pillow': "Pillow threads, torchvision's recipe"}
+STARTS = {
+    'help': '`launch.py --help`',
+    'field': 'an invalid override rejected',
+    'cold': 'first step of `paper`, empty compilation cache',
+    'warm': 'first step of `paper`, compiled before',
+    'resumed': 'first step of `paper`, from a checkpoint',
+}
 WITH_TORCH = ('train_step', 'memory')
-PACKAGES = {'PIL': 'Pillow'}  # names in the table, if different
 
-# (quantity, this project's figure, peer, the peer's figure, ratio). table() leaves the first two cells empty if both
-# equal those of the row above.
-Row = tuple[str, str, str, str, str]
+# (quantity, this project's figure), and where there is a comparison (with what, its figure, ratio). table() leaves the
+# first two cells empty if both equal those of the row above.
+Row = tuple[str, ...]
 
 
 def train_step_rows(result: dict[str, Any]) -> list[Row]:
     """Images/s of the train step and of the forward pass, and their shares of the peak FLOP/s."""
-    rows = []
+    rows: list[Row] = []
     for prefix, name in (('', 'train step'), ('forward_', 'forward pass')):
         own, share = result[f'{prefix}images_per_second'], result[f'{prefix}share_of_product']
         what = f'{name} of `paper`, batch {result["batch_size"]}, {result["dtype"]}: images/s'
-        for peer in PEERS:
+        for peer, title in PEERS.items():
             if speed := result[f'{peer}_{prefix}images_per_second']:
-                ratio = result[f'{peer}_{prefix}ratio']
-                rows.append((what, f'{own:.1f}', PEERS[peer], f'{speed:.1f}', f'{ratio:.2f}'))
+                rows.append((what, f'{own:.1f}', title, f'{speed:.1f}', f'{result[f"{peer}_{prefix}ratio"]:.2f}'))
         rate = max(result['product_flops_per_second'].values())
-        what = f'its FLOP/s, as a share of the {rate / 1e9:.0f} G that a matrix product reaches'
-        rows.append((what, f'{share["jax"]:.2f}', '', '', ''))
+        rows.append((f'its FLOP/s / those of a matrix product, {rate / 1e9:.0f} G', f'{share["jax"]:.2f}'))
     return rows
 
 
 def layers_rows(result: dict[str, Any]) -> list[Row]:
     """Shares of convolutions and matrix products, and of the roofline minimum, in the step's time."""
-    kinds = {row['part']: row for row in result['kinds']}
-    products = sum(kinds[kind]['seconds'] for kind in ('convolutions', 'products'))
+    products = sum(row['seconds'] for row in result['kinds'] if row['part'] in ('convolutions', 'products'))
     least = sum(row['least_seconds'] for row in result['rows'])
     return [
-        (
-            'convolutions and matrix products in the time of a train step',
-            f'{products / result["seconds"]:.0%}',
-            '',
-            '',
-            '',
-        ),
-        ('what the roofline allows in the time of a train step', f'{least / result["seconds"]:.0%}', '', '', ''),
+        ('convolutions and matrix products / time of a train step', f'{products / result["seconds"]:.0%}'),
+        ('minimum time by the roofline / time of a train step', f'{least / result["seconds"]:.0%}'),
     ]
 
 
 def input_rows(result: dict[str, Any]) -> list[Row]:
-    """Images/s read from both kinds of stores, and images/s of their preparation."""
+    """Images/s read from both kinds of prepared data sets, and images/s of their preparation."""
     speeds, rows = result['images_per_second'], []
-    peers = {'tensorflow': "tf.data, the recipe of Flax's example", 'pillow': "Pillow threads, torchvision's recipe"}
-    for side, store in (('raw', 'a raw store'), ('jpeg', 'a store of JPEGs')):
-        for peer, name in peers.items():
-            ratio = speeds[side] / speeds[peer]
-            rows.append(
-                (f'input from {store}: images/s', f'{speeds[side]:,.0f}', name, f'{speeds[peer]:,.0f}', f'{ratio:.1f}')
-            )
-    for side, speed in result['prepare_images_per_second'].items():
-        rows.append(
-            (f'preparing a store, {side}, with {result["cores"]} processes: images/s', f'{speed:,.0f}', '', '', '')
-        )
-    return rows
+    for side in ('raw', 'jpeg'):
+        what = f'input from a prepared data set, {side}: images/s'
+        for peer, title in INPUT_PEERS.items():
+            ratio = f'{speeds[side] / speeds[peer]:.1f}'
+            rows.append((what, f'{speeds[side]:,.0f}', title, f'{speeds[peer]:,.0f}', ratio))
+    prepared, processes = result['prepare_images_per_second'].items(), f'{result["cores"]} processes'
+    return rows + [(f'preparation, {side}, {processes}: images/s', f'{speed:,.0f}') for side, speed in prepared]
 
 
 def startup_rows(result: dict[str, Any]) -> list[Row]:
-    """Seconds until launch.py has ended, and until the first step is over."""
-    texts = {
-        'help': '`launch.py --help`',
-        'field': 'a wrong override refused',
-        'cold': 'first step of `paper`, nothing compiled before',
-        'warm': 'first step of `paper`, compiled before',
-        'resumed': 'first step of `paper`, from a checkpoint',
-    }
-    return [(f'{text}: seconds', f'{result[case]:.1f}', '', '', '') for case, text in texts.items() if case in result]
+    """Seconds until launch.py has ended, and until the first step has ended."""
+    return [(f'{text}: seconds', f'{result[case]:.1f}') for case, text in STARTS.items() if case in result]
 
 
 def loop_overhead_rows(result: dict[str, Any]) -> list[Row]:
     """Images/s of the loop and of the step alone, and the delay by a checkpoint."""
-    rows = []
-    for part in ('quickstart', 'paper'):
-        if found := result['parts'].get(part):
-            speeds = [f'{found[name]:,.1f}' for name in ('images_per_second', 'step_images_per_second')]
-            ratio = f'{found["ratio"]:.3f}'
-            rows.append(
-                (f'`launch.py`, {part}, input included: images/s', speeds[0], 'the step alone', speeds[1], ratio)
-            )
-    if found := result['parts'].get('checkpoint'):
-        what = f'training held up by a checkpoint that takes {found["saving"]:.1f} s: seconds'
-        rows.append((what, f'{found["held_up"]:.3f}', '', '', ''))
+    rows: list[Row] = []
+    for part, found in result['parts'].items():
+        if part == 'checkpoint':
+            what = f'training held up by a checkpoint that takes {found["saving"]:.1f} s: seconds'
+            rows.append((what, f'{found["held_up"]:.3f}'))
+        else:
+            own, alone = (f'{found[name]:,.1f}' for name in ('images_per_second', 'step_images_per_second'))
+            what = f'`launch.py`, {part}, input included: images/s'
+            rows.append((what, own, 'the step alone', alone, f'{found["ratio"]:.3f}'))
     return rows
 
 
@@ -113,7 +96,7 @@ def memory_rows(result: dict[str, Any]) -> list[Row]:
     what = f'peak memory of the train step of `paper`, batch {result["batch_size"]}: MB'
     own = f'{result["jax"]["peak"] / 1e6:,.0f}'
     if result['ratio'] is None:
-        return [(what, own, '', '', '')]
+        return [(what, own)]
     return [(what, own, PEERS['torch'], f'{result["torch"]["peak"] / 1e6:,.0f}', f'{1 / result["ratio"]:.2f}')]
 
 
@@ -129,44 +112,43 @@ ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Returns the Markdown table of the benchmarks' results by name, with machines, versions and dates below."""
-    lines = ['| | this project | beside it | | ratio |', '| --- | --: | --- | --: | --: |']
-    for name, rows in ROWS.items():
-        above = None
-        for what, own, *peer in rows(results[name]) if name in results else []:
-            shown = ('', '') if (what, own) == above else (what, own)
-            lines.append('| ' + ' | '.join((*shown, *peer)) + ' |')
-            above = (what, own)
+    lines = ['| | this project | compared with | | ratio |', '| --- | --: | --- | --: | --: |']
     measured = {name: results[name] for name in ROWS if name in results}
-    machines = sorted({result['machine'] for result in measured.values()})
-    versions = {PACKAGES.get(n, n): v for result in measured.values() for n, v in result.get('versions', {}).items()}
-    packages = [
-        f'{name} {version}' for name, version in sorted(versions.items(), key=lambda v: v[0].lower()) if version
+    above: Row = ()
+    for name, result in measured.items():
+        for row in ROWS[name](result):
+            shown = ('', '', *row[2:]) if row[:2] == above[:2] else row
+            lines.append('| ' + ' | '.join([*shown, *[''] * (5 - len(shown))]) + ' |')
+            above = row
+    versions = {name: version for result in measured.values() for name, version in result.get('versions', {}).items()}
+    packages = [  # the machine's description has the version of Python
+        f'{name.replace("PIL", "Pillow")} {version}'
+        for name, version in sorted(versions.items(), key=lambda item: item[0].lower())
+        if version and name.lower() != 'python'
     ]
-    said = [text for text in packages if not text.lower().startswith('python')]  # `machines` has Python's
+    machines = sorted({result['machine'] for result in measured.values()})
     dates = sorted({result['date'] for result in measured.values()})
     period = ' to '.join(dates[:1] + dates[1:][-1:])
-    lines += ['', f'{"; ".join(machines)}; {", ".join(said)}. Measured {period}.']
-    return '\n'.join(lines)
+    return '\n'.join([*lines, '', f'{"; ".join(machines)}; {", ".join(packages)}. Measured {period}.'])
 
 
-def put_into(readme: str, made: str) -> str:
-    """Returns `readme` with `made` between the marks. Raises ValueError: the marks are not there once and in order."""
-    before, begin, rest = readme.partition(BEGIN)
+def replace_table(page: str, made: str) -> str:
+    """Returns `page` with `made` between the markers. Raises ValueError: each marker must occur once, in order."""
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(f'there must be one line {BEGIN!r} and behind it one line {END!r}')
+        raise ValueError(f'there must be one line {BEGIN!r} and below it one line {END!r}')
     return f'{before}{BEGIN}\n{made}\n{END}{after}'
 
 
 def run(name: str, flags: list[str]) -> dict[str, Any]:
-    """Runs the benchmark `name` and returns its results with machine and date. Exits if it fails."""
-    command = [sys.executable, os.path.join(ROOT, 'benchmarks', f'{name}.py'), '--json', *flags]
+    """Runs the benchmark `name` and returns its results. Exits if it fails."""
     print(f'{name}: running', file=sys.stderr, flush=True)
+    command = [sys.executable, os.path.join(runner.ROOT, 'benchmarks', f'{name}.py'), '--json', *flags]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        sys.exit(f'table: {name} ended with exit code {done.returncode}; see above')
-    result = json.loads(done.stdout.splitlines()[-1])
-    return {'machine': machine(), 'date': datetime.date.today().isoformat()} | result
+        runner.fail(f'{name} ended with exit code {done.returncode}; see above')
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -174,26 +156,25 @@ def main() -> None:
     from alexnet_jax.runtime.files import atomic_write, read_json, write_json
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('names', nargs='*', metavar='NAME', help=f'of {", ".join(ROWS)}; all without')
-    parser.add_argument('--torch_python', default=sys.executable, metavar='PATH', help='an interpreter that has torch')
+    parser.add_argument('names', nargs='*', metavar='NAME', help=f'some of {", ".join(ROWS)}; the default is all')
+    parser.add_argument('--torch_python', default=sys.executable, metavar='PATH', help='Python with torch')
     parser.add_argument('--only_table', action='store_true', help='run nothing')
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.names) - set(ROWS)):
-        parser.error(f'there is no benchmark {", ".join(unknown)}; there are {", ".join(ROWS)}')
-    os.chdir(ROOT)
+        parser.error(f'{", ".join(unknown)} is unknown; the benchmarks are {", ".join(ROWS)}')
+    os.chdir(runner.ROOT)
     results = read_json(RESULTS) or {}
     for name in [] if arguments.only_table else arguments.names or ROWS:
         results[name] = run(name, [f'--torch_python={arguments.torch_python}'] if name in WITH_TORCH else [])
         write_json(RESULTS, results)
     if not results:
-        parser.error(f'{RESULTS} has no results yet; leave out --only_table')
-    with open(README) as file:
-        readme = file.read()
+        parser.error(f'{RESULTS} has no results yet; omit --only_table')
     try:
-        text = put_into(readme, table(results))
-    except ValueError as error:
-        sys.exit(f'table: {README}: {error}')
-    with atomic_write(README) as file:
+        with open(PAGE) as file:
+            text = replace_table(file.read(), table(results))
+    except (OSError, ValueError) as error:
+        runner.fail(f'{PAGE}: {error}')
+    with atomic_write(PAGE) as file:
         file.write(text)
 
 

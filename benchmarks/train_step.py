@@ -18,23 +18,18 @@ implementation (plain.py). If they differ by more than rounding errors, nothing 
 Each side has its own process. The sides take turns step by step, so that a change in the machine's speed affects all of
 them; waiting sides are stopped. A ratio is the peer's median time over the project's: above 1 the project is faster.
 
---config.a.b=value applies to the project's side. A TPU has no peers. Neither GPU nor TPU could be tested here. On these
+--config.a.b=value applies to the project's side. A TPU has no peers. Neither GPU nor TPU was tested. On these
 platforms all sides hold device memory at the same time, so their allocators do not preallocate it. float32 means JAX's
 default on the platform: on GPUs from Ampere on, matrix products of all sides round their inputs to TF32; on TPUs, to
 bfloat16.
 """
 
 import argparse
-import ast
 import contextlib
-import datetime
 import functools
-import json
 import math
 import os
 import platform
-import re
-import shutil
 import statistics
 import sys
 import time
@@ -43,15 +38,12 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from alexnet_jax.config import Config
-from benchmarks import peers
-from benchmarks.peers import tensorflow_passes, torch_passes
-from benchmarks.workers import NO_GPU, Worker, machine, serve
+from benchmarks import peers, runner
 
 PROJECT, *PEERS = SIDES = ('jax', 'tensorflow', 'torch')  # the names of the packages
 PASSES = ('train', 'forward')
 PLATFORMS = {
-    'cpu': NO_GPU | {'TF_ENABLE_ONEDNN_OPTS': '1'},
+    'cpu': runner.NO_GPU | {'TF_ENABLE_ONEDNN_OPTS': '1'},
     # All sides share the device.
     'gpu': {'JAX_PLATFORMS': 'cuda', 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', 'TF_FORCE_GPU_ALLOW_GROWTH': 'true'},
     'tpu': {'JAX_PLATFORMS': 'tpu'},
@@ -59,79 +51,26 @@ PLATFORMS = {
 # Rows of the square matrices. On accelerators they are larger, to make launch and transfer times negligible.
 PRODUCTS = {'cpu': (2048, 4096), 'gpu': (8192, 16384), 'tpu': (8192, 16384)}
 
-Times = dict[str, dict[str, tuple[float, ...]]]  # seconds of each round, by pass and side
+Times = dict[str, dict[str, list[float]]]  # seconds of each round, by pass and side
 
 
-def configuration(arguments: argparse.Namespace, overrides: list[str]) -> Any:
-    """Returns the project's resolved configuration. Exits with 2 if a setting is invalid."""
-    from alexnet_jax.config import ConfigError, apply_overrides, default_config, resolve
-
-    values: dict[str, Any] = {'train.batch_size': arguments.batch_size, 'model.dtype': arguments.dtype, 'mesh.data': 1}
-    for override in overrides:
-        field, text = override.removeprefix('--config.').split('=', 1)
-        try:
-            values[field] = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
-            values[field] = text
-    config = default_config()
-    try:
-        apply_overrides(config, values)
-        return resolve(config)
-    except ConfigError as error:
-        print(f'train_step: {error}', file=sys.stderr)
-        sys.exit(2)
-
-
-def project_passes(config: Config) -> dict[str, Callable[[], Any]]:
-    """Returns this project's passes, and `check`, which returns the result of check.worst()."""
-    from alexnet_jax.runtime import backend
-
-    if config.cpu_tuning:
-        backend.configure_cpu_backend()
-    import jax
-
-    from benchmarks.project import Project
-
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError):  # AssertionError: the platform's package is not installed
-        platforms = os.environ.get('JAX_PLATFORMS')
-        sys.exit(f'train_step: jax finds no device for JAX_PLATFORMS={platforms}; is its package installed?')
-    project = Project(config)
-
-    def check() -> tuple[str, float, float]:
-        from benchmarks.check import differences, worst
-
-        exact = config.model.dtype == 'float32' and jax.default_backend() == 'cpu'
-        return worst(differences(project), exact)
-
-    return {'train': project.train, 'forward': project.forward, 'check': check}
-
-
-def project_product(size: int, dtype: str) -> Callable[[], float]:
-    """Returns a function that multiplies two `size` x `size` matrices."""
-    import jax
-
-    matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    product = jax.jit(lambda matrix: matrix @ matrix)
-    return lambda: float(product(matrix)[0, 0])
-
-
-def start(arguments: argparse.Namespace, overrides: list[str]) -> tuple[str | None, Callable[[str], Any]]:
+def start(arguments: argparse.Namespace, flags: list[str]) -> tuple[str | None, Callable[[str], Any]]:
     """Runs in a worker. Returns the side's version or None, and a function that times a pass or runs `check`."""
     side, device = arguments.worker, 'cuda' if arguments.platform == 'gpu' else 'cpu'
     batch_size, dtype = arguments.batch_size, arguments.dtype
     passes: dict[str, Callable[[], Any]] = {}
-    product: Callable[[int, str], Callable[[], float]] = project_product
-    if side == PROJECT:
-        passes = project_passes(configuration(arguments, overrides))
-    elif side == 'tensorflow' and peers.has_tensorflow(arguments.platform):
-        passes, product = tensorflow_passes(batch_size, dtype), peers.tensorflow_product
-    elif side == 'torch' and peers.has_torch(arguments.platform):
-        passes = torch_passes(batch_size, dtype, device)
-        product = functools.partial(peers.torch_product, device=device)
-    if not passes:
+    product: Callable[[int, str], Callable[[], float]]
+    if side == PROJECT:  # the interpreter of a peer may lack what the project imports
+        from benchmarks.project import paper_config, project_passes, project_product
+
+        passes, product = project_passes(paper_config(batch_size, flags, dtype)), project_product
+    elif not peers.is_available(side, arguments.platform):
         return None, lambda name: None
+    elif side == 'tensorflow':
+        passes, product = peers.tensorflow_passes(batch_size, dtype), peers.tensorflow_product
+    else:
+        passes = peers.torch_passes(batch_size, dtype, device)
+        product = functools.partial(peers.torch_product, device=device)
     passes |= {f'product {size}': product(size, dtype) for size in PRODUCTS[arguments.platform]}
 
     def respond(name: str) -> Any:
@@ -141,140 +80,108 @@ def start(arguments: argparse.Namespace, overrides: list[str]) -> tuple[str | No
         value = passes[name]()
         seconds = time.perf_counter() - begin
         if not math.isfinite(value):
-            raise FloatingPointError(f'{name} gave {value}')
+            raise FloatingPointError(f'{name} returned {value}')
         return seconds
 
     return sys.modules[side].__version__, respond
 
 
-def equal_to_plain(worker: Worker) -> dict[str, float]:
+def check_against_plain(worker: runner.Worker) -> dict[str, float]:
     """Returns the largest difference from the plain implementation by its name. Exits if it exceeds the tolerance."""
     name, distance, tolerance = worker.ask('check')
     if not distance <= tolerance:  # also catches NaN
-        sys.exit(
-            f'train_step: {name} differs by {distance:.1e} of its size from the plain implementation; rounding explains'
-            f' {tolerance:g}. The step is wrong, or given other settings than plain.py has (then --unchecked)'
+        runner.fail(
+            f'{name} differs from the plain implementation by {distance:.1e} of its norm; rounding errors explain'
+            f' {tolerance:g}. The step is wrong, or its settings differ from those of plain.py (then use --unchecked)'
         )
     return {name: distance}
 
 
-def measure(workers: list[Worker], passes: tuple[str, ...], rounds: int, warmup: int) -> Times:
-    """Returns the seconds of each round. The sides take turns."""
-    times = {}
-    for name in passes:
-        table = [[worker.ask(name) for worker in workers] for _ in range(warmup + rounds)]
-        columns = zip(*table[warmup:], strict=True)
-        times[name] = {worker.side: column for worker, column in zip(workers, columns, strict=True)}
-    return times
+def results(times: Times, batch_size: int, flops: dict[str, int]) -> dict[str, Any]:
+    """Returns the results for --json: images/s, ratios, FLOP/s, and shares of the best matrix product's FLOP/s.
 
-
-def ratio(seconds: dict[str, tuple[float, ...]], peer: str) -> float | None:
-    """Returns the peer's median time over the project's, or None if one of them was not timed."""
-    if PROJECT not in seconds or peer not in seconds:
-        return None
-    return statistics.median(seconds[peer]) / statistics.median(seconds[PROJECT])
-
-
-def results(times: Times, config: Config) -> dict[str, Any]:
-    """Returns the results for --json: images/s, ratios, FLOP/s, and shares of the best matrix product's FLOP/s."""
-    from alexnet_jax.audit import cost_model
-
-    batch_size = config.train.batch_size
+    Args:
+      flops: FLOPs per image, by pass.
+    """
     found: dict[str, Any] = {}
     rates = dict.fromkeys(times['train'], 0.0)
     for name in times.keys() - set(PASSES):
-        flops = 2 * int(name.split()[1]) ** 3
-        rates = {side: max(rate, flops / min(times[name][side])) for side, rate in rates.items()}
-    forward = 2 * sum(layer.multiply_adds for layer in cost_model.layers(config))
-    for prefix, name, flops in (('', 'train', cost_model.flops_per_image(config)), ('forward_', 'forward', forward)):
+        of_product = 2 * int(name.split()[1]) ** 3
+        rates = {side: max(rate, of_product / min(times[name][side])) for side, rate in rates.items()}
+    for prefix, name in (('', 'train'), ('forward_', 'forward')):
         speeds = {side: batch_size / statistics.median(seconds) for side, seconds in times[name].items()}
-        found[f'{prefix}images_per_second'] = speeds.get(PROJECT)
-        found |= {f'{peer}_{prefix}images_per_second': speeds.get(peer) for peer in PEERS}
-        found |= {f'{peer}_{prefix}ratio': ratio(times[name], peer) for peer in PEERS}
-        found[f'{prefix}flops_per_image'] = flops
-        found[f'{prefix}share_of_product'] = {side: flops * s / max(rates.values()) for side, s in speeds.items()}
+        found[f'{prefix}images_per_second'] = own = speeds.get(PROJECT)
+        for peer in PEERS:
+            found[f'{peer}_{prefix}images_per_second'] = speeds.get(peer)
+            found[f'{peer}_{prefix}ratio'] = own / speeds[peer] if own and peer in speeds else None
+        found[f'{prefix}flops_per_image'] = flops[name]
+        found[f'{prefix}share_of_product'] = {side: flops[name] * s / max(rates.values()) for side, s in speeds.items()}
         found[f'{prefix}best_images_per_second'] = {side: batch_size / min(s) for side, s in times[name].items()}
     return found | {'product_flops_per_second': rates}
 
 
 def report(result: dict[str, Any]) -> str:
     """Formats the table as text."""
-    shares, versions = result['share_of_product'], result['versions']
     rates = ', '.join(f'{rate / 1e9:.0f} with {side}' for side, rate in result['product_flops_per_second'].items())
-    lines = [
-        f'{result["machine"]}; batch {result["batch_size"]}, {result["dtype"]}, {result["platform"]}; images/s',
-        f'GFLOP an image: train {result["flops_per_image"] / 1e9:.2f}, forward'
-        f' {result["forward_flops_per_image"] / 1e9:.2f}; GFLOP/s of a matrix product at its best: {rates}',
-        '',
-        f'{"":<26}{"train":>9}{"":>9}{"share of":>10}{"forward":>10}{"":>9}{"project/peer":>17}',
-        f'{"side":<12}{"version":<14}{"median":>9}{"best":>9}{"product":>10}{"median":>10}{"best":>9}{"train":>8}'
-        f'{"forward":>9}',
-    ]
-    for side in [side for side in SIDES if side in versions]:
-        if versions[side] is None:
-            lines.append(f'{side:<12}absent')
+    rows = [('side', 'version', 'pass', 'images/s', 'best', 'share of product', 'project/peer')]
+    for side in [side for side in SIDES if side in result['versions']]:
+        version = result['versions'][side]
+        if version is None:
+            rows.append((side, 'absent', '', '', '', '', ''))
             continue
-        prefix = '' if side == PROJECT else f'{side}_'
-        row = f'{side:<12}{versions[side]:<14}{result[f"{prefix}images_per_second"]:>9.1f}'
-        row += f'{result["best_images_per_second"][side]:>9.1f}{shares[side]:>10.2f}'
-        row += f'{result[f"{prefix}forward_images_per_second"]:>10.1f}'
-        row += f'{result["forward_best_images_per_second"][side]:>9.1f}'
-        ratios = [result.get(f'{side}_{prefix}ratio') for prefix in ('', 'forward_')]
-        lines.append(row + ''.join('' if r is None else f'{r:>{w}.2f}' for r, w in zip(ratios, (8, 9), strict=True)))
+        for prefix, name in (('', 'train'), ('forward_', 'forward')):
+            best, share = (result[f'{prefix}{what}'][side] for what in ('best_images_per_second', 'share_of_product'))
+            speed = result[f'{"" if side == PROJECT else f"{side}_"}{prefix}images_per_second']
+            ratio = result.get(f'{side}_{prefix}ratio')
+            figures = f'{speed:.1f}', f'{best:.1f}', f'{share:.2f}', '' if ratio is None else f'{ratio:.2f}'
+            rows.append((side, version, name, *figures))
+    lines = [
+        f'{result["machine"]}; batch {result["batch_size"]}, {result["dtype"]}, {result["platform"]}',
+        f'GFLOP per image: train {result["flops_per_image"] / 1e9:.2f}, forward'
+        f' {result["forward_flops_per_image"] / 1e9:.2f}; best GFLOP/s of a matrix product: {rates}',
+        *('', *runner.text_table(*rows)),
+    ]
     for name, value in result['difference'].items():
-        lines += ['', f'Equal to the plain implementation but for rounding; at most by {value:.1e}, of {name}.']
+        lines += ['', f'Equal to the plain implementation except for rounding; the largest: {value:.1e}, of {name}.']
     return '\n'.join(lines)
-
-
-def parse() -> tuple[argparse.Namespace, list[str]]:
-    """Returns the flags and the project's setting overrides. Exits with 2 if one is invalid."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--batch_size', type=int, default=128)
-    parser.add_argument('--rounds', type=int, default=6, help='timed, of each pass')
-    parser.add_argument('--warmup', type=int, default=2, help='rounds before those, compilation included')
-    parser.add_argument('--platform', choices=PLATFORMS, default='cpu')
-    parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='of all sides')
-    parser.add_argument('--sides', default=','.join(SIDES), help='which of %(default)s to run')
-    parser.add_argument('--torch_python', default=sys.executable, metavar='PATH', help='an interpreter that has torch')
-    parser.add_argument('--unchecked', action='store_true', help='leave out the plain implementation')
-    parser.add_argument('--json', action='store_true', help='one JSON object in place of the table')
-    parser.add_argument('--worker', choices=SIDES, help=argparse.SUPPRESS)
-    arguments, overrides = parser.parse_known_args()
-    if unknown := [argument for argument in overrides if not re.match(r'--config\.[\w.]+=', argument)]:
-        parser.error(f'{unknown[0]!r} is no flag; settings of the project are written --config.a.b=value')
-    if min(arguments.batch_size, arguments.rounds, arguments.warmup) < 1:
-        parser.error('--batch_size, --rounds and --warmup are at least 1')
-    if unknown := sorted(set(arguments.sides.split(',')) - set(SIDES)):
-        parser.error(f'--sides: there is no {", ".join(unknown)}; there are {", ".join(SIDES)}')
-    if not shutil.which(arguments.torch_python):
-        parser.error(f'--torch_python: {arguments.torch_python!r} is no program')
-    return arguments, overrides
 
 
 def main() -> None:
     """Runs the requested sides and prints the results."""
-    arguments, overrides = parse()
+    parser = runner.make_parser(__doc__, 6, '--sides', SIDES)
+    parser.add_argument('--batch_size', type=runner.positive, default=128)
+    parser.add_argument('--warmup', type=runner.positive, default=2, help='rounds before those, compilation included')
+    parser.add_argument('--platform', choices=PLATFORMS, default='cpu')
+    parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='of all sides')
+    parser.add_argument('--torch_python', type=runner.program, default=sys.executable, help='Python with torch')
+    parser.add_argument('--unchecked', action='store_true', help='do not compare with the plain implementation')
+    arguments, flags = parser.parse_known_args()
     if arguments.worker:
-        return serve(lambda: start(arguments, overrides))
-    config = configuration(arguments, overrides)
+        return runner.serve(lambda: start(arguments, flags))
+    from alexnet_jax.audit import cost_model
+    from benchmarks.project import paper_config
+
+    config = paper_config(arguments.batch_size, flags, arguments.dtype)
+    forward = 2 * sum(layer.multiply_adds for layer in cost_model.layers(config))
     passes = (*PASSES, *(f'product {size}' for size in PRODUCTS[arguments.platform]))
-    pythons: dict[str, str] = {'torch': arguments.torch_python}
+    pythons = {'torch': arguments.torch_python}
     difference: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
-        workers = []
-        for side in [side for side in SIDES if side in arguments.sides.split(',')]:
-            command = [pythons.get(side, sys.executable), os.path.abspath(__file__), f'--worker={side}', *sys.argv[1:]]
-            workers.append(Worker(side, command, PLATFORMS[arguments.platform], stack))
+        commands = {side: runner.command_of(side, python=pythons.get(side, sys.executable)) for side in arguments.sides}
+        workers = [runner.Worker(side, each, PLATFORMS[arguments.platform], stack) for side, each in commands.items()]
         present = [worker for worker in workers if worker.about is not None]
         if present and present[0].side == PROJECT and not arguments.unchecked:
-            difference = equal_to_plain(present[0])
-        times = measure(present, passes, arguments.rounds, arguments.warmup)
-    versions = {'python': platform.python_version()} | {worker.side: worker.about for worker in workers}
-    result = results(times, config) | {'difference': difference, 'config': overrides}
+            difference = check_against_plain(present[0])
+        sides = [worker.side for worker in present]
+        times = {
+            name: dict(zip(sides, runner.take_turns(present, name, arguments.rounds, arguments.warmup), strict=True))
+            for name in passes
+        }
+    result = results(times, config.train.batch_size, {'train': cost_model.flops_per_image(config), 'forward': forward})
     result |= {name: getattr(arguments, name) for name in ('batch_size', 'rounds', 'platform', 'dtype')}
-    result |= {'versions': versions, 'machine': machine(), 'date': datetime.date.today().isoformat()}
-    print(json.dumps(result) if arguments.json else report(result))
-    return None
+    versions = {'python': platform.python_version()} | {worker.side: worker.about for worker in workers}
+    result |= {'difference': difference, 'config': flags, 'versions': versions}
+    return runner.print_result(result, report, arguments.json)
 
 
 if __name__ == '__main__':

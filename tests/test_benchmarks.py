@@ -1,7 +1,9 @@
 """The benchmarks' own arithmetic: against numbers by hand, and the plain implementation against the project."""
 
+import contextlib
 import json
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from alexnet_jax.audit import cost_model
 from alexnet_jax.config import default_config, resolve
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.shapes import LAYERS
-from benchmarks import check, layers, loop_overhead, memory, plain, presets, table
+from benchmarks import check, layers, loop_overhead, memory, plain, presets, runner, table, train_step
 from benchmarks.hlo import Program
 from benchmarks.project import Project
 
@@ -304,8 +306,8 @@ def test_reports_of_the_loop_and_of_memory():
     assert loop_overhead.report(LOOP).splitlines() == [
         '2 cores',
         '',
-        '               steps   launch.py, images/s  step alone   ratio',
-        'quickstart       400               1,980.0     2,000.0   0.990',
+        '            steps  launch.py, images/s  the step alone  ratio',
+        'quickstart    400              1,980.0         2,000.0  0.990',
         '',
         'a checkpoint: 2.50 s; training held up 0.0500 s (2.00%; the first 0.500 s), steps slowed down 1.00 s (40.0%);'
         ' a step 3.25 s; 488 MB more at its peak',
@@ -313,9 +315,9 @@ def test_reports_of_the_loop_and_of_memory():
     assert memory.report(MEMORY).splitlines() == [
         '2 cores; batch 128, float32, 10 steps; peak memory so far, MB',
         '',
-        'side        version           imported        made  first step        peak',
-        'jax         0.10                   200       1,000       2,000       2,500',
-        'torch       2.13                   300         900       2,000       2,000',
+        'side   version  imported   made  first_step   peak',
+        'jax       0.10       200  1,000       2,000  2,500',
+        'torch     2.13       300    900       2,000  2,000',
         '',
         'compiled step: state 488, batch 25, temporary 900 MB',
         'jax / torch: 1.25',
@@ -323,28 +325,61 @@ def test_reports_of_the_loop_and_of_memory():
     rows = table.loop_overhead_rows(LOOP) + table.memory_rows(MEMORY)
     assert [row[1:] for row in rows] == [
         ('1,980.0', 'the step alone', '2,000.0', '0.990'),
-        ('0.050', '', '', ''),
+        ('0.050',),
         ('2,500', 'PyTorch, `torch.compile`', '2,000', '0.80'),
     ]
+
+
+def test_figures_of_the_train_step_are_those_by_hand():
+    times = {'train': {'jax': [2.0, 1.0, 3.0], 'torch': [4.0, 4.0, 5.0]}, 'forward': {'jax': [1.0], 'torch': [0.5]}}
+    times['product 100'] = {'jax': [0.1, 0.2], 'torch': [0.05, 0.1]}
+    found = train_step.results(times, 8, {'train': 10**6, 'forward': 10**5})
+    assert (found['images_per_second'], found['torch_ratio'], found['torch_forward_ratio']) == (4.0, 2.0, 0.5)
+    assert found['tensorflow_images_per_second'] is found['tensorflow_ratio'] is None
+    assert found['best_images_per_second'] == {'jax': 8.0, 'torch': 2.0}
+    assert found['product_flops_per_second'] == {'jax': 2e7, 'torch': 4e7}
+    assert found['share_of_product'] == {'jax': 0.1, 'torch': 0.05}
+
+
+ECHO = """
+from benchmarks import runner
+
+runner.serve(lambda: ('ready', lambda number: 1 / number))
+"""
+
+
+def test_sides_take_turns_and_a_dead_one_is_reported(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr('sys.argv', ['benchmarks/name.py'])
+    with contextlib.ExitStack() as stack:
+        workers = [runner.Worker(side, [sys.executable, '-c', ECHO], {}, stack) for side in ('one', 'two')]
+        assert [worker.about for worker in workers] == ['ready', 'ready']
+        assert runner.take_turns(workers, 2, rounds=3, warmup=1) == [[0.5] * 3, [0.5] * 3]
+        with pytest.raises(SystemExit, match='name: the process of two ended with exit code 1; see above'):
+            workers[1].ask(0)
+        assert 'ZeroDivisionError' in capsys.readouterr().err
+        workers[0].terminate()
+        assert workers[0].process.returncode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize(
     ('script', 'flag', 'reason'),
     [
-        ('loop_overhead', '--parts=paper,pages', '--parts: there is no pages; there are quickstart, paper, checkpoint'),
-        ('loop_overhead', '--rounds=0', '--rounds is at least 1'),
-        ('memory', '--sides=jax,caffe', '--sides: there is no caffe; there are jax, torch'),
-        ('memory', '--steps=0', '--batch_size and --steps are at least 1'),
-        ('memory', '--confg.seed=1', "'--confg.seed=1' is no flag"),
-        ('memory', '--config.seed=-1', 'config.seed: -1 is outside'),
-        ('memory', '--torch_python=/no/python', "--torch_python: '/no/python' is no program"),
+        (loop_overhead, '--parts=paper,pages', 'pages is unknown; the names are quickstart, paper, checkpoint'),
+        (loop_overhead, '--rounds=0', "--rounds: '0' is not a whole number of at least 1"),
+        (memory, '--sides=jax,caffe', 'caffe is unknown; the names are jax, torch'),
+        (memory, '--steps=0', "--steps: '0' is not a whole number of at least 1"),
+        (memory, '--confg.seed=1', "'--confg.seed=1' is not a flag"),
+        (memory, '--config.seed=-1', 'config.seed: -1 is outside'),
+        (memory, '--torch_python=/no/python', "--torch_python: '/no/python' is not a program"),
+        (presets, '--against=/no/checkout', "--against: '/no/checkout' has no benchmarks/presets.py"),
     ],
 )
-def test_wrong_flags_of_benchmarks_are_refused_in_one_line(monkeypatch, capsys, script, flag, reason):
-    monkeypatch.setattr('sys.argv', [script, flag])
-    with pytest.raises(SystemExit) as refused:
-        {'loop_overhead': loop_overhead, 'memory': memory}[script].main()
-    assert refused.value.code == 2
+def test_invalid_flags_of_benchmarks_are_rejected_in_one_line(monkeypatch, capsys, script, flag, reason):
+    monkeypatch.setattr('sys.argv', ['benchmarks/name.py', flag])
+    with pytest.raises(SystemExit) as rejected:
+        script.main()
+    assert rejected.value.code == 2
     assert reason in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -370,27 +405,27 @@ def test_the_loop_is_that_of_launch_without_evaluation():
     assert config.eval.every == config.checkpoint.every == config.train.stall_after == loop_overhead.NEVER
 
 
-def test_the_table_of_the_readme_is_made_of_the_results_alone():
+def test_the_table_is_made_of_the_results_alone():
     made = table.table(RESULTS)
     assert made.splitlines()[2:] == [
         '| train step of `paper`, batch 128, float32: images/s | 40.0 | TensorFlow, oneDNN | 50.0 | 0.80 |',
         '|  |  | PyTorch, `torch.compile` | 20.0 | 2.00 |',
-        '| its FLOP/s, as a share of the 300 G that a matrix product reaches | 0.55 |  |  |  |',
+        '| its FLOP/s / those of a matrix product, 300 G | 0.55 |  |  |  |',
         '| forward pass of `paper`, batch 128, float32: images/s | 100.0 | TensorFlow, oneDNN | 80.0 | 1.25 |',
         '|  |  | PyTorch, `torch.compile` | 100.0 | 1.00 |',
-        '| its FLOP/s, as a share of the 300 G that a matrix product reaches | 0.66 |  |  |  |',
+        '| its FLOP/s / those of a matrix product, 300 G | 0.66 |  |  |  |',
         '| `launch.py --help`: seconds | 0.4 |  |  |  |',
         '| first step of `paper`, compiled before: seconds | 8.0 |  |  |  |',
         '',
         '2 cores; jax 0.10, tensorflow 2.21. Measured 2026-01-02 to 2026-01-09.',
     ]
-    readme = f'# Title\n\n{table.BEGIN}\nold\n{table.END}\n\nmore\n'
-    assert table.put_into(readme, made) == f'# Title\n\n{table.BEGIN}\n{made}\n{table.END}\n\nmore\n'
-    for wrong in (readme.replace(table.END, ''), readme + table.END, readme.replace(table.BEGIN, '')):
+    page = f'# Title\n\n{table.BEGIN}\nold\n{table.END}\n\nmore\n'
+    assert table.replace_table(page, made) == f'# Title\n\n{table.BEGIN}\n{made}\n{table.END}\n\nmore\n'
+    for invalid in (page.replace(table.END, ''), page + table.END, page.replace(table.BEGIN, '')):
         with pytest.raises(ValueError, match='one line'):
-            table.put_into(wrong, made)
+            table.replace_table(invalid, made)
 
 
-def test_the_readme_has_the_table_of_the_kept_results():
-    readme, kept = (ROOT / table.README).read_text(), json.loads((ROOT / table.RESULTS).read_text())
-    assert table.put_into(readme, table.table(kept)) == readme
+def test_the_page_has_the_table_of_the_kept_results():
+    page, kept = (ROOT / table.PAGE).read_text(), json.loads((ROOT / table.RESULTS).read_text())
+    assert table.replace_table(page, table.table(kept)) == page
