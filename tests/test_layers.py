@@ -1,7 +1,7 @@
 """Every implementation of every layer against plain NumPy loops, TensorFlow and numbers by hand."""
 
 import re
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -685,6 +685,7 @@ PATHS = [
 ]
 
 
+@cache
 def value_and_gradient(function):
     def both(x, cotangent):
         y, back = jax.vjp(function, x)
@@ -693,24 +694,25 @@ def value_and_gradient(function):
     return jax.jit(both)
 
 
-def with_bad_value(x, place, bad):
+def with_bad_value(x, bad, example=0):
+    """Replaces the first number of example 0, and the middle one of any other example."""
     x = x.copy()
-    x[place] = bad
+    x[example].flat[x[example].size // 2 if example else 0] = bad
     return x
 
 
 @pytest.mark.parametrize('function', PATHS)
 @pytest.mark.parametrize('bad', [np.inf, np.nan])
-@pytest.mark.parametrize('place', [(0, 0, 0, 0), (1, 2, 1, 1)])
-def test_nonfinite_values_stay_within_their_example(place, bad, function):
+@pytest.mark.parametrize('example', [0, 1])
+def test_nonfinite_values_stay_within_their_example(example, bad, function):
     """Of an activation and of an incoming gradient; the other examples keep every bit."""
     both, x = value_and_gradient(function), normal((3, 7, 6, 4), 35)
     cotangent = normal(jax.eval_shape(function, x).shape, 36)
-    clean, others = both(x, cotangent), [i for i in range(3) if i != place[0]]
-    cases = [(with_bad_value(x, place, bad), cotangent), (x, with_bad_value(cotangent, place, bad))]
+    clean, others = both(x, cotangent), [i for i in range(3) if i != example]
+    cases = [(with_bad_value(x, bad, example), cotangent), (x, with_bad_value(cotangent, bad, example))]
     for where, arguments in enumerate(cases):
         found = both(*arguments)
-        assert not np.isfinite(found[where][place[0]]).all()
+        assert not np.isfinite(found[where][example]).all()
         for ours, expected in zip(found, clean, strict=True):
             np.testing.assert_array_equal(np.asarray(ours)[others], np.asarray(expected)[others])
 
@@ -721,13 +723,13 @@ def test_nonfinite_gradients_stay_within_their_weights(bad, implementation):
     """A kernel's gradient is a sum over examples, but only of the gradients of its own output channel."""
     for stride in (1, 2):
         strided = partial(convolution, stride=stride, implementation=implementation)
-        x, kernel, bias = normal((2, 8, 8, 4), 37), normal((3, 3, 2, 6), 38), normal(6, 39)
+        x, kernel, bias = normal((2, 8, 8, 4), 37), normal((3, 3, 4, 6), 38), normal(6, 39)
 
         def layer(kernel, bias, x=x, strided=strided):
             return add_bias(strided(x, kernel), bias, implementation=implementation)
 
-        y, back = jax.vjp(layer, kernel, bias)
-        for gradient in back(jnp.asarray(with_bad_value(np.ones_like(y), (0, 0, 0, 0), bad))):
+        y, back = jax.jit(jax.vjp, static_argnums=0)(layer, kernel, bias)
+        for gradient in back(jnp.asarray(with_bad_value(np.ones_like(y), bad))):
             assert not np.isfinite(gradient[..., 0]).all()
             assert np.isfinite(gradient[..., 1:]).all()
 
@@ -737,6 +739,6 @@ def test_nonfinite_gradients_stay_within_their_weights(bad, implementation):
 def test_nonfinite_input_gradient_leaves_weight_gradient(bad, implementation):
     x, kernel = normal((4, 3), 40), normal((3, 5), 41)
     order = partial(order_weight_gradient_after_input_gradient, implementation=implementation)
-    gradients = with_bad_value(x, (0, 0), bad), kernel
+    gradients = with_bad_value(x, bad), kernel
     for ours, expected in zip(jax.vjp(order, x, kernel)[1](gradients), gradients, strict=True):
         np.testing.assert_array_equal(ours, expected)
