@@ -2,13 +2,13 @@
 
 Each docstring or comment says what XLA does otherwise; times in it are wall-clock times of the operation alone. The
 whole train step of `paper` (128 images, float32, jaxlib 0.12.0.1, two cores) needs this much more CPU time, minimum of
-two steps on a shared machine, or memory without one measure. CPU time does not include that of idle cores.
+two steps on a shared machine, or memory (now 831 MB) without one measure. CPU time does not count idle cores.
   materialize() in convolution                 1 %
   materialize() in max_pool                    3 %
   _space_to_depth_rows()                       0 %
-  chunks in _weight_gradient()                 -1 %
-  matrix product in add_bias()                 1 %
-  order_weight_gradient_after_input_gradient() 0 %, 36 MB of 831 MB
+  chunks in _weight_gradient()                 -1 %, -6 MB
+  matrix product in add_bias()                 1 %, -48 MB
+  order_weight_gradient_after_input_gradient() 0 %, 36 MB
 And custom_gradient.py:
   max_pool                                     27 %, 1119 MB
   local_response_norm                          18 %, 441 MB
