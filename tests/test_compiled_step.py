@@ -1,4 +1,4 @@
-"""What makes the step fast on a CPU, looked for in the compiled program of a narrow `paper`."""
+"""What makes the step fast on a CPU, in the compiled program of a narrow `paper`."""
 
 import math
 import re
@@ -35,23 +35,23 @@ def program(text) -> Program:
 
 @pytest.fixture(scope='module')
 def alone(program) -> list:
-    """The instructions that are no part of a fusion, and do something."""
+    """The instructions outside fusions that compute or move data."""
     fused = {each.name for fusion in program.instructions.values() for each in fusion.fused}
     return [each for name, each in program.instructions.items() if name not in fused and each.opcode not in HOLLOW]
 
 
 def numbers(instruction) -> int:
-    """In the largest array that it gives."""
+    """Elements of the largest result."""
     return max(math.prod(shape) for _, shape in instruction.tensors)
 
 
-def stored(program) -> list[tuple[int, ...]]:
-    """Shapes of what layers.materialize() gives, and of sums over windows."""
+def materialized(program) -> list[tuple[int, ...]]:
+    """Shapes of the results of layers.materialize(), and of sums over windows."""
     return [each.tensors[0][1] for each in program.instructions.values() if each.opcode == 'reduce-window']
 
 
 @pytest.mark.slow
-def test_towers_that_see_the_same_maps_convolve_as_one(program, alone):
+def test_towers_with_the_same_inputs_share_a_convolution(program, alone):
     found = Counter(program.part(each.name) for each in alone if each.opcode == 'convolution')
     forward = {(layer, 'forward'): count for layer, count in CONVOLUTIONS.items()}
     # By the weights and, but for the images, by the maps.
@@ -59,7 +59,7 @@ def test_towers_that_see_the_same_maps_convolve_as_one(program, alone):
     assert found == forward | backward
 
 
-def test_the_state_is_updated_where_it_lies(text, program, alone):
+def test_state_is_updated_in_place(text, program, alone):
     [aliases] = re.findall(r'input_output_alias=\{(.*?) \}, ', text)
     pairs = re.findall(r'\{(\d+)\}: \((\d+), \{\}', aliases)
     assert [tuple(map(int, pair)) for pair in pairs] == [(i, i) for i in range(1 + 2 * 2 * len(LAYERS))]
@@ -69,24 +69,24 @@ def test_the_state_is_updated_where_it_lies(text, program, alone):
     assert not [name for name in of_state if re.match(r"state\.opt_state|state\.params\['fc\d'\]\['kernel'\]", name)]
 
 
-def test_one_device_sums_no_gradients_over_devices(alone):
+def test_one_device_reduces_no_gradients(alone):
     summed = [numbers(each) for each in alone if each.opcode.startswith(('all-', 'reduce-scatter', 'collective-'))]
     assert all(count <= 3 for count in summed)  # what is logged
 
 
-def test_pooling_takes_maxima_pixel_by_pixel(program):
+def test_pooling_compares_slices(program):
     opcodes = Counter(each.opcode for each in program.instructions.values())
     assert opcodes['select-and-scatter'] == 0
-    assert stored(program).count((1, 8, 7, 7, 16)) == 2  # conv1's maxima, and their numbers in their windows
+    assert materialized(program).count((1, 8, 7, 7, 16)) == 2  # conv1's maxima, and their positions in the windows
 
 
-def test_what_a_convolution_takes_is_stored_for_the_gradient(program):
+def test_convolution_inputs_are_materialized(program):
     conv2, conv3, conv4, conv5 = (1, 8, 7, 7, 8), (1, 8, 3, 3, 32), (1, 8, 3, 3, 16), (1, 8, 3, 3, 16)
     of_towers = Counter([conv2, conv2, conv3, conv4, conv4, conv5, conv5])
-    assert of_towers <= Counter(stored(program))
+    assert of_towers <= Counter(materialized(program))
 
 
-def test_conv1_takes_four_rows_as_one(program, alone):
+def test_conv1_moves_four_rows_into_the_channels(program, alone):
     of_conv1 = {
         program.part(each.name): each
         for each in alone
@@ -95,10 +95,12 @@ def test_conv1_takes_four_rows_as_one(program, alone):
     operands = of_conv1['conv1', 'forward'].operands
     images, kernel = (program.instructions[operand].tensors[0][1] for operand in operands)
     assert (images, kernel) == ((8, 17, 68, 12), (3, 11, 12, 16))
-    assert numbers(of_conv1['conv1', 'backward']) == 11 * 11 * 3 * 16  # the gradient is by the kernel as it is
+    assert (
+        numbers(of_conv1['conv1', 'backward']) == 11 * 11 * 3 * 16
+    )  # the weight gradient uses the original kernel shape
 
 
-def test_gradients_of_biases_are_products(program, alone):
+def test_bias_gradients_are_products(program, alone):
     dots = Counter(program.part(each.name)[0] for each in alone if each.opcode == 'dot' and each.tensors[0][1][0] == 1)
     assert dots == CONVOLUTIONS
 
@@ -108,7 +110,7 @@ def test_images_are_augmented_once_and_without_products(program, alone):
         name for name, each in program.instructions.items() if each.op_name.replace('\\', '') == "batch['image']"
     ]
     assert len([each for each in alone if image in each.operands]) == 1
-    assert (1, 8, 64, 64, 3) in stored(program)
+    assert (1, 8, 64, 64, 3) in materialized(program)
     assert {program.part(each.name)[0] for each in alone if program.flops(each.name)} == set(LAYERS)
 
 
@@ -128,7 +130,7 @@ READ = {
 }
 
 
-def test_no_more_passes_over_the_maps_of_conv1_than_were_counted(program, alone):
+def test_conv1_maps_are_not_read_or_written_more_often(program, alone):
     maps = {name for name, each in program.instructions.items() if numbers(each) == CONV1_MAPS}
     assert Counter(program.part(each.name) for each in alone if each.name in maps) <= Counter(WRITTEN)
     assert Counter(program.part(each.name) for each in alone for name in each.operands if name in maps) <= Counter(READ)

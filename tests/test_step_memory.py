@@ -1,4 +1,4 @@
-"""What saves memory in a step: micro-batches, convolutions computed again, bfloat16, and the state updated in place."""
+"""What saves memory in a step: micro-batches, rematerialization, bfloat16, and the state updated in place."""
 
 import functools
 import re
@@ -49,7 +49,7 @@ def three_steps(**fields):
     ],
     ids=str,
 )
-def test_memory_is_saved_without_changing_the_numbers(fields):
+def test_micro_batches_and_remat_do_not_change_the_numbers(fields):
     """Of one device, all rows at once, everything kept."""
     expected, losses = three_steps()
     state, found = three_steps(**fields)
@@ -59,7 +59,17 @@ def test_memory_is_saved_without_changing_the_numbers(fields):
         np.testing.assert_allclose(np.asarray(leaf), np.asarray(whole), rtol=1e-4, atol=2e-6, err_msg=name)
 
 
-def test_accelerators_loop_over_micro_batches_and_add_up_gradients_between_devices_once(monkeypatch):
+@pytest.mark.parametrize('platform', ['gpu', 'tpu'])
+def test_layers_of_accelerators_give_the_same_numbers(platform, monkeypatch):
+    expected, losses = three_steps()
+    monkeypatch.setattr(jax, 'default_backend', lambda: platform)
+    state, found = train(small_config(2, 2, {'mesh': {'layout': 'towers'}}), 3)[1:3]
+    np.testing.assert_allclose(found, losses, rtol=2e-5)
+    for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=1e-4, atol=2e-6)
+
+
+def test_accelerators_loop_and_reduce_gradients_once(monkeypatch):
     """On them a loop is compiled, on CPUs its body as often as there are parts."""
     settings = small_config(4, 2, {'train': {'grad_accum_steps': 2}})
     once, unrolled = (collectives(compiled(each).as_text()) for each in (small_config(4, 2), settings))
@@ -80,7 +90,7 @@ def test_accelerators_loop_over_micro_batches_and_add_up_gradients_between_devic
     assert sorted(collectives(loop)) == ['all-gather', 'reduce-scatter']
 
 
-def test_statistics_of_micro_batches_are_the_means_of_those_of_each():
+def test_micro_batch_statistics_are_averaged():
     """Each as a batch of its own; also where convolutions are computed again, which must not count a batch twice."""
     model = {'conv_ops': NORMED}
     whole = small_config(1, 1, {'model': model, 'train': {'grad_accum_steps': 2, 'remat': True}})
@@ -98,7 +108,7 @@ def test_statistics_of_micro_batches_are_the_means_of_those_of_each():
     assert max(np.abs(first - second).max() for first, second in zip(*found[1:], strict=True)) > 1e-2
 
 
-def test_bytes_that_a_step_of_the_whole_network_needs_besides_its_state():
+def test_step_memory_shrinks_with_micro_batches_and_remat():
     needed = {}
     for images, count, remat in ((256, 1, False), (256, 2, False), (256, 4, False), (256, 4, True)):
         settings = default_config()
@@ -113,7 +123,7 @@ def test_bytes_that_a_step_of_the_whole_network_needs_besides_its_state():
     assert needed[256, 4, True] < 0.9 * needed[256, 4, False]
 
 
-def test_the_state_is_updated_in_place():
+def test_state_is_updated_in_place():
     for mesh in ({}, {'mesh': {'layout': 'hybrid', 'shard_optimizer': True}}):
         settings = small_config(4, 2, mesh) if mesh else small_config(1, 1)
         program = compiled(settings)
@@ -128,7 +138,7 @@ def test_the_state_is_updated_in_place():
         assert program.memory_analysis().alias_size_in_bytes == sum(sizes)
 
 
-def test_bfloat16_is_what_products_and_convolutions_compute_in_and_nothing_else():
+def test_only_products_and_convolutions_use_bfloat16():
     settings = small_config(1, 1, {'model': {'dtype': 'bfloat16'}})
     text = lowered_step(settings).as_text()
     products = re.findall(r'stablehlo\.(?:convolution|dot_general).*?: \((.*?)\) -> (\S+)', text)
@@ -145,7 +155,7 @@ def test_bfloat16_is_what_products_and_convolutions_compute_in_and_nothing_else(
         assert 1e-3 < difference < (0.4 if layer.startswith('conv') else 0.1), layer
 
 
-def test_what_is_computed_again_is_not_sent_again():
+def test_remat_does_not_repeat_collectives():
     again, once = (
         collectives(compiled(small_config(4, 2, {'train': {'remat': on}})).as_text()) for on in (True, False)
     )
@@ -173,6 +183,6 @@ def test_what_is_computed_again_is_not_sent_again():
         ),
     ],
 )
-def test_micro_batches_that_do_not_fit_are_refused_with_the_numbers(data, model, groups, reason):
+def test_ill_fitting_micro_batches_are_rejected(data, model, groups, reason):
     with pytest.raises(ConfigError, match=reason):
         small_config(data, model, groups)

@@ -1,0 +1,161 @@
+"""Implementations that make XLA for CPUs schedule the operations well; the values are those of reference.py.
+
+Each docstring or comment says what XLA does otherwise; times in it are wall-clock times of the operation alone. The
+whole train step of `paper` (128 images, float32, jaxlib 0.12.0.1, two cores) needs this much more CPU time, minimum of
+two steps on a shared machine, or memory (now 831 MB) without one measure. CPU time does not count idle cores.
+  materialize() in convolution                 1 %
+  materialize() in max_pool                    3 %
+  _space_to_depth_rows()                       0 %
+  chunks in _weight_gradient()                 -1 %, -6 MB
+  matrix product in add_bias()                 1 %, -48 MB
+  order_weight_gradient_after_input_gradient() 0 %, 36 MB
+And custom_gradient.py:
+  max_pool                                     27 %, 1119 MB
+  local_response_norm                          18 %, 441 MB
+  compute_after() in local_response_norm       -1 %, 391 MB
+"""
+
+import math
+from functools import partial, reduce
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from alexnet_jax.layers import custom_gradient
+from alexnet_jax.layers.custom_gradient import compute_after
+from alexnet_jax.layers.reference import NHWC
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+
+def convolution(x: jax.Array, kernel: jax.Array, *, stride: int, padding: str | Padding) -> jax.Array:
+    """Computes one dense convolution per group; the library for CPUs takes four times as long for grouped ones."""
+    groups = x.shape[-1] // kernel.shape[2]
+    if isinstance(padding, str):
+        top_and_bottom, left_and_right = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (stride, stride), padding)
+        padding = top_and_bottom, left_and_right
+    pairs = zip(jnp.split(x, groups, -1), jnp.split(kernel, groups, -1), strict=True)
+    return jnp.concatenate([_convolve(part, part_kernel, stride, padding) for part, part_kernel in pairs], -1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+    if stride > 1:
+        x, kernel = _space_to_depth_rows(x, kernel, stride, padding)
+        return _dense(x, kernel, (1, stride), ((0, 0), (0, 0)))
+    return _dense(x, kernel, (1, 1), padding)
+
+
+def _convolve_forward(x, kernel, stride, padding):
+    # Otherwise the weight gradient recomputes x, in an order that takes four times as long.
+    x = materialize(x)
+    return _convolve(x, kernel, stride, padding), (x, kernel)
+
+
+def _convolve_backward(stride, padding, saved, gradient):
+    # Differentiates the convolution without space-to-depth, which would copy more and not speed up the weight gradient.
+    x, kernel = saved
+    (dx,) = jax.vjp(lambda x: _dense(x, kernel, (stride, stride), padding), x)[1](gradient)
+    return dx, _weight_gradient(x, kernel, stride, padding, gradient)
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _dense(x, kernel, strides, padding):
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
+
+
+def _weight_gradient(x, kernel, stride, padding, gradient):
+    """Returns the gradient by `kernel`; for strides above 1, as a float32 sum of those of 8 images or a few more each.
+
+    The convolution library for CPUs takes 0.7 of the time for 16 weight gradients of 8 images of that for one of 128.
+    """
+
+    def dw(x, gradient):
+        return jax.vjp(lambda kernel: _dense(x, kernel, (stride, stride), padding), kernel)[1](gradient)[0]
+
+    chunks = math.gcd(x.shape[0], 128) // 8
+    if stride == 1 or chunks < 4:
+        return dw(x, gradient)
+    sums = map(dw, jnp.split(x, chunks), jnp.split(gradient, chunks))
+    return sum(part.astype(jnp.float32) for part in sums).astype(kernel.dtype)
+
+
+def _space_to_depth_rows(x, kernel, stride, padding):
+    """Pads `x` and moves each group of `stride` rows into the channels; reshapes `kernel` to match, for row stride 1.
+
+    The convolution library for CPUs copies all windows before it multiplies them, and copies longer contiguous runs
+    faster: 132 numbers instead of 33, a row of a window, in conv1.
+    """
+    (batch, *sizes, channels), (rows, columns, inputs, outputs) = x.shape, kernel.shape
+    pads = []
+    for size, (before, after), window in zip(sizes, padding, (rows, columns), strict=True):
+        steps = (size + before + after - window) // stride
+        pads.append((before, (steps - (-window // stride)) * stride - size - before, 0))
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+    if jax.__version_info__ < (0, 11):
+        x = x.reshape(batch, -1, stride, x.shape[2], channels).swapaxes(2, 3)
+        x = x.reshape(*x.shape[:3], stride * channels)
+    else:
+        # Since jaxlib 0.11 the transpose takes a CPU four times as long as before; this sum takes only twice as long.
+        zero = jnp.zeros((), x.dtype)
+        pads = [(i * channels, (stride - 1 - i) * channels, 0) for i in range(stride)]
+        x = reduce(jnp.add, (lax.pad(x[:, i::stride], zero, [(0, 0, 0)] * 3 + [pad]) for i, pad in enumerate(pads)))
+    kernel = lax.pad(kernel, jnp.zeros((), kernel.dtype), [(0, -rows % stride, 0), *[(0, 0, 0)] * 3])
+    kernel = kernel.reshape(-1, stride, columns, inputs, outputs).swapaxes(1, 2)
+    return x, kernel.reshape(-1, columns, stride * inputs, outputs)
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """Adds `bias`; the gradient by a bias of shape (C,) is a matrix product with ones.
+
+    The product sums over all pixels in a quarter of the time that XLA's reduction takes a CPU, and in float32.
+    """
+    return _add_bias_of_maps(x, bias) if bias.ndim == 1 else x + bias[None]
+
+
+@jax.custom_vjp
+def _add_bias_of_maps(x: jax.Array, bias: jax.Array) -> jax.Array:
+    return x + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+
+
+def _add_bias_backward(_, gradient):
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    ones = jnp.ones((1, rows.shape[0]), rows.dtype)
+    return gradient, lax.dot(ones, rows, precision=lax.Precision.HIGHEST)[0]
+
+
+_add_bias_of_maps.defvjp(lambda x, bias: (_add_bias_of_maps(x, bias), None), _add_bias_backward)
+
+
+def materialize(x: jax.Array) -> jax.Array:
+    """Identity that makes XLA write `x` to memory. Otherwise XLA for CPUs recomputes `x` in each loop that reads it.
+
+    Implemented as a maximum over windows of one value and one padding value, which no XLA pass simplifies. XLA for
+    CPUs removes lax.optimization_barrier() before it fuses loops.
+    """
+    window, padding = (2,) + (1,) * x.ndim, ((0, 1),) + ((0, 0),) * x.ndim
+    lowest = jnp.array(-jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min, x.dtype)
+    return lax.reduce_window(x[None], lowest, lax.max, window, (1,) * (x.ndim + 1), padding)[0]
+
+
+max_pool = partial(custom_gradient.max_pool, write=materialize)
+
+
+@jax.custom_vjp
+def order_weight_gradient_after_input_gradient(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Identity whose backward pass computes the gradient by the kernel after that by `x`.
+
+    Otherwise XLA may update the kernel before the gradient by `x` has read it, and then copies the kernel every step.
+    """
+    return x, kernel
+
+
+def _order_gradients(_, gradients):
+    dx, dw = gradients
+    return dx, compute_after(dw, dx)
+
+
+order_weight_gradient_after_input_gradient.defvjp(lambda x, kernel: ((x, kernel), None), _order_gradients)

@@ -1,0 +1,57 @@
+"""The definitions of the operations in plain JAX. alexnet_jax.layers documents arguments and shapes."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+NHWC = ('NHWC', 'HWIO', 'NHWC')
+
+
+def convolution(
+    x: jax.Array, kernel: jax.Array, *, stride: int, padding: str | tuple[tuple[int, int], tuple[int, int]]
+) -> jax.Array:
+    """2-D convolution; the number of groups is the channels of `x` divided by the input channels of `kernel`."""
+    groups = x.shape[-1] // kernel.shape[2]
+    strides = (stride, stride)
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC, feature_group_count=groups)
+
+
+def locally_connected(
+    x: jax.Array, kernel: jax.Array, size: int, *, stride: int, padding: tuple[tuple[int, int], tuple[int, int]]
+) -> jax.Array:
+    """Convolution with one kernel per output pixel."""
+    return lax.conv_general_dilated_local(x, kernel, (stride, stride), padding, (size, size), dimension_numbers=NHWC)
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x + bias; converted to float32, so that the gradient of a bfloat16 bias is summed in float32."""
+    bias = bias.reshape((1,) * (x.ndim - bias.ndim) + bias.shape)
+    return (x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def local_response_norm(x: jax.Array, *, k: float, n: int, alpha: float, beta: float) -> jax.Array:
+    """Normalization over `n` adjacent feature maps."""
+    return _response_norm(x, (1,) * (x.ndim - 1) + (n,), k, alpha, beta)
+
+
+def within_channel_lrn(x: jax.Array, *, k: float, n: int, alpha: float, beta: float) -> jax.Array:
+    """Normalization over `n` x `n` pixels of one feature map."""
+    return _response_norm(x, (1, n, n, 1), k, alpha, beta)
+
+
+def _response_norm(x: jax.Array, window: tuple[int, ...], k: float, alpha: float, beta: float) -> jax.Array:
+    y = x.astype(jnp.float32)
+    sums = lax.reduce_window(y * y, 0.0, lax.add, window, (1,) * x.ndim, 'SAME')
+    return (y / (k + alpha * sums) ** beta).astype(x.dtype)
+
+
+def max_pool(x: jax.Array, window: int, stride: int, *, ceil_mode: bool) -> jax.Array:
+    """Maximum over windows of `window` x `window` pixels."""
+    beyond = [(0, (window - size) % stride if ceil_mode else 0) for size in x.shape[1:3]]
+    sizes, strides = (1, window, window, 1), (1, stride, stride, 1)
+    return lax.reduce_window(x, -jnp.inf, lax.max, sizes, strides, ((0, 0), *beyond, (0, 0)))
+
+
+def order_weight_gradient_after_input_gradient(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Identity."""
+    return x, kernel
