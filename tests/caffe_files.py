@@ -81,14 +81,14 @@ def random_layers(
 def logits(layers: dict[str, list[np.ndarray]], x: np.ndarray, pool_first: bool) -> np.ndarray:
     """Outputs (N, classes) of fc8 for BGR pixels less the mean, (N, 3, 227, 227); in float64.
 
-    pool_first: pooling before normalisation, as in bvlc_reference_caffenet.
+    pool_first: pooling before normalization, as in bvlc_reference_caffenet.
     """
     layers = {name: [array.astype(np.float64) for array in arrays] for name, arrays in layers.items()}
     for name in ('conv1', 'conv2', 'conv3', 'conv4', 'conv5'):
         stride, pad, group = {'conv1': (4, 0, 1), 'conv2': (1, 2, 2), 'conv3': (1, 1, 1)}.get(name, (1, 1, 2))
         x = np.maximum(_convolution(x, *layers[name], stride, pad, group), 0)
         if name in ('conv1', 'conv2'):
-            x = _normalised(_pooled(x)) if pool_first else _pooled(_normalised(x))
+            x = _normalized(_pooled(x)) if pool_first else _pooled(_normalized(x))
         elif name == 'conv5':
             x = _pooled(x)
     x = x.reshape(len(x), -1)
@@ -106,7 +106,7 @@ def _convolution(x, kernel, bias, stride, pad, group):
     return np.concatenate(outputs, 1) + bias[:, None, None]
 
 
-def _normalised(x):
+def _normalized(x):
     squares = np.pad(x**2, ((0, 0), (2, 2), (0, 0), (0, 0)))
     sums = sum(squares[:, i : i + x.shape[1]] for i in range(5))
     return x / (1 + 1e-4 / 5 * sums) ** 0.75

@@ -5,8 +5,8 @@ of them, and shares no code with the package. Arrays are (image, row, column pix
 (row, column pixel, input map, output map). In every layer the first half of the maps or units belongs to the
 network's column (tower) a, the second half to column b:
 
-    conv1  11x11, stride 4; linear      both columns see the three colours
-    rnorm1 across 5 maps, max pool, ReLU    (the normalisation sees the signed values)
+    conv1  11x11, stride 4; linear      both columns see the three colors
+    rnorm1 across 5 maps, max pool, ReLU    (the normalization sees the signed values)
     conv2  5x5, ReLU                    own column
     rnorm2 across 5 maps, cnorm2 across 5x5 pixels, max pool
     conv3  3x3, ReLU                    both columns
@@ -94,7 +94,7 @@ def convolve_columns_backward(inputs, kernel, gradient, pad):
     return join(to_inputs), join(to_kernels)
 
 
-# Response normalisation: x / (constant + scale * sum of x^2 over the neighbours) ^ 0.75
+# Response normalization: x / (constant + scale * sum of x^2 over the neighbors) ^ 0.75
 
 
 def sum_maps(values, size=5):
@@ -108,20 +108,20 @@ def sum_maps(values, size=5):
 
 
 def sum_pixels(values, size=5):
-    """The sum over the `size` x `size` neighbouring pixels of the same map, cut off at the image's edges."""
+    """The sum over the `size` x `size` neighboring pixels of the same map, cut off at the image's edges."""
     half = size // 2
     padded = np.pad(values, [(0, 0), (half, half), (half, half), (0, 0)])
     return sum(padded[tap] for _, _, tap in taps(size, 1, values.shape[1]))
 
 
-def normalise(inputs, sum_neighbours, constant, scale):
-    return inputs * (constant + scale * sum_neighbours(inputs**2)) ** -POWER
+def normalize(inputs, sum_neighbors, constant, scale):
+    return inputs * (constant + scale * sum_neighbors(inputs**2)) ** -POWER
 
 
-def normalise_backward(inputs, gradient, sum_neighbours, constant, scale):
-    """Being someone's neighbour is mutual, so the same sum collects what a value does to its neighbours' outputs."""
-    base = constant + scale * sum_neighbours(inputs**2)
-    through_base = sum_neighbours(gradient * inputs * base ** -(POWER + 1))
+def normalize_backward(inputs, gradient, sum_neighbors, constant, scale):
+    """Being someone's neighbor is mutual, so the same sum collects what a value does to its neighbors' outputs."""
+    base = constant + scale * sum_neighbors(inputs**2)
+    through_base = sum_neighbors(gradient * inputs * base ** -(POWER + 1))
     return gradient * base**-POWER - 2 * scale * POWER * inputs * through_base
 
 
@@ -163,14 +163,14 @@ def forward(params, images, masks=None):
     c = {'images': np.asarray(images, np.float64)}
 
     c['conv1'] = convolve(c['images'], kernel['conv1'], stride=4) + bias['conv1']
-    c['rnorm1'] = normalise(c['conv1'], sum_maps, **CROSS_MAP)
+    c['rnorm1'] = normalize(c['conv1'], sum_maps, **CROSS_MAP)
     c['pool1'], c['pool1_winners'] = pool(c['rnorm1'])
     c['relu1'] = relu(c['pool1'])
 
     c['conv2'] = convolve_columns(c['relu1'], kernel['conv2'], pad=2) + bias['conv2']
     c['relu2'] = relu(c['conv2'])
-    c['rnorm2'] = normalise(c['relu2'], sum_maps, **CROSS_MAP)
-    c['cnorm2'] = normalise(c['rnorm2'], sum_pixels, **SPATIAL)
+    c['rnorm2'] = normalize(c['relu2'], sum_maps, **CROSS_MAP)
+    c['cnorm2'] = normalize(c['rnorm2'], sum_pixels, **SPATIAL)
     c['pool2'], c['pool2_winners'] = pool(c['cnorm2'])
 
     c['conv3'] = convolve(c['pool2'], kernel['conv3'], pad=1) + bias['conv3']
@@ -234,14 +234,14 @@ def gradients(params, images, labels, masks):
     g, to['conv3']['kernel'] = convolve_backward(c['pool2'], kernel['conv3'], g, pad=1)
 
     g = pool_backward(c['cnorm2'], c['pool2_winners'], g)
-    g = normalise_backward(c['rnorm2'], g, sum_pixels, **SPATIAL)
-    g = normalise_backward(c['relu2'], g, sum_maps, **CROSS_MAP)
+    g = normalize_backward(c['rnorm2'], g, sum_pixels, **SPATIAL)
+    g = normalize_backward(c['relu2'], g, sum_maps, **CROSS_MAP)
     g = g * (c['conv2'] > 0)
     to['conv2'] = {'bias': g.sum(axis=(0, 1, 2))}
     g, to['conv2']['kernel'] = convolve_columns_backward(c['relu1'], kernel['conv2'], g, pad=2)
 
     g = pool_backward(c['rnorm1'], c['pool1_winners'], g * (c['pool1'] > 0))
-    g = normalise_backward(c['conv1'], g, sum_maps, **CROSS_MAP)
+    g = normalize_backward(c['conv1'], g, sum_maps, **CROSS_MAP)
     to['conv1'] = {'bias': g.sum(axis=(0, 1, 2))}
     _, to['conv1']['kernel'] = convolve_backward(c['images'], kernel['conv1'], g, stride=4)
     return loss, to

@@ -77,7 +77,7 @@ def report_of(name: str):
         ('channel_id=2, source_target_pairs={{0,0},{1,1}}', 'collective-permute', 0),
     ],
 )
-def test_devices_in_a_group(attributes, kind, size):
+def test_group_size(attributes, kind, size):
     assert hlo_collectives.group_size(f'x = f32[2]{{0}} {kind}(y), {attributes}, to_apply=%add', kind, 8) == size
 
 
@@ -93,7 +93,7 @@ def test_devices_in_a_group(attributes, kind, size):
         ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", 2),
     ],
 )
-def test_devices_in_a_group_of_a_mesh(groups, size):
+def test_group_size_of_mesh_syntax(groups, size):
     for kind, attributes in (
         ('all-reduce', 'use_global_device_ids=true, to_apply=%add'),
         ('all-to-all', 'channel_id=2'),
@@ -114,7 +114,7 @@ def test_devices_in_a_group_of_a_mesh(groups, size):
         ('dimensions={0}', 'no replica_groups, a form unknown'),
     ],
 )
-def test_groups_in_an_unknown_form_are_refused_by_name(groups, named):
+def test_unknown_replica_groups_are_rejected(groups, named):
     line = f'x = f32[2] all-reduce(y), channel_id=1, {groups}, to_apply=%add, metadata={{op_name="a"}}'
     with pytest.raises(hlo_collectives.HloFormatError, match=re.escape(named)):
         hlo_collectives.group_size(line, 'all-reduce', 8)
@@ -130,7 +130,7 @@ runpy.run_module('alexnet_jax.audit', run_name='__main__', alter_sys=True)
 
 
 @pytest.mark.slow
-def test_the_command_names_an_unknown_form_in_one_line():
+def test_command_reports_unreadable_hlo():
     run = subprocess.run([sys.executable, '-c', UNREADABLE], cwd=ROOT, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (1, '')
     assert re.fullmatch(
@@ -151,7 +151,7 @@ def test_the_command_names_an_unknown_form_in_one_line():
         ('all-gather', 'u8', (), 2, 0.5),
     ],
 )
-def test_bytes_that_a_ring_sends(kind, dtype, shape, group, sent):
+def test_ring_bytes_by_hand(kind, dtype, shape, group, sent):
     assert Collective(kind, '', dtype, (shape,), group).bytes == sent
 
 
@@ -163,7 +163,7 @@ def read(*lines):
     return hlo_collectives.step_collectives('\n'.join(lines), '\n'.join(lines), 4)
 
 
-def test_forms_of_an_instruction():
+def test_instruction_forms():
     [joined] = read(
         f'  %all-reduce.1 = (f32[3]{{0}}, /*index=1*/f32[2,5]{{1,0}}) all-reduce(%a, %b), {GROUPS}, to_apply=%add',
         '  %get-tuple-element.1 = f32[3]{0} get-tuple-element(%all-reduce.1), index=0',
@@ -196,7 +196,7 @@ def test_forms_of_an_instruction():
     )
 
 
-def test_layers_and_dtypes_are_those_the_program_asks_for():
+def test_collectives_take_layer_and_dtype_from_lowered_hlo():
     name = 'metadata={op_name="jit(train_step)/shard_map/transpose(jvp(%s))/psum"}'
     asked = [
         f'  a = bf16[4,4]{{1,0}} all-gather(x), {GROUPS}, {name % "fc7"}',
@@ -228,7 +228,7 @@ def test_layers_and_dtypes_are_those_the_program_asks_for():
 
 
 @pytest.mark.slow
-def test_layers_are_the_published_ones():
+def test_cost_table_matches_published_numbers():
     table = {layer.name: layer for layer in cost_model.layers(paper('data:1,model:1'))}
     assert {name: layer.parameters for name, layer in table.items()} == {
         'conv1': 34_944,
@@ -266,7 +266,7 @@ def test_layers_are_the_published_ones():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', MESHES)
-def test_flops_agree_with_the_compilers_count(name):
+def test_flops_agree_with_compiler_count(name):
     # Without the padding, which the compiler does not count: 602, 129 and 37 pixels under the windows of a row.
     inside = [602**2 * 288, 129**2 * 48 * 256, 37**2 * 256 * 384, 37**2 * 192 * 384, 37**2 * 192 * 256, 58_621_952]
     expected = 128 * 2 * (3 * sum(inside) - inside[0])
@@ -275,13 +275,13 @@ def test_flops_agree_with_the_compilers_count(name):
     # Seven operations on conv1's maps come before its gradient by the kernel, which a CPU takes in 16 parts: each part
     # works out its own images alone, but is counted with all.
     counted_again = 128 * 15 * 7 * 55**2 * 96
-    # It counts normalisation, pooling, dropout and the update too: a little over one hundredth.
+    # It counts normalization, pooling, dropout and the update too: a little over one hundredth.
     most = 1.014 * (expected + 128 * 2 * (conv1 - inside[0])) + counted_again
     assert expected < found['compiler_flops_per_device'] < most
     assert found['flops_per_device'] / expected == pytest.approx(1.0846, abs=1e-4)
 
 
-def test_towers_exchange_before_conv3_fc6_fc7_fc8_and_the_logits():
+def test_towers_collectives_by_layer():
     found = report_of('towers_4x2')['collectives']
     by_kind = {kind: [each.layer for each in found if each.kind == kind] for kind in {each.kind for each in found}}
     assert by_kind == {
@@ -310,14 +310,14 @@ MINIMUM = {
 
 
 @pytest.mark.parametrize('name', MESHES)
-def test_what_travels_is_the_least_that_the_layout_needs(name):
+def test_wire_bytes_are_close_to_the_lower_bound(name):
     found = report_of(name)
     assert found['analytic_minimum_bytes'] == MINIMUM[name]
     assert found['wire_bytes_per_device'] == round(sum(each.bytes for each in found['collectives']))
     assert 1 <= found['wire_bytes_per_device'] / MINIMUM[name] <= 1.02
 
 
-def test_one_weird_trick_sends_a_fifth():
+def test_hybrid_sends_a_fifth_of_data_parallel():
     assert MINIMUM['hybrid_1x8'] / MINIMUM['data_8x1'] == pytest.approx(0.21, abs=0.005)
 
 
@@ -331,19 +331,19 @@ def test_one_weird_trick_sends_a_fifth():
         ('towers', 'data:4,model:2', False, 'bfloat16', 63_152_128 // 2 + 182_895_672 // 2),
     ],
 )
-def test_bytes_in_bfloat16(layout, mesh, shard, model_dtype, minimum):
+def test_wire_bytes_in_bfloat16(layout, mesh, shard, model_dtype, minimum):
     found = report(mesh, model_dtype, layout=layout, shard_optimizer=shard, grad_allreduce_dtype='bfloat16')
     assert found['analytic_minimum_bytes'] == minimum
     assert 1 <= found['wire_bytes_per_device'] / minimum <= 1.02
 
 
-def test_memory_is_at_least_the_state_and_the_batch():
+def test_memory_includes_state_and_batch():
     least = 2 * 4 * 60_965_224 + 128 * 256 * 256 * 3
     assert least < report_of('data_8x1')['peak_bytes_per_device'] < least + 3e9
     assert report_of('towers_4x2_sharded')['peak_bytes_per_device'] < report_of('towers_4x2')['peak_bytes_per_device']
 
 
-def test_a_prediction_by_hand():
+def test_predicted_step_time_by_hand():
     settings = paper('data:4,model:2')
     flops = settings.train.batch_size / 8 * 4_135_610_496
     found = [
@@ -363,7 +363,7 @@ def test_a_prediction_by_hand():
 
 
 @pytest.mark.parametrize('name', MESHES)
-def test_collectives_are_those_that_were_reviewed(name):
+def test_collectives_match_golden_files(name):
     file = GOLDEN / f'collectives_{name}.txt'
     renew = (
         f'python {" ".join(COMMAND)} --images_per_device=128 {MESHES[name]} --collectives > {file.relative_to(ROOT)}'
@@ -373,7 +373,7 @@ def test_collectives_are_those_that_were_reviewed(name):
 
 
 @pytest.mark.slow
-def test_512_devices_in_a_minute():
+def test_512_devices_within_a_minute():
     start = time.monotonic()
     run = command('--mesh=data:256,model:2', '--images_per_device=128', '--json', '--bandwidth=1e11', '--flops=1e14')
     assert time.monotonic() - start < 60
@@ -399,7 +399,7 @@ def test_512_devices_in_a_minute():
 
 
 @pytest.mark.slow
-def test_text_for_a_reader():
+def test_text_report():
     run = command('--mesh=data:1,model:1', '--config.train.batch_size=8', '--bandwidth=1e11', '--flops=1e14')
     assert run.returncode == 0, run.stderr
     assert 'layout towers on data 1 x model 1 = 1 device, batch 8: 8 images a device' in run.stdout
@@ -429,7 +429,7 @@ def test_wrong_flags_are_refused_in_one_line(arguments, reason):
     assert run.stderr.count('\n') == 1
 
 
-def test_without_a_mesh_the_devices_are_those_to_be_simulated(monkeypatch):
+def test_default_mesh_uses_simulated_devices(monkeypatch):
     settings = config.default_config()
     settings.mesh.model = 2
     monkeypatch.setenv('JAX_NUM_CPU_DEVICES', '8')

@@ -70,7 +70,7 @@ ENTRY %main (x: f32[8,6,6,4], kernel: f32[3,3,4,10], rows: f32[8,20], weights: f
 """  # noqa: E501
 
 
-def test_flops_and_bytes_of_instructions_are_those_by_hand():
+def test_instruction_flops_and_bytes_by_hand():
     program = Program(HLO)
     assert program.module == 'jit_train_step'
     flops = {name: program.flops(name) for name in program.instructions}
@@ -88,7 +88,7 @@ def test_flops_and_bytes_of_instructions_are_those_by_hand():
     assert program.bytes('tuple') == program.bytes('x') == 0
 
 
-def test_instructions_belong_to_the_part_that_they_are_made_for():
+def test_instructions_are_assigned_to_step_scopes():
     program = Program(HLO)
     wanted = {
         'convolution.2': ('conv1', 'forward'),
@@ -118,7 +118,7 @@ def project():
 
 
 @pytest.mark.slow
-def test_flops_of_the_compiled_step_are_those_of_its_layers(project):
+def test_compiled_step_flops_match_cost_model(project):
     program = Program(project.train_step.lower(*project.train_arguments).compile().as_text())
     fused = {each.name for fusion in program.instructions.values() for each in fusion.fused}
     total = sum(program.flops(name) for name in program.instructions.keys() - fused)
@@ -128,7 +128,7 @@ def test_flops_of_the_compiled_step_are_those_of_its_layers(project):
 
 
 @pytest.mark.slow
-def test_the_plain_implementation_gives_what_the_project_gives(project):
+def test_plain_implementation_matches_the_package(project):
     distances = check.differences(project)
     weights = [f'{layer}/{kind}' for layer in LAYERS for kind in ('kernel', 'bias')]
     velocities = [f'velocity of {name}' for name in weights]
@@ -137,7 +137,7 @@ def test_the_plain_implementation_gives_what_the_project_gives(project):
     assert check.worst(distances, exact=True)[1] in distances.values()
 
 
-def test_the_plain_response_norm_and_pooling_are_those_by_hand():
+def test_plain_lrn_and_pooling_by_hand():
     x = np.arange(1.0, 9.0, dtype=np.float32).reshape(1, 1, 1, 8) * 100  # towers of 4 maps
     squares = x[0, 0, 0] ** 2
     near = [squares[:3], squares[:4], squares[:4], squares[1:4], squares[4:7], squares[4:], squares[4:], squares[5:]]
@@ -147,13 +147,13 @@ def test_the_plain_response_norm_and_pooling_are_those_by_hand():
     np.testing.assert_array_equal(plain.max_pool(pixels)[0, :, :, 0], [[12, 14], [22, 24]])
 
 
-def test_the_worst_distance_is_the_one_that_is_nearest_to_its_tolerance():
+def test_worst_distance_is_relative_to_its_tolerance():
     distances = {'logits': 5e-6, 'velocity of conv1/kernel': 1e-3, 'fc6/bias': 1e-7}
     assert check.worst(distances, exact=True) == ('logits', 5e-6, 1e-5)
     assert check.worst(distances | {'conv2/bias': math.nan}, exact=True)[0] == 'conv2/bias'
 
 
-def test_threads_share_each_moment_among_what_they_do():
+def test_time_is_shared_among_concurrent_instructions():
     actions = [
         (0, 0, 'task', 'unknown'),  # it was handed on before the trace: nothing
         (10, 0, 'instruction', 'a'),
@@ -173,7 +173,7 @@ def test_threads_share_each_moment_among_what_they_do():
     assert layers.time_by_instruction(actions) == {'a': 80, 'b': 20, 'c': 10, None: 10}
 
 
-def test_events_of_a_thread_become_what_it_does():
+def test_trace_events_become_thread_actions():
     def event(name, start, end, **stats):
         return SimpleNamespace(name=name, start_ns=start, end_ns=end, stats=stats.items())
 
@@ -201,7 +201,7 @@ def test_events_of_a_thread_become_what_it_does():
     ]
 
 
-def test_rows_are_sums_over_the_instructions_of_a_part():
+def test_rows_sum_over_instructions_of_a_part():
     actions = [(0, 0, 'instruction', 'convolution.2'), (3e9, 0, 'end', None), (5e9, 0, 'instruction', 'dilated')]
     actions += [(6e9, 0, 'end', None), (6e9, 0, 'instruction', 'dilated'), (7e9, 0, 'end', None)]
     rows = layers.rows_of(actions, Program(HLO), product=1e4, bandwidth=1e3)
@@ -218,7 +218,7 @@ def test_rows_are_sums_over_the_instructions_of_a_part():
     assert idle['seconds'] == 2.0
 
 
-def test_only_what_exceeds_the_noise_is_slower():
+def test_only_differences_above_noise_are_slower():
     def seconds(this, other, again):
         return {'train': {'this': this, 'other': other, 'again': again}}
 
@@ -237,7 +237,7 @@ def test_only_what_exceeds_the_noise_is_slower():
     assert presets.judge({'mesh/b': seconds(1.05, 1.0, 1.0)}) == ({'mesh': 0.03}, [('mesh/b', 'train')])
 
 
-def test_cases_are_all_presets_all_ablations_and_all_layouts():
+def test_cases_cover_presets_ablations_and_layouts():
     found = presets.cases()
     assert {name.split('/')[1] for name in found if name.startswith('preset/')} == set(PRESETS)
     assert {'ablation/no_lrn', 'ablation/no_dropout', 'ablation/no_overlap', 'ablation/one_tower'} <= found.keys()
@@ -300,7 +300,7 @@ MEMORY = {
 }
 
 
-def test_reports_of_the_loop_and_of_memory():
+def test_loop_overhead_and_memory_reports():
     assert loop_overhead.report(LOOP).splitlines() == [
         '2 cores',
         '',
@@ -340,7 +340,7 @@ def test_reports_of_the_loop_and_of_memory():
         ('memory', '--torch_python=/no/python', "--torch_python: '/no/python' is no program"),
     ],
 )
-def test_wrong_flags_of_benchmarks_are_refused_in_one_line(monkeypatch, capsys, script, flag, reason):
+def test_invalid_benchmark_flags_are_rejected(monkeypatch, capsys, script, flag, reason):
     monkeypatch.setattr('sys.argv', [script, flag])
     with pytest.raises(SystemExit) as refused:
         {'loop_overhead': loop_overhead, 'memory': memory}[script].main()
@@ -349,7 +349,7 @@ def test_wrong_flags_of_benchmarks_are_refused_in_one_line(monkeypatch, capsys, 
 
 
 @pytest.mark.slow
-def test_memory_of_a_narrow_network():
+def test_memory_benchmark_of_a_narrow_network():
     flags = ['--config.model.widths=(8,16,16,16,16,32,32)', '--sides=jax', '--batch_size=2', '--steps=2', '--json']
     run = subprocess.run([sys.executable, 'benchmarks/memory.py', *flags], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -362,7 +362,7 @@ def test_memory_of_a_narrow_network():
     assert result['ratio'] is None
 
 
-def test_the_loop_is_that_of_launch_without_evaluation():
+def test_loop_overhead_config_has_no_evaluation():
     for part, batch_size in (('quickstart', 64), ('paper', 128), ('checkpoint', 128)):
         assert loop_overhead.configuration(part, '/data').train.batch_size == batch_size
     config = loop_overhead.configuration('quickstart', '/data')
@@ -370,7 +370,7 @@ def test_the_loop_is_that_of_launch_without_evaluation():
     assert config.eval.every == config.checkpoint.every == config.train.stall_after == loop_overhead.NEVER
 
 
-def test_the_table_of_the_readme_is_made_of_the_results_alone():
+def test_readme_table_is_made_from_results():
     made = table.table(RESULTS)
     assert made.splitlines()[2:] == [
         '| train step of `paper`, batch 128, float32: images/s | 40.0 | TensorFlow, oneDNN | 50.0 | 0.80 |',
@@ -391,6 +391,6 @@ def test_the_table_of_the_readme_is_made_of_the_results_alone():
             table.put_into(wrong, made)
 
 
-def test_the_readme_has_the_table_of_the_kept_results():
+def test_readme_contains_the_current_table():
     readme, kept = (ROOT / table.README).read_text(), json.loads((ROOT / table.RESULTS).read_text())
     assert table.put_into(readme, table.table(kept)) == readme

@@ -36,13 +36,13 @@ def run(command: list[str], folder: Path, **environment: str) -> subprocess.Comp
 
 
 @pytest.mark.parametrize('script', sorted(path.name for path in CLUSTER.glob('*.sh')))
-def test_shell_scripts_can_be_parsed_and_run(script):
+def test_shell_scripts_parse_and_are_executable(script):
     assert run(['bash', '-n', str(CLUSTER / script)], ROOT).stderr == ''
     assert os.access(CLUSTER / script, os.X_OK)
 
 
 @pytest.mark.parametrize('name', ['jobset-gpu.yaml', 'jobset-tpu.yaml'])
-def test_the_command_of_a_jobset_is_one_that_launch_takes(name, tmp_path):
+def test_jobset_command_is_accepted_by_launch(name, tmp_path):
     job = documents(name)['JobSet']['spec']['replicatedJobs'][0]['template']['spec']
     [container] = job['template']['spec']['containers']
     program, *arguments = container['command']
@@ -54,7 +54,7 @@ def test_the_command_of_a_jobset_is_one_that_launch_takes(name, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['jobset-gpu.yaml', 'jobset-tpu.yaml'])
-def test_a_jobset_restarts_preempted_pods_and_hangs_together(name):
+def test_jobset_restarts_preempted_pods(name):
     objects = documents(name)
     jobset = objects['JobSet']
     assert jobset['apiVersion'] == 'jobset.x-k8s.io/v1alpha2'
@@ -88,14 +88,14 @@ def test_a_jobset_restarts_preempted_pods_and_hangs_together(name):
     assert pod['volumes'][0] == shared['Pod']['spec']['volumes'][0] == volume
 
 
-def test_a_slice_of_tpus_has_as_many_nodes_as_the_job_has_pods():
+def test_tpu_topology_matches_pod_count():
     job = documents('jobset-tpu.yaml')['JobSet']['spec']['replicatedJobs'][0]['template']['spec']
     pod = job['template']['spec']
     width, height = map(int, pod['nodeSelector']['cloud.google.com/gke-tpu-topology'].split('x'))
     assert width * height == job['completions'] * pod['containers'][0]['resources']['limits']['google.com/tpu']
 
 
-def test_the_pods_may_ask_kubernetes_what_jax_asks():
+def test_role_grants_what_jax_requests():
     source = importlib.resources.files('jax') / '_src' / 'clusters' / 'k8s_cluster.py'
     asked = set(re.findall(r'_(?:core|batch)_api\.(\w+)\(', source.read_text()))
     # The services are only asked for in a job without JobSet.
@@ -109,7 +109,7 @@ def test_the_pods_may_ask_kubernetes_what_jax_asks():
     assert objects['RoleBinding']['roleRef']['name'] == objects['Role']['metadata']['name']
 
 
-def test_the_skypilot_task_starts_the_processes(tmp_path):
+def test_skypilot_task_starts_the_processes(tmp_path):
     task = yaml.safe_load((CLUSTER / 'skypilot.yaml').read_text())
     assert task['resources']['job_recovery']['recover_on_exit_codes'] == [75]
     environment = {
@@ -152,7 +152,7 @@ code=$(head -n1 ../exit_codes); sed -i 1d ../exit_codes; exit $code
     ],
     ids=['stopped', 'preempted', 'wrong'],
 )
-def test_the_tpu_script_trains_until_the_end(tmp_path, states, exit_codes, code, commands):
+def test_tpu_script_restarts_until_done(tmp_path, states, exit_codes, code, commands):
     worker = tmp_path / 'alexnet_jax'
     (worker / '.venv' / 'bin').mkdir(parents=True)
     for path, text in [(tmp_path / 'gcloud', GCLOUD), (worker / '.venv/bin/python', PYTHON)]:

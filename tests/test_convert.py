@@ -64,7 +64,7 @@ def command(*arguments) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize('name', ['torchvision_zip', 'torchvision_legacy', 'training', 'hub'])
-def test_logits_are_those_of_torch(name, tmp_path):
+def test_logits_match_torch(name, tmp_path):
     path = FIXTURES / f'{name}.pth'
     if name == 'hub':
         path = tmp_path / 'model'  # the content tells, not the ending
@@ -80,7 +80,7 @@ def test_logits_are_those_of_torch(name, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['views', 'views_legacy'])
-def test_tensors_that_share_storages(name):
+def test_torch_tensors_that_share_storage(name):
     """Strides, offsets, expanded axes, empty and single numbers, types; all of them as torch has them."""
     tensors = torch_file.read(str(FIXTURES / f'{name}.pth'))
     assert tensors.keys() == set(TORCH.files) - {'logits', 'logits_half'}
@@ -93,7 +93,7 @@ def test_tensors_that_share_storages(name):
     assert np.shares_memory(tensors['whole'], tensors['part'])
 
 
-def test_other_ways_of_saving(tmp_path):
+def test_torch_files_without_checksums_or_with_wrappers(tmp_path):
     """Without checksums, as torch does when told to; and names that torch.compile and DataParallel leave together."""
     content = bytearray((FIXTURES / 'torchvision_zip.pth').read_bytes())
     for entry in zipfile.ZipFile(io.BytesIO(content)).infolist():
@@ -119,7 +119,7 @@ def test_other_ways_of_saving(tmp_path):
     ('preset', 'form', 'mean_form'),
     [('caffe', 'old', 'binaryproto'), ('caffenet', 'new', 'npy'), ('caffe', 'double', 'numbers')],
 )
-def test_logits_are_those_of_caffes_layers(preset, form, mean_form, tmp_path):
+def test_logits_match_caffe_layers(preset, form, mean_form, tmp_path):
     generator = np.random.default_rng(5)
     layers = caffe_files.random_layers(generator, CAFFE_WIDTHS)
     name = {'caffe': 'AlexNet', 'caffenet': 'CaffeNet'}[preset]
@@ -162,7 +162,7 @@ def caffemodel(folder: Path, name: str = 'AlexNet', **changes) -> Path:
     return path
 
 
-def test_means(tmp_path):
+def test_read_mean_formats(tmp_path):
     """What --mean takes, and what it does not."""
     np.testing.assert_array_equal(importer.read_mean('1,2.5,-3', 'caffe'), [1, 2.5, -3])
     np.testing.assert_allclose(
@@ -186,7 +186,7 @@ def test_means(tmp_path):
         str(tmp_path): 'Is a directory',
     }
     others = {
-        'grey': array[:1],
+        'gray': array[:1],
         'wide': array[:, :3],
         'small': array[:, 1:, 1:],
         'nan': array * np.nan,
@@ -205,7 +205,7 @@ def test_means(tmp_path):
             importer.read_mean(text, 'caffe')
 
 
-def test_statistics_of_a_mean_image(tmp_path):
+def test_mean_image_becomes_statistics(tmp_path):
     """The mean image goes into the run, a smaller one with smaller pictures, and mean_rgb is its mean."""
     mean = np.random.default_rng(0).uniform(0, 255, (3, 230, 230)).astype(np.float32)
     np.save(tmp_path / 'mean.npy', mean)
@@ -229,7 +229,7 @@ def fits_not(tensors: dict[str, np.ndarray], folder: Path, preset: str | None = 
     return str(error.value)
 
 
-def test_names_and_shapes_that_do_not_fit(tmp_path):
+def test_torch_names_and_shapes_that_do_not_fit(tmp_path):
     state = {name: array.copy() for name, array in state_dict().items()}
     conv2, fc6 = 'features.3.weight', 'classifier.1.weight'
 
@@ -289,7 +289,7 @@ def test_layers_of_caffe_that_do_not_fit(tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
-def test_names_of_classes(tmp_path):
+def test_class_names_flag(tmp_path):
     ids = importer.class_names(None, 1000)
     assert (len(set(ids)), ids[0], ids[999], ids == sorted(ids)) == (1000, 'n01440764', 'n15075141', True)
     assert importer.class_names(None, 3) == ['class 0', 'class 1', 'class 2']
@@ -315,7 +315,7 @@ def test_names_of_classes(tmp_path):
 
 
 def own_file(path: Path, **changes) -> tuple[dict, dict]:
-    """A file as the export writes it, of a network with batch normalisation; returns its arrays and settings."""
+    """A file as the export writes it, of a network with batch normalization; returns its arrays and settings."""
     config = default_config()
     config.model.preset = 'bn_lars'
     small = {'model.widths': (4, 6, 4, 6, 4, 5, 4), 'model.num_classes': 3, 'data.image_size': 70, 'data.crop_size': 67}
@@ -356,7 +356,7 @@ def own_file(path: Path, **changes) -> tuple[dict, dict]:
     return arrays, settings
 
 
-def test_own_files(tmp_path):
+def test_native_files_round_trip(tmp_path):
     """All numbers, settings and names come back."""
     path = tmp_path / 'own.safetensors'
     arrays, settings = own_file(path)
@@ -380,7 +380,7 @@ def test_own_files(tmp_path):
             import_file(path, tmp_path / 'other', **{flag: 'caffe'})
 
 
-def test_in_and_out_and_in_again(tmp_path):
+def test_export_and_reimport_keep_the_digest(tmp_path):
     network = network_of(FIXTURES / 'torchvision_legacy.pth', tmp_path / 'run')
     export.write(network, str(tmp_path / 'out.safetensors'))
     again = network_of(tmp_path / 'out.safetensors', tmp_path / 'again')
@@ -402,7 +402,7 @@ def test_in_and_out_and_in_again(tmp_path):
         ({'fc8.bias': np.full(3, np.nan, np.float32)}, 'fc8.bias has 3 numbers of 3 that are not finite'),
     ],
 )
-def test_own_files_that_do_not_fit(changes, reason, tmp_path):
+def test_invalid_native_files_are_rejected(changes, reason, tmp_path):
     own_file(tmp_path / 'own', **changes)
     with pytest.raises(FormatError, match=f'^{reason}'):
         import_file(tmp_path / 'own', tmp_path / 'run')
@@ -413,7 +413,7 @@ def test_own_files_that_do_not_fit(changes, reason, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path):
+def test_convert_command(tmp_path):
     """What it makes is a run for other commands; what is there already is left alone."""
     source, run = FIXTURES / 'torchvision_legacy.pth', tmp_path / 'run'
     names = tmp_path / 'names'

@@ -38,7 +38,7 @@ def store(photos_dir):
     return open_photos(photos_dir)
 
 
-def test_no_pixel_of_a_photograph_is_in_both_splits():
+def test_photo_splits_share_no_pixel():
     for height, width in [(512, 512), (191, 384), (1411, 1411)]:
         seen = {}
         for split in ('train', 'validation'):
@@ -49,7 +49,7 @@ def test_no_pixel_of_a_photograph_is_in_both_splits():
         assert (seen['train'] | seen['validation']).all()
 
 
-def test_patches_lie_inside_their_cells_and_are_always_the_same(monkeypatch):
+def test_patches_stay_in_their_cells_and_are_deterministic(monkeypatch):
     """A photograph whose pixels say where they are shows where every patch was cut."""
     rows, columns = np.meshgrid(np.arange(200), np.arange(240), indexing='ij')
     monkeypatch.setattr(photos, 'photograph', lambda name: np.stack([rows, columns, rows * 0], -1).astype(np.uint8))
@@ -67,7 +67,7 @@ def test_patches_lie_inside_their_cells_and_are_always_the_same(monkeypatch):
 
 
 @pytest.mark.slow
-def test_store_of_photos(store):
+def test_photos_data_set_matches_pillow(store):
     assert store.class_names == list(photos.PHOTOGRAPHS)
     assert (len(store.train), len(store.validation)) == (6400, 1600)
     example = store.train[17]
@@ -93,7 +93,7 @@ def test_prepare_is_done_once(photos_dir):
 
 
 @pytest.mark.slow
-def test_a_killed_prepare_leaves_no_store_and_one_that_waited_makes_it(photos_dir, tmp_path):
+def test_waiting_prepare_takes_over_from_a_killed_one(photos_dir, tmp_path):
     shutil.copytree(os.path.join(photos_dir, 'photos'), tmp_path / 'photos')
     command = [sys.executable, '-m', 'alexnet_jax.prepare', f'--data_dir={tmp_path}', '--image_size=96']
     given = PrepareConfig('photos', image_size=96)
@@ -117,7 +117,7 @@ def test_a_killed_prepare_leaves_no_store_and_one_that_waited_makes_it(photos_di
     assert not Path(f'{target}.incomplete').exists()
 
 
-def test_a_run_that_waits_for_the_data_can_be_stopped(tmp_path):
+def test_run_waiting_for_data_stops_on_sigterm(tmp_path):
     target = Path(dataset.dataset_dir(str(tmp_path), PHOTOS))
     target.parent.mkdir()
     command = [sys.executable, 'launch.py', f'--workdir={tmp_path}/run', f'--config.data.data_dir={tmp_path}']
@@ -131,7 +131,7 @@ def test_a_run_that_waits_for_the_data_can_be_stopped(tmp_path):
     assert 'stopped while preparing the data' in said
 
 
-def test_an_unknown_data_set_is_refused_in_one_line(tmp_path):
+def test_unknown_tfds_data_set_is_rejected(tmp_path):
     command = [sys.executable, '-m', 'alexnet_jax.prepare', f'--data_dir={tmp_path}', '--source=tfds:imagenet2013']
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2
@@ -140,7 +140,7 @@ def test_an_unknown_data_set_is_refused_in_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_source_without_random_access_is_refused(photos_dir, tmp_path):
+def test_source_without_random_access_is_rejected(photos_dir, tmp_path):
     shutil.copytree(os.path.join(photos_dir, 'photos'), tmp_path / 'photos')
     info = tmp_path / 'photos' / '1.0.0' / 'dataset_info.json'
     info.write_text(info.read_text().replace('array_record', 'tfrecord'))
@@ -177,7 +177,7 @@ def training(first_step: int = 0, **options) -> list[dict]:
     return take(loader.training_batches(Numbered(20), first_step=first_step, **settings), 10)
 
 
-def test_every_epoch_is_another_permutation_of_all_images():
+def test_each_epoch_is_a_new_permutation():
     labels = np.concatenate([batch['label'] for batch in training()])  # 80 images: four epochs
     epochs = labels.reshape(4, 20)
     np.testing.assert_array_equal(np.sort(epochs, 1), np.broadcast_to(np.arange(20), (4, 20)))
@@ -193,20 +193,20 @@ def test_every_epoch_is_another_permutation_of_all_images():
         )
 
 
-def test_order_depends_on_the_seed_alone():
+def test_order_depends_only_on_the_seed():
     first, again, other = training(), training(threads=1), training(seed=4)
     assert all((a['label'] == b['label']).all() for a, b in zip(first, again, strict=True))
     assert any((a['label'] != b['label']).any() for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize('first_step', [1, 3, 7])
-def test_batches_resume_in_the_middle_of_an_epoch(first_step):
+def test_batches_resume_mid_epoch(first_step):
     for resumed, expected in zip(training(first_step), training()[first_step:], strict=False):
         np.testing.assert_array_equal(resumed['label'], expected['label'])
         np.testing.assert_array_equal(resumed['example_id'], expected['example_id'])
 
 
-def test_shares_one_after_the_other_are_the_same_global_batch():
+def test_shards_concatenate_to_the_global_batch():
     for first_step in (0, 3):
         shares = [training(first_step, share=share, shares=4) for share in range(4)]
         for step, whole in enumerate(training(first_step)):
@@ -215,7 +215,7 @@ def test_shares_one_after_the_other_are_the_same_global_batch():
 
 
 @pytest.mark.parametrize('count', [1, 2])
-def test_validation_gives_every_image_once(count):
+def test_validation_yields_every_image_once(count):
     shares = [
         list(loader.validation_batches(Numbered(20), batch_size=8, threads=2, share=share, shares=count))
         for share in range(count)
@@ -259,7 +259,7 @@ def read(data_dir: str, steps: int, first_step: int = 0, share: int = 0, shares:
 
 
 @pytest.mark.slow
-def test_order_and_pixels_after_kill_and_with_another_number_of_processes(photos_dir):
+def test_kill_and_resharding_keep_order_and_pixels(photos_dir):
     """Six batches of 640, so ten an epoch of 6,400: killed in mid-epoch after three, then read by two processes."""
     expected = read(photos_dir, 6)
     killed = read(photos_dir, 3)
@@ -271,7 +271,7 @@ def test_order_and_pixels_after_kill_and_with_another_number_of_processes(photos
 
 
 @pytest.mark.slow
-def test_training_reads_without_tensorflow(photos_dir):
+def test_training_does_not_import_tensorflow(photos_dir):
     program = f"""
 import sys
 from alexnet_jax.training import trainer
@@ -308,7 +308,7 @@ def damaged(photos_dir, store, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_record_is_named_and_the_next_one_takes_its_place(damaged, store, capfd):
+def test_corrupt_record_is_replaced_by_the_next_one(damaged, store, capfd):
     copy = open_photos(damaged)
     options = {'seed': 0, 'batch_size': 640, 'first_step': 0, 'threads': 2}
     whole, found = (take(loader.training_batches(split.train, **options), 20) for split in (store, copy))
@@ -329,7 +329,7 @@ def test_a_damaged_record_is_named_and_the_next_one_takes_its_place(damaged, sto
 
 
 @pytest.mark.slow
-def test_a_damaged_record_does_not_count_in_validation(damaged):
+def test_corrupt_record_is_excluded_from_validation(damaged):
     copy = open_photos(damaged)
     batches = list(loader.validation_batches(copy.validation, batch_size=200, threads=2))
     labels = np.concatenate([batch['label'] for batch in batches])
@@ -339,7 +339,7 @@ def test_a_damaged_record_does_not_count_in_validation(damaged):
 
 
 @pytest.mark.slow
-def test_more_damage_than_allowed_stops_the_reading(damaged):
+def test_too_many_corrupt_records_stop_reading(damaged):
     given = PrepareConfig('photos', image_size=72, max_corrupt_fraction=0.0001)  # of 6,400: none
     copy = dataset.open_store(dataset.dataset_dir(damaged, given), given)
     with pytest.raises(
@@ -349,7 +349,7 @@ def test_more_damage_than_allowed_stops_the_reading(damaged):
 
 
 @pytest.mark.slow
-def test_batches_from_memory_are_those_read_and_a_cpu_takes_them_as_they_are(photos_dir, monkeypatch):
+def test_cached_batches_match_reads_and_are_zero_copy(photos_dir, monkeypatch):
     kept = open_photos(photos_dir).train
     monkeypatch.setattr(dataset, 'IN_MEMORY_LIMIT_BYTES', 0)
     read = open_photos(photos_dir).train
@@ -366,7 +366,7 @@ def test_batches_from_memory_are_those_read_and_a_cpu_takes_them_as_they_are(pho
 
 
 @pytest.mark.parametrize(('limit', 'reads'), [(3 * 192, 1), (3 * 192 - 1, 2)])
-def test_a_small_split_is_read_once(monkeypatch, limit, reads):
+def test_small_split_is_read_once(monkeypatch, limit, reads):
     class Records(list):
         read = ()
 
@@ -387,7 +387,7 @@ def test_a_small_split_is_read_once(monkeypatch, limit, reads):
     assert records.read == ((2, 0, 1) if reads == 1 else (2, 2, 0, 0, 1, 1) * 2)
 
 
-def test_a_jpeg_that_does_not_decode_is_damage():
+def test_undecodable_jpeg_counts_as_corrupt():
     jpeg = io.BytesIO()
     Image.new('RGB', (8, 8), (200, 80, 30)).save(jpeg, 'JPEG')
     features = tfds.features.FeaturesDict(
@@ -422,7 +422,7 @@ def spoil(file: Path) -> None:
         (lambda folder: spoil(folder / 'statistics.npz'), r'statistics.npz is damaged'),
     ],
 )
-def test_a_store_that_was_not_copied_whole_is_refused(photos_dir, tmp_path, damage, reason):
+def test_incomplete_data_set_is_rejected(photos_dir, tmp_path, damage, reason):
     shutil.copytree(os.path.join(photos_dir, 'prepared'), tmp_path / 'prepared')
     damage(Path(dataset.dataset_dir(str(tmp_path), PHOTOS)))
     with pytest.raises(ConfigError, match=reason) as caught:
@@ -430,7 +430,7 @@ def test_a_store_that_was_not_copied_whole_is_refused(photos_dir, tmp_path, dama
     assert '\n' not in str(caught.value)
 
 
-def test_where_a_store_lies():
+def test_dataset_dir_by_config():
     data = default_config().data
     where = dataset.dataset_dir
     assert where('/d', data) == '/d/prepared/imagenet2012_256px'

@@ -154,7 +154,7 @@ def assert_figures(found: dict, expected: dict) -> None:
 
 
 @pytest.mark.slow
-def test_one_run_gives_the_numbers_of_its_end(runs, evaluations):
+def test_single_run_reproduces_its_final_metrics(runs, evaluations):
     for name in RUNS:
         found = report(evaluations, name)
         assert (found['views'], found['images'], found['fitted_on']) == (1, 1600, 0)
@@ -166,7 +166,7 @@ def test_one_run_gives_the_numbers_of_its_end(runs, evaluations):
 
 
 @pytest.mark.slow
-def test_ten_views_of_two_runs_give_the_numbers_of_their_ends(runs, evaluations):
+def test_ten_view_metrics_match_training_results(runs, evaluations):
     found = report(evaluations, 'ten')
     assert found['views'] == 10
     assert [member['weight'] for member in found['members']] == [0.5, 0.5]
@@ -179,7 +179,7 @@ def test_ten_views_of_two_runs_give_the_numbers_of_their_ends(runs, evaluations)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['a', 'b', 'ten', 'equal', 'steps'])
-def test_saved_predictions_have_the_printed_errors(evaluations, name):
+def test_saved_predictions_reproduce_printed_errors(evaluations, name):
     found, (_, saved) = report(evaluations, name), evaluations[name]
     probabilities, labels = saved['probabilities'], saved['labels']
     assert (probabilities.shape, probabilities.dtype, labels.dtype) == ((1600, 16), np.float32, np.int32)
@@ -189,7 +189,7 @@ def test_saved_predictions_have_the_printed_errors(evaluations, name):
 
 
 @pytest.mark.slow
-def test_classes_are_those_of_the_store(evaluations, photos_dir):
+def test_class_names_match_the_prepared_data_set(evaluations, photos_dir):
     description = json.loads(next(Path(photos_dir).glob('prepared/*/prepared.json')).read_text())
     for _, saved in evaluations.values():
         assert saved['class_names'].tolist() == description['class_names']
@@ -200,7 +200,7 @@ def members_apart(evaluations: dict) -> list[np.ndarray]:
 
 
 @pytest.mark.slow
-def test_given_weights_average_the_probabilities(evaluations):
+def test_given_weights_average_probabilities(evaluations):
     a, b = members_apart(evaluations)
     text, saved = evaluations['given']
     np.testing.assert_allclose(saved['probabilities'], 0.75 * a + 0.25 * b, rtol=1e-5)
@@ -214,14 +214,14 @@ def test_given_weights_average_the_probabilities(evaluations):
 
 
 @pytest.mark.slow
-def test_equal_weights_average_the_probabilities(evaluations):
+def test_equal_weights_average_probabilities(evaluations):
     a, b = members_apart(evaluations)
     np.testing.assert_allclose(evaluations['equal'][1]['probabilities'], (a + b) / 2, rtol=1e-5)
     assert [member['weight'] for member in report(evaluations, 'equal')['members']] == [0.5, 0.5]
 
 
 @pytest.mark.slow
-def test_fitted_weights_are_the_best_for_the_even_images_and_errors_those_of_the_odd_ones(evaluations):
+def test_fitted_weights_are_optimal_on_even_images(evaluations):
     a, b = members_apart(evaluations)
     found, (_, saved) = report(evaluations, 'fitted'), evaluations['fitted']
     weight = found['members'][0]['weight']
@@ -241,7 +241,7 @@ def test_fitted_weights_are_the_best_for_the_even_images_and_errors_those_of_the
 
 
 @pytest.mark.slow
-def test_classes_of_a_run_by_counting(evaluations):
+def test_per_class_errors_match_counting(evaluations):
     _, saved = evaluations['a']
     names = saved['class_names'].tolist()
     for label, row in enumerate(report(evaluations, 'a')['classes']):
@@ -259,7 +259,7 @@ def test_classes_of_a_run_by_counting(evaluations):
 
 
 @pytest.mark.slow
-def test_names_of_checkpoints(runs, evaluations):
+def test_checkpoint_refs_newest_best_and_step(runs, evaluations):
     """WORKDIR is the newest one, WORKDIR/best that of the lowest error, WORKDIR/checkpoints/STEP what it says."""
     recorded = [json.loads(line) for line in (runs['a'] / 'metrics.jsonl').read_text().splitlines()]
     validated = {line['step']: line for line in recorded if line['split'] == 'validation'}
@@ -272,7 +272,7 @@ def test_names_of_checkpoints(runs, evaluations):
 
 
 @pytest.mark.slow
-def test_a_run_may_be_called_best(runs, tmp_path):
+def test_workdir_may_be_named_best_or_checkpoints(runs, tmp_path):
     shutil.copytree(runs['b'], tmp_path / 'best')
     shutil.copytree(runs['b'], tmp_path / 'checkpoints' / '7')
     for name, workdir, which in [
@@ -299,7 +299,7 @@ def opened(photos_dir: str) -> dataset.PreparedDataset:
         ({'data': 16, 'model': 2}, (8, 1)),  # does not fit
     ],
 )
-def test_several_devices_give_the_numbers_of_one(runs, evaluations, photos_dir, tmp_path, capfd, mesh, used):
+def test_evaluation_on_a_mesh_matches_one_device(runs, evaluations, photos_dir, tmp_path, capfd, mesh, used):
     shutil.copytree(runs['a'], tmp_path / 'a')
     file = tmp_path / 'a' / 'config.json'
     settings = json.loads(file.read_text())
@@ -317,7 +317,7 @@ def test_several_devices_give_the_numbers_of_one(runs, evaluations, photos_dir, 
 
 
 @pytest.mark.slow
-def test_a_newer_checkpoint_takes_the_place_of_one_that_is_gone_meanwhile(runs, tmp_path, monkeypatch):
+def test_restore_retries_when_newest_checkpoint_disappears(runs, tmp_path, monkeypatch):
     shutil.copytree(runs['b'], tmp_path / 'b')
     folder, read = tmp_path / 'b' / 'checkpoints', checkpointing.restore_checkpoint
     asked = []
@@ -343,7 +343,7 @@ def log(rows) -> np.ndarray:
         return np.log(np.array(rows, np.float64)).astype(np.float32)
 
 
-def test_errors_by_hand():
+def test_topk_errors_by_hand():
     nan = float('nan')
     scores = np.array(
         [
@@ -366,14 +366,14 @@ def test_errors_by_hand():
     assert not top5.any()
 
 
-def test_figures_by_hand():
+def test_error_rates_by_hand():
     scores = log([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.25, 0.5, 0.25], [0.1, 0.1, 0.8]])
     found = metrics.error_rates(scores, np.array([0, 1, 2, 2], np.int32))
     loss = -(math.log(0.5) + math.log(0.3) + math.log(0.25) + math.log(0.8)) / 4
     assert found == pytest.approx({'loss': loss, 'top1_error': 0.5, 'top5_error': 0.0})
 
 
-def test_mixtures_by_hand():
+def test_average_log_probs_by_hand():
     scores = [log([[0.5, 0.5, 0]]), log([[0.1, 0.2, 0.7]]), np.full((1, 3), np.nan, np.float32)]
     mixed = metrics.average_log_probs(scores, [0.25, 0.75, 0])
     assert mixed.dtype == np.float32
@@ -397,7 +397,7 @@ def synthetic(members: int, quality: list[float], seed: int) -> tuple[list[np.nd
 
 
 @pytest.mark.parametrize(('quality', 'seed'), [([1.0, 2.0, 1.5], 0), ([0.0, 3.0, 2.9], 1), ([1.0, 1.0, 1.0, 4.0], 2)])
-def test_fitted_weights_are_those_of_scipy(quality, seed):
+def test_fit_weights_matches_scipy(quality, seed):
     scores, labels = synthetic(len(quality), quality, seed)
     right = np.exp(np.array([[row[label] for row, label in zip(s, labels, strict=True)] for s in scores], np.float64)).T
 
@@ -419,7 +419,7 @@ def test_fitted_weights_are_those_of_scipy(quality, seed):
     assert np.ptp(weights) > 0.1
 
 
-def test_fitted_weights_by_hand():
+def test_fit_weights_by_hand():
     # For the shares w and 1 - w: three images with probabilities 1 and 0, one with 0 and 1; w is 3/4.
     first = log([[1, 0], [1, 0], [1, 0], [0, 1]])
     second = log([[0, 1], [0, 1], [0, 1], [1, 0]])
@@ -434,7 +434,7 @@ def test_fitted_weights_by_hand():
     np.testing.assert_allclose(metrics.fit_weights(small, labels), [0.75, 0.25], atol=1e-6)
 
 
-def test_weights_are_fitted_on_the_even_images_only():
+def test_fit_uses_even_images_and_reports_odd_ones():
     generator = np.random.default_rng(0)
     scores = [log(generator.dirichlet([1] * 4, 40)) for _ in range(2)]
     labels = generator.integers(0, 4, 40).astype(np.int32)
@@ -456,7 +456,7 @@ def test_weights_are_fitted_on_the_even_images_only():
     )
 
 
-def test_classes_by_hand():
+def test_per_class_errors_by_hand():
     nan = float('nan')
     scores = np.array(
         [
@@ -481,7 +481,7 @@ def test_classes_by_hand():
     ]
 
 
-def test_a_table_of_classes_without_images_or_errors():
+def test_class_table_without_images_or_errors():
     scores = log([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]])
     report, _ = summary.summarize(
         [{'checkpoint': 'x', 'step': 7}], scores[None], np.zeros(2, np.int32), 'abc', [1.0], True
@@ -527,7 +527,7 @@ FORMS = "name a run's folder WORKDIR, WORKDIR/best or WORKDIR/checkpoints/STEP"
         (['{a}', '--predictions='], "--predictions: '' cannot be written; name a file in"),
     ],
 )
-def test_wrong_arguments_are_refused_before_jax_is_imported(runs, tmp_path, arguments, reason):
+def test_invalid_arguments_fail_before_importing_jax(runs, tmp_path, arguments, reason):
     for name, text in (('broken', '{'), ('old', '{}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'config.json').write_text(text)
@@ -548,7 +548,7 @@ def test_wrong_arguments_are_refused_before_jax_is_imported(runs, tmp_path, argu
         ('1,1', True, '--fit_weights: leave it out, or --weights'),
     ],
 )
-def test_wrong_weights_are_refused(given, fit, reason):
+def test_invalid_weights_are_rejected(given, fit, reason):
     with pytest.raises(summary.ConfigError) as error:
         summary.ensemble_weights(given.split(','), fit, 2)
     assert str(error.value).startswith(reason)
@@ -562,7 +562,7 @@ def without_jax(folder: Path, instead: str = 'raise ImportError') -> str:
 
 
 @pytest.mark.slow
-def test_the_cpu_is_tuned_before_jax_is_imported(runs, tmp_path):
+def test_cpu_backend_is_configured_before_importing_jax(runs, tmp_path):
     ask = "import os, sys; sys.exit(os.environ['XLA_FLAGS'])"
     tuned = execute(
         '-c', f'from alexnet_jax.runtime import backend; backend.configure_cpu_backend(); {ask}', XLA_FLAGS=''
@@ -571,7 +571,7 @@ def test_the_cpu_is_tuned_before_jax_is_imported(runs, tmp_path):
     assert (run.returncode, run.stderr) == (1, tuned.stderr)
 
 
-def test_help_names_the_flags(tmp_path):
+def test_help_lists_flags(tmp_path):
     run = command('--help', PYTHONPATH=without_jax(tmp_path))
     for flag in ('views', 'data_dir', 'weights', 'fit_weights', 'per_class', 'predictions', 'json'):
         assert f'--{flag}' in run.stdout or f'--[no]{flag}' in run.stdout
@@ -579,7 +579,7 @@ def test_help_names_the_flags(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_evaluated_is_refused_and_left_as_it_is(runs, photos_dir, tmp_path, capfd):
+def test_unusable_runs_are_rejected_and_left_unchanged(runs, photos_dir, tmp_path, capfd):
     def copy(name: str) -> Path:
         return Path(shutil.copytree(runs['b'], tmp_path / name))
 

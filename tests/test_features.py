@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_runs import centre, make_run, small_config, store_of
+from small_runs import center_crop, make_run, small_config, open_dataset
 
 from alexnet_jax.config import ConfigError
 from alexnet_jax.data.dataset import PreparedDataset
@@ -28,7 +28,7 @@ def config(photos_dir):
 
 @pytest.fixture(scope='module')
 def store(config) -> PreparedDataset:
-    return store_of(config)
+    return open_dataset(config)
 
 
 @pytest.fixture(scope='module')
@@ -47,11 +47,11 @@ def eager(loaded, image: np.ndarray) -> dict[str, np.ndarray]:
     """What each layer gives for one image, without compiled step, mesh and augment.py."""
     state = jax.device_get(loaded.state)
     model = nnx.merge(build_model(loaded.config)[0], state.params, state.statistics)
-    outputs = model.activations(jnp.asarray(centre(image, loaded.config, loaded.statistics))[None])
+    outputs = model.activations(jnp.asarray(center_crop(image, loaded.config, loaded.statistics))[None])
     return {layer: np.asarray(output[0]) for layer, output in outputs.items()}
 
 
-def test_features_are_those_of_each_image_in_order(loaded, store, index):
+def test_features_match_eager_layers_in_order(loaded, store, index):
     assert index.layer == 'fc7'
     assert index.features.shape == (len(store.train), 32)
     for number in (0, 47, 48, 3000, len(store.train) - 1):
@@ -61,7 +61,7 @@ def test_features_are_those_of_each_image_in_order(loaded, store, index):
     assert len(np.unique(np.asarray(index.features[:500]), axis=0)) > 400
 
 
-def test_the_nearest_are_those_of_brute_force_and_an_image_is_nearest_to_itself(index):
+def test_nearest_neighbors_match_brute_force(index):
     numbers = np.arange(0, len(index.features), 97)
     found, distances = feature_index.nearest_neighbors(index, np.asarray(index.features[numbers]), 7)
     assert found.shape == distances.shape == (len(numbers), 7)
@@ -74,7 +74,7 @@ def test_the_nearest_are_those_of_brute_force_and_an_image_is_nearest_to_itself(
         np.testing.assert_allclose(exact[found[row]], np.sort(exact)[:7], rtol=1e-5, atol=1e-6)  # recall 1, ties aside
 
 
-def test_blocks_do_not_matter_and_damaged_records_are_never_near(monkeypatch):
+def test_blocks_ties_and_nan_rows_in_nearest_neighbors(monkeypatch):
     monkeypatch.setattr(feature_index, 'BLOCK', 10)
     rows = np.random.default_rng(0).normal(size=(37, 5)).astype(np.float32)
     rows[20] = rows[3]
@@ -109,7 +109,7 @@ class Interrupted:
         return self.split[number]
 
 
-def test_an_interrupted_index_goes_on_where_it_stood(config, store, index, tmp_path, monkeypatch):
+def test_interrupted_index_resumes(config, store, index, tmp_path, monkeypatch):
     monkeypatch.setattr(feature_index, 'SAVE_SECONDS', 0.0)
     loaded = trained_model.load_model(trained_model.parse_checkpoint_ref(make_run(tmp_path / 'run', config)))
     stopped = Interrupted(store.train, 2000)
@@ -127,14 +127,14 @@ def test_an_interrupted_index_goes_on_where_it_stood(config, store, index, tmp_p
     assert finished.asked == []
 
 
-def test_a_share_of_batches_from_a_later_one_on(store):
+def test_validation_batches_shard_from_a_later_batch(store):
     batches = validation_batches(store.validation, batch_size=100, threads=1, share=1, shares=2, first_batch=3)
     expected = np.stack([store.validation[number]['image'] for number in range(350, 400)])
     np.testing.assert_array_equal(next(batches)['image'], expected)
     assert len(list(batches)) == 12
 
 
-def test_damaged_and_foreign_files_of_features_are_named(config, store, tmp_path, monkeypatch):
+def test_corrupt_feature_files_and_full_disk_are_rejected(config, store, tmp_path, monkeypatch):
     loaded = trained_model.load_model(trained_model.parse_checkpoint_ref(make_run(tmp_path / 'run', config)))
     few = Interrupted(store.train, 2000)
     with pytest.raises(KeyboardInterrupt):
@@ -157,7 +157,7 @@ WIDE = {
 
 
 @pytest.mark.parametrize(('layout', 'data', 'model'), [('towers', 4, 2), ('hybrid', 2, 4), ('data', 8, 1)])
-def test_outputs_of_every_layer_on_a_mesh_are_those_of_one_device(photos_dir, store, tmp_path, layout, data, model):
+def test_layer_activations_on_a_mesh_match_one_device(photos_dir, store, tmp_path, layout, data, model):
     config = small_config(photos_dir, **WIDE, mesh__layout=layout, mesh__data=data, mesh__model=model)
     loaded = trained_model.load_model(trained_model.parse_checkpoint_ref(make_run(tmp_path / 'run', config)))
     assert dict(loaded.mesh.shape) == {'data': data, 'model': model}
@@ -172,7 +172,7 @@ def test_outputs_of_every_layer_on_a_mesh_are_those_of_one_device(photos_dir, st
             np.testing.assert_allclose(rows[number], outputs[layer], rtol=1e-4, atol=1e-5)
 
 
-def test_features_of_a_network_without_hidden_dense_layers_are_maps(photos_dir, store, tmp_path):
+def test_features_without_hidden_dense_layers_are_conv_maps(photos_dir, store, tmp_path):
     config = small_config(photos_dir, model__widths=(8, 0, 0, 0, 16, 0, 0))
     loaded = trained_model.load_model(trained_model.parse_checkpoint_ref(make_run(tmp_path / 'run', config)))
     few = PreparedDataset(Few(store.train), None, {}, [], store.fingerprint)
@@ -201,7 +201,7 @@ class Few:
         return self.split[number]
 
 
-def test_a_whole_index_is_read_where_nothing_can_be_written(config, store, index, tmp_path, capfd):
+def test_complete_index_is_reused_read_only(config, store, index, tmp_path, capfd):
     loaded = trained_model.load_model(trained_model.parse_checkpoint_ref(make_run(tmp_path / 'run', config)))
     few = PreparedDataset(Few(store.train), None, {}, [], store.fingerprint)
     made = feature_index.build_or_load_index(loaded, few)
@@ -218,7 +218,7 @@ def test_a_whole_index_is_read_where_nothing_can_be_written(config, store, index
     assert f'blocked, {folder.name} are of other weights or images, and may be removed' in said
 
 
-def test_one_process_at_a_time_computes_features(config, store, tmp_path):
+def test_only_one_process_computes_features(config, store, tmp_path):
     loaded = trained_model.load_model(trained_model.parse_checkpoint_ref(make_run(tmp_path / 'run', config)))
     few = PreparedDataset(Few(store.train), None, {}, [], store.fingerprint)
     feature_index.build_or_load_index(loaded, few)
@@ -231,7 +231,7 @@ def test_one_process_at_a_time_computes_features(config, store, tmp_path):
     assert feature_index.build_or_load_index(loaded, few).features.shape == (50, 32)
 
 
-def test_create_refuses_what_is_there_and_leaves_nothing_half_made(config, tmp_path):
+def test_import_refuses_existing_folder_and_leaves_no_trace(config, tmp_path):
     used = tmp_path / 'used'
     used.mkdir()
     (used / 'thesis.txt').write_text('...')

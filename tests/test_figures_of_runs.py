@@ -1,4 +1,4 @@
-"""Figures of runs: layers against a loop, neighbours, the folders of sweeps, and the command with its refusals."""
+"""Figures of runs: layers against a loop, neighbors, the folders of sweeps, and the command with its refusals."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 from PIL import Image
-from small_runs import centre, make_run, small_config, store_of
+from small_runs import center_crop, make_run, small_config, open_dataset
 
 from alexnet_jax.config import ConfigError
 from alexnet_jax.figures import from_run
@@ -49,14 +49,14 @@ def loaded(run):
     return trained_model.load_model(trained_model.parse_checkpoint_ref(run))
 
 
-def test_maps_are_those_of_the_layer(loaded, config):
+def test_feature_maps_match_a_convolution_loop(loaded, config):
     """Against a loop over windows: conv1, stride 8, padded by zeros after the last row and column, then ReLU."""
-    store = store_of(config)
+    store = open_dataset(config)
     shown = [ImageInput(f'{i}', store.validation[i]['image'], None) for i in (3, 40)]
     kernel = np.asarray(loaded.state.params['conv1']['kernel'])
     for picture, figure in zip(shown, from_run.plot_feature_maps(loaded, iter(shown), 'conv1', 2), strict=True):
         np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), picture.pixels[4:68, 4:68])
-        seen = np.pad(centre(picture.pixels, config, store.statistics), ((0, 3), (0, 3), (0, 0)))
+        seen = np.pad(center_crop(picture.pixels, config, store.statistics), ((0, 3), (0, 3), (0, 0)))
         sheets = [axes.images[0].get_array().filled(np.nan) for axes in figure.axes[1:3]]
         for n, (y, x) in itertools.product(range(8), [(0, 0), (3, 5), (7, 7)]):
             value = float(np.sum(seen[8 * y : 8 * y + 11, 8 * x : 8 * x + 11] * kernel[..., n], dtype=np.float64))
@@ -66,8 +66,8 @@ def test_maps_are_those_of_the_layer(loaded, config):
     assert 'fc8: 16 units' in texts(logits)
 
 
-def test_a_training_image_is_its_own_nearest_neighbour(loaded, config):
-    store = store_of(config)
+def test_training_image_is_its_own_nearest_neighbor(loaded, config):
+    store = open_dataset(config)
     numbers = [5, 700]
     examples = [store.train[i] for i in numbers]
     own = [
@@ -85,11 +85,11 @@ def test_a_training_image_is_its_own_nearest_neighbour(loaded, config):
         assert len(first.patches) == 1
 
 
-def test_kernels_are_those_of_the_checkpoint(loaded):
+def test_kernels_figure_shows_the_checkpoint(loaded):
     figure = from_run.plot_kernels(loaded)
     kernel = np.asarray(loaded.state.params['conv1']['kernel'])
     shares = kernels.saturation(kernel, 2)
-    assert f'tower 2: 4 kernels, colour saturation {shares[1]:.2f}' in texts(figure)
+    assert f'tower 2: 4 kernels, .*saturation {shares[1]:.2f}' in texts(figure)
     np.testing.assert_allclose(
         figure.axes[0].images[0].get_array()[0, 0], kernels.grid(kernel[..., :4])[0, 0], rtol=1e-6
     )
@@ -101,7 +101,7 @@ def write_sweep(folder, directories):
     (folder / 'sweep.json').write_text(json.dumps(sweep))
 
 
-def test_runs_of_a_sweep_are_those_that_have_begun(tmp_path):
+def test_find_runs_lists_started_runs_of_a_sweep(tmp_path):
     folder = tmp_path / 'sweep'
     for name, text in {'a/seed_0': LINE, 'a/seed_1': None, 'a/seed_2': '', 'b/seed_0': LINE}.items():
         (folder / name).mkdir(parents=True)
@@ -153,7 +153,7 @@ def command(*arguments, cwd=ROOT):
         (['curves', '{empty}'], 'has no line yet'),
     ],
 )
-def test_refusals_are_one_line(arguments, reason, run, tmp_path):
+def test_invalid_figure_arguments_are_rejected(arguments, reason, run, tmp_path):
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'empty' / 'metrics.jsonl').write_text('')
     places = {'run': run, 'tmp': tmp_path, 'empty': tmp_path / 'empty'}
@@ -166,7 +166,7 @@ def test_refusals_are_one_line(arguments, reason, run, tmp_path):
     assert [path.name for path in tmp_path.rglob('*')] == ['empty', 'metrics.jsonl']
 
 
-def test_each_kind_of_figure_by_one_command(run, tmp_path):
+def test_each_kind_of_figure_by_command(run, tmp_path):
     (tmp_path / 'pictures').mkdir()
     Image.fromarray(image(side=90)).save(tmp_path / 'pictures' / 'a.png')
     (tmp_path / 'pictures' / 'b.png').write_text('no picture')
@@ -189,7 +189,7 @@ def test_each_kind_of_figure_by_one_command(run, tmp_path):
             assert picture.width > 600
 
 
-def test_figures_of_no_single_run_lie_here(tmp_path):
+def test_figures_of_several_runs_go_to_current_folder(tmp_path):
     for name in 'ab':
         (tmp_path / name).mkdir()
         (tmp_path / name / 'metrics.jsonl').write_text(LINE)

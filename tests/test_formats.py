@@ -122,7 +122,7 @@ def attacks(marker: str) -> dict[str, tuple[bytes, str]]:
 
 @pytest.mark.parametrize('form', [bytes, as_zip, as_legacy])
 @pytest.mark.parametrize('name', attacks('x'))
-def test_nothing_in_a_pickle_is_run(name, form, tmp_path):
+def test_unpickler_executes_nothing(name, form, tmp_path):
     marker = tmp_path / 'marker'
     pickled, refused = attacks(str(marker))[name]
     if form is bytes:  # a plain pickle, or with the text words of the oldest protocol no file that is known
@@ -135,7 +135,7 @@ def test_nothing_in_a_pickle_is_run(name, form, tmp_path):
 @pytest.mark.parametrize(
     'name', ['system', 'eval', 'exec by two texts', 'nested', 'INST', 'INST with new texts', 'OBJ']
 )
-def test_the_attacks_are_attacks(name, tmp_path):
+def test_malicious_pickles_do_execute_in_pickle(name, tmp_path):
     """Python's own reader runs them."""
     pickle.loads(attacks(str(tmp_path / 'marker'))[name][0])
     assert (tmp_path / 'marker').exists()
@@ -251,7 +251,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize('name', OTHERS)
-def test_other_files_say_what_they_are(name, tmp_path):
+def test_other_file_kinds_are_named(name, tmp_path):
     content, reason = OTHERS[name]
     path = tmp_path / 'file'
     path.write_bytes(content)
@@ -291,7 +291,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize('name', GOOD)
-def test_damaged_files_are_refused_or_read(name, tmp_path):
+def test_corrupt_files_raise_or_are_read(name, tmp_path):
     """Never another error; cut off, they are never read."""
     path, content = tmp_path / 'file', GOOD[name]
     refusals = []
@@ -307,7 +307,7 @@ def test_damaged_files_are_refused_or_read(name, tmp_path):
     assert read(path)
 
 
-def test_a_changed_number_is_noticed_in_the_newer_format(tmp_path):
+def test_changed_number_is_detected_in_zip_format(tmp_path):
     place = ZIP.index(entries(ZIP)['torchvision_zip/data/10']) + 1001
     changed = bytearray(ZIP)
     changed[place] ^= 1
@@ -315,7 +315,7 @@ def test_a_changed_number_is_noticed_in_the_newer_format(tmp_path):
     assert reason in refusal(bytes(changed), tmp_path)
 
 
-def test_storages_of_the_older_format(tmp_path):
+def test_legacy_format_storages(tmp_path):
     """Their number, and what each says of its length."""
     reader = io.BytesIO(LEGACY)
     for _ in range(4):

@@ -88,7 +88,7 @@ def runs():
 
 
 @pytest.mark.slow
-def test_ten_steps_give_the_same_loss_on_every_mesh(runs):
+def test_ten_steps_have_equal_losses_on_every_mesh(runs):
     expected = runs[1, 1][2]
     assert np.ptp(expected) > 0.05  # the network changes by more than the tolerance
     for shape in MESHES:
@@ -98,7 +98,7 @@ def test_ten_steps_give_the_same_loss_on_every_mesh(runs):
 @pytest.mark.slow
 @pytest.mark.parametrize('shard_optimizer', [False, True])
 @pytest.mark.parametrize(('layout', 'data', 'model'), LAYOUTS)
-def test_every_layout_trains_as_one_device(layout, data, model, shard_optimizer):
+def test_every_layout_matches_one_device(layout, data, model, shard_optimizer):
     _, expected, losses, initial = ten_steps('towers', 1, 1, False)
     mesh, state, layout_losses, layout_initial = ten_steps(layout, data, model, shard_optimizer)
     assert mesh.size == 8
@@ -123,7 +123,7 @@ def test_every_layout_trains_as_one_device(layout, data, model, shard_optimizer)
     ],
     ids=['four towers', 'eleven classes', 'bfloat16'],
 )
-def test_other_networks_train_as_one_device(data, model, layout, network, tolerance, kernel_tolerance):
+def test_other_networks_match_one_device(data, model, layout, network, tolerance, kernel_tolerance):
     _, expected, losses, _ = train(small_config(1, 1, {'model': network}), 2)
     _, state, layout_losses, _ = train(small_config(data, model, {'mesh': {'layout': layout}, 'model': network}), 2)
     np.testing.assert_allclose(layout_losses, losses, rtol=tolerance)
@@ -171,7 +171,7 @@ HELD_OF_VELOCITIES = {
 @pytest.mark.slow
 @pytest.mark.parametrize('shard_optimizer', [False, True])
 @pytest.mark.parametrize(('layout', 'data', 'model'), LAYOUTS)
-def test_every_leaf_lies_as_its_layout_says(layout, data, model, shard_optimizer):
+def test_shard_shapes_of_every_leaf_by_hand(layout, data, model, shard_optimizer):
     state = ten_steps(layout, data, model, shard_optimizer)[1]
     kernels, biases = HELD[layout, data, model]
     velocity_kernels = HELD_OF_VELOCITIES[layout, data, model] if shard_optimizer else kernels
@@ -195,7 +195,7 @@ def test_every_leaf_lies_as_its_layout_says(layout, data, model, shard_optimizer
 
 
 @pytest.mark.slow
-def test_gradients_travel_as_bfloat16_where_asked(runs):
+def test_grad_allreduce_dtype_bfloat16(runs):
     settings = small_config(4, 2, {'mesh': {'grad_allreduce_dtype': 'bfloat16'}})
     _, _, losses, _ = train(settings, 10)
     difference = np.abs(np.array(losses) - runs[1, 1][2])
@@ -208,7 +208,7 @@ def test_gradients_travel_as_bfloat16_where_asked(runs):
 
 
 @pytest.mark.slow
-def test_state_lies_as_the_design_says(runs):
+def test_tower_kernels_are_sharded_and_equal(runs):
     state = runs[4, 2][1]
     assert len(jax.devices()) == 8
     kernel = state.params['conv2']['kernel']
@@ -220,13 +220,13 @@ def test_state_lies_as_the_design_says(runs):
 
 
 @pytest.mark.slow
-def test_initial_numbers_do_not_depend_on_the_mesh(runs):
+def test_initial_state_does_not_depend_on_the_mesh(runs):
     assert len({runs[shape][3] for shape in MESHES}) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('views', [1, 10])
-def test_evaluation_is_the_same_on_every_mesh(runs, views):
+def test_eval_sums_are_equal_on_every_mesh(runs, views):
     sums = []
     for shape in MESHES:
         settings = small_config(*shape)
@@ -243,7 +243,7 @@ def test_evaluation_is_the_same_on_every_mesh(runs, views):
 @pytest.mark.slow
 @pytest.mark.parametrize('views', [1, 10])
 @pytest.mark.parametrize('model', [2, 4])
-def test_hybrid_evaluates_as_one_device(runs, views, model):
+def test_hybrid_eval_matches_one_device(runs, views, model):
     rows = batch(99, small_config(1, 1))
     rows['label'][-3:] = -1
     state, sums = runs[1, 1][1], []
@@ -259,7 +259,7 @@ def test_hybrid_evaluates_as_one_device(runs, views, model):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_moves_between_meshes(runs, tmp_path):
+def test_checkpoint_moves_between_meshes(runs, tmp_path):
     checkpoints = Checkpointer(str(tmp_path), keep=1)
     state = runs[4, 2][1]
     checkpoints.save(state, {'step': 10}, error=0.5)
@@ -287,7 +287,7 @@ def damage(checkpoint: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(runs, tmp_path, capsys):
+def test_corrupt_checkpoint_falls_back_to_previous(runs, tmp_path, capsys):
     settings = small_config(1, 1)
     mesh, state = runs[1, 1][:2]
     abstract = abstract_state(settings, mesh)
@@ -330,7 +330,7 @@ def test_newest_and_best_checkpoints_are_kept(runs, tmp_path):
     again.close()
 
 
-def test_scores_that_are_not_numbers_count_as_errors():
+def test_nan_scores_count_as_errors():
     scores = np.full((2, 10), np.nan, np.float32)
     top1, top5 = topk_errors(jax.numpy.asarray(scores), jax.numpy.array([0, 3]))
     np.testing.assert_array_equal([top1, top5], np.ones((2, 2)))
@@ -375,7 +375,7 @@ def compiled_step(data: int, model: int, batch_size: int, **mesh) -> str:
 
 
 @pytest.mark.slow
-def test_towers_exchange_where_the_paper_does_and_nowhere_else():
+def test_towers_collectives_are_where_the_paper_has_them():
     hlo = compiled_step(4, 2, 512)
     found = collectives(hlo)
     # Before conv3, fc6, fc7 and fc8, and the logits: so none inside conv2, conv4 and conv5. 128 images a device.
@@ -395,7 +395,7 @@ def test_towers_exchange_where_the_paper_does_and_nowhere_else():
 
 
 @pytest.mark.slow
-def test_data_parallel_step_only_adds_up_gradients():
+def test_data_parallel_step_only_all_reduces_gradients():
     found = collectives(compiled_step(8, 1, 64))
     [summed] = found.pop('all-reduce')
     assert sum(int(np.prod(shape)) for shape in summed) == 60_965_224 + 3  # gradients, and the numbers that are logged
@@ -407,7 +407,7 @@ def numbers(shapes: list[tuple[int, ...]]) -> int:
 
 
 @pytest.mark.slow
-def test_hybrid_keeps_dense_gradients_within_data_and_swaps_shares_before_fc6():
+def test_hybrid_collectives_by_hand():
     hlo = compiled_step(4, 2, 1024, layout='hybrid')  # 128 images a device, 256 a pair
     found = collectives(hlo)
     # 128 x 9216 become 256 x 4608, and back.
@@ -431,7 +431,7 @@ def test_hybrid_keeps_dense_gradients_within_data_and_swaps_shares_before_fc6():
 
 
 @pytest.mark.slow
-def test_a_split_update_scatters_gradients_and_gathers_weights():
+def test_sharded_optimizer_reduce_scatters_and_all_gathers():
     found = collectives(compiled_step(8, 1, 64, layout='data', shard_optimizer=True))
     assert numbers([shape for [shape] in found.pop('all-gather')]) == 60_965_224 - 10_568  # kernels, not biases
     assert numbers([shape for [shape] in found.pop('reduce-scatter')]) == (60_965_224 - 10_568) // 8
@@ -460,24 +460,24 @@ def test_a_split_update_scatters_gradients_and_gathers_weights():
         ),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_refused_with_the_numbers(data, model, settings, reason):
+def test_mesh_that_does_not_fit_is_rejected(data, model, settings, reason):
     with pytest.raises(config.ConfigError, match=reason):
         small_config(data, model, settings)
 
 
-def test_too_few_devices_are_refused_with_the_numbers():
+def test_too_few_devices_are_rejected():
     with pytest.raises(config.ConfigError, match=r'data=16 times model=1 needs 16 devices and there are 8'):
         parallel.make_mesh(small_config(16, 1))
 
 
-def test_all_devices_are_used_by_default_and_must_divide_the_batch():
+def test_default_mesh_uses_all_devices():
     assert dict(parallel.make_mesh(small_config(-1, 2)).shape) == {'data': 4, 'model': 2}
     with pytest.raises(config.ConfigError, match=r'train.batch_size: 12 is not divisible by mesh.data=8'):
         parallel.make_mesh(small_config(-1, 1, {'train': {'batch_size': 12}}))
 
 
 @pytest.mark.slow
-def test_images_of_a_chunk_share_a_window_and_a_reflection():
+def test_crop_group_shares_crop_and_flip():
     """One picture eight times in one chunk is as good as once; each with a window of its own it is not."""
     one = small_config(1, 1, {'model': {'dropout': 0.0}, 'data': {'color': 'none'}, 'train': {'batch_size': 1}})
     loss_of_one = train(one, 1)[2][0]
@@ -529,7 +529,7 @@ def four_steps(network: str, layout: str, data: int, model: int, shard_optimizer
         ('no_exchange', 'towers', 4, 2, False),
     ],
 )
-def test_statistics_norms_and_towers_are_those_of_one_device(network, layout, data, model, shard_optimizer):
+def test_batch_norm_lars_and_towers_match_one_device(network, layout, data, model, shard_optimizer):
     state, losses, report, statistics = four_steps(network, layout, data, model, shard_optimizer)
     state1, losses1, report1, _ = four_steps(network, 'towers', 1, 1, False)
     np.testing.assert_allclose(losses, losses1, rtol=2e-5)
@@ -549,7 +549,7 @@ def test_statistics_norms_and_towers_are_those_of_one_device(network, layout, da
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('layout', 'data', 'model'), [('towers', 4, 2), ('hybrid', 4, 2)])
-def test_predictions_are_those_of_one_device(runs, layout, data, model):
+def test_predictions_match_one_device(runs, layout, data, model):
     predictions = []
     for settings in (small_config(1, 1), small_config(data, model, {'mesh': {'layout': layout}})):
         mesh = parallel.make_mesh(settings)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
-from small_runs import centre, make_run, small_config, store_of
+from small_runs import center_crop, make_run, small_config, open_dataset
 from zoo import zoo
 
 from alexnet_jax.config import ConfigError
@@ -56,7 +56,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope='module')
 def probabilities(run, config):
-    """A function of an image (S, S, C) uint8: its probabilities as the mean over the ten windows, or of its centre."""
+    """A function of an image (S, S, C) uint8: its probabilities as the mean over the ten windows, or of its center."""
     loaded = trained_model.load_model(trained_model.parse_checkpoint_ref(run))
     state = jax.device_get(loaded.state)
     model = nnx.merge(build_model(loaded.config)[0], state.params, state.statistics)
@@ -65,7 +65,7 @@ def probabilities(run, config):
 
     def of(image: np.ndarray, views: int) -> np.ndarray:
         if views == 1:
-            windows = [centre(image, config, loaded.statistics)]
+            windows = [center_crop(image, config, loaded.statistics)]
         else:
             places = [(far // 2, far // 2), (0, 0), (0, far), (far, 0), (far, far)]
             cut = [
@@ -93,7 +93,7 @@ def animals(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize('views', [1, 10])
-def test_every_file_of_a_folder_gets_an_answer_or_a_reason(run, animals, probabilities, tmp_path, views):
+def test_every_file_gets_a_prediction_or_an_error(run, animals, probabilities, tmp_path, views):
     done = command(run, animals, f'--views={views}', '--json', '--top=99', f'--figure={tmp_path / "f.png"}')
     assert done.returncode == 1, done.stderr
     assert 'Traceback' not in done.stderr
@@ -123,7 +123,7 @@ def test_every_file_of_a_folder_gets_an_answer_or_a_reason(run, animals, probabi
     assert 'f.png: 24 of 24 pictures' in done.stderr
 
 
-def test_pictures_and_validation_images_for_a_reader(run, animals, config, tmp_path):
+def test_text_output_for_files_and_validation_images(run, animals, config, tmp_path):
     wall = animals / 'brick' / 'wall.png'
     done = command(run, wall, wall, '--validation=3', '--top=2', f'--figure={tmp_path / "f.pdf"}')
     assert done.returncode == 0, done.stderr
@@ -132,7 +132,7 @@ def test_pictures_and_validation_images_for_a_reader(run, animals, config, tmp_p
     assert names[:2] == [f'{wall} (true label: brick)'] * 2
     assert lines[1:3] == lines[4:6]
     assert all(re.fullmatch(r' +\d+\.\d\d%  \w+', line) for line in lines if line not in names)
-    validation, class_names = store_of(config).validation, store_of(config).class_names
+    validation, class_names = open_dataset(config).validation, open_dataset(config).class_names
     for name, number in zip(names[2:], (0, (len(validation) - 1) // 2, len(validation) - 1), strict=True):
         label = class_names[validation[number]['label']]
         assert name == f'validation {number} (true label: {label})'
@@ -157,7 +157,7 @@ def test_pictures_and_validation_images_for_a_reader(run, animals, config, tmp_p
         (['{run}', '{run}', '--top=0'], 'top must be a positive integer|lower|at least 1|--top'),
     ],
 )
-def test_wrong_arguments_are_refused_in_one_line(run, tmp_path, arguments, message):
+def test_invalid_arguments_are_rejected(run, tmp_path, arguments, message):
     (tmp_path / 'empty').mkdir()
     places = {'run': run, 'tmp': str(tmp_path)}
     done = command(*(each.format(**places) for each in arguments))
@@ -167,7 +167,7 @@ def test_wrong_arguments_are_refused_in_one_line(run, tmp_path, arguments, messa
     assert done.stdout == ''
 
 
-def test_folders_stand_for_their_files_in_order(tmp_path):
+def test_expand_paths_lists_folders_in_order(tmp_path):
     for name in ('e.png', 'b.png', 'f.png', 'a/z.png', 'a/.git/x.png', '.x.png', 'd.png', 'c.png'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -183,15 +183,15 @@ def _empty(folder: Path) -> Path:
     return folder / 'empty'
 
 
-def test_files_that_cannot_be_opened_are_named(tmp_path, config):
+def test_unreadable_files_are_named(tmp_path, config):
     (gone, folder) = load_images([str(tmp_path / 'gone.png'), str(tmp_path)], config.data, [tmp_path.parent.name])
     assert (gone.problem, gone.label) == ('No such file or directory', None)
     assert (folder.problem, folder.label) == ('Is a directory', tmp_path.parent.name)
 
 
-def test_weights_from_elsewhere_keep_their_own_mean_and_can_be_trained_on(config, probabilities, run, tmp_path):
+def test_imported_weights_keep_their_mean_when_trained(config, probabilities, run, tmp_path):
     """Evaluated and trained with the statistics in their folder, not with those of the images."""
-    store = store_of(config)
+    store = open_dataset(config)
     loaded = trained_model.load_model(trained_model.parse_checkpoint_ref(run))
     params, batch_statistics = jax.device_get((loaded.state.params, loaded.state.statistics))
     own = loaded.statistics | {'mean_image': np.full_like(loaded.statistics['mean_image'], 200.0)}
@@ -200,7 +200,7 @@ def test_weights_from_elsewhere_keep_their_own_mean_and_can_be_trained_on(config
     step, scores, _ = summary.predict(trained_model.parse_checkpoint_ref(str(workdir)), store, views=1)
     state = jax.device_get(loaded.state)
     model = nnx.merge(build_model(loaded.config)[0], state.params, state.statistics)
-    first = jnp.asarray(centre(store.validation[0]['image'], config, own))
+    first = jnp.asarray(center_crop(store.validation[0]['image'], config, own))
     assert step == 0
     np.testing.assert_allclose(np.exp(scores[0]), softmax(np.asarray(model(first[None]))[0]), rtol=1e-4)
     assert np.abs(np.exp(scores[0]) - probabilities(store.validation[0]['image'], 1)).max() > 1e-3
@@ -233,8 +233,8 @@ def test_weights_from_elsewhere_keep_their_own_mean_and_can_be_trained_on(config
     assert environment['device_count'] == 8
 
 
-def test_names_of_classes_in_another_order_are_refused(config, run, tmp_path, capfd):
-    store, loaded = store_of(config), trained_model.load_model(trained_model.parse_checkpoint_ref(run))
+def test_permuted_class_names_are_rejected(config, run, tmp_path, capfd):
+    store, loaded = open_dataset(config), trained_model.load_model(trained_model.parse_checkpoint_ref(run))
     params, batch_statistics = jax.device_get((loaded.state.params, loaded.state.statistics))
     for workdir, names in {'turned': store.class_names[::-1], 'numbers': [f'class {i}' for i in range(16)]}.items():
         trained_model.import_weights_as_run(
@@ -246,8 +246,8 @@ def test_names_of_classes_in_another_order_are_refused(config, run, tmp_path, ca
     assert "other names than those of the data, 'class 0' and 'astronaut' the first ones" in capfd.readouterr().err
 
 
-def test_a_run_of_an_earlier_version_is_evaluated_with_the_statistics_of_its_images(config, run, tmp_path):
-    store = store_of(config)
+def test_run_without_statistics_file_uses_those_of_the_data(config, run, tmp_path):
+    store = open_dataset(config)
     expected = summary.predict(trained_model.parse_checkpoint_ref(run), store, views=1)[1]
     shutil.copytree(run, tmp_path / 'run')
     (tmp_path / 'run' / 'inputs.npz').unlink()
@@ -257,7 +257,7 @@ def test_a_run_of_an_earlier_version_is_evaluated_with_the_statistics_of_its_ima
         trained_model.load_model(member)
 
 
-def test_names_that_are_no_text_do_not_stop_the_rest(run, animals, tmp_path):
+def test_undecodable_file_names_are_printed_escaped(run, animals, tmp_path):
     odd = os.fsencode(tmp_path) + b'/caf\xe9.png'
     with open(odd, 'wb') as file:
         file.write((animals / 'brick' / 'wall.png').read_bytes())

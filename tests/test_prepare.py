@@ -92,7 +92,7 @@ def uninterrupted(pictures, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_killed_ten_times_and_run_again_it_is_the_same_to_the_byte(uninterrupted, pictures, tmp_path):
+def test_ten_kills_and_reruns_give_identical_bytes(uninterrupted, pictures, tmp_path):
     # Each is killed a random moment after it wrote none, one or two more shards, however fast the machine is.
     target, chance, begun = store_folder(settings(pictures), tmp_path), random.Random(0), []
     reports = target.with_name(target.name + '.incomplete') / 'reports'
@@ -120,7 +120,7 @@ def test_killed_ten_times_and_run_again_it_is_the_same_to_the_byte(uninterrupted
 
 
 @pytest.mark.slow
-def test_a_killed_one_leaves_no_process_and_goes_on_where_it_stood(uninterrupted, pictures, tmp_path):
+def test_killed_prepare_leaves_no_worker_and_resumes(uninterrupted, pictures, tmp_path):
     process = start(settings(pictures), tmp_path)
     target = store_folder(settings(pictures), tmp_path)
     aside = target.with_name(target.name + '.incomplete')
@@ -153,12 +153,12 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('workers', [1, 4])
-def test_the_number_of_processes_does_not_matter(uninterrupted, pictures, tmp_path, workers):
+def test_number_of_workers_does_not_change_bytes(uninterrupted, pictures, tmp_path, workers):
     given = settings(pictures, workers=workers)
     assert content(prepared(given, tmp_path)) == content(uninterrupted)
 
 
-def test_what_is_in_the_store(uninterrupted, pictures):
+def test_prepared_data_set_matches_pillow_and_numpy(uninterrupted, pictures):
     folder = uninterrupted
     store = dataset.open_store(str(folder), PrepareConfig(**settings(pictures)))
     assert store.class_names == list(CLASSES)
@@ -201,7 +201,7 @@ def check_statistics(statistics: dict, images: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize('channels', [1, 3])
-def test_jpeg_store(pictures, tmp_path, channels):
+def test_jpeg_data_set_matches_pillow(pictures, tmp_path, channels):
     """Read back as Pillow decodes it; statistics are those of what is read back."""
     given = PrepareConfig(**settings(pictures, encoding='jpeg', channels=channels))
     folder = prepare(given, str(tmp_path))
@@ -224,7 +224,7 @@ def test_jpeg_store(pictures, tmp_path, channels):
 
 
 @pytest.mark.slow
-def test_the_zoo_in_a_folder(tmp_path):
+def test_every_kind_of_image_file_in_a_folder(tmp_path):
     """Every kind of file by its rule: converted, or named with the reason in skipped.jsonl."""
     animals = zoo.zoo()
     for split in ('train', 'val'):
@@ -242,13 +242,13 @@ def test_the_zoo_in_a_folder(tmp_path):
     assert all(re.match(expected[line['name']], line['reason']) for line in skipped)
     assert {line['split'] for line in skipped} == {'train'}
     store = dataset.open_store(folder, given)
-    colours = [colour for _, (_, colour) in sorted(animals.items()) if not isinstance(colour, str)]
-    assert len(store.train) == len(store.validation) == len(colours)
-    for index, colour in enumerate(colours):
-        np.testing.assert_allclose(store.train[index]['image'].mean((0, 1)), colour, atol=3)
+    colors = [color for _, (_, color) in sorted(animals.items()) if not isinstance(color, str)]
+    assert len(store.train) == len(store.validation) == len(colors)
+    for index, color in enumerate(colors):
+        np.testing.assert_allclose(store.train[index]['image'].mean((0, 1)), color, atol=3)
 
 
-def test_too_many_unreadable_images_stop_it_and_it_goes_on_when_they_are_allowed(pictures, tmp_path):
+def test_max_corrupt_fraction_stops_and_resumes(pictures, tmp_path):
     few = PrepareConfig(**settings(pictures, max_corrupt_fraction=0.01))  # of 170: one
     with pytest.raises(DatasetError) as caught:
         prepare(few, str(tmp_path))
@@ -276,7 +276,7 @@ def test_too_many_unreadable_images_stop_it_and_it_goes_on_when_they_are_allowed
         ({}, 'is not what .* was made of: images were added, removed or changed'),
     ],
 )
-def test_a_store_of_other_settings_or_images_is_refused(pictures, tmp_path, changes, reason):
+def test_data_set_of_other_config_or_images_is_rejected(pictures, tmp_path, changes, reason):
     root = shutil.copytree(pictures / 'train', tmp_path / 'pictures')
     given = PrepareConfig(**settings(root, max_corrupt_fraction=0.1, validation_fraction=0.2))
     folder = prepare(given, str(tmp_path))
@@ -291,7 +291,7 @@ def test_a_store_of_other_settings_or_images_is_refused(pictures, tmp_path, chan
 
 @pytest.mark.slow
 @pytest.mark.parametrize('same_size', [True, False])
-def test_after_mending_it_goes_on_with_what_was_mended(uninterrupted, pictures, tmp_path, same_size):
+def test_prepare_resumes_after_files_are_repaired(uninterrupted, pictures, tmp_path, same_size):
     root = shutil.copytree(pictures, tmp_path / 'pictures')
     given = settings(root, max_corrupt_fraction=0.0)
     bad = ('train/bee/007.jpg', 'train/bee/133.jpg', 'val/bee/007.jpg')
@@ -319,7 +319,7 @@ def test_after_mending_it_goes_on_with_what_was_mended(uninterrupted, pictures, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('change', ['an image', 'a class'])
-def test_what_was_made_of_other_images_or_classes_is_made_again(pictures, tmp_path, change):
+def test_shards_of_changed_images_or_classes_are_rebuilt(pictures, tmp_path, change):
     """One process has made three shards of ants when it meets a bee that is cut off; then the first ant is another."""
     root = shutil.copytree(pictures, tmp_path / 'pictures')
     process = start(settings(root, max_corrupt_fraction=0.0, workers=1), tmp_path)
@@ -336,7 +336,7 @@ def test_what_was_made_of_other_images_or_classes_is_made_again(pictures, tmp_pa
     assert content(prepared(given, tmp_path)) == content(prepared(given, tmp_path / 'fresh'))
 
 
-def test_wrong_numbers_of_class_names_and_full_disks_are_refused(pictures, tmp_path):
+def test_bad_class_names_full_disk_and_bucket_are_rejected(pictures, tmp_path):
     with pytest.raises(ConfigError, match=r'class_names: 2 names, but .* has 3 classes'):
         prepare(PrepareConfig(**settings(pictures, class_names=('a', 'b'))), str(tmp_path))
     with pytest.raises(
@@ -349,7 +349,7 @@ def test_wrong_numbers_of_class_names_and_full_disks_are_refused(pictures, tmp_p
         prepare(PrepareConfig(**settings(pictures)), 'gs://bucket/d')
 
 
-def test_a_label_that_is_no_class_is_skipped(tmp_path):
+def test_labels_outside_the_classes_are_skipped(tmp_path):
     """As in the test splits of TFDS that come without labels."""
     images, labels = np.zeros((3, 8, 8), np.uint8), np.array([0, -1, 5])
     shard = Shard('train', 0, 1, ArrayExamples(images, labels, np.arange(3)))
@@ -364,7 +364,7 @@ def command(source: str, data_dir: Path, *flags: str) -> list[str]:
     return [*start, '--image_size=32', *flags]
 
 
-def test_a_full_disk_is_told_in_one_line(pictures, tmp_path):
+def test_file_size_limit_is_reported_in_one_line(pictures, tmp_path):
     limited = [
         'bash',
         '-c',
@@ -381,7 +381,7 @@ def test_a_full_disk_is_told_in_one_line(pictures, tmp_path):
 
 @pytest.mark.parametrize('delay', [0.0, 0.03, 0.3])  # seconds; in the first ones other processes are being started
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_ends_at_once_in_one_line(pictures, tmp_path, number, delay):
+def test_interrupt_ends_prepare_at_once(pictures, tmp_path, number, delay):
     many = tmp_path / 'many'  # so many that no machine is done before the signal
     for path in pictures.rglob('*.jpg'):
         folder = many / path.parent.relative_to(pictures)
@@ -414,7 +414,7 @@ def test_interrupted_it_ends_at_once_in_one_line(pictures, tmp_path, number, del
         (['--source=tfds:a-b/c:x'], 'config.data.source: TFDS '),
     ],
 )
-def test_wrong_flags_are_refused_in_one_line(pictures, tmp_path, flags, reason):
+def test_invalid_flags_are_rejected(pictures, tmp_path, flags, reason):
     run = subprocess.run(command(f'folder:{pictures}', tmp_path, *flags), cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr.startswith(f'alexnet_jax: {reason}')
@@ -422,7 +422,7 @@ def test_wrong_flags_are_refused_in_one_line(pictures, tmp_path, flags, reason):
 
 
 @pytest.mark.slow
-def test_the_summary_of_the_command(pictures, tmp_path):
+def test_prepare_prints_a_summary(pictures, tmp_path):
     given = command(f'folder:{pictures}', tmp_path)
     run = subprocess.run(given, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1
@@ -434,7 +434,7 @@ def test_the_summary_of_the_command(pictures, tmp_path):
     assert run.stdout == ''
 
 
-def test_an_interrupt_while_processes_are_started_is_not_lost_and_none_of_theirs():
+def test_interrupt_is_deferred_while_workers_start():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     with pytest.raises(KeyboardInterrupt), _interrupts_held_back():  # noqa: PT012
         child = subprocess.Popen(['sleep', '60'])
@@ -473,7 +473,7 @@ def prepared_by(tmp_path, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
 
-def test_a_folder_is_prepared_without_tensorflow(without_tensorflow, tmp_path):
+def test_folder_is_prepared_without_tensorflow(without_tensorflow, tmp_path):
     for name in ('a', 'b'):
         (tmp_path / 'pictures' / name).mkdir(parents=True)
         for i in range(10):
@@ -484,7 +484,7 @@ def test_a_folder_is_prepared_without_tensorflow(without_tensorflow, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['imagenet2012', 'cifar10', 'oxford_flowers102'])
-def test_a_builder_that_needs_tensorflow_is_refused_in_one_line_before_it_downloads(without_tensorflow, tmp_path, name):
+def test_builder_that_needs_tensorflow_is_rejected_early(without_tensorflow, tmp_path, name):
     run = prepared_by(tmp_path, f'--source=tfds:{name}')
     assert (run.returncode, run.stdout) == (2, '')
     assert run.stderr == (

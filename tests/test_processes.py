@@ -242,7 +242,7 @@ def preempted(photos_dir, tmp_path_factory) -> Path:
     return group.workdir
 
 
-def test_two_processes_train_as_one(together, alone):
+def test_two_processes_match_one(together, alone):
     assert_equal_runs(together.workdir, alone)
     assert together.said(1) == together.said(1, 'out') == ''
     assert '1 view' in together.said(0, 'out')
@@ -252,7 +252,7 @@ def test_two_processes_train_as_one(together, alone):
     assert (content.count(b'kernels'), content.count(b'predictions')) == (2, 2)  # with weights of both
 
 
-def test_sigterm_to_one_stops_all_at_one_step_and_they_go_on(photos_dir, tmp_path, preempted, together):
+def test_sigterm_to_one_process_stops_all_and_resumes(photos_dir, tmp_path, preempted, together):
     shutil.copytree(preempted, tmp_path / 'run')
     step = result(preempted)['step']
     assert 1 <= step < STEPS - 2
@@ -268,7 +268,7 @@ def test_sigterm_to_one_stops_all_at_one_step_and_they_go_on(photos_dir, tmp_pat
     assert result(resumed.workdir)['state_digest'] == result(together.workdir)['state_digest']
 
 
-def test_damage_that_only_one_process_meets_is_damage_to_all(photos_dir, tmp_path):
+def test_checkpoint_corrupt_for_one_process_is_skipped_by_all(photos_dir, tmp_path):
     overrides = ['--config.model.towers=2', '--config.mesh.model=2', '--config.train.steps=2']
     overrides += ['--config.checkpoint.every=1', '--config.checkpoint.keep=2']
     run(2, 1, photos_dir, tmp_path / 'run', *overrides)
@@ -286,7 +286,7 @@ def test_damage_that_only_one_process_meets_is_damage_to_all(photos_dir, tmp_pat
     assert result(tmp_path / 'run')['state_digest'] == digest
 
 
-def test_a_run_moves_between_numbers_of_processes(photos_dir, tmp_path, preempted, alone):
+def test_run_resumes_with_other_process_counts(photos_dir, tmp_path, preempted, alone):
     shutil.copytree(preempted, tmp_path / 'run')
     step = result(preempted)['step']
     for count, devices, steps in [(1, 8, STEPS - 2), (1, 4, STEPS - 1), (4, 2, STEPS)]:
@@ -302,7 +302,7 @@ def test_a_run_moves_between_numbers_of_processes(photos_dir, tmp_path, preempte
     assert_equal_runs(tmp_path / 'run', alone)
 
 
-def test_the_images_of_a_run_do_not_depend_on_the_number_of_shares(photos_dir):
+def test_batches_do_not_depend_on_the_shard_count(photos_dir):
     given = PrepareConfig('photos', image_size=72)
     source = dataset.open_store(dataset.dataset_dir(photos_dir, given), given).train
 
@@ -324,7 +324,7 @@ def test_the_images_of_a_run_do_not_depend_on_the_number_of_shares(photos_dir):
 
 
 @pytest.mark.parametrize('fault', ['unreadable 1', 'stuck 0', 'kill 0', 'kill 1'])
-def test_when_one_process_fails_all_end(photos_dir, tmp_path, fault):
+def test_failure_of_one_process_ends_all(photos_dir, tmp_path, fault):
     (tmp_path / 'faulty.py').write_text(FAULTY_INPUT)
     kind, failed = fault[:-2], int(fault[-1])
     program = ('launch.py',) if kind == 'kill' else (str(tmp_path / 'faulty.py'), fault)
@@ -360,7 +360,7 @@ def test_when_one_process_fails_all_end(photos_dir, tmp_path, fault):
     assert not (tmp_path / 'run' / 'result.json').exists()
 
 
-def test_four_processes_share_agree_and_refuse(tmp_path):
+def test_four_processes_shard_gather_and_compare(tmp_path):
     address = f'localhost:{free_port()}'
     (tmp_path / 'run').mkdir()
     command = [sys.executable, '-c', FOUR, address]
@@ -446,7 +446,7 @@ def test_wrong_flags_are_refused_in_one_line(photos_dir, tmp_path, arguments, re
     assert refused.stderr.count('\n') == 1
 
 
-def test_a_coordinator_out_of_reach_ends_the_process_in_time(photos_dir, tmp_path):
+def test_unreachable_coordinator_times_out(photos_dir, tmp_path):
     start = time.monotonic()
     alone = launch(
         f'--workdir={tmp_path}/run',
@@ -482,7 +482,7 @@ def ends(address: str, devices: tuple[int, ...], data_dir: str, workdir: Path) -
     return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
 
 
-def test_a_port_that_is_taken_is_said_in_one_line(photos_dir, tmp_path):
+def test_taken_coordinator_port_is_reported(photos_dir, tmp_path):
     with socket.create_server(('', 0)) as taken:
         address = f'localhost:{taken.getsockname()[1]}'
         [(code, said)] = ends(address, (1,), photos_dir, tmp_path / 'run')
@@ -491,7 +491,7 @@ def test_a_port_that_is_taken_is_said_in_one_line(photos_dir, tmp_path):
     assert said.count('\n') == 1
 
 
-def test_processes_with_different_numbers_of_devices_are_refused(photos_dir, tmp_path):
+def test_unequal_device_counts_are_rejected(photos_dir, tmp_path):
     ended = ends(f'localhost:{free_port()}', (1, 2), photos_dir, tmp_path / 'run')
     for index, (code, said) in enumerate(ended):
         assert code == 2
@@ -499,7 +499,7 @@ def test_processes_with_different_numbers_of_devices_are_refused(photos_dir, tmp
     assert not (tmp_path / 'run' / 'config.json').exists()
 
 
-def test_a_finished_run_is_done_for_a_process_with_its_data_elsewhere(photos_dir, tmp_path):
+def test_finished_run_is_done_even_without_its_data(photos_dir, tmp_path):
     workdir = tmp_path / 'run'
     with Group(1, 1, photos_dir, workdir, '--config.train.steps=0') as group:
         assert group.wait(120) == [0], group.said(0)

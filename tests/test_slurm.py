@@ -200,7 +200,7 @@ def stopped_at(workdir: Path) -> int | None:
     return result['step'] if result.get('status') == 'preempted' else None
 
 
-def test_a_preempted_job_comes_back_and_ends_as_one_that_was_left_alone(cluster, photos_dir):
+def test_preempted_job_requeues_and_matches_uninterrupted(cluster, photos_dir):
     preempted, alone = cluster.folder / 'preempted', cluster.folder / 'alone'
     first = cluster.submit('--nodes=2', '--partition=low', 'cluster/slurm.sh', *flags(photos_dir, preempted))
 
@@ -233,7 +233,7 @@ def test_a_preempted_job_comes_back_and_ends_as_one_that_was_left_alone(cluster,
     assert cluster.state(second)['Restarts'] == '0'
 
 
-def test_an_array_names_its_runs_and_other_exit_codes_are_passed_on(cluster):
+def test_array_job_substitutes_task_id_and_keeps_exit_code(cluster):
     job = cluster.submit('--array=3', 'cluster/slurm.sh', '--workdir=runs/seed_%a', '--config.seed=seed_%a')
     end = cluster.wait_for_end(job, 60)
     assert (end['JobState'], end['Restarts'], end['ExitCode']) == ('FAILED', '0', '2:0')

@@ -44,7 +44,7 @@ def test_folder_with_train_and_val(tmp_path):
     assert content(part) == content(source.splits['train'])[1:]
 
 
-def test_folder_without_val_holds_out_a_part_of_each_class(tmp_path):
+def test_folder_without_val_holds_out_part_of_each_class(tmp_path):
     tree(tmp_path, *(f'{name}/{i}.jpg' for name, count in (('a', 8), ('b', 40)) for i in range(count)))
     source = opened(f'folder:{tmp_path}')
     assert source.holds_out_validation
@@ -58,7 +58,7 @@ def test_folder_without_val_holds_out_a_part_of_each_class(tmp_path):
     assert {f'b/{i}.jpg' for i in range(10)} - names['validation']
 
 
-def test_fingerprint_tells_a_changed_folder(tmp_path):
+def test_fingerprint_changes_with_the_folder(tmp_path):
     tree(tmp_path, *(f'a/{i}.jpg' for i in range(8)))
     prints = [opened(f'folder:{tmp_path}').fingerprint]
     assert opened(f'folder:{tmp_path}').fingerprint == prints[0]
@@ -72,12 +72,12 @@ def test_fingerprint_tells_a_changed_folder(tmp_path):
     assert len(set(prints)) == 5
 
 
-def test_a_class_may_be_called_train(tmp_path):
+def test_class_may_be_named_train(tmp_path):
     tree(tmp_path, *(f'{name}/{i}.jpg' for name in ('bus', 'train') for i in range(8)))
     assert opened(f'folder:{tmp_path}').class_names == ['bus', 'train']
 
 
-def test_odd_names_and_links(tmp_path):
+def test_unusual_names_and_symbolic_links(tmp_path):
     tree(tmp_path, *(f'a, b/{i} ü.jpg' for i in range(8)))
     os.symlink('..', tmp_path / 'a, b' / 'loop')
     with pytest.raises(sources.SourceError, match='loop is a link to a folder that it lies in'):
@@ -106,7 +106,7 @@ def test_odd_names_and_links(tmp_path):
         (['a/1.jpg'], r'data.validation_fraction=0.25 of its 1 training images leaves none'),
     ],
 )
-def test_folders_that_are_refused(tmp_path, paths, reason):
+def test_invalid_folders_are_rejected(tmp_path, paths, reason):
     root = tree(tmp_path / 'root', *paths)
     with pytest.raises(sources.SourceError, match=reason) as caught:
         opened(f'folder:{root}')
@@ -129,7 +129,7 @@ IMAGES, LABELS = GENERATOR.integers(0, 256, (20, 4, 5), np.uint8), np.arange(20,
 
 
 @pytest.mark.parametrize('ending', ['', '.gz'])
-def test_idx(tmp_path, ending):
+def test_idx_files_by_hand(tmp_path, ending):
     write_idx(tmp_path, 'train', IMAGES, LABELS, ending)
     write_idx(tmp_path, 't10k', IMAGES[:4], LABELS[:4] + 1, ending)
     source = opened(f'idx:{tmp_path}')
@@ -141,7 +141,7 @@ def test_idx(tmp_path, ending):
     assert len(source.splits['train']) == 20
 
 
-def test_idx_without_test_images_holds_some_out(tmp_path):
+def test_idx_without_test_images_holds_out_a_part(tmp_path):
     write_idx(tmp_path, 'emnist-letters-train', IMAGES, LABELS)
     source = opened(f'idx:{tmp_path}')
     assert source.holds_out_validation
@@ -163,7 +163,7 @@ def test_idx_without_test_images_holds_some_out(tmp_path):
         (lambda folder: write_idx(folder, 'train', IMAGES, LABELS[:9]), '20 train images and 9 labels'),
     ],
 )
-def test_idx_files_that_are_refused(tmp_path, spoil, reason):
+def test_invalid_idx_files_are_rejected(tmp_path, spoil, reason):
     write_idx(tmp_path, 'train', IMAGES, LABELS)
     spoil(tmp_path)
     with pytest.raises(sources.SourceError, match=reason):
@@ -203,7 +203,7 @@ class ZooPictures(tfds.core.GeneratorBasedBuilder):
             yield i, {'photograph': pixels, 'species': i % 2, 'mood': 2}
 
 
-def test_tfds_with_one_split_and_other_names(tmp_path):
+def test_tfds_with_one_split_and_unusual_feature_names(tmp_path):
     source = sources.open_source('tfds:zoo_pictures:plain', str(tmp_path), 0.25)
     assert source.class_names == ['ape', 'bee']
     assert source.holds_out_validation
@@ -230,7 +230,7 @@ def test_tfds_with_one_split_and_other_names(tmp_path):
         ('tfds:imagenet2013', "TFDS has no data set 'imagenet2013'"),
     ],
 )
-def test_tfds_data_sets_that_are_refused(tmp_path, source, reason):
+def test_unsuitable_tfds_data_sets_are_rejected(tmp_path, source, reason):
     with pytest.raises(sources.SourceError, match=reason) as caught:
         sources.open_source(source, str(tmp_path), 0.25)
     assert '\n' not in str(caught.value)

@@ -46,7 +46,7 @@ def page_faults(*arguments: str) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-def test_memory_of_a_step_is_not_mapped_anew():
+def test_step_memory_is_reused_without_page_faults():
     pages, mapped = page_faults()
     assert mapped >= pages > 25_000
     pages, mapped = page_faults('tuned')
@@ -109,7 +109,7 @@ def test_a_step_takes_its_memory_where_the_one_before_it_did():
         ('--xla_cpu_experimental_ynn_fusion_type=', '--xla_cpu_experimental_ynn_fusion_type='),
     ],
 )
-def test_flags_of_the_user_are_kept(monkeypatch, before, after):
+def test_user_xla_flags_are_kept(monkeypatch, before, after):
     monkeypatch.setenv('XLA_FLAGS', before)
     backend.configure_cpu_backend()
     assert os.environ['XLA_FLAGS'] == after
@@ -123,7 +123,7 @@ def answers(caches: Path) -> list[str]:
     return sorted(file.read_text() for file in caches.glob('alexnet_jax/xla_flags/*'))
 
 
-def test_xla_is_asked_once_whether_it_accepts_a_flag(caches, monkeypatch):
+def test_xla_flag_support_is_cached(caches, monkeypatch):
     monkeypatch.setenv('XLA_FLAGS', '--xla_cpu_not_asked_about=1')
     asked = {backend.CPU_LIBRARY_FUSION: True, UNKNOWN_FLAG: False}
     assert {flag: backend.xla_accepts(flag) for flag in asked} == asked
@@ -136,20 +136,20 @@ def test_xla_is_asked_once_whether_it_accepts_a_flag(caches, monkeypatch):
     assert answers(caches) == ['accepted', 'refused']
 
 
-def test_modules_of_the_current_folder_are_not_taken_for_those_of_python(caches, tmp_path, monkeypatch):
+def test_flag_check_ignores_modules_in_current_folder(caches, tmp_path, monkeypatch):
     (tmp_path / 'random.py').write_text('raise ImportError')
     monkeypatch.chdir(tmp_path)
     assert backend.xla_accepts(backend.CPU_LIBRARY_FUSION)
 
 
 @pytest.mark.parametrize('interpreter', ['/nowhere/python', '/bin/false', None])
-def test_a_child_process_that_fails_for_another_reason_gives_no_answer_to_keep(caches, monkeypatch, interpreter):
+def test_failed_flag_check_is_not_cached(caches, monkeypatch, interpreter):
     monkeypatch.setattr(sys, 'executable', interpreter)
     assert not backend.xla_accepts(backend.CPU_LIBRARY_FUSION)
     assert answers(caches) == []
 
 
-def test_a_damaged_answer_is_asked_for_again(caches):
+def test_corrupt_cached_answer_is_checked_again(caches):
     backend.xla_accepts(UNKNOWN_FLAG)
     [file] = caches.glob('alexnet_jax/xla_flags/*')
     for damaged in (b'', b'maybe', b'\xff'):
@@ -159,7 +159,7 @@ def test_a_damaged_answer_is_asked_for_again(caches):
 
 
 @pytest.mark.parametrize('place', ['relative', '{}/file'])
-def test_without_a_cache_folder_xla_is_asked_each_time(caches, monkeypatch, capfd, tmp_path, place):
+def test_flag_check_without_cache_folder(caches, monkeypatch, capfd, tmp_path, place):
     (tmp_path / 'file').touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('XDG_CACHE_HOME', place.format(tmp_path))
@@ -179,13 +179,13 @@ runpy.run_module('alexnet_jax.launch', run_name='__main__', alter_sys=True)
 
 
 @pytest.mark.slow
-def test_where_xla_refuses_the_flag_training_goes_without_it(photos_dir, tmp_path):
+def test_training_runs_without_a_rejected_flag(photos_dir, tmp_path):
     _, told = train(tmp_path, photos_dir, tmp_path / 'run', program=['-c', REFUSING])
     assert answers(tmp_path) == ['refused']
     assert 'flag' not in told.lower()
 
 
-def test_the_flag_takes_convolutions_and_biases_out_of_library_fusions():
+def test_flag_keeps_convolutions_out_of_library_fusions():
     program = """
 import sys
 from alexnet_jax.runtime import backend
@@ -215,7 +215,7 @@ print('ynn' in convolved.as_text(), fusion.split(' fusion(')[-1].split(')')[0].c
         ('--config.model.towers=3', 2, 'not divisible by model.towers=3'),
     ],
 )
-def test_a_question_or_a_mistake_is_answered_without_heavy_imports(flag, code, said):
+def test_help_and_usage_errors_skip_heavy_imports(flag, code, said):
     command = [sys.executable, '-X', 'importtime', 'launch.py', flag]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == code
@@ -247,13 +247,13 @@ def folder_in_use() -> str | None:
     return jax.config.jax_compilation_cache_dir
 
 
-def test_programs_are_kept_in_the_folder_of_the_users_caches(caches):
+def test_cache_folder_is_in_xdg_cache_home(caches):
     assert folder_in_use() == str(caches / 'alexnet_jax' / 'compiled' / '3_cores')
     assert os.listdir(caches / 'alexnet_jax' / 'compiled') == ['3_cores']
 
 
 @pytest.mark.parametrize(('users', 'seconds'), [(None, 0.1), ('30', 0.0)])
-def test_what_compiles_in_less_than_a_second_is_kept_too(caches, monkeypatch, users, seconds):
+def test_min_compile_time_of_cached_programs(caches, monkeypatch, users, seconds):
     monkeypatch.delenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS')
     if users:
         monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', users)
@@ -262,13 +262,13 @@ def test_what_compiles_in_less_than_a_second_is_kept_too(caches, monkeypatch, us
     assert jax.config.jax_persistent_cache_min_compile_time_secs == seconds
 
 
-def test_that_folder_is_by_default_in_the_home(caches, monkeypatch):
+def test_cache_folder_defaults_to_home(caches, monkeypatch):
     monkeypatch.delenv('XDG_CACHE_HOME')
     monkeypatch.setenv('HOME', str(caches))
     assert folder_in_use() == str(caches / '.cache' / 'alexnet_jax' / 'compiled' / '3_cores')
 
 
-def test_a_folder_of_the_user_is_left_to_jax(caches, monkeypatch):
+def test_user_cache_folder_is_left_to_jax(caches, monkeypatch):
     jax.config.update('jax_compilation_cache_dir', 'gs://bucket/compiled')  # JAX_COMPILATION_CACHE_DIR in a new process
     show = warnings.showwarning
     assert folder_in_use() == 'gs://bucket/compiled'
@@ -276,14 +276,14 @@ def test_a_folder_of_the_user_is_left_to_jax(caches, monkeypatch):
     assert warnings.showwarning is show
 
 
-def test_the_user_can_do_without(caches):
+def test_compilation_cache_can_be_disabled(caches):
     jax.config.update('jax_enable_compilation_cache', False)  # JAX_ENABLE_COMPILATION_CACHE=false in a new process
     assert folder_in_use() is None
     assert not caches.exists()
 
 
 @pytest.mark.parametrize('place', ['relative', '{}/file'])
-def test_without_a_folder_to_write_in_a_line_says_so(caches, monkeypatch, capsys, tmp_path, place):
+def test_unwritable_cache_folder_is_reported(caches, monkeypatch, capsys, tmp_path, place):
     (tmp_path / 'file').touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('XDG_CACHE_HOME', place.format(tmp_path))
@@ -292,7 +292,7 @@ def test_without_a_folder_to_write_in_a_line_says_so(caches, monkeypatch, capsys
     assert os.listdir(tmp_path) == ['file']
 
 
-def test_programs_not_used_for_longest_are_removed(caches, monkeypatch):
+def test_least_recently_used_programs_are_evicted(caches, monkeypatch):
     monkeypatch.setattr(backend, 'MAX_CACHE_BYTES', 250)
     used = {'2_cores/old': (1, 1), '3_cores/older_but_read': (9, 0), '3_cores/oldest': (0, 0), '4_cores/new': (8, 8)}
     for name, times in used.items():
@@ -305,7 +305,7 @@ def test_programs_not_used_for_longest_are_removed(caches, monkeypatch):
     assert left == {'older_but_read', 'new'}
 
 
-def test_what_cannot_be_kept_is_told_in_a_line(caches, monkeypatch, capsys):
+def test_cache_write_errors_are_one_line(caches, monkeypatch, capsys):
     shown = []
     monkeypatch.setattr(warnings, 'showwarning', lambda *warning: shown.append(warning))
     backend.enable_compilation_cache()
@@ -333,7 +333,7 @@ print(sum(hits), x.is_deleted(), y.unsafe_buffer_pointer() == before)
 
 
 @pytest.mark.slow
-def test_a_program_of_the_same_flags_and_cores_is_found_and_still_donates(tmp_path):
+def test_cache_hits_need_same_flags_and_cores(tmp_path):
     kept = {'XDG_CACHE_HOME': str(tmp_path), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
     kept |= {'JAX_ENABLE_COMPILATION_CACHE': 'true', 'XLA_FLAGS': '', 'JAX_NUM_CPU_DEVICES': '1'}
 
@@ -370,7 +370,7 @@ def train(caches: Path, data_dir: str, workdir: Path, *flags: str, program=('lau
 
 
 @pytest.mark.slow
-def test_a_run_is_the_same_with_programs_compiled_kept_or_damaged(photos_dir, tmp_path):
+def test_cached_and_corrupt_programs_give_the_same_run(photos_dir, tmp_path):
     def programs():
         return {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*-cache')}
 
@@ -390,7 +390,7 @@ def test_a_run_is_the_same_with_programs_compiled_kept_or_damaged(photos_dir, tm
 
 
 @pytest.mark.slow
-def test_several_processes_keep_nothing_on_their_own(photos_dir, tmp_path):
+def test_several_processes_use_no_private_cache(photos_dir, tmp_path):
     group = ['--coordinator_address=localhost:{}', '--num_processes=1', '--process_id=0', '--config.train.steps=0']
     with socket.socket() as listener:
         listener.bind(('', 0))

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 # Rows and seeds.
 
 
-def test_grid_has_every_combination_the_last_field_fastest():
+def test_grid_varies_the_last_field_fastest():
     assert grid({'model.towers': (1, 2), 'model.dropout': [0.0, 0.5]}) == [
         Variant('towers=1,dropout=0.0', {'model.towers': 1, 'model.dropout': 0.0}),
         Variant('towers=1,dropout=0.5', {'model.towers': 1, 'model.dropout': 0.5}),
@@ -38,7 +38,7 @@ def test_grid_has_every_combination_the_last_field_fastest():
     ]
 
 
-def test_zipped_takes_the_values_side_by_side():
+def test_zip_pairs_values_of_equal_index():
     assert zip_({'train.batch_size': (128, 256), 'optimizer.learning_rate': (0.01, 0.02)}) == [
         Variant('batch_size=128,learning_rate=0.01', {'train.batch_size': 128, 'optimizer.learning_rate': 0.01}),
         Variant('batch_size=256,learning_rate=0.02', {'train.batch_size': 256, 'optimizer.learning_rate': 0.02}),
@@ -66,7 +66,7 @@ def differences(before, after) -> dict:
     }
 
 
-def test_a_variant_is_the_configuration_with_its_overrides():
+def test_apply_variant_changes_only_its_overrides():
     config = default_config()
     config.seed, config.model.dropout, config.model.towers = 5, 0.25, 1  # as from the command line
     before = config.to_dict()
@@ -89,7 +89,7 @@ def test_a_variant_is_the_configuration_with_its_overrides():
         ({'model.dropout': 2.0}, 'config.model.dropout: 2.0 is outside 0 to 0.95; the nearest is 0.95'),
     ],
 )
-def test_what_cannot_be_set_is_refused_with_the_name_of_the_variant(overrides, reason):
+def test_invalid_overrides_name_the_variant(overrides, reason):
     with pytest.raises(ConfigError) as refusal:
         apply_variant(default_config(), Variant('row 3', overrides))
     assert str(refusal.value).startswith('sweep, row 3: ' + reason)
@@ -108,7 +108,7 @@ def test_what_cannot_be_set_is_refused_with_the_name_of_the_variant(overrides, r
         ),
     ],
 )
-def test_sweeps_that_cannot_be_run(variants, reason):
+def test_validate_rejects_bad_run_names(variants, reason):
     with pytest.raises(ConfigError) as refusal:
         validate(variants)
     assert str(refusal.value).startswith('--sweep: ')
@@ -132,13 +132,13 @@ def load(name: str, part: str):
     return config, load_sweep(f'{file}:{part}' if part else str(file))
 
 
-def test_every_config_with_a_sweep_is_tried_here():
+def test_all_configs_with_a_sweep_are_listed():
     files = (ROOT / 'configs').glob('*.py')
     assert {file.stem for file in files if 'sweep' in runpy.run_path(str(file))} == set(SWEEPS)
 
 
 @pytest.mark.parametrize(('name', 'part'), [(name, part) for name, parts in SWEEPS.items() for part in parts])
-def test_every_run_of_a_sweep_resolves(name, part):
+def test_every_sweep_run_resolves(name, part):
     config, runs = load(name, part)
     assert len(runs) == SWEEPS[name][part]
     for run in runs:
@@ -247,7 +247,7 @@ def as_numbers(values: dict) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('data', ROWS)
-def test_rows_of_the_ablations_differ_from_the_base_in_what_they_are_named_after(data):
+def test_ablation_rows_change_only_the_named_fields(data):
     config, runs = load('ablations', data)
     assert {run.name for run in runs} == set(ROWS[data])
     for run in runs:
@@ -255,7 +255,7 @@ def test_rows_of_the_ablations_differ_from_the_base_in_what_they_are_named_after
         assert differences(base, apply_variant(config, run)) == as_numbers(ROWS[data][run.name]), run.directory
 
 
-def test_rows_that_are_presets_too_are_the_same_networks():
+def test_ablation_rows_match_presets_of_the_same_name():
     config, runs = load('ablations', 'imagenet')
     rows = {run.name: apply_variant(config, run) for run in runs}
     for name in ('half', 'no_exchange'):
@@ -279,7 +279,7 @@ OTHER_DIFFERENCES = {
 
 
 @pytest.mark.parametrize('data', ROWS)
-def test_published_differences(data):
+def test_published_error_differences(data):
     expected = {
         name: tuple(round(error - base, 2) for error, base in zip(errors, NET_145, strict=True))
         for name, errors in NETS.items()
@@ -294,7 +294,7 @@ def test_published_differences(data):
         assert bool(run.source) == (run.published is not None), run.name
 
 
-def test_relu_and_tanh_differ_in_nothing_but_nonlinearity_and_rate():
+def test_relu_and_tanh_runs_differ_in_activation_and_rate():
     config, runs = load('relu_tanh', 'seeds')
     assert [run.directory for run in runs] == [f'{name}/seed_{seed}' for seed in range(5) for name in ('relu', 'tanh')]
     for relu, tanh in zip(runs[::2], runs[1::2], strict=True):
@@ -332,7 +332,7 @@ def with_fields(**fields):
     )
 
 
-def test_a_run_is_finished_when_it_is_this_one_and_done(folder):
+def test_is_finished_requires_same_config_and_done_status(folder):
     workdir, config = folder
     assert is_finished(config, str(workdir))
     assert is_finished(with_fields(data__data_dir='elsewhere'), str(workdir))
@@ -365,7 +365,7 @@ def test_a_run_is_finished_when_it_is_this_one_and_done(folder):
         ({'data__color': 'none'}, (False, True)),
     ],
 )
-def test_a_folder_begun_with_other_settings(folder, fields, begun_otherwise):
+def test_check_resumable_rejects_changed_fields(folder, fields, begun_otherwise):
     workdir, _ = folder
     config = with_fields(**fields)
     for every_field, refused in zip((False, True), begun_otherwise, strict=True):
@@ -380,7 +380,7 @@ def test_a_folder_begun_with_other_settings(folder, fields, begun_otherwise):
         assert '\n' not in str(refusal.value)
 
 
-def test_only_checkpoints_make_a_folder_that_of_a_run(folder):
+def test_workdir_without_checkpoints_can_be_reused(folder):
     workdir, config = folder
     other = with_fields(seed=1)
     before = json.loads((workdir / 'config.json').read_text())
@@ -399,7 +399,7 @@ def test_only_checkpoints_make_a_folder_that_of_a_run(folder):
     check_resumable(other, str(workdir), every_field=True)
 
 
-def test_the_settings_of_a_run_are_read_back(tmp_path):
+def test_read_config_round_trips(tmp_path):
     config = with_fields(seed=3, model__widths=(24, 64, 96, 96, 64, 1024, 1024))
     write_json(str(tmp_path / 'config.json'), config.to_dict())
     assert json.dumps(read_config(str(tmp_path)).to_dict()) == json.dumps(config.to_dict())
@@ -432,7 +432,7 @@ sys.exit(3 if number == 1 else 0)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('jobs', [1, 2, 3])
-def test_as_many_at_once_as_wanted_and_failures_stop_nothing(tmp_path, capfd, monkeypatch, jobs):
+def test_run_all_keeps_jobs_busy_and_survives_failures(tmp_path, capfd, monkeypatch, jobs):
     variants = [Variant(name) for name in 'abcdef']
     configs = [apply_variant(default_config(), variant) for variant in variants]
     (tmp_path / 'sweep' / 'f').mkdir(parents=True)
@@ -463,7 +463,7 @@ def test_as_many_at_once_as_wanted_and_failures_stop_nothing(tmp_path, capfd, mo
     assert (tmp_path / 'sweep' / 'b' / 'log.txt').read_text() == 'something\nthe reason \n\n'
 
 
-def test_after_sigterm_nothing_else_is_started(tmp_path, capfd):
+def test_sigterm_starts_no_further_run(tmp_path, capfd):
     variants = [Variant(name) for name in 'abcde']
     configs = [apply_variant(default_config(), variant) for variant in variants]
     told = tmp_path / 'told'
@@ -485,7 +485,7 @@ def test_after_sigterm_nothing_else_is_started(tmp_path, capfd):
     assert 'alexnet_jax: ' not in err
 
 
-# Sweeps of launch.py: a network of two convolutions, 128 grey images, runs of eight steps.
+# Sweeps of launch.py: a network of two convolutions, 128 gray images, runs of eight steps.
 
 STEPS = 8
 CONFIG = f"""
@@ -668,7 +668,7 @@ def whole(place, first):
 
 
 @pytest.mark.slow
-def test_a_list_shows_the_runs_and_makes_no_folder(place, tmp_path):
+def test_sweep_list_prints_runs_and_creates_no_folder(place, tmp_path):
     shown = place.run(tmp_path / 'new', '--sweep=list')
     assert (shown.returncode, shown.stderr) == (0, '')
     overrides = "optimizer.learning_rate=0.0001 optimizer.milestones=('2 epochs', '3 epochs')"
@@ -684,7 +684,7 @@ def test_a_list_shows_the_runs_and_makes_no_folder(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_number_runs_one(first):
+def test_sweep_number_runs_one_variant(first):
     workdir, run = first
     assert run.returncode == 0, run.stderr
     assert (result(workdir, RUNS[1])['status'], result(workdir, RUNS[1])['step']) == ('done', STEPS)
@@ -697,7 +697,7 @@ def test_a_number_runs_one(first):
 
 
 @pytest.mark.slow
-def test_all_runs_what_is_missing(place, whole):
+def test_sweep_all_runs_only_missing_runs(place, whole):
     workdir, run, before = whole
     assert run.returncode == 0, run.stderr
     assert '1 of 4 runs are done, 2 at once' in run.stderr
@@ -717,7 +717,7 @@ def test_all_runs_what_is_missing(place, whole):
 
 
 @pytest.mark.slow
-def test_nothing_is_started_where_all_is_done(place, whole):
+def test_sweep_all_starts_nothing_when_all_are_done(place, whole):
     workdir, _, _ = whole
     before = times(workdir)
     again = place.run(workdir, '--sweep=all')
@@ -729,7 +729,7 @@ def test_nothing_is_started_where_all_is_done(place, whole):
 
 
 @pytest.mark.slow
-def test_the_plan_says_what_was_asked_for(place, whole):
+def test_sweep_json_records_the_plan(place, whole):
     workdir, _, _ = whole
     slow = {'name': 'slow', 'overrides': SLOW, 'published': [1.5, None], 'source': 'a book', 'note': 'slower'}
     assert json.loads((workdir / 'sweep.json').read_text()) == {
@@ -746,7 +746,7 @@ def test_the_plan_says_what_was_asked_for(place, whole):
 
 
 @pytest.mark.slow
-def test_the_report_has_the_means_of_the_results(whole):
+def test_report_has_means_and_deviations_of_results(whole):
     workdir, _, _ = whole
     run = subprocess.run(
         [sys.executable, '-m', 'alexnet_jax.report', workdir], cwd=ROOT, capture_output=True, text=True, check=True
@@ -781,7 +781,7 @@ def test_the_report_has_the_means_of_the_results(whole):
         (['--sweep=2', '--config.train.log_every=3 steps'], "config.train.log_every: '3 steps', but "),
     ],
 )
-def test_what_is_refused(place, whole, flags, reason):
+def test_sweep_rejects_invalid_flags(place, whole, flags, reason):
     workdir, _, _ = whole
     before = times(workdir)
     run = place.run(workdir, *flags)
@@ -793,7 +793,7 @@ def test_what_is_refused(place, whole, flags, reason):
     assert times(workdir) == before
 
 
-def test_a_config_without_a_sweep_is_refused():
+def test_config_without_sweep_function_is_rejected():
     command = [sys.executable, 'launch.py', '--config=configs/quickstart.py', '--sweep=list']
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     refusal = 'alexnet_jax: --config: configs/quickstart.py has no function sweep\n'
@@ -801,7 +801,7 @@ def test_a_config_without_a_sweep_is_refused():
 
 
 @pytest.mark.slow
-def test_a_folder_that_cannot_be_used_is_refused(place, tmp_path):
+def test_unusable_workdir_is_rejected(place, tmp_path):
     (tmp_path / 'file').write_text('')
     run = place.run(tmp_path / 'file', '--sweep=all')
     assert (run.returncode, run.stderr.count('\n')) == (2, 1)
@@ -858,7 +858,7 @@ linux = pytest.mark.skipif(sys.platform != 'linux', reason='processes are looked
 
 @pytest.mark.slow
 @linux
-def test_runs_end_with_a_killed_sweep(killed):
+def test_runs_end_when_the_sweep_is_killed(killed):
     left, saved, *_ = killed
     assert left == {}
     assert all(0 < step < STEPS for step in saved.values())
@@ -866,7 +866,7 @@ def test_runs_end_with_a_killed_sweep(killed):
 
 @linux
 @pytest.mark.parametrize('alive', [True, False])
-def test_a_run_whose_sweep_has_ended_meanwhile_does_not_begin(alive):
+def test_run_does_not_start_after_its_sweep_ended(alive):
     sweep = os.getpid() if alive else os.getppid()
     command = [sys.executable, '-ISc', _CHILD_BOOTSTRAP, str(sweep), '', sys.executable, '-c', 'print("begun")']
     run = subprocess.run(command, capture_output=True, text=True)
@@ -875,7 +875,7 @@ def test_a_run_whose_sweep_has_ended_meanwhile_does_not_begin(alive):
 
 @pytest.mark.slow
 @linux
-def test_runs_share_out_the_cores_and_have_no_terminal(killed):
+def test_runs_get_disjoint_cores_and_own_sessions(killed):
     _, _, cores, sessions, inputs = killed
     assert sessions == [True, True]  # no Ctrl-C but the sweep's
     assert inputs == ['/dev/null'] * 2
@@ -887,7 +887,7 @@ def test_runs_share_out_the_cores_and_have_no_terminal(killed):
 
 @pytest.mark.slow
 @linux
-def test_sigterm_lets_the_runs_save(killed, stopped):
+def test_sigterm_lets_runs_write_checkpoints(killed, stopped):
     code, err, results, saved = stopped
     assert code == 75, err
     assert '2 of 4 runs are done' in err
@@ -901,7 +901,7 @@ def test_sigterm_lets_the_runs_save(killed, stopped):
 
 @pytest.mark.slow
 @linux
-def test_the_same_command_finishes_what_is_missing(place, whole, half_done, killed, stopped):
+def test_rerun_resumes_interrupted_runs_bit_exactly(place, whole, half_done, killed, stopped):
     before = times(half_done)
     run = place.run(half_done, '--sweep_jobs=2', '--sweep=all')
     assert run.returncode == 0, run.stderr
@@ -921,7 +921,7 @@ def test_the_same_command_finishes_what_is_missing(place, whole, half_done, kill
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_does_not_stop_the_others(place, tmp_path):
+def test_failed_run_does_not_stop_other_runs(place, tmp_path):
     run = place.run(tmp_path, '--sweep=all', part='failing')
     assert run.returncode == 1
     failed, summary = [line for line in run.stderr.splitlines() if line.startswith('alexnet_jax: ')]
