@@ -60,7 +60,9 @@ def launch(data_dir: Path, workdir: Path) -> subprocess.CompletedProcess:
     fields = {'data.data_dir': data_dir, 'train.steps': 3, 'train.batch_size': 8}
     fields['model.widths'] = '(16,32,32,32,32,64,64)'
     flags = config_flags(fields)
-    return run_command('launch.py', '--config=configs/imagenet.py', f'--workdir={workdir}', *flags, JAX_NUM_CPU_DEVICES='8')
+    return run_command(
+        'launch.py', '--config=configs/imagenet.py', f'--workdir={workdir}', *flags, JAX_NUM_CPU_DEVICES='8'
+    )
 
 
 def test_tars_to_trained_network(tmp_path):
