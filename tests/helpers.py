@@ -39,7 +39,9 @@ def run_command(
     )
 
 
-def start_command(*arguments: Any, stdout: Any = subprocess.DEVNULL, **variables: str) -> subprocess.Popen:
+def start_command(
+    *arguments: Any, stdout: Any = subprocess.DEVNULL, start_new_session: bool = False, **variables: str
+) -> subprocess.Popen:
     """Starts Python with `arguments`; its standard error is a pipe of text."""
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
@@ -48,6 +50,7 @@ def start_command(*arguments: Any, stdout: Any = subprocess.DEVNULL, **variables
         stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=start_new_session,
     )
 
 
