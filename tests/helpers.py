@@ -97,12 +97,12 @@ def truncate(file: Path, size: int = 1000) -> None:
     file.write_bytes(file.read_bytes()[:size])
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
-    """Returns what `condition` returns as soon as that is true; fails after `seconds`."""
+def wait_for(condition: Callable[[], Any], seconds: float = 120.0, every: float = 0.002) -> Any:
+    """Calls `condition` until its result is true, and returns the result; fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, condition
-        time.sleep(0.002)
+        time.sleep(every)
     return value
 
 
