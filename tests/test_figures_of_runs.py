@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT, refusal, run_command, usage_error
 from matplotlib.text import Text
 from PIL import Image
-from small_runs import center_crop, make_run, small_config, open_dataset
+from small_runs import center_crop, make_run, open_dataset, small_config
 
 from alexnet_jax.figures import from_run
 from alexnet_jax.inference import trained_model
