@@ -27,14 +27,14 @@ def floats(field: int, values: np.ndarray, letter: str = 'f') -> bytes:
 
 
 def old_blob(array: np.ndarray) -> bytes:
-    """BlobProto with num, channels, height and width, as of 2014; with diff, which training leaves there."""
+    """BlobProto of 2014 with num, channels, height and width, and the diff of training."""
     shape = (1,) * (4 - array.ndim) + array.shape
     sizes = b''.join(number(i + 1, size) for i, size in enumerate(shape))
     return sizes + floats(5, array) + floats(6, 0 * array)
 
 
 def blob(array: np.ndarray, is_double: bool = False) -> bytes:
-    """BlobProto with a BlobShape; the numbers come in two pieces, as the wire format allows."""
+    """BlobProto with a BlobShape; the wire format allows the numbers in two parts."""
     shape = content(7, content(1, b''.join(map(varint, array.shape))))
     field, letter = (8, 'd') if is_double else (5, 'f')
     flat = array.ravel()
@@ -42,7 +42,7 @@ def blob(array: np.ndarray, is_double: bool = False) -> bytes:
 
 
 def old_net(name: str, layers: dict[str, list[np.ndarray]]) -> bytes:
-    """NetParameter with V1LayerParameter, among them a layer without blobs."""
+    """NetParameter with V1LayerParameter, including a layer without blobs."""
     result = content(1, name.encode()) + content(2, content(3, b'data') + content(4, b'data') + number(5, 5))
     for layer, arrays in layers.items():
         body = content(2, b'below') + content(3, layer.encode()) + content(4, layer.encode())

@@ -32,12 +32,12 @@ def doubles(tree):
 
 
 def keep_factors(masks):
-    """What dropout multiplies by."""
+    """Returns the factors of dropout."""
     return {name: KEEP if masks is None else np.asarray(masks[name], np.float64) for name in ('fc6', 'fc7')}
 
 
 def taps(size, stride, count):
-    """For every place in a window: its row, its column, and the index of what `count` x `count` windows have there."""
+    """Yields for each pixel of a window its row, its column, and its index in `count` x `count` windows."""
     span = stride * (count - 1) + 1
     for row in range(size):
         for column in range(size):
@@ -53,7 +53,7 @@ def join(parts):
     return np.concatenate(parts, axis=-1)
 
 
-# Convolution. The number of windows is rounded up: the last ones may reach beyond the lower and right edge, into zeros.
+# Convolution. The number of windows is rounded up, so the last windows may contain zeros beyond the edges.
 
 
 def window_count(length, size, stride, pad):
@@ -119,17 +119,17 @@ def normalize(inputs, sum_neighbors, constant, scale):
 
 
 def normalize_backward(inputs, gradient, sum_neighbors, constant, scale):
-    """Being someone's neighbor is mutual, so the same sum collects what a value does to its neighbors' outputs."""
+    """The neighbor relation is symmetric, so the same sum collects the gradients of the outputs of all neighbors."""
     base = constant + scale * sum_neighbors(inputs**2)
     through_base = sum_neighbors(gradient * inputs * base ** -(POWER + 1))
     return gradient * base**-POWER - 2 * scale * POWER * inputs * through_base
 
 
-# Max pooling, 3x3 with stride 2, whole windows only.
+# Max pooling, 3x3 with stride 2, without partial windows.
 
 
 def pool(inputs, size=3, stride=2):
-    """The maxima, and for each the number of its (first) place in the window."""
+    """Returns the maxima, and for each the index of its (first) position in the window."""
     count = (inputs.shape[1] - size) // stride + 1
     values = np.stack([inputs[tap] for _, _, tap in taps(size, stride, count)])
     return values.max(axis=0), values.argmax(axis=0)
@@ -152,10 +152,10 @@ def log_softmax(logits):
 
 
 def forward(params, images, masks=None):
-    """The logits, and the outputs of all layers by name.
+    """Returns the logits, and the outputs of all layers by name.
 
-    `masks` holds the zeros and ones by which training multiplies 'fc6' and 'fc7'; None is for testing.
-    `conv*` and `fc*` are before the ReLU; `pool1_winners` and the like are the places of the maxima.
+    `masks` has the dropout masks of 'fc6' and 'fc7'; None is for testing. `conv*` and `fc*` are before the ReLU;
+    `pool1_winners` and similar names are the positions of the maxima.
     """
     params, keep = doubles(params), keep_factors(masks)
     kernel = {name: layer['kernel'] for name, layer in params.items()}
@@ -197,7 +197,7 @@ def forward(params, images, masks=None):
 
 
 def gradients(params, images, labels, masks):
-    """The batch's mean cost, and its gradient with respect to every parameter (without weight decay)."""
+    """Returns the mean cost of the batch, and its gradients by all parameters (without weight decay)."""
     kernel, keep = {name: layer['kernel'] for name, layer in doubles(params).items()}, keep_factors(masks)
     logits, c = forward(params, images, masks)
     rows, labels = np.arange(len(logits)), np.asarray(labels)
@@ -248,7 +248,7 @@ def gradients(params, images, labels, masks):
 
 
 def update(params, increments, gradients, rates, *, momentum=0.9, weight_decay=5e-4):
-    """The next parameters and increments; the arguments are left as they are."""
+    """Returns the next parameters and increments without changing the arguments."""
     params, increments, gradients = doubles(params), doubles(increments), doubles(gradients)
     new_params, new_increments = {}, {}
     for name, layer in params.items():

@@ -93,9 +93,8 @@ def test_very_long_image_keeps_its_middle():
 
 
 def test_very_long_image_needs_little_memory():
-    assert (
-        resize_and_center_crop(Image.new('L', (1, 2_000_000), 7), 256, channels=1).max() == 7
-    )  # scaled whole it would be 130 GB
+    # The complete scaled image would have 130 GB.
+    assert resize_and_center_crop(Image.new('L', (1, 2_000_000), 7), 256, channels=1).max() == 7
 
 
 def test_16_bit_images_keep_the_upper_byte():

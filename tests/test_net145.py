@@ -1,4 +1,4 @@
-"""The NumPy program of net #145 against finite differences, SciPy and sums written out."""
+"""The NumPy program of net #145 against finite differences, SciPy and explicit sums."""
 
 import net145
 import numpy as np
@@ -8,7 +8,7 @@ from scipy.signal import correlate
 WIDTHS = (8, 16, 12, 12, 8, 32, 24)
 # Large enough for all normalizations to matter, and for a loss that is neither flat nor saturated.
 STDS = {'conv1': 0.1, 'conv2': 0.2, 'conv3': 0.1, 'conv4': 0.2, 'conv5': 0.2, 'fc6': 0.2, 'fc7': 0.1, 'fc8': 0.05}
-BIAS_STDS = {'conv1': 200.0, 'conv5': 20.0}  # so that the ReLU after a max pool has something to do
+BIAS_STDS = {'conv1': 200.0, 'conv5': 20.0}  # The ReLU after a max pool gets negative inputs.
 
 
 def make(size=96, batch=4, widths=WIDTHS, classes=10, seed=0):
@@ -73,7 +73,7 @@ def test_gradient(case, name, kind):
     assert loss == pytest.approx(mean_cost(params, images, labels, masks), rel=1e-12)
     random = np.random.default_rng(1)
     large = np.argwhere(np.abs(gradient) > 0.3 * gradient.std())
-    step = 1e-5 * value.std()  # ten times more crosses a kink of a ReLU or a maximum here
+    step = 1e-5 * value.std()  # A step ten times as large crosses a kink of a ReLU or a maximum.
     for index in map(tuple, random.permutation(large)[:6]):
         costs = []
         for sign in (1, -1):

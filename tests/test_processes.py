@@ -28,9 +28,6 @@ from helpers import (
     usage_error,
 )
 
-from alexnet_jax.data import dataset, loader
-from alexnet_jax.prepare.writer import PrepareConfig
-
 STEPS = 8
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('compiled_programs')]
 STUCK_AFTER = 40  # seconds, more than compiling takes
@@ -287,27 +284,6 @@ def test_run_resumes_with_other_process_counts(photos_dir, tmp_path, preempted, 
     assert len(shorter) == 2
     metrics.write_text('\n'.join(line for line in recorded if line not in shorter) + '\n')
     assert_equal_runs(tmp_path / 'run', alone)
-
-
-def test_batches_do_not_depend_on_the_shard_count(photos_dir):
-    given = PrepareConfig('photos', image_size=72)
-    source = dataset.open_store(dataset.dataset_dir(photos_dir, given), given).train
-
-    def batches(first_step, steps, shares):
-        readers = [
-            loader.training_batches(
-                source, seed=5, batch_size=64, first_step=first_step, threads=1, share=share, shares=shares
-            )
-            for share in range(shares)
-        ]
-        for _ in range(steps):
-            parts = [next(reader) for reader in readers]
-            yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    moved = [*batches(98, 2, 2), *batches(100, 1, 1), *batches(101, 2, 4)]  # an epoch ends at step 100
-    for found, expected in zip(moved, batches(98, 5, 1), strict=True):
-        for name in ('example_id', 'label', 'image'):
-            np.testing.assert_array_equal(found[name], expected[name])
 
 
 @pytest.mark.parametrize('fault', ['unreadable 1', 'stuck 0', 'kill 0', 'kill 1'])
