@@ -27,14 +27,14 @@ def floats(field: int, values: np.ndarray, letter: str = 'f') -> bytes:
 
 
 def old_blob(array: np.ndarray) -> bytes:
-    """BlobProto with num, channels, height and width, as of 2014; with diff, which training leaves there."""
+    """BlobProto of 2014 with num, channels, height and width, and the diff of training."""
     shape = (1,) * (4 - array.ndim) + array.shape
     sizes = b''.join(number(i + 1, size) for i, size in enumerate(shape))
     return sizes + floats(5, array) + floats(6, 0 * array)
 
 
 def blob(array: np.ndarray, is_double: bool = False) -> bytes:
-    """BlobProto with a BlobShape; the numbers come in two pieces, as the wire format allows."""
+    """BlobProto with a BlobShape; the wire format allows the numbers in two parts."""
     shape = content(7, content(1, b''.join(map(varint, array.shape))))
     field, letter = (8, 'd') if is_double else (5, 'f')
     flat = array.ravel()
@@ -42,7 +42,7 @@ def blob(array: np.ndarray, is_double: bool = False) -> bytes:
 
 
 def old_net(name: str, layers: dict[str, list[np.ndarray]]) -> bytes:
-    """NetParameter with V1LayerParameter, among them a layer without blobs."""
+    """NetParameter with V1LayerParameter, including a layer without blobs."""
     result = content(1, name.encode()) + content(2, content(3, b'data') + content(4, b'data') + number(5, 5))
     for layer, arrays in layers.items():
         body = content(2, b'below') + content(3, layer.encode()) + content(4, layer.encode())
@@ -81,14 +81,14 @@ def random_layers(
 def logits(layers: dict[str, list[np.ndarray]], x: np.ndarray, pool_first: bool) -> np.ndarray:
     """Outputs (N, classes) of fc8 for BGR pixels less the mean, (N, 3, 227, 227); in float64.
 
-    pool_first: pooling before normalisation, as in bvlc_reference_caffenet.
+    pool_first: pooling before normalization, as in bvlc_reference_caffenet.
     """
     layers = {name: [array.astype(np.float64) for array in arrays] for name, arrays in layers.items()}
     for name in ('conv1', 'conv2', 'conv3', 'conv4', 'conv5'):
         stride, pad, group = {'conv1': (4, 0, 1), 'conv2': (1, 2, 2), 'conv3': (1, 1, 1)}.get(name, (1, 1, 2))
         x = np.maximum(_convolution(x, *layers[name], stride, pad, group), 0)
         if name in ('conv1', 'conv2'):
-            x = _normalised(_pooled(x)) if pool_first else _pooled(_normalised(x))
+            x = _normalized(_pooled(x)) if pool_first else _pooled(_normalized(x))
         elif name == 'conv5':
             x = _pooled(x)
     x = x.reshape(len(x), -1)
@@ -106,7 +106,7 @@ def _convolution(x, kernel, bias, stride, pad, group):
     return np.concatenate(outputs, 1) + bias[:, None, None]
 
 
-def _normalised(x):
+def _normalized(x):
     squares = np.pad(x**2, ((0, 0), (2, 2), (0, 0), (0, 0)))
     sums = sum(squares[:, i : i + x.shape[1]] for i in range(5))
     return x / (1 + 1e-4 / 5 * sums) ** 0.75

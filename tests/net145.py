@@ -5,8 +5,8 @@ of them, and shares no code with the package. Arrays are (image, row, column pix
 (row, column pixel, input map, output map). In every layer the first half of the maps or units belongs to the
 network's column (tower) a, the second half to column b:
 
-    conv1  11x11, stride 4; linear      both columns see the three colours
-    rnorm1 across 5 maps, max pool, ReLU    (the normalisation sees the signed values)
+    conv1  11x11, stride 4; linear      both columns see the three colors
+    rnorm1 across 5 maps, max pool, ReLU    (the normalization sees the signed values)
     conv2  5x5, ReLU                    own column
     rnorm2 across 5 maps, cnorm2 across 5x5 pixels, max pool
     conv3  3x3, ReLU                    both columns
@@ -32,12 +32,12 @@ def doubles(tree):
 
 
 def keep_factors(masks):
-    """What dropout multiplies by."""
+    """Returns the factors of dropout."""
     return {name: KEEP if masks is None else np.asarray(masks[name], np.float64) for name in ('fc6', 'fc7')}
 
 
 def taps(size, stride, count):
-    """For every place in a window: its row, its column, and the index of what `count` x `count` windows have there."""
+    """Yields for each pixel of a window its row, its column, and its index in `count` x `count` windows."""
     span = stride * (count - 1) + 1
     for row in range(size):
         for column in range(size):
@@ -53,7 +53,7 @@ def join(parts):
     return np.concatenate(parts, axis=-1)
 
 
-# Convolution. The number of windows is rounded up: the last ones may reach beyond the lower and right edge, into zeros.
+# Convolution. The number of windows is rounded up, so the last windows may contain zeros beyond the edges.
 
 
 def window_count(length, size, stride, pad):
@@ -94,7 +94,7 @@ def convolve_columns_backward(inputs, kernel, gradient, pad):
     return join(to_inputs), join(to_kernels)
 
 
-# Response normalisation: x / (constant + scale * sum of x^2 over the neighbours) ^ 0.75
+# Response normalization: x / (constant + scale * sum of x^2 over the neighbors) ^ 0.75
 
 
 def sum_maps(values, size=5):
@@ -108,28 +108,28 @@ def sum_maps(values, size=5):
 
 
 def sum_pixels(values, size=5):
-    """The sum over the `size` x `size` neighbouring pixels of the same map, cut off at the image's edges."""
+    """The sum over the `size` x `size` neighboring pixels of the same map, cut off at the image's edges."""
     half = size // 2
     padded = np.pad(values, [(0, 0), (half, half), (half, half), (0, 0)])
     return sum(padded[tap] for _, _, tap in taps(size, 1, values.shape[1]))
 
 
-def normalise(inputs, sum_neighbours, constant, scale):
-    return inputs * (constant + scale * sum_neighbours(inputs**2)) ** -POWER
+def normalize(inputs, sum_neighbors, constant, scale):
+    return inputs * (constant + scale * sum_neighbors(inputs**2)) ** -POWER
 
 
-def normalise_backward(inputs, gradient, sum_neighbours, constant, scale):
-    """Being someone's neighbour is mutual, so the same sum collects what a value does to its neighbours' outputs."""
-    base = constant + scale * sum_neighbours(inputs**2)
-    through_base = sum_neighbours(gradient * inputs * base ** -(POWER + 1))
+def normalize_backward(inputs, gradient, sum_neighbors, constant, scale):
+    """The neighbor relation is symmetric, so the same sum collects the gradients of the outputs of all neighbors."""
+    base = constant + scale * sum_neighbors(inputs**2)
+    through_base = sum_neighbors(gradient * inputs * base ** -(POWER + 1))
     return gradient * base**-POWER - 2 * scale * POWER * inputs * through_base
 
 
-# Max pooling, 3x3 with stride 2, whole windows only.
+# Max pooling, 3x3 with stride 2, without partial windows.
 
 
 def pool(inputs, size=3, stride=2):
-    """The maxima, and for each the number of its (first) place in the window."""
+    """Returns the maxima, and for each the index of its (first) position in the window."""
     count = (inputs.shape[1] - size) // stride + 1
     values = np.stack([inputs[tap] for _, _, tap in taps(size, stride, count)])
     return values.max(axis=0), values.argmax(axis=0)
@@ -152,10 +152,10 @@ def log_softmax(logits):
 
 
 def forward(params, images, masks=None):
-    """The logits, and the outputs of all layers by name.
+    """Returns the logits, and the outputs of all layers by name.
 
-    `masks` holds the zeros and ones by which training multiplies 'fc6' and 'fc7'; None is for testing.
-    `conv*` and `fc*` are before the ReLU; `pool1_winners` and the like are the places of the maxima.
+    `masks` has the dropout masks of 'fc6' and 'fc7'; None is for testing. `conv*` and `fc*` are before the ReLU;
+    `pool1_winners` and similar names are the positions of the maxima.
     """
     params, keep = doubles(params), keep_factors(masks)
     kernel = {name: layer['kernel'] for name, layer in params.items()}
@@ -163,14 +163,14 @@ def forward(params, images, masks=None):
     c = {'images': np.asarray(images, np.float64)}
 
     c['conv1'] = convolve(c['images'], kernel['conv1'], stride=4) + bias['conv1']
-    c['rnorm1'] = normalise(c['conv1'], sum_maps, **CROSS_MAP)
+    c['rnorm1'] = normalize(c['conv1'], sum_maps, **CROSS_MAP)
     c['pool1'], c['pool1_winners'] = pool(c['rnorm1'])
     c['relu1'] = relu(c['pool1'])
 
     c['conv2'] = convolve_columns(c['relu1'], kernel['conv2'], pad=2) + bias['conv2']
     c['relu2'] = relu(c['conv2'])
-    c['rnorm2'] = normalise(c['relu2'], sum_maps, **CROSS_MAP)
-    c['cnorm2'] = normalise(c['rnorm2'], sum_pixels, **SPATIAL)
+    c['rnorm2'] = normalize(c['relu2'], sum_maps, **CROSS_MAP)
+    c['cnorm2'] = normalize(c['rnorm2'], sum_pixels, **SPATIAL)
     c['pool2'], c['pool2_winners'] = pool(c['cnorm2'])
 
     c['conv3'] = convolve(c['pool2'], kernel['conv3'], pad=1) + bias['conv3']
@@ -197,7 +197,7 @@ def forward(params, images, masks=None):
 
 
 def gradients(params, images, labels, masks):
-    """The batch's mean cost, and its gradient with respect to every parameter (without weight decay)."""
+    """Returns the mean cost of the batch, and its gradients by all parameters (without weight decay)."""
     kernel, keep = {name: layer['kernel'] for name, layer in doubles(params).items()}, keep_factors(masks)
     logits, c = forward(params, images, masks)
     rows, labels = np.arange(len(logits)), np.asarray(labels)
@@ -234,21 +234,21 @@ def gradients(params, images, labels, masks):
     g, to['conv3']['kernel'] = convolve_backward(c['pool2'], kernel['conv3'], g, pad=1)
 
     g = pool_backward(c['cnorm2'], c['pool2_winners'], g)
-    g = normalise_backward(c['rnorm2'], g, sum_pixels, **SPATIAL)
-    g = normalise_backward(c['relu2'], g, sum_maps, **CROSS_MAP)
+    g = normalize_backward(c['rnorm2'], g, sum_pixels, **SPATIAL)
+    g = normalize_backward(c['relu2'], g, sum_maps, **CROSS_MAP)
     g = g * (c['conv2'] > 0)
     to['conv2'] = {'bias': g.sum(axis=(0, 1, 2))}
     g, to['conv2']['kernel'] = convolve_columns_backward(c['relu1'], kernel['conv2'], g, pad=2)
 
     g = pool_backward(c['rnorm1'], c['pool1_winners'], g * (c['pool1'] > 0))
-    g = normalise_backward(c['conv1'], g, sum_maps, **CROSS_MAP)
+    g = normalize_backward(c['conv1'], g, sum_maps, **CROSS_MAP)
     to['conv1'] = {'bias': g.sum(axis=(0, 1, 2))}
     _, to['conv1']['kernel'] = convolve_backward(c['images'], kernel['conv1'], g, stride=4)
     return loss, to
 
 
 def update(params, increments, gradients, rates, *, momentum=0.9, weight_decay=5e-4):
-    """The next parameters and increments; the arguments are left as they are."""
+    """Returns the next parameters and increments without changing the arguments."""
     params, increments, gradients = doubles(params), doubles(increments), doubles(gradients)
     new_params, new_increments = {}, {}
     for name, layer in params.items():

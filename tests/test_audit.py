@@ -1,24 +1,22 @@
-"""The audit against numbers by hand, the published network and the instruction forms of HLO."""
+"""The audit against numbers by hand, the published network, and the forms of HLO instructions."""
 
 import functools
 import json
 import re
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, run_command, usage_error
 
 from alexnet_jax import config
 from alexnet_jax.audit import cost_model, hlo_collectives, step_audit
 from alexnet_jax.audit.hlo_collectives import Collective
 
-ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / 'tests' / 'golden'
 COMMAND = ['-m', 'alexnet_jax.audit', '--config=configs/imagenet.py']
 
-# Arguments of each file in tests/golden, besides --config=configs/imagenet.py --images_per_device=128.
+# The flags of each file in tests/golden, besides --config=configs/imagenet.py --images_per_device=128.
 MESHES = {
     'towers_4x2': '--mesh=data:4,model:2',
     'towers_4x2_sharded': '--mesh=data:4,model:2 --config.mesh.shard_optimizer=True',
@@ -29,11 +27,11 @@ MESHES = {
 
 
 def command(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True)
+    return run_command(*COMMAND, *arguments)
 
 
 def paper(mesh: str, model_dtype='float32', **fields):
-    """The `paper` network on a mesh at 128 images a device."""
+    """Returns the configuration of `paper` on a mesh with 128 images per device."""
     settings = config.default_config()
     settings.model.dtype = model_dtype
     settings.mesh.update(fields)
@@ -47,7 +45,7 @@ def report(mesh: str, model_dtype='float32', **fields):
 
 @functools.cache
 def report_of(name: str):
-    """The report of one of MESHES."""
+    """Returns the report of one of MESHES."""
     mesh, *overrides = MESHES[name].split()
     values = dict(override.removeprefix('--config.mesh.').split('=') for override in overrides)
     return report(
@@ -68,7 +66,7 @@ def report_of(name: str):
         ('channel_id=1, replica_groups=[1,8]<=[8], use_global_device_ids=true', 'all-reduce', 8),
         ('channel_id=1, replica_groups={}, use_global_device_ids=true', 'all-reduce', 8),
         ('channel_id=1, replica_groups={{0},{1}}, use_global_device_ids=true', 'all-reduce', 1),
-        # Numbers of replicas, of which there is one: all 8 partitions of it where there is a channel, or itself.
+        # Without global ids, groups are of replicas: one replica has 8 partitions with a channel, and 1 without.
         ('channel_id=1, replica_groups={{0}}', 'all-reduce', 8),
         ('replica_groups={{0}}', 'all-reduce', 1),
         ('replica_groups={}', 'all-reduce', 1),
@@ -77,13 +75,13 @@ def report_of(name: str):
         ('channel_id=2, source_target_pairs={{0,0},{1,1}}', 'collective-permute', 0),
     ],
 )
-def test_devices_in_a_group(attributes, kind, size):
+def test_group_size(attributes, kind, size):
     assert hlo_collectives.group_size(f'x = f32[2]{{0}} {kind}(y), {attributes}, to_apply=%add', kind, 8) == size
 
 
 @pytest.mark.parametrize(
     ('groups', 'size'),
-    [  # As jaxlib 0.12 writes them: along axes of a mesh, or along a part of one.
+    [  # jaxlib 0.12 writes groups along axes of a mesh, or along parts of axes.
         ("mesh['data'=4,'model'=2] {'data'}", 4),
         ("mesh['data'=4,'model'=2] {'model'}", 2),
         ("mesh['data'=4,'model'=2] {'data','model'}", 8),
@@ -93,7 +91,7 @@ def test_devices_in_a_group(attributes, kind, size):
         ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", 2),
     ],
 )
-def test_devices_in_a_group_of_a_mesh(groups, size):
+def test_group_size_of_mesh_syntax(groups, size):
     for kind, attributes in (
         ('all-reduce', 'use_global_device_ids=true, to_apply=%add'),
         ('all-to-all', 'channel_id=2'),
@@ -105,16 +103,16 @@ def test_devices_in_a_group_of_a_mesh(groups, size):
 @pytest.mark.parametrize(
     ('groups', 'named'),
     [
-        ('replica_groups=@mesh', 'replica_groups=@mesh, a form unknown'),
-        ("replica_groups=mesh['a'=2], device_ids=(1,0) {}", "mesh['a'=2], device_ids=(1,0) {}, a form unknown"),
-        ("replica_groups=mesh['a'=2,'b'=4]", "replica_groups=mesh['a'=2,'b'=4], a form unknown"),
-        ("replica_groups=mesh['a'=2,'b'=4] {}", "replica_groups=mesh['a'=2,'b'=4] {}, a form unknown"),
-        ("replica_groups=mesh['a'=2,'b'=4] {'c'}", "{'c'} names 'c', which is no axis"),
-        ("replica_groups=mesh['a'=2,'b'=4] {'a'}{'b'}", "{'a'}{'b'}, a form unknown"),
-        ('dimensions={0}', 'no replica_groups, a form unknown'),
+        ('replica_groups=@mesh', 'replica_groups=@mesh'),
+        ("replica_groups=mesh['a'=2], device_ids=(1,0) {}", "mesh['a'=2], device_ids=(1,0) {}"),
+        ("replica_groups=mesh['a'=2,'b'=4]", "replica_groups=mesh['a'=2,'b'=4]"),
+        ("replica_groups=mesh['a'=2,'b'=4] {}", "replica_groups=mesh['a'=2,'b'=4] {}"),
+        ("replica_groups=mesh['a'=2,'b'=4] {'c'}", "'c'"),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}{'b'}", "{'a'}{'b'}"),
+        ('dimensions={0}', 'replica_groups'),
     ],
 )
-def test_groups_in_an_unknown_form_are_refused_by_name(groups, named):
+def test_unknown_replica_groups_are_rejected(groups, named):
     line = f'x = f32[2] all-reduce(y), channel_id=1, {groups}, to_apply=%add, metadata={{op_name="a"}}'
     with pytest.raises(hlo_collectives.HloFormatError, match=re.escape(named)):
         hlo_collectives.group_size(line, 'all-reduce', 8)
@@ -130,20 +128,18 @@ runpy.run_module('alexnet_jax.audit', run_name='__main__', alter_sys=True)
 
 
 @pytest.mark.slow
-def test_the_command_names_an_unknown_form_in_one_line():
-    run = subprocess.run([sys.executable, '-c', UNREADABLE], cwd=ROOT, capture_output=True, text=True)
+def test_command_reports_unreadable_hlo():
+    run = run_command('-c', UNREADABLE, JAX_NUM_CPU_DEVICES='8')
     assert (run.returncode, run.stdout) == (1, '')
-    assert re.fullmatch(
-        r'alexnet_jax: the compiled step of jax [\d.]+ cannot be read: all-reduce has replica_groups=@.*\n', run.stderr
-    )
+    assert re.fullmatch(r'alexnet_jax: .*jax [\d.]+.*all-reduce.*replica_groups=@.*\n', run.stderr)
 
 
 @pytest.mark.parametrize(
     ('kind', 'dtype', 'shape', 'group', 'sent'),
-    [  # A tensor of 1,200 bytes among 4: quarters of 300 go three times, or six times there and back.
+    [  # A tensor of 1,200 bytes on 4 devices: each sends quarters of 300 bytes three times, or six times for both ways.
         ('all-reduce', 'f32', (30, 10), 4, 1800),
         ('all-gather', 'f32', (30, 10), 4, 900),
-        ('reduce-scatter', 'f32', (30, 10), 4, 3600),  # of 4,800 bytes, 1,200 are kept
+        ('reduce-scatter', 'f32', (30, 10), 4, 3600),  # 1,200 of 4,800 bytes stay on the device.
         ('all-to-all', 'f32', (30, 10), 4, 900),
         ('collective-permute', 'f32', (30, 10), 4, 1200),
         ('all-reduce', 'bf16', (30, 10), 4, 900),
@@ -151,7 +147,7 @@ def test_the_command_names_an_unknown_form_in_one_line():
         ('all-gather', 'u8', (), 2, 0.5),
     ],
 )
-def test_bytes_that_a_ring_sends(kind, dtype, shape, group, sent):
+def test_ring_bytes_by_hand(kind, dtype, shape, group, sent):
     assert Collective(kind, '', dtype, (shape,), group).bytes == sent
 
 
@@ -159,11 +155,11 @@ GROUPS = 'channel_id=1, replica_groups={{0,1},{2,3}}, use_global_device_ids=true
 
 
 def read(*lines):
-    """What is read from a program that was compiled as it was asked for, for 4 devices."""
+    """Reads a program for 4 devices whose compiled and lowered forms are equal."""
     return hlo_collectives.step_collectives('\n'.join(lines), '\n'.join(lines), 4)
 
 
-def test_forms_of_an_instruction():
+def test_instruction_forms():
     [joined] = read(
         f'  %all-reduce.1 = (f32[3]{{0}}, /*index=1*/f32[2,5]{{1,0}}) all-reduce(%a, %b), {GROUPS}, to_apply=%add',
         '  %get-tuple-element.1 = f32[3]{0} get-tuple-element(%all-reduce.1), index=0',
@@ -196,7 +192,7 @@ def test_forms_of_an_instruction():
     )
 
 
-def test_layers_and_dtypes_are_those_the_program_asks_for():
+def test_collectives_take_layer_and_dtype_from_lowered_hlo():
     name = 'metadata={op_name="jit(train_step)/shard_map/transpose(jvp(%s))/psum"}'
     asked = [
         f'  a = bf16[4,4]{{1,0}} all-gather(x), {GROUPS}, {name % "fc7"}',
@@ -204,7 +200,7 @@ def test_layers_and_dtypes_are_those_the_program_asks_for():
         f'  c = f32[4,4]{{1,0}} all-gather(z), {GROUPS}, {name % "update"}',
         f'  d = bf16[5]{{0}} all-reduce(x), {GROUPS}, {name % "gradients"}',
         f'  e = f32[3]{{0}} all-reduce(x), {GROUPS}, {name % "metrics"}',
-        f'  f = f32[7]{{0}} all-gather(x), {GROUPS}, {name % "conv3"}',  # found to be of no use
+        f'  f = f32[7]{{0}} all-gather(x), {GROUPS}, {name % "conv3"}',  # removed by the compiler
         f'  g = f32[7]{{0}} all-gather(x), {GROUPS}, {name % "fc6"}',
     ]
     compiled = [
@@ -217,7 +213,7 @@ def test_layers_and_dtypes_are_those_the_program_asks_for():
     ]
     found = hlo_collectives.step_collectives('\n'.join(compiled), '\n'.join(asked), 4)
     assert [(each.kind, each.layer, each.dtype, each.shapes) for each in found] == [
-        ('all-gather', '', 'f32', ((100,),)),  # put in by the compiler: nothing of that size was asked for
+        ('all-gather', '', 'f32', ((100,),)),  # added by the compiler
         ('all-gather', 'fc6', 'f32', ((7,),)),
         ('all-gather', 'fc7', 'bf16', ((4, 4),)),
         ('all-gather', 'fc8', 'bf16', ((4, 4),)),
@@ -228,7 +224,7 @@ def test_layers_and_dtypes_are_those_the_program_asks_for():
 
 
 @pytest.mark.slow
-def test_layers_are_the_published_ones():
+def test_cost_table_matches_published_numbers():
     table = {layer.name: layer for layer in cost_model.layers(paper('data:1,model:1'))}
     assert {name: layer.parameters for name, layer in table.items()} == {
         'conv1': 34_944,
@@ -250,7 +246,7 @@ def test_layers_are_the_published_ones():
         'fc7': 16_777_216,
         'fc8': 4_096_000,
     }
-    # The paper's figure 2: 253,440 neurons in its first layer are a slip, 55 x 55 x 96 are 290,400.
+    # Figure 2 of the paper wrongly has 253,440 neurons in the first layer; 55 x 55 x 96 are 290,400.
     assert [table[f'conv{i}'].output for i in (1, 2, 3, 4, 5)] == [
         (55, 55, 96),
         (27, 27, 256),
@@ -266,22 +262,22 @@ def test_layers_are_the_published_ones():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', MESHES)
-def test_flops_agree_with_the_compilers_count(name):
-    # Without the padding, which the compiler does not count: 602, 129 and 37 pixels under the windows of a row.
+def test_flops_agree_with_compiler_count(name):
+    # The compiler does not count padding: 602, 129 and 37 pixels are under the windows of a row.
     inside = [602**2 * 288, 129**2 * 48 * 256, 37**2 * 256 * 384, 37**2 * 192 * 384, 37**2 * 192 * 256, 58_621_952]
     expected = 128 * 2 * (3 * sum(inside) - inside[0])
-    conv1 = 55**2 * 12 * 11 * 3 * 96  # its forward pass: of a row of zeros, and of the image's padding
+    conv1 = 55**2 * 12 * 11 * 3 * 96  # the forward pass of conv1 with one row of zeros and the padding
     found = report_of(name)
-    # Seven operations on conv1's maps come before its gradient by the kernel, which a CPU takes in 16 parts: each part
-    # works out its own images alone, but is counted with all.
+    # Seven operations on the maps of conv1 precede its weight gradient, which a CPU computes in 16 chunks. The
+    # compiler counts all images in each chunk.
     counted_again = 128 * 15 * 7 * 55**2 * 96
-    # It counts normalisation, pooling, dropout and the update too: a little over one hundredth.
+    # The compiler also counts normalization, pooling, dropout and the update: a little over one percent.
     most = 1.014 * (expected + 128 * 2 * (conv1 - inside[0])) + counted_again
     assert expected < found['compiler_flops_per_device'] < most
     assert found['flops_per_device'] / expected == pytest.approx(1.0846, abs=1e-4)
 
 
-def test_towers_exchange_before_conv3_fc6_fc7_fc8_and_the_logits():
+def test_towers_collectives_by_layer():
     found = report_of('towers_4x2')['collectives']
     by_kind = {kind: [each.layer for each in found if each.kind == kind] for kind in {each.kind for each in found}}
     assert by_kind == {
@@ -294,31 +290,27 @@ def test_towers_exchange_before_conv3_fc6_fc7_fc8_and_the_logits():
     assert (gradients.group_size, gradients.elements, len(gradients.shapes)) == (4, 30_482_612, 16)
 
 
-# Bytes by hand, 128 images a device; g is what one number of the gradients takes on a ring.
+# Bytes by hand, 128 images per device.
 KERNELS, BIASES = 60_965_224 - 10_568, 10_568
 MINIMUM = {
     'data_8x1': 426_756_568,  # 2 x 4 x 60,965,224 x 7/8
-    # Gathered 256 x (13x13x256 + 6x6x256 + 4096 + 4096 + 1000) numbers, half of their bytes, twice; 30,482,612
-    # gradients among four.
+    # All-gathers of 256 x (13x13x256 + 6x6x256 + 4096 + 4096 + 1000) numbers send half of their bytes, twice.
+    # 30,482,612 gradients are all-reduced over four devices.
     'towers_4x2': 63_152_128 + 182_895_672,
     'towers_4x2_sharded': 63_152_128 + 182_895_672,
-    # 128 x 9216 and 1024 x (4096 + 4096 + 1000) numbers, twice, 7/8; 2,335,080 gradients among eight.
+    # 128 x 9216 and 1024 x (4096 + 4096 + 1000) numbers, twice, 7/8; 2,335,080 gradients over eight devices.
     'hybrid_1x8': 74_145_792 + 16_345_560,
-    # 128 x 9216 and 512 x 9192 numbers, twice, 3/4; 2,335,080 among eight, 14,656,536 among two.
+    # 128 x 9216 and 512 x 9192 numbers, twice, 3/4; 2,335,080 gradients over eight devices, 14,656,536 over two.
     'hybrid_2x4_sharded': 35_315_712 + 16_345_560 + 58_626_048 + 4_096,
 }
 
 
 @pytest.mark.parametrize('name', MESHES)
-def test_what_travels_is_the_least_that_the_layout_needs(name):
+def test_wire_bytes_are_close_to_the_lower_bound(name):
     found = report_of(name)
     assert found['analytic_minimum_bytes'] == MINIMUM[name]
     assert found['wire_bytes_per_device'] == round(sum(each.bytes for each in found['collectives']))
     assert 1 <= found['wire_bytes_per_device'] / MINIMUM[name] <= 1.02
-
-
-def test_one_weird_trick_sends_a_fifth():
-    assert MINIMUM['hybrid_1x8'] / MINIMUM['data_8x1'] == pytest.approx(0.21, abs=0.005)
 
 
 @pytest.mark.slow
@@ -326,24 +318,24 @@ def test_one_weird_trick_sends_a_fifth():
     ('layout', 'mesh', 'shard', 'model_dtype', 'minimum'),
     [
         ('data', 'data:8,model:1', False, 'float32', 2 * 2 * 60_965_224 * 7 // 8),
-        # Gradients of kernels arrive as two bytes, their new weights leave as four.
+        # Kernel gradients are sent in two bytes, updated weights in four.
         ('data', 'data:8,model:1', True, 'float32', (2 + 4) * KERNELS * 7 // 8 + 2 * 2 * BIASES * 7 // 8),
         ('towers', 'data:4,model:2', False, 'bfloat16', 63_152_128 // 2 + 182_895_672 // 2),
     ],
 )
-def test_bytes_in_bfloat16(layout, mesh, shard, model_dtype, minimum):
+def test_wire_bytes_in_bfloat16(layout, mesh, shard, model_dtype, minimum):
     found = report(mesh, model_dtype, layout=layout, shard_optimizer=shard, grad_allreduce_dtype='bfloat16')
     assert found['analytic_minimum_bytes'] == minimum
     assert 1 <= found['wire_bytes_per_device'] / minimum <= 1.02
 
 
-def test_memory_is_at_least_the_state_and_the_batch():
+def test_memory_includes_state_and_batch():
     least = 2 * 4 * 60_965_224 + 128 * 256 * 256 * 3
     assert least < report_of('data_8x1')['peak_bytes_per_device'] < least + 3e9
     assert report_of('towers_4x2_sharded')['peak_bytes_per_device'] < report_of('towers_4x2')['peak_bytes_per_device']
 
 
-def test_a_prediction_by_hand():
+def test_predicted_step_time_by_hand():
     settings = paper('data:4,model:2')
     flops = settings.train.batch_size / 8 * 4_135_610_496
     found = [
@@ -363,17 +355,17 @@ def test_a_prediction_by_hand():
 
 
 @pytest.mark.parametrize('name', MESHES)
-def test_collectives_are_those_that_were_reviewed(name):
+def test_collectives_match_golden_files(name):
     file = GOLDEN / f'collectives_{name}.txt'
     renew = (
         f'python {" ".join(COMMAND)} --images_per_device=128 {MESHES[name]} --collectives > {file.relative_to(ROOT)}'
     )
     found = step_audit.collectives_table(report_of(name)['collectives']) + '\n'
-    assert found == (file.read_text() if file.exists() else ''), f'if this is meant, renew the file: {renew}'
+    assert found == (file.read_text() if file.exists() else ''), f'if the change is intended, renew the file: {renew}'
 
 
 @pytest.mark.slow
-def test_512_devices_in_a_minute():
+def test_512_devices_within_a_minute():
     start = time.monotonic()
     run = command('--mesh=data:256,model:2', '--images_per_device=128', '--json', '--bandwidth=1e11', '--flops=1e14')
     assert time.monotonic() - start < 60
@@ -399,37 +391,34 @@ def test_512_devices_in_a_minute():
 
 
 @pytest.mark.slow
-def test_text_for_a_reader():
+def test_text_report():
     run = command('--mesh=data:1,model:1', '--config.train.batch_size=8', '--bandwidth=1e11', '--flops=1e14')
     assert run.returncode == 0, run.stderr
-    assert 'layout towers on data 1 x model 1 = 1 device, batch 8: 8 images a device' in run.stdout
-    assert 'conv2  27x27x256          307,456    0.5%     223,948,800   30.9%' in run.stdout
+    row = next(line.split() for line in run.stdout.splitlines() if line.startswith('conv2 '))
+    assert row == ['conv2', '27x27x256', '307,456', '0.5%', '223,948,800', '30.9%']
+    assert 'batch 8' in run.stdout
     assert '100.0% efficiency' in run.stdout
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'reason'),
+    ('arguments', 'pattern'),
     [
-        ('--mesh=data:3,model:2', 'config.train.batch_size: 128 is not divisible by mesh.data=3; the nearest is 129'),
-        ('--mesh=data:4,model:3', 'config.mesh.model: 3 does not divide model.towers=2; the nearest is 2'),
-        ('--mesh=data:4,model:2 --config.mesh.layout=data', "config.mesh.model: 2 with mesh.layout='data'"),
-        ('--mesh=data=4', "--mesh: 'data=4' is no mesh; write for example --mesh=data:64,model:2"),
-        ('--mesh=data:4096 --images_per_device=1', 'config.mesh: 4096 devices; at most 2048 can be simulated'),
-        ('--images_per_device=0', 'flag --images_per_device=0: 0 is not a positive integer'),
-        ('--bandwidth=1e9', '--bandwidth and --flops: a prediction needs both'),
-        ('--bandwidth=1e9 --flops=0', '--bandwidth=1e+09 --flops=0: speeds are above 0'),
-        ('--config.mesh.modle=2', 'config.mesh.modle: no such field; the nearest is config.mesh.model'),
+        ('--mesh=data:3,model:2', 'config.train.batch_size: 128 .*mesh.data=3.*129'),
+        ('--mesh=data:4,model:3', 'config.mesh.model: 3 .*model.towers=2'),
+        ('--mesh=data:4,model:2 --config.mesh.layout=data', "config.mesh.model: 2 .*mesh.layout='data'"),
+        ('--mesh=data=4', "--mesh: 'data=4' .*--mesh=data:64,model:2"),
+        ('--mesh=data:4096 --images_per_device=1', 'config.mesh: 4096 .*2048'),
+        ('--images_per_device=0', '.*--images_per_device=0'),
+        ('--bandwidth=1e9', '--bandwidth.*--flops'),
+        ('--bandwidth=1e9 --flops=0', '--bandwidth=1e[+]09 --flops=0: .*0'),
+        ('--config.mesh.modle=2', 'config.mesh.modle: .*config.mesh.model'),
     ],
 )
-def test_wrong_flags_are_refused_in_one_line(arguments, reason):
-    run = command(*arguments.split())
-    assert run.returncode == 2
-    assert run.stdout == ''
-    assert run.stderr.startswith('alexnet_jax: ' + reason)
-    assert run.stderr.count('\n') == 1
+def test_invalid_flags_are_rejected(arguments, pattern):
+    assert re.match(pattern, usage_error(command(*arguments.split())))
 
 
-def test_without_a_mesh_the_devices_are_those_to_be_simulated(monkeypatch):
+def test_default_mesh_uses_simulated_devices(monkeypatch):
     settings = config.default_config()
     settings.mesh.model = 2
     monkeypatch.setenv('JAX_NUM_CPU_DEVICES', '8')

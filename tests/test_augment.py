@@ -1,4 +1,4 @@
-"""Augmentation and the ten views against NumPy, with the very random numbers that the keys give; their statistics."""
+"""Augmentation and the ten views against NumPy with the same random numbers, and the statistics of the noise."""
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ def data_config(**fields):
 
 
 def statistics():
-    """Of a training set, made up; the eigenvectors are a rotation without symmetry, in columns."""
+    """Returns invented training-set statistics; the eigenvectors, in columns, are a rotation without symmetry."""
     rng = np.random.default_rng(0)
     return {
         'mean_image': rng.uniform(90, 140, (SIZE, SIZE, 3)),
@@ -44,7 +44,7 @@ def augmented(images, keys, config, parts=None, crop_keys=None):
 
 
 def augmented_in_numpy(images, keys, config, figures=None, crop_keys=None):
-    """One image after the other; only the random numbers come from JAX."""
+    """Augments one image after the other; only the random numbers come from JAX."""
     figures = figures or statistics()
     far = SIZE - CROP
     result = []
@@ -78,7 +78,7 @@ def augmented_in_numpy(images, keys, config, figures=None, crop_keys=None):
         ('paper', [40, 160, 1440]),
     ],
 )
-def test_color_by_hand(color, strengths):
+def test_color_matrix_by_hand(color, strengths):
     # A rotation about the last axis by 36.87 degrees.
     figures = statistics() | {'eigenvectors': np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]])}
     a, b, c = strengths
@@ -107,7 +107,7 @@ def test_means_by_hand():
 
 @pytest.mark.parametrize('mean', ['image', 'channel', 'none'])
 @pytest.mark.parametrize(('crop', 'flip'), [(True, True), (False, True), (True, False), (False, False)])
-def test_windows_and_reflections_are_exact(crop, flip, mean):
+def test_crops_and_flips_match_numpy(crop, flip, mean):
     config = data_config(crop=crop, flip=flip, mean=mean, color='none')
     keys = keys_of(BATCH)
     ours = augmented(random_images(), keys, config)
@@ -117,7 +117,7 @@ def test_windows_and_reflections_are_exact(crop, flip, mean):
 
 @pytest.mark.parametrize('color', ['original', 'fb', 'paper'])
 @pytest.mark.parametrize('mean', ['image', 'none'])
-def test_color_noise(color, mean):
+def test_color_noise_matches_numpy(color, mean):
     config = data_config(color=color, mean=mean)
     keys = keys_of(BATCH)
     ours = augmented(random_images(), keys, config)
@@ -126,7 +126,7 @@ def test_color_noise(color, mean):
 
 
 @pytest.mark.parametrize('color', ['original', 'fb'])
-def test_one_channel(color):
+def test_one_channel_matches_numpy(color):
     config, keys = data_config(color=color), keys_of(BATCH)
     figures = {
         'mean_image': statistics()['mean_image'][..., :1],
@@ -141,8 +141,8 @@ def test_one_channel(color):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-7 * np.abs(expected).max())
 
 
-def test_images_that_share_a_window_key_have_their_own_noise():
-    """crop_group_size: windows and reflections by the key of the chunk, noise by that of the image."""
+def test_shared_crop_key_keeps_noise_per_image():
+    """With crop_group_size, a group shares the key of crop and flip; every image has its own key for the noise."""
     config, keys = data_config(), keys_of(BATCH)
     shared = example_keys(0, np.arange(BATCH, dtype=np.uint32) // 3, 1)
     ours = augmented(random_images(), keys, config, crop_keys=shared)
@@ -150,7 +150,7 @@ def test_images_that_share_a_window_key_have_their_own_noise():
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-7 * np.abs(expected).max())
 
 
-def test_without_color_nothing_is_added_and_nothing_divided():
+def test_disable_color_adds_and_divides_nothing():
     config, keys = data_config(color='original'), keys_of(BATCH)
     ours = augmented(
         random_images(), keys, config, disable_color_augmentation(make_preprocess_params(statistics(), config))
@@ -159,7 +159,7 @@ def test_without_color_nothing_is_added_and_nothing_divided():
 
 
 @pytest.mark.slow
-def test_an_image_does_not_depend_on_its_batch():
+def test_augmentation_does_not_depend_on_the_batch():
     config = data_config()
     images, keys = random_images(), keys_of(BATCH)
     whole = augmented(images, keys, config)
@@ -169,23 +169,23 @@ def test_an_image_does_not_depend_on_its_batch():
     np.testing.assert_array_equal(augmented(images[order], keys[order], config), whole[order])
 
 
-def test_keys_depend_on_the_number_alone():
+def test_keys_depend_on_seed_purpose_and_example_id():
     keys = jax.random.key_data(keys_of(8))
     numbers = np.array([5, 2], np.uint32)
     np.testing.assert_array_equal(jax.random.key_data(example_keys(0, numbers, 1)), keys[numbers])
     others = [keys_of(8, seed=1), keys_of(8, purpose=2), example_keys(0, np.arange(8, 16, dtype=np.uint32), 1)]
     every = np.concatenate([keys, *map(jax.random.key_data, others)])
-    assert len({tuple(row) for row in every.tolist()}) == 32  # seed, purpose and number each make another key
+    assert len({tuple(row) for row in every.tolist()}) == 32  # Seed, purpose and example id each change the key.
 
 
 def positions(count):
-    """Images whose red is the row and whose green is the column of a pixel."""
+    """Returns images whose red channel is the row and whose green channel is the column of a pixel."""
     image = np.zeros((SIZE, SIZE, 3), np.uint8)
     image[..., 0], image[..., 1] = np.indices((SIZE, SIZE))
     return np.broadcast_to(image, (count, SIZE, SIZE, 3))
 
 
-def test_windows_and_reflections_are_uniform():
+def test_crops_and_flips_are_uniform():
     count, far = 4000, SIZE - CROP
     x = augmented(positions(count), keys_of(count), data_config(color='none', mean='none'))
     top, left = x[:, 0, 0, 0].astype(int), x[:, 0, :, 1].min(1).astype(int)
@@ -194,7 +194,7 @@ def test_windows_and_reflections_are_uniform():
     errors = 4 * np.sqrt(share * (1 - share) / count)  # four standard errors
     for offset in (top, left):
         shares = np.bincount(offset) / count
-        assert len(shares) == far + 1  # from 0 to the last, which is included
+        assert len(shares) == far + 1  # The last offset is included.
         assert np.abs(shares - share).max() < errors
     assert len(set(zip(top, left, strict=True))) == (far + 1) ** 2
     assert abs(flipped.mean() - 0.5) < 4 * 0.5 / np.sqrt(count)
@@ -202,10 +202,10 @@ def test_windows_and_reflections_are_uniform():
         assert abs(np.corrcoef(a, b)[0, 1]) < 4 / np.sqrt(count)
 
 
-# Standard deviations of ImageNet's RGB values as the original program had them, and the noise along the first axis in
-# grey levels: .1 * 121.78 / 1.1, .1 * 121.78**2 / 255 and .1 * 121.78**2.
+# Standard deviations of ImageNet's RGB values in the original program, and of the noise along the first axis, in gray
+# levels: .1 * 121.78 / 1.1, .1 * 121.78**2 / 255 and .1 * 121.78**2.
 @pytest.mark.parametrize(('color', 'deviation'), [('original', 11.07), ('fb', 5.816), ('paper', 1483.0)])
-def test_strength_of_the_noise(color, deviation):
+def test_noise_standard_deviation(color, deviation):
     count = 4000
     config = data_config(color=color, mean='none', crop=False, flip=False, crop_size=1)
     figures = statistics() | {'eigenvalues': np.array([19.72, 37.09, 121.78]) ** 2}
@@ -218,15 +218,15 @@ def test_strength_of_the_noise(color, deviation):
     assert np.abs(correlations).max() < error
 
 
-def test_noise_is_one_color_an_image():
+def test_noise_is_one_color_per_image():
     config = data_config(mean='none', crop=False, flip=False)
     x = augmented(np.zeros((2, SIZE, SIZE, 3), np.uint8), keys_of(2), config)
     np.testing.assert_array_equal(x, np.broadcast_to(x[:, :1, :1], x.shape))
     assert np.abs(x[0] - x[1]).min() > 0.1
 
 
-@pytest.mark.parametrize('crop', [CROP, CROP + 1])  # an odd rest: the centre is rounded up and to the left
-def test_ten_views(crop):
+@pytest.mark.parametrize('crop', [CROP, CROP + 1])  # With an odd margin the center is rounded up and to the left.
+def test_ten_views_match_numpy(crop):
     images = random_images()
     config = data_config(crop_size=crop)
     parts = make_preprocess_params(statistics(), config)
@@ -239,15 +239,15 @@ def test_ten_views(crop):
     one = jax.jit(lambda index: eval_crop(images, parts, config, index))
     for index in range(10):
         np.testing.assert_array_equal(one(index), expected[index], strict=True)
-    np.testing.assert_array_equal(eval_crop(images, parts, config, 7), expected[7])  # an index that is not traced
+    np.testing.assert_array_equal(eval_crop(images, parts, config, 7), expected[7])  # The index is not traced.
 
 
-def test_centre_of_the_mean_in_every_window():
+def test_mean_crop_center_in_every_crop():
     config = data_config(mean_crop='center', color='none')
     images, keys = np.concatenate([random_images(), np.zeros_like(random_images())]), keys_of(2 * BATCH)
     ours = augmented(images, keys, config)
     np.testing.assert_array_equal(ours, augmented_in_numpy(images, keys, config))
-    # Images of zeros show it: the same for all windows, reflected or not.
+    # Images of zeros give the negative mean: the same for every crop, flipped or not.
     middle = statistics()['mean_image'].astype(np.float32)[3:17, 3:17]
     assert {x.tobytes() for x in -ours[BATCH:]} == {middle.tobytes(), middle[:, ::-1].tobytes()}
 
@@ -255,8 +255,8 @@ def test_centre_of_the_mean_in_every_window():
 DIVISORS = [(1.0,), (58.0,), (58.4, 57.1, 57.4)]
 
 
-def test_divisor():
-    """Of what is left after noise and 1.1; and after disable_color_augmentation() of the window less its mean."""
+def test_std_divides_after_noise():
+    """std divides after the noise and the divisor 1.1; without color augmentation, it divides the centered crop."""
     keys, images = keys_of(BATCH), random_images()
     train = jax.jit(lambda images, parts: augment(images, keys, keys, parts, data_config(color='original')))
     plain = make_preprocess_params(statistics(), data_config(color='original'))
@@ -276,7 +276,7 @@ def test_divisor():
         np.testing.assert_allclose(ours, expected, rtol=0, atol=4e-7 * np.abs(expected).max())
 
 
-def test_divisor_by_hand():
+def test_std_by_hand():
     figures = {'mean_image': np.full((1, 1, 3), 100.0), 'mean_rgb': np.full(3, 90.0)}
     figures |= {'eigenvalues': np.zeros(3), 'eigenvectors': np.eye(3)}
     image = np.array([[[[144, 122, 56]]]], np.uint8)
@@ -284,12 +284,12 @@ def test_divisor_by_hand():
     parts = make_preprocess_params(figures, config)
     np.testing.assert_allclose(eval_crop(image, parts, config, 0)[0, 0, 0], [22, 5.5, -8.8], rtol=1e-6)
     ours = augmented(image, keys_of(1), config, parts)[0, 0, 0]
-    np.testing.assert_allclose(ours, [20, 5, -8], rtol=1e-6)  # and by 1.1
+    np.testing.assert_allclose(ours, [20, 5, -8], rtol=1e-6)  # also divided by 1.1
 
 
 @pytest.mark.parametrize('crop', [CROP, CROP + 1])
 @pytest.mark.parametrize('divisor', DIVISORS)
-def test_ten_views_less_the_centre_of_the_mean_by_the_divisor(crop, divisor):
+def test_ten_views_with_centered_mean_and_std(crop, divisor):
     images, mean = random_images(), statistics()['mean_image'].astype(np.float32)
     config = data_config(crop_size=crop, mean_crop='center', std=divisor)
     parts = make_preprocess_params(statistics(), config)

@@ -1,6 +1,6 @@
-"""Weights from elsewhere: logits against PyTorch's own and against Caffe's layers in NumPy; and what is refused.
+"""Imported weights: logits against PyTorch and against the layers of Caffe in NumPy, and what is rejected.
 
-The files of fixtures/ are real torch's, see fixtures/make_torch_fixture.py.
+PyTorch wrote the files of fixtures/, see fixtures/make_torch_fixture.py.
 """
 
 import io
@@ -9,7 +9,6 @@ import os
 import re
 import struct
 import subprocess
-import sys
 import types
 import zipfile
 from pathlib import Path
@@ -19,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from fixtures.make_torch_fixture import CLASSES, WIDTHS, pictures
+from helpers import run_command, usage_error
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -29,7 +29,6 @@ from alexnet_jax.inference import trained_model
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.training.eval_step import make_activation_fn
 
-ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / 'fixtures'
 TORCH = np.load(FIXTURES / 'torch_expected.npz')
 CAFFE_WIDTHS = (8, 12, 8, 12, 8, 10, 9, 7)
@@ -55,19 +54,17 @@ def state_dict() -> dict[str, np.ndarray]:
 
 
 def command(*arguments) -> subprocess.CompletedProcess:
-    settings = {**os.environ, 'JAX_NUM_CPU_DEVICES': '1'}
-    call = [sys.executable, '-m', 'alexnet_jax.convert', *map(str, arguments)]
-    return subprocess.run(call, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300)
+    return run_command('-m', 'alexnet_jax.convert', *arguments)
 
 
 # PyTorch
 
 
 @pytest.mark.parametrize('name', ['torchvision_zip', 'torchvision_legacy', 'training', 'hub'])
-def test_logits_are_those_of_torch(name, tmp_path):
+def test_logits_match_torch(name, tmp_path):
     path = FIXTURES / f'{name}.pth'
     if name == 'hub':
-        path = tmp_path / 'model'  # the content tells, not the ending
+        path = tmp_path / 'model'  # The content identifies the format, not the name.
         save_file({f'model.{key}': array.copy() for key, array in state_dict().items()}, path, {'format': 'pt'})
     network = network_of(path, tmp_path / 'run')
     expected = TORCH['logits_half' if name == 'training' else 'logits']
@@ -80,8 +77,8 @@ def test_logits_are_those_of_torch(name, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['views', 'views_legacy'])
-def test_tensors_that_share_storages(name):
-    """Strides, offsets, expanded axes, empty and single numbers, types; all of them as torch has them."""
+def test_torch_tensors_that_share_storage(name):
+    """Strides, offsets, expanded axes, empty tensors, single numbers and types match torch."""
     tensors = torch_file.read(str(FIXTURES / f'{name}.pth'))
     assert tensors.keys() == set(TORCH.files) - {'logits', 'logits_half'}
     for key, array in tensors.items():
@@ -93,8 +90,8 @@ def test_tensors_that_share_storages(name):
     assert np.shares_memory(tensors['whole'], tensors['part'])
 
 
-def test_other_ways_of_saving(tmp_path):
-    """Without checksums, as torch does when told to; and names that torch.compile and DataParallel leave together."""
+def test_torch_files_without_checksums_or_with_wrappers(tmp_path):
+    """Files without checksums, and the names that torch.compile and DataParallel produce."""
     content = bytearray((FIXTURES / 'torchvision_zip.pth').read_bytes())
     for entry in zipfile.ZipFile(io.BytesIO(content)).infolist():
         written = struct.pack('<I', entry.CRC)
@@ -119,7 +116,7 @@ def test_other_ways_of_saving(tmp_path):
     ('preset', 'form', 'mean_form'),
     [('caffe', 'old', 'binaryproto'), ('caffenet', 'new', 'npy'), ('caffe', 'double', 'numbers')],
 )
-def test_logits_are_those_of_caffes_layers(preset, form, mean_form, tmp_path):
+def test_logits_match_caffe_layers(preset, form, mean_form, tmp_path):
     generator = np.random.default_rng(5)
     layers = caffe_files.random_layers(generator, CAFFE_WIDTHS)
     name = {'caffe': 'AlexNet', 'caffenet': 'CaffeNet'}[preset]
@@ -151,7 +148,7 @@ def test_logits_are_those_of_caffes_layers(preset, form, mean_form, tmp_path):
     inputs = images.transpose(0, 3, 1, 2)[:, ::-1].astype(np.float64) - mean
     inputs = inputs[:, :, 14:241, 14:241]
     expected = caffe_files.logits(layers, inputs, pool_first=preset == 'caffenet')
-    assert np.ptp(expected, 0).min() > 0.05  # pictures matter
+    assert np.ptp(expected, 0).min() > 0.05  # The logits depend on the image.
     np.testing.assert_allclose(logits(network, images), expected, atol=1e-4, rtol=0)
 
 
@@ -162,8 +159,8 @@ def caffemodel(folder: Path, name: str = 'AlexNet', **changes) -> Path:
     return path
 
 
-def test_means(tmp_path):
-    """What --mean takes, and what it does not."""
+def test_read_mean_formats(tmp_path):
+    """Formats that --mean accepts and rejects."""
     np.testing.assert_array_equal(importer.read_mean('1,2.5,-3', 'caffe'), [1, 2.5, -3])
     np.testing.assert_allclose(
         importer.read_mean(None, 'torchvision'), 255 * np.array([0.485, 0.456, 0.406]), rtol=1e-12
@@ -178,15 +175,15 @@ def test_means(tmp_path):
     np.save(tmp_path / 'pixel.npy', array[:, 0, 0])
     np.testing.assert_array_equal(importer.read_mean(str(tmp_path / 'pixel.npy'), 'caffe'), array[::-1, 0, 0])
     refused = {
-        None: 'not in the file; give --mean=FILE',
-        '1,2': 'not three numbers',
+        None: '--mean=FILE',
+        '1,2': 'three numbers',
         '1,2,inf,': 'No such file',
-        '1,2,': 'not three numbers',
+        '1,2,': 'three numbers',
         str(tmp_path / 'none'): 'No such file',
         str(tmp_path): 'Is a directory',
     }
     others = {
-        'grey': array[:1],
+        'gray': array[:1],
         'wide': array[:, :3],
         'small': array[:, 1:, 1:],
         'nan': array * np.nan,
@@ -197,16 +194,16 @@ def test_means(tmp_path):
         wanted = 'floating-point' if name in ('nan', 'whole') else re.escape(str(other.shape))
         refused[str(tmp_path / f'{name}.npy')] = wanted
     np.save(tmp_path / 'objects.npy', np.array([{}], object), allow_pickle=True)
-    refused[str(tmp_path / 'objects.npy')] = 'one of Python objects'
+    refused[str(tmp_path / 'objects.npy')] = 'objects'
     path.write_bytes(caffe_files.old_blob(array)[:-1])
-    refused[str(path)] = 'cut off or damaged'
+    refused[str(path)] = str(path)
     for text, reason in refused.items():
         with pytest.raises(ConfigError, match=reason):
             importer.read_mean(text, 'caffe')
 
 
-def test_statistics_of_a_mean_image(tmp_path):
-    """The mean image goes into the run, a smaller one with smaller pictures, and mean_rgb is its mean."""
+def test_mean_image_becomes_statistics(tmp_path):
+    """The run gets the mean image, its size, and its mean as mean_rgb."""
     mean = np.random.default_rng(0).uniform(0, 255, (3, 230, 230)).astype(np.float32)
     np.save(tmp_path / 'mean.npy', mean)
     network = network_of(caffemodel(tmp_path), tmp_path / 'run', mean=str(tmp_path / 'mean.npy'))
@@ -216,11 +213,11 @@ def test_statistics_of_a_mean_image(tmp_path):
     np.testing.assert_array_equal(network.preprocessing['color'], np.zeros((3, 3)))
 
 
-# What does not fit
+# Files that do not fit
 
 
-def fits_not(tensors: dict[str, np.ndarray], folder: Path, preset: str | None = None) -> str:
-    """What is said of a .safetensors with these arrays; nothing is left behind."""
+def import_error(tensors: dict[str, np.ndarray], folder: Path, preset: str | None = None) -> str:
+    """Returns the error of importing a .safetensors file with these arrays; the import leaves no files."""
     path = folder / 'weights'
     save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, path)
     with pytest.raises(FormatError) as error:
@@ -229,67 +226,64 @@ def fits_not(tensors: dict[str, np.ndarray], folder: Path, preset: str | None = 
     return str(error.value)
 
 
-def test_names_and_shapes_that_do_not_fit(tmp_path):
+def test_torch_names_and_shapes_that_do_not_fit(tmp_path):
     state = {name: array.copy() for name, array in state_dict().items()}
     conv2, fc6 = 'features.3.weight', 'classifier.1.weight'
 
-    def said(changes, **flags):
+    def error_of(changes, **flags):
         arrays = {name: array for name, array in (state | changes).items() if array is not None}
-        return fits_not(arrays, tmp_path, **flags)
+        return import_error(arrays, tmp_path, **flags)
 
-    assert said({'classifier.6.bias': None}) == 'it lacks classifier.6.bias'
-    assert said({'features.12.weight': state[conv2]}) == 'it has features.12.weight, which no layer of AlexNet has'
-    renamed = said({conv2: None, 'features.4.weight': state[conv2]})
-    assert renamed == 'it lacks features.3.weight; it has features.4.weight, which no layer of AlexNet has'
-    many = said({name: None for name in state if name.startswith('features')})
-    assert many == 'it lacks features.0.bias, features.0.weight, features.10.bias and 7 more'
-    start = 'it does not fit the preset torchvision: '
-    assert said({conv2: state[conv2].swapaxes(0, 1)}) == (
-        f'{start}{conv2} has the shape (4, 6, 5, 5), the same axes in another order; (6, 4, 5, 5) is wanted'
-    )
-    assert (
-        said({conv2: state[conv2][:, :, :3, :3]})
-        == f'{start}{conv2} has the shape (6, 4, 3, 3); (6, 4, 5, 5) is wanted'
-    )
-    assert said({fc6: state[fc6][:, :-36]}) == f'{start}{fc6} has the shape (8, 108); (8, 144) is wanted'
-    assert said({'classifier.4.bias': state['classifier.4.bias'][None]}).endswith('the shape (1, 8); (8,) is wanted')
+    def check(text, *words):
+        for word in words:
+            assert word in text, (word, text)
+
+    check(error_of({'classifier.6.bias': None}), 'lacks classifier.6.bias')
+    check(error_of({'features.12.weight': state[conv2]}), 'features.12.weight')
+    check(error_of({conv2: None, 'features.4.weight': state[conv2]}), 'lacks features.3.weight', 'features.4.weight')
+    many = error_of({name: None for name in state if name.startswith('features')})
+    check(many, 'features.0.bias, features.0.weight, features.10.bias', '7 more')
+    check(error_of({conv2: state[conv2].swapaxes(0, 1)}), 'torchvision', conv2, '(4, 6, 5, 5)', 'order', '(6, 4, 5, 5)')
+    check(error_of({conv2: state[conv2][:, :, :3, :3]}), conv2, '(6, 4, 3, 3)', '(6, 4, 5, 5)')
+    check(error_of({fc6: state[fc6][:, :-36]}), fc6, '(8, 108)', '(8, 144)')
+    check(error_of({'classifier.4.bias': state['classifier.4.bias'][None]}), '(1, 8)', '(8,)')
     state_with_nan = state[fc6].copy()
     state_with_nan[1, 2:4] = np.nan, np.inf
-    assert said({fc6: state_with_nan}) == f'{start}{fc6} has 2 numbers of 1152 that are not finite in float32'
-    assert 'has 1 numbers of 5' in said({'classifier.6.bias': np.array([1e300, 0, 0, 0, 0])})
-    assert 'has int8 numbers' in said({'classifier.6.weight': state['classifier.6.weight'].astype(np.int8)})
-    assert 'features.3.weight has the shape (6, 4, 5, 5); (6, 2, 5, 5) is wanted' in said({}, preset='caffe')
-    narrow = said({'features.0.bias': state['features.0.bias'][:3]}, preset='caffe')
-    assert narrow.startswith('it does not fit the preset caffe: config.model.widths (conv1): 3 is not divisible')
+    check(error_of({fc6: state_with_nan}), fc6, '2 ', '1152', 'finite')
+    check(error_of({'classifier.6.bias': np.array([1e300, 0, 0, 0, 0])}), '1 ', '5')
+    check(error_of({'classifier.6.weight': state['classifier.6.weight'].astype(np.int8)}), 'int8')
+    check(error_of({}, preset='caffe'), 'features.3.weight', '(6, 4, 5, 5)', '(6, 2, 5, 5)')
+    narrow = error_of({'features.0.bias': state['features.0.bias'][:3]}, preset='caffe')
+    check(narrow, 'preset caffe', 'config.model.widths (conv1): 3')
 
 
 def test_layers_of_caffe_that_do_not_fit(tmp_path):
     layers = caffe_files.random_layers(np.random.default_rng(0), CAFFE_WIDTHS)
     kernel, bias = layers['conv2']
 
-    def said(**changes):
+    def error_of(**changes):
         with pytest.raises(FormatError) as error:
             import_file(caffemodel(tmp_path, **changes), tmp_path / 'run', mean='1,2,3')
         return str(error.value)
 
-    assert said(conv2=[kernel]) == 'conv2 has 1 blobs; kernel and bias are wanted'
-    assert said(conv2=[]) == 'it lacks conv2'
-    assert said(fc9=layers['fc8']) == 'it has fc9, which no layer of AlexNet has'
+    assert 'conv2 has 1 blob' in error_of(conv2=[kernel])
+    assert 'lacks conv2' in error_of(conv2=[])
+    assert 'fc9' in error_of(fc9=layers['fc8'])
     whole = np.concatenate([kernel, kernel], 1)
-    assert 'conv2 (kernel) has the shape (12, 8, 5, 5); (12, 4, 5, 5) is wanted' in said(conv2=[whole, bias])
-    with pytest.raises(ConfigError, match=r"of the name 'Mine'.*--preset=caffe"):
+    assert re.search(r'conv2 .*\(12, 8, 5, 5\).*\(12, 4, 5, 5\)', error_of(conv2=[whole, bias]))
+    with pytest.raises(ConfigError, match=r"'Mine'.*--preset=caffe"):
         import_file(caffemodel(tmp_path, name='Mine'), tmp_path / 'run', mean='1,2,3')
-    with pytest.raises(ConfigError, match=r'--mean: which.*preset caffenet'):
+    with pytest.raises(ConfigError, match=r'--mean: .*caffenet'):
         import_file(caffemodel(tmp_path, name='Mine'), tmp_path / 'run', preset='caffenet')
     shape = caffe_files.content(7, caffe_files.content(1, b'\x0c'))
     damaged = caffemodel(tmp_path).read_bytes().replace(shape, shape[:-1] + b'\x0d', 1)
     (tmp_path / 'damaged').write_bytes(damaged)
-    with pytest.raises(FormatError, match=r'damaged: conv2 has a blob of shape \(13,\) with 48 bytes'):
+    with pytest.raises(FormatError, match=r'conv2 .*\(13,\) .*48 bytes'):
         import_file(tmp_path / 'damaged', tmp_path / 'run', mean='1,2,3')
     assert not (tmp_path / 'run').exists()
 
 
-def test_names_of_classes(tmp_path):
+def test_class_names_flag(tmp_path):
     ids = importer.class_names(None, 1000)
     assert (len(set(ids)), ids[0], ids[999], ids == sorted(ids)) == (1000, 'n01440764', 'n15075141', True)
     assert importer.class_names(None, 3) == ['class 0', 'class 1', 'class 2']
@@ -298,11 +292,7 @@ def test_names_of_classes(tmp_path):
     assert importer.class_names(str(path), 3) == ['n02012849 crane', 'tench, Tinca tinca', 'n03126707 crane']
     path.write_bytes('Löwe \r\nHund\r\n'.encode())
     assert importer.class_names(str(path), 2) == ['Löwe', 'Hund']
-    refused = {
-        b'a\nb\nc': '3 names; the network has 2 classes',
-        b'a\na\n': "'a' is there twice",
-        b'\xff\n': 'not UTF-8',
-    }
+    refused = {b'a\nb\nc': '3 names.*2 classes', b'a\na\n': "'a'", b'\xff\n': '.*UTF-8'}
     for content, reason in refused.items():
         path.write_bytes(content)
         with pytest.raises(ConfigError, match=f'^--class_names={path}: {reason}'):
@@ -311,11 +301,11 @@ def test_names_of_classes(tmp_path):
         importer.class_names(str(tmp_path / 'none'), 2)
 
 
-# This project's own files
+# Native files
 
 
 def own_file(path: Path, **changes) -> tuple[dict, dict]:
-    """A file as the export writes it, of a network with batch normalisation; returns its arrays and settings."""
+    """Writes a file like the export, of a network with batch normalization; returns its arrays and configuration."""
     config = default_config()
     config.model.preset = 'bn_lars'
     small = {'model.widths': (4, 6, 4, 6, 4, 5, 4), 'model.num_classes': 3, 'data.image_size': 70, 'data.crop_size': 67}
@@ -356,8 +346,8 @@ def own_file(path: Path, **changes) -> tuple[dict, dict]:
     return arrays, settings
 
 
-def test_own_files(tmp_path):
-    """All numbers, settings and names come back."""
+def test_native_files_round_trip(tmp_path):
+    """An import returns all numbers, the configuration and the class names."""
     path = tmp_path / 'own.safetensors'
     arrays, settings = own_file(path)
     network = network_of(path, tmp_path / 'run')
@@ -376,11 +366,11 @@ def test_own_files(tmp_path):
     names.write_text('x\ny\nz')
     assert network_of(path, tmp_path / 'named', class_names=str(names)).class_names == ['x', 'y', 'z']
     for flag in ('mean', 'preset'):
-        with pytest.raises(ConfigError, match=f'^--{flag}: .* has its own'):
+        with pytest.raises(ConfigError, match=f'^--{flag}: '):
             import_file(path, tmp_path / 'other', **{flag: 'caffe'})
 
 
-def test_in_and_out_and_in_again(tmp_path):
+def test_export_and_reimport_keep_the_digest(tmp_path):
     network = network_of(FIXTURES / 'torchvision_legacy.pth', tmp_path / 'run')
     export.write(network, str(tmp_path / 'out.safetensors'))
     again = network_of(tmp_path / 'out.safetensors', tmp_path / 'again')
@@ -393,18 +383,18 @@ def test_in_and_out_and_in_again(tmp_path):
 @pytest.mark.parametrize(
     ('changes', 'reason'),
     [
-        ({'config': '{"model": {}}'}, 'its metadata cannot be used: config'),
-        ({'config': '[1'}, 'its metadata cannot be used'),
-        ({'class_names': '["ape"]'}, 'its metadata cannot be used: 1 names of 3 classes'),
-        ({'conv2_norm.var': np.ones(5, np.float32)}, r'conv2_norm.var has the shape \(5,\); \(6,\) is wanted'),
-        ({'statistics.mean_rgb': np.ones(1)}, r'statistics.mean_rgb has the shape \(1,\); \(3,\) is wanted'),
-        ({'conv5_norm.var': np.ones(4, np.float32)}, 'it has conv5_norm.var, which no layer of AlexNet has'),
-        ({'fc8.bias': np.full(3, np.nan, np.float32)}, 'fc8.bias has 3 numbers of 3 that are not finite'),
+        ({'config': '{"model": {}}'}, 'metadata .*config'),
+        ({'config': '[1'}, 'metadata'),
+        ({'class_names': '["ape"]'}, 'metadata .*1 .*3 classes'),
+        ({'conv2_norm.var': np.ones(5, np.float32)}, r'conv2_norm.var .*\(5,\).*\(6,\)'),
+        ({'statistics.mean_rgb': np.ones(1)}, r'statistics.mean_rgb .*\(1,\).*\(3,\)'),
+        ({'conv5_norm.var': np.ones(4, np.float32)}, 'conv5_norm.var'),
+        ({'fc8.bias': np.full(3, np.nan, np.float32)}, 'fc8.bias .*3 .*3 .*finite'),
     ],
 )
-def test_own_files_that_do_not_fit(changes, reason, tmp_path):
+def test_invalid_native_files_are_rejected(changes, reason, tmp_path):
     own_file(tmp_path / 'own', **changes)
-    with pytest.raises(FormatError, match=f'^{reason}'):
+    with pytest.raises(FormatError, match=reason):
         import_file(tmp_path / 'own', tmp_path / 'run')
     assert os.listdir(tmp_path) == ['own']
 
@@ -413,8 +403,8 @@ def test_own_files_that_do_not_fit(changes, reason, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path):
-    """What it makes is a run for other commands; what is there already is left alone."""
+def test_convert_command(tmp_path):
+    """The command writes a run for other commands, and does not change existing files."""
     source, run = FIXTURES / 'torchvision_legacy.pth', tmp_path / 'run'
     names = tmp_path / 'names'
     names.write_text('ape\nbee\ncat\ndog\neel')
@@ -430,19 +420,18 @@ def test_the_command(tmp_path):
         return {str(path): path.stat().st_mtime_ns for path in run.rglob('*')}
 
     before = traces()
-    again = command(source, run)
-    assert (again.returncode, again.stderr) == (2, f'alexnet_jax: {run} is there already; name a new folder\n')
+    assert str(run) in usage_error(command(source, run))
     assert traces() == before
     Image.new('RGB', (8, 8)).save(tmp_path / 'weights.pth', 'PNG')
     refusals = {
-        (source,): (2, 'where to?'),
-        (tmp_path / 'none.pth', tmp_path / 'new'): (2, 'no such file or folder'),
-        (run, tmp_path / 'out.safetensors', '--preset=caffe'): (2, '--preset: of no use'),
-        (run, tmp_path / 'out.pth'): (2, 'its ending must say what to write'),
-        (tmp_path / 'best', tmp_path / 'out.onnx'): (2, 'has no config.json'),
-        (caffemodel(tmp_path), tmp_path / 'new'): (2, '--mean: which?'),
-        (tmp_path / 'weights.pth', tmp_path / 'new'): (1, f'{tmp_path}/weights.pth: a picture; weights are wanted'),
-        (source, names / 'new'): (2, 'cannot be written'),
+        (source,): (2, 'alexnet_jax: '),
+        (tmp_path / 'none.pth', tmp_path / 'new'): (2, f'{tmp_path}/none.pth'),
+        (run, tmp_path / 'out.safetensors', '--preset=caffe'): (2, '--preset: '),
+        (run, tmp_path / 'out.pth'): (2, f'{tmp_path}/out.pth'),
+        (tmp_path / 'best', tmp_path / 'out.onnx'): (2, 'config.json'),
+        (caffemodel(tmp_path), tmp_path / 'new'): (2, '--mean: '),
+        (tmp_path / 'weights.pth', tmp_path / 'new'): (1, f'{tmp_path}/weights.pth: '),
+        (source, names / 'new'): (2, str(names / 'new')),
     }
     for arguments, (code, reason) in refusals.items():
         refused = command(*arguments)

@@ -1,4 +1,4 @@
-"""One program on every mesh and in every layout: same losses, checkpoints that move, just the collectives wanted."""
+"""Every mesh and layout trains alike: equal losses, checkpoints that move between meshes, expected collectives."""
 
 import dataclasses
 import functools
@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers import largest_file
 
 from alexnet_jax import augment, config, parallel
 from alexnet_jax.shapes import LAYERS
@@ -16,7 +17,7 @@ from alexnet_jax.training.eval_step import make_eval_step, make_layer_stats_fn, 
 from alexnet_jax.training.state import abstract_state, init_state
 from alexnet_jax.training.train_step import make_train_step
 
-# Machine code that is run for some steps or never need not be fast; what is done on which device is the same.
+# Compile faster. Optimization of machine code does not change what runs on which device.
 FAST = {'xla_backend_optimization_level': 0}
 MESHES = [(1, 1), (8, 1), (4, 2), (1, 2)]  # of the layout `towers`
 LAYOUTS = [('towers', 8, 1), ('towers', 4, 2), ('data', 8, 1), ('hybrid', 8, 1), ('hybrid', 4, 2), ('hybrid', 2, 4)]
@@ -76,7 +77,7 @@ def train(settings, steps: int):
 
 @functools.cache
 def ten_steps(layout: str, data: int, model: int, shard_optimizer: bool):
-    """Made when first asked for."""
+    """Trains ten steps, once for each combination of arguments."""
     mesh = {'layout': layout, 'shard_optimizer': shard_optimizer}
     return train(small_config(data, model, {'mesh': mesh}), 10)
 
@@ -88,17 +89,18 @@ def runs():
 
 
 @pytest.mark.slow
-def test_ten_steps_give_the_same_loss_on_every_mesh(runs):
+def test_ten_steps_have_equal_losses_on_every_mesh(runs):
     expected = runs[1, 1][2]
-    assert np.ptp(expected) > 0.05  # the network changes by more than the tolerance
+    assert np.ptp(expected) > 0.05  # The loss changes by more than the tolerance.
     for shape in MESHES:
         np.testing.assert_allclose(runs[shape][2], expected, rtol=2e-5, err_msg=str(shape))
+        assert runs[shape][3] == runs[1, 1][3]  # the digest of the initial state
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('shard_optimizer', [False, True])
 @pytest.mark.parametrize(('layout', 'data', 'model'), LAYOUTS)
-def test_every_layout_trains_as_one_device(layout, data, model, shard_optimizer):
+def test_every_layout_matches_one_device(layout, data, model, shard_optimizer):
     _, expected, losses, initial = ten_steps('towers', 1, 1, False)
     mesh, state, layout_losses, layout_initial = ten_steps(layout, data, model, shard_optimizer)
     assert mesh.size == 8
@@ -109,32 +111,32 @@ def test_every_layout_trains_as_one_device(layout, data, model, shard_optimizer)
         name = jax.tree_util.keystr(path)
         np.testing.assert_allclose(np.asarray(leaf), np.asarray(whole), rtol=1e-4, atol=2e-6, err_msg=name)
         moved = max(moved, float(np.abs(np.asarray(whole)).max()) if 'trace' in name else 0.0)
-    assert moved > 1e-3  # velocities are far larger than the tolerance
+    assert moved > 1e-3  # Velocities are far larger than the tolerance.
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ('data', 'model', 'layout', 'network', 'tolerance', 'kernel_tolerance'),
     [
-        (4, 2, 'towers', {'towers': 4}, 2e-5, 2e-5),  # two towers a device
-        (2, 4, 'hybrid', {'num_classes': 11}, 2e-5, 2e-5),  # cannot be split
-        # One device's velocities in bfloat16 are up to a fifth from its own in float32.
+        (4, 2, 'towers', {'towers': 4}, 2e-5, 2e-5),  # two towers per device
+        (2, 4, 'hybrid', {'num_classes': 11}, 2e-5, 2e-5),  # 11 classes cannot be sharded
+        # On one device, bfloat16 changes the velocities by up to a fifth.
         (4, 2, 'hybrid', {'dtype': 'bfloat16'}, 5e-4, 0.3),
     ],
     ids=['four towers', 'eleven classes', 'bfloat16'],
 )
-def test_other_networks_train_as_one_device(data, model, layout, network, tolerance, kernel_tolerance):
+def test_other_networks_match_one_device(data, model, layout, network, tolerance, kernel_tolerance):
     _, expected, losses, _ = train(small_config(1, 1, {'model': network}), 2)
     _, state, layout_losses, _ = train(small_config(data, model, {'mesh': {'layout': layout}, 'model': network}), 2)
     np.testing.assert_allclose(layout_losses, losses, rtol=tolerance)
     for (path, leaf), whole in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True):
         name = jax.tree_util.keystr(path)
-        if 'kernel' in name:  # biases of convolutions move by rounding alone
+        if 'kernel' in name:  # Convolution biases change only by rounding.
             difference = np.linalg.norm(np.asarray(leaf) - np.asarray(whole)) / np.linalg.norm(np.asarray(whole))
             assert difference < kernel_tolerance, name
 
 
-# What one device holds of kernels and biases of conv1..conv5, fc6..fc8 in the narrow network, by hand.
+# Shapes of the shards of kernels and biases of conv1..conv5, fc6..fc8 on one device, by hand.
 WHOLE_KERNELS = [(11, 11, 3, 16), (5, 5, 8, 32), (3, 3, 32, 32), (3, 3, 16, 32), (3, 3, 16, 32)]
 WHOLE_KERNELS += [(32, 64), (64, 64), (64, 10)]
 WHOLE_BIASES = [(16,), (32,), (32,), (32,), (32,), (64,), (64,), (10,)]
@@ -147,7 +149,7 @@ HELD = {
     ('hybrid', 4, 2): ([*WHOLE_KERNELS[:5], (16, 64), (32, 64), (32, 10)], [*WHOLE_BIASES[:5], (32,), (32,), (10,)]),
     ('hybrid', 2, 4): ([*WHOLE_KERNELS[:5], (8, 64), (16, 64), (16, 10)], [*WHOLE_BIASES[:5], (16,), (16,), (10,)]),
 }
-# And of their velocities where these are split over `data` too; biases are not.
+# The same for kernel velocities sharded over `data` too. Bias velocities are not.
 EIGHTHS = [(11, 11, 3, 2), (5, 5, 1, 32), (3, 3, 4, 32), (3, 3, 2, 32), (3, 3, 2, 32), (4, 64), (8, 64), (8, 10)]
 HELD_OF_VELOCITIES = {
     ('towers', 8, 1): EIGHTHS,
@@ -171,7 +173,7 @@ HELD_OF_VELOCITIES = {
 @pytest.mark.slow
 @pytest.mark.parametrize('shard_optimizer', [False, True])
 @pytest.mark.parametrize(('layout', 'data', 'model'), LAYOUTS)
-def test_every_leaf_lies_as_its_layout_says(layout, data, model, shard_optimizer):
+def test_shard_shapes_of_every_leaf_by_hand(layout, data, model, shard_optimizer):
     state = ten_steps(layout, data, model, shard_optimizer)[1]
     kernels, biases = HELD[layout, data, model]
     velocity_kernels = HELD_OF_VELOCITIES[layout, data, model] if shard_optimizer else kernels
@@ -195,38 +197,21 @@ def test_every_leaf_lies_as_its_layout_says(layout, data, model, shard_optimizer
 
 
 @pytest.mark.slow
-def test_gradients_travel_as_bfloat16_where_asked(runs):
+def test_grad_allreduce_dtype_bfloat16(runs):
     settings = small_config(4, 2, {'mesh': {'grad_allreduce_dtype': 'bfloat16'}})
     _, _, losses, _ = train(settings, 10)
     difference = np.abs(np.array(losses) - runs[1, 1][2])
     assert 1e-6 < difference.max() < 5e-3
     text = lowered_step(settings).as_text()
     summed = re.findall(r'"stablehlo.all_reduce".*?\}\) : \((\S+)\)', text, re.DOTALL)
-    # One a parameter and the metrics; only the gradients are rounded.
+    # One all-reduce per parameter and one for the metrics; only the gradients are in bfloat16.
     assert len(summed) == 17
     assert sum(kind.endswith('bf16>') for kind in summed) == 16
 
 
 @pytest.mark.slow
-def test_state_lies_as_the_design_says(runs):
-    state = runs[4, 2][1]
-    assert len(jax.devices()) == 8
-    kernel = state.params['conv2']['kernel']
-    assert kernel.shape == (5, 5, 8, 32)
-    assert {shard.data.shape for shard in kernel.addressable_shards} == {(5, 5, 8, 16)}
-    # One half of the outputs is one tower's kernels, whichever mesh computed them.
-    for leaf, whole in zip(jax.tree.leaves(state), jax.tree.leaves(runs[1, 1][1]), strict=True):
-        np.testing.assert_allclose(np.asarray(leaf), np.asarray(whole), rtol=1e-4, atol=2e-6)
-
-
-@pytest.mark.slow
-def test_initial_numbers_do_not_depend_on_the_mesh(runs):
-    assert len({runs[shape][3] for shape in MESHES}) == 1
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize('views', [1, 10])
-def test_evaluation_is_the_same_on_every_mesh(runs, views):
+def test_eval_sums_are_equal_on_every_mesh(runs, views):
     sums = []
     for shape in MESHES:
         settings = small_config(*shape)
@@ -243,7 +228,7 @@ def test_evaluation_is_the_same_on_every_mesh(runs, views):
 @pytest.mark.slow
 @pytest.mark.parametrize('views', [1, 10])
 @pytest.mark.parametrize('model', [2, 4])
-def test_hybrid_evaluates_as_one_device(runs, views, model):
+def test_hybrid_eval_matches_one_device(runs, views, model):
     rows = batch(99, small_config(1, 1))
     rows['label'][-3:] = -1
     state, sums = runs[1, 1][1], []
@@ -259,7 +244,7 @@ def test_hybrid_evaluates_as_one_device(runs, views, model):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_moves_between_meshes(runs, tmp_path):
+def test_checkpoint_moves_between_meshes(runs, tmp_path):
     checkpoints = Checkpointer(str(tmp_path), keep=1)
     state = runs[4, 2][1]
     checkpoints.save(state, {'step': 10}, error=0.5)
@@ -279,15 +264,15 @@ def test_a_checkpoint_moves_between_meshes(runs, tmp_path):
 
 
 def damage(checkpoint: Path) -> None:
-    """Flip one byte in the middle of the largest file, where numbers are."""
-    largest = max((checkpoint / 'state').rglob('*'), key=lambda path: path.is_file() * path.stat().st_size)
+    """Flips one byte in the middle of the largest file."""
+    largest = largest_file(checkpoint / 'state')
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 0xFF
     largest.write_bytes(content)
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(runs, tmp_path, capsys):
+def test_corrupt_checkpoint_falls_back_to_previous(runs, tmp_path, capsys):
     settings = small_config(1, 1)
     mesh, state = runs[1, 1][:2]
     abstract = abstract_state(settings, mesh)
@@ -299,16 +284,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(runs, tmp_p
     damage(tmp_path / '20')
     _, progress = checkpoints.restore(abstract)
     assert progress['step'] == 10
-    assert f'{tmp_path}/20 is damaged' in capsys.readouterr().err
-    assert sorted(path.name.split('-')[0] for path in tmp_path.iterdir()) == ['10', 'damaged']
+    assert f'{tmp_path}/20 ' in capsys.readouterr().err
+    kept, moved = sorted(path.name for path in tmp_path.iterdir())
+    assert (kept, moved.isdigit()) == ('10', False)
     checkpoints.save(dataclasses.replace(state, step=np.int32(20)), {'step': 20}, error=None)
     checkpoints.wait()
     assert checkpoints.restore(abstract)[1]['step'] == 20
 
-    # Where none can be read, nothing is moved and the run does not silently begin anew.
+    # If no checkpoint can be read, none is moved, and the run does not restart silently.
     damage(tmp_path / '10')
     damage(tmp_path / '20')
-    with pytest.raises(CheckpointError, match='no checkpoint can be read'):
+    with pytest.raises(CheckpointError, match='no checkpoint'):
         checkpoints.restore(abstract)
     assert checkpoints.manager.all_steps() == [10, 20]
     checkpoints.close()
@@ -330,7 +316,7 @@ def test_newest_and_best_checkpoints_are_kept(runs, tmp_path):
     again.close()
 
 
-def test_scores_that_are_not_numbers_count_as_errors():
+def test_nan_scores_count_as_errors():
     scores = np.full((2, 10), np.nan, np.float32)
     top1, top5 = topk_errors(jax.numpy.asarray(scores), jax.numpy.array([0, 3]))
     np.testing.assert_array_equal([top1, top5], np.ones((2, 2)))
@@ -340,7 +326,7 @@ def test_scores_that_are_not_numbers_count_as_errors():
 
 
 def collectives(hlo: str) -> dict[str, list[list[tuple[int, ...]]]]:
-    """Shapes that each kind of collective gives, one list an instruction."""
+    """Returns the output shapes of each kind of collective, one list per instruction."""
     found: dict[str, list[list[tuple[int, ...]]]] = {}
     kinds = 'all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast'
     for line in hlo.splitlines():
@@ -352,7 +338,7 @@ def collectives(hlo: str) -> dict[str, list[list[tuple[int, ...]]]]:
 
 
 def lowered_step(settings):
-    """The step traced from shapes alone."""
+    """Lowers the train step from shapes alone."""
     mesh = parallel.make_mesh(settings)
     struct, size, rows = jax.ShapeDtypeStruct, settings.data.image_size, settings.train.batch_size
     shapes = {
@@ -367,7 +353,7 @@ def lowered_step(settings):
 
 
 def compiled_step(data: int, model: int, batch_size: int, **mesh) -> str:
-    """HLO of the full `paper` step."""
+    """Returns the HLO of the full `paper` step."""
     settings = config.default_config()
     settings.mesh.update({'data': data, 'model': model, **mesh})
     settings.train.batch_size = settings.eval.batch_size = batch_size
@@ -375,16 +361,16 @@ def compiled_step(data: int, model: int, batch_size: int, **mesh) -> str:
 
 
 @pytest.mark.slow
-def test_towers_exchange_where_the_paper_does_and_nowhere_else():
+def test_towers_collectives_are_where_the_paper_has_them():
     hlo = compiled_step(4, 2, 512)
     found = collectives(hlo)
-    # Before conv3, fc6, fc7 and fc8, and the logits: so none inside conv2, conv4 and conv5. 128 images a device.
+    # Before conv3, fc6, fc7 and fc8, and for the logits, but not in conv2, conv4 and conv5. 128 images per device.
     gathered = [(128, 13, 13, 256), (128, 6, 6, 256), (128, 4096), (128, 4096), (128, 1000)]
     assert sorted(shape for [shape] in found.pop('all-gather')) == sorted(gathered)
-    # Their transposes: each device keeps its share of the channels.
+    # Their transposes: each device keeps its shard of the channels.
     scattered = [(*shape[:-1], shape[-1] // 2) for shape in gathered]
     assert sorted(shape for [shape] in found.pop('reduce-scatter')) == sorted(scattered)
-    # The gradients, half of them on each device of a pair, and the three numbers that are logged.
+    # The gradients, half of them on each device of a pair, and three metrics.
     gradients, metrics = sorted(found.pop('all-reduce'), key=len, reverse=True)
     assert sum(int(np.prod(shape)) for shape in gradients) == 60_965_224 // 2
     assert metrics == [(3,)]
@@ -395,10 +381,10 @@ def test_towers_exchange_where_the_paper_does_and_nowhere_else():
 
 
 @pytest.mark.slow
-def test_data_parallel_step_only_adds_up_gradients():
+def test_data_parallel_step_only_all_reduces_gradients():
     found = collectives(compiled_step(8, 1, 64))
     [summed] = found.pop('all-reduce')
-    assert sum(int(np.prod(shape)) for shape in summed) == 60_965_224 + 3  # gradients, and the numbers that are logged
+    assert sum(int(np.prod(shape)) for shape in summed) == 60_965_224 + 3  # gradients and three metrics
     assert not found
 
 
@@ -407,21 +393,21 @@ def numbers(shapes: list[tuple[int, ...]]) -> int:
 
 
 @pytest.mark.slow
-def test_hybrid_keeps_dense_gradients_within_data_and_swaps_shares_before_fc6():
-    hlo = compiled_step(4, 2, 1024, layout='hybrid')  # 128 images a device, 256 a pair
+def test_hybrid_collectives_by_hand():
+    hlo = compiled_step(4, 2, 1024, layout='hybrid')  # 128 images per device, 256 per pair
     found = collectives(hlo)
     # 128 x 9216 become 256 x 4608, and back.
     assert found.pop('all-to-all') == [[(128, 4608), (128, 4608)]] * 2
-    # fc6 and fc7 leave half the channels on each device, fc8 the images it began with; their transposes gather.
+    # fc6 and fc7 leave half the channels on each device, fc8 its own images; the transposes are all-gathers.
     assert sorted(shape for [shape] in found.pop('reduce-scatter')) == [(128, 1000), (256, 2048), (256, 2048)]
     gathered = sorted(shape for [shape] in found.pop('all-gather'))
-    assert gathered == [(256,), (256, 1000), (256, 4096), (256, 4096)]  # the first: numbers, for the dropout masks
+    assert gathered == [(256,), (256, 1000), (256, 4096), (256, 4096)]  # the first: example ids for the dropout masks
     dense, convolutions = sorted(found.pop('all-reduce'), key=numbers, reverse=True)
     # Halves of the three kernels and of two biases; all of conv1..conv5, fc8's bias and the three metrics.
     assert numbers(dense) == (9216 * 4096 + 4096 * 4096 + 4096 * 1000 + 4096 + 4096) // 2
     assert numbers(convolutions) == 2_334_080 + 1000 + 3
     assert not found
-    # Devices 2i and 2i + 1 are a row of `model`; from jaxlib 0.12 on the groups are written by axis.
+    # Devices 2i and 2i + 1 are a row of `model`. Since jaxlib 0.12 the groups are written by axis.
     [groups] = [
         re.search(r'replica_groups=(.*?), [a-z]', line)[1]
         for line in hlo.splitlines()
@@ -431,7 +417,7 @@ def test_hybrid_keeps_dense_gradients_within_data_and_swaps_shares_before_fc6():
 
 
 @pytest.mark.slow
-def test_a_split_update_scatters_gradients_and_gathers_weights():
+def test_sharded_optimizer_reduce_scatters_and_all_gathers():
     found = collectives(compiled_step(8, 1, 64, layout='data', shard_optimizer=True))
     assert numbers([shape for [shape] in found.pop('all-gather')]) == 60_965_224 - 10_568  # kernels, not biases
     assert numbers([shape for [shape] in found.pop('reduce-scatter')]) == (60_965_224 - 10_568) // 8
@@ -443,42 +429,42 @@ def test_a_split_update_scatters_gradients_and_gathers_weights():
 @pytest.mark.parametrize(
     ('data', 'model', 'settings', 'reason'),
     [
-        (1, 3, {'mesh': {'layout': 'hybrid'}}, r'mesh.model: 3 does not divide the 32 inputs of fc6; the nearest is 2'),
+        (1, 3, {'mesh': {'layout': 'hybrid'}}, r'mesh.model: 3 .*32 .*fc6.* 2\b'),
         (
             1,
             4,
             {'mesh': {'layout': 'hybrid'}, 'model': {'widths': (16, 32, 32, 32, 32, 66, 64)}},
-            r'widths \(fc6\): 66 is not divisible by mesh.model=4; the nearest is 64',
+            r'widths \(fc6\): 66 .*mesh.model=4.* 64\b',
         ),
-        (1, 3, {}, r'mesh.model: 3 does not divide model.towers=2; the nearest is 2'),
+        (1, 3, {}, r'mesh.model: 3 .*model.towers=2.* 2\b'),
         (2, 2, {'mesh': {'layout': 'data'}}, r"mesh.model: 2 with mesh.layout='data'"),
         (
             4,
             2,
             {'mesh': {'layout': 'hybrid'}, 'train': {'batch_size': 12}},
-            r'train.batch_size: 12 is not divisible by mesh.data x mesh.model=8; the nearest is 16',
+            r'train.batch_size: 12 .*mesh.data x mesh.model=8.* 16\b',
         ),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_refused_with_the_numbers(data, model, settings, reason):
+def test_mesh_that_does_not_fit_is_rejected(data, model, settings, reason):
     with pytest.raises(config.ConfigError, match=reason):
         small_config(data, model, settings)
 
 
-def test_too_few_devices_are_refused_with_the_numbers():
-    with pytest.raises(config.ConfigError, match=r'data=16 times model=1 needs 16 devices and there are 8'):
+def test_too_few_devices_are_rejected():
+    with pytest.raises(config.ConfigError, match=r'data=16 .*model=1 .*16 .*8'):
         parallel.make_mesh(small_config(16, 1))
 
 
-def test_all_devices_are_used_by_default_and_must_divide_the_batch():
+def test_default_mesh_uses_all_devices():
     assert dict(parallel.make_mesh(small_config(-1, 2)).shape) == {'data': 4, 'model': 2}
-    with pytest.raises(config.ConfigError, match=r'train.batch_size: 12 is not divisible by mesh.data=8'):
+    with pytest.raises(config.ConfigError, match=r'train.batch_size: 12 .*mesh.data=8'):
         parallel.make_mesh(small_config(-1, 1, {'train': {'batch_size': 12}}))
 
 
 @pytest.mark.slow
-def test_images_of_a_chunk_share_a_window_and_a_reflection():
-    """One picture eight times in one chunk is as good as once; each with a window of its own it is not."""
+def test_crop_group_shares_crop_and_flip():
+    """An image repeated in one crop group has the loss of a single image; with separate crops it has not."""
     one = small_config(1, 1, {'model': {'dropout': 0.0}, 'data': {'color': 'none'}, 'train': {'batch_size': 1}})
     loss_of_one = train(one, 1)[2][0]
     row = batch(0, one)
@@ -510,7 +496,7 @@ OTHER_NETWORKS = {
 
 @functools.cache
 def four_steps(network: str, layout: str, data: int, model: int, shard_optimizer: bool):
-    """State, losses and report of layers."""
+    """Returns the state, the losses, the layer statistics, and the batch statistics on the device."""
     groups = OTHER_NETWORKS[network] | {'mesh': {'layout': layout, 'shard_optimizer': shard_optimizer}}
     settings = small_config(data, model, groups)
     mesh, state, losses, _ = train(settings, 4)
@@ -529,11 +515,11 @@ def four_steps(network: str, layout: str, data: int, model: int, shard_optimizer
         ('no_exchange', 'towers', 4, 2, False),
     ],
 )
-def test_statistics_norms_and_towers_are_those_of_one_device(network, layout, data, model, shard_optimizer):
+def test_batch_norm_lars_and_towers_match_one_device(network, layout, data, model, shard_optimizer):
     state, losses, report, statistics = four_steps(network, layout, data, model, shard_optimizer)
     state1, losses1, report1, _ = four_steps(network, 'towers', 1, 1, False)
     np.testing.assert_allclose(losses, losses1, rtol=2e-5)
-    assert abs(losses[0] - losses[-1]) > 0.05  # the steps were not too small to tell
+    assert abs(losses[0] - losses[-1]) > 0.05  # The loss changes by more than the tolerance.
     for name in report1:
         np.testing.assert_allclose(report[name], report1[name], rtol=1e-4, atol=1e-7)
     assert max(float(row[-1]) for row in report1.values()) > 0  # some units are dead
@@ -549,7 +535,7 @@ def test_statistics_norms_and_towers_are_those_of_one_device(network, layout, da
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('layout', 'data', 'model'), [('towers', 4, 2), ('hybrid', 4, 2)])
-def test_predictions_are_those_of_one_device(runs, layout, data, model):
+def test_predictions_match_one_device(runs, layout, data, model):
     predictions = []
     for settings in (small_config(1, 1), small_config(data, model, {'mesh': {'layout': layout}})):
         mesh = parallel.make_mesh(settings)

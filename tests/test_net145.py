@@ -1,4 +1,4 @@
-"""The NumPy program of net #145 against finite differences, SciPy and sums written out."""
+"""The NumPy program of net #145 against finite differences, SciPy and explicit sums."""
 
 import net145
 import numpy as np
@@ -6,9 +6,9 @@ import pytest
 from scipy.signal import correlate
 
 WIDTHS = (8, 16, 12, 12, 8, 32, 24)
-# Large enough for all normalisations to matter, and for a loss that is neither flat nor saturated.
+# Large enough for all normalizations to matter, and for a loss that is neither flat nor saturated.
 STDS = {'conv1': 0.1, 'conv2': 0.2, 'conv3': 0.1, 'conv4': 0.2, 'conv5': 0.2, 'fc6': 0.2, 'fc7': 0.1, 'fc8': 0.05}
-BIAS_STDS = {'conv1': 200.0, 'conv5': 20.0}  # so that the ReLU after a max pool has something to do
+BIAS_STDS = {'conv1': 200.0, 'conv5': 20.0}  # The ReLU after a max pool gets negative inputs.
 
 
 def make(size=96, batch=4, widths=WIDTHS, classes=10, seed=0):
@@ -73,7 +73,7 @@ def test_gradient(case, name, kind):
     assert loss == pytest.approx(mean_cost(params, images, labels, masks), rel=1e-12)
     random = np.random.default_rng(1)
     large = np.argwhere(np.abs(gradient) > 0.3 * gradient.std())
-    step = 1e-5 * value.std()  # ten times more crosses a kink of a ReLU or a maximum here
+    step = 1e-5 * value.std()  # A step ten times as large crosses a kink of a ReLU or a maximum.
     for index in map(tuple, random.permutation(large)[:6]):
         costs = []
         for sign in (1, -1):
@@ -83,37 +83,37 @@ def test_gradient(case, name, kind):
         assert (costs[0] - costs[1]) / (2 * step) == pytest.approx(gradient[index], rel=1e-5), index
 
 
-def test_cross_map_normalisation():
+def test_cross_map_lrn():
     values = np.random.default_rng(0).normal(0, 300, (2, 2, 2, 12))
     wanted = np.empty_like(values)
     for maps in (range(6), range(6, 12)):
         for f in maps:
             total = sum(values[..., g] ** 2 for g in maps if abs(g - f) <= 2)
             wanted[..., f] = values[..., f] / (2 + 0.00002 * total) ** 0.75
-    np.testing.assert_allclose(net145.normalise(values, net145.sum_maps, **net145.CROSS_MAP), wanted, rtol=1e-12)
+    np.testing.assert_allclose(net145.normalize(values, net145.sum_maps, **net145.CROSS_MAP), wanted, rtol=1e-12)
 
     # By hand: of column a's maps only the second is not 0, and 2 + 2e-5 * 1000^2 = 22; column b is alone.
     values = np.array([0.0, -1000, 0, 0, 500, 0, 0, 0]).reshape(1, 1, 1, 8)
-    got = net145.normalise(values, net145.sum_maps, **net145.CROSS_MAP).ravel()
+    got = net145.normalize(values, net145.sum_maps, **net145.CROSS_MAP).ravel()
     np.testing.assert_allclose(got, [0, -1000 / 22**0.75, 0, 0, 500 / 7**0.75, 0, 0, 0], rtol=1e-12)
 
 
-def test_spatial_normalisation():
+def test_spatial_lrn():
     values = np.random.default_rng(0).normal(0, 100, (2, 7, 7, 4))
     wanted = np.empty_like(values)
     for row in range(7):
         for column in range(7):
             near = values[:, max(row - 2, 0) : row + 3, max(column - 2, 0) : column + 3]
             wanted[:, row, column] = values[:, row, column] / (1 + 0.00004 * (near**2).sum(axis=(1, 2))) ** 0.75
-    np.testing.assert_allclose(net145.normalise(values, net145.sum_pixels, **net145.SPATIAL), wanted, rtol=1e-12)
+    np.testing.assert_allclose(net145.normalize(values, net145.sum_pixels, **net145.SPATIAL), wanted, rtol=1e-12)
 
     # By hand: the corner sees 9 pixels of 50, itself among them: 1 + 4e-5 * 9 * 2500 = 1.9; the middle 25: 3.5.
-    got = net145.normalise(np.full((1, 6, 6, 2), 50.0), net145.sum_pixels, **net145.SPATIAL)
+    got = net145.normalize(np.full((1, 6, 6, 2), 50.0), net145.sum_pixels, **net145.SPATIAL)
     np.testing.assert_allclose(got[0, 0, 5], 50 / 1.9**0.75, rtol=1e-12)
     np.testing.assert_allclose(got[0, 3, 2], 50 / 3.5**0.75, rtol=1e-12)
 
 
-def test_conv1_reaches_over_the_edge():
+def test_conv1_windows_reach_over_the_edge():
     params, _, _, _ = make(224, widths=(4, 4, 4, 4, 4, 4, 4))
     images = np.zeros((1, 224, 224, 3))
     images[0, 223, 223, 1] = 1
@@ -138,7 +138,7 @@ def test_window_count(size, count):
     assert net145.window_count(size, 11, 4, 0) == count
 
 
-def test_connections(case):
+def test_connections_match_scipy(case):
     """Every convolution against SciPy's, map by map: which maps a kernel sees, in which order, and its padding."""
     params, images, _, masks, _ = case
     _, c = net145.forward(params, images, masks)
@@ -159,15 +159,15 @@ def test_connections(case):
     np.testing.assert_allclose(got[..., :4] + params['conv5']['bias'][:4], c['conv5'][..., :4], rtol=1e-12)
 
 
-def test_layers_in_order(case):
+def test_layer_order_by_hand(case):
     """What follows the convolutions, one window or one unit at a time."""
     params, images, _, masks, _ = case
     _, c = net145.forward(params, images, masks)
     np.testing.assert_allclose(c['relu1'][2, 3, 4], np.maximum(c['rnorm1'][2, 6:9, 8:11].max(axis=(0, 1)), 0))
-    np.testing.assert_allclose(c['rnorm1'], net145.normalise(c['conv1'], net145.sum_maps, 2, 2e-5))
+    np.testing.assert_allclose(c['rnorm1'], net145.normalize(c['conv1'], net145.sum_maps, 2, 2e-5))
     assert (c['conv1'] < 0).any()
-    np.testing.assert_allclose(c['rnorm2'], net145.normalise(np.maximum(c['conv2'], 0), net145.sum_maps, 2, 2e-5))
-    np.testing.assert_allclose(c['cnorm2'], net145.normalise(c['rnorm2'], net145.sum_pixels, 1, 4e-5))
+    np.testing.assert_allclose(c['rnorm2'], net145.normalize(np.maximum(c['conv2'], 0), net145.sum_maps, 2, 2e-5))
+    np.testing.assert_allclose(c['cnorm2'], net145.normalize(c['rnorm2'], net145.sum_pixels, 1, 4e-5))
     np.testing.assert_allclose(c['pool2'][0, 1, 2], c['cnorm2'][0, 2:5, 4:7].max(axis=(0, 1)))
     assert c['pool5'].shape == (4, 2, 2, 8)
     np.testing.assert_allclose(c['relu5'][3, 1, 0], np.maximum(c['conv5'][3, 2:5, 0:3].max(axis=(0, 1)), 0))
@@ -179,7 +179,7 @@ def test_layers_in_order(case):
     np.testing.assert_array_equal(c['dropout7'], np.maximum(c['fc7'], 0) * masks['fc7'])
 
 
-def test_at_test_time_outputs_are_halved(case):
+def test_dropout_halves_outputs_at_test_time(case):
     params, images, _, _, _ = case
     logits, c = net145.forward(params, images)
     halves = {name: np.full((4, width), 0.5) for name, width in (('fc6', 32), ('fc7', 24))}
@@ -187,7 +187,7 @@ def test_at_test_time_outputs_are_halved(case):
     np.testing.assert_array_equal(c['dropout7'] * 2, c['relu7'])
 
 
-def test_the_first_of_equal_maxima_gets_the_gradient():
+def test_first_of_equal_maxima_gets_the_gradient():
     inputs = np.zeros((1, 5, 5, 1))
     inputs[0, 1, 2] = inputs[0, 2, 0] = 7
     values, winners = net145.pool(inputs)
@@ -198,7 +198,7 @@ def test_the_first_of_equal_maxima_gets_the_gradient():
     np.testing.assert_array_equal(got[0, :, :, 0], wanted)
 
 
-def test_update():
+def test_update_by_hand():
     """By hand, with momentum 0.9 and weight decay 0.0005: kernels decay, biases do not, rate 0 freezes."""
     params = {'fc8': {'kernel': np.array([[2.0]]), 'bias': np.array([2.0])}}
     increments = {'fc8': {'kernel': np.array([[0.1]]), 'bias': np.array([0.1])}}
@@ -214,7 +214,7 @@ def test_update():
     assert after['fc8']['bias'].item() == pytest.approx(2.03, rel=1e-12)
 
 
-def test_a_step_lowers_the_cost(case):
+def test_one_step_lowers_the_cost(case):
     params, images, labels, masks, (loss, gradients) = case
     zeros = {name: {kind: np.zeros_like(value) for kind, value in layer.items()} for name, layer in params.items()}
     rates = {name: {'kernel': 1e-6, 'bias': 1e-6} for name in params}

@@ -1,4 +1,4 @@
-"""Sweeps: rows and seeds against tables by hand; through launch.py killed, stopped, failing, refused and reported."""
+"""Sweeps: variants and seeds against tables by hand; sweeps that are killed, stopped, resumed and rejected."""
 
 import contextlib
 import json
@@ -11,11 +11,11 @@ import statistics
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT, environment, read_json, read_result, refusal, run_command, usage_error, wait_for
 
 from alexnet_jax.config import ConfigError, default_config, field_names, get_by_path, resolve
 from alexnet_jax.config_flag import load_sweep
@@ -23,13 +23,10 @@ from alexnet_jax.runtime.files import write_json
 from alexnet_jax.runtime.workdir import check_resumable, is_finished, read_config
 from alexnet_jax.sweep.sweep import _CHILD_BOOTSTRAP, Variant, apply_variant, grid, run_all, seeds, validate, zip_
 
-ROOT = Path(__file__).parent.parent
+# Variants and seeds.
 
 
-# Rows and seeds.
-
-
-def test_grid_has_every_combination_the_last_field_fastest():
+def test_grid_varies_the_last_field_fastest():
     assert grid({'model.towers': (1, 2), 'model.dropout': [0.0, 0.5]}) == [
         Variant('towers=1,dropout=0.0', {'model.towers': 1, 'model.dropout': 0.0}),
         Variant('towers=1,dropout=0.5', {'model.towers': 1, 'model.dropout': 0.5}),
@@ -38,12 +35,12 @@ def test_grid_has_every_combination_the_last_field_fastest():
     ]
 
 
-def test_zipped_takes_the_values_side_by_side():
+def test_zip_pairs_values_of_equal_index():
     assert zip_({'train.batch_size': (128, 256), 'optimizer.learning_rate': (0.01, 0.02)}) == [
         Variant('batch_size=128,learning_rate=0.01', {'train.batch_size': 128, 'optimizer.learning_rate': 0.01}),
         Variant('batch_size=256,learning_rate=0.02', {'train.batch_size': 256, 'optimizer.learning_rate': 0.02}),
     ]
-    with pytest.raises(ValueError, match='argument 2 is shorter'):
+    with pytest.raises(ValueError, match='shorter'):
         zip_({'train.batch_size': (128, 256), 'optimizer.learning_rate': (0.01,)})
 
 
@@ -57,7 +54,7 @@ def test_seeds_run_all_variants_before_the_next_seed():
 
 
 def differences(before, after) -> dict:
-    """The fields, by dotted name, in which two resolved configurations differ, with the value in the second."""
+    """Returns the fields in which two configurations differ, by dotted name, with the value in the second."""
     assert field_names(before) == field_names(after)
     return {
         field: get_by_path(after, field)
@@ -66,7 +63,7 @@ def differences(before, after) -> dict:
     }
 
 
-def test_a_variant_is_the_configuration_with_its_overrides():
+def test_apply_variant_changes_only_its_overrides():
     config = default_config()
     config.seed, config.model.dropout, config.model.towers = 5, 0.25, 1  # as from the command line
     before = config.to_dict()
@@ -80,45 +77,44 @@ def test_a_variant_is_the_configuration_with_its_overrides():
 
 
 @pytest.mark.parametrize(
-    ('overrides', 'reason'),
+    ('overrides', 'words'),
     [
-        ({'model.dropuot': 0.5}, 'config.model.dropuot: no such field; the nearest is config.model.dropout'),
-        ({'model': 5}, 'config.model: no such field'),
-        ({'model.widths': 5}, 'config.model.widths: 5 '),
-        ({'train.batch_size': 'many'}, "config.train.batch_size: 'many': "),
-        ({'model.dropout': 2.0}, 'config.model.dropout: 2.0 is outside 0 to 0.95; the nearest is 0.95'),
+        ({'model.dropuot': 0.5}, ('config.model.dropuot', 'config.model.dropout')),
+        ({'model': 5}, ('config.model: ',)),
+        ({'model.widths': 5}, ('config.model.widths: 5 ',)),
+        ({'train.batch_size': 'many'}, ("config.train.batch_size: 'many'",)),
+        ({'model.dropout': 2.0}, ('config.model.dropout: 2.0', '0.95')),
     ],
 )
-def test_what_cannot_be_set_is_refused_with_the_name_of_the_variant(overrides, reason):
-    with pytest.raises(ConfigError) as refusal:
-        apply_variant(default_config(), Variant('row 3', overrides))
-    assert str(refusal.value).startswith('sweep, row 3: ' + reason)
-    assert '\n' not in str(refusal.value)
+def test_invalid_overrides_name_the_variant(overrides, words):
+    message = refusal(apply_variant, default_config(), Variant('row 3', overrides))
+    assert message.startswith('sweep, row 3: ')
+    for word in words:
+        assert word in message
 
 
 @pytest.mark.parametrize(
-    ('variants', 'reason'),
+    ('variants', 'word'),
     [
-        ([], 'is empty'),
-        ([Variant('a'), Variant('b'), Variant('a', {'model.towers': 1})], "two runs are named 'a'"),
-        (seeds([Variant('a')], 2) + seeds([Variant('a')], 1), "two runs are named 'a/seed_0'"),
+        ([], 'empty'),
+        ([Variant('a'), Variant('b'), Variant('a', {'model.towers': 1})], "'a'"),
+        (seeds([Variant('a')], 2) + seeds([Variant('a')], 1), "'a/seed_0'"),
         *(
-            ([Variant('a'), Variant(name, seed=1)], f"'{name}' cannot be the name of a folder")
+            ([Variant('a'), Variant(name, seed=1)], f"'{name}'")
             for name in ('', '.', '..', '.hidden', 'a/b', 'a/', '/a', '../a')
         ),
     ],
 )
-def test_sweeps_that_cannot_be_run(variants, reason):
-    with pytest.raises(ConfigError) as refusal:
-        validate(variants)
-    assert str(refusal.value).startswith('--sweep: ')
-    assert reason in str(refusal.value)
+def test_validate_rejects_bad_run_names(variants, word):
+    message = refusal(validate, variants)
+    assert message.startswith('--sweep: ')
+    assert word in message
     validate([Variant('a'), Variant('b'), Variant('c', seed=0), Variant('c', seed=1)])
 
 
 # The sweeps of configs/.
 
-# Of each file: number of runs by hand, for each name behind the colon.
+# The number of runs of each part of each file, by hand.
 SWEEPS = {
     'ablations': {'photos': 8 * 5, 'fashion_mnist': 18 * 5, 'imagenet': 23, '': 8 * 5},
     'relu_tanh': {'rates': 2 * 4, 'seeds': 2 * 5, '': 2 * 5},
@@ -126,19 +122,19 @@ SWEEPS = {
 
 
 def load(name: str, part: str):
-    """The configuration and the sweep of a file of configs/."""
+    """Returns the configuration and the sweep of a file of configs/."""
     file = ROOT / 'configs' / f'{name}.py'
     config = runpy.run_path(str(file))['get_config'](*[part] * bool(part))
     return config, load_sweep(f'{file}:{part}' if part else str(file))
 
 
-def test_every_config_with_a_sweep_is_tried_here():
+def test_all_configs_with_a_sweep_are_listed():
     files = (ROOT / 'configs').glob('*.py')
     assert {file.stem for file in files if 'sweep' in runpy.run_path(str(file))} == set(SWEEPS)
 
 
 @pytest.mark.parametrize(('name', 'part'), [(name, part) for name, parts in SWEEPS.items() for part in parts])
-def test_every_run_of_a_sweep_resolves(name, part):
+def test_every_sweep_run_resolves(name, part):
     config, runs = load(name, part)
     assert len(runs) == SWEEPS[name][part]
     for run in runs:
@@ -163,12 +159,13 @@ def paper_rows(half: tuple[int, ...]) -> dict:
 
 POLY = {'optimizer.schedule': 'poly', 'optimizer.bias_schedule': 'same'}
 NO_RATES = {'optimizer.lr_overrides': ()}
+LAST_OPS = ('activation', 'activation', 'pool activation')  # of conv3, conv4 and conv5
 
 
 def batch_rows(
     batch_size: int, rate: float, lars_rate: float, bias_multiplier: float, schedule: dict, both: dict
 ) -> dict:
-    """Two rows; `schedule`: what of poly with a power of 2 the base row does not have."""
+    """Returns two rows; `schedule` has the fields of the poly schedule with power 2 that the base row lacks."""
     name = f'batch_{batch_size}'
     warmup = {'optimizer.warmup': '5 epochs'}
     size = {'train.batch_size': batch_size} | both
@@ -180,7 +177,7 @@ def batch_rows(
     }
 
 
-# Of each row the fields, and no others, that differ from the base row once both are resolved.
+# All fields in which each row differs from the base row, once both are resolved.
 ROWS = {
     'photos': paper_rows((12, 32, 48, 48, 64, 1024, 1024)),
     'fashion_mnist': {
@@ -201,33 +198,9 @@ ROWS = {
     },
     'imagenet': {
         **paper_rows((48, 128, 192, 192, 256, 4096, 4096)),
-        'no_spatial_norm': {
-            'model.conv_ops': (
-                'lrn pool activation',
-                'activation lrn pool',
-                'activation',
-                'activation',
-                'pool activation',
-            )
-        },
-        'no_layer2_norm': {
-            'model.conv_ops': (
-                'lrn pool activation',
-                'activation pool',
-                'activation',
-                'activation',
-                'pool activation',
-            )
-        },
-        'lrn_after_pool': {
-            'model.conv_ops': (
-                'pool lrn activation',
-                'activation lrn spatial_lrn pool',
-                'activation',
-                'activation',
-                'pool activation',
-            )
-        },
+        'no_spatial_norm': {'model.conv_ops': ('lrn pool activation', 'activation lrn pool', *LAST_OPS)},
+        'no_layer2_norm': {'model.conv_ops': ('lrn pool activation', 'activation pool', *LAST_OPS)},
+        'lrn_after_pool': {'model.conv_ops': ('pool lrn activation', 'activation lrn spatial_lrn pool', *LAST_OPS)},
         'no_conv3': {'model.widths': (96, 256, 0, 384, 256, 4096, 4096), 'model.cross_tower': WITHOUT_CONV3},
         'no_conv4': {'model.widths': (96, 256, 384, 0, 256, 4096, 4096)},
         'no_conv5': {'model.widths': (96, 256, 384, 384, 0, 4096, 4096)},
@@ -247,7 +220,7 @@ def as_numbers(values: dict) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('data', ROWS)
-def test_rows_of_the_ablations_differ_from_the_base_in_what_they_are_named_after(data):
+def test_ablation_rows_change_only_the_named_fields(data):
     config, runs = load('ablations', data)
     assert {run.name for run in runs} == set(ROWS[data])
     for run in runs:
@@ -255,7 +228,7 @@ def test_rows_of_the_ablations_differ_from_the_base_in_what_they_are_named_after
         assert differences(base, apply_variant(config, run)) == as_numbers(ROWS[data][run.name]), run.directory
 
 
-def test_rows_that_are_presets_too_are_the_same_networks():
+def test_ablation_rows_match_presets_of_the_same_name():
     config, runs = load('ablations', 'imagenet')
     rows = {run.name: apply_variant(config, run) for run in runs}
     for name in ('half', 'no_exchange'):
@@ -263,7 +236,7 @@ def test_rows_that_are_presets_too_are_the_same_networks():
         assert differences(rows[name], preset) == {'model.preset': name}
 
 
-# Top-1 and top-5 errors in percent, ILSVRC-2012 validation, ten views, of the notes to the original nets.
+# Top-1 and top-5 errors in percent of the original networks: ILSVRC-2012 validation, ten views.
 NET_145 = (40.664, 18.21)
 NETS = {'no_lrn': (42.034, 19.362), 'no_overlap': (41.058, 18.51), 'no_exchange': (41.83, 19.33)}
 OTHER_DIFFERENCES = {
@@ -279,7 +252,7 @@ OTHER_DIFFERENCES = {
 
 
 @pytest.mark.parametrize('data', ROWS)
-def test_published_differences(data):
+def test_published_error_differences(data):
     expected = {
         name: tuple(round(error - base, 2) for error, base in zip(errors, NET_145, strict=True))
         for name, errors in NETS.items()
@@ -294,14 +267,14 @@ def test_published_differences(data):
         assert bool(run.source) == (run.published is not None), run.name
 
 
-def test_relu_and_tanh_differ_in_nothing_but_nonlinearity_and_rate():
+def test_relu_and_tanh_runs_differ_in_activation_and_rate():
     config, runs = load('relu_tanh', 'seeds')
     assert [run.directory for run in runs] == [f'{name}/seed_{seed}' for seed in range(5) for name in ('relu', 'tanh')]
     for relu, tanh in zip(runs[::2], runs[1::2], strict=True):
         changed = differences(apply_variant(config, relu), apply_variant(config, tanh))
         assert changed.pop('model.activation') == 'tanh'
         assert set(changed) <= {'optimizer.learning_rate'}
-    # The rates were chosen with another seed, and from some that both nonlinearities tried.
+    # The rates were chosen with another seed, among rates that were tried with both activations.
     config, rates = load('relu_tanh', 'rates')
     tried = [
         (c.model.activation, c.optimizer.learning_rate, c.seed) for c in (apply_variant(config, run) for run in rates)
@@ -313,12 +286,12 @@ def test_relu_and_tanh_differ_in_nothing_but_nonlinearity_and_rate():
         assert (chosen.model.activation, chosen.optimizer.learning_rate) in {rate[:2] for rate in tried}
 
 
-# What a folder says.
+# Run folders.
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """The folder of a run that has ended, and its settings."""
+    """Returns the folder of a finished run, and its configuration."""
     config = resolve(default_config())
     (tmp_path / 'checkpoints' / '7').mkdir(parents=True)
     write_json(str(tmp_path / 'config.json'), config.to_dict())
@@ -332,7 +305,7 @@ def with_fields(**fields):
     )
 
 
-def test_a_run_is_finished_when_it_is_this_one_and_done(folder):
+def test_is_finished_requires_same_config_and_done_status(folder):
     workdir, config = folder
     assert is_finished(config, str(workdir))
     assert is_finished(with_fields(data__data_dir='elsewhere'), str(workdir))
@@ -348,7 +321,7 @@ def test_a_run_is_finished_when_it_is_this_one_and_done(folder):
 
 
 @pytest.mark.parametrize(
-    ('fields', 'begun_otherwise'),  # whether a run of its own may not go on, and one of a sweep may not
+    ('fields', 'rejected'),  # whether launch.py rejects the change, and whether a sweep does
     [
         ({}, (False, False)),
         ({'data__data_dir': 'elsewhere'}, (False, False)),
@@ -365,33 +338,32 @@ def test_a_run_is_finished_when_it_is_this_one_and_done(folder):
         ({'data__color': 'none'}, (False, True)),
     ],
 )
-def test_a_folder_begun_with_other_settings(folder, fields, begun_otherwise):
+def test_check_resumable_rejects_changed_fields(folder, fields, rejected):
     workdir, _ = folder
     config = with_fields(**fields)
-    for every_field, refused in zip((False, True), begun_otherwise, strict=True):
-        if not refused:
+    for every_field, is_rejected in zip((False, True), rejected, strict=True):
+        if not is_rejected:
             check_resumable(config, str(workdir), every_field)
             continue
-        with pytest.raises(ConfigError) as refusal:
-            check_resumable(config, str(workdir), every_field)
+        message = refusal(check_resumable, config, str(workdir), every_field)
         name, value = next((name.replace('__', '.'), value) for name, value in fields.items())
-        was = get_by_path(resolve(default_config()), name)
-        assert str(refusal.value).startswith(f'config.{name}: {value!r}, but {workdir} was begun with {was!r}')
-        assert '\n' not in str(refusal.value)
+        assert message.startswith(f'config.{name}: {value!r}')
+        assert str(workdir) in message
+        assert repr(get_by_path(resolve(default_config()), name)) in message
 
 
-def test_only_checkpoints_make_a_folder_that_of_a_run(folder):
+def test_workdir_without_checkpoints_can_be_reused(folder):
     workdir, config = folder
     other = with_fields(seed=1)
     before = json.loads((workdir / 'config.json').read_text())
     del before['model']['dropout']
     write_json(str(workdir / 'config.json'), before)
-    with pytest.raises(ConfigError, match='was begun with an older version'):
+    with pytest.raises(ConfigError, match='version'):
         check_resumable(config, str(workdir))
     (workdir / 'config.json').write_text('{')
-    with pytest.raises(ConfigError, match=r'has checkpoints but no readable config\.json'):
+    with pytest.raises(ConfigError, match=r'config\.json'):
         check_resumable(config, str(workdir))
-    with pytest.raises(ConfigError, match=r'it has no readable config\.json'):
+    with pytest.raises(ConfigError, match=r'config\.json'):
         read_config(str(workdir))
     (workdir / 'checkpoints' / '7').rmdir()
     check_resumable(other, str(workdir), every_field=True)
@@ -399,31 +371,31 @@ def test_only_checkpoints_make_a_folder_that_of_a_run(folder):
     check_resumable(other, str(workdir), every_field=True)
 
 
-def test_the_settings_of_a_run_are_read_back(tmp_path):
+def test_read_config_round_trips(tmp_path):
     config = with_fields(seed=3, model__widths=(24, 64, 96, 96, 64, 1024, 1024))
     write_json(str(tmp_path / 'config.json'), config.to_dict())
     assert json.dumps(read_config(str(tmp_path)).to_dict()) == json.dumps(config.to_dict())
 
 
-# Which run is when, with processes that only sleep.
+# The order of runs, with processes that only sleep.
 
 SLEEPER = """
 import os, signal, sys, time
 number = int(sys.argv[-1].removeprefix('--sweep='))
-def tell(what):
+def record(event):
     with open(sys.argv[1], 'a') as file:
-        file.write(f'{what} {number}\\n')
+        file.write(f'{event} {number}\\n')
 def stop(*_):
     time.sleep(0.5 * number)
-    tell('stop')
+    record('stop')
     os._exit(75)
 signal.signal(signal.SIGTERM, stop)
-tell('begin')
+record('begin')
 time.sleep(0.3)
 if number == 1:
     print('something', flush=True)
     print('the reason ', end='\\n\\n', file=sys.stderr)
-tell('end')
+record('end')
 if number == 2:
     os.kill(os.getpid(), 9)
 sys.exit(3 if number == 1 else 0)
@@ -432,60 +404,55 @@ sys.exit(3 if number == 1 else 0)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('jobs', [1, 2, 3])
-def test_as_many_at_once_as_wanted_and_failures_stop_nothing(tmp_path, capfd, monkeypatch, jobs):
+def test_run_all_keeps_jobs_busy_and_survives_failures(tmp_path, capfd, monkeypatch, jobs):
     variants = [Variant(name) for name in 'abcdef']
     configs = [apply_variant(default_config(), variant) for variant in variants]
     (tmp_path / 'sweep' / 'f').mkdir(parents=True)
     write_json(str(tmp_path / 'sweep' / 'f' / 'config.json'), configs[5].to_dict())
     write_json(str(tmp_path / 'sweep' / 'f' / 'result.json'), {'status': 'done'})
     monkeypatch.setattr('alexnet_jax.runtime.console.LOG_INTERVAL_SECS', 0.0)
-    told = tmp_path / 'told'
-    command = [sys.executable, '-ISc', SLEEPER, str(told)]
+    record = tmp_path / 'record'
+    command = [sys.executable, '-ISc', SLEEPER, str(record)]
     assert run_all(variants, configs, str(tmp_path / 'sweep'), command, jobs) == 1
-    events = [line.split() for line in told.read_text().splitlines()]
-    begun = [int(number) for what, number in events if what == 'begin']
-    assert sorted(begun) == [0, 1, 2, 3, 4]
-    if jobs == 1:
-        assert begun == [0, 1, 2, 3, 4]
-    under_way = np.cumsum([1 if what == 'begin' else -1 for what, _ in events])
-    assert max(under_way) == jobs
+    events = [line.split() for line in record.read_text().splitlines()]
+    begun = [int(number) for event, number in events if event == 'begin']
+    assert (begun if jobs == 1 else sorted(begun)) == [0, 1, 2, 3, 4]
+    running = np.cumsum([1 if event == 'begin' else -1 for event, _ in events])
+    assert max(running) == jobs
     err = capfd.readouterr().err
     assert re.findall(r'sweep (\d/\d) runs', err) == ['2/6', '3/6', '4/6']
     lines = [line for line in err.splitlines() if line.startswith('alexnet_jax: ')]
-    assert sorted(lines[:2]) == [
-        'alexnet_jax: b ended with 3: the reason',
-        'alexnet_jax: c ended with -9: it said nothing',
-    ]
-    assert re.fullmatch(
-        rf'alexnet_jax: 2 of 6 runs failed: (b, c|c, b); see log\.txt in their folders in {tmp_path}/sweep', lines[2]
-    )
     assert len(lines) == 3
+    failed_b, failed_c = sorted(lines[:2])
+    assert re.fullmatch(r'alexnet_jax: b .*\b3: the reason', failed_b)
+    assert re.search(r'c .*-9', failed_c)
+    assert re.search(rf'2 of 6 .*(b, c|c, b).*{tmp_path}/sweep', lines[2])
     assert (tmp_path / 'sweep' / 'b' / 'log.txt').read_text() == 'something\nthe reason \n\n'
 
 
-def test_after_sigterm_nothing_else_is_started(tmp_path, capfd):
+def test_sigterm_starts_no_further_run(tmp_path, capfd):
     variants = [Variant(name) for name in 'abcde']
     configs = [apply_variant(default_config(), variant) for variant in variants]
-    told = tmp_path / 'told'
-    told.write_text('')
-    command = [sys.executable, '-ISc', SLEEPER.replace('0.3', '60'), str(told)]
+    record = tmp_path / 'record'
+    record.write_text('')
+    command = [sys.executable, '-ISc', SLEEPER.replace('0.3', '60'), str(record)]
 
     def stop_when_two_have_begun():
-        wait_for(lambda: told.read_text().count('begin') == 2, 60)
+        wait_for(lambda: record.read_text().count('begin') == 2, 60)
         os.kill(os.getpid(), signal.SIGTERM)
 
     handler = signal.getsignal(signal.SIGTERM)
     threading.Thread(target=stop_when_two_have_begun, daemon=True).start()
     assert run_all(variants, configs, str(tmp_path / 'sweep'), command, 2) == 75
     assert signal.getsignal(signal.SIGTERM) == handler
-    events = told.read_text().splitlines()
+    events = record.read_text().splitlines()
     assert (sorted(events[:2]), events[2:]) == (['begin 0', 'begin 1'], ['stop 0', 'stop 1'])
     err = capfd.readouterr().err
-    assert 'the same command goes on with what is missing' in err
-    assert 'alexnet_jax: ' not in err
+    assert 'same command' in err
+    assert 'alexnet_jax: ' not in err  # no error
 
 
-# Sweeps of launch.py: a network of two convolutions, 128 grey images, runs of eight steps.
+# Sweeps of launch.py: runs of eight steps of a network of two convolutions, with 128 gray images.
 
 STEPS = 8
 CONFIG = f"""
@@ -530,7 +497,7 @@ RUNS = ['base/seed_0', 'slow/seed_0', 'base/seed_1', 'slow/seed_1']
 
 
 class Place:
-    """A config file with its data, and the commands with it."""
+    """A config file with its data set, and the commands that use it."""
 
     def __init__(self, folder: Path):
         self.folder, self.config = folder, folder / 'small.py'
@@ -547,30 +514,19 @@ class Place:
 
     def command(self, workdir: Path, *flags: str, part: str = '') -> list[str]:
         return [
-            *(sys.executable, 'launch.py', f'--config={self.config}{part and ":" + part}', f'--workdir={workdir}'),
+            *('launch.py', f'--config={self.config}{part and ":" + part}', f'--workdir={workdir}'),
             *(f'--config.data.source=idx:{self.folder}', f'--config.data.data_dir={self.folder}', *flags),
         ]
 
     def run(self, *arguments, **options) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            self.command(*arguments, **options),
-            cwd=ROOT,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, 'JAX_NUM_CPU_DEVICES': '1'}
+        return run_command(*self.command(*arguments, **options))
 
 
 def running(workdir: Path) -> dict[int, str]:
-    """The processes that have this --workdir, each with its --sweep: 'all' or a number."""
+    """Returns the value of --sweep ('all' or a number) of each process that has this --workdir."""
     found = {}
     for entry in Path('/proc').glob('[0-9]*'):
-        with contextlib.suppress(OSError):  # it has just ended
+        with contextlib.suppress(OSError):  # The process has just ended.
             words = (entry / 'cmdline').read_text().split('\0')
             if f'--workdir={workdir}' in words:
                 found[int(entry.name)] = [word for word in words if word.startswith('--sweep=')][-1][8:]
@@ -578,27 +534,18 @@ def running(workdir: Path) -> dict[int, str]:
 
 
 def newest(workdir: Path, run: str) -> int:
-    """The step of the newest whole checkpoint of a run, 0 where there is none."""
+    """Returns the step of the newest complete checkpoint of a run, or 0."""
     folder = workdir / run / 'checkpoints'
     return max((int(path.name) for path in folder.glob('[0-9]*') if path.name.isdigit()), default=0)
 
 
-def wait_for(condition, seconds: float = 120.0):
-    """What `condition` returns, as soon as that is true."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, condition
-        time.sleep(0.002)
-    return value
-
-
 def begin(place: Place, workdir: Path, after: dict[int, int]) -> tuple[subprocess.Popen, dict[int, int]]:
-    """Start the sweep with two jobs, and hold its two missing runs in the middle.
+    """Starts the sweep with two jobs, and stops each of its two missing runs (SIGSTOP) after a new checkpoint.
 
-    Returns the process of the sweep, and those of its runs by number: each stands still (SIGSTOP) where it has saved a
-    step later than that in `after`.
+    Returns the process of the sweep, and the processes of its runs by number. `after` has the step of the newest
+    checkpoint of each run before.
     """
-    command = place.command(workdir, '--sweep_jobs=2', '--sweep=all')
+    command = [sys.executable, *place.command(workdir, '--sweep_jobs=2', '--sweep=all')]
     pipe = subprocess.PIPE
     sweep = subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=pipe, stderr=pipe, text=True)
 
@@ -607,7 +554,7 @@ def begin(place: Place, workdir: Path, after: dict[int, int]) -> tuple[subproces
 
     def hold():
         assert sweep.poll() is None, sweep.stderr.read()
-        if set(processes) != set(after):  # one may be between two programs just now, and has no command line
+        if set(processes) != set(after):  # A process has no command line during exec.
             found = {number: process for process, number in running(workdir).items() if number != 'all'}
             processes.update({int(number): process for number, process in found.items()})
         for number in set(processes) - held:
@@ -627,7 +574,7 @@ def begin(place: Place, workdir: Path, after: dict[int, int]) -> tuple[subproces
 
 @contextlib.contextmanager
 def nothing_left(workdir: Path):
-    """Whatever happens, no process stays."""
+    """No process outlives the block."""
     try:
         yield
     finally:
@@ -637,14 +584,14 @@ def nothing_left(workdir: Path):
 
 
 def times(workdir: Path) -> dict[str, int]:
-    """When each file was changed that a run writes at its beginning or end."""
+    """Returns the modification times of the files that a run writes at its start or end."""
     names = ('log.txt', 'config.json', 'result.json', 'metrics.jsonl')
     files = [workdir / run / name for run in RUNS for name in names]
     return {str(file.relative_to(workdir)): file.stat().st_mtime_ns for file in files if file.exists()}
 
 
 def result(workdir: Path, run: str) -> dict:
-    return json.loads((workdir / run / 'result.json').read_text())
+    return read_result(workdir / run)
 
 
 @pytest.fixture(scope='module')
@@ -654,85 +601,81 @@ def place(tmp_path_factory, compiled_programs):
 
 @pytest.fixture(scope='module')
 def first(place):
-    """A sweep of which number 1 alone was run: its folder, and the output."""
+    """Runs only number 1 of a sweep; returns the folder and the output."""
     workdir = place.folder / 'sweep'
     return workdir, place.run(workdir, '--sweep=1')
 
 
 @pytest.fixture(scope='module')
 def whole(place, first):
-    """The same after --sweep=all: the folder, the output, and times() before."""
+    """Runs --sweep=all in the same folder; returns the folder, the output, and times() before."""
     workdir, _ = first
     before = times(workdir)
     return workdir, place.run(workdir, '--sweep=all', '--sweep_jobs=2'), before
 
 
 @pytest.mark.slow
-def test_a_list_shows_the_runs_and_makes_no_folder(place, tmp_path):
+def test_sweep_list_prints_runs_and_creates_no_folder(place, tmp_path):
     shown = place.run(tmp_path / 'new', '--sweep=list')
     assert (shown.returncode, shown.stderr) == (0, '')
-    overrides = "optimizer.learning_rate=0.0001 optimizer.milestones=('2 epochs', '3 epochs')"
-    assert shown.stdout.splitlines() == [
-        '   0  base/seed_0',
-        f'   1  slow/seed_0         {overrides}',
-        '   2  base/seed_1',
-        f'   3  slow/seed_1         {overrides}',
-        '',
-        '4 runs; --sweep=all runs what is not done, --sweep=K one: an array of 0-3',
-    ]
+    lines = [line.split() for line in shown.stdout.splitlines()]
+    assert [line[:2] for line in lines[:4]] == [[str(number), run] for number, run in enumerate(RUNS)]
+    for line, overrides in zip(lines, (False, True, False, True), strict=False):
+        assert ('optimizer.learning_rate=0.0001' in line) == overrides
+    assert '0-3' in shown.stdout  # the task ids of an array job
     assert not (tmp_path / 'new').exists()
 
 
 @pytest.mark.slow
-def test_a_number_runs_one(first):
+def test_sweep_number_runs_one_variant(first):
     workdir, run = first
     assert run.returncode == 0, run.stderr
     assert (result(workdir, RUNS[1])['status'], result(workdir, RUNS[1])['step']) == ('done', STEPS)
     assert [str(path.relative_to(workdir)) for path in workdir.glob('*/seed_*')] == [RUNS[1]]
-    settings = json.loads((workdir / RUNS[1] / 'config.json').read_text())
+    settings = read_json(workdir / RUNS[1] / 'config.json')
     assert (settings['seed'], settings['optimizer']['learning_rate']) == (0, 0.0001)
     assert '1 view' in run.stdout
-    # An array of jobs has nobody else to write what the report reads.
-    assert len(json.loads((workdir / 'sweep.json').read_text())['runs']) == 4
+    # Each job of an array writes the plan, because the report reads it.
+    assert len(read_json(workdir / 'sweep.json')['runs']) == 4
 
 
 @pytest.mark.slow
-def test_all_runs_what_is_missing(place, whole):
+def test_sweep_all_runs_only_missing_runs(place, whole):
     workdir, run, before = whole
     assert run.returncode == 0, run.stderr
-    assert '1 of 4 runs are done, 2 at once' in run.stderr
+    assert '1 of 4 runs' in run.stderr
     for number in (0, 2, 3):
         done = result(workdir, RUNS[number])
         assert (done['status'], done['step']) == ('done', STEPS)
-        assert f'{RUNS[number]}: top-1 error {done["top1_error"]:.2%}' in run.stderr
-        settings = json.loads((workdir / RUNS[number] / 'config.json').read_text())
+        assert re.search(f'{RUNS[number]}: .*{done["top1_error"]:.2%}', run.stderr)
+        settings = read_json(workdir / RUNS[number] / 'config.json')
         assert settings['seed'] == number // 2
         assert settings['optimizer']['learning_rate'] == (0.01, 0.0001)[number % 2]
         assert settings['data']['source'] == f'idx:{place.folder}'
         assert f'{STEPS}/{STEPS} steps' in (workdir / RUNS[number] / 'log.txt').read_text()
     assert len({result(workdir, name)['state_digest'] for name in RUNS}) == 4
-    # The one that was done was left alone: it has no log, for no sweep has started it.
+    # The finished run is unchanged. It has no log, because no sweep has started it.
     assert {name: time for name, time in times(workdir).items() if name.startswith(RUNS[1])} == before
     assert set(before) == {f'{RUNS[1]}/{name}' for name in ('config.json', 'result.json', 'metrics.jsonl')}
 
 
 @pytest.mark.slow
-def test_nothing_is_started_where_all_is_done(place, whole):
+def test_sweep_all_starts_nothing_when_all_are_done(place, whole):
     workdir, _, _ = whole
     before = times(workdir)
     again = place.run(workdir, '--sweep=all')
     assert (again.returncode, again.stderr.count('\n')) == (0, 1), again.stderr
-    assert '4 of 4 runs are done' in again.stderr
+    assert '4 of 4 runs' in again.stderr
     assert times(workdir) == before
     shown = place.run(workdir, '--sweep=list')
     assert [line.split()[1:3] for line in shown.stdout.splitlines()[:4]] == [[run, 'done'] for run in RUNS]
 
 
 @pytest.mark.slow
-def test_the_plan_says_what_was_asked_for(place, whole):
+def test_sweep_json_records_the_plan(place, whole):
     workdir, _, _ = whole
     slow = {'name': 'slow', 'overrides': SLOW, 'published': [1.5, None], 'source': 'a book', 'note': 'slower'}
-    assert json.loads((workdir / 'sweep.json').read_text()) == {
+    assert read_json(workdir / 'sweep.json') == {
         'config': str(place.config),
         'base': 'base',
         'variants': [{'name': 'base', 'overrides': {}, 'published': None, 'source': '', 'note': ''}, slow],
@@ -746,11 +689,9 @@ def test_the_plan_says_what_was_asked_for(place, whole):
 
 
 @pytest.mark.slow
-def test_the_report_has_the_means_of_the_results(whole):
+def test_report_has_means_and_deviations_of_results(whole):
     workdir, _, _ = whole
-    run = subprocess.run(
-        [sys.executable, '-m', 'alexnet_jax.report', workdir], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    run = run_command('-m', 'alexnet_jax.report', workdir)
     rows = [line.strip('| ').split(' | ') for line in run.stdout.splitlines()[2:4]]
     columns = {}
     for row, expected in zip(rows, ('base', 'slow'), strict=True):
@@ -770,47 +711,41 @@ def test_the_report_has_the_means_of_the_results(whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ('flags', 'reason'),
+    ('flags', 'words'),
     [
-        (['--sweep=4'], "--sweep: '4' is not list, all or a number from 0 to 3"),
-        (['--sweep=5'], "--sweep: '5' is not list, all or a number from 0 to 3"),
-        (['--sweep=-1'], "--sweep: '-1' is not list, all or a number from 0 to 3"),
-        (['--sweep=foo'], "--sweep: 'foo' is not list, all or a number from 0 to 3"),
-        (['--sweep=all', '--distributed'], '--sweep: several processes run one of its runs together, --sweep=K'),
-        (['--sweep=all', '--config.train.log_every=3 steps'], "config.train.log_every: '3 steps', but "),
-        (['--sweep=2', '--config.train.log_every=3 steps'], "config.train.log_every: '3 steps', but "),
+        (['--sweep=4'], ('--sweep: ', "'4'", '3')),
+        (['--sweep=-1'], ('--sweep: ', "'-1'", '3')),
+        (['--sweep=foo'], ('--sweep: ', "'foo'", '3')),
+        (['--sweep=all', '--distributed'], ('--sweep: ', '--sweep=K')),
+        (['--sweep=all', '--config.train.log_every=3 steps'], ("config.train.log_every: '3 steps'", '/base/seed_0 ')),
+        (['--sweep=2', '--config.train.log_every=3 steps'], ("config.train.log_every: '3 steps'", '/base/seed_1 ')),
     ],
 )
-def test_what_is_refused(place, whole, flags, reason):
+def test_sweep_rejects_invalid_flags(place, whole, flags, words):
     workdir, _, _ = whole
     before = times(workdir)
-    run = place.run(workdir, *flags)
-    assert run.returncode == 2
-    assert run.stderr.startswith('alexnet_jax: ' + reason)
-    assert (run.stderr.count('\n'), run.stdout) == (1, '')
-    if 'log_every' in reason:
-        assert f'{workdir}/base/seed_{int(flags[0] == "--sweep=2")} was begun with' in run.stderr
+    message = usage_error(place.run(workdir, *flags))
+    assert message.startswith(words[0])
+    for word in words:
+        assert word in message
     assert times(workdir) == before
 
 
-def test_a_config_without_a_sweep_is_refused():
-    command = [sys.executable, 'launch.py', '--config=configs/quickstart.py', '--sweep=list']
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    refusal = 'alexnet_jax: --config: configs/quickstart.py has no function sweep\n'
-    assert (run.returncode, run.stderr, run.stdout) == (2, refusal, '')
+def test_config_without_sweep_function_is_rejected():
+    message = usage_error(run_command('launch.py', '--config=configs/quickstart.py', '--sweep=list'))
+    assert 'configs/quickstart.py' in message
+    assert 'sweep' in message
 
 
 @pytest.mark.slow
-def test_a_folder_that_cannot_be_used_is_refused(place, tmp_path):
+def test_unusable_workdir_is_rejected(place, tmp_path):
     (tmp_path / 'file').write_text('')
-    run = place.run(tmp_path / 'file', '--sweep=all')
-    assert (run.returncode, run.stderr.count('\n')) == (2, 1)
-    assert run.stderr.startswith(f'alexnet_jax: --workdir: {tmp_path}/file cannot be used: ')
+    assert usage_error(place.run(tmp_path / 'file', '--sweep=all')).startswith(f'--workdir: {tmp_path}/file ')
 
 
 @pytest.fixture(scope='module')
 def half_done(place, whole):
-    """A sweep of which the runs 0 and 1 are done."""
+    """Returns the folder of a sweep in which the runs 0 and 1 are done."""
     workdir = place.folder / 'interrupted'
     for run in RUNS[:2]:
         shutil.copytree(whole[0] / run, workdir / run)
@@ -820,7 +755,7 @@ def half_done(place, whole):
 
 @pytest.fixture(scope='module')
 def killed(place, half_done):
-    """After kill -9 of the sweep: what was left of its runs, the steps they had saved, and what they were given."""
+    """Kills the sweep; returns its remaining runs, the saved steps, and the cores, sessions and inputs of the runs."""
     sweep, processes = begin(place, half_done, {2: 0, 3: 0})
     cores = [os.sched_getaffinity(process) for process in processes.values()]
     sessions = [os.getsid(process) == process for process in processes.values()]
@@ -840,10 +775,10 @@ def killed(place, half_done):
 
 @pytest.fixture(scope='module')
 def stopped(place, half_done, killed):
-    """Begun again and ended by SIGTERM: exit code, standard error, the results, and the list of then."""
+    """Resumes the sweep and sends SIGTERM; returns exit code, standard error, results and newest steps."""
     sweep, processes = begin(place, half_done, killed[1])
     sweep.terminate()
-    for process in processes.values():  # still standing still, so that it is the first thing they hear
+    for process in processes.values():  # SIGTERM must be pending before a run continues.
         pending = re.compile(r'^ShdPnd:\t(\w+)$', re.MULTILINE)
         status = Path(f'/proc/{process}/status')
         wait_for(lambda p=pending, s=status: int(p.search(s.read_text())[1], 16) >> (signal.SIGTERM - 1) & 1, 10)
@@ -853,12 +788,12 @@ def stopped(place, half_done, killed):
     return sweep.returncode, err, results, {number: newest(half_done, RUNS[number]) for number in processes}
 
 
-linux = pytest.mark.skipif(sys.platform != 'linux', reason='processes are looked for in /proc')
+linux = pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 
 
 @pytest.mark.slow
 @linux
-def test_runs_end_with_a_killed_sweep(killed):
+def test_runs_end_when_the_sweep_is_killed(killed):
     left, saved, *_ = killed
     assert left == {}
     assert all(0 < step < STEPS for step in saved.values())
@@ -866,18 +801,17 @@ def test_runs_end_with_a_killed_sweep(killed):
 
 @linux
 @pytest.mark.parametrize('alive', [True, False])
-def test_a_run_whose_sweep_has_ended_meanwhile_does_not_begin(alive):
+def test_run_does_not_start_after_its_sweep_ended(alive):
     sweep = os.getpid() if alive else os.getppid()
-    command = [sys.executable, '-ISc', _CHILD_BOOTSTRAP, str(sweep), '', sys.executable, '-c', 'print("begun")']
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = run_command('-ISc', _CHILD_BOOTSTRAP, sweep, '', sys.executable, '-c', 'print("begun")')
     assert (run.returncode, run.stdout) == ((0, 'begun\n') if alive else (1, ''))
 
 
 @pytest.mark.slow
 @linux
-def test_runs_share_out_the_cores_and_have_no_terminal(killed):
+def test_runs_get_disjoint_cores_and_own_sessions(killed):
     _, _, cores, sessions, inputs = killed
-    assert sessions == [True, True]  # no Ctrl-C but the sweep's
+    assert sessions == [True, True]  # Ctrl-C reaches only the sweep.
     assert inputs == ['/dev/null'] * 2
     allowed = os.sched_getaffinity(0)
     if len(allowed) > 1:
@@ -887,12 +821,11 @@ def test_runs_share_out_the_cores_and_have_no_terminal(killed):
 
 @pytest.mark.slow
 @linux
-def test_sigterm_lets_the_runs_save(killed, stopped):
+def test_sigterm_lets_runs_write_checkpoints(killed, stopped):
     code, err, results, saved = stopped
     assert code == 75, err
-    assert '2 of 4 runs are done' in err
-    assert 'the same command goes on with what is missing' in err
-    assert 'ended with' not in err
+    assert '2 of 4 runs' in err
+    assert 'same command' in err
     assert 'failed' not in err
     for number, ended in results.items():
         assert ended['status'] == 'preempted'
@@ -901,13 +834,13 @@ def test_sigterm_lets_the_runs_save(killed, stopped):
 
 @pytest.mark.slow
 @linux
-def test_the_same_command_finishes_what_is_missing(place, whole, half_done, killed, stopped):
+def test_rerun_resumes_interrupted_runs_bit_exactly(place, whole, half_done, killed, stopped):
     before = times(half_done)
     run = place.run(half_done, '--sweep_jobs=2', '--sweep=all')
     assert run.returncode == 0, run.stderr
-    assert '2 of 4 runs are done' in run.stderr
+    assert '2 of 4 runs' in run.stderr
     done = [name for name in before if name.startswith((RUNS[0], RUNS[1]))]
-    assert len(done) == 7  # four files, but for the log of number 1
+    assert len(done) == 7  # four files of each run, without the log of number 1
     after = times(half_done)
     assert [after[name] for name in done] == [before[name] for name in done]
     for number in (2, 3):
@@ -921,15 +854,15 @@ def test_the_same_command_finishes_what_is_missing(place, whole, half_done, kill
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_does_not_stop_the_others(place, tmp_path):
+def test_failed_run_does_not_stop_other_runs(place, tmp_path):
     run = place.run(tmp_path, '--sweep=all', part='failing')
     assert run.returncode == 1
     failed, summary = [line for line in run.stderr.splitlines() if line.startswith('alexnet_jax: ')]
     last = (tmp_path / 'diverges' / 'log.txt').read_text().splitlines()[-1]
-    assert 'the loss or the weights are' in last
-    assert 'optimizer.learning_rate (100)' in last
-    assert failed == f'alexnet_jax: diverges ended with 1: {last}'
-    assert summary == (f'alexnet_jax: 1 of 2 runs failed: diverges; see log.txt in their folders in {tmp_path}')
+    assert re.search(r'optimizer\.learning_rate.*100', last)
+    assert failed.startswith('alexnet_jax: diverges ')
+    assert failed.endswith(last)
+    assert re.search(f'1 of 2 .*diverges.*{tmp_path}', summary)
     assert 'Traceback' not in run.stderr
     assert (result(tmp_path, 'base')['status'], result(tmp_path, 'base')['step']) == ('done', STEPS)
     shown = place.run(tmp_path, '--sweep=list', part='failing')

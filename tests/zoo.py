@@ -1,4 +1,4 @@
-"""Image files as the world has them, made here, each with what is to become of it."""
+"""Image files of every kind, each with the color that it must decode to or the reason why it must be skipped."""
 
 import io
 import re
@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-COLOUR, GREY = (200, 80, 30), 110  # the grey is the colour's luminance
+COLOR, GRAY = (200, 80, 30), 110  # GRAY is the luminance of COLOR.
 WIDTH, HEIGHT = 90, 60
 
 
@@ -19,7 +19,7 @@ def saved(image: Image.Image, format: str, **options) -> bytes:
 
 
 def png(width: int, height: int, depth: int, kind: int, rows: bytes) -> bytes:
-    """A PNG written out by hand; `rows` are whole, each with its leading filter byte."""
+    """Returns a PNG written by hand; each of `rows` begins with its filter byte."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         body = name + content
@@ -30,11 +30,11 @@ def png(width: int, height: int, depth: int, kind: int, rows: bytes) -> bytes:
 
 
 def ycck() -> bytes:
-    """A CMYK JPEG whose marker says that its first three channels are luminance and chroma, and are so."""
-    # Adobe keeps 255 - C, and a decoder makes it of the luminance and chroma of the opposite colour.
-    opposite = tuple(255 - value for value in COLOUR)
+    """Returns a CMYK JPEG whose first three channels are luminance and chroma, as its Adobe marker says."""
+    # Adobe stores 255 - C, so the luminance and chroma are those of the inverted color.
+    opposite = tuple(255 - value for value in COLOR)
     channels = Image.new('RGB', (WIDTH, HEIGHT), opposite).convert('YCbCr').split()
-    inverted = [Image.fromarray(255 - np.asarray(channel)) for channel in channels]  # for Pillow inverts them again
+    inverted = [Image.fromarray(255 - np.asarray(channel)) for channel in channels]  # Pillow inverts them again.
     black = Image.new('L', (WIDTH, HEIGHT), 0)
     content = saved(Image.merge('CMYK', (*inverted, black)), 'JPEG', quality=95)
     marker = content.index(b'Adobe')
@@ -43,66 +43,66 @@ def ycck() -> bytes:
 
 
 def turned() -> bytes:
-    """Lies on its side, left half black; upright, as EXIF says, the upper half is black."""
-    pixels = np.full((HEIGHT, WIDTH, 3), COLOUR, np.uint8)
+    """Returns a JPEG whose left half is black; its EXIF orientation turns the upper half black."""
+    pixels = np.full((HEIGHT, WIDTH, 3), COLOR, np.uint8)
     pixels[:, : WIDTH // 2] = 0
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise
+    exif[0x0112] = 6  # Rotate by 90 degrees clockwise.
     return saved(Image.fromarray(pixels), 'JPEG', quality=95, exif=exif)
 
 
 def transparent_palette() -> bytes:
     image = Image.new('P', (WIDTH, HEIGHT), 1)
-    image.putpalette([0, 0, 0, *COLOUR])
+    image.putpalette([0, 0, 0, *COLOR])
     return saved(image, 'PNG', transparency=bytes([255, 0]))
 
 
 def zoo() -> dict[str, tuple[bytes, object]]:
-    """name: (content, mean colour of the square it becomes, or a pattern of the reason why it is skipped)."""
-    image = Image.new('RGB', (WIDTH, HEIGHT), COLOUR)
+    """Returns by name (content, mean color of the square image, or a pattern of the reason for skipping it)."""
+    image = Image.new('RGB', (WIDTH, HEIGHT), COLOR)
     random = Image.fromarray(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8))
     noisy = saved(random, 'JPEG', quality=95)
-    half = Image.new('RGBA', (WIDTH, HEIGHT), (*COLOUR, 127))
-    over_white = tuple(round(255 - (255 - value) * 127 / 255) for value in COLOUR)
+    half = Image.new('RGBA', (WIDTH, HEIGHT), (*COLOR, 127))
+    over_white = tuple(round(255 - (255 - value) * 127 / 255) for value in COLOR)
     frames = [Image.new('P', (WIDTH, HEIGHT), index) for index in (1, 2)]
     for frame in frames:
-        frame.putpalette([0, 0, 0, *COLOUR, 0, 0, 255])
-    grey16 = np.full((HEIGHT, WIDTH), GREY * 256 + 255, np.uint16)
-    row16 = b'\0' + struct.pack('>HHH', *(value * 256 + 255 for value in COLOUR)) * WIDTH
+        frame.putpalette([0, 0, 0, *COLOR, 0, 0, 255])
+    gray16 = np.full((HEIGHT, WIDTH), GRAY * 256 + 255, np.uint16)
+    row16 = b'\0' + struct.pack('>HHH', *(value * 256 + 255 for value in COLOR)) * WIDTH
     bomb = png(60000, 60000, 1, 0, bytes(7501) * 100)
     huge = Image.new('P', (9200, 9000), 1)
-    huge.putpalette([0, 0, 0, *COLOUR])
+    huge.putpalette([0, 0, 0, *COLOR])
     return {
-        'plain.jpg': (saved(image, 'JPEG', quality=95), COLOUR),
-        'progressive.jpg': (saved(image, 'JPEG', quality=95, progressive=True), COLOUR),
-        'grey.jpg': (saved(Image.new('L', (WIDTH, HEIGHT), GREY), 'JPEG'), (GREY,) * 3),
-        'cmyk.jpg': (saved(image.convert('CMYK'), 'JPEG', quality=95), COLOUR),
-        'ycck.jpg': (ycck(), COLOUR),
-        'turned.jpg': (turned(), tuple(value / 2 for value in COLOUR)),
-        'truncated.jpg': (noisy[: len(noisy) // 2], 'damaged .*truncated'),
-        'empty.jpg': (b'', 'an empty file'),
-        'text.jpg': (b'<html>404 not found</html>', 'no image'),
-        'headless.jpg': (noisy[:3], 'no image'),
-        'png.JPEG': (saved(image, 'PNG'), COLOUR),  # as n02105855_2933.JPEG of ImageNet
-        'no_ending': (saved(image, 'JPEG', quality=95), COLOUR),
-        'palette.png': (saved(image.quantize(4), 'PNG'), COLOUR),
+        'plain.jpg': (saved(image, 'JPEG', quality=95), COLOR),
+        'progressive.jpg': (saved(image, 'JPEG', quality=95, progressive=True), COLOR),
+        'gray.jpg': (saved(Image.new('L', (WIDTH, HEIGHT), GRAY), 'JPEG'), (GRAY,) * 3),
+        'cmyk.jpg': (saved(image.convert('CMYK'), 'JPEG', quality=95), COLOR),
+        'ycck.jpg': (ycck(), COLOR),
+        'turned.jpg': (turned(), tuple(value / 2 for value in COLOR)),
+        'truncated.jpg': (noisy[: len(noisy) // 2], 'truncated'),
+        'empty.jpg': (b'', 'empty'),
+        'text.jpg': (b'<html>404 not found</html>', 'image'),
+        'headless.jpg': (noisy[:3], 'image'),
+        'png.JPEG': (saved(image, 'PNG'), COLOR),  # as n02105855_2933.JPEG of ImageNet
+        'no_ending': (saved(image, 'JPEG', quality=95), COLOR),
+        'palette.png': (saved(image.quantize(4), 'PNG'), COLOR),
         'transparent_palette.png': (transparent_palette(), (255,) * 3),
         'half_transparent.png': (saved(half, 'PNG'), over_white),
-        'grey_alpha.png': (saved(Image.new('LA', (WIDTH, HEIGHT), (GREY, 0)), 'PNG'), (255,) * 3),
+        'gray_alpha.png': (saved(Image.new('LA', (WIDTH, HEIGHT), (GRAY, 0)), 'PNG'), (255,) * 3),
         'one_bit.png': (saved(Image.new('1', (WIDTH, HEIGHT), 1), 'PNG'), (255,) * 3),
-        'grey16.png': (saved(Image.fromarray(grey16), 'PNG'), (GREY,) * 3),
-        'grey16.pgm': (b'P5 %d %d 65535\n' % (WIDTH, HEIGHT) + grey16.astype('>u2').tobytes(), (GREY,) * 3),
-        'program.eps': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n', 'EPS, which is'),
-        'colour16.png': (png(WIDTH, HEIGHT, 16, 2, row16 * HEIGHT), COLOUR),
-        'damaged.png': (saved(random, 'PNG')[:-600], 'damaged'),
-        'one_pixel_wide.png': (saved(Image.new('RGB', (1, 5000), COLOUR), 'PNG'), COLOUR),
-        'one_pixel.png': (saved(Image.new('RGB', (1, 1), COLOUR), 'PNG'), COLOUR),
-        'huge.png': (saved(huge, 'PNG', compress_level=1), COLOUR),
+        'gray16.png': (saved(Image.fromarray(gray16), 'PNG'), (GRAY,) * 3),
+        'gray16.pgm': (b'P5 %d %d 65535\n' % (WIDTH, HEIGHT) + gray16.astype('>u2').tobytes(), (GRAY,) * 3),
+        'program.eps': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n', 'EPS'),
+        'color16.png': (png(WIDTH, HEIGHT, 16, 2, row16 * HEIGHT), COLOR),
+        'damaged.png': (saved(random, 'PNG')[:-600], 'damaged|corrupt'),
+        'one_pixel_wide.png': (saved(Image.new('RGB', (1, 5000), COLOR), 'PNG'), COLOR),
+        'one_pixel.png': (saved(Image.new('RGB', (1, 1), COLOR), 'PNG'), COLOR),
+        'huge.png': (saved(huge, 'PNG', compress_level=1), COLOR),
         'bomb.png': (bomb, re.escape('more than 89,478,485 pixels')),
-        'animated.gif': (saved(frames[0], 'GIF', save_all=True, append_images=frames[1:], duration=100), COLOUR),
-        'picture.webp': (saved(image, 'WEBP', lossless=True), COLOUR),
-        'picture.bmp': (saved(image, 'BMP'), COLOUR),
-        'picture.tiff': (saved(image, 'TIFF'), COLOUR),
+        'animated.gif': (saved(frames[0], 'GIF', save_all=True, append_images=frames[1:], duration=100), COLOR),
+        'picture.webp': (saved(image, 'WEBP', lossless=True), COLOR),
+        'picture.bmp': (saved(image, 'BMP'), COLOR),
+        'picture.tiff': (saved(image, 'TIFF'), COLOR),
         'float.tiff': (saved(Image.new('F', (WIDTH, HEIGHT), 0.5), 'TIFF'), '32 bits'),
         'whole_numbers.tiff': (saved(Image.new('I', (WIDTH, HEIGHT), 70000), 'TIFF'), '32 bits'),
     }

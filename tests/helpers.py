@@ -1,0 +1,112 @@
+"""Commands in child processes, the files of a run folder, and errors: what several test files need."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alexnet_jax.config import ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Returns the variables of a child process: one simulated device, unless `variables` say otherwise."""
+    return {**os.environ, 'JAX_NUM_CPU_DEVICES': '1', **variables}
+
+
+def run_command(
+    *arguments: Any, cwd: Path = ROOT, timeout: float = 300, **variables: str
+) -> subprocess.CompletedProcess:
+    """Runs Python with `arguments`, as `run_command('-m', 'alexnet_jax.predict', run)`, and captures its text.
+
+    Returns the `subprocess.CompletedProcess`, whatever its exit code is.
+    """
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def start_command(
+    *arguments: Any, stdout: Any = subprocess.DEVNULL, start_new_session: bool = False, **variables: str
+) -> subprocess.Popen:
+    """Starts Python with `arguments`; its standard error is a pipe of text."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(**variables),
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=start_new_session,
+    )
+
+
+def config_flags(fields: dict[str, Any]) -> list[str]:
+    """Returns the flags that set `fields`, by dotted name, as `--config.train.steps=3`."""
+    return [f'--config.{field}={value}' for field, value in fields.items()]
+
+
+def usage_error(run: subprocess.CompletedProcess) -> str:
+    """Returns the single line that a command prints when it ends with exit code 2, without the name of the package."""
+    assert (run.returncode, run.stdout) == (2, ''), run.stderr
+    assert run.stderr.startswith('alexnet_jax: ')
+    assert run.stderr.count('\n') == 1, run.stderr
+    return run.stderr.removeprefix('alexnet_jax: ').rstrip('\n')
+
+
+def refusal(function: Callable, *arguments: Any, **options: Any) -> str:
+    """Returns the text of the ConfigError that `function` raises, a single line."""
+    with pytest.raises(ConfigError) as error:
+        function(*arguments, **options)
+    assert '\n' not in str(error.value)
+    return str(error.value)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(Path(path).read_text())
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Returns the objects of a JSON Lines file, such as metrics.jsonl."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def read_result(workdir: Path) -> dict:
+    return read_json(Path(workdir) / 'result.json')
+
+
+def largest_file(folder: Path) -> Path:
+    return max((path for path in folder.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def truncate(file: Path, size: int = 1000) -> None:
+    """Keeps the first `size` bytes of a file."""
+    file.write_bytes(file.read_bytes()[:size])
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120.0, every: float = 0.002) -> Any:
+    """Calls `condition` until its result is true, and returns the result; fails after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, condition
+        time.sleep(every)
+    return value
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(('', 0))
+        return listener.getsockname()[1]
