@@ -78,69 +78,25 @@ class AlexNet(nnx.Module):
             towers = self.layer_inputs(layer, towers)
             if spec.dropout:
                 towers = self.dropout(layer, towers, dropout_keys)
-            block = partial(self.block, training=training)
+            block = partial(apply_layer, self.config, training)
             if self.remat and training and spec.kernel:
                 block = nnx.remat(block)
             towers, outputs[spec.name] = block(layer, norm, towers)
         return outputs
 
     def layer_inputs(self, layer: Conv | Dense, towers: list[jax.Array]) -> list[jax.Array]:
-        """Returns what `layer` reads: one array of the features of all towers (`cross_tower`), or one array per tower.
+        """Returns the inputs of `layer`: for `cross_tower`, one array of the features of all towers, else `towers`.
 
         Feature maps are flattened for a dense layer: (B, 6, 6, 256) becomes (B, 9216).
         """
-        spec = layer.spec
+        spec, flatten = layer.spec, towers[0].ndim == 4 and not layer.spec.kernel
         if not spec.cross_tower:
-            towers = regroup_channels(towers, layer.groups)
-            return towers if spec.kernel else [x.reshape(x.shape[0], -1) for x in towers]
+            return [x.reshape(x.shape[0], -1) for x in regroup_channels(towers, layer.groups)] if flatten else towers
         x = jnp.concatenate(towers, -1)
-        if x.ndim == 4 and not spec.kernel:
+        if flatten:
             x = redistribute_features(x, self.conv_features, spec.name)
             x = x.reshape(x.shape[0], -1)
         return [redistribute_features(x, layer.in_features, spec.name)]
-
-    def block(
-        self, layer: Conv | Dense, norm: nnx.BatchNorm | None, towers: list[jax.Array], *, training: bool
-    ) -> tuple[list[jax.Array], jax.Array]:
-        """Applies `layer` and the operations after it: all that `remat` computes again, without communication of maps.
-
-        Returns the result of the last operation, and the output of the nonlinearity (of the layer, if it has none).
-        """
-        spec, config = layer.spec, self.config
-        with jax.named_scope(spec.name):
-            towers = output = layer(towers)
-        for op in spec.ops:
-            with jax.named_scope(f'{spec.name}/{op}'):
-                if op == 'activation':  # section 3.1
-                    function = {'relu': jax.nn.relu, 'tanh': jnp.tanh}[config.activation]
-                    towers = output = [function(x) for x in towers]
-                elif op == 'lrn':  # section 3.3
-                    towers = self.lrn(layer, towers)
-                elif op == 'spatial_lrn':
-                    towers = [self.spatial_lrn(x) for x in towers]
-                elif op == 'batch_norm' and norm is not None:
-                    x = norm(jnp.concatenate(towers, -1).astype(jnp.float32), use_running_average=not training)
-                    towers = jnp.split(x.astype(towers[0].dtype), len(towers), -1)
-                elif op == 'pool':  # section 3.4
-                    window, ceil_mode = pool_window(config), config.pool_ceil_mode
-                    towers = [max_pool(x, window, 2, ceil_mode=ceil_mode) for x in towers]
-        return towers, jnp.concatenate(output, -1)
-
-    def lrn(self, layer: Conv | Dense, towers: list[jax.Array]) -> list[jax.Array]:
-        """Applies local response normalization (section 3.3) within each tower or, as in Caffe, across towers."""
-        config = self.config
-        norm = partial(
-            local_response_norm, k=config.lrn_k, n=config.lrn_size, alpha=config.lrn_alpha, beta=config.lrn_beta
-        )
-        if config.lrn_across_towers:
-            return jnp.split(norm(jnp.concatenate(towers, -1)), len(towers), -1)
-        split = [x.reshape(*x.shape[:-1], -1, layer.tower_features) for x in towers]
-        return [norm(x).reshape(*x.shape[:-2], -1) for x in split]
-
-    def spatial_lrn(self, x: jax.Array) -> jax.Array:
-        """Applies the original program's second normalization, over neighboring pixels within each feature map."""
-        n, alpha = self.config.spatial_lrn_size, self.config.spatial_lrn_alpha
-        return within_channel_lrn(x, k=SPATIAL_K, n=n, alpha=alpha, beta=SPATIAL_BETA)
 
     def dropout(self, layer: Conv | Dense, towers: list[jax.Array], keys: jax.Array | None) -> list[jax.Array]:
         """Applies dropout (section 4.2) to the inputs of `layer`, (B, inputs).
@@ -159,4 +115,46 @@ class AlexNet(nnx.Module):
             keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, number), kept, (width,)))(keys)
             x = jnp.where(local_feature_slice(keep, x.shape[-1]), x, jnp.zeros_like(x))
             x = x / kept if inverted else x
-        return jnp.split(x, len(towers), -1)
+        return regroup_channels([x], len(towers))
+
+
+def apply_layer(
+    config: ModelConfig, training: bool, layer: Conv | Dense, norm: nnx.BatchNorm | None, towers: list[jax.Array]
+) -> tuple[list[jax.Array], jax.Array]:
+    """Applies `layer` and the operations after it: the part of a row that `remat` computes again.
+
+    Returns the result of the last operation, and the output of the nonlinearity (of the layer, if it has none).
+    """
+    spec = layer.spec
+    with jax.named_scope(spec.name):
+        towers = output = layer(towers)
+    for op in spec.ops:
+        with jax.named_scope(f'{spec.name}/{op}'):
+            if op == 'activation':  # section 3.1
+                function = {'relu': jax.nn.relu, 'tanh': jnp.tanh}[config.activation]
+                towers = output = [function(x) for x in towers]
+            elif op == 'lrn':  # section 3.3
+                towers = lrn(towers, layer.tower_features, config)
+            elif op == 'spatial_lrn':
+                towers = [spatial_lrn(x, config) for x in towers]
+            elif op == 'batch_norm' and norm is not None:
+                x = norm(jnp.concatenate(towers, -1).astype(jnp.float32), use_running_average=not training)
+                towers = jnp.split(x.astype(towers[0].dtype), len(towers), -1)
+            elif op == 'pool':  # section 3.4
+                towers = [max_pool(x, pool_window(config), 2, ceil_mode=config.pool_ceil_mode) for x in towers]
+    return towers, jnp.concatenate(output, -1)
+
+
+def lrn(towers: list[jax.Array], tower_features: int, config: ModelConfig) -> list[jax.Array]:
+    """Applies local response normalization (section 3.3) within each tower or, as in Caffe, across towers."""
+    norm = partial(local_response_norm, k=config.lrn_k, n=config.lrn_size, alpha=config.lrn_alpha, beta=config.lrn_beta)
+    if config.lrn_across_towers:
+        return jnp.split(norm(jnp.concatenate(towers, -1)), len(towers), -1)
+    return [norm(x.reshape(*x.shape[:-1], -1, tower_features)).reshape(x.shape) for x in towers]
+
+
+def spatial_lrn(x: jax.Array, config: ModelConfig) -> jax.Array:
+    """Applies the original program's second normalization, over neighboring pixels within each feature map."""
+    return within_channel_lrn(
+        x, k=SPATIAL_K, n=config.spatial_lrn_size, alpha=config.spatial_lrn_alpha, beta=SPATIAL_BETA
+    )

@@ -55,7 +55,7 @@ class Layer(nnx.Module):
 
     @property
     def groups(self) -> int:
-        """Number of input arrays: 1 if all kernels read the same features, otherwise the towers on this device."""
+        """Number of groups of kernels with their own inputs: 1 for `cross_tower`, else the towers on this device."""
         return 1 if self.spec.cross_tower else self.kernel.shape[-1] // self.tower_features
 
 
@@ -68,11 +68,11 @@ class Conv(Layer):
         return self.kernel.shape[2] // (self.spec.kernel**2 if self.spec.locally_connected else 1)
 
     def __call__(self, towers: list[jax.Array]) -> list[jax.Array]:
-        """Returns the outputs (B, H', W', C) before the nonlinearity, one array for each array (B, H, W, C) given."""
+        """Returns the outputs (B, H', W', C) before the nonlinearity from (B, H, W, C), one array per group."""
         kernels = jnp.split(self.kernel[...].astype(self.dtype), self.groups, -1)
         biases = jnp.split(self.bias[...].astype(self.dtype), self.groups, -1)
         stride, padding, outputs = self.spec.stride, (self.spec.padding, self.spec.padding), []
-        for x, kernel, bias in zip(towers, kernels, biases, strict=True):
+        for x, kernel, bias in zip(regroup_channels(towers, self.groups), kernels, biases, strict=True):
             if self.spec.locally_connected:
                 x = locally_connected(x, kernel, self.spec.kernel, stride=stride, padding=padding)
             else:
@@ -95,7 +95,7 @@ class Dense(Layer):
         In `hybrid`, fc8 returns (B / model, outputs).
         """
         kernels, outputs = jnp.split(self.kernel[...].astype(self.dtype), self.groups, -1), []
-        for x, kernel in zip(towers, kernels, strict=True):
+        for x, kernel in zip(regroup_channels(towers, self.groups), kernels, strict=True):
             x, kernel = order_weight_gradient_after_input_gradient(x.astype(self.dtype), kernel)
             outputs.append(x @ kernel)
         x = jnp.concatenate(outputs, -1)
