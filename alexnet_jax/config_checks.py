@@ -7,7 +7,7 @@ from typing import Any
 
 from alexnet_jax.config_schema import RENAMED_VALUES, Config, ConfigError, ModelConfig, duration_in_steps, get_by_path
 from alexnet_jax.presets import PRESETS
-from alexnet_jax.shapes import CONVOLUTIONS, DENSE, LAYERS, layer_table, ops_after
+from alexnet_jax.shapes import CONVOLUTIONS, DENSE, LAYERS, layer_specs, layer_table
 
 _CHOICES = {
     'model.preset': tuple(PRESETS),
@@ -134,9 +134,9 @@ def _check_model(config: Config) -> None:
             f'config.data.crop_size: {data.crop_size} is larger than data.image_size={data.image_size};'
             f' the nearest is {data.image_size}'
         )
-    for i in range(5):
-        if model.widths[i] and (i or model.towers > 1):
-            _check_divides(f'config.model.widths (conv{i + 1})', model.widths[i], 'model.towers', model.towers)
+    for row in layer_specs(model):
+        if row.kernel or not row.cross_tower:
+            _check_divides(f'config.model.widths ({row.name})', row.features, 'model.towers', model.towers)
     if _smallest_side(config, data.crop_size) < 1:
         least = next((size for size in range(data.crop_size, 4096) if _smallest_side(config, size) >= 1), None)
         if least is None:
@@ -150,10 +150,6 @@ def _check_model(config: Config) -> None:
             raise ConfigError(
                 f'config.model.{field}: {getattr(model, field)} is even; the nearest is {getattr(model, field) + 1}'
             )
-    for layer in ('fc6', 'fc7', 'fc8'):
-        width = (*model.widths, model.num_classes)[LAYERS.index(layer)]
-        if width and layer not in model.cross_tower:
-            _check_divides(f'config.model.widths ({layer})', width, 'model.towers', model.towers)
 
 
 def _smallest_side(config: Config, crop_size: int) -> int:
@@ -195,22 +191,22 @@ def _check_lists(config: Config) -> None:
         for name in get_by_path(config, field):
             if name not in known:
                 raise ConfigError(f'config.{field}: {name!r} is not one of {", ".join(known)}')
-    _check_steps(config.model)
+    _check_ops(config.model)
     if not config.model.widths[0]:
         raise ConfigError('config.model.widths: conv1 cannot be left out, so its width is 1 at least')
 
 
-_STEPS = ('activation', 'lrn', 'spatial_lrn', 'batch_norm', 'pool')
+_OPS = ('activation', 'lrn', 'spatial_lrn', 'batch_norm', 'pool')
 
 
-def _check_steps(model: ModelConfig) -> None:
+def _check_ops(model: ModelConfig) -> None:
     if len(model.conv_ops) != 5:
         raise ConfigError(f'config.model.conv_ops: {len(model.conv_ops)} texts; 5 are needed, one a convolution')
     for text in model.conv_ops:
-        steps = text.split() if isinstance(text, str) else [text]
-        for i, step in enumerate(steps):
-            if step not in _STEPS or step in steps[:i]:
-                raise ConfigError(f'config.model.conv_ops: {text!r} is no order of some of {", ".join(_STEPS)}')
+        ops = text.split() if isinstance(text, str) else [text]
+        for i, op in enumerate(ops):
+            if op not in _OPS or op in ops[:i]:
+                raise ConfigError(f'config.model.conv_ops: {text!r} is no order of some of {", ".join(_OPS)}')
 
 
 def _check_divides(field: str, value: int, by_field: str, by: int) -> None:
@@ -254,7 +250,7 @@ def check_mesh(config: Config, data: int, model: int) -> None:
 
     If `data` is -1 (not yet known), the function skips the checks of the batch size.
     """
-    layout, towers, widths = config.mesh.layout, config.model.towers, config.model.widths
+    layout, towers = config.mesh.layout, config.model.towers
     if layout == 'data' and model != 1:
         raise ConfigError(
             f"config.mesh.model: {model} with mesh.layout='data', which has no model axis; the nearest is 1"
@@ -263,11 +259,11 @@ def check_mesh(config: Config, data: int, model: int) -> None:
         near = max(size for size in range(1, towers + 1) if size <= model and towers % size == 0)
         raise ConfigError(f'config.mesh.model: {model} does not divide model.towers={towers}; the nearest is {near}')
     table = {layer.name: layer for layer in layer_table(config.model, config.data.crop_size, config.data.channels)}
-    if layout == 'hybrid' and not set(DENSE) <= set(table) & set(config.model.cross_tower):
+    if layout == 'hybrid' and not all(name in table and table[name].spec.cross_tower for name in DENSE):
         raise ConfigError(
             "config.mesh.layout: 'hybrid' needs fc6, fc7 and fc8, and all in model.cross_tower; the nearest is 'towers'"
         )
-    has_lrn = any('lrn' in ops_after(config.model, name) for name in CONVOLUTIONS)
+    has_lrn = any('lrn' in layer.spec.ops for layer in table.values())
     if model > 1 and layout == 'towers' and has_lrn and config.model.lrn_across_towers:
         raise ConfigError(f'config.mesh.model: {model} with model.lrn_across_towers; the nearest is 1')
     inputs = table['fc6'].kernel[0] if 'fc6' in table else model
@@ -276,9 +272,9 @@ def check_mesh(config: Config, data: int, model: int) -> None:
         raise ConfigError(
             f'config.mesh.model: {model} does not divide the {inputs} inputs of fc6; the nearest is {near}'
         )
-    for layer, width in (('fc6', widths[5]), ('fc7', widths[6])):
-        if width:
-            _check_divides(f'config.model.widths ({layer})', width, 'mesh.model', model)
+    for name in ('fc6', 'fc7'):
+        if name in table:
+            _check_divides(f'config.model.widths ({name})', table[name].spec.features, 'mesh.model', model)
     classes = config.model.num_classes
     if layout != 'hybrid' and classes % model:
         near = max(size for size in range(1, model) if classes % size == 0)

@@ -1,13 +1,15 @@
 """The published networks as data: architecture, training recipe and published results of each `model.preset`.
 
-`model` fills the `model` fields that the configuration leaves empty (None), so that single fields can be overridden.
-`recipe` contains the other settings that differ from the defaults (section 5 of the paper), by dotted name;
-`configs/imagenet.py:NAME` applies them. `published` contains figures of others, never of a run here: errors in percent,
-and the parameters and multiply-adds per image, computed from the layers. None means unknown.
+`layers` has one row per layer; `settings` contains the fields of the configuration's `model` that concern the whole
+network. `recipe` contains the settings outside `model` that differ from the defaults (section 5 of the paper), by
+dotted name; `configs/imagenet.py:NAME` applies them. `published` contains figures of others, never of a run here:
+errors in percent, and the parameters and multiply-adds per image, computed from the layers. None means unknown.
 """
 
 import dataclasses
 from typing import Any
+
+from alexnet_jax.shapes import LayerSpec, layer_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +26,27 @@ class Published:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A published network: `model`, `recipe` and `published` as in the module's docstring."""
+    """A published network; the module's docstring describes the attributes."""
 
-    model: dict[str, Any]
+    layers: tuple[LayerSpec, ...]
+    settings: dict[str, Any]
     recipe: dict[str, Any]
     published: Published
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The values of the `model` fields that a configuration leaves empty (None)."""
+        return layer_fields(self.layers) | self.settings
+
+
+def _replace(layers: tuple[LayerSpec, ...], **changes: dict[str, Any]) -> tuple[LayerSpec, ...]:
+    """Returns `layers` with the fields `changes[name]` of the row `name` replaced."""
+    return tuple(dataclasses.replace(row, **changes.get(row.name, {})) for row in layers)
+
+
+def _replace_biases(layers: tuple[LayerSpec, ...], bias: float) -> tuple[LayerSpec, ...]:
+    """Returns `layers` with the initial bias `bias` in place of every initial bias that is not 0."""
+    return tuple(dataclasses.replace(row, bias_init=bias if row.bias_init else 0.0) for row in layers)
 
 
 # Sections 3 to 5 of the paper as printed: two towers, ReLU, then normalization with the sum over 5 maps times 1e-4,
@@ -36,23 +54,20 @@ class Preset:
 # program, because the printed sentence is absurd for pixels from 0 to 255. The paper's tables come from a different
 # network, `krizhevsky2012`.
 _PAPER = Preset(
-    model={
-        'widths': (96, 256, 384, 384, 256, 4096, 4096),  # conv1..conv5, fc6, fc7; a layer of width 0 does not exist
-        'kernel_sizes': (11, 5, 3, 3, 3),
-        'conv1_stride': 4,
-        'conv1_padding': (0, 3),  # zeros before and after: windows extend over the right and lower edges
-        'locally_connected': (),  # convolutions with separate weights at each pixel
+    layers=(
+        # The zeros of conv1 are after the image: the windows extend over the right and lower edges.
+        LayerSpec('conv1', 96, 11, stride=4, padding=(0, 3), cross_tower=True, ops=('activation', 'lrn', 'pool')),
+        LayerSpec('conv2', 256, 5, padding=(2, 2), ops=('activation', 'lrn', 'pool'), bias_init=1.0),
+        LayerSpec('conv3', 384, 3, padding=(1, 1), cross_tower=True),
+        LayerSpec('conv4', 384, 3, padding=(1, 1), bias_init=1.0),
+        LayerSpec('conv5', 256, 3, padding=(1, 1), ops=('activation', 'pool'), bias_init=1.0),
+        LayerSpec('fc6', 4096, cross_tower=True, bias_init=1.0),
+        LayerSpec('fc7', 4096, cross_tower=True, dropout=True, bias_init=1.0),
+        LayerSpec('fc8', 1000, cross_tower=True, dropout=True, ops=()),
+    ),
+    settings={
         'towers': 2,
-        'cross_tower': ('conv3', 'fc6', 'fc7', 'fc8'),  # take the maps of all towers; other layers only their own
-        'num_classes': 1000,
         'activation': 'relu',
-        'conv_ops': (  # the operations after each convolution, in order
-            'activation lrn pool',
-            'activation lrn pool',
-            'activation',
-            'activation',
-            'activation pool',
-        ),
         'lrn': True,
         'lrn_size': 5,  # n
         'lrn_k': 2.0,
@@ -64,11 +79,8 @@ _PAPER = Preset(
         'overlapping_pool': True,  # windows of 3, stride 2; False: windows of 2
         'pool_ceil_mode': False,  # whether to pool a last window that extends over the edge
         'dropout': 0.5,
-        'dropout_on_inputs_of': ('fc7', 'fc8'),  # the layers whose inputs are dropped: the outputs of fc6 and fc7
         'inverted_dropout': False,  # whether to scale kept units in training instead of at inference
         'initializer': 'normal',
-        'kernel_std': (0.01,) * 8,
-        'bias_init': (0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0),
     },
     recipe={},
     published=Published(
@@ -84,18 +96,15 @@ _PAPER = Preset(
 # Both end at epoch 67, when conv1's kernels continue at the learning rate 1e-5; from epoch 72 conv1 is frozen. The
 # learning rate was reduced by hand at epochs 25, 51 and 79 of 91.
 _KRIZHEVSKY2012 = Preset(
-    model=_PAPER.model
-    | {
-        'conv_ops': (
-            'lrn pool activation',
-            'activation lrn spatial_lrn pool',
-            'activation',
-            'activation',
-            'pool activation',
-        ),
-        'lrn_alpha': 1e-4 / 5,
-        'kernel_std': (0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01),
-    },
+    layers=(
+        LayerSpec('conv1', 96, 11, stride=4, padding=(0, 3), cross_tower=True, ops=('lrn', 'pool', 'activation')),
+        LayerSpec('conv2', 256, 5, padding=(2, 2), ops=('activation', 'lrn', 'spatial_lrn', 'pool'), bias_init=1.0),
+        LayerSpec('conv3', 384, 3, padding=(1, 1), cross_tower=True, kernel_std=0.03),
+        LayerSpec('conv4', 384, 3, padding=(1, 1), kernel_std=0.03, bias_init=1.0),
+        LayerSpec('conv5', 256, 3, padding=(1, 1), ops=('pool', 'activation'), kernel_std=0.03, bias_init=1.0),
+        *_PAPER.layers[5:],
+    ),
+    settings=_PAPER.settings | {'lrn_alpha': 1e-4 / 5},
     recipe={
         'data.color': 'original',
         'data.color_augmentation_until': '67 epochs',
@@ -118,14 +127,27 @@ _KRIZHEVSKY2012 = Preset(
 # The same net on one GPU (layers-145-half.cfg): half the kernels, but full conv5 and dense layers, as in footnote 2 of
 # the paper. It was trained on ILSVRC-2010, where the net on two GPUs has 37.5 / 17.0 %.
 _HALF = Preset(
-    model=_KRIZHEVSKY2012.model | {'widths': (48, 128, 192, 192, 256, 4096, 4096), 'towers': 1},
+    layers=_replace(
+        _KRIZHEVSKY2012.layers,
+        conv1={'features': 48},
+        conv2={'features': 128},
+        conv3={'features': 192},
+        conv4={'features': 192},
+    ),
+    settings=_KRIZHEVSKY2012.settings | {'towers': 1},
     recipe=_KRIZHEVSKY2012.recipe,
     published=Published(39.168, 18.229, 10, 'layer-params-145-half.cfg, ILSVRC-2010 test', 59_798_312, 391_514_384),
 )
 
 # Net #150: the towers are separate up to fc8. conv3, fc6 and fc7 have half the inputs.
 _NO_EXCHANGE = Preset(
-    model=_KRIZHEVSKY2012.model | {'cross_tower': ('fc8',)},
+    layers=_replace(
+        _KRIZHEVSKY2012.layers,
+        conv3={'cross_tower': False},
+        fc6={'cross_tower': False},
+        fc7={'cross_tower': False},
+    ),
+    settings=_KRIZHEVSKY2012.settings,
     recipe=_KRIZHEVSKY2012.recipe,
     published=Published(41.83, 19.33, 10, 'notes to net #150, ILSVRC-2012 validation', 33_259_880, 622_383_648),
 )
@@ -134,18 +156,15 @@ _NO_EXCHANGE = Preset(
 # of conv1's signed outputs. Its schedule is automatic: from 0.01 in four equal parts of the run to 0.01 / 250, biases
 # from 0.02 in two parts to a tenth. Each image has its own random crop.
 _OWT = Preset(
-    model=_KRIZHEVSKY2012.model
-    | {
-        'widths': (64, 192, 384, 256, 256, 4096, 4096),
-        'towers': 1,
-        'conv_ops': (
-            'lrn pool activation',
-            'activation lrn pool',
-            'activation',
-            'activation',
-            'activation pool',
-        ),
-    },
+    layers=(
+        LayerSpec('conv1', 64, 11, stride=4, padding=(0, 3), cross_tower=True, ops=('lrn', 'pool', 'activation')),
+        LayerSpec('conv2', 192, 5, padding=(2, 2), ops=('activation', 'lrn', 'pool'), bias_init=1.0),
+        LayerSpec('conv3', 384, 3, padding=(1, 1), cross_tower=True, kernel_std=0.03),
+        LayerSpec('conv4', 256, 3, padding=(1, 1), kernel_std=0.03, bias_init=1.0),
+        LayerSpec('conv5', 256, 3, padding=(1, 1), ops=('activation', 'pool'), kernel_std=0.03, bias_init=1.0),
+        *_PAPER.layers[5:],
+    ),
+    settings=_KRIZHEVSKY2012.settings | {'towers': 1},
     recipe={
         'data.color': 'original',
         'optimizer.schedule': 'dexp',
@@ -163,16 +182,14 @@ _OWT = Preset(
 # 0.005 in fc6 and fc7, inverted dropout, no color noise. The batch size is 256. Biases have twice the learning rate and
 # no weight decay.
 _CAFFE = Preset(
-    model=_PAPER.model
-    | {
-        'conv1_padding': (0, 0),
-        'lrn_k': 1.0,
-        'lrn_alpha': 1e-4 / 5,
-        'lrn_across_towers': True,
-        'inverted_dropout': True,
-        'kernel_std': (0.01, 0.01, 0.01, 0.01, 0.01, 0.005, 0.005, 0.01),
-        'bias_init': (0.0, 0.1, 0.0, 0.1, 0.1, 0.1, 0.1, 0.0),
-    },
+    layers=_replace(
+        _replace_biases(_PAPER.layers, 0.1),
+        conv1={'padding': (0, 0)},
+        fc6={'kernel_std': 0.005},
+        fc7={'kernel_std': 0.005},
+    ),
+    settings=_PAPER.settings
+    | {'lrn_k': 1.0, 'lrn_alpha': 1e-4 / 5, 'lrn_across_towers': True, 'inverted_dropout': True},
     recipe={
         'data.color': 'none',
         'data.crop_size': 227,
@@ -189,17 +206,12 @@ _CAFFE = Preset(
 
 # BVLC's bvlc_reference_caffenet: as `caffe`, with pooling before normalization and initial biases of 1.
 _CAFFENET = Preset(
-    model=_CAFFE.model
-    | {
-        'conv_ops': (
-            'activation pool lrn',
-            'activation pool lrn',
-            'activation',
-            'activation',
-            'activation pool',
-        ),
-        'bias_init': _PAPER.model['bias_init'],
-    },
+    layers=_replace(
+        _replace_biases(_CAFFE.layers, 1.0),
+        conv1={'ops': ('activation', 'pool', 'lrn')},
+        conv2={'ops': ('activation', 'pool', 'lrn')},
+    ),
+    settings=_CAFFE.settings,
     recipe=_CAFFE.recipe,
     published=Published(
         42.6, 19.6, 1, "Caffe's model zoo, iteration 310,000, ILSVRC-2012 validation", 60_965_224, 724_406_816
@@ -210,15 +222,13 @@ _CAFFENET = Preset(
 # and fc7, PyTorch's default initialization, pixels divided by their standard deviations. torchvision trains on crops of
 # random size and aspect ratio scaled to 224 pixels; this preset uses crops of 224 out of 256.
 _TORCHVISION = Preset(
-    model=_OWT.model
-    | {
-        'conv1_padding': (2, 2),
-        'lrn': False,
-        'dropout_on_inputs_of': ('fc6', 'fc7'),
-        'inverted_dropout': True,
-        'initializer': 'torch_default',
-        'bias_init': (0.0,) * 8,
-    },
+    layers=_replace(
+        _replace_biases(_OWT.layers, 0.0),
+        conv1={'padding': (2, 2)},
+        fc6={'dropout': True},
+        fc8={'dropout': False},
+    ),
+    settings=_OWT.settings | {'lrn': False, 'inverted_dropout': True, 'initializer': 'torch_default'},
     recipe={
         'data.color': 'none',
         'data.mean': 'channel',
@@ -237,16 +247,8 @@ _TORCHVISION = Preset(
 # "Dive into Deep Learning": one tower, gray images of Fashion-MNIST scaled to 224 pixels, one zero on each side, Xavier
 # initialization, plain SGD. The book's readers report test errors of about 12 % after ten epochs.
 _D2L = Preset(
-    model=_PAPER.model
-    | {
-        'towers': 1,
-        'conv1_padding': (1, 1),
-        'num_classes': 10,
-        'lrn': False,
-        'inverted_dropout': True,
-        'initializer': 'glorot_uniform',
-        'bias_init': (0.0,) * 8,
-    },
+    layers=_replace(_replace_biases(_PAPER.layers, 0.0), conv1={'padding': (1, 1)}, fc8={'features': 10}),
+    settings=_PAPER.settings | {'towers': 1, 'lrn': False, 'inverted_dropout': True, 'initializer': 'glorot_uniform'},
     recipe={
         'data.source': 'tfds:fashion_mnist',
         'data.channels': 1,
@@ -271,16 +273,14 @@ _D2L = Preset(
 # the weight decay too, as in the LARS paper; the fork left it out. The initialization is that of `caffe`; the fork's
 # biases are 0.01 and 0.1. The error is approximately that of the LARS paper's table; it was not verified.
 _BN_LARS = Preset(
-    model=_CAFFE.model
-    | {
-        'conv_ops': (
-            'activation pool batch_norm',
-            'activation pool batch_norm',
-            'activation batch_norm',
-            'activation batch_norm',
-            'activation pool',
-        ),
-    },
+    layers=_replace(
+        _CAFFE.layers,
+        conv1={'ops': ('activation', 'pool', 'batch_norm')},
+        conv2={'ops': ('activation', 'pool', 'batch_norm')},
+        conv3={'ops': ('activation', 'batch_norm')},
+        conv4={'ops': ('activation', 'batch_norm')},
+    ),
+    settings=_CAFFE.settings,
     recipe={
         'data.color': 'none',
         'data.crop_size': 227,
@@ -302,24 +302,18 @@ _BN_LARS = Preset(
 # net has response normalization over 5 maps. Convolutions have no weight decay. The authors trained 300 epochs on four
 # fifths of the images and 150 on all, then 10 each at a tenth and a hundredth of the learning rate.
 _CIFAR10_13PCT = Preset(
-    model=_PAPER.model
-    | {
-        'widths': (64, 64, 32, 32, 0, 0, 0),
-        'kernel_sizes': (5, 5, 3, 3, 3),
-        'conv1_stride': 1,
-        'conv1_padding': (2, 2),
-        'locally_connected': ('conv3', 'conv4'),
-        'towers': 1,
-        'num_classes': 10,
-        'conv_ops': ('activation pool', 'activation pool', 'activation', 'activation', ''),
-        'lrn': False,
-        'lrn_k': 1.0,
-        'lrn_alpha': 1e-3 / 5,
-        'pool_ceil_mode': True,
-        'dropout': 0.0,
-        'kernel_std': (0.0001, 0.01, 0.04, 0.04, 0.01, 0.01, 0.01, 0.01),
-        'bias_init': (0.0,) * 8,
-    },
+    layers=(
+        LayerSpec('conv1', 64, 5, padding=(2, 2), cross_tower=True, ops=('activation', 'pool'), kernel_std=0.0001),
+        LayerSpec('conv2', 64, 5, padding=(2, 2), ops=('activation', 'pool')),
+        LayerSpec('conv3', 32, 3, padding=(1, 1), cross_tower=True, locally_connected=True, kernel_std=0.04),
+        LayerSpec('conv4', 32, 3, padding=(1, 1), locally_connected=True, kernel_std=0.04),
+        LayerSpec('conv5', 0, 3, padding=(1, 1), ops=()),  # 0 features: the network has no such layer
+        LayerSpec('fc6', 0, cross_tower=True),
+        LayerSpec('fc7', 0, cross_tower=True, dropout=True),
+        LayerSpec('fc8', 10, cross_tower=True, dropout=True, ops=()),
+    ),
+    settings=_PAPER.settings
+    | {'towers': 1, 'lrn': False, 'lrn_k': 1.0, 'lrn_alpha': 1e-3 / 5, 'pool_ceil_mode': True, 'dropout': 0.0},
     recipe={
         'data.source': 'tfds:cifar10',
         'data.image_size': 32,
@@ -336,11 +330,12 @@ _CIFAR10_13PCT = Preset(
     published=Published(13.0, None, 10, 'section 3.3 of the paper, CIFAR-10 test', 1_116_490, 18_517_248),
 )
 _CIFAR10_11PCT = Preset(
-    model=_CIFAR10_13PCT.model
-    | {
-        'conv_ops': ('activation lrn pool', 'activation lrn pool', 'activation', 'activation', ''),
-        'lrn': True,
-    },
+    layers=_replace(
+        _CIFAR10_13PCT.layers,
+        conv1={'ops': ('activation', 'lrn', 'pool')},
+        conv2={'ops': ('activation', 'lrn', 'pool')},
+    ),
+    settings=_CIFAR10_13PCT.settings | {'lrn': True},
     recipe=_CIFAR10_13PCT.recipe,
     published=Published(11.0, None, 10, 'section 3.3 of the paper, CIFAR-10 test', 1_116_490, 18_517_248),
 )

@@ -1,7 +1,8 @@
-"""Shapes of the layers (figure 2 of the paper), computed from the settings: inputs, parameters and outputs."""
+"""The network as a table of rows, one LayerSpec per layer, and the shapes computed from the rows (figure 2)."""
 
 import dataclasses
 import math
+from typing import Any
 
 from alexnet_jax.config_schema import ModelConfig
 
@@ -11,24 +12,112 @@ LAYERS = CONVOLUTIONS + DENSE
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """One row of the network: a layer with weights, and the operations after it.
+
+    Attributes:
+      name: one of LAYERS.
+      features: feature maps or units, over all towers. 0 in a preset: the network does not have the layer.
+      kernel: height and width of the kernels in pixels. 0: a fully connected layer.
+      stride: stride of a convolution in pixels.
+      padding: zeros (before, after) the rows and the columns of the inputs.
+      cross_tower: whether the layer reads the features of all towers; otherwise each tower reads only its own.
+      locally_connected: whether a convolution has separate weights at each pixel.
+      ops: the operations after the layer, in order: activation, lrn, spatial_lrn, batch_norm, pool.
+      dropout: whether dropout applies to the inputs of the layer.
+      kernel_std: standard deviation of the initial kernel.
+      bias_init: initial bias.
+    """
+
+    name: str
+    features: int
+    kernel: int = 0
+    stride: int = 1
+    padding: tuple[int, int] = (0, 0)
+    cross_tower: bool = False
+    locally_connected: bool = False
+    ops: tuple[str, ...] = ('activation',)
+    dropout: bool = False
+    kernel_std: float = 0.01
+    bias_init: float = 0.0
+
+
+def layer_specs(model: ModelConfig) -> tuple[LayerSpec, ...]:
+    """Returns the rows of the network from conv1 to fc8, without those of width 0.
+
+    A convolution that is left out keeps its pooling, which moves to the row before, so that the later layers keep their
+    sizes. `model.lrn` = False removes lrn and spatial_lrn.
+    """
+    disabled = () if model.lrn else ('lrn', 'spatial_lrn')
+    rows: list[LayerSpec] = []
+    for i, features in enumerate((*model.widths, model.num_classes)):
+        row = LayerSpec(
+            LAYERS[i],
+            features,
+            cross_tower=i == 0 or LAYERS[i] in model.cross_tower,
+            ops=() if LAYERS[i] == 'fc8' else ('activation',),
+            dropout=LAYERS[i] in model.dropout_on_inputs_of,
+            kernel_std=model.kernel_std[i],
+            bias_init=model.bias_init[i],
+        )
+        if row.name in CONVOLUTIONS:
+            size = model.kernel_sizes[i]
+            row = dataclasses.replace(
+                row,
+                kernel=size,
+                stride=1 if i else model.conv1_stride,
+                padding=(size // 2, (size - 1) // 2) if i else model.conv1_padding,
+                locally_connected=row.name in model.locally_connected,
+                ops=tuple(op for op in model.conv_ops[i].split() if op not in disabled),
+            )
+        if features:
+            rows.append(row)
+        elif 'pool' in row.ops:
+            rows[-1] = dataclasses.replace(rows[-1], ops=(*rows[-1].ops, 'pool'))
+    return tuple(rows)
+
+
+def layer_fields(rows: tuple[LayerSpec, ...]) -> dict[str, Any]:
+    """Returns the per-layer fields of ModelConfig for eight `rows`, conv1 to fc8: the inverse of layer_specs()."""
+    convolutions = rows[: len(CONVOLUTIONS)]
+    return {
+        'widths': tuple(row.features for row in rows[:-1]),
+        'num_classes': rows[-1].features,
+        'kernel_sizes': tuple(row.kernel for row in convolutions),
+        'conv1_stride': rows[0].stride,
+        'conv1_padding': rows[0].padding,
+        'locally_connected': tuple(row.name for row in rows if row.locally_connected),
+        'cross_tower': tuple(row.name for row in rows[1:] if row.cross_tower),  # conv1 reads the image
+        'conv_ops': tuple(' '.join(row.ops) for row in convolutions),
+        'dropout_on_inputs_of': tuple(row.name for row in rows if row.dropout),
+        'kernel_std': tuple(row.kernel_std for row in rows),
+        'bias_init': tuple(row.bias_init for row in rows),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerShape:
     """Shapes of one layer with weights, for one image.
 
     Attributes:
+      spec: the row of the layer.
       kernel: (height, width, inputs, outputs), where inputs counts the feature maps that one output sees; dense:
-        (inputs, outputs); locally_connected: (output height, output width, inputs * height * width, outputs).
-      bias: (outputs,); locally_connected: (output height, output width, outputs).
+        (inputs, outputs); locally connected: (output height, output width, inputs * height * width, outputs).
+      bias: (outputs,); locally connected: (output height, output width, outputs).
       output: (height, width, channels) or (units,), before pooling.
       pooled: same as `output`, after pooling.
-      shared: whether all output pixels share their weights (False: a locally connected layer).
     """
 
-    name: str
+    spec: LayerSpec
     kernel: tuple[int, ...]
     bias: tuple[int, ...]
     output: tuple[int, ...]
     pooled: tuple[int, ...]
-    shared: bool = True
+
+    @property
+    def name(self) -> str:
+        """Name of the layer, one of LAYERS."""
+        return self.spec.name
 
     @property
     def parameters(self) -> int:
@@ -38,7 +127,7 @@ class LayerShape:
     @property
     def multiply_adds(self) -> int:
         """Number of multiply-adds of one image's forward pass: each shared weight counts once per output pixel."""
-        return math.prod(self.kernel) * (math.prod(self.output[:-1]) if self.shared else 1)
+        return math.prod(self.kernel) * (1 if self.spec.locally_connected else math.prod(self.output[:-1]))
 
 
 def pool_window(model: ModelConfig) -> int:
@@ -46,52 +135,32 @@ def pool_window(model: ModelConfig) -> int:
     return 3 if model.overlapping_pool else 2
 
 
-def ops_after(model: ModelConfig, name: str) -> list[str]:
-    """Returns the operations after a convolution in order, out of activation, lrn, spatial_lrn, batch_norm and pool.
-
-    A layer that is left out (width 0) keeps its pooling, so that the later layers keep their sizes. `model.lrn` = False
-    removes lrn and spatial_lrn.
-    """
-    steps = model.conv_ops[CONVOLUTIONS.index(name)].split()
-    if not model.widths[CONVOLUTIONS.index(name)]:
-        return [step for step in steps if step == 'pool']
-    return [step for step in steps if model.lrn or step not in ('lrn', 'spatial_lrn')]
-
-
 def layer_table(model: ModelConfig, crop_size: int, channels: int) -> list[LayerShape]:
-    """Returns the layers of the network from conv1 to fc8, without those of width 0.
+    """Returns the shapes of the layers of layer_specs().
 
     Args:
       model: `model` of a resolved configuration.
       crop_size: height and width of the images in pixels.
       channels: number of image channels.
     """
-    table = []
-    side, maps = crop_size, channels
-    for i, name in enumerate(CONVOLUTIONS):
-        width, size = model.widths[i], model.kernel_sizes[i]
-        output, inputs = side, maps
-        if width:
-            if name == 'conv1':
-                output = (side + sum(model.conv1_padding) - size) // model.conv1_stride + 1
-            elif name not in model.cross_tower:
-                inputs = maps // model.towers
-            maps = width
-        side = output
-        if 'pool' in ops_after(model, name):
-            rest = output - pool_window(model)
+    table: list[LayerShape] = []
+    inputs: tuple[int, ...] = (crop_size, crop_size, channels)
+    for spec in layer_specs(model):
+        towers = 1 if spec.cross_tower else model.towers
+        bias: tuple[int, ...] = (spec.features,)
+        if spec.kernel:
+            side = (inputs[0] + sum(spec.padding) - spec.kernel) // spec.stride + 1
+            kernel: tuple[int, ...] = (spec.kernel, spec.kernel, inputs[-1] // towers, spec.features)
+            output: tuple[int, ...] = (side, side, spec.features)
+            if spec.locally_connected:
+                kernel, bias = (side, side, math.prod(kernel[:3]), spec.features), output
+        else:
+            kernel, output = (math.prod(inputs) // towers, spec.features), bias
+        pooled = output
+        for _ in range(spec.ops.count('pool')):
+            rest = pooled[0] - pool_window(model)
             side = (-(-rest // 2) if model.pool_ceil_mode else rest // 2) + 1
-        if width:
-            shared, weights = name not in model.locally_connected, (size, size, inputs, width)
-            kernel = weights if shared else (output, output, size * size * inputs, width)
-            bias = (width,) if shared else (output, output, width)
-            table.append(LayerShape(name, kernel, bias, (output, output, width), (side, side, width), shared))
-        elif table:  # the pooling of a left-out layer applies to the previous layer
-            table[-1] = dataclasses.replace(table[-1], pooled=(side, side, maps))
-    units = side * side * maps
-    for name, width in zip(DENSE, (*model.widths[5:], model.num_classes), strict=True):
-        if width:
-            inputs = units if name in model.cross_tower else units // model.towers
-            table.append(LayerShape(name, (inputs, width), (width,), (width,), (width,)))
-            units = width
+            pooled = (side, side, spec.features)
+        table.append(LayerShape(spec, kernel, bias, output, pooled))
+        inputs = pooled
     return table

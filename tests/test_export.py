@@ -44,6 +44,11 @@ CASES = {
     'bn_lars': ('bn_lars', {'data.crop_size': 67, **SMALL}),
     'cifar10_13pct': ('cifar10_13pct', {'model.widths': (8, 8, 6, 4, 0, 0, 0), 'model.num_classes': 12}),
     'd2l': ('d2l', {'data.crop_size': 69, **SMALL}),
+    # conv1 has the pooling of the removed conv2 too.
+    'without_conv2': (
+        'paper',
+        {**SMALL, **STRONG, 'data.crop_size': 67, 'model.widths': (8, 0, 24, 16, 8, 24, 20)},
+    ),
     # What no preset has: conv4 with weights of its own at each pixel that sees its tower alone, even windows, layers
     # left out.
     'odd': (

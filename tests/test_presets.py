@@ -1,5 +1,6 @@
 """Every published network: built, counted against published and hand-made numbers, trained for a step."""
 
+import dataclasses
 import math
 
 import jax
@@ -155,6 +156,27 @@ def test_layers_parameters_and_multiply_adds(preset):
     convolutions = [layer for layer in table if layer.name.startswith('conv')]
     assert [layer.output[0] for layer in convolutions] + [convolutions[-1].pooled[0]] == SIDES[preset]
     assert program.out_avals[0].shape == (1, model.num_classes)
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_rows_of_the_resolved_configuration_are_those_of_the_preset(preset):
+    disabled = () if PRESETS[preset].settings['lrn'] else ('lrn', 'spatial_lrn')
+    rows = [row for row in PRESETS[preset].layers if row.features]
+    expected = [dataclasses.replace(row, ops=tuple(op for op in row.ops if op not in disabled)) for row in rows]
+    assert list(shapes.layer_specs(config.resolve(settings(preset)).model)) == expected
+
+
+def test_pooling_of_a_removed_convolution_moves_to_the_row_before():
+    given = settings('krizhevsky2012', widths=(96, 0, 384, 0, 0, 4096, 0), dropout_on_inputs_of=('fc6',))
+    rows = shapes.layer_specs(config.resolve(given).model)
+    assert [(row.name, row.features) for row in rows] == [('conv1', 96), ('conv3', 384), ('fc6', 4096), ('fc8', 1000)]
+    assert [row.ops for row in rows] == [
+        ('lrn', 'pool', 'activation', 'pool'),
+        ('activation', 'pool'),
+        ('activation',),
+        (),
+    ]
+    assert [row.dropout for row in rows] == [False, False, True, False]
 
 
 @pytest.mark.parametrize('preset', ['caffe', 'bn_lars'])

@@ -31,7 +31,7 @@ def exchange_bytes(config: Config) -> float:
     algorithms, a gathered or unreduced tensor of S bytes costs S (m-1)/m.
 
     towers, data: Each of the m devices has 1/m of every layer and B/d images. All-gathers: the pooled feature maps
-      before conv3 and fc6, the units before fc7 and fc8 (the layers in model.cross_tower), and the logits. The backward
+      before conv3 and fc6, the units before fc7 and fc8 (the `cross_tower` layers), and the logits. The backward
       pass reduce-scatters the same tensors.
     hybrid: Each device has B/(dm) images. Before fc6 an all-to-all turns (B/(dm), inputs) into (B/d, inputs/m). fc6,
       fc7 and fc8 produce m partial sums (B/d, outputs), which are reduce-scattered, those of fc8 along the examples.
@@ -42,9 +42,9 @@ def exchange_bytes(config: Config) -> float:
     # Size per image of the input of each layer, over all towers.
     before = {after.name: math.prod(layer.pooled) for layer, after in itertools.pairwise(table)}
     if mesh.layout == 'hybrid':
-        numbers = before['fc6'] / mesh.model + model.widths[5] + model.widths[6] + model.num_classes
+        numbers = before['fc6'] / mesh.model + sum(layer.spec.features for layer in table if not layer.spec.kernel)
     else:
-        numbers = sum(size for name, size in before.items() if name in model.cross_tower) + model.num_classes
+        numbers = sum(before[layer.name] for layer in table[1:] if layer.spec.cross_tower) + model.num_classes
     images = config.train.batch_size / mesh.data
     return 2 * ITEM_SIZES[model.dtype] * images * numbers * (mesh.model - 1) / mesh.model
 
@@ -67,7 +67,7 @@ def gradient_bytes(config: Config) -> float:
     d, m, size = mesh.data, mesh.model, ITEM_SIZES[mesh.grad_allreduce_dtype]
     total = 0.0
     for layer in layers(config):
-        hybrid_copy = mesh.layout == 'hybrid' and layer.name.startswith('conv')
+        hybrid_copy = mesh.layout == 'hybrid' and layer.spec.kernel > 0
         split = 0 if mesh.layout == 'hybrid' else -1  # dimension sharded over `model`
         kernel = list(layer.kernel)
         if not hybrid_copy:

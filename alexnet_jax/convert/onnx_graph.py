@@ -12,7 +12,7 @@ import onnx
 
 from alexnet_jax.config import Config
 from alexnet_jax.model import BATCH_NORM, SPATIAL_BETA, SPATIAL_K
-from alexnet_jax.shapes import CONVOLUTIONS, LayerShape, layer_table, ops_after, pool_window
+from alexnet_jax.shapes import LayerShape, layer_table, pool_window
 
 # Opset 15 is from 2021, so current runtimes support it. Later opsets only add dtypes to the operators used here.
 OPSET = 15
@@ -29,15 +29,14 @@ def build(config: Config, params: Any, batch_statistics: Any, mean: np.ndarray, 
     """
     graph = _Graph(config, params, batch_statistics)
     graph.preprocess(mean, scale)
-    table = {layer.name: layer for layer in layer_table(config.model, config.data.crop_size, config.data.channels)}
-    for name in CONVOLUTIONS:
-        if name in table:
-            graph.convolve(table[name])
-        for step in ops_after(config.model, name):
-            graph.follow(name, step)
-    for layer in table.values():
-        if layer.name not in CONVOLUTIONS:
-            graph.connect(layer)
+    for layer in layer_table(config.model, config.data.crop_size, config.data.channels):
+        if layer.spec.kernel:
+            graph.conv(layer)
+        else:
+            graph.dense(layer)
+        for i, op in enumerate(layer.spec.ops):
+            repeated = f'_{i}' if op in layer.spec.ops[:i] else ''  # node names are unique
+            graph.apply(op, layer.name, f'{layer.name}_{op}{repeated}')
     shape = ('batch', config.data.crop_size, config.data.crop_size, config.data.channels)
     images = onnx.helper.make_tensor_value_info('images', onnx.TensorProto.UINT8, shape)
     logits = onnx.helper.make_tensor_value_info('logits', onnx.TensorProto.FLOAT, ('batch', config.model.num_classes))
@@ -82,18 +81,15 @@ class _Graph:
         self.node('Sub', 'images_centred', self.array('mean', mean.transpose(2, 0, 1)))
         self.node('Mul', 'inputs', self.array('scale', scale[:, None, None]))
 
-    def convolve(self, layer: LayerShape) -> None:
+    def conv(self, layer: LayerShape) -> None:
         """Adds one convolution, shared or locally connected, with its bias."""
-        name, cross_tower = layer.name, layer.name == 'conv1' or layer.name in self.model.cross_tower
-        size = self.model.kernel_sizes[CONVOLUTIONS.index(name)]
-        stride, (before, after) = 1, (size // 2, (size - 1) // 2)
-        if name == 'conv1':
-            stride, (before, after) = self.model.conv1_stride, self.model.conv1_padding
-        windows = {'kernel_shape': [size] * 2, 'strides': [stride] * 2, 'pads': [before, before, after, after]}
-        groups = 1 if cross_tower else self.model.towers
+        name, spec, (before, after) = layer.name, layer.spec, layer.spec.padding
+        pads = [before, before, after, after]
+        windows = {'kernel_shape': [spec.kernel] * 2, 'strides': [spec.stride] * 2, 'pads': pads}
+        groups = 1 if spec.cross_tower else self.model.towers
         kernel, bias = self.params[name]['kernel'], self.params[name]['bias']
         height, width, outputs = layer.output
-        if layer.shared:
+        if not spec.locally_connected:
             arrays = self.array(f'{name}.kernel', kernel.transpose(3, 2, 0, 1)), self.array(f'{name}.bias', bias)
             self.node('Conv', name, *arrays, group=groups, **windows)
         else:
@@ -114,13 +110,14 @@ class _Graph:
         ones = np.tile(np.eye(rows * columns).reshape(-1, 1, rows, columns), (maps, 1, 1, 1))
         self.node('Conv', output, self.array(f'{output}_ones', ones), group=maps, **windows)
 
-    def follow(self, name: str, step: str) -> None:
-        """Adds one of the operations after a convolution, see shapes.ops_after()."""
-        model, output = self.model, f'{name}_{step}'
+    def apply(self, op: str, name: str, output: str) -> None:
+        """Adds one of the operations after the layer `name`, see shapes.LayerSpec; its node has the name `output`."""
+        model = self.model
+        if op == 'activation':
+            self.node({'relu': 'Relu', 'tanh': 'Tanh'}[model.activation], output)
+            return
         maps, height, width = self.shape
-        if step == 'activation':
-            self.activate(output)
-        elif step == 'lrn':
+        if op == 'lrn':
             towers = 1 if model.lrn_across_towers else model.towers
             if towers > 1:  # each tower becomes a separate image
                 self.reshape(f'{name}_towers', (-1, maps // towers, height, width))
@@ -128,23 +125,19 @@ class _Graph:
             self.node('LRN', output, size=n, alpha=alpha, beta=model.lrn_beta, bias=model.lrn_k)
             if towers > 1:
                 self.reshape(f'{name}_both', (-1, maps, height, width))
-        elif step == 'spatial_lrn':
+        elif op == 'spatial_lrn':
             self.spatial_lrn(output)
-        elif step == 'batch_norm':
+        elif op == 'batch_norm':
             mean, variance = (self.batch_statistics[f'{name}_norm'][kind] for kind in ('mean', 'var'))
             arrays = {'scale': np.ones(maps), 'bias': np.zeros(maps), 'mean': mean, 'var': variance}
             names = [self.array(f'{name}_norm.{kind}', array) for kind, array in arrays.items()]
             self.node('BatchNormalization', output, *names, epsilon=BATCH_NORM['epsilon'])
-        elif step == 'pool':
+        elif op == 'pool':
             window = pool_window(model)
             missing = (window - height) % 2 if model.pool_ceil_mode else 0
             self.node('MaxPool', output, kernel_shape=[window] * 2, strides=[2] * 2, pads=[0, 0, missing, missing])
             side = (height + missing - window) // 2 + 1
             self.shape = (maps, side, side)
-
-    def activate(self, output: str) -> None:
-        """Adds the activation function."""
-        self.node({'relu': 'Relu', 'tanh': 'Tanh'}[self.model.activation], output)
 
     def spatial_lrn(self, output: str) -> None:
         """Adds x / (k + alpha * sum of the squares in the spatial window) ** beta."""
@@ -156,16 +149,16 @@ class _Graph:
         self.node('Pow', f'{output}_factor', self.array(f'{output}_power', -SPATIAL_BETA))
         self.node('Mul', output, x)
 
-    def connect(self, layer: LayerShape) -> None:
-        """Adds one dense layer with the dropout scale of inference and, except for fc8, the activation function."""
+    def dense(self, layer: LayerShape) -> None:
+        """Adds one dense layer with the dropout scale of inference."""
         name, model = layer.name, self.model
-        towers = 1 if name in model.cross_tower else model.towers
+        towers = 1 if layer.spec.cross_tower else model.towers
         kernel, bias = self.params[name]['kernel'], self.params[name]['bias']
         if len(self.shape) == 3:  # kernel rows are in (H, W, C) order
             maps, height, width = self.shape
             self.node('Flatten', f'{name}_inputs')
             kernel = kernel.reshape(height, width, maps // towers, -1).transpose(2, 0, 1, 3).reshape(kernel.shape)
-        scaled = name in model.dropout_on_inputs_of and not model.inverted_dropout
+        scaled = layer.spec.dropout and not model.inverted_dropout
         kept = 1 - model.dropout if scaled else 1.0
         output = 'logits' if name == 'fc8' else name
         if towers == 1:
@@ -173,12 +166,10 @@ class _Graph:
                 'Gemm', output, self.array(f'{name}.kernel', kernel), self.array(f'{name}.bias', bias), alpha=kept
             )
         else:
-            self.connect_towers(output, np.split(kernel, towers, -1), np.split(bias, towers), kept)
+            self.dense_towers(output, np.split(kernel, towers, -1), np.split(bias, towers), kept)
         self.shape = (layer.output[0],)
-        if name != 'fc8':
-            self.activate(f'{name}_activation')
 
-    def connect_towers(self, output: str, kernels: Sequence[Any], biases: Sequence[Any], kept: float) -> None:
+    def dense_towers(self, output: str, kernels: Sequence[Any], biases: Sequence[Any], kept: float) -> None:
         """Adds one dense layer per tower and concatenates the outputs."""
         parts = [f'{output}_inputs_{i}' for i in range(len(kernels))]
         self.nodes.append(onnx.helper.make_node('Split', [self.x], parts, name=f'{output}_split', axis=1))

@@ -11,7 +11,7 @@ import numpy as np
 
 from alexnet_jax.config import Config
 from alexnet_jax.convert.formats import FormatError
-from alexnet_jax.shapes import CONVOLUTIONS, LAYERS, LayerShape, layer_table, ops_after
+from alexnet_jax.shapes import CONVOLUTIONS, LAYERS, LayerShape, layer_table
 
 TORCHVISION = {
     'conv1': 'features.0',
@@ -156,7 +156,7 @@ def native_names(config: Config) -> dict[str, tuple[int, ...]]:
     size, channels = config.data.image_size, config.data.channels
     for layer in layer_table(config.model, config.data.crop_size, channels):
         shapes |= {f'{layer.name}.kernel': layer.kernel, f'{layer.name}.bias': layer.bias}
-        if layer.name in CONVOLUTIONS and 'batch_norm' in ops_after(config.model, layer.name):
+        if 'batch_norm' in layer.spec.ops:
             shapes |= {f'{layer.name}_norm.{kind}': layer.output[-1:] for kind in ('mean', 'var')}
     return shapes | {
         'statistics.mean_image': (size, size, channels),

@@ -9,7 +9,7 @@ from matplotlib.patches import FancyArrowPatch, Polygon
 
 from alexnet_jax.config import ModelConfig
 from alexnet_jax.plots import style
-from alexnet_jax.shapes import CONVOLUTIONS, LAYERS, LayerShape, layer_table, ops_after, pool_window
+from alexnet_jax.shapes import LayerShape, layer_table, pool_window
 
 MAX_TOWERS = 4  # maximum number of towers drawn
 # Inches: the widths of a layer's column and of the row names, the heights of a tower, the title and a line.
@@ -57,7 +57,7 @@ def draw(model: ModelConfig, crop_size: int, channels: int, title: str) -> Figur
     """
     table = layer_table(model, crop_size, channels)
     followers = [_followers(model, table, i) for i in range(len(table))]
-    kernels = [_kernel(model, layer) for layer in table]
+    kernels = [_kernel(layer) for layer in table]
     towers = min(model.towers, MAX_TOWERS)
     tower = _TOWER if towers <= 2 else 0.8 * _TOWER
     lines = 3 + max(map(len, kernels)) + max(map(len, followers)) + 1.5
@@ -67,8 +67,8 @@ def draw(model: ModelConfig, crop_size: int, channels: int, title: str) -> Figur
     axes.set(xlim=(0, figure.get_size_inches()[0]), ylim=(0, height))
     _draw_title(axes, title, table, model.towers, height)
     boxes = _draw_boxes(axes, model, table, (crop_size, crop_size, channels), tower, height - _TITLE)
-    _draw_windows(axes, model, table, boxes, crop_size)
-    _draw_arrows(axes, model, table, boxes)
+    _draw_windows(axes, table, boxes, crop_size)
+    _draw_arrows(axes, table, boxes)
     rows = {
         '': [[layer.name] for layer in table],
         'kernels': kernels,
@@ -93,41 +93,35 @@ def _draw_title(axes: Axes, title: str, table: list[LayerShape], towers: int, to
 
 def _followers(model: ModelConfig, table: list[LayerShape], i: int) -> list[str]:
     """Returns the operations after table[i], one line each."""
-    layer, after = table[i], table[i + 1].name if i + 1 < len(table) else ''
-    if layer.name == 'fc8':
+    layer, window = table[i], pool_window(model)
+    names = {
+        'activation': {'relu': 'ReLU'}.get(model.activation, model.activation),
+        'lrn': 'LRN' if model.towers == 1 or not model.lrn_across_towers else 'LRN, all',
+        'spatial_lrn': f'LRN {model.spatial_lrn_size}\u00d7{model.spatial_lrn_size}',
+        'batch_norm': 'batch norm',
+        'pool': f'pool {window}\u00d7{window}',
+    }
+    if i + 1 == len(table):
         return ['softmax']
-    activation = {'relu': 'ReLU'}.get(model.activation, model.activation)
-    lines = [activation]
-    if layer.name in CONVOLUTIONS:
-        window = pool_window(model)
-        names = {
-            'activation': activation,
-            'lrn': 'LRN' if model.towers == 1 or not model.lrn_across_towers else 'LRN, all',
-            'spatial_lrn': f'LRN {model.spatial_lrn_size}\u00d7{model.spatial_lrn_size}',
-            'batch_norm': 'batch norm',
-            'pool': f'pool {window}\u00d7{window}',
-        }
-        # Includes the layers of width 0 up to the next layer, because their pooling remains.
-        own = slice(CONVOLUTIONS.index(layer.name), LAYERS.index(after))
-        lines = [names[step] for name in CONVOLUTIONS[own] for step in ops_after(model, name)]
-        if layer.pooled != layer.output:
-            behind = max(i for i, line in enumerate(lines) if line == names['pool']) + 1
-            lines.insert(behind, f'\u2192 {_shape(layer.pooled[:2])}')
-    if model.dropout and after in model.dropout_on_inputs_of:
+    lines = [names[op] for op in layer.spec.ops]
+    if layer.pooled != layer.output:
+        behind = max(j for j, op in enumerate(layer.spec.ops) if op == 'pool') + 1
+        lines.insert(behind, f'\u2192 {_shape(layer.pooled[:2])}')
+    if model.dropout and table[i + 1].spec.dropout:
         lines.append('dropout')
     return lines
 
 
-def _kernel(model: ModelConfig, layer: LayerShape) -> list[str]:
+def _kernel(layer: LayerShape) -> list[str]:
     """Describes the weights of a layer, in up to four lines."""
-    if layer.name not in CONVOLUTIONS:
+    spec = layer.spec
+    if not spec.kernel:
         return [_shape(layer.kernel)]
-    size = model.kernel_sizes[CONVOLUTIONS.index(layer.name)]
-    inputs = layer.kernel[2] if layer.shared else layer.kernel[2] // size**2
-    lines = [_shape((size, size, inputs)), f'{layer.kernel[-1]} kernels']
-    if layer.name == 'conv1' and model.conv1_stride > 1:
-        lines.append(f'stride {model.conv1_stride}')
-    return lines if layer.shared else [*lines, 'at each pixel']
+    inputs = layer.kernel[2] // (spec.kernel**2 if spec.locally_connected else 1)
+    lines = [_shape((spec.kernel, spec.kernel, inputs)), f'{spec.features} kernels']
+    if spec.stride > 1:
+        lines.append(f'stride {spec.stride}')
+    return [*lines, 'at each pixel'] if spec.locally_connected else lines
 
 
 def _shape(sizes: tuple[int, ...]) -> str:
@@ -145,7 +139,7 @@ def _draw_boxes(
     """Draws boxes with shapes below: one for the image, one per layer and tower, and one for logits of all towers."""
     shapes = [image, *((*layer.output[:-1], layer.output[-1] // model.towers) for layer in table)]
     whole = [0]
-    if 'fc8' in model.cross_tower:
+    if table[-1].spec.cross_tower:
         whole.append(len(table))
         shapes[-1] = table[-1].output
     most_maps = max(shape[-1] for shape in shapes if len(shape) == 3)
@@ -189,27 +183,25 @@ def _draw_box(axes: Axes, box: Box, colour: str, gid: str) -> None:
         axes.add_patch(Polygon(corners, facecolor=shade, edgecolor='black', linewidth=0.5, gid=name, zorder=2))
 
 
-def _draw_windows(
-    axes: Axes, model: ModelConfig, table: list[LayerShape], boxes: list[list[Box]], crop_size: int
-) -> None:
+def _draw_windows(axes: Axes, table: list[LayerShape], boxes: list[list[Box]], crop_size: int) -> None:
     """Draws on the side of each box the receptive field of one kernel of the next convolution, on the pooled scale."""
     for i, layer in enumerate(table):
-        if layer.name in CONVOLUTIONS:
+        if layer.spec.kernel:
             pixels = table[i - 1].pooled[0] if i else crop_size
-            share = min(model.kernel_sizes[CONVOLUTIONS.index(layer.name)] / pixels, 1)
+            share = min(layer.spec.kernel / pixels, 1)
             low, high = (1 - share) / 2, (1 + share) / 2
             for box in boxes[i]:
                 corners = [box.on_side(*corner) for corner in ((low, low), (high, low), (high, high), (low, high))]
                 axes.add_patch(Polygon(corners, facecolor='black', linewidth=0, gid=f'window:{layer.name}', zorder=3))
 
 
-def _draw_arrows(axes: Axes, model: ModelConfig, table: list[LayerShape], boxes: list[list[Box]]) -> None:
+def _draw_arrows(axes: Axes, table: list[LayerShape], boxes: list[list[Box]]) -> None:
     """Draws arrows from each box to the boxes that take its output. Arrows across towers are dashed."""
     for layer, sources, targets in zip(table, boxes, boxes[1:], strict=False):
         for i, source in enumerate(sources):
             for j, target in enumerate(targets):
                 apart = i != j and len(sources) == len(targets)
-                if apart and layer.name not in model.cross_tower:
+                if apart and not layer.spec.cross_tower:
                     continue
                 arrow = FancyArrowPatch(
                     source.on_side(0.5, 0.5),

@@ -1,0 +1,104 @@
+"""The layers with weights, convolutional and fully connected, and their initialization.
+
+`towers` is a list with one array per tower on this device, or with a single array if all kernels read the same
+features. The features of several towers are concatenated only for a layer that reads all of them, so that no layer has
+to split them again.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn import initializers
+
+from alexnet_jax.config import ModelConfig
+from alexnet_jax.layers import add_bias, convolution, locally_connected, order_weight_gradient_after_input_gradient
+from alexnet_jax.parallel import reduce_scatter_partial_sums
+from alexnet_jax.shapes import LayerShape
+
+
+def init_params(shape: LayerShape, initializer: str, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
+    """Returns the initial kernel and bias, float32, according to `initializer`, the value of model.initializer."""
+    spec = shape.spec
+    bias = jnp.full(shape.bias, spec.bias_init, jnp.float32)
+    if initializer == 'normal':
+        return spec.kernel_std * jax.random.normal(rngs.params(), shape.kernel), bias
+    pixels = (0, 1) if spec.locally_connected else ()  # the fan is counted per output pixel
+    kernel = {
+        'glorot_uniform': initializers.glorot_uniform(batch_axis=pixels),
+        'he_normal': initializers.he_normal(batch_axis=pixels),
+        'torch_default': initializers.variance_scaling(1 / 3, 'fan_in', 'uniform', batch_axis=pixels),
+    }[initializer](rngs.params(), shape.kernel, jnp.float32)
+    if initializer == 'torch_default':
+        bound = math.prod(shape.kernel[len(pixels) : -1]) ** -0.5
+        bias = bias + jax.random.uniform(rngs.params(), shape.bias, minval=-bound, maxval=bound)
+    return kernel, bias
+
+
+def regroup_channels(towers: list[jax.Array], count: int) -> list[jax.Array]:
+    """Splits the channels of `towers` into `count` arrays of equal size, in the same order."""
+    return towers if len(towers) == count else jnp.split(jnp.concatenate(towers, -1), count, -1)
+
+
+class Layer(nnx.Module):
+    """Kernel and bias of a layer. On several devices, both are this device's shards, see parallel.param_specs().
+
+    A layer without `cross_tower` has the kernels of the towers side by side in the output dimension.
+    """
+
+    def __init__(self, shape: LayerShape, config: ModelConfig, rngs: nnx.Rngs):
+        kernel, bias = init_params(shape, config.initializer, rngs)
+        self.kernel, self.bias = nnx.Param(kernel), nnx.Param(bias)
+        self.spec, self.dtype = shape.spec, jnp.dtype(config.dtype)
+        self.global_in_features, self.tower_features = shape.kernel[-2], shape.spec.features // config.towers
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of kernels with their own inputs: 1 for `cross_tower`, else the towers on this device."""
+        return 1 if self.spec.cross_tower else self.kernel.shape[-1] // self.tower_features
+
+
+class Conv(Layer):
+    """A convolutional or locally connected layer."""
+
+    @property
+    def in_features(self) -> int:
+        """Number of input channels that each output channel reads."""
+        return self.kernel.shape[2] // (self.spec.kernel**2 if self.spec.locally_connected else 1)
+
+    def __call__(self, towers: list[jax.Array]) -> list[jax.Array]:
+        """Returns the outputs (B, H', W', C) before the nonlinearity from (B, H, W, C), one array per group."""
+        kernels = jnp.split(self.kernel[...].astype(self.dtype), self.groups, -1)
+        biases = jnp.split(self.bias[...].astype(self.dtype), self.groups, -1)
+        stride, padding, outputs = self.spec.stride, (self.spec.padding, self.spec.padding), []
+        for x, kernel, bias in zip(regroup_channels(towers, self.groups), kernels, biases, strict=True):
+            if self.spec.locally_connected:
+                x = locally_connected(x, kernel, self.spec.kernel, stride=stride, padding=padding)
+            else:
+                x = convolution(x, kernel, stride=stride, padding=padding)
+            outputs.append(add_bias(x, bias))
+        return outputs
+
+
+class Dense(Layer):
+    """A fully connected layer; along `model`, the kernel is sharded in its outputs or, in `hybrid`, in its inputs."""
+
+    @property
+    def in_features(self) -> int:
+        """Number of inputs of this device's kernel."""
+        return self.kernel.shape[0]
+
+    def __call__(self, towers: list[jax.Array]) -> list[jax.Array]:
+        """Returns one array, (B, outputs on this device), before the nonlinearity, from arrays (B, inputs).
+
+        In `hybrid`, fc8 returns (B / model, outputs).
+        """
+        kernels, outputs = jnp.split(self.kernel[...].astype(self.dtype), self.groups, -1), []
+        for x, kernel in zip(regroup_channels(towers, self.groups), kernels, strict=True):
+            x, kernel = order_weight_gradient_after_input_gradient(x.astype(self.dtype), kernel)
+            outputs.append(x @ kernel)
+        x = jnp.concatenate(outputs, -1)
+        if self.in_features < self.global_in_features:
+            x = reduce_scatter_partial_sums(x, self.bias.shape[0])
+        return [x + self.bias[...].astype(self.dtype)[None]]
