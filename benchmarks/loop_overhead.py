@@ -116,7 +116,8 @@ def start(part: str, folder: str) -> tuple[None, Callable[[Any], Any]]:
     if part != 'checkpoint':
         return None, seconds
     from alexnet_jax.training.checkpointing import Checkpointer
-    from alexnet_jax.training.trainer import all_finite
+    from alexnet_jax.training.diagnostics import all_finite
+    from alexnet_jax.training.run_state import RunState
     from benchmarks.memory import peak
 
     checkpoints, saved = Checkpointer(os.path.join(folder, 'checkpoints'), keep=1), 0
@@ -126,7 +127,7 @@ def start(part: str, folder: str) -> tuple[None, Callable[[Any], Any]]:
         usual, saved = seconds(steps) / steps, saved + 1
         memory, begin = peak(), time.perf_counter()
         jax.device_get(all_finite(project.state.params))
-        checkpoints.save(project.state, {'step': saved}, None)
+        checkpoints.save(project.state, RunState(step=saved), None)
         held_up, ended = time.perf_counter() - begin, []
         writing = checkpoints.writing
         assert writing is not None

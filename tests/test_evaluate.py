@@ -329,7 +329,7 @@ def test_a_newer_checkpoint_takes_the_place_of_one_that_is_gone_meanwhile(runs, 
         return read(path, abstract_state)
 
     monkeypatch.setattr(checkpointing, 'restore_checkpoint', read_late)
-    assert trained_model.restore(trained_model.parse_checkpoint_ref(str(tmp_path / 'b')), None).progress['step'] == 40
+    assert trained_model.restore(trained_model.parse_checkpoint_ref(str(tmp_path / 'b')), None).run_state.step == 40
     assert asked == ['40', '41']
     with pytest.raises(summary.ConfigError, match=r'checkpoints/40: there is no such checkpoint; .* steps 41$'):
         trained_model.restore(trained_model.parse_checkpoint_ref(str(folder / '40')), None)
@@ -517,7 +517,7 @@ FORMS = "name a run's folder WORKDIR, WORKDIR/best or WORKDIR/checkpoints/STEP"
         (['{a}/checkpoints'], '{a}/checkpoints: {a}/checkpoints has no config.json; name'),
         (
             ['{tmp}/broken'],
-            '{tmp}/broken: its config.json cannot be used: {tmp}/broken: no run, for it has no readable',
+            '{tmp}/broken: its config.json cannot be used: {tmp}/broken: not a run, because it has no readable',
         ),
         (['{tmp}/old/best'], '{tmp}/old/best: its config.json cannot be used: config.checkpoint: missing;'),
         (['{a}', '{a}', '--weights=1'], '--weights=1: 1 for 2 checkpoints; give one for each'),
@@ -598,7 +598,7 @@ def test_what_cannot_be_evaluated_is_refused_and_left_as_it_is(runs, photos_dir,
     content[len(content) // 2] ^= 0xFF
     part.write_bytes(content)
     for run in (other, larger):
-        edit(run / last / 'progress' / 'metadata', store='0' * 64)
+        edit(run / last / 'progress' / 'metadata', dataset_fingerprint='0' * 64)
     for run, values in ((larger, {'image_size': 80}), (gone, {'source': 'folder:/nowhere'})):
         edit(run / 'config.json', data=json.loads((run / 'config.json').read_text())['data'] | values)
     shutil.copytree(os.path.join(photos_dir, 'prepared'), tmp_path / 'data' / 'prepared')
@@ -609,7 +609,7 @@ def test_what_cannot_be_evaluated_is_refused_and_left_as_it_is(runs, photos_dir,
     differs = f'trained with other classes or images than {b}'
     by_command = {
         (f'{empty}/best',): f'{empty}/best: {empty} has no checkpoint; train there first',
-        (damaged,): f'{damaged}: checkpoint {damaged / last} is damaged (',
+        (damaged,): f'{damaged}: checkpoint {damaged / last} is corrupt (',
         (b, other): f'{other}: {differs} (the same settings, but another store); evaluate it by itself',
     }
     steps = 'there are those of steps 40'

@@ -299,7 +299,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(runs, tmp_p
     damage(tmp_path / '20')
     _, progress = checkpoints.restore(abstract)
     assert progress['step'] == 10
-    assert f'{tmp_path}/20 is damaged' in capsys.readouterr().err
+    assert f'{tmp_path}/20 is corrupt' in capsys.readouterr().err
     assert sorted(path.name.split('-')[0] for path in tmp_path.iterdir()) == ['10', 'damaged']
     checkpoints.save(dataclasses.replace(state, step=np.int32(20)), {'step': 20}, error=None)
     checkpoints.wait()
@@ -517,7 +517,7 @@ def four_steps(network: str, layout: str, data: int, model: int, shard_optimizer
     prepared = augment.make_preprocess_params(STATISTICS, settings.data)
     images = make_global_batch(settings, mesh, batch(99, settings))['image']
     report = make_layer_stats_fn(settings, mesh)(state, images, prepared)
-    return *jax.device_get((state, losses, report)), state.statistics
+    return *jax.device_get((state, losses, report)), state.batch_stats
 
 
 @pytest.mark.slow
@@ -537,13 +537,13 @@ def test_statistics_norms_and_towers_are_those_of_one_device(network, layout, da
     for name in report1:
         np.testing.assert_allclose(report[name], report1[name], rtol=1e-4, atol=1e-7)
     assert max(float(row[-1]) for row in report1.values()) > 0  # some units are dead
-    for ours, expected in zip(jax.tree.leaves(state.statistics), jax.tree.leaves(state1.statistics), strict=True):
+    for ours, expected in zip(jax.tree.leaves(state.batch_stats), jax.tree.leaves(state1.batch_stats), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-4)
     for ours, expected in zip(jax.tree.leaves(state.params), jax.tree.leaves(state1.params), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
     if network == 'batch_norm_and_lars':
         assert sorted(statistics) == ['conv1_norm', 'conv2_norm', 'conv3_norm', 'conv4_norm']
-        means = [np.asarray(leaf['mean']) for leaf in state.statistics.values()]
+        means = [np.asarray(leaf['mean']) for leaf in state.batch_stats.values()]
         assert all(np.abs(mean).max() > 0.1 for mean in means)
 
 

@@ -659,7 +659,7 @@ def test_a_run_that_has_not_begun(folders, parsed):
     assert f'{workdir}/metrics.jsonl is missing or has no line' in text['Curves']
     assert f'{workdir} has no checkpoints.' in text['Predictions']
     assert 'layers.jsonl is missing' in text['Layers']
-    assert 'inputs.npz cannot be read' in text['What was run']
+    assert 'dataset_statistics.npz cannot be read' in text['What was run']
     assert 'No readable environment.json' in text['Hardware and versions']
     assert '40 steps of batches of 64 images' in text['What was run']
 
@@ -704,7 +704,7 @@ GARBAGE = [
 
 @pytest.mark.parametrize('text', GARBAGE)
 def test_files_of_garbage_leave_a_page(tmp_path, text):
-    for name in ('config.json', 'result.json', 'metrics.jsonl', 'layers.jsonl', 'environment.json', 'inputs.npz'):
+    for name in ('config.json', 'result.json', 'metrics.jsonl', 'layers.jsonl', 'environment.json', 'dataset_statistics.npz'):
         (tmp_path / name).write_text(text, errors='surrogateescape')
     page = Page(run_page.page(str(tmp_path), None, True, 'command'))
     assert [words for tag, words in page.headings if tag == 'h2'] == SECTIONS
@@ -737,7 +737,7 @@ def test_neighbours_are_left_out_where_that_is_asked_for(copy, photos_dir):
     assert not (copy / 'features').exists()
 
 
-@pytest.mark.parametrize('lost', ['inputs.npz', 'checkpoint'])
+@pytest.mark.parametrize('lost', ['dataset_statistics.npz', 'checkpoint'])
 def test_lost_weights_and_inputs_are_named(copy, tmp_path, lost):
     if lost == 'checkpoint':
         part = max((copy / 'checkpoints' / '40' / 'state').rglob('*'), key=lambda p: p.stat().st_size * p.is_file())
@@ -749,8 +749,8 @@ def test_lost_weights_and_inputs_are_named(copy, tmp_path, lost):
     assert done.returncode == 0, done.stderr
     page = Page((tmp_path / 'page.html').read_bytes())
     reasons = {
-        'inputs.npz': 'inputs.npz cannot be read (',
-        'checkpoint': f'checkpoint {copy}/checkpoints/40 is damaged (',
+        'dataset_statistics.npz': 'dataset_statistics.npz cannot be read (',
+        'checkpoint': f'checkpoint {copy}/checkpoints/40 is corrupt (',
     }
     for section in ('Kernels of conv1', 'Predictions', 'Neighbours'):
         assert reasons[lost] in page.text[section]

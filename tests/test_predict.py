@@ -59,7 +59,7 @@ def probabilities(run, config):
     """A function of an image (S, S, C) uint8: its probabilities as the mean over the ten windows, or of its centre."""
     loaded = trained_model.load_model(trained_model.parse_checkpoint_ref(run))
     state = jax.device_get(loaded.state)
-    model = nnx.merge(build_model(loaded.config)[0], state.params, state.statistics)
+    model = nnx.merge(build_model(loaded.config)[0], state.params, state.batch_stats)
     mean, crop = loaded.statistics['mean_image'].astype(np.float32), config.data.crop_size
     far = config.data.image_size - crop
 
@@ -193,18 +193,18 @@ def test_weights_from_elsewhere_keep_their_own_mean_and_can_be_trained_on(config
     """Evaluated and trained with the statistics in their folder, not with those of the images."""
     store = store_of(config)
     loaded = trained_model.load_model(trained_model.parse_checkpoint_ref(run))
-    params, batch_statistics = jax.device_get((loaded.state.params, loaded.state.statistics))
+    params, batch_statistics = jax.device_get((loaded.state.params, loaded.state.batch_stats))
     own = loaded.statistics | {'mean_image': np.full_like(loaded.statistics['mean_image'], 200.0)}
     workdir = tmp_path / 'other'
     trained_model.import_weights_as_run(str(workdir), config, params, batch_statistics, own, store.class_names)
     step, scores, _ = summary.predict(trained_model.parse_checkpoint_ref(str(workdir)), store, views=1)
     state = jax.device_get(loaded.state)
-    model = nnx.merge(build_model(loaded.config)[0], state.params, state.statistics)
+    model = nnx.merge(build_model(loaded.config)[0], state.params, state.batch_stats)
     first = jnp.asarray(centre(store.validation[0]['image'], config, own))
     assert step == 0
     np.testing.assert_allclose(np.exp(scores[0]), softmax(np.asarray(model(first[None]))[0]), rtol=1e-4)
     assert np.abs(np.exp(scores[0]) - probabilities(store.validation[0]['image'], 1)).max() > 1e-3
-    before = (workdir / 'inputs.npz').read_bytes()
+    before = (workdir / 'dataset_statistics.npz').read_bytes()
     settings = json.loads((workdir / 'config.json').read_text())
     overrides = {
         'model.conv1_stride': 8,
@@ -221,7 +221,7 @@ def test_weights_from_elsewhere_keep_their_own_mean_and_can_be_trained_on(config
     done = subprocess.run([sys.executable, *command_line], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert 'at step 0 of 3' in done.stderr
-    assert (workdir / 'inputs.npz').read_bytes() == before
+    assert (workdir / 'dataset_statistics.npz').read_bytes() == before
     losses = json.loads((workdir / 'result.json').read_text())['views']['1']
     expected = -np.mean(
         summary.predict(trained_model.parse_checkpoint_ref(str(workdir)), store, 1)[1][np.arange(1600), _labels(store)]
@@ -235,7 +235,7 @@ def test_weights_from_elsewhere_keep_their_own_mean_and_can_be_trained_on(config
 
 def test_names_of_classes_in_another_order_are_refused(config, run, tmp_path, capfd):
     store, loaded = store_of(config), trained_model.load_model(trained_model.parse_checkpoint_ref(run))
-    params, batch_statistics = jax.device_get((loaded.state.params, loaded.state.statistics))
+    params, batch_statistics = jax.device_get((loaded.state.params, loaded.state.batch_stats))
     for workdir, names in {'turned': store.class_names[::-1], 'numbers': [f'class {i}' for i in range(16)]}.items():
         trained_model.import_weights_as_run(
             str(tmp_path / workdir), config, params, batch_statistics, loaded.statistics, names
@@ -243,14 +243,14 @@ def test_names_of_classes_in_another_order_are_refused(config, run, tmp_path, ca
     with pytest.raises(ConfigError, match=r"turned: .* such as 'stereo_motorcycle' and not 'astronaut' as number 0"):
         trained_model.open_eval_dataset([trained_model.parse_checkpoint_ref(str(tmp_path / 'turned'))], None)
     trained_model.open_eval_dataset([trained_model.parse_checkpoint_ref(str(tmp_path / 'numbers'))], None)
-    assert "other names than those of the data, 'class 0' and 'astronaut' the first ones" in capfd.readouterr().err
+    assert "other names than those of the data; the first is 'class 0', but 'astronaut' in the data" in capfd.readouterr().err
 
 
 def test_a_run_of_an_earlier_version_is_evaluated_with_the_statistics_of_its_images(config, run, tmp_path):
     store = store_of(config)
     expected = summary.predict(trained_model.parse_checkpoint_ref(run), store, views=1)[1]
     shutil.copytree(run, tmp_path / 'run')
-    (tmp_path / 'run' / 'inputs.npz').unlink()
+    (tmp_path / 'run' / 'dataset_statistics.npz').unlink()
     member = trained_model.parse_checkpoint_ref(str(tmp_path / 'run'))
     np.testing.assert_array_equal(summary.predict(member, store, views=1)[1], expected)
     with pytest.raises(ConfigError, match=r'inputs\.npz cannot be read'):

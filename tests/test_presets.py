@@ -226,7 +226,7 @@ def test_a_step_with_the_recipe_trains(preset):
     for layer in before:
         assert not np.array_equal(before[layer]['kernel'], after[layer]['kernel']), layer
         assert np.isfinite(after[layer]['kernel']).all()
-    assert bool(jax.tree.leaves(state.statistics)) == (preset == 'bn_lars')
+    assert bool(jax.tree.leaves(state.batch_stats)) == (preset == 'bn_lars')
 
 
 # Rates of net #145 as its notes have them (layer-params-145.cfg): first epoch, kernels, conv1's kernel, conv1's bias,

@@ -92,7 +92,7 @@ with PreemptionHandler() as preemption:
     mesh = parallel.make_mesh(config)
     rows = np.arange(16, dtype=np.uint32).reshape(4, 4)[index]
     batch = parallel.make_global_batch(parallel.batch_sharding(mesh, 'towers'), {'example_id': rows})
-    state = SimpleNamespace(params={'b': batch['example_id'].astype('float32')}, opt_state={}, statistics={})
+    state = SimpleNamespace(params={'b': batch['example_id'].astype('float32')}, opt_state={}, batch_stats={})
     seen['rows'] = distributed.gather_to_host(batch['example_id']).tolist()
     seen['digest'] = state_digest(state)
     seen['agreed'] = distributed.first_error_on_any_process(f'problem of {index}' if index > 1 else '')
@@ -238,7 +238,7 @@ def preempted(photos_dir, tmp_path_factory) -> Path:
         group.wait_for_step(1)
         group.processes[1].send_signal(signal.SIGTERM)
         assert group.wait(120) == [75, 75], group.said(0) + group.said(1)
-    assert 'the same command continues' in group.said(0)
+    assert 'run the same command again to resume' in group.said(0)
     return group.workdir
 
 
@@ -262,7 +262,7 @@ def test_sigterm_to_one_stops_all_at_one_step_and_they_go_on(photos_dir, tmp_pat
     largest = max((newer / 'state').rglob('*'), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:1000])
     resumed = run(2, 4, photos_dir, tmp_path / 'run')
-    assert f'{newer} is damaged' in resumed.said(0)
+    assert f'{newer} is corrupt' in resumed.said(0)
     assert f'resuming {tmp_path}/run at step {step}' in resumed.said(0)
     assert resumed.said(1) == ''
     assert result(resumed.workdir)['state_digest'] == result(together.workdir)['state_digest']
@@ -279,7 +279,7 @@ def test_damage_that_only_one_process_meets_is_damage_to_all(photos_dir, tmp_pat
     largest = max(written.iterdir(), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
     resumed = run(2, 1, photos_dir, tmp_path / 'run', *overrides)
-    assert re.search(rf'{newest} is damaged \(.*Error reading ".*"', resumed.said(0))
+    assert re.search(rf'{newest} is corrupt \(.*Error reading ".*"', resumed.said(0))
     assert 'bound method' not in resumed.said(0)
     assert f'resuming {tmp_path}/run at step 1 of 2' in resumed.said(0)
     assert resumed.said(1) == ''
@@ -352,7 +352,7 @@ def test_when_one_process_fails_all_end(photos_dir, tmp_path, fault):
     assert len(survivor.splitlines()) < 200
     assert codes[failed] == (-signal.SIGKILL if kind == 'kill' else 1)
     if kind == 'unreadable':
-        assert said.startswith('alexnet_jax: process 1 of 2: ended by an error:')
+        assert said.startswith('alexnet_jax: process 1 of 2: the run failed with an unexpected error:')
         assert '\nOSError: this record cannot be read\n' in said
     if kind == 'stuck':
         assert 'alexnet_jax: process 0 of 2: no progress since step' in said

@@ -376,7 +376,7 @@ def test_a_folder_begun_with_other_settings(folder, fields, begun_otherwise):
             check_resumable(config, str(workdir), every_field)
         name, value = next((name.replace('__', '.'), value) for name, value in fields.items())
         was = get_by_path(resolve(default_config()), name)
-        assert str(refusal.value).startswith(f'config.{name}: {value!r}, but {workdir} was begun with {was!r}')
+        assert str(refusal.value).startswith(f'config.{name}: {value!r}, but {workdir} was started with {was!r}')
         assert '\n' not in str(refusal.value)
 
 
@@ -386,7 +386,7 @@ def test_only_checkpoints_make_a_folder_that_of_a_run(folder):
     before = json.loads((workdir / 'config.json').read_text())
     del before['model']['dropout']
     write_json(str(workdir / 'config.json'), before)
-    with pytest.raises(ConfigError, match='was begun with an older version'):
+    with pytest.raises(ConfigError, match='was started with an older version'):
         check_resumable(config, str(workdir))
     (workdir / 'config.json').write_text('{')
     with pytest.raises(ConfigError, match=r'has checkpoints but no readable config\.json'):
@@ -789,7 +789,7 @@ def test_what_is_refused(place, whole, flags, reason):
     assert run.stderr.startswith('alexnet_jax: ' + reason)
     assert (run.stderr.count('\n'), run.stdout) == (1, '')
     if 'log_every' in reason:
-        assert f'{workdir}/base/seed_{int(flags[0] == "--sweep=2")} was begun with' in run.stderr
+        assert f'{workdir}/base/seed_{int(flags[0] == "--sweep=2")} was started with' in run.stderr
     assert times(workdir) == before
 
 

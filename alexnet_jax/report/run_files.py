@@ -12,7 +12,7 @@ import numpy as np
 from alexnet_jax.config import ConfigError
 from alexnet_jax.plots import curves
 from alexnet_jax.runtime.files import read_json
-from alexnet_jax.runtime.workdir import read_config, read_dataset_statistics
+from alexnet_jax.runtime.workdir import read_config, read_dataset_statistics, read_result_json
 from alexnet_jax.sweep.results import read_result, run_status, views_text
 
 
@@ -84,7 +84,7 @@ def read_run(workdir: str) -> Run:
         examples = int(statistics.get('class_counts', np.zeros(0)).sum())
     except ConfigError as error:
         inputs_problem = str(error)
-    result, environment = (read_json(os.path.join(workdir, name)) or {} for name in ('result.json', 'environment.json'))
+    result, environment = read_result_json(workdir) or {}, read_json(os.path.join(workdir, 'environment.json')) or {}
     return Run(
         workdir=workdir,
         config=config,
