@@ -50,7 +50,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 
 def _process_group() -> dict[str, Any] | None:
-    """Returns the arguments of distributed.initialize(): None for one process, {} to detect the processes automatically.
+    """Returns the arguments of distributed.initialize(): None for one process, {} to detect the processes.
 
     Raises ConfigError: the flags contradict each other or are incomplete.
     """

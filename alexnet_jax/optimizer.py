@@ -16,9 +16,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Builds the update v <- momentum * v - learning_rate * (gradient + weight_decay * w);  w <- w + v.
 
-    The velocity includes the learning rate, as in weights.cu of the original program: after a decay of the learning rate the old velocity
-    shrinks by momentum alone, whereas optax.sgd would scale the velocity down at once. `layer_weight_decay` gives one
-    weight decay per layer. Biases have no weight decay unless `decay_biases` is set.
+    The velocity includes the learning rate, as in weights.cu of the original program: after a decay of the learning
+    rate the old velocity shrinks by momentum alone, whereas optax.sgd would scale the velocity down at once.
+    `layer_weight_decay` gives one weight decay per layer. Biases have no weight decay unless `decay_biases` is set.
 
     A `trust_coefficient` t other than 0 selects LARS (You, Gitman, Ginsburg 2017): the update of a kernel is scaled to
     the norm t * |w| before it is multiplied by the learning rate, as in optax.lars.

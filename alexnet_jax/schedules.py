@@ -50,7 +50,7 @@ class Schedule:
         self.total_steps = total_steps(train, examples)
         self.warmup_steps = steps(optimizer.warmup)
         self.milestones = [steps(milestone) for milestone in optimizer.milestones]
-        self.overrides = [(*name.split('/'), steps(since), rate) for name, since, rate in optimizer.lr_overrides]
+        self.overrides = [(name, steps(since), rate) for name, since, rate in optimizer.lr_overrides]
 
     def learning_rate(self, step: int, decays_taken: int) -> float:
         """Returns the learning rate of all kernels without an entry in `lr_overrides`.
@@ -83,8 +83,9 @@ class Schedule:
         if config.bias_schedule == 'dexp':
             bias /= self._dexp_divisor(config.bias_dexp_factor, config.bias_dexp_parts, step)
         rates = {name: {'kernel': kernel, 'bias': bias * config.bias_lr_multiplier} for name in LAYERS}
-        for layer, kind, first_step, rate in self.overrides:
+        for name, first_step, rate in self.overrides:
             if step >= first_step:
+                layer, kind = name.split('/')
                 rates[layer][kind] = rate
         return rates
 

@@ -132,10 +132,10 @@ def test_the_trace_has_the_steps_asked_for(watched):
 
 def test_steps_that_never_came_are_told(capfd, tmp_path):
     profile = StepProfiler((5000, 5005), str(tmp_path))
-    profile.at(3, None)
-    profile.end(None)
-    assert 'no trace: this run did not come to step 5000 of --profile' in capfd.readouterr().err
-    StepProfiler(None, str(tmp_path)).end(None)
+    profile.on_step(3, None)
+    profile.close(None)
+    assert 'no trace was written: the run ended before step 5000 of --profile' in capfd.readouterr().err
+    StepProfiler(None, str(tmp_path)).close(None)
     assert capfd.readouterr().err == ''
 
 
@@ -152,14 +152,15 @@ def test_ranges_of_steps(text):
 
 @pytest.mark.parametrize('text', ['', 'steps', 'steps 25:20', 'steps 20:20', 'epochs 1:2', '20', '-1:2', '1.5:2'])
 def test_ranges_that_are_none(text):
-    with pytest.raises(ConfigError, match=rf"^--profile: {re.escape(repr(text))} is no range of steps; write .*'$"):
+    message = rf"^--profile: {re.escape(repr(text))} is not a range of steps; for example .*'$"
+    with pytest.raises(ConfigError, match=message):
         parse_profile(text)
 
 
 def test_wrong_flags_are_refused_before_anything_is_done(photos_dir, tmp_path):
     done = launch(photos_dir, tmp_path / 'run', '--profile=20')
     assert done.returncode == 2
-    assert "--profile: '20' is no range of steps" in done.stderr.splitlines()[-1]
+    assert "--profile: '20' is not a range of steps" in done.stderr.splitlines()[-1]
     assert not (tmp_path / 'run').exists()
 
 

@@ -13,6 +13,7 @@ from alexnet_jax import augment, config, parallel
 from alexnet_jax.shapes import LAYERS
 from alexnet_jax.training.checkpointing import Checkpointer, CheckpointError, state_digest
 from alexnet_jax.training.eval_step import make_eval_step, make_layer_stats_fn, make_predict_step, topk_errors
+from alexnet_jax.training.run_state import RunState
 from alexnet_jax.training.state import abstract_state, init_state
 from alexnet_jax.training.train_step import make_train_step
 
@@ -262,13 +263,14 @@ def test_hybrid_evaluates_as_one_device(runs, views, model):
 def test_a_checkpoint_moves_between_meshes(runs, tmp_path):
     checkpoints = Checkpointer(str(tmp_path), keep=1)
     state = runs[4, 2][1]
-    checkpoints.save(state, {'step': 10}, error=0.5)
+    checkpoints.save(state, RunState(step=10), error=0.5)
     checkpoints.wait()
     sharded_hybrid = {'layout': 'hybrid', 'shard_optimizer': True}
     for settings in [small_config(1, 1), small_config(8, 1), small_config(2, 4, {'mesh': sharded_hybrid})]:
         mesh = parallel.make_mesh(settings)
-        restored, progress = checkpoints.restore(abstract_state(settings, mesh))
-        assert progress['step'] == 10
+        checkpoint = checkpoints.restore(abstract_state(settings, mesh))
+        restored = checkpoint.state
+        assert checkpoint.run_state.step == 10
         assert state_digest(restored) == state_digest(state)
         assert restored.params['fc6']['kernel'].sharding.mesh == mesh
         prepared = augment.make_preprocess_params(STATISTICS, settings.data)
@@ -294,16 +296,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(runs, tmp_p
     checkpoints = Checkpointer(str(tmp_path), keep=2)
     for number in (10, 20):
         numbered = dataclasses.replace(state, step=np.int32(number))
-        checkpoints.save(numbered, {'step': number}, error=None)
+        checkpoints.save(numbered, RunState(step=number), error=None)
     checkpoints.wait()
     damage(tmp_path / '20')
-    _, progress = checkpoints.restore(abstract)
-    assert progress['step'] == 10
+    assert checkpoints.restore(abstract).run_state.step == 10
     assert f'{tmp_path}/20 is corrupt' in capsys.readouterr().err
-    assert sorted(path.name.split('-')[0] for path in tmp_path.iterdir()) == ['10', 'damaged']
-    checkpoints.save(dataclasses.replace(state, step=np.int32(20)), {'step': 20}, error=None)
+    assert sorted(path.name.split('-')[0] for path in tmp_path.iterdir()) == ['10', 'corrupt']
+    checkpoints.save(dataclasses.replace(state, step=np.int32(20)), RunState(step=20), error=None)
     checkpoints.wait()
-    assert checkpoints.restore(abstract)[1]['step'] == 20
+    assert checkpoints.restore(abstract).run_state.step == 20
 
     # Where none can be read, nothing is moved and the run does not silently begin anew.
     damage(tmp_path / '10')
@@ -319,12 +320,12 @@ def test_newest_and_best_checkpoints_are_kept(runs, tmp_path):
     state = runs[1, 1][1]
     checkpoints = Checkpointer(str(tmp_path), keep=1)
     for number, error in [(1, 0.9), (2, 0.4), (3, 0.6), (4, None), (5, 0.5)]:
-        checkpoints.save(dataclasses.replace(state, step=np.int32(number)), {'step': number}, error)
+        checkpoints.save(dataclasses.replace(state, step=np.int32(number)), RunState(step=number), error)
     checkpoints.wait()
     assert checkpoints.manager.all_steps() == [2, 5]
     checkpoints.close()
     again = Checkpointer(str(tmp_path), keep=1)
-    again.save(dataclasses.replace(state, step=np.int32(6)), {'step': 6}, 0.7)
+    again.save(dataclasses.replace(state, step=np.int32(6)), RunState(step=6), 0.7)
     again.wait()
     assert again.manager.all_steps() == [2, 6]
     again.close()

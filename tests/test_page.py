@@ -704,7 +704,8 @@ GARBAGE = [
 
 @pytest.mark.parametrize('text', GARBAGE)
 def test_files_of_garbage_leave_a_page(tmp_path, text):
-    for name in ('config.json', 'result.json', 'metrics.jsonl', 'layers.jsonl', 'environment.json', 'dataset_statistics.npz'):
+    names = ('config.json', 'result.json', 'metrics.jsonl', 'layers.jsonl', 'environment.json')
+    for name in (*names, 'dataset_statistics.npz'):
         (tmp_path / name).write_text(text, errors='surrogateescape')
     page = Page(run_page.page(str(tmp_path), None, True, 'command'))
     assert [words for tag, words in page.headings if tag == 'h2'] == SECTIONS

@@ -62,7 +62,7 @@ def check_resumable(config: Config, workdir: str, every_field: bool = False) -> 
         was, given = get_by_path(old, field), get_by_path(now, field)
         if was != given:
             raise ConfigError(
-                f'config.{field}: {given!r}, but {workdir} was started with {was!r}; use that value or another --workdir'
+                f'config.{field}: {given!r}, but {workdir} was started with {was!r}; use that or another --workdir'
             )
 
 

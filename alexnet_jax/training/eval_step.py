@@ -22,7 +22,7 @@ def topk_errors(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Ar
 def make_eval_step(config: Config, mesh: parallel.Mesh, views: int) -> Any:
     """Returns the jitted step (state, batch, preprocessing) -> sums (4,) of loss, top-1 error, top-5 error, images.
 
-    views: 1 (the center crop) or 10 (see augment.eval_crop()); the softmax outputs of the views are averaged (section 4.1).
+    views: 1 (the center crop) or 10 (see augment.eval_crop()); the softmax outputs are averaged (section 4.1).
     batch: image (B, S, S, C) uint8 and label (B,) int32; images with label -1 are padding and are not counted.
     """
     layout = config.mesh.layout
@@ -46,8 +46,8 @@ def make_eval_step(config: Config, mesh: parallel.Mesh, views: int) -> Any:
 def make_layer_stats_fn(config: Config, mesh: parallel.Mesh) -> Any:
     """Returns the jitted step (state, images, preprocessing) -> {layer: float32 (5,)}, cuda-convnet's test-time report.
 
-    The five values are the mean |kernel|, mean |velocity of the kernel| (the last update), the same two for the bias, and
-    the fraction of dead units (feature maps in a convolution): those that are 0 on the center crops of all `images`
+    The five values are the mean |kernel|, mean |velocity of the kernel| (the last update), the same two for the bias,
+    and the fraction of dead units (feature maps in a convolution): those that are 0 on the center crops of all `images`
     (B, S, S, C) uint8. The fraction is 0 for fc8.
     """
     graph, layout = build_model(config)[0], config.mesh.layout

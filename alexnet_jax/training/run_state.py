@@ -54,8 +54,8 @@ class RunState:
     dataset_fingerprint: str | None = None
     last_evaluated_step: int = -1
     last_evaluation: dict[str, float] | None = None
-    plateau: PlateauState = PlateauState()
-    window: Window = Window()
+    plateau: PlateauState = dataclasses.field(default_factory=PlateauState)
+    window: Window = dataclasses.field(default_factory=Window)
     stopping_criteria: tuple[float | str, ...] = ()
     target_step: int | None = None
     stalled_step: int | None = None

@@ -401,7 +401,7 @@ class Trainer:
         rate = self.throughput.total.images_per_second or self.run.images_per_second
         self.run = dataclasses.replace(self.run, images_per_second=rate)
         errors = self.run.last_evaluation if self.run.last_evaluated_step == step else None
-        self.checkpoints.save(self.state, self.run, errors and errors['top1_error'])
+        self.checkpoints.save(self.state, self.run, errors['top1_error'] if errors else None)
         self.watchdog.reset(f'the checkpoint of step {step}')
 
     def finish(self) -> int:
