@@ -1,6 +1,7 @@
 """Checkpoints are written in the background: what they hold, and what a killed or failing writer leaves."""
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax.training import checkpointing
-from alexnet_jax.training.checkpointing import Checkpointer
+from alexnet_jax.training.checkpointing import Checkpointer, CheckpointError
 from alexnet_jax.training.metric_sum import MetricSum
 from alexnet_jax.training.run_state import RunState
 from alexnet_jax.training.state import TrainState
@@ -51,6 +52,19 @@ def test_training_goes_on_while_a_checkpoint_is_written(checkpoints, tmp_path):
         np.testing.assert_array_equal(restored.params['conv1']['kernel'], np.full((4, 3), step))
         np.testing.assert_array_equal(restored.params['conv1']['bias'], np.full(3, step - 2))
         checkpoints.manager.delete(step)
+    checkpoints.close()
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_left_alone(checkpoints, tmp_path):
+    for step in (1, 2):
+        checkpoints.save(small_state(1.0), RunState(step=step), error=None)
+    checkpoints.wait()
+    progress = tmp_path / 'checkpoints' / '2' / 'progress' / 'metadata'
+    progress.write_text(json.dumps(json.loads(progress.read_text()) | {'stepp': 2}))
+    message = r"checkpoints/2: RunState has no field 'stepp'; the checkpoint was written by another version$"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.restore(jax.eval_shape(lambda: small_state(1.0)))
+    assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['1', '2']
     checkpoints.close()
 
 
