@@ -29,26 +29,28 @@ from alexnet_jax.training.trackers import TrackingConfig, check_wandb
 flags.declare_key_flag('config')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; by default runs/ and the name of the config.')
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
-    'coordinator_address', None, 'HOST:PORT on which process 0 of several answers the others.'
+    'coordinator_address', None, 'HOST:PORT of process 0, to which the other processes connect.'
 )
-_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes train together.', lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.', lower_bound=0)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Number of processes of the run.', lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Index of this process, from 0.', lower_bound=0)
 _SWEEP = flags.DEFINE_string(
     'sweep',
     None,
-    'list | all | K: show the runs of the sweep in the config, run all that are not done, or run number K.',
+    'list | all | K: list the runs of the sweep in the config, run all that are not done, or run number K.',
 )
 _SWEEP_JOBS = flags.DEFINE_integer(
-    'sweep_jobs', 1, 'Runs of --sweep=all at once, sharing out the cores.', lower_bound=1
+    'sweep_jobs', 1, 'Number of runs of --sweep=all at the same time; they share the cores.', lower_bound=1
 )
-_TENSORBOARD = flags.DEFINE_bool('tensorboard', False, 'Event files for TensorBoard in WORKDIR/tensorboard.')
-_WANDB = flags.DEFINE_string('wandb', None, 'Project of Weights & Biases to show the run in; needs its package.')
-_PROFILE = flags.DEFINE_string('profile', None, "Trace these steps into WORKDIR/profile: --profile='steps 20:25'.")
-_DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Several processes, found by JAX on SLURM, TPU or Kubernetes.')
+_TENSORBOARD = flags.DEFINE_bool('tensorboard', False, 'Write event files for TensorBoard to WORKDIR/tensorboard.')
+_WANDB = flags.DEFINE_string('wandb', None, 'Project of Weights & Biases for the run; requires the package wandb.')
+_PROFILE = flags.DEFINE_string('profile', None, "Steps to trace to WORKDIR/profile, such as --profile='steps 20:25'.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    'distributed', False, 'Several processes, detected by JAX on SLURM, TPU or Kubernetes.'
+)
 
 
 def _process_group() -> dict[str, Any] | None:
-    """Returns the arguments of processes.start(): None for one process, {} to detect the processes automatically.
+    """Returns the arguments of distributed.initialize(): None for one process, {} to detect the processes.
 
     Raises ConfigError: the flags contradict each other or are incomplete.
     """
@@ -85,7 +87,7 @@ def _print_result(workdir: str) -> None:
     if result['images_per_second']:
         print(f'\ntraining    {result["images_per_second"]:.1f} images/s, {result["step"]} steps')
     print(f'files       {workdir}/: result.json, metrics.jsonl, checkpoints/, config.json')
-    print(f'a page      {shell_command("report", workdir, f"--html={workdir}/report.html")}')
+    print(f'report      {shell_command("report", workdir, f"--html={workdir}/report.html")}')
 
 
 def _select_variant(variants: list[Variant]) -> Variant:
@@ -117,12 +119,12 @@ def main(argv: list[str]) -> int:
     name = os.path.basename(file).replace('.py', '').replace(':', '_')
     workdir = os.path.expanduser(_WORKDIR.value or os.path.join('runs', name))
     try:
-        group = _process_group()
+        process_group = _process_group()
         check_wandb(_WANDB.value)
-        wanted = TrackingConfig(_TENSORBOARD.value, _WANDB.value, parse_profile(_PROFILE.value))
+        tracking = TrackingConfig(_TENSORBOARD.value, _WANDB.value, parse_profile(_PROFILE.value))
         if _SWEEP.value in ('list', 'all'):
-            if group is not None:
-                raise ConfigError('--sweep: several processes run one of its runs together, --sweep=K')
+            if process_group is not None:
+                raise ConfigError('--sweep: several processes can only run one run of a sweep, --sweep=K')
             return _sweep(file, workdir)
         if _SWEEP.value is None:
             config = resolve(CONFIG.value)
@@ -136,12 +138,14 @@ def main(argv: list[str]) -> int:
         check_resumable(config, workdir, every_field=_SWEEP.value is not None)
         if is_finished(config, workdir):
             if console.is_primary():
-                print(f'{workdir} is done; another --workdir begins anew, a longer config.train.epochs goes on.')
+                print(
+                    f'{workdir} is done; use another --workdir to start over, or raise config.train.epochs to continue.'
+                )
             _print_result(workdir)
             return 0
         if config.cpu_tuning:
             backend.configure_cpu_backend()
-        if group is None:
+        if process_group is None:
             backend.enable_compilation_cache()
     except ConfigError as error:
         return report_usage_error(str(error))
@@ -149,7 +153,7 @@ def main(argv: list[str]) -> int:
     from alexnet_jax.training.trainer import EXIT_DONE, train_and_evaluate
 
     try:
-        code = train_and_evaluate(config, workdir, group, wanted)
+        code = train_and_evaluate(config, workdir, process_group, tracking)
     except Exception as error:
         code = _report_failure(error)
         distributed.hard_exit(code)
@@ -163,15 +167,18 @@ def _report_failure(error: Exception) -> int:
     from alexnet_jax.data.dataset import DatasetError
     from alexnet_jax.runtime import distributed
     from alexnet_jax.training.checkpointing import CheckpointError
-    from alexnet_jax.training.trainer import EXIT_ERROR, TrainingError
+    from alexnet_jax.training.diagnostics import TrainingError
+    from alexnet_jax.training.trainer import EXIT_ERROR
 
     if isinstance(error, ConfigError):
         return report_usage_error(str(error))
-    lost = distributed.describe_peer_failure(error)
-    if lost or isinstance(error, TrainingError | CheckpointError | DatasetError | distributed.DistributedInitError):
-        log_error(lost or str(error))
+    peer_failure = distributed.describe_peer_failure(error)
+    if peer_failure or isinstance(
+        error, TrainingError | CheckpointError | DatasetError | distributed.DistributedInitError
+    ):
+        log_error(peer_failure or str(error))
     else:
-        log_error('ended by an error:')
+        log_error('the run failed with an unexpected error:')
         traceback.print_exception(error)
     return EXIT_ERROR
 

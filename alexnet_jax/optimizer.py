@@ -1,4 +1,4 @@
-"""The paper's update rule (section 5), and the learning-rate schedules of the paper and of later recipes."""
+"""The paper's update rule (section 5), and LARS."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +16,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Builds the update v <- momentum * v - learning_rate * (gradient + weight_decay * w);  w <- w + v.
 
-    The velocity includes the learning rate, as in weights.cu of the original program: after a drop the old velocity
-    decays by momentum alone, whereas optax.sgd would scale it down at once. `layer_weight_decay` gives
-    one weight decay per layer. Biases have no weight decay unless `decay_biases` is set.
+    The velocity includes the learning rate, as in weights.cu of the original program: after a decay of the learning
+    rate the old velocity shrinks by momentum alone, whereas optax.sgd would scale the velocity down at once.
+    `layer_weight_decay` gives one weight decay per layer. Biases have no weight decay unless `decay_biases` is set.
 
     A `trust_coefficient` t other than 0 selects LARS (You, Gitman, Ginsburg 2017): the update of a kernel is scaled to
     the norm t * |w| before it is multiplied by the learning rate, as in optax.lars.
@@ -27,9 +27,9 @@ def make_optimizer(
 
     Args:
       config: `optimizer` of a configuration.
-      learning_rate: a tree of float32 scalars with the structure of the parameters, see learning_rates(); or one scalar
-        for all kernels, which `bias_lr_multiplier` scales for biases. It may be traced, so that a new learning rate
-        needs no recompilation.
+      learning_rate: a tree of float32 scalars with the structure of the parameters, see Schedule.learning_rate_tree();
+        or one scalar for all kernels, which `bias_lr_multiplier` scales for biases. It may be traced, so that a new
+        learning rate needs no recompilation.
       reduce_norms: all-reduces sums over kernel shards (a tree of scalars with the structure of the parameters) to sums
         over whole kernels; LARS needs it on a mesh, see parallel.psum_over_shards().
     """
@@ -61,9 +61,7 @@ def make_optimizer(
 
     return optax.chain(
         optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(decay, updates, params)),
-        optax.stateless(
-            lambda updates, params: scale_by_trust_ratio(updates, params, config.trust_coefficient, reduce_norms)
-        ),
+        scale_by_trust_ratio(config.trust_coefficient, reduce_norms),
         optax.GradientTransformation(velocity.init, apply_momentum),
     )
 
@@ -72,19 +70,21 @@ def _is_bias(path: Any) -> bool:
     return path[-1].key == 'bias'
 
 
-def scale_by_trust_ratio(updates: Any, params: Any, coefficient: float, reduce_norms: Callable[[Any], Any]) -> Any:
+def scale_by_trust_ratio(coefficient: float, reduce_norms: Callable[[Any], Any]) -> optax.GradientTransformation:
     """Scales the update of each kernel to `coefficient` times the norm of the kernel.
 
     Biases, and kernels where either norm is 0, keep their updates; so do all parameters if `coefficient` is 0.
     """
     if not coefficient:
-        return updates
+        return optax.identity()
 
     def norms(tree):
         return jax.tree.map(jnp.sqrt, reduce_norms(jax.tree.map(lambda leaf: jnp.sum(leaf * leaf), tree)))
 
-    def scaled(path, update, weight_norm, update_norm):
+    def scale(path, update, weight_norm, update_norm):
         ratio = jnp.where((weight_norm > 0) & (update_norm > 0), coefficient * weight_norm / update_norm, 1.0)
         return update if _is_bias(path) else update * ratio
 
-    return jax.tree_util.tree_map_with_path(scaled, updates, norms(params), norms(updates))
+    return optax.stateless(
+        lambda updates, params: jax.tree_util.tree_map_with_path(scale, updates, norms(params), norms(updates))
+    )

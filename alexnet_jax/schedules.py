@@ -1,78 +1,132 @@
-"""The learning-rate schedules of the paper and of later recipes."""
+"""Functions of the step: the learning-rate schedules of the paper and of later recipes, and the intervals of a run."""
 
-from alexnet_jax.config import Config, OptimizerConfig, duration_in_steps, total_steps
+import dataclasses
+import math
+
+from alexnet_jax.config import Config, OptimizerConfig, TrainConfig, duration_in_steps, total_steps
 from alexnet_jax.shapes import LAYERS
 
 
-def learning_rate(config: Config, step: int, examples: int, decays_taken: int) -> float:
-    """Returns the learning rate of all kernels without an entry in `lr_overrides` at `step`, counted from 0.
+@dataclasses.dataclass(frozen=True)
+class PlateauState:
+    """The state of the schedule 'plateau', which is saved in checkpoints; the defaults precede the first evaluation.
+
+    Attributes:
+      lowest_error: the lowest top-1 validation error so far (0 to 1).
+      waited: number of evaluations in a row without a new lowest error since the last decay.
+      decays_taken: number of decays so far.
+    """
+
+    lowest_error: float = 1.0
+    waited: int = 0
+    decays_taken: int = 0
+
+    def update(self, error: float, config: OptimizerConfig) -> 'PlateauState':
+        """Returns the state after an evaluation with top-1 `error`, by the paper's rule: decay on a plateau.
+
+        A decay follows `patience` evaluations in a row without a new lowest error, at most `max_decays` times.
+        """
+        if error < self.lowest_error:
+            return dataclasses.replace(self, lowest_error=error, waited=0)
+        waited = self.waited + 1
+        if waited >= config.patience and self.decays_taken < config.max_decays:
+            return dataclasses.replace(self, waited=0, decays_taken=self.decays_taken + 1)
+        return dataclasses.replace(self, waited=waited)
+
+
+class Schedule:
+    """The learning rates of a run by step. The constructor converts all durations to steps.
 
     Args:
-      config: the whole configuration.
+      optimizer, train: groups of a configuration.
       examples: number of training images, which defines an epoch.
-      decays_taken: number of drops so far of the schedule 'plateau', see plateau_next().
     """
-    optimizer, batch_size = config.optimizer, config.train.batch_size
-    rate = optimizer.learning_rate
-    if optimizer.schedule == 'steps':
-        at = [duration_in_steps(str(drop), batch_size=batch_size, examples=examples) for drop in optimizer.milestones]
-        rate /= optimizer.decay_factor ** sum(step >= drop for drop in at)
-    elif optimizer.schedule == 'plateau':
-        rate /= optimizer.decay_factor**decays_taken
-    elif optimizer.schedule == 'dexp':
-        rate /= _dexp_divisor(optimizer.dexp_factor, optimizer.dexp_parts, step, total_steps(config.train, examples))
-    elif optimizer.schedule == 'poly':
-        rate *= max(0.0, 1 - step / total_steps(config.train, examples)) ** optimizer.poly_power
-    return rate * _warmed_up(config, step, examples)
+
+    def __init__(self, optimizer: OptimizerConfig, train: TrainConfig, examples: int):
+        def steps(duration: str) -> int:
+            return duration_in_steps(str(duration), batch_size=train.batch_size, examples=examples)
+
+        self.config = optimizer
+        self.total_steps = total_steps(train, examples)
+        self.warmup_steps = steps(optimizer.warmup)
+        self.milestones = [steps(milestone) for milestone in optimizer.milestones]
+        self.overrides = [(name, steps(since), rate) for name, since, rate in optimizer.lr_overrides]
+
+    def learning_rate(self, step: int, decays_taken: int) -> float:
+        """Returns the learning rate of all kernels without an entry in `lr_overrides`.
+
+        Args:
+          step: the train step, counted from 0.
+          decays_taken: see PlateauState; ignored unless the schedule is 'plateau'.
+        """
+        config, rate = self.config, self.config.learning_rate
+        if config.schedule == 'steps':
+            rate /= config.decay_factor ** sum(step >= milestone for milestone in self.milestones)
+        elif config.schedule == 'plateau':
+            rate /= config.decay_factor**decays_taken
+        elif config.schedule == 'dexp':
+            rate /= self._dexp_divisor(config.dexp_factor, config.dexp_parts, step)
+        elif config.schedule == 'poly':
+            rate *= max(0.0, 1 - step / self.total_steps) ** config.poly_power
+        return rate * self._warmup(step)
+
+    def learning_rate_tree(self, step: int, decays_taken: int) -> dict[str, dict[str, float]]:
+        """Returns the learning rate of each layer's `kernel` and `bias`; see learning_rate() for the arguments.
+
+        The learning rate of biases is `bias_lr_multiplier` times the scheduled one, or times that of a `bias_schedule`
+        with the same initial value. `lr_overrides` overrides single kernels or biases from a given step on.
+        """
+        config = self.config
+        kernel = bias = self.learning_rate(step, decays_taken)
+        if config.bias_schedule != 'same':
+            bias = config.learning_rate * self._warmup(step)
+        if config.bias_schedule == 'dexp':
+            bias /= self._dexp_divisor(config.bias_dexp_factor, config.bias_dexp_parts, step)
+        rates = {name: {'kernel': kernel, 'bias': bias * config.bias_lr_multiplier} for name in LAYERS}
+        for name, first_step, rate in self.overrides:
+            if step >= first_step:
+                layer, kind = name.split('/')
+                rates[layer][kind] = rate
+        return rates
+
+    def _dexp_divisor(self, factor: float, parts: int, step: int) -> float:
+        """Returns cuda-convnet2's `dexp` divisor (lr.cu): 1 to `factor` in `parts` equally long, geometric steps."""
+        part = min(parts - 1, step * parts // max(self.total_steps, 1))
+        return factor ** (part / (parts - 1))
+
+    def _warmup(self, step: int) -> float:
+        """Returns the factor of the linear warmup, up to 1."""
+        return min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
 
 
-def _dexp_divisor(factor: float, parts: int, step: int, total: int) -> float:
-    """Returns cuda-convnet2's `dexp` divisor (lr.cu): from 1 to `factor` in `parts` equally long, geometric steps."""
-    part = min(parts - 1, step * parts // max(total, 1))
-    return factor ** (part / (parts - 1))
+@dataclasses.dataclass(frozen=True)
+class Intervals:
+    """The durations of a configuration that are not about the learning rate, in train steps.
 
-
-def _warmed_up(config: Config, step: int, examples: int) -> float:
-    warmup = str(config.optimizer.warmup)
-    steps = duration_in_steps(warmup, batch_size=config.train.batch_size, examples=examples)
-    return min(1.0, (step + 1) / steps) if steps else 1.0
-
-
-def learning_rate_tree(config: Config, step: int, examples: int, decays_taken: int) -> dict[str, dict[str, float]]:
-    """Returns the learning rate of each layer's `kernel` and `bias` at `step`; see scheduled_rate() for the arguments.
-
-    The learning rate of biases is `bias_lr_multiplier` times the scheduled one, or times that of a `bias_schedule` with
-    the same initial value. `lr_overrides` overrides single kernels or biases from a given time on.
+    Attributes:
+      log_every, eval_every, checkpoint_every: the fields `every` and `log_every` of a configuration.
+      stall_after: the step from which the loss is compared with that of guessing.
+      color_augmentation_until: the step at which color augmentation ends; infinity: never.
     """
-    optimizer, batch_size = config.optimizer, config.train.batch_size
-    kernel = bias = learning_rate(config, step, examples, decays_taken)
-    if optimizer.bias_schedule != 'same':
-        bias = optimizer.learning_rate * _warmed_up(config, step, examples)
-    if optimizer.bias_schedule == 'dexp':
-        total = total_steps(config.train, examples)
-        bias /= _dexp_divisor(optimizer.bias_dexp_factor, optimizer.bias_dexp_parts, step, total)
-    rates = {name: {'kernel': kernel, 'bias': bias * optimizer.bias_lr_multiplier} for name in LAYERS}
-    for name, since, rate in optimizer.lr_overrides:
-        if step >= duration_in_steps(str(since), batch_size=batch_size, examples=examples):
-            layer, kind = name.split('/')
-            rates[layer][kind] = rate
-    return rates
 
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    stall_after: int
+    color_augmentation_until: float
 
-def plateau_init() -> dict[str, float]:
-    """Returns the state of the schedule 'plateau' before the first evaluation: plain numbers, saved in checkpoints."""
-    return {'lowest_error': 1.0, 'waited': 0, 'decays_taken': 0}
+    @classmethod
+    def from_config(cls, config: Config, examples: int) -> 'Intervals':
+        """Converts the durations of `config` for a training set of `examples` images."""
 
+        def steps(duration: str) -> int:
+            return duration_in_steps(duration, batch_size=config.train.batch_size, examples=examples)
 
-def plateau_next(state: dict[str, float], error: float, config: OptimizerConfig) -> dict[str, float]:
-    """Returns the state after an evaluation with top-1 `error` (0 to 1), by the paper's rule: drop on a plateau.
-
-    A drop follows `patience` evaluations in a row without a new lowest error, at most `max_decays` times. `config` is
-    `optimizer` of a configuration.
-    """
-    if error < state['lowest_error']:
-        return state | {'lowest_error': error, 'waited': 0}
-    waited = state['waited'] + 1
-    if waited >= config.patience and state['decays_taken'] < config.max_decays:
-        return state | {'waited': 0, 'decays_taken': state['decays_taken'] + 1}
-    return state | {'waited': waited}
+        color_until = config.data.color_augmentation_until
+        return cls(
+            log_every=steps(config.train.log_every),
+            eval_every=steps(config.eval.every),
+            checkpoint_every=steps(config.checkpoint.every),
+            stall_after=steps(config.train.stall_after),
+            color_augmentation_until=math.inf if color_until is None else steps(color_until),
+        )

@@ -32,17 +32,17 @@ def differences(project: Project) -> dict[str, float]:
     from alexnet_jax import augment
     from alexnet_jax.training.eval_step import make_activation_fn
     from alexnet_jax.training.state import TrainState
-    from alexnet_jax.training.train_step import AUGMENTATION, example_keys
+    from alexnet_jax.training.train_step import RngStream, example_keys
 
     config, batch = project.config, project.batch
-    keys = example_keys(config.seed, batch['example_id'], AUGMENTATION)
+    keys = example_keys(config.seed, batch['example_id'], RngStream.AUGMENTATION)
     inputs = _images(lambda images, rest: augment.augment(images, keys, keys, rest, config.data), project)
     centre = _images(lambda images, rest: augment.eval_crop(images, rest, config.data, 0), project)
     random, state = np.random.default_rng(1), project.state
     parameters = jax.tree_util.tree_map_with_path(lambda path, w: _weights(random, path, w.shape), state.params)
     velocities = jax.tree.map(lambda w: VELOCITY * random.standard_normal(w.shape, np.float32), parameters)
     params, opt_state = _replaced(state.params, parameters), _replaced(state.opt_state, velocities)
-    state = TrainState(jnp.copy(state.step), params, opt_state, state.statistics)  # the step donates its state
+    state = TrainState(jnp.copy(state.step), params, opt_state, state.batch_stats)  # the step donates its state
 
     logits = make_activation_fn(config, project.mesh, 'fc8')(state, batch['image'], project.preprocessing)
     loss = project.eval_step(state, batch, project.preprocessing)[0]

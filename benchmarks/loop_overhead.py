@@ -95,7 +95,8 @@ def checkpoint_figures(loop: Loop, folder: str) -> Callable[[int], dict[str, flo
     import jax
 
     from alexnet_jax.training.checkpointing import Checkpointer
-    from alexnet_jax.training.trainer import all_finite
+    from alexnet_jax.training.diagnostics import all_finite
+    from alexnet_jax.training.run_state import RunState
 
     checkpoints, saved = Checkpointer(os.path.join(folder, 'checkpoints'), keep=1), 0
 
@@ -104,7 +105,7 @@ def checkpoint_figures(loop: Loop, folder: str) -> Callable[[int], dict[str, flo
         usual, saved = loop.seconds(steps) / steps, saved + 1
         memory, begin = runner.peak_memory(), time.perf_counter()
         jax.device_get(all_finite(loop.project.state.params))
-        checkpoints.save(loop.project.state, {'step': saved}, None)
+        checkpoints.save(loop.project.state, RunState(step=saved), None)
         held_up, ended = time.perf_counter() - begin, []
         writing = checkpoints.writing
         assert writing is not None

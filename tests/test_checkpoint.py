@@ -1,6 +1,7 @@
-"""Checkpointer are written beside the training: what they hold, what a killed or failing writer leaves."""
+"""Checkpoints are written in the background: what they hold, and what a killed or failing writer leaves."""
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 
 from alexnet_jax.training import checkpointing
-from alexnet_jax.training.checkpointing import Checkpointer
+from alexnet_jax.training.checkpointing import Checkpointer, CheckpointError
 from alexnet_jax.training.metric_sum import MetricSum
+from alexnet_jax.training.run_state import RunState
 from alexnet_jax.training.state import TrainState
 
 
@@ -33,20 +35,19 @@ def test_training_goes_on_while_a_checkpoint_is_written(checkpoints, tmp_path):
     held = threading.Event()
     checkpoints.writer.submit(held.wait)  # as if it were slow
     state = small_state(1.0)
-    progress = {'step': 1}
-    checkpoints.save(state, progress, error=None)
-    for step in (2, 3):
+    checkpoints.save(state, RunState(step=1), error=None)
+    for _ in range(2):
         before, state = state, train_step(state)
         assert before.params['conv1']['kernel'].is_deleted()  # its memory is that of the new one
-        progress['step'] = step
     assert list((tmp_path / 'checkpoints').iterdir()) == []
     held.set()
-    checkpoints.save(state, progress, error=None)  # waits for the one before
+    checkpoints.save(state, RunState(step=3), error=None)  # waits for the one before
     assert (tmp_path / 'checkpoints' / '1').is_dir()
     checkpoints.wait()
     for step in (3, 1):
-        restored, progress = checkpoints.restore(jax.eval_shape(lambda: small_state(1.0)))
-        assert progress['step'] == int(restored.step) == step
+        checkpoint = checkpoints.restore(jax.eval_shape(lambda: small_state(1.0)))
+        restored = checkpoint.state
+        assert checkpoint.run_state.step == int(restored.step) == step
         np.testing.assert_array_equal(restored.opt_state['conv1']['bias'], np.full(3, step - 1.5))
         np.testing.assert_array_equal(restored.params['conv1']['kernel'], np.full((4, 3), step))
         np.testing.assert_array_equal(restored.params['conv1']['bias'], np.full(3, step - 2))
@@ -54,16 +55,30 @@ def test_training_goes_on_while_a_checkpoint_is_written(checkpoints, tmp_path):
     checkpoints.close()
 
 
+def test_a_checkpoint_of_another_version_is_refused_and_left_alone(checkpoints, tmp_path):
+    for step in (1, 2):
+        checkpoints.save(small_state(1.0), RunState(step=step), error=None)
+    checkpoints.wait()
+    progress = tmp_path / 'checkpoints' / '2' / 'progress' / 'metadata'
+    progress.write_text(json.dumps(json.loads(progress.read_text()) | {'stepp': 2}))
+    message = r"checkpoints/2: RunState has no field 'stepp'; the checkpoint was written by another version$"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.restore(jax.eval_shape(lambda: small_state(1.0)))
+    assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['1', '2']
+    checkpoints.close()
+
+
 KILLED = """
     import glob, os, signal, sys
     import jax.numpy as jnp
     from alexnet_jax.training.checkpointing import Checkpointer
+    from alexnet_jax.training.run_state import RunState
     from alexnet_jax.training.state import TrainState
 
     checkpoints = Checkpointer(sys.argv[1], keep=2)
     for step in range(1, 100):
         state = TrainState(jnp.int32(step), {'weights': jnp.full(2 * 10**7, step)}, {}, {})
-        checkpoints.save(state, {'step': step}, None)
+        checkpoints.save(state, RunState(step=step), None)
         # On a busy machine a checkpoint may be complete before this process has looked: then the next one.
         while step > 1 and not os.path.exists(f'{sys.argv[1]}/{step}'):
             if glob.glob(f'{sys.argv[1]}/{step}.*/state/*'):
@@ -82,9 +97,9 @@ def test_a_killed_writer_leaves_the_checkpoint_before(tmp_path):
     abstract = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32), {'weights': jax.ShapeDtypeStruct((2 * 10**7,), jnp.int32)}, {}, {}
     )
-    restored, progress = checkpoints.restore(abstract)
-    assert progress['step'] == killed_at - 1
-    np.testing.assert_array_equal(restored.params['weights'], killed_at - 1)
+    checkpoint = checkpoints.restore(abstract)
+    assert checkpoint.run_state.step == killed_at - 1
+    np.testing.assert_array_equal(checkpoint.state.params['weights'], killed_at - 1)
     checkpoints.close()
 
 
@@ -92,6 +107,7 @@ LOST = """
     import os, sys
     import jax.numpy as jnp
     from alexnet_jax.training.checkpointing import CheckpointError, Checkpointer
+    from alexnet_jax.training.run_state import RunState
     from alexnet_jax.training.state import TrainState
 
     for told_by in ('save', 'wait', 'close'):
@@ -99,10 +115,10 @@ LOST = """
         checkpoints = Checkpointer(folder, keep=2)
         os.rmdir(folder)
         open(folder, 'w').close()
-        checkpoints.save(TrainState(jnp.int32(1), {'weights': jnp.ones(9)}, {}, {}), {'step': 1}, None)
+        checkpoints.save(TrainState(jnp.int32(1), {'weights': jnp.ones(9)}, {}, {}), RunState(step=1), None)
         try:
             if told_by == 'save':
-                checkpoints.save(TrainState(jnp.int32(2), {'weights': jnp.ones(9)}, {}, {}), {'step': 2}, None)
+                checkpoints.save(TrainState(jnp.int32(2), {'weights': jnp.ones(9)}, {}, {}), RunState(step=2), None)
             else:
                 getattr(checkpoints, told_by)()
         except CheckpointError as error:

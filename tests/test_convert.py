@@ -353,7 +353,7 @@ def test_native_files_round_trip(tmp_path):
     network = network_of(path, tmp_path / 'run')
     found = {
         f'{layer}.{name}': np.asarray(array)
-        for tree in (network.state.params, network.state.statistics)
+        for tree in (network.state.params, network.state.batch_stats)
         for layer, leaves in tree.items()
         for name, array in leaves.items()
     } | {f'statistics.{name}': array for name, array in network.statistics.items()}

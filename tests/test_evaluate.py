@@ -320,7 +320,7 @@ def test_restore_retries_when_newest_checkpoint_disappears(runs, tmp_path, monke
         return read(path, abstract_state)
 
     monkeypatch.setattr(checkpointing, 'restore_checkpoint', read_late)
-    assert trained_model.restore(trained_model.parse_checkpoint_ref(str(tmp_path / 'b')), None).progress['step'] == 40
+    assert trained_model.restore(trained_model.parse_checkpoint_ref(str(tmp_path / 'b')), None).run_state.step == 40
     assert asked == ['40', '41']
     message = refusal(trained_model.restore, trained_model.parse_checkpoint_ref(str(folder / '40')), None)
     assert re.search('checkpoints/40: .*41', message)
@@ -576,7 +576,7 @@ def test_unusable_runs_are_rejected_and_left_unchanged(runs, photos_dir, tmp_pat
     content[len(content) // 2] ^= 0xFF
     part.write_bytes(content)
     for run in (other, larger):
-        edit(run / last / 'progress' / 'metadata', store='0' * 64)
+        edit(run / last / 'progress' / 'metadata', dataset_fingerprint='0' * 64)
     for run, values in ((larger, {'image_size': 80}), (gone, {'source': 'folder:/nowhere'})):
         edit(run / 'config.json', data=read_json(run / 'config.json')['data'] | values)
     shutil.copytree(os.path.join(photos_dir, 'prepared'), tmp_path / 'data' / 'prepared')

@@ -152,7 +152,7 @@ def logits_of(network, centres):
     inputs = ((centres - mean) / np.array(data.std)).astype(np.float32)
     graph, state = build_model(network.config)[0], network.state
     model = jax.jit(lambda params, means, x: nnx.merge(graph, params, means)(x))
-    return np.asarray(model(state.params, state.statistics, inputs))
+    return np.asarray(model(state.params, state.batch_stats, inputs))
 
 
 @pytest.fixture(scope='module', params=CASES)
@@ -366,7 +366,7 @@ def test_missing_library_is_named_with_what_installs_it(tmp_path, monkeypatch, e
 @pytest.mark.parametrize('ending', ['onnx', 'stablehlo'])
 def test_weights_beyond_the_limit_of_a_program_are_refused(tmp_path, ending):
     params = {'fc6': {'kernel': np.broadcast_to(np.float32(0), (2**15, 2**14))}}
-    network = types.SimpleNamespace(state=types.SimpleNamespace(params=params, statistics={}))
+    network = types.SimpleNamespace(state=types.SimpleNamespace(params=params, batch_stats={}))
     with pytest.raises(ConfigError, match=r'limit is 2 GB, and these are 2\.1 GB of weights; write \.safetensors'):
         export.write(network, str(tmp_path / f'net.{ending}'))
 

@@ -46,7 +46,7 @@ def index(loaded, photos) -> feature_index.FeatureIndex:
 def eager(loaded, image: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the activations of one image, without compilation, mesh and augment.py."""
     state = jax.device_get(loaded.state)
-    model = nnx.merge(build_model(loaded.config)[0], state.params, state.statistics)
+    model = nnx.merge(build_model(loaded.config)[0], state.params, state.batch_stats)
     outputs = model.activations(jnp.asarray(center_crop(image, loaded.config, loaded.statistics))[None])
     return {layer: np.asarray(output[0]) for layer, output in outputs.items()}
 

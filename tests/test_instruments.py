@@ -98,7 +98,7 @@ def test_event_files_have_kernels_and_predictions_at_each_evaluation(watched):
     assert (pictures['predictions', 6] != pictures['predictions', 18]).any()
 
 
-def test_a_run_that_goes_on_hides_later_events_of_its_first_part(watched):
+def test_a_resumed_run_hides_later_events_of_its_first_part(watched):
     second = events(watched[0])[1]
     assert [event.step for event in second if event.HasField('session_log')] == [13]
     assert min(event.step for event in second if event.summary.value) == 15
@@ -110,7 +110,7 @@ def test_training_with_tensorboard_does_not_import_tensorflow(watched):
     assert not [name for name in imported if name.split('.')[0] in ('tensorflow', 'tensorboard')]
 
 
-def test_weights_and_biases_goes_on_with_the_same_run(watched):
+def test_weights_and_biases_resumes_the_same_run(watched):
     workdir, _ = watched
     identity = json.loads((workdir / 'wandb.json').read_text())['id']
     folders = sorted((workdir / 'wandb').glob('offline-run-*'))
@@ -130,12 +130,12 @@ def test_the_trace_has_the_steps_asked_for(watched):
     assert f'{workdir}/profile: trace for TensorBoard' in said
 
 
-def test_steps_that_never_came_are_told(capfd, tmp_path):
+def test_a_trace_that_never_started_is_logged(capfd, tmp_path):
     profile = StepProfiler((5000, 5005), str(tmp_path))
-    profile.at(3, None)
-    profile.end(None)
-    assert 'no trace: this run did not come to step 5000 of --profile' in capfd.readouterr().err
-    StepProfiler(None, str(tmp_path)).end(None)
+    profile.on_step(3, None)
+    profile.close(None)
+    assert 'no trace was written: the run ended before step 5000 of --profile' in capfd.readouterr().err
+    StepProfiler(None, str(tmp_path)).close(None)
     assert capfd.readouterr().err == ''
 
 
@@ -152,14 +152,15 @@ def test_ranges_of_steps(text):
 
 @pytest.mark.parametrize('text', ['', 'steps', 'steps 25:20', 'steps 20:20', 'epochs 1:2', '20', '-1:2', '1.5:2'])
 def test_ranges_that_are_none(text):
-    with pytest.raises(ConfigError, match=rf"^--profile: {re.escape(repr(text))} is no range of steps; write .*'$"):
+    message = rf"^--profile: {re.escape(repr(text))} is not a range of steps; for example .*'$"
+    with pytest.raises(ConfigError, match=message):
         parse_profile(text)
 
 
 def test_wrong_flags_are_refused_before_anything_is_done(photos_dir, tmp_path):
     done = launch(photos_dir, tmp_path / 'run', '--profile=20')
     assert done.returncode == 2
-    assert "--profile: '20' is no range of steps" in done.stderr.splitlines()[-1]
+    assert "--profile: '20' is not a range of steps" in done.stderr.splitlines()[-1]
     assert not (tmp_path / 'run').exists()
 
 

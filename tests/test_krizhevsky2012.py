@@ -74,7 +74,7 @@ def test_one_update(case, data, model):
         state.step,
         jax.device_put(params, place.params),
         (*state.opt_state[:-1], state.opt_state[-1]._replace(trace=velocities)),
-        state.statistics,
+        state.batch_stats,
     )
     state = jax.device_put(state, place)
     moments = {'mean_image': np.zeros((SIZE, SIZE, 3)), 'mean_rgb': np.zeros(3)}

@@ -14,6 +14,7 @@ from alexnet_jax import augment, config, parallel
 from alexnet_jax.shapes import LAYERS
 from alexnet_jax.training.checkpointing import Checkpointer, CheckpointError, state_digest
 from alexnet_jax.training.eval_step import make_eval_step, make_layer_stats_fn, make_predict_step, topk_errors
+from alexnet_jax.training.run_state import RunState
 from alexnet_jax.training.state import abstract_state, init_state
 from alexnet_jax.training.train_step import make_train_step
 
@@ -247,13 +248,14 @@ def test_hybrid_eval_matches_one_device(runs, views, model):
 def test_checkpoint_moves_between_meshes(runs, tmp_path):
     checkpoints = Checkpointer(str(tmp_path), keep=1)
     state = runs[4, 2][1]
-    checkpoints.save(state, {'step': 10}, error=0.5)
+    checkpoints.save(state, RunState(step=10), error=0.5)
     checkpoints.wait()
     sharded_hybrid = {'layout': 'hybrid', 'shard_optimizer': True}
     for settings in [small_config(1, 1), small_config(8, 1), small_config(2, 4, {'mesh': sharded_hybrid})]:
         mesh = parallel.make_mesh(settings)
-        restored, progress = checkpoints.restore(abstract_state(settings, mesh))
-        assert progress['step'] == 10
+        checkpoint = checkpoints.restore(abstract_state(settings, mesh))
+        restored = checkpoint.state
+        assert checkpoint.run_state.step == 10
         assert state_digest(restored) == state_digest(state)
         assert restored.params['fc6']['kernel'].sharding.mesh == mesh
         prepared = augment.make_preprocess_params(STATISTICS, settings.data)
@@ -279,17 +281,16 @@ def test_corrupt_checkpoint_falls_back_to_previous(runs, tmp_path, capsys):
     checkpoints = Checkpointer(str(tmp_path), keep=2)
     for number in (10, 20):
         numbered = dataclasses.replace(state, step=np.int32(number))
-        checkpoints.save(numbered, {'step': number}, error=None)
+        checkpoints.save(numbered, RunState(step=number), error=None)
     checkpoints.wait()
     damage(tmp_path / '20')
-    _, progress = checkpoints.restore(abstract)
-    assert progress['step'] == 10
+    assert checkpoints.restore(abstract).run_state.step == 10
     assert f'{tmp_path}/20 ' in capsys.readouterr().err
     kept, moved = sorted(path.name for path in tmp_path.iterdir())
     assert (kept, moved.isdigit()) == ('10', False)
-    checkpoints.save(dataclasses.replace(state, step=np.int32(20)), {'step': 20}, error=None)
+    checkpoints.save(dataclasses.replace(state, step=np.int32(20)), RunState(step=20), error=None)
     checkpoints.wait()
-    assert checkpoints.restore(abstract)[1]['step'] == 20
+    assert checkpoints.restore(abstract).run_state.step == 20
 
     # If no checkpoint can be read, none is moved, and the run does not restart silently.
     damage(tmp_path / '10')
@@ -305,12 +306,12 @@ def test_newest_and_best_checkpoints_are_kept(runs, tmp_path):
     state = runs[1, 1][1]
     checkpoints = Checkpointer(str(tmp_path), keep=1)
     for number, error in [(1, 0.9), (2, 0.4), (3, 0.6), (4, None), (5, 0.5)]:
-        checkpoints.save(dataclasses.replace(state, step=np.int32(number)), {'step': number}, error)
+        checkpoints.save(dataclasses.replace(state, step=np.int32(number)), RunState(step=number), error)
     checkpoints.wait()
     assert checkpoints.manager.all_steps() == [2, 5]
     checkpoints.close()
     again = Checkpointer(str(tmp_path), keep=1)
-    again.save(dataclasses.replace(state, step=np.int32(6)), {'step': 6}, 0.7)
+    again.save(dataclasses.replace(state, step=np.int32(6)), RunState(step=6), 0.7)
     again.wait()
     assert again.manager.all_steps() == [2, 6]
     again.close()
@@ -503,7 +504,7 @@ def four_steps(network: str, layout: str, data: int, model: int, shard_optimizer
     prepared = augment.make_preprocess_params(STATISTICS, settings.data)
     images = make_global_batch(settings, mesh, batch(99, settings))['image']
     report = make_layer_stats_fn(settings, mesh)(state, images, prepared)
-    return *jax.device_get((state, losses, report)), state.statistics
+    return *jax.device_get((state, losses, report)), state.batch_stats
 
 
 @pytest.mark.slow
@@ -523,13 +524,13 @@ def test_batch_norm_lars_and_towers_match_one_device(network, layout, data, mode
     for name in report1:
         np.testing.assert_allclose(report[name], report1[name], rtol=1e-4, atol=1e-7)
     assert max(float(row[-1]) for row in report1.values()) > 0  # some units are dead
-    for ours, expected in zip(jax.tree.leaves(state.statistics), jax.tree.leaves(state1.statistics), strict=True):
+    for ours, expected in zip(jax.tree.leaves(state.batch_stats), jax.tree.leaves(state1.batch_stats), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-4)
     for ours, expected in zip(jax.tree.leaves(state.params), jax.tree.leaves(state1.params), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
     if network == 'batch_norm_and_lars':
         assert sorted(statistics) == ['conv1_norm', 'conv2_norm', 'conv3_norm', 'conv4_norm']
-        means = [np.asarray(leaf['mean']) for leaf in state.statistics.values()]
+        means = [np.asarray(leaf['mean']) for leaf in state.batch_stats.values()]
         assert all(np.abs(mean).max() > 0.1 for mean in means)
 
 

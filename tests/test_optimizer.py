@@ -1,7 +1,5 @@
 """The update rule against NumPy across a drop of the rate, and optax.lars; the schedules against rates by hand."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,7 @@ import pytest
 
 from alexnet_jax.config import ConfigError, default_config, resolve, total_steps
 from alexnet_jax.optimizer import make_optimizer
-from alexnet_jax.schedules import learning_rate, learning_rate_tree, plateau_init, plateau_next
+from alexnet_jax.schedules import PlateauState, Schedule
 
 RATES = [0.1] * 6 + [0.01] * 6
 SHAPES = {'convolution': (2, 2, 3, 4), 'matrix': (5, 4), 'bias': (4,)}
@@ -51,7 +49,7 @@ def steps_in_numpy(momentum, decay, bias_multiplier=1.0, rate_in_velocity=True):
 
 def steps_of_package(config):
     w, *gradients = jax.tree.map(jnp.float32, draws())
-    state = make_optimizer(config, 0.0).init(w)
+    state = make_optimizer(config, RATES[0]).init(w)
     history = []
     for rate, g in zip(RATES, gradients, strict=True):
         updates, state = make_optimizer(config, rate).update(g, state, w)
@@ -115,7 +113,7 @@ def test_a_new_rate_needs_no_new_compilation():
         return optax.apply_updates(w, updates), state
 
     w, *gradients = jax.tree.map(jnp.float32, draws())
-    state = make_optimizer(config, 0.0).init(w)
+    state = make_optimizer(config, RATES[0]).init(w)
     history = []
     for rate, g in zip(RATES, gradients, strict=True):
         w, state = step(w, state, g, np.float32(rate))
@@ -132,7 +130,8 @@ def run_config(batch_size=10, **fields):
 
 
 def rates_at(config, steps, examples=100, decays_taken=0):
-    return [learning_rate(config, step, examples, decays_taken) for step in steps]
+    schedule = Schedule(config.optimizer, config.train, examples)
+    return [schedule.learning_rate(step, decays_taken) for step in steps]
 
 
 def test_constant_rate():
@@ -184,7 +183,7 @@ def test_warmup_scales_the_schedule():
     np.testing.assert_allclose(rates_at(config, range(5)), [0.2, 0.4, 0.3, 0.4, 0.4], rtol=1e-12)
 
 
-# Patience 2, at most two drops: error, evaluations waited, drops taken.
+# Patience 2, at most two decays: error, evaluations waited, decays taken.
 ERRORS = [
     (0.9, 0, 0),
     (0.8, 0, 0),
@@ -202,39 +201,24 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize('saved', [False, True])  # through JSON and back between any two evaluations
-def test_plateau_drops(saved):
+def test_plateau_decays():
     config = optimizer_config(patience=2, max_decays=2)
-    state = plateau_init()
+    state = PlateauState()
     lowest = 1.0
     for error, waited, decays_taken in ERRORS:
-        if saved:
-            restored = json.loads(json.dumps(state))
-            assert restored == state
-            state = restored
-        state = plateau_next(state, error, config)
+        state = state.update(error, config)
         lowest = min(lowest, error)
-        assert state == {'lowest_error': lowest, 'waited': waited, 'decays_taken': decays_taken}
+        assert state == PlateauState(lowest_error=lowest, waited=waited, decays_taken=decays_taken)
 
 
-def test_plateau_start():
-    assert plateau_init() == {'lowest_error': 1.0, 'waited': 0, 'decays_taken': 0}
-
-
-def test_plateau_of_the_paper_drops_three_times():
+def test_plateau_of_the_paper_decays_three_times():
     config = optimizer_config()
-    state = plateau_init()
-    drops = []
+    state = PlateauState()
+    decays = []
     for _ in range(20):
-        state = plateau_next(state, 1.0, config)
-        drops.append(state['decays_taken'])
-    assert drops == [0, 0, 1, 1, 1, 2, 2, 2] + [3] * 12
-
-
-def test_plateau_next_leaves_the_old_state_alone():
-    state = plateau_init()
-    plateau_next(state, 0.5, optimizer_config())
-    assert state == plateau_init()
+        state = state.update(1.0, config)
+        decays.append(state.decays_taken)
+    assert decays == [0, 0, 1, 1, 1, 2, 2, 2] + [3] * 12
 
 
 # cuda-convnet2's rates: from 0.01 in four equal parts to 0.01 / 250; of biases from 0.02 in two to 0.002.
@@ -244,7 +228,8 @@ NAMES = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8')
 
 def all_rates(config, steps, examples=100, decays_taken=0):
     """Rates of kernels and of biases at `steps`, which have to be the same in all layers."""
-    every = [learning_rate_tree(config, step, examples, decays_taken) for step in steps]
+    schedule = Schedule(config.optimizer, config.train, examples)
+    every = [schedule.learning_rate_tree(step, decays_taken) for step in steps]
     for rates in every:
         assert tuple(rates) == NAMES
         assert all(layer == rates['conv1'] for layer in rates.values())
@@ -333,6 +318,7 @@ def test_layer_rates():
         ('fc8/bias', '50', 0.7),  # the later entry wins from step 60 on too
     )
     config = run_config(schedule='constant', learning_rate=0.8, bias_lr_multiplier=2.0, lr_overrides=entries)
+    schedule = Schedule(config.optimizer, config.train, 100)
     others = {name: {'kernel': 0.8, 'bias': 1.6} for name in NAMES}
     expected = {
         19: {},
@@ -348,14 +334,15 @@ def test_layer_rates():
     }
     for step, changed in expected.items():
         changed = {name: {'kernel': kernel, 'bias': bias} for name, (kernel, bias) in changed.items()}
-        assert learning_rate_tree(config, step, 100, 0) == others | changed
+        assert schedule.learning_rate_tree(step, 0) == others | changed
 
 
 def test_layer_rates_count_epochs_by_the_data_set_and_are_not_warmed_up():
     entries = (('fc7/kernel', '1 epoch', 0.5),)
     config = run_config(schedule='constant', learning_rate=0.8, warmup='40 steps', lr_overrides=entries)
     for examples, first in ((100, 10), (200, 20)):
-        before, after = (learning_rate_tree(config, step, examples, 0)['fc7']['kernel'] for step in (first - 1, first))
+        schedule = Schedule(config.optimizer, config.train, examples)
+        before, after = (schedule.learning_rate_tree(step, 0)['fc7']['kernel'] for step in (first - 1, first))
         np.testing.assert_allclose([before, after], [0.8 * first / 40, 0.5], rtol=1e-12)
 
 
@@ -436,7 +423,7 @@ def test_weight_decays_by_hand(by_layer, decay_biases):
 
 
 def test_rates_by_parameter_are_taken_as_they_are():
-    # The multiplier of the biases is in them already, see learning_rates().
+    # The multiplier of the biases is in them already, see learning_rate_tree().
     config = optimizer_config(weight_decay=0.0, bias_lr_multiplier=4.0)
     w = {name: {'kernel': jnp.ones((1, 1)), 'bias': jnp.ones((1,))} for name in ('conv1', 'fc8')}
     rates = {

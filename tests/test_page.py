@@ -488,7 +488,14 @@ GARBAGE = [
 
 @pytest.mark.parametrize('text', GARBAGE)
 def test_page_of_garbage_explains_what_is_missing(tmp_path, text):
-    for name in ('config.json', 'result.json', 'metrics.jsonl', 'layers.jsonl', 'environment.json', 'inputs.npz'):
+    for name in (
+        'config.json',
+        'result.json',
+        'metrics.jsonl',
+        'layers.jsonl',
+        'environment.json',
+        'dataset_statistics.npz',
+    ):
         (tmp_path / name).write_text(text, errors='surrogateescape')
     page = page_of(tmp_path)
     assert list(page.sections) == SECTIONS
@@ -519,9 +526,9 @@ def test_neighbors_can_be_omitted(copy, photos_dir):
     assert not (copy / 'features').exists()
 
 
-@pytest.mark.parametrize('lost', ['inputs.npz', 'checkpoints/40'])
+@pytest.mark.parametrize('lost', ['dataset_statistics.npz', 'checkpoints/40'])
 def test_lost_weights_and_inputs_are_named(copy, tmp_path, lost):
-    if lost == 'inputs.npz':
+    if lost == 'dataset_statistics.npz':
         (copy / lost).unlink()
     else:
         part = max((copy / lost / 'state').rglob('*'), key=lambda path: path.stat().st_size * path.is_file())

@@ -49,7 +49,7 @@ def probabilities(run, config):
     """Returns a function of an image (S, S, C) uint8: the mean probabilities of its ten crops, or of its center."""
     loaded = trained_model.load_model(trained_model.parse_checkpoint_ref(run))
     state = jax.device_get(loaded.state)
-    model = nnx.merge(build_model(loaded.config)[0], state.params, state.statistics)
+    model = nnx.merge(build_model(loaded.config)[0], state.params, state.batch_stats)
     mean, crop = loaded.statistics['mean_image'].astype(np.float32), config.data.crop_size
     margin = config.data.image_size - crop
 
@@ -172,24 +172,24 @@ def test_imported_weights_keep_their_mean_when_trained(config, probabilities, ru
     """Evaluation and training use the statistics of the run folder, not those of the data set."""
     data = open_dataset(config)
     loaded = trained_model.load_model(trained_model.parse_checkpoint_ref(run))
-    params, batch_statistics = jax.device_get((loaded.state.params, loaded.state.statistics))
+    params, batch_statistics = jax.device_get((loaded.state.params, loaded.state.batch_stats))
     own = loaded.statistics | {'mean_image': np.full_like(loaded.statistics['mean_image'], 200.0)}
     workdir = tmp_path / 'other'
     trained_model.import_weights_as_run(str(workdir), config, params, batch_statistics, own, data.class_names)
     step, scores, _ = summary.predict(trained_model.parse_checkpoint_ref(str(workdir)), data, views=1)
     state = jax.device_get(loaded.state)
-    model = nnx.merge(build_model(loaded.config)[0], state.params, state.statistics)
+    model = nnx.merge(build_model(loaded.config)[0], state.params, state.batch_stats)
     first = jnp.asarray(center_crop(data.validation[0]['image'], config, own))
     assert step == 0
     np.testing.assert_allclose(np.exp(scores[0]), softmax(np.asarray(model(first[None]))[0]), rtol=1e-4)
     assert np.abs(np.exp(scores[0]) - probabilities(data.validation[0]['image'], 1)).max() > 1e-3
-    before = (workdir / 'inputs.npz').read_bytes()
+    before = (workdir / 'dataset_statistics.npz').read_bytes()
     fields = {**SMALL, 'data.data_dir': config.data.data_dir, 'eval.views': 1, 'train.steps': 3}
     command_line = ['launch.py', f'--workdir={workdir}', *config_flags(fields)]
     done = run_command(*command_line, JAX_NUM_CPU_DEVICES='8')
     assert done.returncode == 0, done.stderr
     assert 'at step 0 of 3' in done.stderr
-    assert (workdir / 'inputs.npz').read_bytes() == before
+    assert (workdir / 'dataset_statistics.npz').read_bytes() == before
     scores, labels = summary.predict(trained_model.parse_checkpoint_ref(str(workdir)), data, 1)[1:]
     loss = read_result(workdir)['views']['1']['loss']
     np.testing.assert_allclose(loss, -np.mean(scores[np.arange(1600), labels]), rtol=1e-5)
@@ -201,7 +201,7 @@ def test_imported_weights_keep_their_mean_when_trained(config, probabilities, ru
 
 def test_permuted_class_names_are_rejected(config, run, tmp_path, capfd):
     data, loaded = open_dataset(config), trained_model.load_model(trained_model.parse_checkpoint_ref(run))
-    params, batch_statistics = jax.device_get((loaded.state.params, loaded.state.statistics))
+    params, batch_statistics = jax.device_get((loaded.state.params, loaded.state.batch_stats))
     for workdir, names in {'turned': data.class_names[::-1], 'numbers': [f'class {i}' for i in range(16)]}.items():
         trained_model.import_weights_as_run(
             str(tmp_path / workdir), config, params, batch_statistics, loaded.statistics, names
@@ -217,7 +217,7 @@ def test_run_without_statistics_file_uses_those_of_the_data(config, run, tmp_pat
     data = open_dataset(config)
     expected = summary.predict(trained_model.parse_checkpoint_ref(run), data, views=1)[1]
     shutil.copytree(run, tmp_path / 'run')
-    (tmp_path / 'run' / 'inputs.npz').unlink()
+    (tmp_path / 'run' / 'dataset_statistics.npz').unlink()
     member = trained_model.parse_checkpoint_ref(str(tmp_path / 'run'))
     np.testing.assert_array_equal(summary.predict(member, data, views=1)[1], expected)
     with pytest.raises(ConfigError, match=r'inputs\.npz cannot be read'):

@@ -248,7 +248,7 @@ def test_a_step_with_the_recipe_trains(preset):
     for layer in before:
         assert not np.array_equal(before[layer]['kernel'], after[layer]['kernel']), layer
         assert np.isfinite(after[layer]['kernel']).all()
-    assert bool(jax.tree.leaves(state.statistics)) == (preset == 'bn_lars')
+    assert bool(jax.tree.leaves(state.batch_stats)) == (preset == 'bn_lars')
 
 
 # Rates of net #145 as its notes have them (layer-params-145.cfg): first epoch, kernels, conv1's kernel, conv1's bias,
@@ -267,13 +267,13 @@ IMAGES = 1_281_167
 
 @pytest.mark.parametrize('batch_size', [128, 256])
 def test_rates_freezes_and_colour_of_net_145_over_91_epochs(batch_size):
-    from alexnet_jax.schedules import learning_rate_tree
+    from alexnet_jax.schedules import Schedule
 
     given = settings('krizhevsky2012')
     given.train.batch_size = batch_size
     resolved = config.resolve(given)
-    total = config.total_steps(resolved.train, IMAGES)
-    assert total == round(91 * IMAGES / batch_size)
+    schedule = Schedule(resolved.optimizer, resolved.train, IMAGES)
+    assert schedule.total_steps == round(91 * IMAGES / batch_size)
     color_augmentation_until = config.duration_in_steps(
         resolved.data.color_augmentation_until, batch_size=batch_size, examples=IMAGES
     )
@@ -283,7 +283,7 @@ def test_rates_freezes_and_colour_of_net_145_over_91_epochs(batch_size):
         first = round(epoch * IMAGES / batch_size)
         last = round((epoch + 1) * IMAGES / batch_size) - 1
         for at in (first, (first + last) // 2, last):
-            rates = learning_rate_tree(resolved, at, IMAGES, decays_taken=0)
+            rates = schedule.learning_rate_tree(at, decays_taken=0)
             expected = {name: {'kernel': kernels, 'bias': biases} for name in shapes.LAYERS}
             expected['conv1'] = {'kernel': conv1, 'bias': conv1_bias}
             assert rates.keys() == expected.keys()

@@ -101,7 +101,7 @@ def test_micro_batch_statistics_are_averaged():
     for settings, part in ((whole, slice(None)), (half, slice(8)), (half, slice(8, None))):
         part_rows = make_global_batch(settings, mesh, {name: values[part] for name, values in rows.items()})
         state, metrics = steps[id(settings)](init_state(settings, mesh), part_rows, rates(0.0), prepared)
-        found.append(jax.tree.leaves(jax.device_get((state.statistics, metrics))))
+        found.append(jax.tree.leaves(jax.device_get((state.batch_stats, metrics))))
     assert len(found[0]) == 8 + 3
     for ours, first, second in zip(*found, strict=True):
         np.testing.assert_allclose(ours, (first + second) / 2, rtol=1e-5, atol=1e-7)

@@ -209,7 +209,7 @@ def test_a_run_does_not_go_on_with_other_images(uninterrupted, photos_dir, tmp_p
     description.write_text(description.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
     refused = launch(str(tmp_path), tmp_path / 'run')
     assert refused.returncode == 2
-    assert 'config.data: the prepared images are not those that' in refused.stderr
+    assert 'config.data: the prepared data set is not the one that' in refused.stderr
 
 
 @pytest.mark.slow
@@ -403,7 +403,7 @@ def test_a_stalled_run_is_reported_and_a_healthy_one_not(uninterrupted, photos_d
     (line,) = said(stalled, 'stalled')
     # Six steps, looked at every fourth one.
     assert 'stalled: at step 8 the loss is 2.7' in line
-    assert 'guessing among 16 classes is ln(16) = 2.7726' in line
+    assert 'the loss of guessing among 16 classes is ln(16) = 2.7726' in line
     assert '100% of the units of fc7 are dead' in line
     for knob in ('config.model.bias_init', 'config.optimizer.warmup', 'config.model.kernel_std', 'config.seed than 0'):
         assert knob in line

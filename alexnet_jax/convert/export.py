@@ -58,7 +58,7 @@ def write(network: Any, path: str) -> None:
     import jax
 
     ending = validate_target(path)
-    params, batch_statistics = jax.device_get((network.state.params, network.state.statistics))
+    params, batch_statistics = jax.device_get((network.state.params, network.state.batch_stats))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if ending != '.safetensors' and size > _LIMIT:
         raise ConfigError(

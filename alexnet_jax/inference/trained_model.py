@@ -23,6 +23,7 @@ from alexnet_jax.runtime.files import write_json
 from alexnet_jax.runtime.preemption import PreemptionHandler
 from alexnet_jax.runtime.workdir import (
     check_class_names,
+    dataset_statistics_path,
     read_config,
     read_dataset_statistics,
     write_dataset_statistics,
@@ -149,7 +150,7 @@ def open_eval_dataset(members: Sequence[CheckpointRef], data_dir: str | None) ->
       KeyboardInterrupt: SIGTERM or SIGINT arrived during preparation.
     """
     # A fingerprint covers the settings, the class names and all images of a data set; None: imported weights.
-    fingerprints = [(member, restore(member, None).progress['store']) for member in members]
+    fingerprints = [(member, restore(member, None).run_state.dataset_fingerprint) for member in members]
     first, fingerprint = next((pair for pair in fingerprints if pair[1] is not None), (members[0], None))
     for member, other in fingerprints:
         if other not in (fingerprint, None):
@@ -247,16 +248,16 @@ def load_model(member: CheckpointRef, store: dataset.PreparedDataset | None = No
 
     Args:
       member: the network.
-      store: see open_eval_dataset(); supplies the statistics and class names if the workdir has no inputs.npz, as in
-        runs of an earlier version.
+      store: see open_eval_dataset(); supplies the statistics and class names if the workdir has no
+        dataset_statistics.npz.
 
     Raises:
-      ConfigError: there is no such checkpoint, or inputs.npz is missing or corrupt.
+      ConfigError: there is no such checkpoint, or dataset_statistics.npz is missing or corrupt.
       CheckpointError: the checkpoint cannot be read.
     """
     from alexnet_jax.training.state import abstract_state
 
-    if store is not None and not os.path.exists(os.path.join(member.workdir, 'inputs.npz')):
+    if store is not None and not os.path.exists(dataset_statistics_path(member.workdir)):
         statistics, class_names = store.statistics, store.class_names
     else:
         statistics, class_names = read_dataset_statistics(member.workdir)
@@ -266,8 +267,8 @@ def load_model(member: CheckpointRef, store: dataset.PreparedDataset | None = No
     return TrainedModel(
         name=member.name,
         workdir=member.workdir,
-        step=int(restored.state.step),
-        digest=restored.progress['state_digest'],
+        step=restored.run_state.step,
+        digest=restored.state_digest,
         config=config,
         mesh=mesh,
         state=restored.state,
@@ -302,6 +303,7 @@ def import_weights_as_run(
 
     from alexnet_jax import parallel
     from alexnet_jax.training.checkpointing import Checkpointer
+    from alexnet_jax.training.run_state import RunState
     from alexnet_jax.training.state import TrainState, abstract_state
 
     check_new(workdir)
@@ -314,7 +316,7 @@ def import_weights_as_run(
         state = jax.tree.map(lambda leaf, at: jax.device_put(leaf, at.sharding), state, abstract)
         os.makedirs(aside)
         checkpoints = Checkpointer(os.path.join(aside, 'checkpoints'), keep=1)
-        checkpoints.save(state, {'step': 0, 'store': None}, None)
+        checkpoints.save(state, RunState(), None)
         checkpoints.close()
         write_dataset_statistics(aside, statistics, class_names)
         write_json(os.path.join(aside, 'config.json'), config.to_dict())

@@ -12,7 +12,7 @@ import numpy as np
 
 from alexnet_jax.config import Config, ConfigError
 from alexnet_jax.runtime.files import read_json
-from alexnet_jax.runtime.workdir import read_config, read_dataset_statistics
+from alexnet_jax.runtime.workdir import read_config, read_dataset_statistics, read_result_json
 from alexnet_jax.sweep import results as sweep_results
 from alexnet_jax.sweep.table import Row, summarize
 
@@ -106,7 +106,7 @@ def read_run(workdir: str) -> Run:
     metrics, no_metrics = _attempt(read_metrics, workdir, list[dict[str, Any]]())
     (statistics, class_names), no_inputs = _attempt(read_dataset_statistics, workdir, nothing)
     examples = int(statistics.get('class_counts', np.zeros(0)).sum())
-    result, environment = (read_json(os.path.join(workdir, name)) or {} for name in ('result.json', 'environment.json'))
+    result, environment = read_result_json(workdir) or {}, read_json(os.path.join(workdir, 'environment.json')) or {}
     return Run(workdir, config, no_config, result, metrics, no_metrics, environment, class_names, examples, no_inputs)
 
 

@@ -17,19 +17,19 @@ class PreemptionHandler:
         self.requested = False
 
     def __enter__(self) -> 'PreemptionHandler':
-        self.before = {number: signal.signal(number, self._request) for number in self.SIGNALS}
+        self.previous = {number: signal.signal(number, self._request) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: object) -> None:
         self.requested = True
-        for other, handler in self.before.items():
+        for other, handler in self.previous.items():
             signal.signal(other, handler)
         os.write(
-            2, f'{signal.Signals(number).name}: saving, then this ends (again: at once, without saving)\n'.encode()
+            2, f'{signal.Signals(number).name}: saving before the exit; a second signal exits without saving\n'.encode()
         )
 
     def delegate_to_jax(self) -> None:
@@ -44,7 +44,7 @@ class PreemptionHandler:
 
 
 class Watchdog:
-    """Context that dumps all stacks and exits the process with 1 after `timeout` seconds without a call of feed().
+    """Context that dumps all stacks and exits the process with 1 after `timeout` seconds without a call of reset().
 
     The watchdog counts its own one-second waits, so time during which the whole process is suspended does not count.
     """
@@ -61,17 +61,17 @@ class Watchdog:
     def __exit__(self, *error: object) -> None:
         self.ended.set()
 
-    def reset(self, what: str) -> None:
-        """Resets the countdown; `what` names the point that the process has reached."""
-        self.reached, self.seconds = what, 0
+    def reset(self, reached: str) -> None:
+        """Resets the countdown; `reached` names the point that the process has reached."""
+        self.reached, self.seconds = reached, 0
 
     def _watch(self) -> None:
         while not self.ended.wait(1.0):
             self.seconds += 1
             if self.seconds > self.timeout:
                 log_error(
-                    f'no progress since {self.reached}, for config.distributed.watchdog_timeout={self.timeout} s;'
-                    ' what each thread does:'
+                    f'no progress since {self.reached} for config.distributed.watchdog_timeout={self.timeout} s;'
+                    ' the stacks of all threads:'
                 )
                 faulthandler.dump_traceback(all_threads=True)
                 os._exit(1)

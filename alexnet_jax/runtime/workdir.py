@@ -29,6 +29,9 @@ RESUME_INVARIANT_FIELDS = (
     'train.batch_size',
 )
 
+# Keys of result.json in runs of version 0.1.
+RENAMED_RESULT_KEYS = {'goal_step': 'target_step', 'damaged_records': 'corrupt_records'}
+
 
 def check_resumable(config: Config, workdir: str, every_field: bool = False) -> None:
     """Raises ConfigError if the checkpoints in `workdir` belong to another network or another order of the data.
@@ -46,7 +49,7 @@ def check_resumable(config: Config, workdir: str, every_field: bool = False) -> 
         return
     before = _read_settings(workdir)
     if before is None:
-        raise ConfigError(f'--workdir: {workdir} has checkpoints but no readable config.json; name another one')
+        raise ConfigError(f'--workdir: {workdir} has checkpoints but no readable config.json; use another --workdir')
     old = ml_collections.ConfigDict(before)
     now = ml_collections.ConfigDict(json.loads(json.dumps(config.to_dict())))
     fields = [field for field in field_names(now) if field in RESUME_INVARIANT_FIELDS or field.startswith('model.')]
@@ -55,17 +58,17 @@ def check_resumable(config: Config, workdir: str, every_field: bool = False) -> 
     known = set(field_names(old))
     for field in fields:
         if field not in known:
-            raise ConfigError(f'--workdir: {workdir} was begun with an older version; name another one')
+            raise ConfigError(f'--workdir: {workdir} was started with an older version; use another --workdir')
         was, given = get_by_path(old, field), get_by_path(now, field)
         if was != given:
             raise ConfigError(
-                f'config.{field}: {given!r}, but {workdir} was begun with {was!r}: give that, or another --workdir'
+                f'config.{field}: {given!r}, but {workdir} was started with {was!r}; use that or another --workdir'
             )
 
 
 def is_finished(config: Config, workdir: str) -> bool:
     """Returns True if `workdir` has a finished run with the resolved `config`, where data.data_dir may differ."""
-    result, before = read_json(os.path.join(workdir, 'result.json')), _read_settings(workdir)
+    result, before = read_result_json(workdir), _read_settings(workdir)
     if result is None or before is None or result.get('status') != 'done':
         return False
     now = json.loads(json.dumps(config.to_dict()))
@@ -85,54 +88,73 @@ def read_config(workdir: str) -> Config:
     """
     written = _read_settings(workdir)
     if written is None:
-        raise ConfigError(f'{workdir}: no run, for it has no readable config.json')
+        raise ConfigError(f'{workdir}: not a run, because it has no readable config.json')
     return resolve(ml_collections.ConfigDict(written))
 
 
+def read_result_json(workdir: str) -> dict[str, Any] | None:
+    """Returns the content of result.json with today's key names, or None if the file is missing or unreadable."""
+    result = read_json(os.path.join(workdir, 'result.json'))
+    return None if result is None else {RENAMED_RESULT_KEYS.get(key, key): value for key, value in result.items()}
+
+
+def dataset_statistics_path(workdir: str) -> str:
+    """Returns the path of dataset_statistics.npz, or of inputs.npz in a run of version 0.1."""
+    path, old = (os.path.join(workdir, name) for name in ('dataset_statistics.npz', 'inputs.npz'))
+    return old if os.path.exists(old) and not os.path.exists(path) else path
+
+
 def write_dataset_statistics(workdir: str, statistics: dict[str, np.ndarray], class_names: list[str]) -> None:
-    """Writes inputs.npz, with which the weights of the run can be used without its data store.
+    """Writes dataset_statistics.npz, with which the weights of the run can be used without its prepared data set.
 
     Args:
       workdir: the folder of the run.
       statistics: see data/shards.statistics().
       class_names: one name per label.
     """
-    with atomic_write(os.path.join(workdir, 'inputs.npz'), 'wb') as file:
+    with atomic_write(os.path.join(workdir, 'dataset_statistics.npz'), 'wb') as file:
         np.savez(file, allow_pickle=False, class_names=np.array(class_names), **statistics)
 
 
 def read_dataset_statistics(workdir: str) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Returns (statistics, class names) from inputs.npz. Raises ConfigError: the file is missing or corrupt."""
-    path = os.path.join(workdir, 'inputs.npz')
+    """Returns (statistics, class names) that write_dataset_statistics() wrote.
+
+    Raises ConfigError: the file is missing or corrupt.
+    """
+    path = dataset_statistics_path(workdir)
     try:
         with np.load(path) as file:
             arrays = dict(file)
         return arrays, arrays.pop('class_names').tolist()
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ConfigError(
-            f'{path} cannot be read ({summarize_exception(error)}); a run writes it when it begins and when it goes on'
+            f'{path} cannot be read ({summarize_exception(error)}); training in that folder writes the file'
         ) from None
 
 
-def check_class_names(name: str, own: list[str], of_data: list[str]) -> None:
-    """Compares the class names `own` of imported weights with those of the data, and logs if they differ.
+def check_class_names(name: str, weights_names: list[str], data_names: list[str]) -> None:
+    """Compares the class names of weights with those of the data, and logs if they differ.
 
     Raises ConfigError: the names are equal but in another order, so labels would be mixed up.
 
     Args:
       name: the weights, for the message.
-      own: class names of the weights, one per label.
-      of_data: class names of the data, one per label.
+      weights_names: class names of the weights, one per label.
+      data_names: class names of the data, one per label.
     """
-    if own == of_data:
+    if weights_names == data_names:
         return
-    if sorted(own) == sorted(of_data):
-        place = next(i for i, pair in enumerate(zip(own, of_data, strict=True)) if pair[0] != pair[1])
+    if sorted(weights_names) == sorted(data_names):
+        label = next(i for i, pair in enumerate(zip(weights_names, data_names, strict=True)) if pair[0] != pair[1])
         raise ConfigError(
-            f'{name}: its classes are those of the data in another order, such as {own[place]!r} and not'
-            f' {of_data[place]!r} as number {place}; prepare the data with config.data.class_names in its order'
+            f'{name}: its classes are those of the data in another order: label {label} is {weights_names[label]!r},'
+            f' but {data_names[label]!r} in the data; prepare the data with config.data.class_names in the order of the'
+            ' weights'
         )
-    log(f'{name}: its classes have other names than those of the data, {own[0]!r} and {of_data[0]!r} the first ones')
+    log(
+        f'{name}: its classes have other names than those of the data; the first is {weights_names[0]!r},'
+        f' but {data_names[0]!r} in the data'
+    )
 
 
 def environment() -> dict[str, Any]:
@@ -143,7 +165,7 @@ def environment() -> dict[str, Any]:
     """
     import jax
 
-    here = re.escape(f'{Path(__file__).resolve().parents[2]}{os.sep}')
+    root = re.escape(f'{Path(__file__).resolve().parents[2]}{os.sep}')
     packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
     versions = {package: importlib.metadata.version(package) for package in packages}
     return {
@@ -153,7 +175,10 @@ def environment() -> dict[str, Any]:
         'devices': jax.devices()[0].device_kind,
         'device_count': jax.device_count(),
         'processes': jax.process_count(),
-        'command': [os.path.basename(sys.argv[0]), *(re.sub(f'(^|=){here}', r'\1', each) for each in sys.argv[1:])],
+        'command': [
+            os.path.basename(sys.argv[0]),
+            *(re.sub(f'(^|=){root}', r'\1', argument) for argument in sys.argv[1:]),
+        ],
     }
 
 

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from alexnet_jax.runtime.files import read_json
+from alexnet_jax.runtime.workdir import read_result_json
 
 # Fields read from sweep.json, with their types.
 _SWEEP = {'config': str, 'base': str | None, 'variants': list, 'runs': list}
@@ -49,7 +50,7 @@ def read_results(folder: str, sweep: dict[str, Any]) -> dict[str, dict[str, Any]
 
 def read_result(workdir: str) -> dict[str, Any] | None:
     """Returns the result.json of the run in `workdir`, or None if the run is not finished."""
-    result = read_json(os.path.join(workdir, 'result.json'))
+    result = read_result_json(workdir)
     return result if result and _is_done(result) else None
 
 

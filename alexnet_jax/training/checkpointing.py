@@ -1,5 +1,7 @@
 """Checkpoints: a small class around Orbax, with a digest of the state that detects corrupt files."""
 
+import contextlib
+import dataclasses
 import functools
 import gc
 import hashlib
@@ -19,16 +21,18 @@ from orbax.checkpoint.options import MultiprocessingOptions
 
 from alexnet_jax.runtime import distributed
 from alexnet_jax.runtime.console import log, summarize_exception
+from alexnet_jax.training.run_state import RunState
+from alexnet_jax.training.state import TrainState
 
 
-def state_digest(state: Any) -> str:
+def state_digest(state: TrainState) -> str:
     """Returns the sha256 hex digest of the parameters, the optimizer state and the batch-normalization statistics.
 
     The digest covers the leaves as little-endian float32, sorted by name. It does not depend on the mesh or the number
     of processes. Collective: every process must call it.
     """
     digest = hashlib.sha256()
-    leaves = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state, state.statistics))
+    leaves = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state, state.batch_stats))
     for path, leaf in sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0])):
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.ascontiguousarray(distributed.gather_to_host(leaf), dtype='<f4').data)
@@ -39,16 +43,33 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be read or written; the message is one line with the folder, the cause and the remedy."""
 
 
-def restore_checkpoint(path: str, abstract_state: Any) -> tuple[Any, str]:
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A restored checkpoint.
+
+    Attributes:
+      state: the train state, with the shardings that were asked for, or None if only the rest was restored.
+      run_state: the progress of the run at that step.
+      state_digest: see state_digest().
+    """
+
+    state: TrainState | None
+    run_state: RunState
+    state_digest: str
+
+
+def restore_checkpoint(path: str, abstract_state: TrainState | None) -> tuple[Checkpoint | None, str]:
     """Restores the checkpoint in the folder `path` without changing the folder. Collective.
 
     Args:
       path: the folder of one checkpoint.
-      abstract_state: shapes, dtypes and shardings of the state; None restores only `progress`.
+      abstract_state: shapes, dtypes and shardings of the state; None restores all but the state.
 
     Returns:
-      (restored, ''), where `restored` has the attributes `state` and `progress`, or (None, error message) if the
-      checkpoint is corrupt. All processes return the same outcome.
+      (checkpoint, ''), or (None, error message) if the checkpoint is corrupt. All processes return the same outcome.
+
+    Raises:
+      CheckpointError: the checkpoint is intact, but was written by another version of the program.
     """
     # A CheckpointManager would end with a barrier that a process with a read error never reaches.
     index = jax.process_index()
@@ -63,7 +84,7 @@ def restore_checkpoint(path: str, abstract_state: Any) -> tuple[Any, str]:
     try:
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
             restored = reader.restore(path, args=ocp.args.Composite(**arguments))
-        written = restored.progress['state_digest']
+        written = restored.progress.pop('state_digest')
     except Exception as error:  # Orbax raises many types; the caller handles all of them alike
         cause = error.__cause__  # names the file and the parameter; Orbax lists TensorStore settings
         problem = summarize_exception(cause if isinstance(cause, Exception) else error)
@@ -73,8 +94,12 @@ def restore_checkpoint(path: str, abstract_state: Any) -> tuple[Any, str]:
     if problem:
         return None, problem
     if abstract_state is not None and state_digest(restored.state) != written:
-        return None, 'its numbers differ from those written'
-    return restored, ''
+        return None, 'its values do not match its digest'
+    try:
+        run_state = RunState.from_json(restored.progress)
+    except ValueError as error:
+        raise CheckpointError(f'{path}: {error}; the checkpoint was written by another version') from None
+    return Checkpoint(None if abstract_state is None else restored.state, run_state, written), ''
 
 
 @functools.cache
@@ -84,15 +109,15 @@ def _silence_orbax_teardown() -> None:
     Orbax's unfinished coroutines raise the error that was already reported, and TensorStore's threads call a closed
     event loop.
     """
-    show = sys.unraisablehook
+    previous_hook = sys.unraisablehook
 
-    def show_others(unraisable: Any) -> None:
+    def hook(unraisable: Any) -> None:
         coroutine = isinstance(unraisable.object, types.CoroutineType)
-        of_orbax = coroutine and f'{os.sep}orbax{os.sep}' in unraisable.object.cr_code.co_filename
-        if not of_orbax and str(unraisable.exc_value) != 'Event loop is closed':
-            show(unraisable)
+        from_orbax = coroutine and f'{os.sep}orbax{os.sep}' in unraisable.object.cr_code.co_filename
+        if not from_orbax and str(unraisable.exc_value) != 'Event loop is closed':
+            previous_hook(unraisable)
 
-    sys.unraisablehook = show_others
+    sys.unraisablehook = hook
 
 
 def checkpoint_metrics(directory: str) -> dict[int, float | None]:
@@ -119,8 +144,8 @@ class _Manager(ocp.CheckpointManager):
 
 
 @functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
-def _copied(state: Any, before: Any) -> Any:
-    """Copies `state` into donated buffers of the last copy, `before`; on a CPU, new memory takes 3 times as long."""
+def _snapshot(state: TrainState, previous: TrainState | None) -> TrainState:
+    """Copies `state` into the donated buffers of the previous snapshot; on a CPU, new memory takes 3 times as long."""
     return jax.tree.map(jnp.copy, state)
 
 
@@ -136,85 +161,93 @@ class Checkpointer:
     """
 
     def __init__(self, directory: str, keep: int):
-        def error(metrics):
+        def top1_error(metrics):
             return metrics['top1_error']
 
         # With only best_fn and max_to_keep, Orbax would delete the newest checkpoint when it is not the best.
         newest = checkpoint_managers.LatestN(n=keep)
-        best = checkpoint_managers.BestN(get_metric_fn=error, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        best = checkpoint_managers.BestN(
+            get_metric_fn=top1_error, reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
         self.directory = os.path.abspath(directory)
         os.makedirs(self.directory, exist_ok=True)
         # With active_processes, Orbax uses barriers that have a timeout instead of collectives that have none.
-        everyone = MultiprocessingOptions(active_processes=set(range(jax.process_count())))
+        all_processes = MultiprocessingOptions(active_processes=set(range(jax.process_count())))
         self.manager = _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
-                best_fn=error,
+                best_fn=top1_error,
                 best_mode='min',
                 cleanup_tmp_directories=True,
                 create=False,
-                multiprocessing_options=everyone,
+                multiprocessing_options=all_processes,
             ),
         )
         self.writer = ThreadPoolExecutor(1)
         self.writing: Future[None] | None = None
-        self.copy: Any = None  # the last saved state, on the devices
+        self.snapshot: TrainState | None = None  # the last saved state, on the devices
 
-    def save(self, state: Any, progress: dict[str, Any], error: float | None) -> None:
+    def save(self, state: TrainState, run_state: RunState, error: float | None) -> None:
         """Starts to write a checkpoint in the background; does nothing if the step already has a checkpoint.
 
         The call waits for the previous checkpoint and for the copy of `state`, which may be donated afterwards. The
         next call reports a failure of this write.
 
         Args:
-          state: a step.TrainState.
-          progress: JSON values; `step` is the step of `state`.
+          state: the train state after `run_state.step` steps.
+          run_state: the progress of the run.
           error: the validation top-1 error at this step, or None if it was not measured.
 
         Raises:
           CheckpointError: the previous checkpoint could not be written.
         """
         self.wait()
-        if progress['step'] in self._steps():
+        if run_state.step in self._steps():
             return
-        self.copy = copy = jax.block_until_ready(_copied(state, self.copy))  # the next train step would wait anyway
+        # The next train step would wait for the copy anyway.
+        self.snapshot = snapshot = jax.block_until_ready(_snapshot(state, self.snapshot))
         # All processes must run collectives in the same order, so the writer thread must not start one.
-        digest = state_digest(copy) if any(distributed.needs_gather(leaf) for leaf in jax.tree.leaves(copy)) else None
-        self.writing = self.writer.submit(self._write, copy, {**progress}, digest, error)
+        needs_gather = any(distributed.needs_gather(leaf) for leaf in jax.tree.leaves(snapshot))
+        digest = state_digest(snapshot) if needs_gather else None
+        self.writing = self.writer.submit(self._write, snapshot, run_state, digest, error)
 
-    def _write(self, copy: Any, progress: dict[str, Any], digest: str | None, error: float | None) -> None:
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(copy),
-            progress=ocp.args.JsonSave(progress | {'state_digest': digest or state_digest(copy)}),
-        )
+    def _write(self, snapshot: TrainState, run_state: RunState, digest: str | None, error: float | None) -> None:
+        progress = run_state.to_json() | {'state_digest': digest or state_digest(snapshot)}
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(snapshot), progress=ocp.args.JsonSave(progress))
         metrics = None if error is None else {'top1_error': error}
-        self.manager.save(progress['step'], args=arguments, metrics=metrics)
+        self.manager.save(run_state.step, args=arguments, metrics=metrics)
         self.manager.wait_until_finished()
         self.manager.check_for_errors()
 
-    def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
-        """Returns (state, progress) of the newest intact checkpoint, or None if there is no checkpoint. Collective.
+    def restore(self, abstract_state: TrainState) -> Checkpoint | None:
+        """Returns the newest intact checkpoint, or None if there is no checkpoint. Collective.
 
         `abstract_state` has the shapes, dtypes and shardings of the state. Corrupt checkpoints that are newer are
-        logged and renamed to damaged-STEP-NANOSECONDS. A checkpoint that one process cannot read counts as corrupt on
+        logged and renamed to corrupt-STEP-NANOSECONDS. A checkpoint that one process cannot read counts as corrupt on
         all. Raises CheckpointError: there are checkpoints, but none can be read.
         """
-        damaged: list[tuple[int, str]] = []
+        corrupt: list[tuple[int, str]] = []
         for step in sorted(self._steps(), reverse=True):
-            restored, problem = restore_checkpoint(os.path.join(self.directory, str(step)), abstract_state)
-            if restored is None:
-                damaged.append((step, problem))
+            checkpoint, problem = restore_checkpoint(os.path.join(self.directory, str(step)), abstract_state)
+            if checkpoint is None:
+                corrupt.append((step, problem))
                 continue
-            if damaged:
-                self._quarantine(damaged)
-            return restored.state, restored.progress
-        if damaged:
+            if corrupt:
+                self._quarantine(corrupt)
+            return checkpoint
+        if corrupt:
             raise CheckpointError(
-                f'{self.directory}: no checkpoint can be read, the newest because {damaged[0][1]};'
-                ' remove the folder or name another --workdir to begin anew'
+                f'{self.directory}: no checkpoint can be read, the newest because {corrupt[0][1]};'
+                ' remove the folder or use another --workdir to start over'
             )
         return None
+
+    def latest_step(self) -> int:
+        """Waits for the background write, whatever its outcome; returns the step of the newest checkpoint, or 0."""
+        with contextlib.suppress(CheckpointError):
+            self.wait()
+        return self.manager.latest_step() or 0
 
     def _steps(self) -> list[int]:
         """Returns the checkpoint steps that process 0 sees; on a network disk, other processes may differ."""
@@ -222,12 +255,12 @@ class Checkpointer:
         count = int(distributed.broadcast_from_primary(np.int32(len(steps))))
         return distributed.broadcast_from_primary(np.resize(steps, count)).tolist()
 
-    def _quarantine(self, damaged: list[tuple[int, str]]) -> None:
-        for step, problem in damaged:
-            aside = f'damaged-{step}-{time.time_ns()}'
+    def _quarantine(self, corrupt: list[tuple[int, str]]) -> None:
+        for step, problem in corrupt:
+            name = f'corrupt-{step}-{time.time_ns()}'
             if distributed.is_primary_process():
-                os.rename(os.path.join(self.directory, str(step)), os.path.join(self.directory, aside))
-            log(f'checkpoint {self.directory}/{step} is damaged ({problem}); moved to {aside}')
+                os.rename(os.path.join(self.directory, str(step)), os.path.join(self.directory, name))
+            log(f'checkpoint {self.directory}/{step} is corrupt ({problem}); moved to {name}')
         distributed.first_error_on_any_process()
         self.manager.reload()
 

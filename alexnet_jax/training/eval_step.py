@@ -22,7 +22,7 @@ def topk_errors(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Ar
 def make_eval_step(config: Config, mesh: parallel.Mesh, views: int) -> Any:
     """Returns the jitted step (state, batch, preprocessing) -> sums (4,) of loss, top-1 error, top-5 error, images.
 
-    views: 1 (the center crop) or 10 (see augment.view()); the softmax outputs of the views are averaged (section 4.1).
+    views: 1 (the center crop) or 10 (see augment.eval_crop()); the softmax outputs are averaged (section 4.1).
     batch: image (B, S, S, C) uint8 and label (B,) int32; images with label -1 are padding and are not counted.
     """
     layout = config.mesh.layout
@@ -46,28 +46,28 @@ def make_eval_step(config: Config, mesh: parallel.Mesh, views: int) -> Any:
 def make_layer_stats_fn(config: Config, mesh: parallel.Mesh) -> Any:
     """Returns the jitted step (state, images, preprocessing) -> {layer: float32 (5,)}, cuda-convnet's test-time report.
 
-    The five values are mean |kernel|, mean |velocity of the kernel| (the last update), the same two for the bias, and
-    the fraction of dead units (feature maps in a convolution): those that are 0 on the center crops of all `images`
+    The five values are the mean |kernel|, mean |velocity of the kernel| (the last update), the same two for the bias,
+    and the fraction of dead units (feature maps in a convolution): those that are 0 on the center crops of all `images`
     (B, S, S, C) uint8. The fraction is 0 for fc8.
     """
     graph, layout = build_model(config)[0], config.mesh.layout
 
-    def layer_report(state, images, preprocessing):
+    def layer_stats(state, images, preprocessing):
         specs = state_specs(config, mesh)
-        model = nnx.merge(graph, state.params, state.statistics)
+        model = nnx.merge(graph, state.params, state.batch_stats)
         outputs = model.activations(eval_crop(images, preprocessing, config.data, 0))
         weights = mean_abs(state.params, specs.params)
         updates = mean_abs(state.opt_state[-1].trace, specs.opt_state[-1].trace)
-        report = {}
+        stats = {}
         for name in weights:
             dead = parallel.dead_unit_fraction(outputs[name], name, layout) if name != 'fc8' else jnp.zeros(())
             sizes = [tree[name][kind] for kind in ('kernel', 'bias') for tree in (weights, updates)]
-            report[name] = jnp.stack([*sizes, dead])
-        return report
+            stats[name] = jnp.stack([*sizes, dead])
+        return stats
 
     rows = parallel.batch_spec(layout)
     return parallel.jit_shard_map(
-        layer_report,
+        layer_stats,
         mesh,
         in_specs=(state_specs(config, mesh), rows, parallel.REPLICATED),
         out_specs=parallel.REPLICATED,
@@ -105,13 +105,13 @@ def make_activation_fn(config: Config, mesh: parallel.Mesh, layer: str) -> Any:
     """
     graph, layout = build_model(config)[0], config.mesh.layout
 
-    def output_step(state, images, preprocessing):
-        model = nnx.merge(graph, state.params, state.statistics)
+    def activation_step(state, images, preprocessing):
+        model = nnx.merge(graph, state.params, state.batch_stats)
         return model.activations(eval_crop(images, preprocessing, config.data, 0))[layer].astype(jnp.float32)
 
     rows = parallel.batch_spec(layout)
     return parallel.jit_shard_map(
-        output_step,
+        activation_step,
         mesh,
         in_specs=(state_specs(config, mesh), rows, parallel.REPLICATED),
         out_specs=parallel.activation_spec(layer, 4 if layer.startswith('conv') else 2, layout),
@@ -120,7 +120,7 @@ def make_activation_fn(config: Config, mesh: parallel.Mesh, layer: str) -> Any:
 
 def _log_probabilities(config: Config, state: TrainState, images: Any, preprocessing: Any, views: int) -> jax.Array:
     """Returns the log of the mean softmax output over `views`, (B, num_classes) float32."""
-    model = nnx.merge(build_model(config)[0], state.params, state.statistics)
+    model = nnx.merge(build_model(config)[0], state.params, state.batch_stats)
 
     def one_view(index):
         return jax.nn.log_softmax(model(eval_crop(images, preprocessing, config.data, index)))

@@ -10,19 +10,19 @@ FLUSH_EVERY = 32  # results added per jitted call; one call per result takes 0.5
 
 
 @jax.jit
-def _added(sums: Any, lost: Any, results: list[Any]) -> tuple[Any, Any]:
+def _add(sums: Any, errors: Any, results: list[Any]) -> tuple[Any, Any]:
     """Adds all of `results` to `sums`. Returns the sums and their accumulated rounding errors (Knuth's TwoSum)."""
 
-    def add(total, rest, value):
+    def add(total, error, value):
         new = total + value
         part = new - total
-        return new, rest + ((total - (new - part)) + (value - part))
+        return new, error + ((total - (new - part)) + (value - part))
 
     def add_tree(carried, values):
         pairs = jax.tree.map(add, *carried, values)
         return jax.tree.transpose(jax.tree.structure(sums), jax.tree.structure((0, 0)), pairs), None
 
-    return jax.lax.scan(add_tree, (sums, lost), jax.tree.map(lambda *leaves: jnp.stack(leaves), *results))[0]
+    return jax.lax.scan(add_tree, (sums, errors), jax.tree.map(lambda *leaves: jnp.stack(leaves), *results))[0]
 
 
 class MetricSum:
@@ -43,7 +43,7 @@ class MetricSum:
         self.count += 1
         if len(self.results) == FLUSH_EVERY:
             zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), values)
-            self.sums, self.results = _added(*(self.sums or (zeros, zeros)), self.results), []
+            self.sums, self.results = _add(*(self.sums or (zeros, zeros)), self.results), []
 
     def read(self) -> Any:
         """Waits for all added values. Returns their sums as float64 NumPy arrays. Raises ValueError: nothing added."""

@@ -14,15 +14,15 @@ class JsonlWriter:
     Opening a file drops corrupt lines and lines after the resumed step, so that no step appears twice.
 
     Args:
-      path: path of the file, or None to write nothing and call no watchers.
+      path: path of the file, or None to write nothing and to call no trackers.
       last: the last step to keep, by `split`; lines of other splits are dropped.
-      watchers: functions that also receive each written line, as a dict.
+      trackers: functions that also receive each written line, as a dict.
     """
 
     def __init__(
-        self, path: str | None, last: dict[str, int], watchers: Sequence[Callable[[dict[str, Any]], None]] = ()
+        self, path: str | None, last: dict[str, int], trackers: Sequence[Callable[[dict[str, Any]], None]] = ()
     ):
-        self.file, self.watchers = None, watchers
+        self.file, self.trackers = None, trackers
         if path is None:
             return
         kept = []
@@ -34,11 +34,11 @@ class JsonlWriter:
         self.file = open(path, 'a', buffering=1)  # noqa: SIM115
 
     def write(self, **values: Any) -> None:
-        """Appends one line and passes it to the watchers."""
+        """Appends one line and passes it to the trackers."""
         if self.file:
             self.file.write(json.dumps(values) + '\n')
-            for watcher in self.watchers:
-                watcher(values)
+            for tracker in self.trackers:
+                tracker(values)
 
     def close(self) -> None:
         """Closes the file."""

@@ -9,12 +9,12 @@ from alexnet_jax.runtime.console import log
 
 
 def parse_profile(text: str | None) -> tuple[int, int] | None:
-    """Parses --profile='steps 20:25' to (20, 25); None stays None. Raises ConfigError: the text is no such range."""
+    """Parses --profile='steps 20:25' to (20, 25); None stays None. Raises ConfigError: the text is not a range."""
     if text is None:
         return None
     match = re.fullmatch(r'(?:steps\s+)?(\d{1,9}):(\d{1,9})', text.strip())
     if not match or not int(match[1]) < int(match[2]):
-        raise ConfigError(f"--profile: {text!r} is no range of steps; write for example --profile='steps 20:25'")
+        raise ConfigError(f"--profile: {text!r} is not a range of steps; for example --profile='steps 20:25'")
     return int(match[1]), int(match[2])
 
 
@@ -22,27 +22,28 @@ class StepProfiler:
     """Writes a JAX profiler trace of the steps `steps[0]` (inclusive) to `steps[1]` (exclusive) to WORKDIR/profile."""
 
     def __init__(self, steps: tuple[int, int] | None, workdir: str):
-        self.steps, self.folder, self.runs, self.begun = steps, os.path.join(workdir, 'profile'), False, False
+        self.steps, self.folder = steps, os.path.join(workdir, 'profile')
+        self.started, self.running = False, False
 
-    def at(self, step: int, state: Any) -> None:
-        """Starts or ends the trace if due; `step` steps have been taken so far and produced `state`."""
+    def on_step(self, step: int, state: Any) -> None:
+        """Starts or stops the trace if due; `step` steps have been taken so far and produced `state`."""
         import jax
 
         if self.steps and step == self.steps[0]:
             jax.block_until_ready(state)  # excludes earlier steps from the trace
             jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
-            self.runs = self.begun = True
+            self.started = self.running = True
         elif self.steps and step == self.steps[1]:
-            self.end(state)
+            self.close(state)
 
-    def end(self, state: Any) -> None:
+    def close(self, state: Any) -> None:
         """Writes the trace if one is running; logs a message if the requested trace never started."""
         import jax
 
-        if self.steps and not self.begun:
-            log(f'no trace: this run did not come to step {self.steps[0]} of --profile')
-        if self.runs:
+        if self.steps and not self.started:
+            log(f'no trace was written: the run ended before step {self.steps[0]} of --profile')
+        if self.running:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
-            self.runs = False
+            self.running = False
             log(f'{self.folder}: trace for TensorBoard, and perfetto_trace.json.gz for ui.perfetto.dev')

@@ -15,26 +15,37 @@ from alexnet_jax.model import AlexNet
 from alexnet_jax.optimizer import make_optimizer
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The state that a training step updates.
+    """The state that a train step updates.
 
     Attributes:
-      step: number of steps taken (int32).
-      params: parameters (float32).
+      step: number of steps taken, () int32.
+      params: parameters, {layer: {'kernel': ..., 'bias': ...}} float32.
       opt_state: state of the optimizer: velocities (float32) in the same tree as `params`.
-      statistics: running means and variances of batch normalization (float32); empty without batch normalization.
+      batch_stats: running means and variances of batch normalization (float32); empty without batch normalization.
     """
 
     step: Any
     params: Any
     opt_state: Any
-    statistics: Any
+    batch_stats: Any
 
 
-def build_model(config: Config) -> tuple[Any, Callable]:
-    """Returns the GraphDef for nnx.merge(graph, params, statistics), and a function key -> (params, statistics)."""
+# The names of the leaves in checkpoints. Version 0.1 called `batch_stats` `statistics`.
+_CHECKPOINT_KEYS = tuple(jax.tree_util.GetAttrKey(key) for key in ('step', 'params', 'opt_state', 'statistics'))
+jax.tree_util.register_pytree_with_keys(
+    TrainState,
+    lambda state: (
+        tuple(zip(_CHECKPOINT_KEYS, (state.step, state.params, state.opt_state, state.batch_stats), strict=True)),
+        None,
+    ),
+    lambda _, children: TrainState(*children),
+)
+
+
+def build_model(config: Config) -> tuple[nnx.GraphDef, Callable]:
+    """Returns the GraphDef for nnx.merge(graph, params, batch_stats), and a function key -> (params, batch_stats)."""
 
     def build(key):
         data, rngs = config.data, nnx.Rngs(params=key)
@@ -48,12 +59,12 @@ def build_model(config: Config) -> tuple[Any, Callable]:
             remat=config.train.remat,
         )
 
-    def initial(key):
-        _, params, statistics = nnx.split(build(key), nnx.Param, nnx.BatchStat)
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(statistics)
+    def init_params(key):
+        _, params, batch_stats = nnx.split(build(key), nnx.Param, nnx.BatchStat)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
 
     graph = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))), nnx.Param, nnx.BatchStat)[0]
-    return graph, initial
+    return graph, init_params
 
 
 def state_specs(config: Config, mesh: parallel.Mesh) -> TrainState:
@@ -63,14 +74,14 @@ def state_specs(config: Config, mesh: parallel.Mesh) -> TrainState:
         step=parallel.REPLICATED,
         params=parallel.param_specs(state.params, config.mesh.layout),
         opt_state=parallel.optimizer_specs(state.opt_state, mesh, config.mesh),
-        statistics=parallel.param_specs(state.statistics, config.mesh.layout),
+        batch_stats=parallel.param_specs(state.batch_stats, config.mesh.layout),
     )
 
 
 def _initial_state(config: Config) -> TrainState:
-    params, statistics = build_model(config)[1](jax.random.key(config.seed))
-    opt_state = make_optimizer(config.optimizer, 0.0).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, statistics)
+    params, batch_stats = build_model(config)[1](jax.random.key(config.seed))
+    opt_state = make_optimizer(config.optimizer, config.optimizer.learning_rate).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, batch_stats)
 
 
 @lru_cache(1)

@@ -1,11 +1,11 @@
-"""Trackers of a run besides the log: TensorBoard, Weights & Biases, and a profiler trace of some steps."""
+"""Trackers of a run besides the log: TensorBoard, and Weights & Biases."""
 
 import dataclasses
 import importlib.util
 import io
 import os
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,7 +13,12 @@ from alexnet_jax.config import Config, ConfigError
 from alexnet_jax.runtime.console import summarize_exception
 from alexnet_jax.runtime.files import read_json, write_json
 
-SAMPLES, SHOWN = 8, 5  # number of sample images, and of top classes shown for each
+if TYPE_CHECKING:  # launch.py imports this module before jax
+    from alexnet_jax.data.dataset import SplitReader
+    from alexnet_jax.parallel import Mesh
+    from alexnet_jax.training.state import TrainState
+
+NUM_SAMPLES, TOP_K = 8, 5  # number of sample images, and of top classes shown for each
 
 
 class TensorBoard:
@@ -25,12 +30,12 @@ class TensorBoard:
         folder = os.path.join(workdir, 'tensorboard')
         self.writer = SummaryWriter(folder, purge_step=step + 1 if step else None, flush_secs=10)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
+    def log_scalars(self, step: int, values: dict[str, float]) -> None:
         """Logs numbers by name, such as 'train/loss'."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+    def log_image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """Logs an image; `pixels`: (H, W, 3) uint8."""
         self.writer.add_image(name, pixels, step, dataformats='HWC')
 
@@ -61,11 +66,11 @@ class WeightsAndBiases:
                 f'--wandb={project}: {summarize_exception(error)}; WANDB_MODE=offline needs no network'
             ) from None
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
+    def log_scalars(self, step: int, values: dict[str, float]) -> None:
         """Logs numbers by name, such as 'train/loss'."""
         self.run.log(values, step=step)
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+    def log_image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """Logs an image; `pixels`: (H, W, 3) uint8."""
         self.run.log({name: self.image(pixels)}, step=step)
 
@@ -95,30 +100,30 @@ class TrackingConfig:
     profile: tuple[int, int] | None = None
 
     @property
-    def pictures(self) -> bool:
-        """True if some tracker shows pictures."""
+    def images(self) -> bool:
+        """Whether a tracker shows images."""
         return self.tensorboard or self.wandb is not None
 
 
 class CompositeTracker:
-    """The `wanted` trackers on the primary process (`first`), and no trackers on other processes.
+    """The trackers of `tracking` on the primary process, and no trackers on other processes.
 
     Raises ConfigError: see WeightsAndBiases.
     """
 
-    def __init__(self, wanted: TrackingConfig, workdir: str, step: int, config: Config, first: bool):
-        self.each: list[TensorBoard | WeightsAndBiases] = []
-        if first and wanted.tensorboard:
-            self.each.append(TensorBoard(workdir, step))
-        if first and wanted.wandb is not None:
-            self.each.append(WeightsAndBiases(workdir, wanted.wandb, config))
+    def __init__(self, tracking: TrackingConfig, workdir: str, step: int, config: Config, is_primary: bool):
+        self.trackers: list[TensorBoard | WeightsAndBiases] = []
+        if is_primary and tracking.tensorboard:
+            self.trackers.append(TensorBoard(workdir, step))
+        if is_primary and tracking.wandb is not None:
+            self.trackers.append(WeightsAndBiases(workdir, tracking.wandb, config))
 
-    def line(self, values: dict[str, Any]) -> None:
+    def log(self, values: dict[str, Any]) -> None:
         """Logs the numbers of a line of metrics.jsonl or layers.jsonl."""
-        for each in self.each:
-            each.scalars(values['step'], as_scalars(values))
+        for tracker in self.trackers:
+            tracker.log_scalars(values['step'], as_scalars(values))
 
-    def pictures(
+    def log_images(
         self,
         step: int,
         kernel: np.ndarray | None,
@@ -127,11 +132,11 @@ class CompositeTracker:
         scores: np.ndarray,
         class_names: list[str],
     ) -> None:
-        """Logs pictures of conv1's `kernel` (h, w, C, N), unless None, and of the predictions for `examples`.
+        """Logs images of conv1's `kernel` (h, w, C, N), unless None, and of the predictions for `examples`.
 
         `scores`: log probabilities (n, classes) of the examples.
         """
-        if not self.each:
+        if not self.trackers:
             return
         from alexnet_jax.metrics import top_k
         from alexnet_jax.plots import kernels, predictions, style
@@ -141,7 +146,7 @@ class CompositeTracker:
                 image=example['image'],
                 name='',
                 label=class_names[example['label']],
-                top=top_k(np.exp(row), class_names, SHOWN),
+                top=top_k(np.exp(row), class_names, TOP_K),
             )
             for example, row in zip(examples, scores, strict=True)
         ]
@@ -150,41 +155,41 @@ class CompositeTracker:
             figures['kernels'] = kernels.draw(kernel, towers)
         for name, figure in figures.items():
             pixels = as_pixels(style.as_png(figure))
-            for each in self.each:
-                each.picture(step, name, pixels)
+            for tracker in self.trackers:
+                tracker.log_image(step, name, pixels)
 
     def close(self) -> None:
         """Closes all trackers."""
-        for each in self.each:
-            each.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 class SamplePredictions:
-    """Predicts a few validation images that are evenly spread over the split.
+    """Predicts a few validation images that are evenly spaced over the split.
 
     Attributes:
-      examples: records of the split, see data/pipeline.Split; the same on all processes.
+      examples: records of the split, see dataset.SplitReader; the same on all processes.
     """
 
-    def __init__(self, config: Config, mesh: Any, split: Any):
+    def __init__(self, config: Config, mesh: 'Mesh', split: 'SplitReader'):
         from alexnet_jax import parallel
         from alexnet_jax.data import dataset
         from alexnet_jax.training.eval_step import make_predict_step
 
-        self.examples = [example for _, example in dataset.evenly_spaced(split, SAMPLES)]
+        self.examples = [example for _, example in dataset.evenly_spaced(split, NUM_SAMPLES)]
         self.sharding = parallel.batch_sharding(mesh, config.mesh.layout)
-        self.step = make_predict_step(config, mesh, views=1)
+        self.predict_step = make_predict_step(config, mesh, views=1)
 
-    def scores(self, state: Any, preprocessing: dict[str, np.ndarray]) -> np.ndarray:
-        """Collective. Returns log probabilities (n, classes) float32 for the center views of the examples."""
+    def scores(self, state: 'TrainState', preprocessing: dict[str, np.ndarray]) -> np.ndarray:
+        """Returns log probabilities (n, classes) float32 for the center crops of the examples. Collective."""
         from alexnet_jax import parallel
         from alexnet_jax.runtime import distributed
 
-        (share, shares), parts = parallel.process_shard(self.sharding), parallel.num_batch_shards(self.sharding)
+        share, shares = parallel.process_shard(self.sharding)
         rows = [example['image'] for example in self.examples]
-        rows += rows[:1] * (-len(rows) % parts)
-        own = np.split(np.stack(rows), shares)[share]
-        scores = self.step(state, parallel.make_global_batch(self.sharding, own), preprocessing)
+        rows += rows[:1] * (-len(rows) % parallel.num_batch_shards(self.sharding))
+        local_rows = np.split(np.stack(rows), shares)[share]
+        scores = self.predict_step(state, parallel.make_global_batch(self.sharding, local_rows), preprocessing)
         return distributed.gather_to_host(scores)[: len(self.examples)]
 
 

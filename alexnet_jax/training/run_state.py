@@ -1,0 +1,95 @@
+"""The progress of a run on the host: what a checkpoint holds besides the train state, as JSON."""
+
+import dataclasses
+from typing import Any
+
+from alexnet_jax.schedules import PlateauState
+
+# Keys of version 0.1 in the checkpoints of runs that this version resumes.
+RENAMED_KEYS = {
+    'goal_step': 'target_step',
+    'store': 'dataset_fingerprint',
+    'evaluated': 'last_evaluated_step',
+    'errors': 'last_evaluation',
+    'drops_taken': 'decays_taken',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Sums over the train steps since the last multiple of train.log_every.
+
+    Attributes:
+      steps: number of steps.
+      loss, top1_error: sums of the metrics of the steps.
+    """
+
+    steps: int = 0
+    loss: float = 0.0
+    top1_error: float = 0.0
+
+    def add(self, sums: dict[str, float], steps: int) -> 'Window':
+        """Returns the window with the metric `sums` of another number of `steps` added."""
+        return Window(self.steps + steps, self.loss + sums['loss'], self.top1_error + sums['top1_error'])
+
+
+@dataclasses.dataclass(frozen=True)
+class RunState:
+    """The progress of a run; the defaults describe a run before its first step.
+
+    Attributes:
+      step: number of train steps taken, including those before a resume.
+      dataset_fingerprint: see dataset.PreparedDataset; None for imported weights.
+      last_evaluated_step: the step of the last evaluation, or -1.
+      last_evaluation: the result of that evaluation, see Evaluator.evaluate().
+      plateau: see PlateauState.
+      window: see Window.
+      stopping_criteria: target_error, stall_after and stall_action that `target_step` and `stalled_step` refer to.
+      target_step: the step at which train.target_error was reached.
+      stalled_step: the step at which the loss was found to be that of guessing.
+      images_per_second: training throughput of the last process that measured it.
+    """
+
+    step: int = 0
+    dataset_fingerprint: str | None = None
+    last_evaluated_step: int = -1
+    last_evaluation: dict[str, float] | None = None
+    plateau: PlateauState = dataclasses.field(default_factory=PlateauState)
+    window: Window = dataclasses.field(default_factory=Window)
+    stopping_criteria: tuple[float | str, ...] = ()
+    target_step: int | None = None
+    stalled_step: int | None = None
+    images_per_second: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the JSON object that from_json() reads."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> 'RunState':
+        """Returns the state that `values` describes, in the format of this version or of version 0.1.
+
+        Missing keys, as for imported weights, take the defaults. Raises ValueError: `values` has an unknown key.
+        """
+        state = cls(**_known_fields(cls, values))
+        return dataclasses.replace(
+            state,
+            plateau=PlateauState(**_known_fields(PlateauState, values.get('plateau', {}))),
+            window=Window(**_known_fields(Window, values.get('window', {}))),
+            stopping_criteria=tuple(state.stopping_criteria),
+        )
+
+    def with_stopping_criteria(self, criteria: tuple[float | str, ...]) -> 'RunState':
+        """Returns the state for `criteria`; new criteria invalidate the results of the old ones."""
+        if criteria == self.stopping_criteria:
+            return self
+        return dataclasses.replace(self, stopping_criteria=criteria, target_step=None, stalled_step=None)
+
+
+def _known_fields(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Renames the keys of version 0.1. Raises ValueError: a key is not a field of the dataclass `kind`."""
+    renamed = {RENAMED_KEYS.get(key, key): value for key, value in values.items()}
+    unknown = sorted(set(renamed) - {field.name for field in dataclasses.fields(kind)})
+    if unknown:
+        raise ValueError(f'{kind.__name__} has no field {unknown[0]!r}')
+    return renamed
