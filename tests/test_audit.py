@@ -417,7 +417,7 @@ def test_text_for_a_reader():
         ('--mesh=data:4096 --images_per_device=1', 'config.mesh: 4096 devices; at most 2048 can be simulated'),
         ('--images_per_device=0', 'flag --images_per_device=0: 0 is not a positive integer'),
         ('--bandwidth=1e9', '--bandwidth and --flops: a prediction needs both'),
-        ('--bandwidth=1e9 --flops=0', '--bandwidth=1e+09 --flops=0: speeds are above 0'),
+        ('--bandwidth=1e9 --flops=0', '--bandwidth=1e+09 --flops=0: both must be above 0'),
         ('--config.mesh.modle=2', 'config.mesh.modle: no such field; the nearest is config.mesh.model'),
     ],
 )

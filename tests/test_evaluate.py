@@ -509,7 +509,7 @@ FORMS = "name a run's folder WORKDIR, WORKDIR/best or WORKDIR/checkpoints/STEP"
 @pytest.mark.parametrize(
     ('arguments', 'reason'),
     [
-        ([], 'which checkpoint? Name a run'),
+        ([], 'no checkpoint is given; name a run'),
         (['{a}', '--views=2'], 'flag --views=2: value should be one of <1|10>'),
         (['{a}', '--view=1'], "Unknown command line flag 'view'"),
         (['nowhere'], f'nowhere: there is no folder {ROOT}/nowhere; {FORMS}'),

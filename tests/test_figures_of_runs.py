@@ -134,19 +134,19 @@ def command(*arguments, cwd=ROOT):
 @pytest.mark.parametrize(
     ('arguments', 'reason'),
     [
-        ([], 'which figure? Name kernels, maps, neighbours, confusion, network, curves'),
-        (['heads', 'x'], "'heads' is no kind of figure; there are kernels, maps"),
-        (['kernels'], 'kernels takes other names: alexnet figures kernels CHECKPOINT'),
-        (['kernels', '{run}', 'two'], 'kernels takes other names'),
-        (['kernels', '{run}', '--layer=conv2'], '--layer: kernels has no such flag'),
+        ([], 'no figure is given; name kernels, maps, neighbors, confusion, network, curves'),
+        (['heads', 'x'], "'heads' is not a kind of figure; the kinds are kernels, maps"),
+        (['kernels'], 'kernels takes other arguments: alexnet figures kernels CHECKPOINT'),
+        (['kernels', '{run}', 'two'], 'kernels takes other arguments'),
+        (['kernels', '{run}', '--layer=conv2'], '--layer: kernels does not have this flag'),
         (['kernels', '{tmp}'], 'has no config.json'),
         (['kernels', '{run}/checkpoints/7'], 'there is no such checkpoint'),
-        (['maps', '{run}'], 'which pictures?'),
+        (['maps', '{run}'], 'no image is given'),
         (
             ['maps', '{run}', 'a.png', '--layer=conv2'],
-            'no layer of {run}; it has conv1, conv5, fc7, fc8',
+            '{run} has no such layer; its layers are conv1, conv5, fc7, fc8',
         ),
-        (['network', 'Paper'], 'Paper: no preset and no folder of a run; presets are paper, krizhevsky2012'),
+        (['network', 'Paper'], 'Paper: neither a preset nor a run; the presets are paper, krizhevsky2012'),
         (['network', 'paper', '--out=net.svg'], "--out: 'net.svg' does not end with .png or .pdf"),
         (['network', 'paper', '--out={tmp}/none/net.png'], 'cannot be written'),
         (['curves', '{tmp}'], '{tmp}/metrics.jsonl: No such file or directory; name the folder of a run'),
@@ -179,7 +179,7 @@ def test_each_kind_of_figure_by_one_command(run, tmp_path):
     ]
     for arguments, wanted in (
         (['kernels', run], f'{run}/figures/kernels.png'),
-        (['neighbours', run, '--validation=2'], f'{run}/figures/neighbours.png'),
+        (['neighbors', run, '--validation=2'], f'{run}/figures/neighbors.png'),
         (['confusion', run, '--views=1'], f'{run}/figures/confusion.png'),
         (['network', run], f'{run}/figures/network.png'),
     ):

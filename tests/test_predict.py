@@ -142,8 +142,8 @@ def test_pictures_and_validation_images_for_a_reader(run, animals, config, tmp_p
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ([], 'which network and pictures? Name a run'),
-        (['{run}'], 'which pictures? Name files or folders behind the checkpoint, or --validation=8'),
+        ([], 'no checkpoint is given; name a run'),
+        (['{run}'], 'no image is given; name files or folders after the checkpoint, or set --validation=8'),
         (['{run}', '{tmp}/empty'], '{tmp}/empty: a folder without files; name pictures or a folder with some'),
         (['{tmp}/gone', '{run}'], '{tmp}/gone: there is no folder {tmp}/gone; name a run'),
         (['{tmp}', '{run}'], '{tmp}: {tmp} has no config.json; name a run'),

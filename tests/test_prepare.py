@@ -401,13 +401,13 @@ def test_interrupted_it_ends_at_once_in_one_line(pictures, tmp_path, number, del
     said = process.communicate()[1]
     assert time.monotonic() - begun < 5
     assert process.returncode == 130, said
-    assert said == 'alexnet_jax: stopped; the same command goes on with what is missing\n'
+    assert said == 'alexnet_jax: stopped; rerun the same command to resume\n'
 
 
 @pytest.mark.parametrize(
     ('flags', 'reason'),
     [
-        (['pets'], "'pets' is no flag"),
+        (['pets'], "'pets' is not a flag"),
         (['--image_size=many'], 'flag --image_size=many'),
         (['--validation_fraction=-0.5'], 'flag --validation_fraction=-0.5'),
         (['--class_names=a,a,b'], "config.data.class_names: 'a' is there twice"),

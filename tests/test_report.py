@@ -360,7 +360,7 @@ def test_flags_of_a_run_are_none_of_a_sweep(whole):
     ('arguments', 'reason'),
     [
         ([], 'which sweep? Name its folder: alexnet report SWEEP_DIR'),
-        (['a', 'b'], "'b' is no flag; flags are written --name=value"),
+        (['a', 'b'], "'b' is not a flag; flags have the form --name=value"),
         (['a', '--views=0'], 'flag --views=0: 0 is not a positive integer'),
         (['a', '--vews=1'], "Unknown command line flag 'vews'"),
     ],

@@ -105,4 +105,4 @@ if __name__ == '__main__':
     flags.DEFINE_string('data_dir', None, "Where the prepared data lie; by default the run's data.data_dir.")
     flags.DEFINE_bool('neighbours', True, 'Find nearest training images for the page, by the features of all of them.')
     wanted = 'which sweep? Name its folder: alexnet report SWEEP_DIR, or that of a run: alexnet report WORKDIR'
-    app.run(main, flags_parser=lambda argv: parse_flags(argv, wanted, most=1))
+    app.run(main, flags_parser=lambda argv: parse_flags(argv, wanted, max_arguments=1))

@@ -19,6 +19,7 @@ from orbax.checkpoint.options import MultiprocessingOptions
 
 from alexnet_jax.runtime import distributed
 from alexnet_jax.runtime.console import log, summarize_exception
+from alexnet_jax.runtime.workdir import CheckpointError
 
 
 def state_digest(state: Any) -> str:
@@ -33,10 +34,6 @@ def state_digest(state: Any) -> str:
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.ascontiguousarray(distributed.gather_to_host(leaf), dtype='<f4').data)
     return digest.hexdigest()
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read or written; the message is one line with the folder, the cause and the remedy."""
 
 
 def restore_checkpoint(path: str, abstract_state: Any) -> tuple[Any, str]:
