@@ -168,11 +168,13 @@ def exit_code(
 
     The codes are 2 for an invalid flag, configuration or checkpoint, 1 for another failure, and 130 for an interrupt.
     """
+    usage_errors = (ConfigError, CheckpointError, *usage_errors)
+    failures = (DatasetError, OSError, *failures)
     try:
         return main(argv)
-    except (ConfigError, CheckpointError, *usage_errors) as error:
+    except usage_errors as error:
         return report_usage_error(str(error))
-    except (DatasetError, OSError, *failures) as error:
+    except failures as error:
         log_error(_reason(error))
         return 1
     except KeyboardInterrupt:

@@ -175,8 +175,8 @@ def test_files_of_the_package_are_recorded_by_name(tmp_path):
 
 
 def test_a_sweep_of_the_package_is_listed_from_anywhere(tmp_path):
-    for flags in (['--config=ablations:photos'], ['--config', 'ablations:photos']):
-        run = alexnet('train', *flags, '--sweep=list', '--workdir=w', cwd=tmp_path)
+    for config in (['--config=ablations:photos'], ['--config', 'ablations:photos']):
+        run = alexnet('train', *config, '--sweep=list', '--workdir=w', cwd=tmp_path)
         assert (run.returncode, run.stderr) == (0, '')
         assert '40 runs;' in run.stdout
     assert os.listdir(tmp_path) == []
