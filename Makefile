@@ -40,6 +40,7 @@ check: $(VENV)/dev.installed
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 	$(RUN) -m pytest -q tests/test_imports.py
 
 format: $(VENV)/dev.installed

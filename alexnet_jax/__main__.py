@@ -1,4 +1,4 @@
-"""The command `alexnet`, each of whose subcommands is a module of this package."""
+"""The command `alexnet`; each of its subcommands is a module of this package."""
 
 import difflib
 import runpy
@@ -9,18 +9,18 @@ from alexnet_jax.runtime.console import log_error
 
 COMMANDS = {
     'train': ('alexnet_jax.launch', 'train a network, or resume a run'),
-    'prepare': ('alexnet_jax.prepare', 'convert a data set into the form that training reads'),
-    'evaluate': ('alexnet_jax.evaluate', 'compute the validation errors of checkpoints or of their ensemble'),
-    'predict': ('alexnet_jax.predict', 'classify pictures'),
-    'figures': ('alexnet_jax.figures', 'draw the figures of the paper from a run'),
+    'prepare': ('alexnet_jax.prepare', 'prepare a data set for training'),
+    'evaluate': ('alexnet_jax.evaluate', 'compute the validation errors of checkpoints or of an ensemble of them'),
+    'predict': ('alexnet_jax.predict', 'classify images'),
+    'figures': ('alexnet_jax.figures', 'draw the figures of the paper from runs'),
     'report': ('alexnet_jax.report', 'summarize a run or a sweep, as text or as an HTML page'),
-    'convert': ('alexnet_jax.convert', 'import weights of torchvision or Caffe, or export to ONNX and others'),
-    'audit': ('alexnet_jax.audit', 'list the collectives, bytes and FLOPs of a train step on any mesh'),
+    'convert': ('alexnet_jax.convert', 'import weights of torchvision or Caffe, or export to ONNX and other formats'),
+    'audit': ('alexnet_jax.audit', 'compute the collectives, bytes and FLOPs of a training step on any mesh'),
 }
 
 
 def main() -> None:
-    """Run the subcommand that the command line names; exits with 2 where there is none of that name."""
+    """Run the subcommand that the command line names; exits with code 2 if there is no such subcommand."""
     name, *arguments = sys.argv[1:] or ['--help']
     if name in ('--help', '-h', 'help'):
         print('usage: alexnet COMMAND [ARGUMENT ...]\n')

@@ -1,36 +1,112 @@
-"""Flags of the commands without --config, and checks of output files."""
+"""Command-line helpers: flags, with --config or without; checks of output files; errors as one line and an exit code.
 
+This module imports neither jax nor matplotlib, so that a command answers --help and invalid flags at once.
+"""
+
+import functools
 import io
 import os
+import re
 import sys
+from collections.abc import Callable
+from typing import Any
 
-from absl import flags
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
 
-from alexnet_jax.config import ConfigError
+from alexnet_jax import config_files
+from alexnet_jax.config import ConfigError, field_names, unknown_field
+from alexnet_jax.data.dataset import DatasetError
 from alexnet_jax.runtime.console import log_error
+from alexnet_jax.runtime.workdir import CheckpointError
+
+RENAMED_FLAGS = {'max_bad': 'max_corrupt_fraction', 'neighbours': 'neighbors'}  # names of version 0.1
+
+flags.disclaim_key_flags()  # --config belongs to the command that calls define_config_flag(), and --help shows it
 
 
-def parse_flags(argv: list[str], wanted: str = '', most: float = 0) -> list[str]:
+def define_config_flag() -> flags.FlagHolder[ConfigDict]:
+    """Defines --config=FILE[:PRESET] and its overrides --config.a.b=value; parse_flags() then checks both."""
+    return config_flags.DEFINE_config_file(
+        'config',
+        None,
+        'Path of a config file, or the name of a config of this package; :NAME adds a preset. Default: quickstart.',
+    )
+
+
+def parse_flags(argv: list[str], missing: str = '', max_arguments: float = 0) -> list[str]:
     """Parses the flags and returns the command and its positional arguments; on an error, logs it and exits with 2.
 
     Args:
       argv: the command line.
-      wanted: error message if there is no positional argument; '' allows none.
-      most: maximum number of positional arguments.
+      missing: error message if there is no positional argument; '' allows none.
+      max_arguments: maximum number of positional arguments.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')  # file names may be invalid Unicode
+    argv, config = list(argv), None  # sys.argv stays unchanged, because it is recorded and passed to child processes
     try:
-        rest = flags.FLAGS(argv)
-        if wanted and len(rest) == 1:
-            raise flags.Error(wanted)
-        if len(rest) - 1 > most:
-            raise flags.Error(f'{rest[int(most) + 1]!r} is no flag; flags are written --name=value')
-    except flags.Error as error:
-        log_error(' '.join(str(error).split()))
-        sys.exit(2)
-    return rest
+        _check_renamed(argv)
+        if 'config' in flags.FLAGS:
+            config = config_files.call(_find_config(argv), 'get_config')
+            _check_overrides(argv, config)
+        arguments = flags.FLAGS(argv)
+        if missing and len(arguments) == 1:
+            raise ConfigError(missing)
+        if len(arguments) - 1 > max_arguments:
+            extra = arguments[int(max_arguments) + 1]
+            raise ConfigError(f'{extra!r} is not a flag; flags have the form --name=value')
+        return arguments
+    except flags.IllegalFlagValueError as error:
+        sys.exit(report_usage_error(_wrong_type(str(error), config)))
+    except (flags.Error, ConfigError) as error:
+        sys.exit(report_usage_error(' '.join(str(error).split())))
+
+
+def _check_renamed(argv: list[str]) -> None:
+    """Raises ConfigError if a flag has the name that it had in version 0.1."""
+    for argument in argv[1:]:
+        flag = re.match(r'--?(no)?(\w+)', argument)
+        if flag and (new := RENAMED_FLAGS.get(flag[2])) and new in flags.FLAGS:
+            prefix = f'--{flag[1] or ""}'
+            raise ConfigError(f'{prefix}{flag[2]} was renamed to {prefix}{new}')
+
+
+def _find_config(argv: list[str]) -> str:
+    """Replaces the config names in `argv` by paths and returns the last path; adds the default, quickstart, if none."""
+    file = None
+    for i, argument in enumerate(argv[1:], 1):
+        if re.match('--?config=', argument):
+            flag, name = argument.split('=', 1)
+            file = config_files.find(name)
+            argv[i] = f'{flag}={file}'
+        elif argv[i - 1] in ('--config', '-config'):
+            file = argv[i] = config_files.find(argument)
+    if file is None:
+        file = config_files.find('quickstart')
+        argv.insert(1, f'--config={file}')
+    return file
+
+
+def _check_overrides(argv: list[str], config: ConfigDict) -> None:
+    """Raises ConfigError if an override names a field that does not exist."""
+    known = field_names(config)
+    for argument in argv:
+        override = re.match(r'--?(?:no)?config\.([^=]+)', argument)
+        if override and override[1] not in known:
+            raise unknown_field(override[1], known)
+
+
+def _wrong_type(message: str, config: ConfigDict | None) -> str:
+    """Returns absl's `message` about an invalid flag value as one line, with the expected type of a config field."""
+    match = re.match(r'flag --(config\.([\w.]+))=(.*?): ', message)
+    if not match or config is None:
+        return ' '.join(message.split())
+    *groups, name = match[2].split('.')
+    for group in groups:
+        config = config[group]
+    return f'{match[1]}: {match[3]!r} is not {config.get_type(name).__name__}'
 
 
 def check_output(flag: str, path: str | None, endings: tuple[str, ...] = ()) -> str | None:
@@ -45,5 +121,68 @@ def check_output(flag: str, path: str | None, endings: tuple[str, ...] = ()) -> 
     if endings and not path.lower().endswith(endings):
         raise ConfigError(f'--{flag}: {path!r} does not end with {" or ".join(endings)}')
     if not path or os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise ConfigError(f'--{flag}: {path!r} cannot be written; name a file in a folder that can be')
+        raise ConfigError(f'--{flag}: {path!r} cannot be written; name a file in a writable folder')
     return path
+
+
+def report_usage_error(reason: str) -> int:
+    """Logs `reason`, one line, as an error and returns the exit code for a usage error, 2."""
+    log_error(reason)
+    return 2
+
+
+def run(
+    main: Callable[[list[str]], int],
+    *,
+    missing: str = '',
+    max_arguments: float = 0,
+    usage_errors: tuple[type[Exception], ...] = (),
+    failures: tuple[type[Exception], ...] = (),
+    interrupted: str = 'stopped',
+) -> None:
+    """Parses the flags, calls `main` and exits with its exit code, or with that of exit_code() if it raises.
+
+    Args:
+      main: takes the command and its positional arguments, and returns the exit code.
+      missing: see parse_flags().
+      max_arguments: see parse_flags().
+      usage_errors: exceptions of the command that end it with code 2.
+      failures: exceptions of the command that end it with code 1.
+      interrupted: message if the user interrupts the command.
+    """
+    logging.set_verbosity(logging.ERROR)
+    app.run(
+        functools.partial(exit_code, main, usage_errors=usage_errors, failures=failures, interrupted=interrupted),
+        flags_parser=functools.partial(parse_flags, missing=missing, max_arguments=max_arguments),
+    )
+
+
+def exit_code(
+    main: Callable[[list[str]], int],
+    argv: list[str],
+    usage_errors: tuple[type[Exception], ...] = (),
+    failures: tuple[type[Exception], ...] = (),
+    interrupted: str = 'stopped',
+) -> int:
+    """Returns the exit code of main(argv). Logs known errors as one line; other errors are raised.
+
+    The codes are 2 for an invalid flag, configuration or checkpoint, 1 for another failure, and 130 for an interrupt.
+    """
+    usage_errors = (ConfigError, CheckpointError, *usage_errors)
+    failures = (DatasetError, OSError, *failures)
+    try:
+        return main(argv)
+    except usage_errors as error:
+        return report_usage_error(str(error))
+    except failures as error:
+        log_error(_reason(error))
+        return 1
+    except KeyboardInterrupt:
+        log_error(interrupted)
+        return 130
+
+
+def _reason(error: Any) -> str:
+    """Returns the message of `error`; of an OSError, the name of the file and the cause."""
+    is_about_file = isinstance(error, OSError) and error.filename is not None and error.strerror
+    return f'{error.filename}: {error.strerror}' if is_about_file else str(error)

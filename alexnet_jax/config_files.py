@@ -1,4 +1,4 @@
-"""Finds configuration files and calls their functions: files of this package by name, any other file by path."""
+"""Finds config files, by path or for files of this package by name, and calls their functions."""
 
 import inspect
 import os
@@ -14,9 +14,9 @@ FOLDER = _INSTALLED if os.path.isdir(_INSTALLED) else os.path.join(os.path.dirna
 
 
 def find(config: str) -> str:
-    """Returns the path of `config` (PATH or NAME, either with :PRESET), the preset still behind it.
+    """Returns the path of `config`, which is PATH or NAME, followed by the :PRESET of `config` if it has one.
 
-    Raises ConfigError: there is neither a file of that path nor a configuration of that name in this package.
+    Raises ConfigError: there is neither a file of that path nor a config of that name in this package.
     """
     file, *preset = config.split(':', 1)
     if os.path.isfile(file):
@@ -27,18 +27,18 @@ def find(config: str) -> str:
     names = sorted(name.removesuffix('.py') for name in os.listdir(FOLDER) if name.endswith('.py'))
     name = os.path.basename(file).removesuffix('.py')
     hint = f'; did you mean --config={":".join([name, *preset])}?' if name in names else '.'
-    raise ConfigError(f'--config: there is no file {file!r}{hint} This package has {", ".join(names)}')
+    raise ConfigError(f'--config: there is no file {file!r}{hint} The configs of this package are {", ".join(names)}')
 
 
 def name_of(config: str) -> str:
-    """Returns the name by which find() finds the path `config` of a file of this package; other paths as they are."""
+    """Returns the name of the config file `config` if this package contains the file, and otherwise `config`."""
     file, *preset = config.split(':', 1)
     name = os.path.basename(file).removesuffix('.py')
     return ':'.join([name, *preset]) if file == os.path.join(FOLDER, f'{name}.py') else config
 
 
 def call(config: str, function: str) -> Any:
-    """Returns what `function` of the configuration file `config` returns, called with the preset where there is one.
+    """Calls `function` of the config file `config`, with the preset if there is one, and returns the result.
 
     Raises ConfigError: there is no such file, no such function in it, or the function takes no preset.
     """
@@ -47,5 +47,5 @@ def call(config: str, function: str) -> Any:
     if found is None:
         raise ConfigError(f'--config: {file} has no function {function}')
     if preset and not inspect.signature(found).parameters:
-        raise ConfigError(f'--config: {file} has no presets, so no :{preset[0]}')
+        raise ConfigError(f'--config: {file} has no presets; leave out :{preset[0]}')
     return found(*preset)

@@ -16,17 +16,17 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from alexnet_jax import config_files
+from alexnet_jax.cli import define_config_flag, parse_flags, report_usage_error
 from alexnet_jax.config import ConfigError, resolve
-from alexnet_jax.config_flag import CONFIG, load_sweep, parse_flags, report_usage_error
 from alexnet_jax.runtime import backend, console
 from alexnet_jax.runtime.commands import child_command, shell_command
 from alexnet_jax.runtime.console import log_error
 from alexnet_jax.runtime.workdir import check_resumable, is_finished
-from alexnet_jax.sweep.sweep import Variant, apply_variant, print_runs, run_all, write_manifest
+from alexnet_jax.sweep.sweep import Variant, apply_variant, load_sweep, print_runs, run_all, write_manifest
 from alexnet_jax.training.profiler import parse_profile
 from alexnet_jax.training.trackers import TrackingConfig, check_wandb
 
-flags.declare_key_flag('config')
+CONFIG = define_config_flag()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; by default runs/ and the name of the config.')
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
     'coordinator_address', None, 'HOST:PORT of process 0, to which the other processes connect.'

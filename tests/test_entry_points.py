@@ -10,11 +10,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from absl import flags
 
-from alexnet_jax import __version__, config_files
+import alexnet_jax
+from alexnet_jax import __version__, cli, config_files
 from alexnet_jax.__main__ import COMMANDS
-from alexnet_jax.config import ConfigError
+from alexnet_jax.config import ConfigError, default_config
+from alexnet_jax.data.dataset import DatasetError
+from alexnet_jax.presets import PRESETS
 from alexnet_jax.runtime import commands
+from alexnet_jax.runtime.workdir import CheckpointError
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,6 +45,7 @@ def test_each_command_has_its_help(tmp_path, name):
     run = alexnet(name, '--help', cwd=tmp_path)
     assert f'    alexnet {name}' in run.stdout
     assert '\nflags:\n' in run.stdout
+    assert ('  --config: ' in run.stdout) == (name in ('train', 'audit'))
     assert alexnet('--help', cwd=tmp_path, program=['-m', COMMANDS[name][0]]).stdout == run.stdout
 
 
@@ -63,6 +69,77 @@ def test_the_package_is_imported_without_its_libraries():
     assert run.stdout == '[]\n'
 
 
+def test_public_names_are_imported_on_first_access():
+    program = """
+import sys, alexnet_jax
+assert {'AlexNet', 'PRESETS', 'default_config', 'load_model'} <= set(dir(alexnet_jax))
+assert alexnet_jax.PRESETS['paper'] and 'absl' not in sys.modules
+assert alexnet_jax.default_config() and alexnet_jax.load_model and 'jax' not in sys.modules
+print(alexnet_jax.AlexNet.__module__)
+"""
+    run = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == ('alexnet_jax.model\n', '')
+    assert alexnet_jax.default_config is default_config
+    assert alexnet_jax.PRESETS is PRESETS
+    with pytest.raises(AttributeError, match="module 'alexnet_jax' has no attribute 'AlexNets'"):
+        _ = alexnet_jax.AlexNets
+
+
+@pytest.mark.parametrize(
+    ('error', 'code', 'message'),
+    [
+        (ConfigError('config.seed: -1'), 2, 'config.seed: -1'),
+        (CheckpointError('run: corrupt'), 2, 'run: corrupt'),
+        (KeyError('usage'), 2, "'usage'"),
+        (DatasetError('data: corrupt'), 1, 'data: corrupt'),
+        (FileNotFoundError(2, 'No such file or directory', 'a.png'), 1, 'a.png: No such file or directory'),
+        (OSError('disk'), 1, 'disk'),
+        (IndexError('failure'), 1, 'failure'),
+        (KeyboardInterrupt(), 130, 'stopped; rerun'),
+    ],
+)
+def test_known_errors_become_one_line_and_an_exit_code(capsys, error, code, message):
+    def command(argv):
+        assert argv == ['alexnet']
+        raise error
+
+    options = {'usage_errors': (KeyError,), 'failures': (IndexError,), 'interrupted': 'stopped; rerun'}
+    assert cli.exit_code(command, ['alexnet'], **options) == code
+    assert capsys.readouterr() == ('', f'alexnet_jax: {message}\n')
+
+
+def test_unknown_errors_are_raised():
+    with pytest.raises(ZeroDivisionError):
+        cli.exit_code(lambda argv: 1 // 0, ['alexnet'])
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['prepare', '--max_bad=0.1'], '--max_bad was renamed to --max_corrupt_fraction'),
+        (['figures', 'neighbours', 'run'], 'neighbours was renamed to neighbors'),
+        (['evaluate', 'run', '--max_bad=0.1'], "Unknown command line flag 'max_bad'"),
+        (['audit', '--config.data.max_bad=0'], 'config.data.max_bad was renamed to config.data.max_corrupt_fraction'),
+    ],
+)
+def test_old_names_are_answered_with_the_new_name(tmp_path, arguments, message):
+    run = alexnet(*arguments, cwd=tmp_path)
+    assert (run.returncode, run.stdout, run.stderr) == (2, '', f'alexnet_jax: {message}\n')
+
+
+def test_old_names_of_switches_are_answered_too(monkeypatch, capsys):
+    values = flags.FlagValues()
+    flags.DEFINE_bool('neighbors', True, 'Help.', flag_values=values)
+    monkeypatch.setattr(flags, 'FLAGS', values)
+    for argument in ('--noneighbours', '--neighbours=false', '-neighbours'):
+        with pytest.raises(SystemExit, match='2'):
+            cli.parse_flags(['report', argument])
+    assert capsys.readouterr().err.splitlines() == [
+        'alexnet_jax: --noneighbours was renamed to --noneighbors',
+        *['alexnet_jax: --neighbours was renamed to --neighbors'] * 2,
+    ]
+
+
 def test_configurations_are_found_by_name_and_files_by_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert config_files.find('imagenet:caffe') == f'{ROOT}/configs/imagenet.py:caffe'
@@ -79,8 +156,8 @@ def test_configurations_are_found_by_name_and_files_by_path(tmp_path, monkeypatc
         ('./quickstart', "no file './quickstart'; did you mean --config=quickstart?"),
         (f'{ROOT}/configs/quickstart', 'did you mean --config=quickstart?'),
         ('../quickstart', "no file '../quickstart'; did you mean --config=quickstart?"),
-        ('nothing', "no file 'nothing'. This package has ablations, cifar10, "),
-        ('', "no file ''. This package has"),
+        ('nothing', "no file 'nothing'. The configs of this package are ablations, cifar10, "),
+        ('', "no file ''. The configs of this package are"),
     ],
 )
 def test_a_configuration_that_is_not_there_is_refused_with_those_that_are(tmp_path, monkeypatch, config, reason):
@@ -98,8 +175,8 @@ def test_files_of_the_package_are_recorded_by_name(tmp_path):
 
 
 def test_a_sweep_of_the_package_is_listed_from_anywhere(tmp_path):
-    for flags in (['--config=ablations:photos'], ['--config', 'ablations:photos']):
-        run = alexnet('train', *flags, '--sweep=list', '--workdir=w', cwd=tmp_path)
+    for config in (['--config=ablations:photos'], ['--config', 'ablations:photos']):
+        run = alexnet('train', *config, '--sweep=list', '--workdir=w', cwd=tmp_path)
         assert (run.returncode, run.stderr) == (0, '')
         assert '40 runs;' in run.stdout
     assert os.listdir(tmp_path) == []
@@ -108,9 +185,10 @@ def test_a_sweep_of_the_package_is_listed_from_anywhere(tmp_path):
 def test_the_command_line_is_recorded_as_it_was_typed(tmp_path):
     program = """
 import sys
-from alexnet_jax.config_flag import CONFIG, parse_flags
+from alexnet_jax.cli import define_config_flag, parse_flags
+config = define_config_flag()
 parse_flags(sys.argv)
-print(sys.argv[1:], CONFIG.value.model.num_classes)
+print(sys.argv[1:], config.value.model.num_classes)
 """
     run = alexnet('--config=quickstart', cwd=tmp_path, program=['-c', program])
     assert run.stdout == "['--config=quickstart'] 16\n"

@@ -158,7 +158,7 @@ def test_each_kind_of_figure_by_command(run, tmp_path):
     assert f'{tmp_path}/pictures/b.png: ' in error
     for arguments, wanted in (
         (['kernels', run], f'{run}/figures/kernels.png'),
-        (['neighbours', run, '--validation=2'], f'{run}/figures/neighbours.png'),
+        (['neighbors', run, '--validation=2'], f'{run}/figures/neighbors.png'),
         (['confusion', run, '--views=1'], f'{run}/figures/confusion.png'),
         (['network', run], f'{run}/figures/network.png'),
     ):

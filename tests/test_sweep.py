@@ -18,10 +18,19 @@ import pytest
 from helpers import ROOT, environment, read_json, read_result, refusal, run_command, usage_error, wait_for
 
 from alexnet_jax.config import ConfigError, default_config, field_names, get_by_path, resolve
-from alexnet_jax.config_flag import load_sweep
 from alexnet_jax.runtime.files import write_json
 from alexnet_jax.runtime.workdir import check_resumable, is_finished, read_config
-from alexnet_jax.sweep.sweep import _CHILD_BOOTSTRAP, Variant, apply_variant, grid, run_all, seeds, validate, zip_
+from alexnet_jax.sweep.sweep import (
+    _CHILD_BOOTSTRAP,
+    Variant,
+    apply_variant,
+    grid,
+    load_sweep,
+    run_all,
+    seeds,
+    validate,
+    zip_,
+)
 
 # Variants and seeds.
 

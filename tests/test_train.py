@@ -333,7 +333,7 @@ def test_a_workdir_that_cannot_be_used_is_refused(photos_dir, tmp_path):
         ('--config.model.num_classes=10', 'config.model.num_classes: 10, but photos has 16 classes; the nearest is 16'),
         ('--config=configs/imagnet.py', "--config: there is no file 'configs/imagnet.py'"),
         ('--config=configs/imagenet.py:papre', 'configs/imagenet.py:papre: no such preset; there are paper'),
-        ('--config=configs/quickstart.py:paper', '--config: configs/quickstart.py has no presets, so no :paper'),
+        ('--config=configs/quickstart.py:paper', '--config: configs/quickstart.py has no presets; leave out :paper'),
         ('--workdirs=x', "Unknown command line flag 'workdirs'"),
     ],
 )

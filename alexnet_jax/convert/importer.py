@@ -14,7 +14,7 @@ from alexnet_jax.config import Config, ConfigError, apply_overrides, check_class
 from alexnet_jax.convert import caffe_file, export, safetensors_file, torch_file, weight_layouts
 from alexnet_jax.convert.formats import FormatError, detect_format
 from alexnet_jax.inference.trained_model import CHECKPOINT_HELP, check_new, import_weights_as_run, parse_checkpoint_ref
-from alexnet_jax.runtime.console import ProgressBar, log, log_error
+from alexnet_jax.runtime.console import ProgressBar, log
 from alexnet_jax.shapes import layer_table
 
 # Presets that can load weights of torchvision or Caffe.
@@ -226,12 +226,3 @@ def check_arguments(argv: list[str], given: Any) -> tuple[str, Any]:
         raise ConfigError(f'--{unused}: has no effect when a checkpoint is exported; omit the flag')
     export.validate_target(argv[2])
     return '', parse_checkpoint_ref(argv[1])
-
-
-def refuse_foreign_options(name: str, error: Exception) -> int:
-    """Logs `error` in one line; returns the exit code."""
-    if isinstance(error, OSError):
-        log_error(f'{error.filename or name}: {error.strerror or error}')
-    else:
-        log_error(f'{name}: {error}' if isinstance(error, FormatError) else str(error))
-    return 1 if isinstance(error, FormatError | OSError) else 2

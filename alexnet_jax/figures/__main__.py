@@ -1,15 +1,16 @@
-"""The command that draws the paper's figures from runs and images.
+"""Draw the paper's figures from runs and images.
 
-    alexnet figures kernels CHECKPOINT                figure 3: the kernels of conv1
-    alexnet figures maps CHECKPOINT PICTURE...        the feature maps of --layer for each picture
-    alexnet figures neighbours CHECKPOINT PICTURE...  figure 4, right: the nearest training images
-    alexnet figures confusion CHECKPOINT              which validation classes are confused with which
-    alexnet figures network PRESET                    figure 2: a published network, or a CHECKPOINT's
-    alexnet figures curves WORKDIR...                 loss, errors and learning rate of runs or a sweep
+    alexnet figures kernels CHECKPOINT             figure 3: the kernels of conv1
+    alexnet figures maps CHECKPOINT IMAGE...       the feature maps of --layer for each image
+    alexnet figures neighbors CHECKPOINT IMAGE...  figure 4, right: the nearest training images
+    alexnet figures confusion CHECKPOINT           which validation classes are confused with which
+    alexnet figures network PRESET|CHECKPOINT      figure 2: a published network, or the network of a checkpoint
+    alexnet figures curves WORKDIR...              loss, errors and learning rate of runs or a sweep
 
-predict.py explains CHECKPOINT, PICTURE and --validation=8, and draws the left half of figure 4. A figure is saved as
-WORKDIR/figures/KIND.png, the curves of several runs as curves.png, that of a preset as PRESET.png, or under the name
-given by --out. `maps` makes one figure per picture; several are named KIND_1.png, KIND_2.png and so on.
+`alexnet predict --help` explains CHECKPOINT, IMAGE and --validation=8; --figure of that command draws the left half of
+figure 4. A figure is saved as WORKDIR/figures/KIND.png, the curves of several runs as curves.png, the figure of a
+preset as PRESET.png, or under the name given by --out. `maps` draws one figure per image; several figures are named
+KIND_1.png, KIND_2.png and so on.
 """
 
 import itertools
@@ -18,11 +19,10 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 
-from alexnet_jax.cli import check_output, parse_flags
+from alexnet_jax import cli
 from alexnet_jax.config import ConfigError
-from alexnet_jax.data.dataset import DatasetError
 from alexnet_jax.inference.images import ImageInput, expand_paths, load_images, sample_validation
 from alexnet_jax.inference.trained_model import CheckpointRef, load_model, open_eval_dataset, parse_checkpoint_ref
 from alexnet_jax.presets import PRESETS
@@ -33,8 +33,8 @@ from alexnet_jax.shapes import layer_table
 # By kind: the arguments after it, the maximum number of names, and the flags besides --out.
 KINDS: dict[str, tuple[str, float, tuple[str, ...]]] = {
     'kernels': ('CHECKPOINT', 1, ()),
-    'maps': ('CHECKPOINT PICTURE...', math.inf, ('layer', 'validation', 'data_dir')),
-    'neighbours': ('CHECKPOINT PICTURE...', math.inf, ('validation', 'data_dir')),
+    'maps': ('CHECKPOINT IMAGE...', math.inf, ('layer', 'validation', 'data_dir')),
+    'neighbors': ('CHECKPOINT IMAGE...', math.inf, ('validation', 'data_dir')),
     'confusion': ('CHECKPOINT', 1, ('views', 'data_dir')),
     'network': ('PRESET|CHECKPOINT', 1, ()),
     'curves': ('WORKDIR...', math.inf, ()),
@@ -43,16 +43,18 @@ KINDS: dict[str, tuple[str, float, tuple[str, ...]]] = {
 
 def check_kind(kind: str, names: list[str], given: Any) -> None:
     """Raises ConfigError: the kind of figure does not exist, or it takes other names or flags."""
+    if kind == 'neighbours':  # its name in version 0.1
+        raise ConfigError(f'{kind} was renamed to neighbors')
     if kind not in KINDS:
-        raise ConfigError(f'{kind!r} is no kind of figure; there are {", ".join(KINDS)}')
+        raise ConfigError(f'{kind!r} is not a kind of figure; the kinds are {", ".join(KINDS)}')
     wanted, most, own = KINDS[kind]
     if not 1 <= len(names) <= most:
-        raise ConfigError(f'{kind} takes other names: alexnet figures {kind} {wanted}')
+        raise ConfigError(f'{kind} takes other arguments: alexnet figures {kind} {wanted}')
     for flag in ('layer', 'validation', 'views', 'data_dir'):
         if given[flag].present and flag not in own:
-            raise ConfigError(f'--{flag}: {kind} has no such flag; leave it out')
+            raise ConfigError(f'--{flag}: {kind} does not have this flag; leave it out')
     if 'validation' in own and len(names) == 1 and not given.validation:
-        raise ConfigError('which pictures? Name files or folders behind the checkpoint, or --validation=8')
+        raise ConfigError('no image is given; name files or folders after the checkpoint, or set --validation=8')
 
 
 def check_layer(member: CheckpointRef, layer: str) -> None:
@@ -60,7 +62,7 @@ def check_layer(member: CheckpointRef, layer: str) -> None:
     data = member.config.data
     names = [each.name for each in layer_table(member.config.model, data.crop_size, data.channels)]
     if layer not in names:
-        raise ConfigError(f'--layer={layer}: no layer of {member.name}; it has {", ".join(names)}')
+        raise ConfigError(f'--layer={layer}: {member.name} has no such layer; its layers are {", ".join(names)}')
 
 
 def out_path(out: str | None, workdir: str | None, name: str) -> str:
@@ -73,21 +75,21 @@ def out_path(out: str | None, workdir: str | None, name: str) -> str:
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f'{folder} cannot be made ({error.strerror}); name another place by --out') from None
+            raise ConfigError(f'{folder} cannot be created ({error.strerror}); set --out to another file') from None
         name = os.path.join(folder, name)
-    path = check_output('out', out or f'{name}.png', ('.png', '.pdf'))
+    path = cli.check_output('out', out or f'{name}.png', ('.png', '.pdf'))
     assert path is not None
     return path
 
 
-def readable(pictures: Iterable[ImageInput], unread: list[str]) -> Iterator[ImageInput]:
-    """Yields the pictures that can be read. Logs the names of the others and appends them to `unread`."""
-    for picture in pictures:
-        if picture.problem:
-            log_error(f'{picture.name}: {picture.problem}')
-            unread.append(picture.name)
+def readable(images: Iterable[ImageInput], unreadable: list[str]) -> Iterator[ImageInput]:
+    """Yields the images that can be read. Logs the names of the others and appends them to `unreadable`."""
+    for image in images:
+        if image.problem:
+            log_error(f'{image.name}: {image.problem}')
+            unreadable.append(image.name)
         else:
-            yield picture
+            yield image
 
 
 def save(figures: Iterable[Any], path: str, count: int = 1) -> None:
@@ -101,8 +103,8 @@ def save(figures: Iterable[Any], path: str, count: int = 1) -> None:
         print(file, flush=True)
 
 
-def draw_settings(kind: str, names: list[str], out: str | None) -> None:
-    """Draws the kinds that need no weights: `network` and `curves`. Raises ConfigError, OSError."""
+def draw_without_weights(kind: str, names: list[str], out: str | None) -> None:
+    """Draws `network` and `curves`. Raises ConfigError, OSError."""
     from alexnet_jax.figures import from_run
 
     if kind == 'curves':
@@ -112,15 +114,18 @@ def draw_settings(kind: str, names: list[str], out: str | None) -> None:
         path = out_path(out, None, names[0])
         save([from_run.plot_preset(names[0])], path)
     elif not os.path.exists(os.path.expanduser(names[0])):
-        raise ConfigError(f'{names[0]}: no preset and no folder of a run; presets are {", ".join(PRESETS)}')
+        raise ConfigError(f'{names[0]}: neither a preset nor a run; the presets are {", ".join(PRESETS)}')
     else:
         member = parse_checkpoint_ref(names[0])
         path = out_path(out, member.workdir, kind)
         save([from_run.plot_network(member.config, member.name)], path)
 
 
-def draw_weights(kind: str, names: list[str], given: Any) -> int:
-    """Draws the other kinds. Returns the number of unreadable pictures. Raises ConfigError, DatasetError, OSError."""
+def draw_with_weights(kind: str, names: list[str], given: Any) -> int:
+    """Draws the other kinds. Returns the number of unreadable images.
+
+    Raises ConfigError, CheckpointError, DatasetError, OSError.
+    """
     member, files = parse_checkpoint_ref(names[0]), expand_paths(names[1:])
     if kind == 'maps':
         check_layer(member, given.layer)
@@ -129,68 +134,56 @@ def draw_weights(kind: str, names: list[str], given: Any) -> int:
         backend.configure_cpu_backend()
     backend.enable_compilation_cache()
     from alexnet_jax.figures import from_run
-    from alexnet_jax.training.checkpointing import CheckpointError  # imports jax, so only after the flags
 
-    try:
-        if kind == 'kernels':
-            save([from_run.plot_kernels(load_model(member))], path)
-            return 0
-        if kind == 'confusion':
-            save([from_run.plot_confusion(member, open_eval_dataset([member], given.data_dir), int(given.views))], path)
-            return 0
-        return draw_pictures(kind, member, files, path, given)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from None
+    if kind == 'kernels':
+        save([from_run.plot_kernels(load_model(member))], path)
+        return 0
+    if kind == 'confusion':
+        save([from_run.plot_confusion(member, open_eval_dataset([member], given.data_dir), int(given.views))], path)
+        return 0
+    return draw_images(kind, member, files, path, given)
 
 
-def draw_pictures(kind: str, member: CheckpointRef, files: list[str], path: str, given: Any) -> int:
-    """Draws `maps` and `neighbours`. Returns the number of unreadable pictures. Raises the errors of draw_weights()."""
+def draw_images(kind: str, member: CheckpointRef, files: list[str], path: str, given: Any) -> int:
+    """Draws `maps` and `neighbors`. Returns the number of unreadable images. Raises as draw_with_weights()."""
     from alexnet_jax.figures import from_run
     from alexnet_jax.plots import neighbors
 
-    store = open_eval_dataset([member], given.data_dir) if given.validation or kind == 'neighbours' else None
+    dataset = open_eval_dataset([member], given.data_dir) if given.validation or kind == 'neighbors' else None
     network = load_model(member)
-    of_store = sample_validation(store, given.validation) if store and given.validation else []
-    unread: list[str] = []
-    pictures = readable(itertools.chain(load_images(files, network.config.data, network.class_names), of_store), unread)
-    count = len(files) + len(of_store)
-    if store and kind == 'neighbours':
-        shown = list(itertools.islice(pictures, neighbors.MAX_ROWS))
-        save([from_run.plot_neighbors(network, store, shown)] if shown else [], path)
-        log(f'{path}: {len(shown)} of {count} pictures')
+    sampled = sample_validation(dataset, given.validation) if dataset and given.validation else []
+    unreadable: list[str] = []
+    inputs = itertools.chain(load_images(files, network.config.data, network.class_names), sampled)
+    images, count = readable(inputs, unreadable), len(files) + len(sampled)
+    if dataset and kind == 'neighbors':
+        shown = list(itertools.islice(images, neighbors.MAX_ROWS))
+        save([from_run.plot_neighbors(network, dataset, shown)] if shown else [], path)
+        log(f'{path}: {len(shown)} of {count} images')
     else:
-        save(from_run.plot_feature_maps(network, pictures, given.layer, count), path, count)
-    return len(unread)
+        save(from_run.plot_feature_maps(network, images, given.layer, count), path, count)
+    return len(unreadable)
 
 
 def main(argv: list[str]) -> int:
-    """Draws the figure of kind argv[1] from the names argv[2:]. Returns the exit code; reports an error in one line."""
-    logging.set_verbosity(logging.ERROR)
+    """Draws the figure of kind argv[1] from the names argv[2:]; returns the exit code, 1 if an image is unreadable."""
     given, kind, names = flags.FLAGS, argv[1], argv[2:]
-    try:
-        check_kind(kind, names, given)
-        if kind in ('network', 'curves'):
-            draw_settings(kind, names, given.out)
-            return 0
-        return 1 if draw_weights(kind, names, given) else 0
-    except ConfigError as error:
-        log_error(str(error))
-        return 2
-    except (DatasetError, OSError) as error:
-        log_error(str(error))
-        return 1
-    except KeyboardInterrupt:
-        log_error('stopped')
-        return 130
+    check_kind(kind, names, given)
+    if kind in ('network', 'curves'):
+        draw_without_weights(kind, names, given.out)
+        return 0
+    return 1 if draw_with_weights(kind, names, given) else 0
 
 
 if __name__ == '__main__':
     flags.DEFINE_string('out', None, 'FILE.png or FILE.pdf to save the figure as.')
-    flags.DEFINE_string('layer', 'conv1', 'Of `maps`: the layer.')
+    flags.DEFINE_string('layer', 'conv1', 'Layer for `maps`.')
     flags.DEFINE_integer(
-        'validation', 0, "Images of the run's validation data to draw besides, evenly spread.", lower_bound=0
+        'validation', 0, "Number of evenly spaced images of the run's validation data to draw too.", lower_bound=0
     )
-    flags.DEFINE_enum('views', '10', ['1', '10'], 'Of `confusion`: of each image its centre, or ten.')
-    flags.DEFINE_string('data_dir', None, "Where the prepared data lie; by default the run's data.data_dir.")
-    wanted = f'which figure? Name {", ".join(KINDS)}: alexnet figures KIND ...'
-    app.run(main, flags_parser=lambda argv: parse_flags(argv, wanted, most=math.inf))
+    flags.DEFINE_enum('views', '10', ['1', '10'], 'Views per image for `confusion`: its center, or ten.')
+    flags.DEFINE_string('data_dir', None, "Folder of the prepared data sets. Default: the run's data.data_dir.")
+    cli.run(
+        main,
+        missing=f'no figure is given; name {", ".join(KINDS)}: alexnet figures KIND ...',
+        max_arguments=math.inf,
+    )

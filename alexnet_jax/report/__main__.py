@@ -99,4 +99,4 @@ if __name__ == '__main__':
     flags.DEFINE_string('data_dir', None, "Folder of the prepared images; by default the run's data.data_dir.")
     flags.DEFINE_bool('neighbors', True, 'Show nearest training images, which needs the features of all of them.')
     wanted = 'no folder is named; write alexnet report WORKDIR for a run, or alexnet report SWEEP_DIR for a sweep'
-    app.run(main, flags_parser=lambda argv: parse_flags(argv, wanted, most=1))
+    app.run(main, flags_parser=lambda argv: parse_flags(argv, wanted, max_arguments=1))

@@ -18,9 +18,9 @@ from alexnet_jax.sweep.table import as_cells, caption, footnotes
 
 _DPI = 200  # of the drawings
 _MAX_NAMES = 20  # classes listed by name
-# Keys of result.json; `goal_step`, like `damaged_records` below, is from an earlier version.
+# Keys of result.json.
 _TARGET = 'The training error reached its target'
-_EVENTS = {'stalled_step': 'The loss stalled', 'target_step': _TARGET, 'goal_step': _TARGET}
+_EVENTS = {'stalled_step': 'The loss stalled', 'target_step': _TARGET}
 _NOT_FACTS = ('versions', 'command')  # keys of environment.json that the page shows differently
 
 
@@ -89,7 +89,7 @@ def _result_section(run: Run) -> list[Block]:
     for name, event in _EVENTS.items():
         if (step := number(run.result.get(name))) is not None:
             blocks.append(('text', f'{event} at step {step:,.0f}.'))
-    if corrupt := number(run.result.get('corrupt_records', run.result.get('damaged_records'))):
+    if corrupt := number(run.result.get('corrupt_records')):
         blocks.append(('text', f'{corrupt:,.0f} corrupt records of the data set were skipped.'))
     return blocks
 

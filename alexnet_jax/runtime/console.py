@@ -48,10 +48,10 @@ class ProgressBar:
     """Progress bar on a terminal; in a log, a line with rate and remaining time at most every 15 seconds.
 
     Args:
-      what: label in front of the bar or line.
+      desc: label in front of the bar or line.
       total: units of work in total.
       unit: name of the unit.
-      done: units that were completed before, for example before a resume.
+      done: units that were complete at the start, for example after a resume.
     """
 
     def __init__(self, desc: str, total: int, unit: str, done: int = 0):

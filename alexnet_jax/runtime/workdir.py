@@ -33,6 +33,10 @@ RESUME_INVARIANT_FIELDS = (
 RENAMED_RESULT_KEYS = {'goal_step': 'target_step', 'damaged_records': 'corrupt_records'}
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read or written; the message is one line with the folder, the cause and the remedy."""
+
+
 def check_resumable(config: Config, workdir: str, every_field: bool = False) -> None:
     """Raises ConfigError if the checkpoints in `workdir` belong to another network or another order of the data.
 

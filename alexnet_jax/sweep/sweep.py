@@ -15,6 +15,7 @@ from typing import Any
 
 import ml_collections
 
+from alexnet_jax import config_files
 from alexnet_jax.config import Config, ConfigError, apply_overrides, resolve
 from alexnet_jax.runtime.commands import child_environment
 from alexnet_jax.runtime.console import ProgressBar, log, log_error
@@ -80,6 +81,13 @@ def apply_variant(config: ml_collections.ConfigDict, variant: Variant) -> Config
         return resolve(config)
     except ConfigError as error:
         raise ConfigError(f'sweep, {variant.name}: {error}') from None
+
+
+def load_sweep(file: str) -> list[Variant]:
+    """Returns the sweep of the config file `file`. Raises ConfigError: the file has no sweep, or an invalid sweep."""
+    variants = list(config_files.call(file, 'sweep'))
+    validate(variants)
+    return variants
 
 
 def validate(variants: list[Variant]) -> None:

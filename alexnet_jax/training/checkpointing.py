@@ -21,6 +21,7 @@ from orbax.checkpoint.options import MultiprocessingOptions
 
 from alexnet_jax.runtime import distributed
 from alexnet_jax.runtime.console import log, summarize_exception
+from alexnet_jax.runtime.workdir import CheckpointError
 from alexnet_jax.training.run_state import RunState
 from alexnet_jax.training.state import TrainState
 
@@ -37,10 +38,6 @@ def state_digest(state: TrainState) -> str:
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.ascontiguousarray(distributed.gather_to_host(leaf), dtype='<f4').data)
     return digest.hexdigest()
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read or written; the message is one line with the folder, the cause and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
