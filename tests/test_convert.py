@@ -273,7 +273,7 @@ def test_layers_of_caffe_that_do_not_fit(tmp_path):
     assert re.search(r'conv2 .*\(12, 8, 5, 5\).*\(12, 4, 5, 5\)', error_of(conv2=[whole, bias]))
     with pytest.raises(ConfigError, match=r"'Mine'.*--preset=caffe"):
         import_file(caffemodel(tmp_path, name='Mine'), tmp_path / 'run', mean='1,2,3')
-    with pytest.raises(ConfigError, match=r'--mean: .*caffenet'):
+    with pytest.raises(ConfigError, match=r'--mean is missing: .*caffenet'):
         import_file(caffemodel(tmp_path, name='Mine'), tmp_path / 'run', preset='caffenet')
     shape = caffe_files.content(7, caffe_files.content(1, b'\x0c'))
     damaged = caffemodel(tmp_path).read_bytes().replace(shape, shape[:-1] + b'\x0d', 1)
@@ -429,7 +429,7 @@ def test_convert_command(tmp_path):
         (run, tmp_path / 'out.safetensors', '--preset=caffe'): (2, '--preset: '),
         (run, tmp_path / 'out.pth'): (2, f'{tmp_path}/out.pth'),
         (tmp_path / 'best', tmp_path / 'out.onnx'): (2, 'config.json'),
-        (caffemodel(tmp_path), tmp_path / 'new'): (2, '--mean: '),
+        (caffemodel(tmp_path), tmp_path / 'new'): (2, '--mean is missing: '),
         (tmp_path / 'weights.pth', tmp_path / 'new'): (1, f'{tmp_path}/weights.pth: '),
         (source, names / 'new'): (2, str(names / 'new')),
     }

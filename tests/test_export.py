@@ -336,7 +336,7 @@ def test_no_folder_of_this_machine_is_in_a_program(tmp_path):
 
 @pytest.mark.parametrize('name', ['net', 'net.pb', 'net.onnx.gz', 'onnx'])
 def test_other_endings_are_refused(tmp_path, name):
-    wanted = f'{name}: its ending must say what to write: .safetensors, .stablehlo or .onnx'
+    wanted = f'{name}: its suffix must be .safetensors, .stablehlo or .onnx'
     with pytest.raises(ConfigError, match=re.escape(wanted)):
         export.write(None, str(tmp_path / name))
     assert not list(tmp_path.iterdir())
@@ -351,7 +351,7 @@ def test_capital_endings_and_the_home_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize('path', ['none/net.onnx', 'folder.onnx'])
 def test_files_that_cannot_be_written_are_refused(tmp_path, path):
     (tmp_path / 'folder.onnx').mkdir()
-    with pytest.raises(ConfigError, match=f'{path} cannot be written; name a file in a folder that can be'):
+    with pytest.raises(ConfigError, match=f'{path} cannot be written; name a file in a writable folder'):
         export.write(None, str(tmp_path / path))
 
 
@@ -367,7 +367,7 @@ def test_missing_library_is_named_with_what_installs_it(tmp_path, monkeypatch, e
 def test_weights_beyond_the_limit_of_a_program_are_refused(tmp_path, ending):
     params = {'fc6': {'kernel': np.broadcast_to(np.float32(0), (2**15, 2**14))}}
     network = types.SimpleNamespace(state=types.SimpleNamespace(params=params, batch_stats={}))
-    with pytest.raises(ConfigError, match=r'limit is 2 GB, and these are 2\.1 GB of weights; write \.safetensors'):
+    with pytest.raises(ConfigError, match=r'limited to 2 GB, but the weights take 2\.1 GB; write \.safetensors'):
         export.write(network, str(tmp_path / f'net.{ending}'))
 
 

@@ -173,7 +173,7 @@ def test_known_names_are_not_called(tmp_path):
         as_zip(b'\x80\x02ccollections\nOrderedDict\n]](U\x01a' + good + b'ea\x85R.')
     )  # as Python 2 writes it
     assert torch_file.read(str(path))['a'].shape == (3,)
-    assert 'no tensors' in refusal(state(b'ctorch\nFloatStorage\n\x8a\x06\0\0\0\0\0\x7f\x85R'), tmp_path)
+    assert 'named tensors' in refusal(state(b'ctorch\nFloatStorage\n\x8a\x06\0\0\0\0\0\x7f\x85R'), tmp_path)
 
 
 # Files of other formats
@@ -242,7 +242,7 @@ OTHERS = {
     'torchscript': (zipped({'net/constants.pkl': b'', 'net/data.pkl': MODULE}), 'TorchScript'),
     'tensor': (as_zip(TENSOR), 'tensor.*state dict'),
     'list': (as_zip(pickle.dumps([1], 2)), 'list.*state dict'),
-    'no tensors': (as_zip(pickle.dumps({'epoch': 3}, 2)), 'no tensors'),
+    'no tensors': (as_zip(pickle.dumps({'epoch': 3}, 2)), 'named tensors'),
     'pickle': (pickle.dumps({'epoch': 3}, 4), 'pickle.*torch.save'),
     'arrays': (pickle.dumps({'a': np.zeros(3)}, 2), r'numpy\._?core\.multiarray'),
     'big-endian': (zipped({**entries(ZIP), 'torchvision_zip/byteorder': b'big'}), 'big-endian'),

@@ -160,7 +160,7 @@ def test_idx_without_test_images_holds_out_a_part(tmp_path):
         (lambda folder: (folder / 'a-train-images-idx3').write_bytes(b''), 'a-train-images-idx3, train-im'),
         (lambda folder: cut(folder / 'train-images-idx3-ubyte'), 'train-images-idx3-ubyte .*3 dimensions'),
         (lambda folder: cut(folder / 'train-labels-idx1-ubyte', gzip.compress), 'train-labels-idx1-ubyte'),
-        (lambda folder: write_idx(folder, 'train', IMAGES, LABELS[:9]), '20 train images and 9 labels'),
+        (lambda folder: write_idx(folder, 'train', IMAGES, LABELS[:9]), '20 train images but 9 labels'),
     ],
 )
 def test_invalid_idx_files_are_rejected(tmp_path, spoil, reason):
