@@ -3,13 +3,13 @@
 import difflib
 import math
 import re
-from typing import Any
+from collections.abc import Sequence
 
 from alexnet_jax.config_schema import RENAMED_VALUES, Config, ConfigError, ModelConfig, duration_in_steps, get_by_path
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.shapes import CONVOLUTIONS, DENSE, LAYERS, layer_specs, layer_table
 
-_CHOICES = {
+_CHOICES: dict[str, tuple[str | int, ...]] = {
     'model.preset': tuple(PRESETS),
     'model.activation': ('relu', 'tanh'),
     'model.initializer': ('normal', 'glorot_uniform', 'he_normal', 'torch_default'),
@@ -43,19 +43,20 @@ def check_preset(name: str) -> None:
     _check_choice('model.preset', name)
 
 
-def _check_choice(field: str, value: Any) -> None:
+def _check_choice(field: str, value: str | int) -> None:
     choices = _CHOICES[field]
-    if value not in choices:
+    if value in choices:
+        return
+    near: str | int
+    if isinstance(value, str):
         new = RENAMED_VALUES.get(field, {}).get(value)
         if new is not None:
             raise ConfigError(f'config.{field}: {value!r} was renamed to {new!r}')
-        near: Any
-        if isinstance(value, str):
-            near = difflib.get_close_matches(value, [str(choice) for choice in choices], 1, 0.0)[0]
-        else:
-            near = min(choices, key=lambda choice: abs(choice - value))
-        every = ', '.join(map(str, choices))
-        raise ConfigError(f'config.{field}: {value!r} is not one of {every}; the nearest is {near!r}')
+        near = difflib.get_close_matches(value, map(str, choices), 1, 0.0)[0]
+    else:
+        near = min(map(int, choices), key=lambda choice: abs(choice - value))
+    every = ', '.join(map(str, choices))
+    raise ConfigError(f'config.{field}: {value!r} is not one of {every}; the nearest is {near!r}')
 
 
 def _check_ranges(config: Config) -> None:
@@ -116,14 +117,14 @@ def _check_ranges(config: Config) -> None:
         )
 
 
-def check_class_names(names: Any) -> None:
+def check_class_names(names: Sequence[object]) -> None:
     """Raises ConfigError unless `names` are distinct, printable, nonempty texts without blanks around them."""
     for name in names:
         if not isinstance(name, str) or not name.isprintable() or name != name.strip() or not name:
-            raise ConfigError(f'config.data.class_names: {name!r} is no printable text without blanks around it')
+            raise ConfigError(f'config.data.class_names: {name!r} is not a printable text without blanks around it')
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
-        raise ConfigError(f'config.data.class_names: {twice!r} is there twice')
+        raise ConfigError(f'config.data.class_names: {twice!r} occurs twice')
 
 
 def _check_model(config: Config) -> None:
@@ -161,7 +162,9 @@ def _smallest_side(config: Config, crop_size: int) -> int:
 def _check_lists(config: Config) -> None:
     """Validates the lists of numbers and of names: their lengths and items."""
     whole, number = (int,), (int, float)
-    lists: dict[str, tuple[tuple[int, ...], Any, float]] = {  # (allowed lengths, item types, minimum)
+    lists: dict[
+        str, tuple[tuple[int, ...], tuple[type[int | float], ...], float]
+    ] = {  # (allowed lengths, item types, minimum)
         'model.widths': ((7,), whole, 0),
         'model.kernel_sizes': ((5,), whole, 1),
         'model.conv1_padding': ((2,), whole, 0),

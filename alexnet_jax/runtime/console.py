@@ -2,7 +2,10 @@
 
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 LOG_INTERVAL_SECS = 15.0
 
@@ -58,7 +61,7 @@ class ProgressBar:
         self.desc, self.total, self.unit, self.done = desc, total, unit, done
         self.start = self.last_line = time.monotonic()
         self.first = done
-        self.bar: Any = None
+        self.bar: tqdm | None = None
         if sys.stderr.isatty() and is_primary():
             from tqdm import tqdm
 
