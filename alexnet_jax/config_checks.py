@@ -162,9 +162,8 @@ def _smallest_side(config: Config, crop_size: int) -> int:
 def _check_lists(config: Config) -> None:
     """Validates the lists of numbers and of names: their lengths and items."""
     whole, number = (int,), (int, float)
-    lists: dict[
-        str, tuple[tuple[int, ...], tuple[type[int | float], ...], float]
-    ] = {  # (allowed lengths, item types, minimum)
+    # By field: allowed lengths, item types, minimum.
+    lists: dict[str, tuple[tuple[int, ...], tuple[type[int | float], ...], float]] = {
         'model.widths': ((7,), whole, 0),
         'model.kernel_sizes': ((5,), whole, 1),
         'model.conv1_padding': ((2,), whole, 0),

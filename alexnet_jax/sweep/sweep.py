@@ -10,8 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import ml_collections
 
@@ -22,6 +21,7 @@ from alexnet_jax.runtime.console import ProgressBar, log, log_error
 from alexnet_jax.runtime.files import read_json, write_json
 from alexnet_jax.runtime.preemption import PreemptionHandler
 from alexnet_jax.runtime.workdir import is_finished
+from alexnet_jax.sweep.results import SweepPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Variant:
     """
 
     name: str
-    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    overrides: dict[str, object] = dataclasses.field(default_factory=dict)
     published: tuple[float | None, float | None] | None = None
     source: str = ''
     note: str = ''
@@ -50,17 +50,17 @@ class Variant:
         return self.name if self.seed is None else os.path.join(self.name, f'seed_{self.seed}')
 
 
-def grid(fields: dict[str, Sequence[Any]]) -> list[Variant]:
+def grid(fields: Mapping[str, Sequence[object]]) -> list[Variant]:
     """Returns the Cartesian product of the values of `fields` (by dotted name), named like 'towers=1,dropout=0.5'."""
     return [_named(fields, values) for values in itertools.product(*fields.values())]
 
 
-def zip_(fields: dict[str, Sequence[Any]]) -> list[Variant]:
+def zip_(fields: Mapping[str, Sequence[object]]) -> list[Variant]:
     """Returns one variant per position in the value lists. Raises ValueError: the lists differ in length."""
     return [_named(fields, values) for values in zip(*fields.values(), strict=True)]
 
 
-def _named(fields: Iterable[str], values: Iterable[Any]) -> Variant:
+def _named(fields: Iterable[str], values: Iterable[object]) -> Variant:
     overrides = dict(zip(fields, values, strict=True))
     return Variant(','.join(f'{field.rsplit(".", 1)[-1]}={value}' for field, value in overrides.items()), overrides)
 
@@ -114,7 +114,7 @@ def write_manifest(variants: list[Variant], config_file: str, workdir: str) -> N
     Raises ConfigError: the folder is not writable.
     """
     rows = {variant.name: variant for variant in variants}
-    plan = {
+    plan: SweepPlan = {
         'config': config_file,
         'base': 'base' if 'base' in rows else None,
         'variants': [
@@ -139,7 +139,7 @@ def write_manifest(variants: list[Variant], config_file: str, workdir: str) -> N
         raise ConfigError(f'--workdir: {workdir} cannot be used: {error}') from None
 
 
-def print_runs(variants: list[Variant], configs: list[Any], workdir: str) -> None:
+def print_runs(variants: list[Variant], configs: list[Config], workdir: str) -> None:
     """Prints one line per run: its number for --sweep=K, folder, state and overrides."""
     width = max(len(variant.directory) for variant in variants)
     for i, (variant, config) in enumerate(zip(variants, configs, strict=True)):
@@ -153,7 +153,7 @@ def print_runs(variants: list[Variant], configs: list[Any], workdir: str) -> Non
     )
 
 
-def run_all(variants: list[Variant], configs: list[Any], workdir: str, command: list[str], jobs: int) -> int:
+def run_all(variants: list[Variant], configs: list[Config], workdir: str, command: list[str], jobs: int) -> int:
     """Runs the unfinished runs of the sweep, each in its own process, and returns the exit code.
 
     If this process is killed, Linux kills its runs too.
@@ -250,4 +250,4 @@ def _start(command: list[str], folder: str, cpus: set[int]) -> subprocess.Popen:
 def _last_line(path: str) -> str:
     with open(path, errors='replace') as file:
         lines = [line.strip() for line in file if line.strip()]
-    return lines[-1] if lines else 'it said nothing'
+    return lines[-1] if lines else 'no output'
