@@ -124,7 +124,10 @@ def audit(config: Config) -> AuditReport:
         'analytic_minimum_bytes': round(cost_model.lower_bound_bytes(config)),
         'layers': [
             LayerCost(
-                name=layer.name, output=layer.output, parameters=layer.parameters, multiply_adds=layer.multiply_adds
+                name=layer.name,
+                output=layer.output,
+                parameters=layer.parameters,
+                multiply_adds=layer.multiply_adds,
             )
             for layer in table
         ],

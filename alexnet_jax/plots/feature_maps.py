@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from jaxtyping import Float, Float64, UInt8
 from matplotlib.figure import Figure
 
 from alexnet_jax.plots import style
@@ -12,8 +13,8 @@ _HEADING, _BELOW, _CELL = 0.28, 0.55, 0.55
 _COLORS = 'viridis'  # its lightness grows monotonically, so it can be printed in gray
 
 
-def grid(maps: np.ndarray, columns: int) -> np.ndarray:
-    """Arranges maps (H, W, C) in rows of `columns`, float64, separated by NaN: one pixel, or three for maps of 55."""
+def grid(maps: Float[np.ndarray, 'h w c'], columns: int) -> Float64[np.ndarray, 'rows columns']:
+    """Arranges maps in rows of `columns`, separated by NaN: one pixel wide, or three for maps of 55 pixels."""
     height, width, count = maps.shape
     gap = max(1, round(height / 18))
     rows = math.ceil(count / columns)
@@ -31,7 +32,7 @@ def _columns(count: int) -> int:
 
 
 @style.drawing
-def draw(image: np.ndarray, maps: np.ndarray, layer: str, towers: int) -> Figure:
+def draw(image: UInt8[np.ndarray, 's s c'], maps: Float[np.ndarray, 'h w maps'], layer: str, towers: int) -> Figure:
     """Draws the image and the feature maps of `layer`, all on one color scale, which is shown.
 
     Args:

@@ -1,8 +1,9 @@
-"""The kernels of the first layer as in figure 3 of the paper, and the color saturation of each tower's."""
+"""The kernels of the first layer as in figure 3 of the paper, and the color saturation of each tower's kernels."""
 
 import math
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from alexnet_jax.plots import style
@@ -12,7 +13,7 @@ _CELL = 0.8  # maximum inches of a kernel
 _LEFT, _HEADING, _GAP, _BELOW = 0.1, 0.28, 0.08, 0.26  # inches
 
 
-def saturation(kernel: np.ndarray, towers: int) -> list[float]:
+def saturation(kernel: Float[np.ndarray, 'h w c kernels'], towers: int) -> list[float]:
     """Returns the color saturation of each tower's kernels: the share of their energy that differs between channels.
 
     With k[x, y, c, n] a tower's kernels and m[x, y, n] their mean over the channels c, it is
@@ -36,7 +37,7 @@ def saturation(kernel: np.ndarray, towers: int) -> list[float]:
     return shares
 
 
-def grid(kernel: np.ndarray) -> np.ndarray:
+def grid(kernel: Float[np.ndarray, 'h w c kernels']) -> Float[np.ndarray, 'rows columns 3']:
     """Arranges kernels (h, w, C, N) as an image (rows * (h + 1) - 1, columns * (w + 1) - 1, 3) float, 0 to 1.
 
     A row has at most 16 kernels, with a white pixel between them. Each kernel is scaled from its minimum over all
@@ -57,7 +58,7 @@ def grid(kernel: np.ndarray) -> np.ndarray:
 
 
 @style.drawing
-def draw(kernel: np.ndarray, towers: int) -> Figure:
+def draw(kernel: Float[np.ndarray, 'h w c kernels'], towers: int) -> Figure:
     """Draws figure 3 of the paper: each tower's kernels, the first tower on top, with their saturation().
 
     Args:

@@ -10,6 +10,7 @@ import os
 
 import matplotlib.style
 import numpy as np
+from jaxtyping import UInt8
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -118,6 +119,6 @@ def fit(text: str, points: float, size: float = SMALL, bold: bool = False) -> st
     return cuts[max(fitting - 1, 0)]
 
 
-def picture(image: np.ndarray) -> np.ndarray:
+def picture(image: UInt8[np.ndarray, 'h w c']) -> UInt8[np.ndarray, 'h w 3']:
     """Broadcasts an image (H, W, 3) or (H, W, 1) to (H, W, 3): a single channel becomes gray."""
     return np.broadcast_to(image, (*image.shape[:2], 3))

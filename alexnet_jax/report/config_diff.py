@@ -1,7 +1,5 @@
 """Differences between the settings of a run and of its preset, and the published errors of the preset."""
 
-from typing import Any
-
 from alexnet_jax.config import Config, field_names, get_by_path, preset_config, resolve, total_steps
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.sweep.results import views_text
@@ -29,7 +27,7 @@ def differences(config: Config) -> list[list[str]]:
     return [row for row in rows if row[1] != row[2]]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """Formats a setting's value; a list read from JSON looks the same as a tuple."""
     if isinstance(value, list | tuple):
         return f'({", ".join(map(_shown, value))})'

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ _PROBED = 16  # validation images considered per image shown
 _SHEET_PIXELS = 1000  # approximate minimum width of the kernels of a tower
 _TITLES = ('Kernels of conv1', 'Predictions', 'Neighbors')
 
-Example = tuple[int, dict[str, Any]]  # index in the data set; its image and label
+Example = tuple[int, Mapping[str, Any]]  # index in the data set; its image and label
 
 
 def model_sections(workdir: str, train_command: str, data_dir: str | None, neighbors: bool) -> list[Section]:
@@ -116,7 +117,7 @@ def _open_dataset(network: TrainedModel, data_dir: str | None) -> dataset.Prepar
         raise ConfigError(str(error)) from None
 
 
-def choose(split: Any, count: int) -> list[Example]:
+def choose(split: dataset.SplitReader, count: int) -> list[Example]:
     """Returns `count` images of `split` with their indices: always the same ones, of as many classes as possible."""
     by_class: dict[int, list[Example]] = {}
     for place, example in dataset.evenly_spaced(split, _PROBED * count):

@@ -63,7 +63,7 @@ def welch_interval(values: Sequence[float], base: Sequence[float]) -> tuple[floa
 
 
 def _error_summary(values: Sequence[float], base: Sequence[float], published: float | None) -> ErrorSummary:
-    """Computes an ErrorSummary from the errors of the variant's and the base's runs, in percent. `base` may be empty."""
+    """Summarizes the errors of the variant's and the base's runs, in percent. `base` may be empty."""
     return ErrorSummary(
         mean=statistics.fmean(values) if values else None,
         deviation=statistics.stdev(values) if len(values) > 1 else None,
