@@ -14,7 +14,7 @@ import ml_collections
 from ml_collections import config_dict
 
 # Other modules import all names of the configuration from this one.
-from alexnet_jax.config_checks import check, check_class_names, check_mesh, check_preset  # noqa: F401
+from alexnet_jax.config_checks import check, check_choice, check_class_names, check_mesh  # noqa: F401
 from alexnet_jax.config_schema import (  # noqa: F401
     RENAMED,
     RENAMED_VALUES,
@@ -69,7 +69,7 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     """
     _check_fields(config, default_config(), '')
     values = config.to_dict()
-    check_preset(values['model']['preset'])
+    check_choice('model.preset', values['model']['preset'])
     preset = PRESETS[values['model']['preset']].model
     values['model'] |= {name: value for name, value in preset.items() if values['model'][name] is None}
     values['data']['source'] = values['data']['source'].rstrip('/')  # shells complete folder names with a slash
@@ -119,16 +119,11 @@ def unknown_field(field: str, known: list[str]) -> ConfigError:
     return ConfigError(f'config.{field}: no such field; the nearest is config.{near[0]}')
 
 
-def field_names(config: Config | ml_collections.ConfigDict, prefix: str = '') -> list[str]:
-    """Returns the dotted names of all leaves of `config`, each after `prefix`."""
+def field_names(config: Config | ml_collections.ConfigDict) -> list[str]:
+    """Returns the dotted names of all fields of `config`."""
     names: list[str] = []
-    for name, value in config.to_dict().items() if isinstance(config, Config) else config.items():
-        if isinstance(value, dict):
-            names += [f'{prefix}{name}.{field}' for field in value]
-        elif isinstance(value, ml_collections.ConfigDict):
-            names += field_names(value, f'{prefix}{name}.')
-        else:
-            names.append(prefix + name)
+    for name, value in config.to_dict().items():
+        names += [f'{name}.{field}' for field in value] if isinstance(value, dict) else [name]
     return names
 
 

@@ -31,19 +31,15 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
 def check(config: Config) -> None:
     """Raises ConfigError if a value is not allowed, or contradicts another field."""
     for field in _CHOICES:
-        _check_choice(field, get_by_path(config, field))
+        check_choice(field, get_by_path(config, field))
     _check_ranges(config)
     _check_model(config)
     _check_durations(config)
     check_mesh(config, config.mesh.data, config.mesh.model)
 
 
-def check_preset(name: str) -> None:
-    """Raises ConfigError if `name` is not a preset."""
-    _check_choice('model.preset', name)
-
-
-def _check_choice(field: str, value: str | int) -> None:
+def check_choice(field: str, value: str | int) -> None:
+    """Raises ConfigError if `value` is not allowed for `field`, one of the fields with a fixed set of values."""
     choices = _CHOICES[field]
     if value in choices:
         return
@@ -257,9 +253,8 @@ def check_mesh(config: Config, data: int, model: int) -> None:
         raise ConfigError(
             f"config.mesh.model: {model} with mesh.layout='data', which has no model axis; the nearest is 1"
         )
-    if layout == 'towers' and towers % model:
-        near = max(size for size in range(1, towers + 1) if size <= model and towers % size == 0)
-        raise ConfigError(f'config.mesh.model: {model} does not divide model.towers={towers}; the nearest is {near}')
+    if layout == 'towers':
+        _check_model_axis(model, towers, f'model.towers={towers}')
     table = {layer.name: layer for layer in layer_table(config.model, config.data.crop_size, config.data.channels)}
     if layout == 'hybrid' and not all(name in table and table[name].spec.cross_tower for name in DENSE):
         raise ConfigError(
@@ -268,21 +263,15 @@ def check_mesh(config: Config, data: int, model: int) -> None:
     has_lrn = any('lrn' in layer.spec.ops for layer in table.values())
     if model > 1 and layout == 'towers' and has_lrn and config.model.lrn_across_towers:
         raise ConfigError(f'config.mesh.model: {model} with model.lrn_across_towers; the nearest is 1')
-    inputs = table['fc6'].kernel[0] if 'fc6' in table else model
-    if layout == 'hybrid' and inputs % model:
-        near = max(size for size in range(1, model) if inputs % size == 0)
-        raise ConfigError(
-            f'config.mesh.model: {model} does not divide the {inputs} inputs of fc6; the nearest is {near}'
-        )
+    if layout == 'hybrid':
+        inputs = table['fc6'].kernel[0]
+        _check_model_axis(model, inputs, f'the {inputs} inputs of fc6')
     for name in ('fc6', 'fc7'):
         if name in table:
             _check_divides(f'config.model.widths ({name})', table[name].spec.features, 'mesh.model', model)
-    classes = config.model.num_classes
-    if layout != 'hybrid' and classes % model:
-        near = max(size for size in range(1, model) if classes % size == 0)
-        raise ConfigError(
-            f'config.mesh.model: {model} does not divide model.num_classes={classes}; the nearest is {near}'
-        )
+    if layout != 'hybrid':
+        classes = config.model.num_classes
+        _check_model_axis(model, classes, f'model.num_classes={classes}')
     if data == 0 or data < -1:
         raise ConfigError(f'config.mesh.data: {data} devices; the nearest is 1 (or -1 for all there are)')
     if data != -1:
@@ -297,3 +286,9 @@ def check_mesh(config: Config, data: int, model: int) -> None:
                 f'config.train.grad_accum_steps: {count} does not divide the {images} images of train.batch_size that'
                 f' each device has; the nearest is {near}'
             )
+
+
+def _check_model_axis(model: int, number: int, described: str) -> None:
+    if number % model:
+        near = max(size for size in range(1, model) if number % size == 0)
+        raise ConfigError(f'config.mesh.model: {model} does not divide {described}; the nearest is {near}')

@@ -12,17 +12,10 @@ from alexnet_jax import shapes
 from alexnet_jax.audit import cost_model
 from alexnet_jax.audit.hlo_collectives import Collective, step_collectives
 from alexnet_jax.config import Config, ConfigError, resolve
+from alexnet_jax.runtime.files import JsonObject
 
 MAX_SIMULATED_DEVICES = 2048  # limit of XLA for one CPU process
-
-
-class LayerCost(TypedDict):
-    """The costs of one layer; the multiply-adds are per image, forward pass only."""
-
-    name: str
-    output: tuple[int, ...]
-    parameters: int
-    multiply_adds: int
+_LAYER_FIELDS = ('name', 'output', 'parameters', 'multiply_adds')
 
 
 class AuditReport(TypedDict):
@@ -43,7 +36,7 @@ class AuditReport(TypedDict):
     collectives: list[Collective]
     wire_bytes_per_device: int
     analytic_minimum_bytes: int
-    layers: list[LayerCost]
+    layers: list[JsonObject]
     prediction: NotRequired[dict[str, float]]
 
 
@@ -122,15 +115,7 @@ def audit(config: Config) -> AuditReport:
         'collectives': found,
         'wire_bytes_per_device': round(sum(each.bytes for each in found)),
         'analytic_minimum_bytes': round(cost_model.lower_bound_bytes(config)),
-        'layers': [
-            LayerCost(
-                name=layer.name,
-                output=layer.output,
-                parameters=layer.parameters,
-                multiply_adds=layer.multiply_adds,
-            )
-            for layer in table
-        ],
+        'layers': [{name: getattr(layer, name) for name in _LAYER_FIELDS} for layer in table],
     }
 
 

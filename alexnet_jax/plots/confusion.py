@@ -23,7 +23,7 @@ Counts = Int[np.ndarray, 'classes classes']  # images by true class (rows) and p
 def count(scores: Scores, labels: Labels) -> Counts:
     """Counts images by true class (rows) and predicted class (columns): (classes, classes) int64.
 
-    The errors are those of metrics.errors(). An image with an error is omitted if no other class has a score above -inf.
+    The errors are those of metrics.errors(). An image with an error is omitted if all other scores are -inf or NaN.
     """
     wrong, _ = errors(scores, labels)
     others = np.where(np.isnan(scores), -np.inf, scores)

@@ -1,6 +1,5 @@
 """Curves of loss, errors and learning rate by step, of one or more runs, from their metrics.jsonl."""
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from alexnet_jax.config import ConfigError
 from alexnet_jax.plots import style
-from alexnet_jax.runtime.files import JsonObject
+from alexnet_jax.runtime.files import JsonObject, read_json_lines
 
 # By key of a metrics line: the panel's heading and the factor of the values.
 PANELS = {
@@ -27,25 +26,16 @@ _LEGEND_COLUMNS, _LEGEND_ROW = 3, 0.165  # inches
 
 
 def read_metrics(workdir: str) -> list[JsonObject]:
-    """Returns the lines of the run's metrics.jsonl in order. A line that a killed run left incomplete is left out.
+    """Returns the lines of the run's metrics.jsonl in order, without incomplete lines.
 
     Raises ConfigError: metrics.jsonl cannot be read.
     """
     path = os.path.join(workdir, 'metrics.jsonl')
     try:
-        with open(path, errors='replace') as file:
-            texts = file.readlines()
+        lines = read_json_lines(path)
     except OSError as error:
         raise ConfigError(f'{path}: {error.strerror}; name the folder of a run, which has a metrics.jsonl') from None
-    lines = []
-    for text in texts:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and {'step', 'split'} <= set(line):
-            lines.append(line)
-    return lines
+    return [line for line in lines if {'step', 'split'} <= set(line)]
 
 
 def groups(names: list[str]) -> dict[str, list[str]]:

@@ -15,14 +15,7 @@ _COLORS = 'viridis'  # its lightness grows monotonically, so it can be printed i
 
 def grid(maps: Float[np.ndarray, 'h w c'], columns: int) -> Float64[np.ndarray, 'rows columns']:
     """Arranges maps in rows of `columns`, separated by NaN: one pixel wide, or three for maps of 55 pixels."""
-    height, width, count = maps.shape
-    gap = max(1, round(height / 18))
-    rows = math.ceil(count / columns)
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap), np.nan)
-    for i in range(count):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
-        sheet[top : top + height, left : left + width] = maps[..., i]
-    return sheet
+    return style.tile(maps, columns, gap=max(1, round(len(maps) / 18)), background=np.nan)
 
 
 def _columns(count: int) -> int:

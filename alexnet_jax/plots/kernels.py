@@ -38,23 +38,18 @@ def saturation(kernel: Float[np.ndarray, 'h w c kernels'], towers: int) -> list[
 
 
 def grid(kernel: Float[np.ndarray, 'h w c kernels']) -> Float[np.ndarray, 'rows columns 3']:
-    """Arranges kernels (h, w, C, N) as an image (rows * (h + 1) - 1, columns * (w + 1) - 1, 3) float, 0 to 1.
+    """Arranges kernels as an image from 0 to 1; a single channel becomes gray.
 
     A row has at most 16 kernels, with a white pixel between them. Each kernel is scaled from its minimum over all
     channels to its maximum. A kernel is gray if its weights are all equal or one is not finite.
     """
     height, width, _, count = kernel.shape
-    rows = math.ceil(count / _COLUMNS)
-    columns = math.ceil(count / rows)
+    columns = math.ceil(count / math.ceil(count / _COLUMNS))
     least, greatest = kernel.min((0, 1, 2)), kernel.max((0, 1, 2))
     fine = np.isfinite(kernel).all((0, 1, 2)) & (least < greatest)
     least, greatest = np.where(fine, least, 0), np.where(fine, greatest, 1)
     scaled = np.where(fine, (kernel - least) / (greatest - least), 0.5)
-    sheet = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, 3))
-    for i in range(count):
-        top, left = i // columns * (height + 1), i % columns * (width + 1)
-        sheet[top : top + height, left : left + width] = scaled[..., i]
-    return sheet
+    return style.tile(np.broadcast_to(scaled, (height, width, 3, count)), columns, gap=1, background=1.0)
 
 
 @style.drawing

@@ -6,11 +6,12 @@ a display.
 
 import bisect
 import io
+import math
 import os
 
 import matplotlib.style
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, Float64, UInt8
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -117,6 +118,19 @@ def fit(text: str, points: float, size: float = SMALL, bold: bool = False) -> st
     cuts = [f'{text[:kept].rstrip()}\u2026' for kept in range(len(text))]
     fitting = bisect.bisect(cuts, points, key=lambda cut: text_width(cut, size, bold))
     return cuts[max(fitting - 1, 0)]
+
+
+def tile(
+    cells: Float[np.ndarray, 'h w ... cells'], columns: int, gap: int, background: float
+) -> Float64[np.ndarray, 'rows columns ...']:
+    """Arranges `cells` in rows of `columns`, separated by `gap` pixels of `background`."""
+    height, width, *channels, count = cells.shape
+    down, across = height + gap, width + gap
+    sheet = np.full((math.ceil(count / columns) * down - gap, columns * across - gap, *channels), background)
+    for i in range(count):
+        top, left = i // columns * down, i % columns * across
+        sheet[top : top + height, left : left + width] = cells[..., i]
+    return sheet
 
 
 def picture(image: UInt8[np.ndarray, 'h w c']) -> UInt8[np.ndarray, 'h w 3']:

@@ -15,6 +15,7 @@ from alexnet_jax.metrics import top_k
 from alexnet_jax.plots import kernels
 from alexnet_jax.report.blocks import Block, Card, Figure, Section, pixel_picture
 from alexnet_jax.runtime import backend
+from alexnet_jax.runtime.workdir import CheckpointError
 
 ABOUT_KERNELS: Block = (
     'remark',
@@ -40,7 +41,7 @@ def model_sections(workdir: str, train_command: str, data_dir: str | None, neigh
     """
     try:
         network = read_network(workdir)
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         why = f'{error}. `{train_command}` trains the network.'
         return [(title, [('missing', why)]) for title in _TITLES]
     sections: list[Section] = [(_TITLES[0], [*kernel_figures(network), ABOUT_KERNELS])]
@@ -52,25 +53,20 @@ def model_sections(workdir: str, train_command: str, data_dir: str | None, neigh
             sections.append((_TITLES[2], nearest(network, store, shown[:QUERIES])))
         else:
             sections.append((_TITLES[2], [('missing', 'Omitted because of `--noneighbors`.')]))
-    except (ConfigError, dataset.DatasetError) as error:
+    except (ConfigError, CheckpointError, dataset.DatasetError) as error:
         sections += [(title, [('missing', f'{error}.')]) for title in _TITLES[len(sections) :]]
     return sections
 
 
 def read_network(workdir: str) -> TrainedModel:
-    """Loads the newest weights of the run in `workdir`. Raises ConfigError: they cannot be read."""
+    """Loads the newest weights of the run in `workdir`. Raises ConfigError, CheckpointError: they cannot be read."""
     if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
         raise ConfigError(f'{workdir} has no checkpoints')
     member = parse_checkpoint_ref(workdir)
     if member.config.cpu_tuning:
         backend.configure_cpu_backend()
     backend.enable_compilation_cache()
-    from alexnet_jax.training.checkpointing import CheckpointError  # imports jax, so only after the settings above
-
-    try:
-        return load_model(member)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from None
+    return load_model(member)
 
 
 def kernel_figures(network: TrainedModel) -> list[Block]:
@@ -94,7 +90,10 @@ def kernel_figures(network: TrainedModel) -> list[Block]:
 
 
 def _open_dataset(network: TrainedModel, data_dir: str | None) -> dataset.PreparedDataset:
-    """Opens the run's prepared data set. Raises ConfigError: it does not exist, or it is not the one of the run."""
+    """Opens the run's prepared data set.
+
+    Raises ConfigError: the data set is missing, or is not that of the run. Raises the errors of open_eval_dataset().
+    """
     data = network.config.data
     folder = data_dir or data.data_dir
     directory = dataset.dataset_dir(folder, data)
@@ -109,12 +108,7 @@ def _open_dataset(network: TrainedModel, data_dir: str | None) -> dataset.Prepar
             f'The images are missing: {directory} does not exist. Prepare them with `{prepare}`, or name their folder'
             ' with `--data_dir`'
         )
-    from alexnet_jax.training.checkpointing import CheckpointError
-
-    try:
-        return open_eval_dataset([parse_checkpoint_ref(network.workdir)], data_dir)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from None
+    return open_eval_dataset([parse_checkpoint_ref(network.workdir)], data_dir)
 
 
 def choose(split: dataset.SplitReader, count: int) -> list[Example]:

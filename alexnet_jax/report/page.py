@@ -12,6 +12,7 @@ from alexnet_jax.report.config_diff import differences, length, published
 from alexnet_jax.report.run_files import Run, Sweep, errors_of, number, percent, read_layers, read_metrics, read_run
 from alexnet_jax.runtime.console import ProgressBar
 from alexnet_jax.runtime.files import JsonObject, read_json
+from alexnet_jax.runtime.workdir import CheckpointError
 from alexnet_jax.sweep.results import read_result, run_status
 from alexnet_jax.sweep.table import as_cells, caption, footnotes
 
@@ -230,7 +231,7 @@ def _sweep_kernels(sweep: Sweep, train_command: str) -> list[Block]:
             trained = model_section.read_network(os.path.join(sweep.folder, directory))
             title = variant if directory == variant else f'{variant} ({directory})'
             blocks += [('heading', title), *model_section.kernel_figures(trained)]
-        except ConfigError as error:
+        except (ConfigError, CheckpointError) as error:
             missing.append(f'{variant}: {error}')
         progress.update()
     progress.close()

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import shlex
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from alexnet_jax.config import Config, ConfigError
-from alexnet_jax.runtime.files import JsonObject, read_json
+from alexnet_jax.runtime.files import JsonObject, read_json, read_json_lines
 from alexnet_jax.runtime.workdir import read_config, read_dataset_statistics, read_result_json
 from alexnet_jax.sweep import results as sweep_results
 from alexnet_jax.sweep.table import Row, summarize
@@ -176,10 +175,6 @@ def views_of(text: str) -> str:
 
 def read_layers(path: str) -> JsonObject:
     """Returns the last complete line of a layers.jsonl; {} if there is none."""
-    last: JsonObject = {}
-    with contextlib.suppress(OSError), open(path, errors='replace') as file:
-        for text in file:
-            with contextlib.suppress(ValueError):  # the last line of a killed run may be incomplete
-                line = json.loads(text)
-                last = line if isinstance(line, dict) else last
-    return last
+    with contextlib.suppress(OSError):
+        return [{}, *read_json_lines(path)][-1]
+    return {}

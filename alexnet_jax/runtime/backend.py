@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import warnings
-from typing import TextIO
+from typing import Any
 
 from alexnet_jax.runtime.console import log
 from alexnet_jax.runtime.files import atomic_write
@@ -167,17 +167,10 @@ def _shorten_cache_warnings(folder: str) -> None:
     """Logs each cache warning of JAX about `folder` as one line, and removes corrupt programs, which JAX does not."""
     show = warnings.showwarning
 
-    def show_shorter(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
+    def show_shorter(message: Warning | str, *where: Any, **more: Any) -> None:
         found = re.match(CACHE_WARNING, str(message))
         if not found:
-            show(message, category, filename, lineno, file, line)
+            show(message, *where, **more)
         elif found[1] == 'writing':
             log(f'{folder}: {found[2]} cannot be cached: {found[3]}')
         else:

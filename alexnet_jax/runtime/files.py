@@ -1,4 +1,4 @@
-"""Atomic file writes, and JSON files."""
+"""Atomic file writes; JSON files and files with one JSON object per line."""
 
 import contextlib
 import json
@@ -44,3 +44,16 @@ def read_json(path: str) -> JsonObject | None:
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def read_json_lines(path: str) -> list[JsonObject]:
+    """Returns the JSON objects in `path`, one per line, without corrupt lines; a killed run leaves an incomplete line.
+
+    Raises OSError: the file cannot be read.
+    """
+    lines = []
+    with open(path, errors='replace') as file:
+        for text in file:
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict)]

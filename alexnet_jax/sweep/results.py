@@ -1,13 +1,12 @@
 """Reads the folder of a sweep: its plan, the results of its finished runs, and the progress of its other runs."""
 
 import contextlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import NotRequired, TypedDict, cast
 
-from alexnet_jax.runtime.files import JsonObject, read_json
+from alexnet_jax.runtime.files import JsonObject, read_json, read_json_lines
 from alexnet_jax.runtime.workdir import read_result_json
 
 # Fields read from sweep.json, with their types.
@@ -150,12 +149,9 @@ def run_status(workdir: str) -> str:
 
 def _last_step(path: str) -> int | None:
     """Returns the step of the last complete line of a metrics.jsonl, or None if there is no such line."""
-    step = None
-    with contextlib.suppress(OSError), open(path, errors='replace') as file:
-        for line in file:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run leaves a partial line
-                step = json.loads(line)['step']
-    return step
+    with contextlib.suppress(OSError):
+        return next((line['step'] for line in reversed(read_json_lines(path)) if 'step' in line), None)
+    return None
 
 
 def views_text(views: int | None) -> str:

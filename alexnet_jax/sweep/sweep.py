@@ -21,7 +21,7 @@ from alexnet_jax.runtime.console import ProgressBar, log, log_error
 from alexnet_jax.runtime.files import read_json, write_json
 from alexnet_jax.runtime.preemption import PreemptionHandler
 from alexnet_jax.runtime.workdir import is_finished
-from alexnet_jax.sweep.results import SweepPlan
+from alexnet_jax.sweep.results import PlannedVariant, SweepPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +118,9 @@ def write_manifest(variants: list[Variant], config_file: str, workdir: str) -> N
         'config': config_file,
         'base': 'base' if 'base' in rows else None,
         'variants': [
-            {
-                'name': row.name,
-                'overrides': row.overrides,
-                'published': row.published,
-                'source': row.source,
-                'note': row.note,
-            }
+            PlannedVariant(
+                name=row.name, overrides=row.overrides, published=row.published, source=row.source, note=row.note
+            )
             for row in rows.values()
         ],
         'runs': [
@@ -168,32 +164,33 @@ def run_all(variants: list[Variant], configs: list[Config], workdir: str, comman
     Returns:
       0: All runs are done.
       1: Some runs failed; the log names these runs and their log files.
-      75: SIGTERM or Ctrl-C preempted the sweep. The active runs were told to save, and the same command resumes.
+      75: SIGTERM or Ctrl-C preempted the sweep. The active runs received SIGTERM and save; the same command
+        resumes them.
     """
     folders = [os.path.join(workdir, variant.directory) for variant in variants]
     waiting = [i for i, folder in enumerate(folders) if not is_finished(configs[i], folder)]
     log(f'{workdir}: {len(variants) - len(waiting)} of {len(variants)} runs are done; running {jobs} at a time')
     progress = ProgressBar('sweep', len(variants), 'runs', done=len(variants) - len(waiting))
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else []
-    places = [set(cores[place::jobs]) for place in range(jobs)] if 1 < jobs <= len(cores) else [set()] * jobs
+    slots = [set(cores[slot::jobs]) for slot in range(jobs)] if 1 < jobs <= len(cores) else [set()] * jobs
     running: dict[int, tuple[int, subprocess.Popen]] = {}  # slot -> (run number, process)
-    failed, told = [], False
+    failed, forwarded = [], False
     with PreemptionHandler() as preemption:
         while running or (waiting and not preemption.requested):
-            for place, cpus in enumerate(places):
-                if place not in running and waiting and not preemption.requested:
+            for slot, cpus in enumerate(slots):
+                if slot not in running and waiting and not preemption.requested:
                     i = waiting.pop(0)
-                    running[place] = i, _start([*command, f'--sweep={i}'], folders[i], cpus)
-            if preemption.requested and not told:
-                told = True
+                    running[slot] = i, _start([*command, f'--sweep={i}'], folders[i], cpus)
+            if preemption.requested and not forwarded:
+                forwarded = True
                 for _, process in running.values():
                     process.terminate()
             time.sleep(0.1)
-            for place, (i, process) in list(running.items()):
+            for slot, (i, process) in list(running.items()):
                 code = process.poll()
                 if code is None:
                     continue
-                del running[place]
+                del running[slot]
                 if code == 0:
                     result = read_json(os.path.join(folders[i], 'result.json')) or {}
                     log(f'{variants[i].directory}: top-1 error {result.get("top1_error", math.nan):.2%}')
