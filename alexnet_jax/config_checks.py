@@ -137,7 +137,7 @@ def _check_model(config: Config) -> None:
     if _smallest_side(config, data.crop_size) < 1:
         least = next((size for size in range(data.crop_size, 4096) if _smallest_side(config, size) >= 1), None)
         if least is None:
-            raise ConfigError(f'config.model.kernel_sizes: {model.kernel_sizes!r} are larger than images may be')
+            raise ConfigError(f'config.model.kernel_sizes: {model.kernel_sizes!r} are larger than any allowed image')
         field = 'crop_size' if least <= data.image_size else 'image_size'
         raise ConfigError(
             f'config.data.{field}: {getattr(data, field)} leaves nothing after pool5; the nearest is {least}'
@@ -173,9 +173,9 @@ def _check_lists(config: Config) -> None:
         if values is None:
             continue
         if len(values) not in lengths:
-            wanted = 'one a layer' if len(lengths) == 1 and lengths[0] > 2 else 'no more and no less'
-            needed = ' or '.join(str(length) for length in lengths)
-            raise ConfigError(f'config.{field}: {len(values)} values; {needed} are needed, {wanted}')
+            per_layer = ', one a layer' if lengths[0] > 2 else ''
+            needed = ' or '.join(map(str, lengths))
+            raise ConfigError(f'config.{field}: {len(values)} values; {needed} are needed{per_layer}')
         for value in values:
             if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value < math.inf:
                 what = f'a whole number from {least}' if kinds is whole else f'a number from {least}'
@@ -191,7 +191,7 @@ def _check_lists(config: Config) -> None:
                 raise ConfigError(f'config.{field}: {name!r} is not one of {", ".join(known)}')
     _check_ops(config.model)
     if not config.model.widths[0]:
-        raise ConfigError('config.model.widths: conv1 cannot be left out, so its width is 1 at least')
+        raise ConfigError('config.model.widths: conv1 cannot be left out, so its width must be at least 1')
 
 
 _OPS = ('activation', 'lrn', 'spatial_lrn', 'batch_norm', 'pool')
@@ -199,7 +199,7 @@ _OPS = ('activation', 'lrn', 'spatial_lrn', 'batch_norm', 'pool')
 
 def _check_ops(model: ModelConfig) -> None:
     if len(model.conv_ops) != 5:
-        raise ConfigError(f'config.model.conv_ops: {len(model.conv_ops)} texts; 5 are needed, one a convolution')
+        raise ConfigError(f'config.model.conv_ops: {len(model.conv_ops)} texts; 5 are needed, one per convolution')
     for text in model.conv_ops:
         ops = text.split() if isinstance(text, str) else [text]
         for i, op in enumerate(ops):

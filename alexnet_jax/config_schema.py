@@ -150,7 +150,7 @@ class MeshConfig:
 class DistributedConfig:
     """Time limits of runs with several processes, in seconds."""
 
-    initialization_timeout: int = 300  # for all processes to connect, from when the prepared data set is ready
+    initialization_timeout: int = 300  # for all processes to connect, after the prepared data set is ready
     heartbeat_timeout: int = 15  # a process without a heartbeat for this long is lost, and the others exit
     watchdog_timeout: int = 600  # a process without a step, evaluated batch or checkpoint for this long exits
 

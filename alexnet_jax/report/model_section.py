@@ -46,11 +46,11 @@ def model_sections(workdir: str, train_command: str, data_dir: str | None, neigh
         return [(title, [('missing', why)]) for title in _TITLES]
     sections: list[Section] = [(_TITLES[0], [*kernel_figures(network), ABOUT_KERNELS])]
     try:
-        store = _open_dataset(network, data_dir)
-        shown = choose(store.validation, PREDICTED)
+        prepared = _open_dataset(network, data_dir)
+        shown = choose(prepared.validation, PREDICTED)
         sections.append((_TITLES[1], predictions(network, shown)))
         if neighbors:
-            sections.append((_TITLES[2], nearest(network, store, shown[:QUERIES])))
+            sections.append((_TITLES[2], nearest(network, prepared, shown[:QUERIES])))
         else:
             sections.append((_TITLES[2], [('missing', 'Omitted because of `--noneighbors`.')]))
     except (ConfigError, CheckpointError, dataset.DatasetError) as error:
@@ -147,12 +147,12 @@ def predictions(network: TrainedModel, shown: list[Example]) -> list[Block]:
     return [('remark', about), ('cards', cards)]
 
 
-def nearest(network: TrainedModel, store: dataset.PreparedDataset, shown: list[Example]) -> list[Block]:
+def nearest(network: TrainedModel, prepared: dataset.PreparedDataset, shown: list[Example]) -> list[Block]:
     """Returns the images of `shown` with their nearest training images, as in the right half of figure 4 of the paper.
 
     Raises ConfigError, DatasetError: see feature_index.build_or_load_index().
     """
-    names, index = network.class_names, feature_index.build_or_load_index(network, store)
+    names, index = network.class_names, feature_index.build_or_load_index(network, prepared)
     queries = feature_index.extract_features(network, index, [example['image'] for _, example in shown])
     about = (
         f'Each group starts with a validation image, followed by the {NEAREST} training images with the nearest'
@@ -165,7 +165,7 @@ def nearest(network: TrainedModel, store: dataset.PreparedDataset, shown: list[E
         picture = pixel_picture(query['image'], f'validation image {place} of class {label}')
         cards = [Card(picture, label, 'query')]
         for where, distance in zip(numbers.tolist(), distances.tolist(), strict=True):
-            example = store.train[where]
+            example = prepared.train[where]
             if example is not None:
                 name = names[example['label']]
                 picture = pixel_picture(example['image'], f'training image {where} of class {name}')
