@@ -9,7 +9,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -182,7 +181,8 @@ def exit_code(
         return 130
 
 
-def _reason(error: Any) -> str:
+def _reason(error: Exception) -> str:
     """Returns the message of `error`; of an OSError, the name of the file and the cause."""
-    is_about_file = isinstance(error, OSError) and error.filename is not None and error.strerror
-    return f'{error.filename}: {error.strerror}' if is_about_file else str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f'{error.filename}: {error.strerror}'
+    return str(error)

@@ -1,29 +1,27 @@
 """Configuration: the editable form of the settings, overrides by dotted name, and resolve(), which validates them.
 
-A configuration is edited as a ConfigDict (config files, flags, overrides) and used as a Config: resolve() converts the
-one into the other once, at the start of a command. This module does not import jax, so that an invalid setting is
-reported at once.
+Config files, flags and overrides edit a ConfigDict. resolve() converts the ConfigDict to a Config once, at the start of
+a command. This module does not import jax, so that a command reports an invalid setting without delay.
 """
 
 import dataclasses
 import difflib
 import types
 import typing
-from typing import Any
+from collections.abc import Mapping
 
 import ml_collections
 from ml_collections import config_dict
 
-from alexnet_jax.config_checks import check, check_class_names, check_mesh, check_preset
-from alexnet_jax.config_schema import (
+# Other modules import all names of the configuration from this one.
+from alexnet_jax.config_checks import check, check_choice, check_class_names, check_mesh  # noqa: F401
+from alexnet_jax.config_schema import (  # noqa: F401
     RENAMED,
     RENAMED_VALUES,
-    CheckpointConfig,
     Config,
     ConfigError,
     DataConfig,
     DistributedConfig,
-    EvalConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -34,32 +32,6 @@ from alexnet_jax.config_schema import (
 )
 from alexnet_jax.presets import PRESETS
 
-__all__ = [
-    'RENAMED',
-    'CheckpointConfig',
-    'Config',
-    'ConfigError',
-    'DataConfig',
-    'DistributedConfig',
-    'EvalConfig',
-    'MeshConfig',
-    'ModelConfig',
-    'OptimizerConfig',
-    'TrainConfig',
-    'apply_overrides',
-    'check_class_names',
-    'check_mesh',
-    'default_config',
-    'duration_in_steps',
-    'field_names',
-    'get_by_path',
-    'preset_config',
-    'resolve',
-    'total_steps',
-    'unknown_field',
-    'upgrade',
-]
-
 
 def default_config() -> ml_collections.ConfigDict:
     """Returns all settings; the defaults train the paper's network on ImageNet as in section 5 of the paper.
@@ -67,24 +39,19 @@ def default_config() -> ml_collections.ConfigDict:
     config_schema.py describes the fields. resolve() fills the fields of `model` that are None from `model.preset`.
     Durations are text: '5 epochs', '100 steps' or '1000 images'; a bare '100' counts steps.
     """
-    return ml_collections.ConfigDict(_defaults(Config))
+    return ml_collections.ConfigDict(_editable(Config, None))
 
 
-def _defaults(group: Any) -> dict[str, Any]:
-    """Returns the default of each field of the dataclass `group`; a field without one accepts None and its type."""
-    kinds: dict[str, Any] = typing.get_type_hints(group)
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(group):
-        kind = kinds[field.name]
-        if isinstance(kind, types.UnionType):
-            kind = typing.get_args(kind)[0]
-        if dataclasses.is_dataclass(kind):
-            values[field.name] = _defaults(kind)
-        elif field.default in (None, dataclasses.MISSING):
-            values[field.name] = config_dict.placeholder(typing.get_origin(kind) or kind)
-        else:
-            values[field.name] = field.default
-    return values
+def _editable(kind: object, default: object) -> object:
+    """Returns the editable form of a field of type `kind`: a dict for a dataclass, a placeholder without a default."""
+    if isinstance(kind, types.UnionType):
+        kind = typing.get_args(kind)[0]
+    if dataclasses.is_dataclass(kind):
+        kinds = typing.get_type_hints(kind)
+        return {field.name: _editable(kinds[field.name], field.default) for field in dataclasses.fields(kind)}
+    if default is None or default is dataclasses.MISSING:
+        return config_dict.placeholder(typing.get_origin(kind) or kind)
+    return default
 
 
 def preset_config(name: str) -> ml_collections.ConfigDict:
@@ -102,26 +69,24 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     """
     _check_fields(config, default_config(), '')
     values = config.to_dict()
-    check_preset(values['model']['preset'])
+    check_choice('model.preset', values['model']['preset'])
     preset = PRESETS[values['model']['preset']].model
     values['model'] |= {name: value for name, value in preset.items() if values['model'][name] is None}
     values['data']['source'] = values['data']['source'].rstrip('/')  # shells complete folder names with a slash
-    groups: dict[str, Any] = {
-        name: kind for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)
-    }
-    for name, kind in groups.items():
-        values[name] = kind(**{field: _as_tuple(value) for field, value in values[name].items()})
+    for name, kind in typing.get_type_hints(Config).items():
+        if isinstance(values[name], dict):
+            values[name] = kind(**{field: _as_tuple(value) for field, value in values[name].items()})
     resolved = Config(**values)
     check(resolved)
     return resolved
 
 
-def _as_tuple(value: Any) -> Any:
+def _as_tuple(value: object) -> object:
     """Converts lists, as JSON has them, to tuples."""
     return tuple(_as_tuple(item) for item in value) if isinstance(value, list | tuple) else value
 
 
-def upgrade(written: dict[str, Any]) -> dict[str, Any]:
+def upgrade(written: Mapping[str, object]) -> dict[str, object]:
     """Returns the content of a config.json with the fields and values that version 0.1 named differently renamed."""
     values = {name: dict(group) if isinstance(group, dict) else group for name, group in written.items()}
     for old, new in RENAMED.items():
@@ -131,41 +96,38 @@ def upgrade(written: dict[str, Any]) -> dict[str, Any]:
             fields[new_name] = fields.pop(old_name)
     for field, renamed in RENAMED_VALUES.items():
         group, name = field.split('.')
-        if isinstance(values.get(group), dict) and values[group].get(name) in tuple(renamed):
-            values[group][name] = renamed[values[group][name]]
-    if isinstance(values.get('model'), dict) and isinstance(values['model'].get('conv_ops'), list):
-        ops = values['model']['conv_ops']
-        values['model']['conv_ops'] = [str(text).replace('spatial_norm', 'spatial_lrn') for text in ops]
+        fields = values.get(group)
+        if isinstance(fields, dict) and fields.get(name) in tuple(renamed):
+            fields[name] = renamed[fields[name]]
+    model = values.get('model')
+    if isinstance(model, dict) and isinstance(model.get('conv_ops'), list):
+        model['conv_ops'] = [str(text).replace('spatial_norm', 'spatial_lrn') for text in model['conv_ops']]
     return values
 
 
 def unknown_field(field: str, known: list[str]) -> ConfigError:
-    """Returns the error for the unknown `field`, which names its new name, or the nearest of the `known` fields."""
+    """Returns the error for the unknown `field`; the message has its new name or the nearest of the `known` fields."""
     if field in RENAMED:
         return ConfigError(f'config.{field} was renamed to config.{RENAMED[field]}')
     last = field.rsplit('.', 1)[-1]
     by_last = {name.rsplit('.', 1)[-1]: name for name in known}
-    near = difflib.get_close_matches(field, known, 1, 0.75) or [
-        by_last[name] for name in difflib.get_close_matches(last, by_last, 1, 0.7)
-    ]
-    near = near or difflib.get_close_matches(field, known, 1, 0.0)
+    near = (
+        difflib.get_close_matches(field, known, 1, 0.75)
+        or [by_last[name] for name in difflib.get_close_matches(last, by_last, 1, 0.7)]
+        or difflib.get_close_matches(field, known, 1, 0.0)
+    )
     return ConfigError(f'config.{field}: no such field; the nearest is config.{near[0]}')
 
 
-def field_names(config: Config | ml_collections.ConfigDict, prefix: str = '') -> list[str]:
-    """Returns the dotted names of all leaves of `config`, each after `prefix`."""
+def field_names(config: Config | ml_collections.ConfigDict) -> list[str]:
+    """Returns the dotted names of all fields of `config`."""
     names: list[str] = []
-    for name, value in config.to_dict().items() if isinstance(config, Config) else config.items():
-        if isinstance(value, dict):
-            names += [f'{prefix}{name}.{field}' for field in value]
-        elif isinstance(value, ml_collections.ConfigDict):
-            names += field_names(value, f'{prefix}{name}.')
-        else:
-            names.append(prefix + name)
+    for name, value in config.to_dict().items():
+        names += [f'{name}.{field}' for field in value] if isinstance(value, dict) else [name]
     return names
 
 
-def apply_overrides(config: ml_collections.ConfigDict, values: dict[str, Any]) -> None:
+def apply_overrides(config: ml_collections.ConfigDict, values: Mapping[str, object]) -> None:
     """Sets fields of `config` in place, by dotted name. Raises ConfigError: a field is unknown or the type is wrong."""
     known = field_names(config)
     for field, value in values.items():

@@ -3,13 +3,13 @@
 import difflib
 import math
 import re
-from typing import Any
+from collections.abc import Sequence
 
 from alexnet_jax.config_schema import RENAMED_VALUES, Config, ConfigError, ModelConfig, duration_in_steps, get_by_path
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.shapes import CONVOLUTIONS, DENSE, LAYERS, layer_specs, layer_table
 
-_CHOICES = {
+_CHOICES: dict[str, tuple[str | int, ...]] = {
     'model.preset': tuple(PRESETS),
     'model.activation': ('relu', 'tanh'),
     'model.initializer': ('normal', 'glorot_uniform', 'he_normal', 'torch_default'),
@@ -31,31 +31,28 @@ _CHOICES = {
 def check(config: Config) -> None:
     """Raises ConfigError if a value is not allowed, or contradicts another field."""
     for field in _CHOICES:
-        _check_choice(field, get_by_path(config, field))
+        check_choice(field, get_by_path(config, field))
     _check_ranges(config)
     _check_model(config)
     _check_durations(config)
     check_mesh(config, config.mesh.data, config.mesh.model)
 
 
-def check_preset(name: str) -> None:
-    """Raises ConfigError if `name` is not a preset."""
-    _check_choice('model.preset', name)
-
-
-def _check_choice(field: str, value: Any) -> None:
+def check_choice(field: str, value: str | int) -> None:
+    """Raises ConfigError if `value` is not allowed for `field`, one of the fields with a fixed set of values."""
     choices = _CHOICES[field]
-    if value not in choices:
+    if value in choices:
+        return
+    near: str | int
+    if isinstance(value, str):
         new = RENAMED_VALUES.get(field, {}).get(value)
         if new is not None:
             raise ConfigError(f'config.{field}: {value!r} was renamed to {new!r}')
-        near: Any
-        if isinstance(value, str):
-            near = difflib.get_close_matches(value, [str(choice) for choice in choices], 1, 0.0)[0]
-        else:
-            near = min(choices, key=lambda choice: abs(choice - value))
-        every = ', '.join(map(str, choices))
-        raise ConfigError(f'config.{field}: {value!r} is not one of {every}; the nearest is {near!r}')
+        near = difflib.get_close_matches(value, map(str, choices), 1, 0.0)[0]
+    else:
+        near = min(map(int, choices), key=lambda choice: abs(choice - value))
+    every = ', '.join(map(str, choices))
+    raise ConfigError(f'config.{field}: {value!r} is not one of {every}; the nearest is {near!r}')
 
 
 def _check_ranges(config: Config) -> None:
@@ -116,14 +113,14 @@ def _check_ranges(config: Config) -> None:
         )
 
 
-def check_class_names(names: Any) -> None:
+def check_class_names(names: Sequence[object]) -> None:
     """Raises ConfigError unless `names` are distinct, printable, nonempty texts without blanks around them."""
     for name in names:
         if not isinstance(name, str) or not name.isprintable() or name != name.strip() or not name:
-            raise ConfigError(f'config.data.class_names: {name!r} is no printable text without blanks around it')
+            raise ConfigError(f'config.data.class_names: {name!r} is not a printable text without blanks around it')
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
-        raise ConfigError(f'config.data.class_names: {twice!r} is there twice')
+        raise ConfigError(f'config.data.class_names: {twice!r} occurs twice')
 
 
 def _check_model(config: Config) -> None:
@@ -140,7 +137,7 @@ def _check_model(config: Config) -> None:
     if _smallest_side(config, data.crop_size) < 1:
         least = next((size for size in range(data.crop_size, 4096) if _smallest_side(config, size) >= 1), None)
         if least is None:
-            raise ConfigError(f'config.model.kernel_sizes: {model.kernel_sizes!r} are larger than images may be')
+            raise ConfigError(f'config.model.kernel_sizes: {model.kernel_sizes!r} are larger than any allowed image')
         field = 'crop_size' if least <= data.image_size else 'image_size'
         raise ConfigError(
             f'config.data.{field}: {getattr(data, field)} leaves nothing after pool5; the nearest is {least}'
@@ -161,7 +158,8 @@ def _smallest_side(config: Config, crop_size: int) -> int:
 def _check_lists(config: Config) -> None:
     """Validates the lists of numbers and of names: their lengths and items."""
     whole, number = (int,), (int, float)
-    lists: dict[str, tuple[tuple[int, ...], Any, float]] = {  # (allowed lengths, item types, minimum)
+    # By field: allowed lengths, item types, minimum.
+    lists: dict[str, tuple[tuple[int, ...], tuple[type[int | float], ...], float]] = {
         'model.widths': ((7,), whole, 0),
         'model.kernel_sizes': ((5,), whole, 1),
         'model.conv1_padding': ((2,), whole, 0),
@@ -175,9 +173,9 @@ def _check_lists(config: Config) -> None:
         if values is None:
             continue
         if len(values) not in lengths:
-            wanted = 'one a layer' if len(lengths) == 1 and lengths[0] > 2 else 'no more and no less'
-            needed = ' or '.join(str(length) for length in lengths)
-            raise ConfigError(f'config.{field}: {len(values)} values; {needed} are needed, {wanted}')
+            per_layer = ', one a layer' if lengths[0] > 2 else ''
+            needed = ' or '.join(map(str, lengths))
+            raise ConfigError(f'config.{field}: {len(values)} values; {needed} are needed{per_layer}')
         for value in values:
             if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value < math.inf:
                 what = f'a whole number from {least}' if kinds is whole else f'a number from {least}'
@@ -193,7 +191,7 @@ def _check_lists(config: Config) -> None:
                 raise ConfigError(f'config.{field}: {name!r} is not one of {", ".join(known)}')
     _check_ops(config.model)
     if not config.model.widths[0]:
-        raise ConfigError('config.model.widths: conv1 cannot be left out, so its width is 1 at least')
+        raise ConfigError('config.model.widths: conv1 cannot be left out, so its width must be at least 1')
 
 
 _OPS = ('activation', 'lrn', 'spatial_lrn', 'batch_norm', 'pool')
@@ -201,7 +199,7 @@ _OPS = ('activation', 'lrn', 'spatial_lrn', 'batch_norm', 'pool')
 
 def _check_ops(model: ModelConfig) -> None:
     if len(model.conv_ops) != 5:
-        raise ConfigError(f'config.model.conv_ops: {len(model.conv_ops)} texts; 5 are needed, one a convolution')
+        raise ConfigError(f'config.model.conv_ops: {len(model.conv_ops)} texts; 5 are needed, one per convolution')
     for text in model.conv_ops:
         ops = text.split() if isinstance(text, str) else [text]
         for i, op in enumerate(ops):
@@ -255,9 +253,8 @@ def check_mesh(config: Config, data: int, model: int) -> None:
         raise ConfigError(
             f"config.mesh.model: {model} with mesh.layout='data', which has no model axis; the nearest is 1"
         )
-    if layout == 'towers' and towers % model:
-        near = max(size for size in range(1, towers + 1) if size <= model and towers % size == 0)
-        raise ConfigError(f'config.mesh.model: {model} does not divide model.towers={towers}; the nearest is {near}')
+    if layout == 'towers':
+        _check_model_axis(model, towers, f'model.towers={towers}')
     table = {layer.name: layer for layer in layer_table(config.model, config.data.crop_size, config.data.channels)}
     if layout == 'hybrid' and not all(name in table and table[name].spec.cross_tower for name in DENSE):
         raise ConfigError(
@@ -266,21 +263,15 @@ def check_mesh(config: Config, data: int, model: int) -> None:
     has_lrn = any('lrn' in layer.spec.ops for layer in table.values())
     if model > 1 and layout == 'towers' and has_lrn and config.model.lrn_across_towers:
         raise ConfigError(f'config.mesh.model: {model} with model.lrn_across_towers; the nearest is 1')
-    inputs = table['fc6'].kernel[0] if 'fc6' in table else model
-    if layout == 'hybrid' and inputs % model:
-        near = max(size for size in range(1, model) if inputs % size == 0)
-        raise ConfigError(
-            f'config.mesh.model: {model} does not divide the {inputs} inputs of fc6; the nearest is {near}'
-        )
+    if layout == 'hybrid':
+        inputs = table['fc6'].kernel[0]
+        _check_model_axis(model, inputs, f'the {inputs} inputs of fc6')
     for name in ('fc6', 'fc7'):
         if name in table:
             _check_divides(f'config.model.widths ({name})', table[name].spec.features, 'mesh.model', model)
-    classes = config.model.num_classes
-    if layout != 'hybrid' and classes % model:
-        near = max(size for size in range(1, model) if classes % size == 0)
-        raise ConfigError(
-            f'config.mesh.model: {model} does not divide model.num_classes={classes}; the nearest is {near}'
-        )
+    if layout != 'hybrid':
+        classes = config.model.num_classes
+        _check_model_axis(model, classes, f'model.num_classes={classes}')
     if data == 0 or data < -1:
         raise ConfigError(f'config.mesh.data: {data} devices; the nearest is 1 (or -1 for all there are)')
     if data != -1:
@@ -295,3 +286,9 @@ def check_mesh(config: Config, data: int, model: int) -> None:
                 f'config.train.grad_accum_steps: {count} does not divide the {images} images of train.batch_size that'
                 f' each device has; the nearest is {near}'
             )
+
+
+def _check_model_axis(model: int, number: int, described: str) -> None:
+    if number % model:
+        near = max(size for size in range(1, model) if number % size == 0)
+        raise ConfigError(f'config.mesh.model: {model} does not divide {described}; the nearest is {near}')

@@ -5,6 +5,7 @@ module imports neither jax nor numpy.
 """
 
 import dataclasses
+import operator
 import re
 from typing import Any
 
@@ -149,7 +150,7 @@ class MeshConfig:
 class DistributedConfig:
     """Time limits of runs with several processes, in seconds."""
 
-    initialization_timeout: int = 300  # for all processes to connect, from when the prepared data set is ready
+    initialization_timeout: int = 300  # for all processes to connect, after the prepared data set is ready
     heartbeat_timeout: int = 15  # a process without a heartbeat for this long is lost, and the others exit
     watchdog_timeout: int = 600  # a process without a step, evaluated batch or checkpoint for this long exits
 
@@ -180,7 +181,7 @@ _DURATION = re.compile(r'(\d{1,12}(?:\.\d{1,12})?)\s*(steps?|epochs?|images?)?')
 def duration_in_steps(duration: str, *, batch_size: int, examples: int) -> int:
     """Converts `duration` ('5 epochs', '100 steps', '1000 images' or '100') to whole steps.
 
-    A duration above zero gives at least one step. Raises ConfigError: the text has another form.
+    A positive duration is at least one step. Raises ConfigError: the text has another form.
     """
     match = _DURATION.fullmatch(duration.strip())
     if not match:
@@ -197,11 +198,9 @@ def total_steps(train: TrainConfig, examples: int) -> int:
     return duration_in_steps(f'{train.epochs:f} epochs', batch_size=train.batch_size, examples=examples)
 
 
-def get_by_path(config: Any, field: str) -> Any:
-    """Returns the value of the field with the dotted name `field`, of a Config or a ConfigDict."""
-    for name in field.split('.'):
-        config = getattr(config, name)
-    return config
+def get_by_path(config: object, field: str) -> Any:
+    """Returns the value of the field with the dotted name `field` of `config`, a Config or a ConfigDict."""
+    return operator.attrgetter(field)(config)
 
 
 # Fields of version 0.1 by their old names, for run folders of that version and for overrides by an old name.

@@ -4,13 +4,24 @@ Scores are log probabilities (N, classes) float32; labels are (N,) int32 from 0 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Integer
 
 Scores = Float32[np.ndarray, 'n classes']
 Labels = Integer[np.ndarray, ' n']
+
+
+class ClassErrors(TypedDict):
+    """The errors of one class, see per_class_errors()."""
+
+    name: str
+    images: int
+    top1_error: float | None
+    top5_error: float | None
+    instead: str | None
+    instead_images: int
 
 
 def errors(scores: Scores, labels: Labels) -> tuple[Bool[np.ndarray, ' n'], Bool[np.ndarray, ' n']]:
@@ -77,8 +88,8 @@ def top_k(
     return [(class_names[index], float(probabilities[index])) for index in order]
 
 
-def per_class_errors(scores: Scores, labels: Labels, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns one row per class: name, images, top1_error, top5_error, instead and instead_images.
+def per_class_errors(scores: Scores, labels: Labels, names: Sequence[str]) -> list[ClassErrors]:
+    """Returns the errors of each class, in the order of `names`.
 
     The errors are 0 to 1, or None for a class without images. `instead` is the class that most often has the best score
     among the wrong classes in the top-1 errors (the first class in a tie), and `instead_images` is the number of those
@@ -88,7 +99,7 @@ def per_class_errors(scores: Scores, labels: Labels, names: Sequence[str]) -> li
     others = np.where(np.isnan(scores), -np.inf, scores)
     np.put_along_axis(others, labels[:, None], -np.inf, -1)
     confused, known = others.argmax(-1), others.max(-1) > -np.inf
-    rows = []
+    rows: list[ClassErrors] = []
     for label, name in enumerate(names):
         own = labels == label
         counts = np.bincount(confused[own & top1 & known], minlength=len(names))

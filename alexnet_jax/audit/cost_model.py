@@ -2,8 +2,10 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 from alexnet_jax import shapes
+from alexnet_jax.audit.hlo_collectives import Collective
 from alexnet_jax.config import Config
 
 ITEM_SIZES = {'float32': 4, 'bfloat16': 2}
@@ -88,11 +90,12 @@ def lower_bound_bytes(config: Config) -> float:
     return exchange_bytes(config) + gradient_bytes(config)
 
 
-def predict(config: Config, collectives: list, bandwidth: float, flops: float) -> dict[str, float]:
+def predict(config: Config, collectives: Sequence[Collective], bandwidth: float, flops: float) -> dict[str, float]:
     """Predicts the step time from assumed speeds per device: `bandwidth` in sent bytes/s, `flops` in sustained FLOP/s.
 
-    The model covers data volume only: no latency, contention or input pipeline. Exchanges of activations lie between
-    layers and cannot overlap with compute. Gradient collectives can overlap with the backward pass. The two bounds:
+    The model covers data volume only: no latency, contention or input pipeline. Exchanges of activations take place
+    between layers and cannot overlap with compute. Gradient collectives can overlap with the backward pass.
+    The two bounds:
       without_overlap           compute + exchanges + gradients
       with_gradients_overlapped exchanges + max(compute, gradients)
     Efficiency is the throughput divided by that of the same number of devices without communication.

@@ -42,7 +42,7 @@ class Collective:
 
     Attributes:
       kind: HLO opcode.
-      layer: One of LAYERS or PARTS, '' if unknown.
+      layer: One of LAYERS or STEP_SCOPES, '' if unknown.
       dtype: HLO name of the dtype.
       shapes: Shape of each output tensor on one device.
       group_size: Number of devices per group.
@@ -133,7 +133,7 @@ def _entries(shape: str) -> list[str]:
 
 
 def _layer(line: str) -> str:
-    """Returns the innermost scope in `op_name` that is one of LAYERS or PARTS, or ''."""
+    """Returns the innermost scope in `op_name` that is one of LAYERS or STEP_SCOPES, or ''."""
     name = re.search(r'op_name="([^"]*)"', line)
     words = re.findall(r'\w+', name[1]) if name else []
     return next((word for word in reversed(words) if word in LAYERS + STEP_SCOPES), '')

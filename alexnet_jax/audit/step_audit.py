@@ -1,9 +1,10 @@
 """The audit of a train step: compiles the step for simulated devices and lists what it sends, computes and stores."""
 
+import dataclasses
 import json
 import os
 import re
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import ml_collections
 
@@ -11,8 +12,32 @@ from alexnet_jax import shapes
 from alexnet_jax.audit import cost_model
 from alexnet_jax.audit.hlo_collectives import Collective, step_collectives
 from alexnet_jax.config import Config, ConfigError, resolve
+from alexnet_jax.runtime.files import JsonObject
 
 MAX_SIMULATED_DEVICES = 2048  # limit of XLA for one CPU process
+_LAYER_FIELDS = ('name', 'output', 'parameters', 'multiply_adds')
+
+
+class AuditReport(TypedDict):
+    """The costs of a training step; --json prints these fields. Bytes and FLOPs are per step and device.
+
+    `multiply_adds` are per image, forward pass only. cost_model.predict() computes the `prediction`.
+    """
+
+    layout: str
+    mesh: dict[str, int]
+    batch_size: int
+    batch_per_device: float
+    parameters: int
+    multiply_adds: int
+    flops_per_device: int
+    compiler_flops_per_device: int
+    peak_bytes_per_device: int
+    collectives: list[Collective]
+    wire_bytes_per_device: int
+    analytic_minimum_bytes: int
+    layers: list[JsonObject]
+    prediction: NotRequired[dict[str, float]]
 
 
 def audit_config(
@@ -42,12 +67,8 @@ def audit_config(
     return resolve(config)
 
 
-def audit(config: Config) -> dict[str, Any]:
-    """Returns the costs of a training step of `config` (see audit_config()). JAX must have at least as many devices.
-
-    These are the fields that --json prints, with `collectives` as a list of Collective. Bytes and FLOPs are per step
-    and device; `multiply_adds` are per image, forward pass only.
-    """
+def audit(config: Config) -> AuditReport:
+    """Returns the costs of a training step of `config` (see audit_config()). JAX must have at least as many devices."""
     import jax
     import numpy as np
 
@@ -94,30 +115,15 @@ def audit(config: Config) -> dict[str, Any]:
         'collectives': found,
         'wire_bytes_per_device': round(sum(each.bytes for each in found)),
         'analytic_minimum_bytes': round(cost_model.lower_bound_bytes(config)),
-        'layers': [
-            {
-                'name': layer.name,
-                'output': layer.output,
-                'parameters': layer.parameters,
-                'multiply_adds': layer.multiply_adds,
-            }
-            for layer in table
-        ],
+        'layers': [{name: getattr(layer, name) for name in _LAYER_FIELDS} for layer in table],
     }
 
 
-def as_json(report: dict[str, Any]) -> str:
+def as_json(report: AuditReport) -> str:
     """Returns the report of audit() as one JSON object."""
 
-    def plain(each: Any) -> dict[str, Any]:
-        return {
-            'kind': each.kind,
-            'layer': each.layer,
-            'dtype': each.dtype,
-            'shapes': each.shapes,
-            'group_size': each.group_size,
-            'bytes': round(each.bytes),
-        }
+    def plain(each: Collective) -> dict[str, object]:
+        return {**dataclasses.asdict(each), 'bytes': round(each.bytes)}
 
     return json.dumps(report, default=plain)
 
@@ -132,7 +138,7 @@ def collectives_table(found: list[Collective]) -> str:
     return '\n'.join(lines)
 
 
-def layers_table(report: dict[str, Any]) -> str:
+def layers_table(report: AuditReport) -> str:
     """Returns one line per layer: output shape, parameters and multiply-adds, with their shares of the total."""
     lines = [f'{"layer":<7}{"output":<14}{"parameters":>12}{"share":>8}{"multiply-adds":>16}{"share":>8}']
     for layer in report['layers']:
@@ -146,7 +152,7 @@ def layers_table(report: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
-def as_text(report: dict[str, Any]) -> str:
+def as_text(report: AuditReport) -> str:
     """Returns the report of audit() as text."""
     data, model = report['mesh']['data'], report['mesh']['model']
     wire, least = report['wire_bytes_per_device'], report['analytic_minimum_bytes']
@@ -171,7 +177,7 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def prediction_lines(prediction: dict[str, float] | None) -> list[str]:
-    """Returns the prediction of costs.predict() as lines of text, or no lines for None."""
+    """Returns the prediction of cost_model.predict() as lines of text; for None, there are no lines."""
     if prediction is None:
         return []
     lines = [

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
         if member is None or member.config.cpu_tuning:
             backend.configure_cpu_backend()
         backend.enable_compilation_cache()
-        if kind:
+        if member is None:
             import_file(os.path.expanduser(argv[1]), kind, argv[2], given)
         else:
             export.write(load_model(member), argv[2])

@@ -2,11 +2,11 @@
 
 import math
 from functools import cache
-from typing import Any
 
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
+from jaxtyping import Float
 
 from alexnet_jax.convert.formats import FormatError
 
@@ -30,7 +30,7 @@ _SCHEMA = {
 
 
 @cache
-def _messages() -> dict[str, Any]:
+def _messages() -> dict[str, type[Message]]:
     """Returns the message classes by name."""
     file = descriptor_pb2.FileDescriptorProto(name='caffe.proto', package='caffe', syntax='proto2')
     for name, fields in _SCHEMA.items():
@@ -48,7 +48,7 @@ def _messages() -> dict[str, Any]:
     return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f'caffe.{name}')) for name in _SCHEMA}
 
 
-def read(path: str) -> tuple[str, dict[str, list[np.ndarray]]]:
+def read(path: str) -> tuple[str, dict[str, list[Float[np.ndarray, '...']]]]:
     """Reads the .caffemodel `path`.
 
     Returns:
@@ -74,7 +74,7 @@ def read(path: str) -> tuple[str, dict[str, list[np.ndarray]]]:
     return net.name, {layer.name: [_array(blob, layer.name) for blob in layer.blobs] for layer in layers}
 
 
-def read_mean(path: str) -> np.ndarray:
+def read_mean(path: str) -> Float[np.ndarray, 'c h w'] | Float[np.ndarray, ' c']:
     """Returns the floating-point mean image in `path`, a .binaryproto or .npy: (C, H, W) or (C,), BGR channels.
 
     Raises:
@@ -97,7 +97,7 @@ def read_mean(path: str) -> np.ndarray:
     return mean
 
 
-def _parsed(name: str, path: str) -> Any:
+def _parsed(name: str, path: str) -> Message:
     """Parses the file as message `name`. Raises FormatError, OSError."""
     message = _messages()[name]()
     with open(path, 'rb') as file:
@@ -108,7 +108,7 @@ def _parsed(name: str, path: str) -> Any:
     return message
 
 
-def _array(blob: Any, where: str) -> np.ndarray:
+def _array(blob: Message, where: str) -> Float[np.ndarray, '...']:
     """Returns the data of a BlobProto as an array, without a copy if the data are in one part. Raises FormatError."""
     shape = tuple(blob.shape.dim) if blob.HasField('shape') else (blob.num, blob.channels, blob.height, blob.width)
     parts, kind = (blob.double_data, '<f8') if blob.double_data else (blob.data, '<f4')

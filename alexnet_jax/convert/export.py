@@ -7,12 +7,13 @@ preprocessing of the run's center crop. They run on one device, regardless of th
 import importlib
 import json
 import os
-from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 
 from alexnet_jax.config import ConfigError, default_config
-from alexnet_jax.inference.trained_model import with_overrides
+from alexnet_jax.convert.weight_layouts import Parameters
+from alexnet_jax.inference.trained_model import TrainedModel, with_overrides
 from alexnet_jax.runtime.files import atomic_write
 from alexnet_jax.runtime.workdir import read_config
 
@@ -40,8 +41,8 @@ def validate_target(path: str) -> str:
     return ending
 
 
-def write(network: Any, path: str) -> None:
-    """Writes `network` (a trained.Network) to `path` atomically.
+def write(network: TrainedModel, path: str) -> None:
+    """Writes `network` to `path` atomically.
 
     .safetensors: Float32 arrays 'conv1.kernel', 'conv1.bias', 'conv1_norm.mean', ... in this project's layout, and the
       training image statistics 'statistics.mean_image', ... with unchanged dtypes. Metadata: format ('alexnet_jax'),
@@ -52,7 +53,7 @@ def write(network: Any, path: str) -> None:
       preset, step.
 
     Raises:
-      ConfigError: See check(), or the weights exceed the size limit of the format.
+      ConfigError: See validate_target(), or the weights exceed the size limit of the format.
       OSError: Writing failed.
     """
     import jax
@@ -70,7 +71,7 @@ def write(network: Any, path: str) -> None:
         file.write(content)
 
 
-def _safetensors(network: Any, params: Any, batch_statistics: Any) -> bytes:
+def _safetensors(network: TrainedModel, params: Parameters, batch_statistics: Parameters) -> bytes:
     import safetensors.numpy
 
     groups = {**params, **batch_statistics, 'statistics': network.statistics}
@@ -86,15 +87,15 @@ def _safetensors(network: Any, params: Any, batch_statistics: Any) -> bytes:
     return safetensors.numpy.save(arrays, metadata)
 
 
-def _stablehlo(network: Any, params: Any, batch_statistics: Any) -> bytes | bytearray:
+def _stablehlo(network: TrainedModel, params: Parameters, batch_statistics: Parameters) -> bytes | bytearray:
     import jax
     import jax.numpy as jnp
     from flax import nnx
     from jax import export
 
-    from alexnet_jax.training.state import build_model as definition
+    from alexnet_jax.training.state import build_model
 
-    graph, data = definition(network.config)[0], network.config.data
+    graph, data = build_model(network.config)[0], network.config.data
     mean, scale = _preprocessing(network)
 
     def logits(images):
@@ -112,7 +113,7 @@ def _stablehlo(network: Any, params: Any, batch_statistics: Any) -> bytes | byte
         jax.config.update(setting, before)
 
 
-def _onnx(network: Any, params: Any, batch_statistics: Any) -> bytes:
+def _onnx(network: TrainedModel, params: Parameters, batch_statistics: Parameters) -> bytes:
     import onnx
 
     from alexnet_jax.convert import onnx_graph
@@ -122,12 +123,13 @@ def _onnx(network: Any, params: Any, batch_statistics: Any) -> bytes:
     return model.SerializeToString()
 
 
-def _labels(network: Any) -> dict[str, str]:
+def _labels(network: TrainedModel) -> dict[str, str]:
     return {'class_names': json.dumps(network.class_names), 'step': str(network.step)}
 
 
-def _preprocessing(network: Any) -> tuple[np.ndarray, np.ndarray]:
+def _preprocessing(network: TrainedModel) -> tuple[Float32[np.ndarray, 'crop crop c'], Float32[np.ndarray, ' c']]:
     """Returns the mean of the center crop, (crop_size, crop_size, C), and the scale after its subtraction, (C,)."""
     preprocessing, crop = network.preprocessing, network.config.data.crop_size
     start = (preprocessing['mean'].shape[0] - crop) // 2
-    return preprocessing['mean'][start : start + crop, start : start + crop], preprocessing['scale']
+    mean = preprocessing['mean'][start : start + crop, start : start + crop]
+    return np.asarray(mean), np.asarray(preprocessing['scale'])

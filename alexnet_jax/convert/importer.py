@@ -5,15 +5,22 @@ import json
 import math
 import os
 import re
-from typing import Any
 
 import ml_collections
 import numpy as np
+from absl import flags
+from jaxtyping import Float64
 
 from alexnet_jax.config import Config, ConfigError, apply_overrides, check_class_names, preset_config, resolve, upgrade
 from alexnet_jax.convert import caffe_file, export, safetensors_file, torch_file, weight_layouts
 from alexnet_jax.convert.formats import FormatError, detect_format
-from alexnet_jax.inference.trained_model import CHECKPOINT_HELP, check_new, import_weights_as_run, parse_checkpoint_ref
+from alexnet_jax.inference.trained_model import (
+    CHECKPOINT_HELP,
+    CheckpointRef,
+    check_new,
+    import_weights_as_run,
+    parse_checkpoint_ref,
+)
 from alexnet_jax.runtime.console import ProgressBar, log
 from alexnet_jax.shapes import layer_table
 
@@ -23,6 +30,8 @@ BY_NET_NAME = {'AlexNet': 'caffe', 'CaffeNet': 'caffenet'}
 MEAN_RGB = (123.675, 116.28, 103.53)  # (0.485, 0.456, 0.406) of torchvision, in gray levels
 MEAN_FORMS = "--mean=FILE, Caffe's .binaryproto or a .npy (C, H, W) with channels BGR, or --mean=R,G,B"
 NATIVE_FORMAT = 'alexnet_jax'  # metadata field `format` of files that this project exports
+
+Mean = Float64[np.ndarray, 's s 3'] | Float64[np.ndarray, ' 3']
 
 
 def read_external(path: str, kind: str, preset: str | None) -> tuple[dict[str, weight_layouts.Weights], str]:
@@ -52,7 +61,7 @@ def read_external(path: str, kind: str, preset: str | None) -> tuple[dict[str, w
     return weight_layouts.from_caffe(blobs), preset or BY_NET_NAME[name]
 
 
-def read_mean(text: str | None, preset: str) -> np.ndarray:
+def read_mean(text: str | None, preset: str) -> Mean:
     """Returns the mean of the training images from --mean=`text`, (S, S, 3) or (3,) RGB, float64.
 
     If `text` is None, the preset torchvision has its own mean.
@@ -88,7 +97,7 @@ def read_mean(text: str | None, preset: str) -> np.ndarray:
     return np.moveaxis(mean[::-1], 0, -1)
 
 
-def import_config(preset: str, widths: tuple[int, ...], mean: np.ndarray) -> Any:
+def import_config(preset: str, widths: tuple[int, ...], mean: Mean) -> Config:
     """Returns the resolved config of `preset` with the `widths` of conv1 to fc8 and the `mean`. Raises ConfigError."""
     config = preset_config(preset)
     values = {'model.widths': widths[:7], 'model.num_classes': widths[7]}
@@ -100,7 +109,7 @@ def import_config(preset: str, widths: tuple[int, ...], mean: np.ndarray) -> Any
     return resolve(config)
 
 
-def statistics_from_mean(mean: np.ndarray, config: Config) -> dict[str, np.ndarray]:
+def statistics_from_mean(mean: Mean, config: Config) -> dict[str, np.ndarray]:
     """Returns data set statistics for a known mean alone: the eigenvalues are zero, so there is no color noise."""
     size, channels = config.data.image_size, config.data.channels
     return {
@@ -146,7 +155,7 @@ def class_names(path: str | None, count: int) -> list[str]:
     return names
 
 
-def import_external(path: str, kind: str, workdir: str, given: Any) -> None:
+def import_external(path: str, kind: str, workdir: str, given: flags.FlagValues) -> None:
     """Creates the run `workdir` from torchvision or Caffe weights in `path`. Raises the errors of import_file()."""
     found, preset = read_external(path, kind, given.preset)
     mean, widths = read_mean(given.mean, preset), weight_layouts.widths(found)
@@ -170,7 +179,7 @@ def import_external(path: str, kind: str, workdir: str, given: Any) -> None:
     log(f'{workdir}: {preset}, widths {", ".join(map(str, widths[:7]))}, {widths[7]} classes')
 
 
-def import_native(path: str, workdir: str, given: Any) -> None:
+def import_native(path: str, workdir: str, given: flags.FlagValues) -> None:
     """Creates the run `workdir` from a file that this project exported. Raises the errors of import_file()."""
     if given.preset is not None or given.mean is not None:
         raise ConfigError(f'--{"mean" if given.preset is None else "preset"}: {path} contains its own; omit the flag')
@@ -190,7 +199,7 @@ def import_native(path: str, workdir: str, given: Any) -> None:
     log(f'{workdir}: {config.model.preset}, {config.model.num_classes} classes')
 
 
-def import_file(path: str, kind: str, workdir: str, given: Any) -> None:
+def import_file(path: str, kind: str, workdir: str, given: flags.FlagValues) -> None:
     """Creates the run `workdir` from the weights in `path`.
 
     Args:
@@ -211,8 +220,11 @@ def import_file(path: str, kind: str, workdir: str, given: Any) -> None:
         import_external(path, kind, workdir, given)
 
 
-def check_arguments(argv: list[str], given: Any) -> tuple[str, Any]:
-    """Returns (file format, None) if argv[1] is a file, or ('', Member). Raises ConfigError, FormatError, OSError."""
+def check_arguments(argv: list[str], given: flags.FlagValues) -> tuple[str, CheckpointRef | None]:
+    """Returns (file format, None) if argv[1] is a file, or ('', checkpoint).
+
+    Raises ConfigError, FormatError, OSError: the arguments or the file are unusable.
+    """
     if len(argv) < 3:
         raise ConfigError('the destination is missing: name a new WORKDIR after a file, or a FILE after a checkpoint')
     path = os.path.expanduser(argv[1])

@@ -4,13 +4,15 @@ The channels of the towers are concatenated, so a convolution within each tower 
 computation is float32, regardless of the network's dtype, because few runtimes support bfloat16 convolutions.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
+from jaxtyping import Float32
+from numpy.typing import ArrayLike, DTypeLike
 
 from alexnet_jax.config import Config
+from alexnet_jax.convert.weight_layouts import Parameters
 from alexnet_jax.model import BATCH_NORM, SPATIAL_BETA, SPATIAL_K
 from alexnet_jax.shapes import LayerShape, layer_table, pool_window
 
@@ -18,12 +20,18 @@ from alexnet_jax.shapes import LayerShape, layer_table, pool_window
 OPSET = 15
 
 
-def build(config: Config, params: Any, batch_statistics: Any, mean: np.ndarray, scale: np.ndarray) -> onnx.ModelProto:
+def build(
+    config: Config,
+    params: Parameters,
+    batch_statistics: Parameters,
+    mean: Float32[np.ndarray, 'crop crop c'],
+    scale: Float32[np.ndarray, ' c'],
+) -> onnx.ModelProto:
     """Builds a model: `images` (batch, crop_size, crop_size, channels) uint8 to `logits` (batch, num_classes) float32.
 
     Args:
       config: Resolved configuration.
-      params, batch_statistics: As in step.TrainState, with NumPy arrays.
+      params, batch_statistics: As in training.state.TrainState, with NumPy arrays.
       mean: (crop_size, crop_size, channels) float32, subtracted from the images.
       scale: (channels,) float32, multiplied with the result.
     """
@@ -52,19 +60,19 @@ def build(config: Config, params: Any, batch_statistics: Any, mean: np.ndarray, 
 class _Graph:
     """Graph under construction. `x` names the last output; `shape` is its shape, (C, H, W) or (units,)."""
 
-    def __init__(self, config: Config, params: Any, batch_statistics: Any):
+    def __init__(self, config: Config, params: Parameters, batch_statistics: Parameters):
         self.model, self.params, self.batch_statistics = config.model, params, batch_statistics
         self.shape: tuple[int, ...] = (config.data.channels, config.data.crop_size, config.data.crop_size)
         self.nodes: list[onnx.NodeProto] = []
         self.arrays: list[onnx.TensorProto] = []
         self.x = 'images'
 
-    def array(self, name: str, value: Any, dtype: Any = np.float32) -> str:
+    def array(self, name: str, value: ArrayLike, dtype: DTypeLike = np.float32) -> str:
         """Adds a constant and returns its name."""
         self.arrays.append(onnx.numpy_helper.from_array(np.ascontiguousarray(value, dtype), name))
         return name
 
-    def node(self, kind: str, output: str, *constants: str, **attributes: Any) -> str:
+    def node(self, kind: str, output: str, *constants: str, **attributes: object) -> str:
         """Applies an operator to `x` and `constants`. The output becomes the new `x`; returns its name."""
         inputs, self.x = [self.x, *constants], output
         self.nodes.append(onnx.helper.make_node(kind, inputs, [output], name=output, **attributes))
@@ -74,11 +82,11 @@ class _Graph:
         """Reshapes `x` to `shape`; -1 stands for the batch dimension."""
         self.node('Reshape', output, self.array(f'{output}_shape', shape, np.int64))
 
-    def preprocess(self, mean: np.ndarray, scale: np.ndarray) -> None:
+    def preprocess(self, mean: Float32[np.ndarray, 'crop crop c'], scale: Float32[np.ndarray, ' c']) -> None:
         """Transposes the images to (B, C, H, W), subtracts the mean and multiplies by the scale."""
         self.node('Transpose', 'images_by_channel', perm=[0, 3, 1, 2])
         self.node('Cast', 'images_float', to=onnx.TensorProto.FLOAT)
-        self.node('Sub', 'images_centred', self.array('mean', mean.transpose(2, 0, 1)))
+        self.node('Sub', 'images_centered', self.array('mean', mean.transpose(2, 0, 1)))
         self.node('Mul', 'inputs', self.array('scale', scale[:, None, None]))
 
     def conv(self, layer: LayerShape) -> None:
@@ -104,7 +112,7 @@ class _Graph:
             self.node('Add', name, self.array(f'{name}.bias', bias.transpose(2, 0, 1)))
         self.shape = (outputs, height, width)
 
-    def cut_windows(self, output: str, windows: dict[str, Any]) -> None:
+    def cut_windows(self, output: str, windows: Mapping[str, Sequence[int]]) -> None:
         """Turns the pixels of each window into channels, grouped by input channel (im2col as a one-hot convolution)."""
         maps, (rows, columns) = self.shape[0], windows['kernel_shape']
         ones = np.tile(np.eye(rows * columns).reshape(-1, 1, rows, columns), (maps, 1, 1, 1))
@@ -169,7 +177,7 @@ class _Graph:
             self.dense_towers(output, np.split(kernel, towers, -1), np.split(bias, towers), kept)
         self.shape = (layer.output[0],)
 
-    def dense_towers(self, output: str, kernels: Sequence[Any], biases: Sequence[Any], kept: float) -> None:
+    def dense_towers(self, output: str, kernels: list[np.ndarray], biases: list[np.ndarray], kept: float) -> None:
         """Adds one dense layer per tower and concatenates the outputs."""
         parts = [f'{output}_inputs_{i}' for i in range(len(kernels))]
         self.nodes.append(onnx.helper.make_node('Split', [self.x], parts, name=f'{output}_split', axis=1))

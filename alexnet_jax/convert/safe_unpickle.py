@@ -7,8 +7,10 @@ reader turns names and calls into inert values and rejects every name outside `k
 import dataclasses
 import pickletools
 import warnings
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar('T')
 
 ORDERED_DICT = 'collections.OrderedDict'
 _CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False}
@@ -49,17 +51,17 @@ class Call:
     """Unexecuted call of a function, with its arguments."""
 
     name: str
-    arguments: tuple[Any, ...]
+    arguments: tuple[object, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """Persistent id, a reference to data outside the pickle."""
 
-    where: Any
+    where: object
 
 
-def safe_unpickle(file: Any, known: Collection[str]) -> tuple[Any, list[Stored]]:
+def safe_unpickle(file: Any, known: Collection[str]) -> tuple[object, list[Stored]]:
     """Reads one pickle from the current position of `file` and leaves the position at the end of the pickle.
 
     Args:
@@ -85,11 +87,10 @@ def safe_unpickle(file: Any, known: Collection[str]) -> tuple[Any, list[Stored]]
         raise UnreadablePickle(f'its pickle is truncated or corrupt ({" ".join(str(error).split())[:80]})') from None
 
 
-def _interpret(file: Any, known: Collection[str], stored: list[Stored]) -> Any:
-    stack: list[Any] = []
-    below: list[list[Any]] = []  # saved stacks, one per mark
-    memo: dict[int, Any] = {}
-    argument: Any
+def _interpret(file: Any, known: Collection[str], stored: list[Stored]) -> object:
+    stack: list[object] = []
+    below: list[list[object]] = []  # saved stacks, one per mark
+    memo: dict[object, object] = {}
     for opcode, argument, _ in pickletools.genops(file):
         word = opcode.name
         if word in _PLAIN:
@@ -126,7 +127,7 @@ def _interpret(file: Any, known: Collection[str], stored: list[Stored]) -> Any:
         elif word in ('BINGET', 'LONG_BINGET'):
             stack.append(memo[argument])
         elif word in ('GLOBAL', 'INST'):
-            stack.append(_named(argument.replace(' ', '.', 1), known if word == 'GLOBAL' else ()))
+            stack.append(_named(_checked(argument, str).replace(' ', '.', 1), known if word == 'GLOBAL' else ()))
         elif word == 'STACK_GLOBAL':
             module, name = _last(stack, 2)
             stack[-2:] = [_named(f'{_checked(module, str)}.{_checked(name, str)}', known)]
@@ -152,29 +153,29 @@ def _named(name: str, known: Collection[str]) -> Name:
     return Name(name)
 
 
-def _call(name: str, arguments: tuple[Any, ...]) -> Any:
+def _call(name: str, arguments: tuple[Any, ...]) -> object:
     """Returns a dict for collections.OrderedDict, called without arguments or with pairs (Python 2), or else a Call."""
     if name != ORDERED_DICT:
         return Call(name, arguments)
-    result: dict[Any, Any] = {}
+    result: dict[object, object] = {}
     for key, value in arguments[0] if arguments else ():
         _set_items(result, [key, value])
     return result
 
 
-def _last(stack: list[Any], count: int) -> tuple[Any, ...]:
+def _last(stack: list[object], count: int) -> tuple[object, ...]:
     if len(stack) < count:
         raise ValueError('the stack is empty')
     return tuple(stack[-count:])
 
 
-def _checked(value: Any, kind: Any) -> Any:
+def _checked(value: object, kind: type[T] | tuple[type[T], ...]) -> T:
     if not isinstance(value, kind):
         raise TypeError(f'{type(value).__name__} in place of another type')
     return value
 
 
-def _set_items(target: Any, items: Any) -> None:
+def _set_items(target: object, items: Sequence[object]) -> None:
     """Adds alternating keys and values to a dict. Keys must be str or int, whose comparison runs no foreign code."""
     for key, value in zip(items[::2], items[1::2], strict=True):
         _checked(target, dict)[_checked(key, (str, int))] = value

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -28,7 +27,7 @@ def read(path: str) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[Any]:
+def _opened(path: str) -> Iterator[safe_open]:
     try:
         with safe_open(path, framework='numpy') as file:
             yield file

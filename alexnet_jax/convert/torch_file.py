@@ -9,7 +9,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +19,7 @@ from alexnet_jax.convert.formats import FormatError
 
 # First two objects of the legacy format.
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-_DTYPES: dict[str, Any] = {
+_DTYPES: dict[str, str | type] = {
     'torch.FloatStorage': '<f4',
     'torch.DoubleStorage': '<f8',
     'torch.HalfStorage': '<f2',
@@ -77,7 +77,7 @@ def read(path: str) -> dict[str, np.ndarray]:
         raise FormatError(str(error)) from None
 
 
-def _read_zip(content: mmap.mmap, path: str) -> tuple[Any, dict[str, np.ndarray]]:
+def _read_zip(content: mmap.mmap, path: str) -> tuple[object, dict[str, np.ndarray]]:
     """Reads the format since torch 1.6. Returns the pickled value, and the storages by key."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -131,12 +131,9 @@ def _entry(content: mmap.mmap, entries: dict[str, zipfile.ZipInfo], name: str) -
     return own
 
 
-def _read_legacy(content: mmap.mmap) -> tuple[Any, dict[str, np.ndarray]]:
+def _read_legacy(content: mmap.mmap) -> tuple[object, dict[str, np.ndarray]]:
     """Reads the format before torch 1.6: five pickles, then each storage after its length. Returns as _read_zip()."""
-    if (
-        safe_unpickle.safe_unpickle(content, KNOWN)[0] != MAGIC
-        or safe_unpickle.safe_unpickle(content, KNOWN)[0] != PROTOCOL
-    ):
+    if any(safe_unpickle.safe_unpickle(content, KNOWN)[0] != expected for expected in (MAGIC, PROTOCOL)):
         raise FormatError(f'a Python pickle, but not one that torch.save wrote; {_ADVICE}')
     machine, _ = safe_unpickle.safe_unpickle(content, KNOWN)
     if not isinstance(machine, dict) or machine.get('little_endian') is not True:
@@ -183,14 +180,14 @@ def _storage(stored: safe_unpickle.Stored) -> _Storage:
     raise FormatError('its pickle has a persistent id that is not a tensor storage; nothing was executed')
 
 
-def _state_dict(value: Any) -> dict[Any, Any]:
+def _state_dict(value: object) -> dict[object, object]:
     if not isinstance(value, dict):
         what = 'a tensor' if _is_tensor(value) else f'a {type(value).__name__}'
         raise FormatError(f'it contains {what}, not a state dict; {_ADVICE}')
     return next((value[name] for name in _WRAPPERS if isinstance(value.get(name), dict)), value)
 
 
-def _is_tensor(value: Any) -> bool:
+def _is_tensor(value: object) -> TypeGuard[safe_unpickle.Call]:
     return isinstance(value, safe_unpickle.Call) and value.name in (*_TENSOR, _PARAMETER)
 
 

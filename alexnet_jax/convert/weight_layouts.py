@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+from jaxtyping import Float32
 
 from alexnet_jax.config import Config
 from alexnet_jax.convert.formats import FormatError
@@ -23,6 +24,9 @@ TORCHVISION = {
     'fc7': 'classifier.4',
     'fc8': 'classifier.6',
 }
+
+
+Parameters = dict[str, dict[str, np.ndarray]]  # by layer and kind, such as ['conv1']['kernel']
 
 
 @dataclasses.dataclass
@@ -134,7 +138,7 @@ def parameters(layer: LayerShape, weights: Weights, maps: tuple[int, ...], is_bg
     }
 
 
-def _float32(array: np.ndarray, name: str) -> np.ndarray:
+def _float32(array: np.ndarray, name: str) -> Float32[np.ndarray, '...']:
     """Returns a float32 copy in C order. Raises FormatError: not floating point, or not finite in float32."""
     if array.dtype.kind not in 'fV':  # NumPy kind of bfloat16: V
         raise FormatError(f'{name} has dtype {array.dtype}; a floating-point dtype is expected')
@@ -167,15 +171,15 @@ def native_names(config: Config) -> dict[str, tuple[int, ...]]:
     }
 
 
-def native(arrays: Mapping[str, np.ndarray], config: Config) -> tuple[dict, dict, dict[str, np.ndarray]]:
+def native(arrays: Mapping[str, np.ndarray], config: Config) -> tuple[Parameters, Parameters, dict[str, np.ndarray]]:
     """Splits the arrays of this project's file into parameters, batch norm statistics and training image statistics.
 
     Raises FormatError: names or shapes do not match `config`, or weights are not floating point or not finite.
     """
     wanted = native_names(config)
     _check_names(arrays, set(wanted))
-    params: dict[str, dict[str, np.ndarray]] = {}
-    norms: dict[str, dict[str, np.ndarray]] = {}
+    params: Parameters = {}
+    norms: Parameters = {}
     statistics: dict[str, np.ndarray] = {}
     for name, shape in wanted.items():
         if arrays[name].shape != shape:

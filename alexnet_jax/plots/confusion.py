@@ -3,28 +3,27 @@
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alexnet_jax.metrics import errors
+from alexnet_jax.metrics import Labels, Scores, errors
 from alexnet_jax.plots import style
 
 MAX_ROWS = 40  # classes in a matrix
-_NUMBERED = 20  # up to so many classes, the cells have numbers
-_BARS = 20  # per panel if there are more than MOST classes
+_NUMBERED = 20  # maximum number of classes of a matrix with numbers in its cells
+_BARS = 20  # per panel if there are more than MAX_ROWS classes
 _MARGIN, _BAR = 0.12, 0.19  # inches
 _ARROW = ' \u2192 '
 _COLORS = 'Blues'  # its lightness falls monotonically, so it can be printed in gray
 
+Counts = Int[np.ndarray, 'classes classes']  # images by true class (rows) and predicted class (columns)
 
-def count(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+
+def count(scores: Scores, labels: Labels) -> Counts:
     """Counts images by true class (rows) and predicted class (columns): (classes, classes) int64.
 
-    Errors are counted as in metrics.errors(). An erroneous image is left out if no other class has a score above -inf.
-
-    Args:
-      scores: (N, classes) float32, log probabilities.
-      labels: (N,) int32.
+    The errors are those of metrics.errors(). An image with an error is omitted if all other scores are -inf or NaN.
     """
     wrong, _ = errors(scores, labels)
     others = np.where(np.isnan(scores), -np.inf, scores)
@@ -37,7 +36,7 @@ def count(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 @style.drawing
-def draw(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+def draw(counts: Counts, class_names: Sequence[str]) -> Figure:
     """Draws a matrix of up to 40 classes; of more, the 20 highest class errors and the 20 most frequent confusions.
 
     Args:
@@ -47,7 +46,7 @@ def draw(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
     return _draw_matrix(counts, class_names) if len(class_names) <= MAX_ROWS else _draw_bars(counts, class_names)
 
 
-def hardest(counts: np.ndarray, most: int) -> list[tuple[int, float, int]]:
+def hardest(counts: Counts, most: int) -> list[tuple[int, float, int]]:
     """Returns (class, error from 0 to 1, images) of the classes with the highest errors, of those that have images."""
     images = counts.sum(1)
     shares = 1 - np.diagonal(counts) / np.maximum(images, 1)
@@ -55,7 +54,7 @@ def hardest(counts: np.ndarray, most: int) -> list[tuple[int, float, int]]:
     return [(row, float(shares[row]), int(images[row])) for row in order[:most]]
 
 
-def confusions(counts: np.ndarray, most: int) -> list[tuple[int, int, int]]:
+def confusions(counts: Counts, most: int) -> list[tuple[int, int, int]]:
     """Returns (true class, predicted class, count), the most frequent first, without zero counts."""
     wrong = counts - np.diag(np.diagonal(counts))
     order = np.argsort(-wrong, axis=None, kind='stable')[:most]
@@ -63,7 +62,7 @@ def confusions(counts: np.ndarray, most: int) -> list[tuple[int, int, int]]:
     return [(row, column, int(wrong[row, column])) for row, column in found if wrong[row, column]]
 
 
-def _draw_matrix(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+def _draw_matrix(counts: Counts, class_names: Sequence[str]) -> Figure:
     count = len(class_names)
     names = [style.fit(name, 90) for name in class_names]
     label = max(style.text_width(name) for name in names) / 72 + 0.12
@@ -90,7 +89,7 @@ def _draw_matrix(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
     return figure
 
 
-def _draw_bars(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+def _draw_bars(counts: Counts, class_names: Sequence[str]) -> Figure:
     side = (style.WIDTH - 3 * _MARGIN) / 2
     height = _BARS * _BAR
     figure = style.new_figure(style.WIDTH, height + 0.4)
@@ -113,7 +112,7 @@ def _draw_bars(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
 
 
 def _pair(true: str, taken: str, points: float) -> str:
-    """Joins both names by an arrow. A name is cut only if it needs more than half and the other one leaves less."""
+    """Joins both names by an arrow. A name is cut if it needs more than half of `points` and the rest is too little."""
     room = points - style.text_width(_ARROW)
     widths = [style.text_width(style.plain(name)) for name in (true, taken)]
     limits = [max(room / 2, room - other) for other in reversed(widths)]

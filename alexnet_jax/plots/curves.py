@@ -1,8 +1,8 @@
 """Curves of loss, errors and learning rate by step, of one or more runs, from their metrics.jsonl."""
 
-import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 
 from alexnet_jax.config import ConfigError
 from alexnet_jax.plots import style
+from alexnet_jax.runtime.files import JsonObject, read_json_lines
 
 # By key of a metrics line: the panel's heading and the factor of the values.
 PANELS = {
@@ -24,26 +25,17 @@ _MARKERS = 'osD^vPX*'
 _LEGEND_COLUMNS, _LEGEND_ROW = 3, 0.165  # inches
 
 
-def read_metrics(workdir: str) -> list[dict[str, Any]]:
-    """Returns the lines of the run's metrics.jsonl in order. A line that a killed run left incomplete is left out.
+def read_metrics(workdir: str) -> list[JsonObject]:
+    """Returns the lines of the run's metrics.jsonl in order, without incomplete lines.
 
     Raises ConfigError: metrics.jsonl cannot be read.
     """
     path = os.path.join(workdir, 'metrics.jsonl')
     try:
-        with open(path, errors='replace') as file:
-            texts = file.readlines()
+        lines = read_json_lines(path)
     except OSError as error:
         raise ConfigError(f'{path}: {error.strerror}; name the folder of a run, which has a metrics.jsonl') from None
-    lines = []
-    for text in texts:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and {'step', 'split'} <= set(line):
-            lines.append(line)
-    return lines
+    return [line for line in lines if {'step', 'split'} <= set(line)]
 
 
 def groups(names: list[str]) -> dict[str, list[str]]:
@@ -57,7 +49,7 @@ def groups(names: list[str]) -> dict[str, list[str]]:
 
 
 @style.drawing
-def draw(runs: dict[str, list[dict[str, Any]]]) -> Figure:
+def draw(runs: Mapping[str, Sequence[JsonObject]]) -> Figure:
     """Draws four panels: loss, top-1 error, top-5 error and learning rate.
 
     Training has thin lines, validation has lines with markers. Values that are not finite are gaps.
@@ -85,14 +77,14 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     return figure
 
 
-def mean_of(runs: list[list[dict[str, Any]]], name: str) -> tuple[list[int], list[float]]:
+def mean_of(runs: Sequence[Sequence[JsonObject]], name: str) -> tuple[list[int], list[float]]:
     """Returns the steps that all runs have, and the mean of `name` over the runs there; NaN if a run has no value."""
     found = [{line['step']: _number(line.get(name)) for line in lines} for lines in runs]
     steps = [step for step in found[0] if all(step in run for run in found)]
     return steps, [sum(run[step] for run in found) / len(found) for step in steps]
 
 
-def _draw_panel(axes: Axes, name: str, runs: dict[str, list[dict[str, Any]]], found: dict[str, list[str]]) -> None:
+def _draw_panel(axes: Axes, name: str, runs: Mapping[str, Sequence[JsonObject]], found: dict[str, list[str]]) -> None:
     heading, factor = PANELS[name]
     is_rate = name == 'learning_rate'
     axes.set_title(heading, loc='left')
@@ -114,8 +106,8 @@ def _draw_panel(axes: Axes, name: str, runs: dict[str, list[dict[str, Any]]], fo
         axes.set_yscale('log', nonpositive='mask')
         axes.yaxis.set_major_formatter(lambda value, position: f'{value:g}')
         low, high = axes.get_ylim()
-        told = '235' if high < 30 * low else ''  # first digits of labeled minor ticks, if there are few powers of ten
-        axes.yaxis.set_minor_formatter(lambda value, position: f'{value:g}' if f'{value:e}'[0] in told else '')
+        labeled = '235' if high < 30 * low else ''  # first digits of the minor ticks, if there are few powers of ten
+        axes.yaxis.set_minor_formatter(lambda value, position: f'{value:g}' if f'{value:e}'[0] in labeled else '')
     elif name.endswith('error'):
         axes.set_ylim(bottom=0)
 
@@ -129,7 +121,7 @@ def _look(split: str, group: int, alone: bool) -> dict[str, Any]:
     return look | {'color': style.VERMILLION} if alone else look
 
 
-def _number(value: Any) -> float:
+def _number(value: object) -> float:
     """Returns `value`, or NaN, which draws a gap, if it is not a finite number."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
 

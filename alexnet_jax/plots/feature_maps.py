@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from jaxtyping import Float, Float64, UInt8
 from matplotlib.figure import Figure
 
 from alexnet_jax.plots import style
@@ -12,16 +13,9 @@ _HEADING, _BELOW, _CELL = 0.28, 0.55, 0.55
 _COLORS = 'viridis'  # its lightness grows monotonically, so it can be printed in gray
 
 
-def grid(maps: np.ndarray, columns: int) -> np.ndarray:
-    """Arranges maps (H, W, C) in rows of `columns`, float64, separated by NaN: one pixel, or three for maps of 55."""
-    height, width, count = maps.shape
-    gap = max(1, round(height / 18))
-    rows = math.ceil(count / columns)
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap), np.nan)
-    for i in range(count):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
-        sheet[top : top + height, left : left + width] = maps[..., i]
-    return sheet
+def grid(maps: Float[np.ndarray, 'h w c'], columns: int) -> Float64[np.ndarray, 'rows columns']:
+    """Arranges maps in rows of `columns`, separated by NaN: one pixel wide, or three for maps of 55 pixels."""
+    return style.tile(maps, columns, gap=max(1, round(len(maps) / 18)), background=np.nan)
 
 
 def _columns(count: int) -> int:
@@ -31,7 +25,7 @@ def _columns(count: int) -> int:
 
 
 @style.drawing
-def draw(image: np.ndarray, maps: np.ndarray, layer: str, towers: int) -> Figure:
+def draw(image: UInt8[np.ndarray, 's s c'], maps: Float[np.ndarray, 'h w maps'], layer: str, towers: int) -> Figure:
     """Draws the image and the feature maps of `layer`, all on one color scale, which is shown.
 
     Args:

@@ -1,8 +1,9 @@
-"""The kernels of the first layer as in figure 3 of the paper, and the color saturation of each tower's."""
+"""The kernels of the first layer as in figure 3 of the paper, and the color saturation of each tower's kernels."""
 
 import math
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from alexnet_jax.plots import style
@@ -12,7 +13,7 @@ _CELL = 0.8  # maximum inches of a kernel
 _LEFT, _HEADING, _GAP, _BELOW = 0.1, 0.28, 0.08, 0.26  # inches
 
 
-def saturation(kernel: np.ndarray, towers: int) -> list[float]:
+def saturation(kernel: Float[np.ndarray, 'h w c kernels'], towers: int) -> list[float]:
     """Returns the color saturation of each tower's kernels: the share of their energy that differs between channels.
 
     With k[x, y, c, n] a tower's kernels and m[x, y, n] their mean over the channels c, it is
@@ -36,28 +37,23 @@ def saturation(kernel: np.ndarray, towers: int) -> list[float]:
     return shares
 
 
-def grid(kernel: np.ndarray) -> np.ndarray:
-    """Arranges kernels (h, w, C, N) as an image (rows * (h + 1) - 1, columns * (w + 1) - 1, 3) float, 0 to 1.
+def grid(kernel: Float[np.ndarray, 'h w c kernels']) -> Float[np.ndarray, 'rows columns 3']:
+    """Arranges kernels as an image from 0 to 1; a single channel becomes gray.
 
     A row has at most 16 kernels, with a white pixel between them. Each kernel is scaled from its minimum over all
     channels to its maximum. A kernel is gray if its weights are all equal or one is not finite.
     """
     height, width, _, count = kernel.shape
-    rows = math.ceil(count / _COLUMNS)
-    columns = math.ceil(count / rows)
+    columns = math.ceil(count / math.ceil(count / _COLUMNS))
     least, greatest = kernel.min((0, 1, 2)), kernel.max((0, 1, 2))
     fine = np.isfinite(kernel).all((0, 1, 2)) & (least < greatest)
     least, greatest = np.where(fine, least, 0), np.where(fine, greatest, 1)
     scaled = np.where(fine, (kernel - least) / (greatest - least), 0.5)
-    sheet = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, 3))
-    for i in range(count):
-        top, left = i // columns * (height + 1), i % columns * (width + 1)
-        sheet[top : top + height, left : left + width] = scaled[..., i]
-    return sheet
+    return style.tile(np.broadcast_to(scaled, (height, width, 3, count)), columns, gap=1, background=1.0)
 
 
 @style.drawing
-def draw(kernel: np.ndarray, towers: int) -> Figure:
+def draw(kernel: Float[np.ndarray, 'h w c kernels'], towers: int) -> Figure:
     """Draws figure 3 of the paper: each tower's kernels, the first tower on top, with their saturation().
 
     Args:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -28,9 +29,9 @@ class Neighbors:
       label: the class of the query; None: unknown.
     """
 
-    query: np.ndarray
+    query: UInt8[np.ndarray, 's s c']
     name: str
-    images: list[np.ndarray]
+    images: list[UInt8[np.ndarray, 's s c']]
     labels: list[str]
     distances: list[float]
     label: str | None = None
@@ -40,7 +41,7 @@ class Neighbors:
 def draw(rows: Sequence[Neighbors]) -> Figure:
     """Draws figure 4 of the paper, right: one row per query, with class and distance below each neighbor.
 
-    Neighbors of the query's class have a frame. Raises ValueError: there is no row, or more than MOST.
+    Neighbors of the query's class have a frame. Raises ValueError: there is no row, or more than MAX_ROWS.
     """
     if not 0 < len(rows) <= MAX_ROWS:
         raise ValueError(f'{len(rows)} rows; a figure has 1 to {MAX_ROWS}')

@@ -150,17 +150,17 @@ def _draw_boxes(
     for i, shape in enumerate(shapes):
         if len(shape) == 3:
             height, width = room * (shape[0] / image[0]) ** _POWER, _WIDEST * (shape[-1] / most_maps) ** _POWER
-            back, colour = _BACK * height, style.SKY if i else style.GRAY
+            back, color = _BACK * height, style.SKY if i else style.GRAY
         else:
-            height, (width, back), colour = room * (shape[0] / most_units) ** _POWER, _COLUMN, style.ORANGE
+            height, (width, back), color = room * (shape[0] / most_units) ** _POWER, _COLUMN, style.ORANGE
         middle, name = _NAMES + (i + 0.5) * _SLOT, table[i - 1].name if i else 'image'
         boxes.append([])
         for j in [(towers - 1) / 2] if i in whole else range(towers):
-            centre = top - (j + 0.43) * tower
-            box = Box(middle - (width + back) / 2, centre - (height + back) / 2, width, height, back)
+            center = top - (j + 0.43) * tower
+            box = Box(middle - (width + back) / 2, center - (height + back) / 2, width, height, back)
             gid = f'{name}:{len(boxes[i])}'
-            _draw_box(axes, box, colour, f'box:{gid}')
-            label = centre - 0.5 * tower + 0.16
+            _draw_box(axes, box, color, f'box:{gid}')
+            label = center - 0.5 * tower + 0.16
             text = axes.text(middle, label, _shape(shape), ha='center', va='center', gid=f'shape:{gid}', zorder=5)
             text.set_path_effects([*style.OUTLINE])
             boxes[i].append(box)
@@ -170,7 +170,7 @@ def _draw_boxes(
     return boxes
 
 
-def _draw_box(axes: Axes, box: Box, colour: str, gid: str) -> None:
+def _draw_box(axes: Axes, box: Box, color: str, gid: str) -> None:
     """Draws the front, top and side, each in its shade. The front has the gid `gid`."""
     left, right, low, high = box.x, box.x + box.width, box.y, box.y + box.height
     faces: list[tuple[list[Point], float, str | None]] = [
@@ -179,7 +179,7 @@ def _draw_box(axes: Axes, box: Box, colour: str, gid: str) -> None:
         ([box.on_side(0, 0), box.on_side(1, 0), box.on_side(1, 1), box.on_side(0, 1)], 0.7, None),
     ]
     for corners, strength, name in faces:
-        shade = [1 - strength * (1 - part) for part in to_rgb(colour)]
+        shade = [1 - strength * (1 - part) for part in to_rgb(color)]
         axes.add_patch(Polygon(corners, facecolor=shade, edgecolor='black', linewidth=0.5, gid=name, zorder=2))
 
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
 from alexnet_jax.plots import style
@@ -25,7 +26,7 @@ class Prediction:
       top: classes with their probabilities (0 to 1), the most probable first.
     """
 
-    image: np.ndarray
+    image: UInt8[np.ndarray, 's s c']
     name: str
     label: str | None
     top: list[tuple[str, float]]
@@ -36,7 +37,7 @@ def draw(pictures: Sequence[Prediction]) -> Figure:
     """Draws figure 4 of the paper, left: each image, its true class if known, and a bar for each class in `top`.
 
     The bar of the true class has another color and is hatched. Names that are too long are cut.
-    Raises ValueError: there is no image, or more than MOST.
+    Raises ValueError: there is no image, or more than MAX_IMAGES.
     """
     if not 0 < len(pictures) <= MAX_IMAGES:
         raise ValueError(f'{len(pictures)} pictures; a figure has 1 to {MAX_IMAGES}')

@@ -6,10 +6,12 @@ a display.
 
 import bisect
 import io
+import math
 import os
 
 import matplotlib.style
 import numpy as np
+from jaxtyping import Float, Float64, UInt8
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -118,6 +120,19 @@ def fit(text: str, points: float, size: float = SMALL, bold: bool = False) -> st
     return cuts[max(fitting - 1, 0)]
 
 
-def picture(image: np.ndarray) -> np.ndarray:
+def tile(
+    cells: Float[np.ndarray, 'h w ... cells'], columns: int, gap: int, background: float
+) -> Float64[np.ndarray, 'rows columns ...']:
+    """Arranges `cells` in rows of `columns`, separated by `gap` pixels of `background`."""
+    height, width, *channels, count = cells.shape
+    down, across = height + gap, width + gap
+    sheet = np.full((math.ceil(count / columns) * down - gap, columns * across - gap, *channels), background)
+    for i in range(count):
+        top, left = i // columns * down, i % columns * across
+        sheet[top : top + height, left : left + width] = cells[..., i]
+    return sheet
+
+
+def picture(image: UInt8[np.ndarray, 'h w c']) -> UInt8[np.ndarray, 'h w 3']:
     """Broadcasts an image (H, W, 3) or (H, W, 1) to (H, W, 3): a single channel becomes gray."""
     return np.broadcast_to(image, (*image.shape[:2], 3))

@@ -14,12 +14,11 @@ import os
 import shlex
 import sys
 
-from absl import app, flags, logging
+from absl import flags
 
-from alexnet_jax.cli import check_output, parse_flags
-from alexnet_jax.config import ConfigError
+from alexnet_jax import cli
 from alexnet_jax.report.run_files import load_sweep, read_run, summary
-from alexnet_jax.runtime.console import log, log_error
+from alexnet_jax.runtime.console import log
 from alexnet_jax.runtime.files import atomic_write
 from alexnet_jax.sweep.results import ReportError
 from alexnet_jax.sweep.table import as_csv, as_markdown
@@ -69,23 +68,14 @@ def _report_run(workdir: str, given: flags.FlagValues, command: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Reports the sweep or the run in the folder argv[1]. Prints failures in one line; returns the exit code."""
-    logging.set_verbosity(logging.ERROR)
+    """Reports the sweep or the run in the folder argv[1]; returns the exit code."""
     given, folder = flags.FLAGS, os.path.expanduser(argv[1])
     command = shlex.join(['alexnet', 'report', *sys.argv[1:]])
     is_sweep, *is_run = (os.path.exists(os.path.join(folder, name)) for name in ('sweep.json', *_RUN_FILES))
-    try:
-        if not is_sweep and not any(is_run):
-            raise ReportError(f'{folder} contains neither a run nor a sweep; name the --workdir of one')
-        check_output('html', given.html, ('.html', '.htm'))
-        text = (_report_sweep if is_sweep else _report_run)(folder, given, command)
-    except (ReportError, ConfigError) as error:
-        log_error(str(error))
-        return 2
-    except KeyboardInterrupt:
-        log_error('stopped')
-        return 130
-    print(text, end='')
+    if not is_sweep and not any(is_run):
+        raise ReportError(f'{folder} contains neither a run nor a sweep; name the --workdir of one')
+    cli.check_output('html', given.html, ('.html', '.htm'))
+    print((_report_sweep if is_sweep else _report_run)(folder, given, command), end='')
     if given.html:
         log(f'{given.html} is written')
     return 0
@@ -99,4 +89,4 @@ if __name__ == '__main__':
     flags.DEFINE_string('data_dir', None, "Folder of the prepared images; by default the run's data.data_dir.")
     flags.DEFINE_bool('neighbors', True, 'Show nearest training images, which needs the features of all of them.')
     wanted = 'no folder is named; write alexnet report WORKDIR for a run, or alexnet report SWEEP_DIR for a sweep'
-    app.run(main, flags_parser=lambda argv: parse_flags(argv, wanted, max_arguments=1))
+    cli.run(main, missing=wanted, max_arguments=1, usage_errors=(ReportError,))

@@ -17,17 +17,13 @@ import io
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import jinja2
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
-Block = tuple[str, Any]
-Section = tuple[str, list[Block]]
 Picture = dict[str, str | int]  # attributes of an <img>
-
-_MAX_PIXELS = 144  # maximum side of a photograph; larger ones are scaled down
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +63,10 @@ class Card:
     framed: bool = False
 
 
+Block = tuple[str, str | list[str] | dict[str, str] | Table | Figure | list[Card]]
+Section = tuple[str, list[Block]]
+
+
 def png_picture(png: bytes, alt: str) -> Picture:
     """Embeds a PNG file; `alt` describes it."""
     width, height = Image.open(io.BytesIO(png)).size
@@ -74,8 +74,8 @@ def png_picture(png: bytes, alt: str) -> Picture:
     return {'src': f'data:image/png;base64,{data}', 'width': width, 'height': height, 'alt': alt}
 
 
-def pixel_picture(pixels: np.ndarray, alt: str, max_pixels: int = _MAX_PIXELS) -> Picture:
-    """Embeds (H, W, 1 or 3) uint8, scaled down to at most `max_pixels` on either side."""
+def pixel_picture(pixels: UInt8[np.ndarray, 'h w c'], alt: str, max_pixels: int = 144) -> Picture:
+    """Embeds an image with C = 1 or 3, scaled down to at most `max_pixels` on either side."""
     image, file = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), io.BytesIO()
     image.thumbnail((max_pixels, max_pixels), Image.Resampling.LANCZOS)
     image.save(file, 'png', optimize=True)

@@ -1,6 +1,6 @@
 """Differences between the settings of a run and of its preset, and the published errors of the preset."""
 
-from typing import Any
+from collections.abc import Iterable
 
 from alexnet_jax.config import Config, field_names, get_by_path, preset_config, resolve, total_steps
 from alexnet_jax.presets import PRESETS
@@ -23,13 +23,16 @@ def length(config: Config, examples: int) -> str:
 
 def differences(config: Config) -> list[list[str]]:
     """Returns [name, preset's value, run's value] of the settings that differ, without seed and data_dir."""
+    return _differing(config, (field for field in field_names(config) if field not in ('seed', 'data.data_dir')))
+
+
+def _differing(config: Config, fields: Iterable[str]) -> list[list[str]]:
     preset = resolve(preset_config(config.model.preset))
-    fields = [field for field in field_names(config) if field not in ('seed', 'data.data_dir')]
     rows = [[f'`{field}`', *(_shown(get_by_path(each, field)) for each in (preset, config))] for field in fields]
     return [row for row in rows if row[1] != row[2]]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """Formats a setting's value; a list read from JSON looks the same as a tuple."""
     if isinstance(value, list | tuple):
         return f'({", ".join(map(_shown, value))})'
@@ -38,13 +41,11 @@ def _shown(value: Any) -> str:
 
 def published(config: Config) -> tuple[list[str], str]:
     """Returns the table row of the published errors if they are comparable, otherwise []; and a remark about them."""
-    figures, preset = PRESETS[config.model.preset].published, resolve(preset_config(config.model.preset))
+    figures = PRESETS[config.model.preset].published
     errors = ['' if error is None else f'{error:g} %' for error in (figures.top1_error, figures.top5_error)]
     fields = [field for field in field_names(config) if field.startswith('model.') and field != 'model.dtype']
     differ = [
-        f'`{field}` is {_shown(get_by_path(config, field))} instead of {_shown(get_by_path(preset, field))}'
-        for field in (*_SAME_IMAGES, *fields)
-        if _shown(get_by_path(config, field)) != _shown(get_by_path(preset, field))
+        f'{field} is {own} instead of {theirs}' for field, theirs, own in _differing(config, (*_SAME_IMAGES, *fields))
     ]
     if not differ and 'ILSVRC-2010' in figures.source:  # a different data set from the one in the settings
         differ = [f'the images of this run are from `{config.data.source}`']

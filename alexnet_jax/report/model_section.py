@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from alexnet_jax.metrics import top_k
 from alexnet_jax.plots import kernels
 from alexnet_jax.report.blocks import Block, Card, Figure, Section, pixel_picture
 from alexnet_jax.runtime import backend
+from alexnet_jax.runtime.workdir import CheckpointError
 
 ABOUT_KERNELS: Block = (
     'remark',
@@ -25,7 +27,7 @@ _PROBED = 16  # validation images considered per image shown
 _SHEET_PIXELS = 1000  # approximate minimum width of the kernels of a tower
 _TITLES = ('Kernels of conv1', 'Predictions', 'Neighbors')
 
-Example = tuple[int, dict[str, Any]]  # index in the data set; its image and label
+Example = tuple[int, Mapping[str, Any]]  # index in the data set; its image and label
 
 
 def model_sections(workdir: str, train_command: str, data_dir: str | None, neighbors: bool) -> list[Section]:
@@ -39,37 +41,32 @@ def model_sections(workdir: str, train_command: str, data_dir: str | None, neigh
     """
     try:
         network = read_network(workdir)
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         why = f'{error}. `{train_command}` trains the network.'
         return [(title, [('missing', why)]) for title in _TITLES]
     sections: list[Section] = [(_TITLES[0], [*kernel_figures(network), ABOUT_KERNELS])]
     try:
-        store = _open_dataset(network, data_dir)
-        shown = choose(store.validation, PREDICTED)
+        prepared = _open_dataset(network, data_dir)
+        shown = choose(prepared.validation, PREDICTED)
         sections.append((_TITLES[1], predictions(network, shown)))
         if neighbors:
-            sections.append((_TITLES[2], nearest(network, store, shown[:QUERIES])))
+            sections.append((_TITLES[2], nearest(network, prepared, shown[:QUERIES])))
         else:
             sections.append((_TITLES[2], [('missing', 'Omitted because of `--noneighbors`.')]))
-    except (ConfigError, dataset.DatasetError) as error:
+    except (ConfigError, CheckpointError, dataset.DatasetError) as error:
         sections += [(title, [('missing', f'{error}.')]) for title in _TITLES[len(sections) :]]
     return sections
 
 
 def read_network(workdir: str) -> TrainedModel:
-    """Loads the newest weights of the run in `workdir`. Raises ConfigError: they cannot be read."""
+    """Loads the newest weights of the run in `workdir`. Raises ConfigError, CheckpointError: they cannot be read."""
     if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
         raise ConfigError(f'{workdir} has no checkpoints')
     member = parse_checkpoint_ref(workdir)
     if member.config.cpu_tuning:
         backend.configure_cpu_backend()
     backend.enable_compilation_cache()
-    from alexnet_jax.training.checkpointing import CheckpointError  # imports jax, so only after the settings above
-
-    try:
-        return load_model(member)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from None
+    return load_model(member)
 
 
 def kernel_figures(network: TrainedModel) -> list[Block]:
@@ -93,7 +90,10 @@ def kernel_figures(network: TrainedModel) -> list[Block]:
 
 
 def _open_dataset(network: TrainedModel, data_dir: str | None) -> dataset.PreparedDataset:
-    """Opens the run's prepared data set. Raises ConfigError: it does not exist, or it is not the one of the run."""
+    """Opens the run's prepared data set.
+
+    Raises ConfigError: the data set is missing, or is not that of the run. Raises the errors of open_eval_dataset().
+    """
     data = network.config.data
     folder = data_dir or data.data_dir
     directory = dataset.dataset_dir(folder, data)
@@ -108,15 +108,10 @@ def _open_dataset(network: TrainedModel, data_dir: str | None) -> dataset.Prepar
             f'The images are missing: {directory} does not exist. Prepare them with `{prepare}`, or name their folder'
             ' with `--data_dir`'
         )
-    from alexnet_jax.training.checkpointing import CheckpointError
-
-    try:
-        return open_eval_dataset([parse_checkpoint_ref(network.workdir)], data_dir)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from None
+    return open_eval_dataset([parse_checkpoint_ref(network.workdir)], data_dir)
 
 
-def choose(split: Any, count: int) -> list[Example]:
+def choose(split: dataset.SplitReader, count: int) -> list[Example]:
     """Returns `count` images of `split` with their indices: always the same ones, of as many classes as possible."""
     by_class: dict[int, list[Example]] = {}
     for place, example in dataset.evenly_spaced(split, _PROBED * count):
@@ -152,12 +147,12 @@ def predictions(network: TrainedModel, shown: list[Example]) -> list[Block]:
     return [('remark', about), ('cards', cards)]
 
 
-def nearest(network: TrainedModel, store: dataset.PreparedDataset, shown: list[Example]) -> list[Block]:
+def nearest(network: TrainedModel, prepared: dataset.PreparedDataset, shown: list[Example]) -> list[Block]:
     """Returns the images of `shown` with their nearest training images, as in the right half of figure 4 of the paper.
 
     Raises ConfigError, DatasetError: see feature_index.build_or_load_index().
     """
-    names, index = network.class_names, feature_index.build_or_load_index(network, store)
+    names, index = network.class_names, feature_index.build_or_load_index(network, prepared)
     queries = feature_index.extract_features(network, index, [example['image'] for _, example in shown])
     about = (
         f'Each group starts with a validation image, followed by the {NEAREST} training images with the nearest'
@@ -170,7 +165,7 @@ def nearest(network: TrainedModel, store: dataset.PreparedDataset, shown: list[E
         picture = pixel_picture(query['image'], f'validation image {place} of class {label}')
         cards = [Card(picture, label, 'query')]
         for where, distance in zip(numbers.tolist(), distances.tolist(), strict=True):
-            example = store.train[where]
+            example = prepared.train[where]
             if example is not None:
                 name = names[example['label']]
                 picture = pixel_picture(example['image'], f'training image {where} of class {name}')

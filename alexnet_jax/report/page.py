@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-from typing import Any
 
 from alexnet_jax.config import ConfigError
 from alexnet_jax.plots import curves, network, style
@@ -12,15 +11,15 @@ from alexnet_jax.report.blocks import Block, Figure, Section, Table, png_picture
 from alexnet_jax.report.config_diff import differences, length, published
 from alexnet_jax.report.run_files import Run, Sweep, errors_of, number, percent, read_layers, read_metrics, read_run
 from alexnet_jax.runtime.console import ProgressBar
-from alexnet_jax.runtime.files import read_json
+from alexnet_jax.runtime.files import JsonObject, read_json
+from alexnet_jax.runtime.workdir import CheckpointError
 from alexnet_jax.sweep.results import read_result, run_status
 from alexnet_jax.sweep.table import as_cells, caption, footnotes
 
 _DPI = 200  # of the drawings
 _MAX_NAMES = 20  # classes listed by name
-# Keys of result.json.
-_TARGET = 'The training error reached its target'
-_EVENTS = {'stalled_step': 'The loss stalled', 'target_step': _TARGET}
+# By key of result.json.
+_EVENTS = {'stalled_step': 'The loss stalled', 'target_step': 'The training error reached its target'}
 _NOT_FACTS = ('versions', 'command')  # keys of environment.json that the page shows differently
 
 
@@ -94,7 +93,7 @@ def _result_section(run: Run) -> list[Block]:
     return blocks
 
 
-def _curves(runs: dict[str, list[dict[str, Any]]]) -> Block:
+def _curves(runs: dict[str, list[JsonObject]]) -> Block:
     """Draws the curves of `runs`, the results of read_metrics() by name."""
     about = 'Loss and errors on the training batches and on all validation images (one view), and the learning rate.'
     alt = 'curves of loss, top-1 error, top-5 error and learning rate by step'
@@ -152,7 +151,7 @@ def _duration(seconds: float) -> str:
     return f'{seconds:.1f} seconds'
 
 
-def environment_section(environment: dict[str, Any], train_command: str) -> list[Block]:
+def environment_section(environment: JsonObject, train_command: str) -> list[Block]:
     """Returns hardware and versions from environment.json."""
     if not environment:
         why = f'environment.json is missing or corrupt. `{train_command}` writes it when training starts or resumes.'
@@ -198,8 +197,8 @@ def _variant_settings(sweep: Sweep) -> Block:
     rows = []
     for variant in sweep.plan['variants']:
         overrides = variant.get('overrides')
-        overrides = overrides.items() if isinstance(overrides, dict) else ()
-        settings = ', '.join(f'`{name}={json.dumps(value)}`' for name, value in overrides)
+        named = overrides.items() if isinstance(overrides, dict) else ()
+        settings = ', '.join(f'`{name}={json.dumps(value)}`' for name, value in named)
         seeds = [run['seed'] for run in sweep.plan['runs'] if run['variant'] == variant['name']]
         rows.append([variant['name'], settings, ', '.join(str(seed) for seed in seeds if seed is not None)])
     return 'table', Table('settings of the variants', ['variant', 'settings', 'seeds'], rows, numeric=False)
@@ -232,7 +231,7 @@ def _sweep_kernels(sweep: Sweep, train_command: str) -> list[Block]:
             trained = model_section.read_network(os.path.join(sweep.folder, directory))
             title = variant if directory == variant else f'{variant} ({directory})'
             blocks += [('heading', title), *model_section.kernel_figures(trained)]
-        except ConfigError as error:
+        except (ConfigError, CheckpointError) as error:
             missing.append(f'{variant}: {error}')
         progress.update()
     progress.close()

@@ -2,16 +2,15 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import shlex
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from alexnet_jax.config import Config, ConfigError
-from alexnet_jax.runtime.files import read_json
+from alexnet_jax.runtime.files import JsonObject, read_json, read_json_lines
 from alexnet_jax.runtime.workdir import read_config, read_dataset_statistics, read_result_json
 from alexnet_jax.sweep import results as sweep_results
 from alexnet_jax.sweep.table import Row, summarize
@@ -36,10 +35,10 @@ class Run:
     workdir: str
     config: Config | None
     config_problem: str
-    result: dict[str, Any]
-    metrics: list[dict[str, Any]]
+    result: JsonObject
+    metrics: list[JsonObject]
     metrics_problem: str
-    environment: dict[str, Any]
+    environment: JsonObject
     class_names: list[str]
     examples: int
     inputs_problem: str
@@ -83,8 +82,8 @@ class Sweep:
     """Contents of a sweep's files. See the functions of load_sweep() for the attributes."""
 
     folder: str
-    plan: dict[str, Any]
-    results: dict[str, dict[str, Any]]
+    plan: sweep_results.SweepPlan
+    results: dict[str, JsonObject]
     views: int | None
     rows: list[Row]
     missing: list[str]
@@ -103,7 +102,7 @@ def read_run(workdir: str) -> Run:
     """Reads the files in `workdir`."""
     nothing: tuple[dict[str, np.ndarray], list[str]] = ({}, [])
     config, no_config = _attempt(read_config, workdir, None)
-    metrics, no_metrics = _attempt(read_metrics, workdir, list[dict[str, Any]]())
+    metrics, no_metrics = _attempt(read_metrics, workdir, list[JsonObject]())
     (statistics, class_names), no_inputs = _attempt(read_dataset_statistics, workdir, nothing)
     examples = int(statistics.get('class_counts', np.zeros(0)).sum())
     result, environment = read_result_json(workdir) or {}, read_json(os.path.join(workdir, 'environment.json')) or {}
@@ -118,7 +117,7 @@ def _attempt(read: Callable[[str], T], workdir: str, default: T) -> tuple[T, str
         return default, str(error)
 
 
-def read_metrics(workdir: str) -> list[dict[str, Any]]:
+def read_metrics(workdir: str) -> list[JsonObject]:
     """Returns the lines of metrics.jsonl with a valid step. Raises ConfigError: there are none."""
     from alexnet_jax.plots import curves  # imports matplotlib, which takes a second
 
@@ -174,12 +173,8 @@ def views_of(text: str) -> str:
     return sweep_results.views_text(int(text)) if text.isdecimal() else text
 
 
-def read_layers(path: str) -> dict[str, Any]:
+def read_layers(path: str) -> JsonObject:
     """Returns the last complete line of a layers.jsonl; {} if there is none."""
-    last: dict[str, Any] = {}
-    with contextlib.suppress(OSError), open(path, errors='replace') as file:
-        for text in file:
-            with contextlib.suppress(ValueError):  # the last line of a killed run may be incomplete
-                line = json.loads(text)
-                last = line if isinstance(line, dict) else last
-    return last
+    with contextlib.suppress(OSError):
+        return [{}, *read_json_lines(path)][-1]
+    return {}

@@ -124,11 +124,10 @@ def enable_compilation_cache() -> None:
     """
     import jax
 
-    settings: Any = jax.config
     if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
         # JAX's default skips programs that compile in under a second: evaluation and weight initialization.
-        settings.update('jax_persistent_cache_min_compile_time_secs', 0.1)
-    if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
         return
     root = _cache_folder('compiled')
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
@@ -141,11 +140,11 @@ def enable_compilation_cache() -> None:
         return
     _evict_lru(root)
     _shorten_cache_warnings(folder)
-    settings.update('jax_compilation_cache_dir', folder)
+    jax.config.update('jax_compilation_cache_dir', folder)
 
 
 def _evict_lru(root: str) -> None:
-    """Removes the least recently used files below `root` until at most KEPT bytes remain.
+    """Removes the least recently used files below `root` until at most MAX_CACHE_BYTES remain.
 
     JAX's own limit locks the folder at every read, and fails permanently after a process was killed during a write.
     """
@@ -168,7 +167,7 @@ def _shorten_cache_warnings(folder: str) -> None:
     """Logs each cache warning of JAX about `folder` as one line, and removes corrupt programs, which JAX does not."""
     show = warnings.showwarning
 
-    def show_shorter(message: Any, *where: Any, **more: Any) -> None:
+    def show_shorter(message: Warning | str, *where: Any, **more: Any) -> None:
         found = re.match(CACHE_WARNING, str(message))
         if not found:
             show(message, *where, **more)

@@ -2,7 +2,10 @@
 
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 LOG_INTERVAL_SECS = 15.0
 
@@ -54,11 +57,12 @@ class ProgressBar:
       done: units that were complete at the start, for example after a resume.
     """
 
+    bar: 'tqdm | None' = None
+
     def __init__(self, desc: str, total: int, unit: str, done: int = 0):
         self.desc, self.total, self.unit, self.done = desc, total, unit, done
         self.start = self.last_line = time.monotonic()
         self.first = done
-        self.bar: Any = None
         if sys.stderr.isatty() and is_primary():
             from tqdm import tqdm
 

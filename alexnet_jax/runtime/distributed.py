@@ -8,13 +8,14 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import Bool, UInt8
 
 from alexnet_jax.config import ConfigError, DistributedConfig
 from alexnet_jax.runtime.console import set_process_index, summarize_exception
@@ -23,6 +24,8 @@ from alexnet_jax.runtime.preemption import PreemptionHandler
 SHUTDOWN_TIMEOUT = 60  # seconds; all processes finish a run within a few file writes of each other
 SHARED_FS_TIMEOUT_SECS = 10.0  # within this time the other hosts must see a file that one host wrote
 MAX_MESSAGE_BYTES = 1024  # bytes of a message between processes; longer messages are truncated
+
+Tree = TypeVar('Tree')  # of NumPy arrays
 
 
 class DistributedInitError(RuntimeError):
@@ -110,10 +113,14 @@ def first_error_on_any_process(problem: str = '') -> str:
 
     Messages are truncated to 1024 bytes.
     """
-    row = np.frombuffer(problem.encode()[:MAX_MESSAGE_BYTES].ljust(MAX_MESSAGE_BYTES), np.uint8)
-    rows = multihost_utils.process_allgather(row)
+    rows = multihost_utils.process_allgather(_as_row(problem))
     texts = (bytes(row).decode(errors='ignore').strip() for row in rows)
     return next(filter(None, texts), '')
+
+
+def _as_row(message: str) -> UInt8[np.ndarray, ' bytes']:
+    """Returns `message` as UTF-8, truncated or padded with blanks to MAX_MESSAGE_BYTES."""
+    return np.frombuffer(message.encode()[:MAX_MESSAGE_BYTES].ljust(MAX_MESSAGE_BYTES), np.uint8)
 
 
 def needs_gather(x: jax.Array) -> bool:
@@ -126,12 +133,12 @@ def gather_to_host(x: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(x, tiled=True) if needs_gather(x) else np.asarray(x)
 
 
-def count_set_on_any_process(chosen: np.ndarray) -> int:
+def count_set_on_any_process(chosen: Bool[np.ndarray, ' n']) -> int:
     """Collective. Returns how many entries of `chosen` (N,) bool, with equal N, are True on at least one process."""
     return int(multihost_utils.process_allgather(chosen).reshape(-1, len(chosen)).any(0).sum())
 
 
-def broadcast_from_primary(tree: Any) -> Any:
+def broadcast_from_primary(tree: Tree) -> Tree:
     """Collective. Returns the primary process's NumPy arrays; shapes and dtypes must be equal on all processes."""
     return multihost_utils.broadcast_one_to_all(tree)
 
@@ -144,15 +151,12 @@ def reached_preemption_sync_point(count: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(count)
 
 
-def assert_equal_across_processes(settings: dict[str, Any]) -> None:
+def assert_equal_across_processes(settings: Mapping[str, object]) -> None:
     """Collective. Raises ConfigError on all processes if one has other `settings` than process 0.
 
     `settings` maps names to JSON values, which are compared by the first 1024 bytes of their JSON text.
     """
-    digests = {
-        name: np.frombuffer(json.dumps(value).encode()[:MAX_MESSAGE_BYTES].ljust(MAX_MESSAGE_BYTES), np.uint8)
-        for name, value in settings.items()
-    }
+    digests = {name: _as_row(json.dumps(value)) for name, value in settings.items()}
     differ = [name for name, value in broadcast_from_primary(digests).items() if (value != digests[name]).any()]
     mine = (
         f'{differ[0]}: {settings[differ[0]]} on process {jax.process_index()}, but not on process 0' if differ else ''
@@ -168,10 +172,8 @@ def workdir_lock(workdir: str) -> Iterator[None]:
 
     Raises ConfigError (on all processes): another run holds the lock, or the workdir is not writable or not shared.
     """
-    path, token = (
-        os.path.join(workdir, 'lock'),
-        bytes(broadcast_from_primary(np.frombuffer(os.urandom(16), np.uint8))).hex(),
-    )
+    path = os.path.join(workdir, 'lock')
+    token = bytes(broadcast_from_primary(np.frombuffer(os.urandom(16), np.uint8))).hex()
     with contextlib.ExitStack() as stack:
         problem = ''
         if is_primary_process():

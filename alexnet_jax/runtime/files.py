@@ -1,15 +1,17 @@
-"""Atomic file writes, and JSON files."""
+"""Atomic file writes; JSON files and files with one JSON object per line."""
 
 import contextlib
 import json
 import os
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
+
+JsonObject = dict[str, Any]
 
 
 @contextlib.contextmanager
-def atomic_write(path: str, mode: str = 'w') -> Iterator[Any]:
+def atomic_write(path: str, mode: str = 'w') -> Iterator[IO]:
     """Yields a temporary file that is synced to disk and renamed to `path`; on an error `path` is unchanged.
 
     Raises OSError: the file cannot be written.
@@ -27,14 +29,14 @@ def atomic_write(path: str, mode: str = 'w') -> Iterator[Any]:
         raise
 
 
-def write_json(path: str, value: Any) -> None:
+def write_json(path: str, value: object) -> None:
     """Writes `value` as JSON to `path` atomically."""
     with atomic_write(path) as file:
         json.dump(value, file, indent=1)
         file.write('\n')
 
 
-def read_json(path: str) -> dict[str, Any] | None:
+def read_json(path: str) -> JsonObject | None:
     """Returns the JSON object in `path`, or None if the file is missing, unreadable, corrupt or not an object."""
     try:
         with open(path) as file:
@@ -42,3 +44,16 @@ def read_json(path: str) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def read_json_lines(path: str) -> list[JsonObject]:
+    """Returns the JSON objects in `path`, one per line, without corrupt lines; a killed run leaves an incomplete line.
+
+    Raises OSError: the file cannot be read.
+    """
+    lines = []
+    with open(path, errors='replace') as file:
+        for text in file:
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict)]

@@ -9,14 +9,13 @@ import re
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import ml_collections
 import numpy as np
 
 from alexnet_jax.config import Config, ConfigError, field_names, get_by_path, resolve, upgrade
 from alexnet_jax.runtime.console import log, summarize_exception
-from alexnet_jax.runtime.files import atomic_write, read_json
+from alexnet_jax.runtime.files import JsonObject, atomic_write, read_json
 
 # The weights and the order of the data depend on these fields; other fields may change when a run resumes.
 RESUME_INVARIANT_FIELDS = (
@@ -79,7 +78,7 @@ def is_finished(config: Config, workdir: str) -> bool:
     return before | {'data': before.get('data', {}) | {'data_dir': now['data']['data_dir']}} == now
 
 
-def _read_settings(workdir: str) -> dict[str, Any] | None:
+def _read_settings(workdir: str) -> JsonObject | None:
     """Returns the content of config.json with today's field names, or None if the file is missing or unreadable."""
     written = read_json(os.path.join(workdir, 'config.json'))
     return None if written is None else upgrade(written)
@@ -96,7 +95,7 @@ def read_config(workdir: str) -> Config:
     return resolve(ml_collections.ConfigDict(written))
 
 
-def read_result_json(workdir: str) -> dict[str, Any] | None:
+def read_result_json(workdir: str) -> JsonObject | None:
     """Returns the content of result.json with today's key names, or None if the file is missing or unreadable."""
     result = read_json(os.path.join(workdir, 'result.json'))
     return None if result is None else {RENAMED_RESULT_KEYS.get(key, key): value for key, value in result.items()}
@@ -113,7 +112,7 @@ def write_dataset_statistics(workdir: str, statistics: dict[str, np.ndarray], cl
 
     Args:
       workdir: the folder of the run.
-      statistics: see data/shards.statistics().
+      statistics: see prepare/shards.statistics().
       class_names: one name per label.
     """
     with atomic_write(os.path.join(workdir, 'dataset_statistics.npz'), 'wb') as file:
@@ -161,7 +160,7 @@ def check_class_names(name: str, weights_names: list[str], data_names: list[str]
     )
 
 
-def environment() -> dict[str, Any]:
+def environment() -> JsonObject:
     """Returns the content of environment.json: software and hardware of the run. JAX must be initialized.
 
     Keys: versions (by package), system, processor, devices (their kind), device_count (over all processes), processes,

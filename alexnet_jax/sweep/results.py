@@ -1,11 +1,12 @@
 """Reads the folder of a sweep: its plan, the results of its finished runs, and the progress of its other runs."""
 
 import contextlib
-import json
 import os
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import UnionType
+from typing import NotRequired, TypedDict, cast
 
-from alexnet_jax.runtime.files import read_json
+from alexnet_jax.runtime.files import JsonObject, read_json, read_json_lines
 from alexnet_jax.runtime.workdir import read_result_json
 
 # Fields read from sweep.json, with their types.
@@ -14,11 +15,39 @@ _VARIANT = {'name': str, 'published': list | None, 'source': str, 'note': str}
 _RUN = {'variant': str, 'seed': int | None, 'directory': str}
 
 
+class PlannedVariant(TypedDict):
+    """A variant in sweep.json, see sweep.Variant; version 0.1 did not write the overrides."""
+
+    name: str
+    overrides: NotRequired[dict[str, object]]
+    published: Sequence[float | None] | None
+    source: str
+    note: str
+
+
+class PlannedRun(TypedDict):
+    """A run in sweep.json; `directory` is relative to the folder of the sweep."""
+
+    variant: str
+    seed: int | None
+    directory: str
+    overrides: NotRequired[dict[str, object]]
+
+
+class SweepPlan(TypedDict):
+    """The content of sweep.json. `base` is the name of the variant to which the others are compared."""
+
+    config: str
+    base: str | None
+    variants: list[PlannedVariant]
+    runs: list[PlannedRun]
+
+
 class ReportError(ValueError):
     """A report is impossible. The message is one line with the cause and the remedy."""
 
 
-def read_sweep(folder: str) -> dict[str, Any]:
+def read_sweep(folder: str) -> SweepPlan:
     """Returns the content of sweep.json in `folder`. Raises ReportError: the file is missing or corrupt."""
     path = os.path.join(folder, 'sweep.json')
     sweep = read_json(path) or {}
@@ -27,34 +56,34 @@ def read_sweep(folder: str) -> dict[str, Any]:
         and all(_has(each, _VARIANT) and _are_differences(each['published']) for each in sweep['variants'])
         and all(_has(each, _RUN) for each in sweep['runs'])
     ):
-        return sweep
-    wrong = 'is damaged' if os.path.exists(path) else 'is missing'
+        return cast(SweepPlan, sweep)
+    wrong = 'is corrupt' if os.path.exists(path) else 'is missing'
     raise ReportError(f'{path} {wrong}: run `alexnet train --config=... --sweep=all --workdir={folder}` first')
 
 
-def _has(value: Any, types: dict[str, Any]) -> bool:
+def _has(value: object, types: Mapping[str, type | UnionType]) -> bool:
     return isinstance(value, dict) and all(name in value and isinstance(value[name], types[name]) for name in types)
 
 
-def _are_differences(published: list[Any] | None) -> bool:
+def _are_differences(published: list[object] | None) -> bool:
     return published is None or (
         len(published) == 2 and all(isinstance(each, float | int | None) for each in published)
     )
 
 
-def read_results(folder: str, sweep: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def read_results(folder: str, sweep: SweepPlan) -> dict[str, JsonObject]:
     """Returns the result.json of each finished run of the sweep in `folder`, keyed by the directory of the run."""
     found = {run['directory']: read_result(os.path.join(folder, run['directory'])) for run in sweep['runs']}
     return {directory: result for directory, result in found.items() if result}
 
 
-def read_result(workdir: str) -> dict[str, Any] | None:
+def read_result(workdir: str) -> JsonObject | None:
     """Returns the result.json of the run in `workdir`, or None if the run is not finished."""
     result = read_result_json(workdir)
     return result if result and _is_done(result) else None
 
 
-def _is_done(result: dict[str, Any]) -> bool:
+def _is_done(result: JsonObject) -> bool:
     """Returns whether `result` is from a finished run and has error rates between 0 and 1."""
     try:
         return (
@@ -69,7 +98,7 @@ def _is_done(result: dict[str, Any]) -> bool:
         return False
 
 
-def choose_views(results: dict[str, dict[str, Any]], wanted: int | None) -> int | None:
+def choose_views(results: Mapping[str, JsonObject], wanted: int | None) -> int | None:
     """Returns `wanted`, or else the largest number of views that all `results` have in common.
 
     Without `results` the return value is `wanted`, which may be None.
@@ -90,9 +119,7 @@ def choose_views(results: dict[str, dict[str, Any]], wanted: int | None) -> int 
     return max(common)
 
 
-def missing_runs(
-    folder: str, sweep: dict[str, Any], results: dict[str, dict[str, Any]], views: int | None
-) -> list[str]:
+def missing_runs(folder: str, sweep: SweepPlan, results: Mapping[str, JsonObject], views: int | None) -> list[str]:
     """Returns the runs of the sweep in `folder` without a result for `views`, each with its state in parentheses."""
     missing = []
     for run in sweep['runs']:
@@ -122,12 +149,9 @@ def run_status(workdir: str) -> str:
 
 def _last_step(path: str) -> int | None:
     """Returns the step of the last complete line of a metrics.jsonl, or None if there is no such line."""
-    step = None
-    with contextlib.suppress(OSError), open(path, errors='replace') as file:
-        for line in file:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run leaves a partial line
-                step = json.loads(line)['step']
-    return step
+    with contextlib.suppress(OSError):
+        return next((line['step'] for line in reversed(read_json_lines(path)) if 'step' in line), None)
+    return None
 
 
 def views_text(views: int | None) -> str:

@@ -10,8 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import ml_collections
 
@@ -22,6 +21,7 @@ from alexnet_jax.runtime.console import ProgressBar, log, log_error
 from alexnet_jax.runtime.files import read_json, write_json
 from alexnet_jax.runtime.preemption import PreemptionHandler
 from alexnet_jax.runtime.workdir import is_finished
+from alexnet_jax.sweep.results import PlannedVariant, SweepPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Variant:
     """
 
     name: str
-    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    overrides: dict[str, object] = dataclasses.field(default_factory=dict)
     published: tuple[float | None, float | None] | None = None
     source: str = ''
     note: str = ''
@@ -50,17 +50,17 @@ class Variant:
         return self.name if self.seed is None else os.path.join(self.name, f'seed_{self.seed}')
 
 
-def grid(fields: dict[str, Sequence[Any]]) -> list[Variant]:
+def grid(fields: Mapping[str, Sequence[object]]) -> list[Variant]:
     """Returns the Cartesian product of the values of `fields` (by dotted name), named like 'towers=1,dropout=0.5'."""
     return [_named(fields, values) for values in itertools.product(*fields.values())]
 
 
-def zip_(fields: dict[str, Sequence[Any]]) -> list[Variant]:
+def zip_(fields: Mapping[str, Sequence[object]]) -> list[Variant]:
     """Returns one variant per position in the value lists. Raises ValueError: the lists differ in length."""
     return [_named(fields, values) for values in zip(*fields.values(), strict=True)]
 
 
-def _named(fields: Iterable[str], values: Iterable[Any]) -> Variant:
+def _named(fields: Iterable[str], values: Iterable[object]) -> Variant:
     overrides = dict(zip(fields, values, strict=True))
     return Variant(','.join(f'{field.rsplit(".", 1)[-1]}={value}' for field, value in overrides.items()), overrides)
 
@@ -114,17 +114,13 @@ def write_manifest(variants: list[Variant], config_file: str, workdir: str) -> N
     Raises ConfigError: the folder is not writable.
     """
     rows = {variant.name: variant for variant in variants}
-    plan = {
+    plan: SweepPlan = {
         'config': config_file,
         'base': 'base' if 'base' in rows else None,
         'variants': [
-            {
-                'name': row.name,
-                'overrides': row.overrides,
-                'published': row.published,
-                'source': row.source,
-                'note': row.note,
-            }
+            PlannedVariant(
+                name=row.name, overrides=row.overrides, published=row.published, source=row.source, note=row.note
+            )
             for row in rows.values()
         ],
         'runs': [
@@ -139,7 +135,7 @@ def write_manifest(variants: list[Variant], config_file: str, workdir: str) -> N
         raise ConfigError(f'--workdir: {workdir} cannot be used: {error}') from None
 
 
-def print_runs(variants: list[Variant], configs: list[Any], workdir: str) -> None:
+def print_runs(variants: list[Variant], configs: list[Config], workdir: str) -> None:
     """Prints one line per run: its number for --sweep=K, folder, state and overrides."""
     width = max(len(variant.directory) for variant in variants)
     for i, (variant, config) in enumerate(zip(variants, configs, strict=True)):
@@ -153,7 +149,7 @@ def print_runs(variants: list[Variant], configs: list[Any], workdir: str) -> Non
     )
 
 
-def run_all(variants: list[Variant], configs: list[Any], workdir: str, command: list[str], jobs: int) -> int:
+def run_all(variants: list[Variant], configs: list[Config], workdir: str, command: list[str], jobs: int) -> int:
     """Runs the unfinished runs of the sweep, each in its own process, and returns the exit code.
 
     If this process is killed, Linux kills its runs too.
@@ -168,32 +164,33 @@ def run_all(variants: list[Variant], configs: list[Any], workdir: str, command: 
     Returns:
       0: All runs are done.
       1: Some runs failed; the log names these runs and their log files.
-      75: SIGTERM or Ctrl-C preempted the sweep. The active runs were told to save, and the same command resumes.
+      75: SIGTERM or Ctrl-C preempted the sweep. The active runs received SIGTERM and save; the same command
+        resumes them.
     """
     folders = [os.path.join(workdir, variant.directory) for variant in variants]
     waiting = [i for i, folder in enumerate(folders) if not is_finished(configs[i], folder)]
     log(f'{workdir}: {len(variants) - len(waiting)} of {len(variants)} runs are done; running {jobs} at a time')
     progress = ProgressBar('sweep', len(variants), 'runs', done=len(variants) - len(waiting))
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else []
-    places = [set(cores[place::jobs]) for place in range(jobs)] if 1 < jobs <= len(cores) else [set()] * jobs
+    slots = [set(cores[slot::jobs]) for slot in range(jobs)] if 1 < jobs <= len(cores) else [set()] * jobs
     running: dict[int, tuple[int, subprocess.Popen]] = {}  # slot -> (run number, process)
-    failed, told = [], False
+    failed, forwarded = [], False
     with PreemptionHandler() as preemption:
         while running or (waiting and not preemption.requested):
-            for place, cpus in enumerate(places):
-                if place not in running and waiting and not preemption.requested:
+            for slot, cpus in enumerate(slots):
+                if slot not in running and waiting and not preemption.requested:
                     i = waiting.pop(0)
-                    running[place] = i, _start([*command, f'--sweep={i}'], folders[i], cpus)
-            if preemption.requested and not told:
-                told = True
+                    running[slot] = i, _start([*command, f'--sweep={i}'], folders[i], cpus)
+            if preemption.requested and not forwarded:
+                forwarded = True
                 for _, process in running.values():
                     process.terminate()
             time.sleep(0.1)
-            for place, (i, process) in list(running.items()):
+            for slot, (i, process) in list(running.items()):
                 code = process.poll()
                 if code is None:
                     continue
-                del running[place]
+                del running[slot]
                 if code == 0:
                     result = read_json(os.path.join(folders[i], 'result.json')) or {}
                     log(f'{variants[i].directory}: top-1 error {result.get("top1_error", math.nan):.2%}')
@@ -250,4 +247,4 @@ def _start(command: list[str], folder: str, cpus: set[int]) -> subprocess.Popen:
 def _last_line(path: str) -> str:
     with open(path, errors='replace') as file:
         lines = [line.strip() for line in file if line.strip()]
-    return lines[-1] if lines else 'it said nothing'
+    return lines[-1] if lines else 'no output'

@@ -5,10 +5,10 @@ import dataclasses
 import io
 import math
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from alexnet_jax.sweep.results import views_text
+from alexnet_jax.runtime.files import JsonObject
+from alexnet_jax.sweep.results import SweepPlan, views_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def welch_interval(values: Sequence[float], base: Sequence[float]) -> tuple[floa
 
 
 def _error_summary(values: Sequence[float], base: Sequence[float], published: float | None) -> ErrorSummary:
-    """Computes Figures from the errors of the variant's and the base's runs, in percent. `base` may be empty."""
+    """Summarizes the errors of the variant's and the base's runs, in percent. `base` may be empty."""
     return ErrorSummary(
         mean=statistics.fmean(values) if values else None,
         deviation=statistics.stdev(values) if len(values) > 1 else None,
@@ -73,7 +73,7 @@ def _error_summary(values: Sequence[float], base: Sequence[float], published: fl
     )
 
 
-def summarize(sweep: dict[str, Any], results: dict[str, dict[str, Any]], views: int | None) -> list[Row]:
+def summarize(sweep: SweepPlan, results: Mapping[str, JsonObject], views: int | None) -> list[Row]:
     """Returns one row per variant, in the order of `sweep`. The rows have errors in percent; `results` has fractions.
 
     Args:
@@ -115,7 +115,7 @@ def summarize(sweep: dict[str, Any], results: dict[str, dict[str, Any]], views: 
     return rows
 
 
-def as_cells(sweep: dict[str, Any], rows: list[Row]) -> list[list[str]]:
+def as_cells(sweep: SweepPlan, rows: list[Row]) -> list[list[str]]:
     """Returns the cells of the table: a header, then one line per variant. Without a base: no difference columns."""
     base = sweep['base']
     header = ['variant', 'runs']
@@ -143,7 +143,7 @@ def _cells(figures: ErrorSummary) -> list[str]:
     return [error, difference, '' if figures.published is None else f'{figures.published:+z.2f}']
 
 
-def caption(sweep: dict[str, Any], views: int | None) -> str:
+def caption(sweep: SweepPlan, views: int | None) -> str:
     """Returns the caption of the table: config, number of views, and definition of the statistics."""
     errors = f'`{sweep["config"]}`, {views_text(views)}; errors are mean +- sample standard deviation over the runs'
     differences = (
@@ -153,7 +153,7 @@ def caption(sweep: dict[str, Any], views: int | None) -> str:
     return errors + ('.' if sweep['base'] is None else differences)
 
 
-def footnotes(sweep: dict[str, Any], rows: list[Row]) -> dict[str, list[str]]:
+def footnotes(sweep: SweepPlan, rows: list[Row]) -> dict[str, list[str]]:
     """Returns the non-empty sections below the table by title, each with one line per variant."""
     found = {
         'Sources of the published differences': [
@@ -164,7 +164,7 @@ def footnotes(sweep: dict[str, Any], rows: list[Row]) -> dict[str, list[str]]:
     return {title: lines for title, lines in found.items() if lines}
 
 
-def as_markdown(sweep: dict[str, Any], rows: list[Row], views: int | None, missing: list[str]) -> str:
+def as_markdown(sweep: SweepPlan, rows: list[Row], views: int | None, missing: list[str]) -> str:
     """Returns the table as Markdown, followed by the caption, the sources, the notes and the `missing` runs."""
     header, *lines = as_cells(sweep, rows)
     table = [header, ['---', *['--:'] * (len(header) - 1)]]
@@ -182,7 +182,7 @@ def as_csv(rows: list[Row]) -> str:
     """Returns CSV: a header and one line per variant, in unrounded percent and percentage points; unknown is empty."""
     lines = []
     for row in rows:
-        line: dict[str, Any] = {'variant': row.name, 'runs_done': row.runs_done, 'runs_planned': row.runs_planned}
+        line: dict[str, object] = {'variant': row.name, 'runs_done': row.runs_done, 'runs_planned': row.runs_planned}
         for kind, figures in (('top1', row.top1), ('top5', row.top5)):
             low, high = figures.interval or (None, None)
             line |= {
