@@ -1,6 +1,6 @@
 # make demo: train the quickstart.      make test: the whole suite.      make test-fast: the suite without slow tests.
-# make check: format, lint, types, import direction.      make wheel: build the package, and try it where it is alone.
-# make lock: renew requirements*.txt from the ranges in pyproject.toml.      make bench: all benchmarks.
+# make check: format, lint, types, import direction.      make wheel: build the package and test it on its own.
+# make lock: update requirements*.txt from the ranges in pyproject.toml.      make bench: all benchmarks.
 # make slurm, make chromium: the Debian packages that tests/test_slurm.py and tests/test_page.py need (as root).
 #
 # PYTHON=/path/to/python names the interpreter of a new environment, VENV=folder another environment.
@@ -11,7 +11,7 @@ INSTALL := apt-get install -qq --yes --no-install-recommends
 INSTALL_SLURM := $(INSTALL) slurm-wlm munge > /dev/null
 INSTALL_CHROMIUM := $(INSTALL) chromium chromium-driver > /dev/null
 
-# The first that starts is taken, for a name on the PATH may be a shim without an interpreter. Python 3.14 is not tested.
+# The first that starts is used: a name on the PATH may be a shim without an interpreter. Python 3.14 is not tested.
 CANDIDATES := $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3.14 python3)
 USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 VERSION := import platform; print(platform.python_version())

@@ -37,7 +37,7 @@ def differences(project: Project) -> dict[str, float]:
     config, batch = project.config, project.batch
     keys = example_keys(config.seed, batch['example_id'], RngStream.AUGMENTATION)
     inputs = _images(lambda images, rest: augment.augment(images, keys, keys, rest, config.data), project)
-    centre = _images(lambda images, rest: augment.eval_crop(images, rest, config.data, 0), project)
+    center = _images(lambda images, rest: augment.eval_crop(images, rest, config.data, 0), project)
     random, state = np.random.default_rng(1), project.state
     parameters = jax.tree_util.tree_map_with_path(lambda path, w: _weights(random, path, w.shape), state.params)
     velocities = jax.tree.map(lambda w: VELOCITY * random.standard_normal(w.shape, np.float32), parameters)
@@ -46,7 +46,7 @@ def differences(project: Project) -> dict[str, float]:
 
     logits = make_activation_fn(config, project.mesh, 'fc8')(state, batch['image'], project.preprocessing)
     loss = project.eval_step(state, batch, project.preprocessing)[0]
-    plain_logits = jax.jit(plain.logits)(parameters, centre)
+    plain_logits = jax.jit(plain.logits)(parameters, center)
     found = {'logits': distance(logits, plain_logits)}
     found['loss of the evaluation'] = distance(loss, plain.losses(plain_logits, batch['label']).sum())
 

@@ -1,8 +1,8 @@
 """A plain implementation of the preset `paper`, its gradient and its update. The project's step must equal it.
 
 It imports nothing from alexnet_jax. Parameters and velocities are {layer: {'kernel', 'bias'}}. Kernels have the shape
-(height, width, inputs, outputs), or (inputs, outputs) in dense layers. `inputs` counts one tower's maps where the layer
-does not connect the towers. Everything is float32.
+(height, width, inputs, outputs), or (inputs, outputs) in dense layers. In a layer that reads
+only its own tower, `inputs` counts the feature maps of one tower. Everything is float32.
 """
 
 from typing import Any
@@ -14,11 +14,11 @@ from jax import lax
 TOWERS = 2
 MOMENTUM, DECAY = 0.9, 5e-4  # section 5 of the paper
 KEPT = 0.5  # probability that dropout keeps a unit
-PURPOSE, DROPPED = 2, (6, 7)  # dropout keys fold in the purpose, the image's number, and how many layers precede
+PURPOSE, DROPPED = 2, (6, 7)  # dropout keys fold in the purpose, the example id and the index of the layer
 
 
 def convolution(x: jax.Array, layer: dict[str, jax.Array], stride: int = 1, padding: Any = 'SAME') -> jax.Array:
-    """Convolution and bias. The towers are connected where the kernel has as many inputs as `x` has maps."""
+    """Convolution and bias. The layer reads both towers if its kernel has as many inputs as `x` has maps."""
     groups = x.shape[-1] // layer['kernel'].shape[2]
     x = lax.conv_general_dilated(
         x,
@@ -70,7 +70,7 @@ def dropout_masks(seed: int, numbers: jax.Array, width: int) -> tuple[jax.Array,
 
     Args:
       seed: the run's seed.
-      numbers: (B,) uint32, the numbers of the images.
+      numbers: (B,) uint32, the example ids.
       width: units of the layer.
     """
 

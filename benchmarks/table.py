@@ -82,7 +82,7 @@ def loop_overhead_rows(result: dict[str, Any]) -> list[Row]:
     rows: list[Row] = []
     for part, found in result['parts'].items():
         if part == 'checkpoint':
-            what = f'training held up by a checkpoint that takes {found["saving"]:.1f} s: seconds'
+            what = f'delay of training by a checkpoint that takes {found["saving"]:.1f} s: seconds'
             rows.append((what, f'{found["held_up"]:.3f}'))
         else:
             own, alone = (f'{found[name]:,.1f}' for name in ('images_per_second', 'step_images_per_second'))

@@ -49,7 +49,7 @@ while true; do
       fi
       sleep "$SECONDS_BETWEEN_LOOKS"
       if [[ $(state) == ACTIVE ]]; then
-        echo "$NAME failed and is kept; look at it, then delete it" >&2
+        echo "$NAME failed and is kept: inspect it, then delete it" >&2
         exit 1
       fi
       ;;

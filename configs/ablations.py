@@ -5,7 +5,7 @@
 
 DATA           base row                                     seeds   rows
 photos         configs/quickstart.py                          5     LRN, overlap, dropout, towers, tanh, color
-fashion_mnist  configs/fashion_mnist.py                       5     no overlap or color; plus depth, exchange, batches
+fashion_mnist  configs/fashion_mnist.py                       5     no overlap or color; plus depth, cross_tower, batch
 imagenet       configs/imagenet.py:krizhevsky2012             1     all
 
 Hardware and time: docs/ablations.md for `photos`, on two CPU cores. The others were not run here; a run of
@@ -41,7 +41,7 @@ def sweep(data: str = 'photos') -> list[Variant]:
     if data == 'imagenet':
         rows += _lrn_rows()
     if data != 'photos':
-        rows += _depth_rows(config) + _exchange_rows() + _batch_rows(config, (256, 1024, 8192))
+        rows += _depth_rows(config) + _cross_tower_rows() + _batch_rows(config, (256, 1024, 8192))
     return seeds(rows, SEEDS[data])
 
 
@@ -123,7 +123,7 @@ def _depth_rows(config) -> list[Variant]:
     ]
 
 
-def _exchange_rows() -> list[Variant]:
+def _cross_tower_rows() -> list[Variant]:
     return [
         Variant('no_exchange', {'model.cross_tower': ('fc8',)}, (1.17, 1.12), f'net #150 against #145, {VALIDATION}'),
         Variant(

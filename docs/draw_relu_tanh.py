@@ -11,7 +11,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-STYLES = {'relu': ('#0072B2', '-'), 'tanh': ('#D55E00', '--')}  # colours of Okabe and Ito
+STYLES = {'relu': ('#0072B2', '-'), 'tanh': ('#D55E00', '--')}  # colors of Okabe and Ito
 IMAGES, BATCH_SIZE, WINDOW = 60_000, 128, 47
 
 
@@ -47,34 +47,34 @@ def learning_curve(run: dict[str, Any]) -> dict[str, Any]:
     return {
         'epochs': epochs,
         'errors': errors,
-        'goal': target_step and target_step * BATCH_SIZE / IMAGES,
+        'epochs_to_target': target_step and target_step * BATCH_SIZE / IMAGES,
     }
 
 
 def print_table(runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Epochs to the goal in Markdown, and the ratio of the means."""
-    print('| | epochs to the goal, seed by seed | mean +- standard deviation |\n| --- | --- | --: |')
+    """Prints the epochs to the target error in Markdown, and the ratio of the means."""
+    print('| | epochs to the target error, by seed | mean +- standard deviation |\n| --- | --- | --: |')
     means = {}
     for name, each in runs.items():
-        goals = [run['goal'] for run in each]
-        if None in goals:
-            raise SystemExit(f'{name}: a run did not reach the goal: {goals}')
-        means[name] = statistics.mean(goals)
-        shown = ', '.join(f'{goal:.1f}' for goal in goals)
-        print(f'| {name} | {shown} | {means[name]:.2f} +- {statistics.stdev(goals):.2f} |')
+        epochs = [run['epochs_to_target'] for run in each]
+        if None in epochs:
+            raise SystemExit(f'{name}: a run did not reach the target error: {epochs}')
+        means[name] = statistics.mean(epochs)
+        shown = ', '.join(f'{value:.1f}' for value in epochs)
+        print(f'| {name} | {shown} | {means[name]:.2f} +- {statistics.stdev(epochs):.2f} |')
     print(f'\nratio of the means: {means["tanh"] / means["relu"]:.1f}')
 
 
-def draw(runs: dict[str, list[dict[str, Any]]], goal: float, file: str) -> None:
-    """A line for each run."""
+def draw(runs: dict[str, list[dict[str, Any]]], target_error: float, file: str) -> None:
+    """Draws the training error of each run by epoch, and a line at `target_error`."""
     figure, axis = plt.subplots(figsize=(6.5, 4.2), layout='constrained')
-    for name, (colour, line) in STYLES.items():
+    for name, (color, line) in STYLES.items():
         for i, run in enumerate(runs[name]):
             label = {'relu': 'ReLU', 'tanh': 'tanh'}[name] + f', {len(runs[name])} seeds' if i == 0 else None
             errors = [100 * error for error in run['errors']]
-            axis.plot(run['epochs'], errors, line, color=colour, linewidth=1.2, alpha=0.8, label=label)
-    axis.axhline(100 * goal, color='black', linewidth=0.8, linestyle=':')
-    axis.annotate(f'goal, {goal:.0%}', (0.03, 100 * goal - 0.5), ha='left', va='top')
+            axis.plot(run['epochs'], errors, line, color=color, linewidth=1.2, alpha=0.8, label=label)
+    axis.axhline(100 * target_error, color='black', linewidth=0.8, linestyle=':')
+    axis.annotate(f'target error, {target_error:.0%}', (0.03, 100 * target_error - 0.5), ha='left', va='top')
     axis.set(xlabel='epochs', ylabel='training error, %', ylim=(0, 40), xlim=(0, None))
     axis.set_title('Four layers on Fashion-MNIST, after figure 1 of the paper', fontsize=11)
     axis.grid(alpha=0.3)
