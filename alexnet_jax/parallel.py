@@ -5,6 +5,7 @@ collectives; for grouped convolutions, the partitioner would all-gather the batc
 """
 
 from collections.abc import Callable
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,19 @@ from alexnet_jax.config import Config, ConfigError, MeshConfig, check_mesh
 Spec = PartitionSpec
 
 REPLICATED = Spec()
+
+Arguments = ParamSpec('Arguments')
+Result = TypeVar('Result', covariant=True)
+
+
+class JittedFunction(Protocol[Arguments, Result]):
+    """What jax.jit returns, with the types of the arguments and of the result, which jax.stages.Wrapped omits."""
+
+    def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        """Runs the function; the first call compiles it."""
+
+    def lower(self, *args: Any) -> Any:
+        """Returns the jax.stages.Lowered for arguments, or for their shapes and dtypes (jax.ShapeDtypeStruct)."""
 
 
 def make_mesh(config: Config) -> Mesh:
@@ -269,12 +283,12 @@ def shardings(mesh: Mesh, specs: PyTree[Spec]) -> PyTree[NamedSharding]:
 
 
 def jit_shard_map(
-    function: Callable,
+    function: Callable[Arguments, Result],
     mesh: Mesh,
     in_specs: PyTree[Spec],
     out_specs: PyTree[Spec],
     donate_argnums: tuple[int, ...] = (),
-) -> jax.stages.Wrapped:
+) -> JittedFunction[Arguments, Result]:
     """Returns `function` under shard_map on `mesh`, wrapped in jax.jit (formerly pjit) with the matching shardings.
 
     With more than one device, JAX checks (`check_vma`) that outputs declared as replicated are replicated.

@@ -52,9 +52,7 @@ def _response_norm(x: jax.Array, window: tuple[int, ...], k: float, alpha: float
     return (y / (k + alpha * sums) ** beta).astype(x.dtype)
 
 
-def max_pool(
-    x: Float[Array, 'b h w c'], window: int, stride: int, *, ceil_mode: bool
-) -> Float[Array, 'b h2 w2 c']:
+def max_pool(x: Float[Array, 'b h w c'], window: int, stride: int, *, ceil_mode: bool) -> Float[Array, 'b h2 w2 c']:
     """Maximum over windows of `window` x `window` pixels."""
     beyond = [(0, (window - size) % stride if ceil_mode else 0) for size in x.shape[1:3]]
     sizes, strides = (1, window, window, 1), (1, stride, stride, 1)
