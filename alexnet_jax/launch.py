@@ -10,7 +10,6 @@ import os
 import re
 import sys
 import traceback
-from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -21,6 +20,7 @@ from alexnet_jax.config import ConfigError, resolve
 from alexnet_jax.runtime import backend, console
 from alexnet_jax.runtime.commands import child_command, shell_command
 from alexnet_jax.runtime.console import log_error
+from alexnet_jax.runtime.files import JsonObject
 from alexnet_jax.runtime.workdir import check_resumable, is_finished
 from alexnet_jax.sweep.sweep import Variant, apply_variant, load_sweep, print_runs, run_all, write_manifest
 from alexnet_jax.training.profiler import parse_profile
@@ -49,7 +49,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 )
 
 
-def _process_group() -> dict[str, Any] | None:
+def _process_group() -> JsonObject | None:
     """Returns the arguments of distributed.initialize(): None for one process, {} to detect the processes.
 
     Raises ConfigError: the flags contradict each other or are incomplete.

@@ -5,12 +5,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Key
 
 from alexnet_jax.config import ModelConfig
 from alexnet_jax.layers import local_response_norm, max_pool, within_channel_lrn
 from alexnet_jax.parallel import local_feature_slice, redistribute_features
 from alexnet_jax.shapes import LAYERS, layer_table, pool_window
-from alexnet_jax.weight_layers import Conv, Dense, regroup_channels
+from alexnet_jax.weight_layers import Conv, Dense, Towers, regroup_channels
 
 # Constants of the original program for the second normalization of layer 2; the window and alpha are settings.
 SPATIAL_K, SPATIAL_BETA = 1.0, 0.75
@@ -50,7 +51,9 @@ class AlexNet(nnx.Module):
                 norm = nnx.BatchNorm(shape.spec.features, axis_name=statistics_axes, rngs=rngs, **BATCH_NORM)
                 setattr(self, f'{shape.name}_norm', norm)
 
-    def __call__(self, images: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, images: Float32[Array, 'b s s c'], dropout_keys: Key[Array, ' keys'] | None = None
+    ) -> Float32[Array, 'b classes']:
         """Returns float32 logits (B, num_classes) of float32 `images` (B, crop_size, crop_size, channels).
 
         `dropout_keys`, one key per example in the dense layers, (B,) or in `hybrid` (B * model,), select training mode:
@@ -60,7 +63,9 @@ class AlexNet(nnx.Module):
         logits = self.activations(images, dropout_keys)['fc8']
         return redistribute_features(logits, self.config.num_classes, 'logits').astype(jnp.float32)
 
-    def activations(self, images: jax.Array, dropout_keys: jax.Array | None = None) -> dict[str, jax.Array]:
+    def activations(
+        self, images: Float32[Array, 'b s s c'], dropout_keys: Key[Array, ' keys'] | None = None
+    ) -> dict[str, Float[Array, '...']]:
         """Returns this device's shard of each layer's output after the nonlinearity: (B, H, W, C) or (B, units)."""
         training, outputs = dropout_keys is not None, {}
         towers = [images.astype(self.config.dtype)]  # (B, 224, 224, 3)
@@ -84,7 +89,7 @@ class AlexNet(nnx.Module):
             towers, outputs[spec.name] = block(layer, norm, towers)
         return outputs
 
-    def layer_inputs(self, layer: Conv | Dense, towers: list[jax.Array]) -> list[jax.Array]:
+    def layer_inputs(self, layer: Conv | Dense, towers: Towers) -> Towers:
         """Returns the inputs of `layer`: for `cross_tower`, one array of the features of all towers, else `towers`.
 
         Feature maps are flattened for a dense layer: (B, 6, 6, 256) becomes (B, 9216).
@@ -98,7 +103,7 @@ class AlexNet(nnx.Module):
             x = x.reshape(x.shape[0], -1)
         return [redistribute_features(x, layer.in_features, spec.name)]
 
-    def dropout(self, layer: Conv | Dense, towers: list[jax.Array], keys: jax.Array | None) -> list[jax.Array]:
+    def dropout(self, layer: Conv | Dense, towers: Towers, keys: Key[Array, ' keys'] | None) -> Towers:
         """Applies dropout (section 4.2) to the inputs of `layer`, (B, inputs).
 
         Training zeroes random inputs; testing (`keys` None) multiplies all inputs by the keep probability. With
@@ -119,8 +124,8 @@ class AlexNet(nnx.Module):
 
 
 def apply_layer(
-    config: ModelConfig, training: bool, layer: Conv | Dense, norm: nnx.BatchNorm | None, towers: list[jax.Array]
-) -> tuple[list[jax.Array], jax.Array]:
+    config: ModelConfig, training: bool, layer: Conv | Dense, norm: nnx.BatchNorm | None, towers: Towers
+) -> tuple[Towers, Float[Array, ' b *dims']]:
     """Applies `layer` and the operations after it: the part of a row that `remat` computes again.
 
     Returns the result of the last operation, and the output of the nonlinearity (of the layer, if it has none).
@@ -145,7 +150,7 @@ def apply_layer(
     return towers, jnp.concatenate(output, -1)
 
 
-def lrn(towers: list[jax.Array], tower_features: int, config: ModelConfig) -> list[jax.Array]:
+def lrn(towers: Towers, tower_features: int, config: ModelConfig) -> Towers:
     """Applies local response normalization (section 3.3) within each tower or, as in Caffe, across towers."""
     norm = partial(local_response_norm, k=config.lrn_k, n=config.lrn_size, alpha=config.lrn_alpha, beta=config.lrn_beta)
     if config.lrn_across_towers:
@@ -153,7 +158,7 @@ def lrn(towers: list[jax.Array], tower_features: int, config: ModelConfig) -> li
     return [norm(x.reshape(*x.shape[:-1], -1, tower_features)).reshape(x.shape) for x in towers]
 
 
-def spatial_lrn(x: jax.Array, config: ModelConfig) -> jax.Array:
+def spatial_lrn(x: Float[Array, 'b h w c'], config: ModelConfig) -> Float[Array, 'b h w c']:
     """Applies the original program's second normalization, over neighboring pixels within each feature map."""
     return within_channel_lrn(
         x, k=SPATIAL_K, n=config.spatial_lrn_size, alpha=config.spatial_lrn_alpha, beta=SPATIAL_BETA

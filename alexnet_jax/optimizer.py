@@ -1,18 +1,22 @@
 """The paper's update rule (section 5), and LARS."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float32, PyTree
 
 from alexnet_jax.config import OptimizerConfig
 from alexnet_jax.shapes import LAYERS
 
+ReduceNorms = Callable[[PyTree[Float32[Array, '']]], PyTree[Float32[Array, '']]]
+
 
 def make_optimizer(
-    config: OptimizerConfig, learning_rate: Any, reduce_norms: Callable[[Any], Any] = lambda sums: sums
+    config: OptimizerConfig,
+    learning_rate: float | PyTree[Float32[Array, '']],
+    reduce_norms: ReduceNorms = lambda sums: sums,
 ) -> optax.GradientTransformation:
     """Builds the update v <- momentum * v - learning_rate * (gradient + weight_decay * w);  w <- w + v.
 
@@ -66,11 +70,11 @@ def make_optimizer(
     )
 
 
-def _is_bias(path: Any) -> bool:
+def _is_bias(path: jax.tree_util.KeyPath) -> bool:
     return path[-1].key == 'bias'
 
 
-def scale_by_trust_ratio(coefficient: float, reduce_norms: Callable[[Any], Any]) -> optax.GradientTransformation:
+def scale_by_trust_ratio(coefficient: float, reduce_norms: ReduceNorms) -> optax.GradientTransformation:
     """Scales the update of each kernel to `coefficient` times the norm of the kernel.
 
     Biases, and kernels where either norm is 0, keep their updates; so do all parameters if `coefficient` is 0.

@@ -5,16 +5,33 @@ collectives; for grouped convolutions, the partitioner would all-gather the batc
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Float32, PyTree, Shaped, UInt32
 
 from alexnet_jax.config import Config, ConfigError, MeshConfig, check_mesh
 
-REPLICATED = PartitionSpec()
+Spec = PartitionSpec
+
+REPLICATED = Spec()
+
+Arguments = ParamSpec('Arguments')
+Result = TypeVar('Result', covariant=True)
+
+
+class JittedFunction(Protocol[Arguments, Result]):
+    """What jax.jit returns, with the types of the arguments and of the result, which jax.stages.Wrapped omits."""
+
+    def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        """Runs the function; the first call compiles it."""
+
+    def lower(self, *args: Any) -> Any:
+        """Returns the jax.stages.Lowered for arguments, or for their shapes and dtypes (jax.ShapeDtypeStruct)."""
 
 
 def make_mesh(config: Config) -> Mesh:
@@ -42,12 +59,14 @@ def batch_axes(layout: str) -> tuple[str, ...]:
     return ('data', 'model') if layout == 'hybrid' else ('data',)
 
 
-def batch_spec(layout: str) -> PartitionSpec:
+def batch_spec(layout: str) -> Spec:
     """Returns the spec that shards the rows of a batch over batch_axes()."""
-    return PartitionSpec(batch_axes(layout))
+    return Spec(batch_axes(layout))
 
 
-def redistribute_features(x: jax.Array, features: int, layer: str) -> jax.Array:
+def redistribute_features(
+    x: Float[Array, 'b *dims c'], features: int, layer: str
+) -> Float[Array, 'rows *dims features']:
     """Moves channels over `model` so that `x` has the `features` channels that this device's kernel of `layer` takes.
 
     Args:
@@ -69,7 +88,7 @@ def redistribute_features(x: jax.Array, features: int, layer: str) -> jax.Array:
         return x
 
 
-def reduce_scatter_partial_sums(x: jax.Array, features: int) -> jax.Array:
+def reduce_scatter_partial_sums(x: Float[Array, 'b c'], features: int) -> Float[Array, 'rows columns']:
     """Reduce-scatters (B, C) partial products, each over one shard of a dense layer's inputs, along `model`.
 
     Returns (B, features), this device's shard of the channels, if C > features; otherwise (B / model, C), this device's
@@ -78,14 +97,14 @@ def reduce_scatter_partial_sums(x: jax.Array, features: int) -> jax.Array:
     return lax.psum_scatter(x, 'model', scatter_dimension=1 if x.shape[-1] > features else 0, tiled=True)
 
 
-def local_feature_slice(x: jax.Array, features: int) -> jax.Array:
+def local_feature_slice(x: Shaped[Array, '*dims c'], features: int) -> Shaped[Array, '*dims features']:
     """Returns this device's shard of `features` channels of `x` (..., C), which is replicated along `model`."""
     if x.shape[-1] == features:
         return x
     return lax.dynamic_slice_in_dim(x, lax.axis_index('model') * features, features, x.ndim - 1)
 
 
-def all_gather_example_ids(x: jax.Array, layout: str) -> jax.Array:
+def all_gather_example_ids(x: UInt32[Array, ' b'], layout: str) -> UInt32[Array, ' gathered']:
     """Returns the ids of all examples in this device's dense layers: (B * model,) in `hybrid`, otherwise `x` (B,)."""
     if layout != 'hybrid':
         return x
@@ -93,22 +112,22 @@ def all_gather_example_ids(x: jax.Array, layout: str) -> jax.Array:
         return lax.all_gather(x, 'model', tiled=True)
 
 
-def global_sum(x: jax.Array, layout: str) -> jax.Array:
+def global_sum(x: Float32[Array, ' n'], layout: str) -> Float32[Array, ' n']:
     """All-reduces per-device sums over the whole mesh; examples replicated along `model` are counted once."""
     with jax.named_scope('metrics'):
         return lax.psum(x, ('data', 'model')) / loss_replication_factor(layout)
 
 
-def mark_replicated(x: jax.Array, layout: str) -> jax.Array:
+def mark_replicated(x: Float[Array, 'b classes'], layout: str) -> Float[Array, 'b classes']:
     """Marks per-example `x` as replicated along `model` for shard_map's outputs; in `hybrid` returns `x` unchanged."""
     return x if layout == 'hybrid' else lax.pmax(x, 'model')  # pmax keeps the bits; a mean may round
 
 
-def activation_spec(layer: str, dimensions: int, layout: str) -> PartitionSpec:
+def activation_spec(layer: str, dimensions: int, layout: str) -> Spec:
     """Returns the spec of the output of `layer`, (B, H, W, C) or (B, units), in AlexNet.activations()."""
     if layout == 'hybrid' and (layer.startswith('conv') or layer == 'fc8'):
         return batch_spec(layout)
-    return PartitionSpec('data', *[None] * (dimensions - 2), 'model')
+    return Spec('data', *[None] * (dimensions - 2), 'model')
 
 
 def loss_replication_factor(layout: str) -> int:
@@ -116,7 +135,7 @@ def loss_replication_factor(layout: str) -> int:
     return 1 if layout == 'hybrid' else lax.axis_size('model')
 
 
-def param_specs(tree: Any, layout: str) -> Any:
+def param_specs(tree: PyTree[Array | jax.ShapeDtypeStruct], layout: str) -> PyTree[Spec]:
     """Returns the specs of a tree of parameters, or of an optimizer state that contains such trees.
 
     `towers`, `data`: the output dimension is sharded over `model`, so with two shards one shard of conv1..fc7 is one
@@ -129,15 +148,15 @@ def param_specs(tree: Any, layout: str) -> Any:
     def spec(path, leaf):
         layer, name = path[-2].key, path[-1].key
         if layout != 'hybrid':
-            return PartitionSpec(*[None] * (leaf.ndim - 1), 'model')
+            return Spec(*[None] * (leaf.ndim - 1), 'model')
         if layer.startswith('conv') or (layer, name) == ('fc8', 'bias'):
-            return PartitionSpec(*[None] * leaf.ndim)
-        return PartitionSpec('model', *[None] * (leaf.ndim - 1))
+            return Spec(*[None] * leaf.ndim)
+        return Spec('model', *[None] * (leaf.ndim - 1))
 
     return jax.tree_util.tree_map_with_path(spec, tree)
 
 
-def optimizer_specs(tree: Any, mesh: Mesh, config: MeshConfig) -> Any:
+def optimizer_specs(tree: PyTree[Array | jax.ShapeDtypeStruct], mesh: Mesh, config: MeshConfig) -> PyTree[Spec]:
     """Returns the specs of the update's operands: velocities in the state; gradients and weights inside the step.
 
     The specs equal param_specs(), but `shard_optimizer` (in `config`, the `mesh` of a configuration) shards kernels
@@ -151,37 +170,39 @@ def optimizer_specs(tree: Any, mesh: Mesh, config: MeshConfig) -> Any:
                 if leaf.shape[i] % (mesh.shape['data'] * (mesh.shape['model'] if axis else 1)) == 0:
                     axes[i] = (axis, 'data') if axis else 'data'
                     break
-        return PartitionSpec(*axes)
+        return Spec(*axes)
 
     return jax.tree.map(split, tree, param_specs(tree, config.layout))
 
 
-def _axes(entry: Any) -> tuple[str, ...]:
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Returns the mesh axes in one entry of a spec."""
     return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
-def _replicated_axes(spec: PartitionSpec) -> tuple[str, ...]:
+def _replicated_axes(spec: Spec) -> tuple[str, ...]:
     """Returns the mesh axes along which an array with this spec is replicated."""
     named = [axis for entry in spec for axis in _axes(entry)]
     return tuple(axis for axis in ('data', 'model') if axis not in named)
 
 
-def _data_sharded_dim(spec: PartitionSpec) -> int | None:
+def _data_sharded_dim(spec: Spec) -> int | None:
     """Returns the dimension that `spec` shards over `data`, or None."""
     return next((i for i, entry in enumerate(spec) if 'data' in _axes(entry)), None)
 
 
-def mark_device_varying(parameters: Any, specs: Any) -> Any:
+def mark_device_varying(params: PyTree[Array], specs: PyTree[Spec]) -> PyTree[Array]:
     """Casts replicated parameters to device-varying, so `jax.grad` returns local gradients, not all-reduced ones."""
 
     def own(x, spec):
         return lax.pcast(x, _replicated_axes(spec), to='varying') if _replicated_axes(spec) else x
 
-    return jax.tree.map(own, parameters, specs)
+    return jax.tree.map(own, params, specs)
 
 
-def all_reduce_gradients(gradients: Any, specs: Any, split: Any, dtype: str) -> Any:
+def all_reduce_gradients(
+    gradients: PyTree[Array], specs: PyTree[Spec], split: PyTree[Spec], dtype: str
+) -> PyTree[Float32[Array, '...']]:
     """Sums local gradients (see mark_device_varying()) over the replicas of each parameter; returns float32.
 
     Args:
@@ -205,7 +226,7 @@ def all_reduce_gradients(gradients: Any, specs: Any, split: Any, dtype: str) -> 
         return jax.tree.map(add, gradients, specs, split)
 
 
-def psum_over_shards(sums: Any, split: Any) -> Any:
+def psum_over_shards(sums: PyTree[Float32[Array, '']], split: PyTree[Spec]) -> PyTree[Float32[Array, '']]:
     """All-reduces sums over this device's shard of each leaf to sums over the whole leaf.
 
     `split`: specs of the shards, for example from optimizer_specs().
@@ -219,7 +240,7 @@ def psum_over_shards(sums: Any, split: Any) -> Any:
         return jax.tree.map(add, sums, split)
 
 
-def dead_unit_fraction(outputs: jax.Array, layer: str, layout: str) -> jax.Array:
+def dead_unit_fraction(outputs: Float[Array, 'b *dims c'], layer: str, layout: str) -> Float32[Array, '']:
     """Returns the fraction (a scalar) of the units of `layer` that are 0 for all examples on all devices.
 
     `outputs`: (B, ..., C), this device's shard of the layer's output, see AlexNet.activations().
@@ -230,8 +251,8 @@ def dead_unit_fraction(outputs: jax.Array, layer: str, layout: str) -> jax.Array
     return dead if whole else lax.pmean(dead, 'model')
 
 
-def local_shards(parameters: Any, split: Any) -> Any:
-    """Returns the shards of `parameters` that this device updates; `split`: specs from optimizer_specs()."""
+def local_shards(params: PyTree[Array], split: PyTree[Spec]) -> PyTree[Array]:
+    """Returns the shards of `params` that this device updates; `split`: specs from optimizer_specs()."""
 
     def own(x, spec):
         dimension = _data_sharded_dim(spec)
@@ -240,10 +261,10 @@ def local_shards(parameters: Any, split: Any) -> Any:
         size = x.shape[dimension] // lax.axis_size('data')
         return lax.dynamic_slice_in_dim(x, lax.axis_index('data') * size, size, dimension)
 
-    return jax.tree.map(own, parameters, split)
+    return jax.tree.map(own, params, split)
 
 
-def all_gather_shards(parameters: Any, split: Any) -> Any:
+def all_gather_shards(params: PyTree[Array], split: PyTree[Spec]) -> PyTree[Array]:
     """All-gathers the updated shards along `data` into whole parameters: the inverse of local_shards()."""
 
     def gather(x, spec):
@@ -253,19 +274,21 @@ def all_gather_shards(parameters: Any, split: Any) -> Any:
         return lax.all_gather(x, 'data', axis=dimension, tiled=True, to='invarying')
 
     with jax.named_scope('update'):
-        return jax.tree.map(gather, parameters, split)
+        return jax.tree.map(gather, params, split)
 
 
-def shardings(mesh: Mesh, specs: Any) -> Any:
+def shardings(mesh: Mesh, specs: PyTree[Spec]) -> PyTree[NamedSharding]:
     """Converts a tree of specs to shardings on `mesh`."""
-    return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda node: isinstance(node, PartitionSpec)
-    )
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda node: isinstance(node, Spec))
 
 
 def jit_shard_map(
-    function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any, donate_argnums: tuple[int, ...] = ()
-) -> Any:
+    function: Callable[Arguments, Result],
+    mesh: Mesh,
+    in_specs: PyTree[Spec],
+    out_specs: PyTree[Spec],
+    donate_argnums: tuple[int, ...] = (),
+) -> JittedFunction[Arguments, Result]:
     """Returns `function` under shard_map on `mesh`, wrapped in jax.jit (formerly pjit) with the matching shardings.
 
     With more than one device, JAX checks (`check_vma`) that outputs declared as replicated are replicated.
@@ -279,7 +302,7 @@ def jit_shard_map(
     )
 
 
-def _compiler_options(mesh: Mesh) -> dict[str, Any]:
+def _compiler_options(mesh: Mesh) -> dict[str, str | bool]:
     """Returns the XLA options that differ from the defaults; docs/devices.md gives the reasons."""
     platform = mesh.devices.flat[0].platform
     if platform == 'cpu':
@@ -294,12 +317,12 @@ def batch_sharding(mesh: Mesh, layout: str) -> NamedSharding:
     return NamedSharding(mesh, batch_spec(layout))
 
 
-def make_global_batch(sharding: NamedSharding, batch: Any) -> Any:
+def make_global_batch(sharding: NamedSharding, batch: PyTree[np.ndarray]) -> PyTree[Array]:
     """Builds global arrays from this process's rows of a batch (NumPy arrays); `sharding`: see batch_sharding()."""
     return jax.make_array_from_process_local_data(sharding, batch)
 
 
-def replicate(mesh: Mesh, values: Any) -> Any:
+def replicate(mesh: Mesh, values: PyTree[np.ndarray | np.float32]) -> PyTree[Array]:
     """Replicates NumPy arrays, which must be equal on all processes, on every device of `mesh`."""
     return make_global_batch(NamedSharding(mesh, REPLICATED), values)
 
@@ -309,7 +332,7 @@ def num_batch_shards(sharding: NamedSharding) -> int:
     return len(set(_rows(sharding).values()))
 
 
-def _rows(sharding: NamedSharding) -> dict[Any, tuple[int, int]]:
+def _rows(sharding: NamedSharding) -> dict[jax.Device, tuple[int, int]]:
     """Returns device -> (first row, last row exclusive) for a batch with one row per device of the mesh."""
     rows = sharding.mesh.size
     indices = sharding.devices_indices_map((rows,))

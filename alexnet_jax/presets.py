@@ -7,9 +7,8 @@ errors in percent, and the parameters and multiply-adds per image, computed from
 """
 
 import dataclasses
-from typing import Any
 
-from alexnet_jax.shapes import LayerSpec, layer_fields
+from alexnet_jax.shapes import LayerSpec, Settings, layer_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,17 +28,17 @@ class Preset:
     """A published network; the module's docstring describes the attributes."""
 
     layers: tuple[LayerSpec, ...]
-    settings: dict[str, Any]
-    recipe: dict[str, Any]
+    settings: Settings
+    recipe: Settings
     published: Published
 
     @property
-    def model(self) -> dict[str, Any]:
+    def model(self) -> Settings:
         """The values of the `model` fields that a configuration leaves empty (None)."""
         return layer_fields(self.layers) | self.settings
 
 
-def _replace(layers: tuple[LayerSpec, ...], **changes: dict[str, Any]) -> tuple[LayerSpec, ...]:
+def _replace(layers: tuple[LayerSpec, ...], **changes: Settings) -> tuple[LayerSpec, ...]:
     """Returns `layers` with the fields `changes[name]` of the row `name` replaced."""
     return tuple(dataclasses.replace(row, **changes.get(row.name, {})) for row in layers)
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from alexnet_jax.config_schema import ModelConfig
 
+Settings = dict[str, Any]  # values of configuration fields by name
+
 CONVOLUTIONS = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5')
 DENSE = ('fc6', 'fc7', 'fc8')
 LAYERS = CONVOLUTIONS + DENSE
@@ -77,7 +79,7 @@ def layer_specs(model: ModelConfig) -> tuple[LayerSpec, ...]:
     return tuple(rows)
 
 
-def layer_fields(rows: tuple[LayerSpec, ...]) -> dict[str, Any]:
+def layer_fields(rows: tuple[LayerSpec, ...]) -> Settings:
     """Returns the per-layer fields of ModelConfig for eight `rows`, conv1 to fc8: the inverse of layer_specs()."""
     convolutions = rows[: len(CONVOLUTIONS)]
     return {

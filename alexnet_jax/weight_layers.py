@@ -1,8 +1,7 @@
 """The layers with weights, convolutional and fully connected, and their initialization.
 
-`towers` is a list with one array per tower on this device, or with a single array if all kernels read the same
-features. The features of several towers are concatenated only for a layer that reads all of them, so that no layer has
-to split them again.
+The features of several towers are concatenated only for a layer that reads all of them, so that no layer has to split
+them again.
 """
 
 import math
@@ -11,15 +10,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
+from jaxtyping import Array, Float, Float32
 
 from alexnet_jax.config import ModelConfig
 from alexnet_jax.layers import add_bias, convolution, locally_connected, order_weight_gradient_after_input_gradient
 from alexnet_jax.parallel import reduce_scatter_partial_sums
 from alexnet_jax.shapes import LayerShape
 
+# One array per tower on this device, or one array of the features of all towers: (B, H, W, C) or (B, units) each.
+Towers = list[Float[Array, ' b *dims']]
 
-def init_params(shape: LayerShape, initializer: str, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
-    """Returns the initial kernel and bias, float32, according to `initializer`, the value of model.initializer."""
+
+def init_params(
+    shape: LayerShape, initializer: str, rngs: nnx.Rngs
+) -> tuple[Float32[Array, '*inputs c'], Float32[Array, '*pixels c']]:
+    """Returns the initial kernel and bias according to `initializer`, the value of model.initializer."""
     spec = shape.spec
     bias = jnp.full(shape.bias, spec.bias_init, jnp.float32)
     if initializer == 'normal':
@@ -36,7 +41,7 @@ def init_params(shape: LayerShape, initializer: str, rngs: nnx.Rngs) -> tuple[ja
     return kernel, bias
 
 
-def regroup_channels(towers: list[jax.Array], count: int) -> list[jax.Array]:
+def regroup_channels(towers: Towers, count: int) -> Towers:
     """Splits the channels of `towers` into `count` arrays of equal size, in the same order."""
     return towers if len(towers) == count else jnp.split(jnp.concatenate(towers, -1), count, -1)
 
@@ -67,7 +72,7 @@ class Conv(Layer):
         """Number of input channels that each output channel reads."""
         return self.kernel.shape[2] // (self.spec.kernel**2 if self.spec.locally_connected else 1)
 
-    def __call__(self, towers: list[jax.Array]) -> list[jax.Array]:
+    def __call__(self, towers: Towers) -> Towers:
         """Returns the outputs (B, H', W', C) before the nonlinearity from (B, H, W, C), one array per group."""
         kernels = jnp.split(self.kernel[...].astype(self.dtype), self.groups, -1)
         biases = jnp.split(self.bias[...].astype(self.dtype), self.groups, -1)
@@ -89,7 +94,7 @@ class Dense(Layer):
         """Number of inputs of this device's kernel."""
         return self.kernel.shape[0]
 
-    def __call__(self, towers: list[jax.Array]) -> list[jax.Array]:
+    def __call__(self, towers: Towers) -> Towers:
         """Returns one array, (B, outputs on this device), before the nonlinearity, from arrays (B, inputs).
 
         In `hybrid`, fc8 returns (B / model, outputs).

@@ -68,7 +68,8 @@ class Loop:
     def __init__(self, project: 'Project'):
         import jax
 
-        self.project, self.previous = project, None
+        self.project = project
+        self.previous: dict[str, jax.Array] | None = None  # metrics of the step before
         _, *self.arguments = jax.device_put(project.train_arguments)
 
     def step(self) -> None:
@@ -138,7 +139,7 @@ def start(part: str, folder: str) -> tuple[None, Callable[[int], Any]]:
 
 def launch(part: str, folder: str) -> None:
     """Runs launch.py in a worker. After each line of metrics.jsonl, it answers the seconds since the last request."""
-    from alexnet_jax.training.metrics_file import JsonlWriter
+    from alexnet_jax.training.metrics_logger import JsonlWriter
 
     answers, begin, write = runner.open_answers(), time.perf_counter(), JsonlWriter.write
 

@@ -44,8 +44,8 @@ def project_step(batch_size: int, flags: list[str]) -> tuple[dict[str, int], Cal
     project = Project(config)
     jax.block_until_ready(project.state)
     made = runner.peak_memory()
-    project.train_step = project.train_step.lower(*project.train_arguments).compile()
-    compiled = project.train_step.memory_analysis()
+    step = project.train_step.lower(*project.train_arguments).compile()
+    project.train_step, compiled = step, step.memory_analysis()
     backend.reserve_step_memory(compiled.temp_size_in_bytes)
     found = {'imported': imported, 'made': made, 'state': compiled.alias_size_in_bytes}
     found['batch'] = compiled.argument_size_in_bytes - compiled.alias_size_in_bytes

@@ -312,7 +312,7 @@ def import_weights_as_run(
         one_device = with_overrides(config, {'mesh.layout': 'data', 'mesh.data': 1, 'mesh.model': 1})
         abstract = abstract_state(one_device, parallel.make_mesh(one_device))
         velocities = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract.opt_state)
-        state = TrainState(jnp.zeros((), jnp.int32), params, velocities, batch_statistics)
+        state: TrainState = TrainState(jnp.zeros((), jnp.int32), params, velocities, batch_statistics)
         state = jax.tree.map(lambda leaf, at: jax.device_put(leaf, at.sharding), state, abstract)
         os.makedirs(aside)
         checkpoints = Checkpointer(os.path.join(aside, 'checkpoints'), keep=1)

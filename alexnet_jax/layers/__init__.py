@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jaxtyping import Array, Float
 
 from alexnet_jax.layers import cpu, custom_gradient, reference
 from alexnet_jax.layers.cpu import materialize
+from alexnet_jax.layers.reference import Padding
 
 __all__ = [
     'add_bias',
@@ -59,13 +61,13 @@ def _function(operation: str, implementation: str) -> Callable[..., Any]:
 
 
 def convolution(
-    x: jax.Array,
-    kernel: jax.Array,
+    x: Float[Array, 'b h w c'],
+    kernel: Float[Array, 'kh kw i o'],
     *,
     stride: int = 1,
-    padding: str | tuple[tuple[int, int], tuple[int, int]] = 'SAME',
+    padding: str | Padding = 'SAME',
     implementation: str = 'auto',
-) -> jax.Array:
+) -> Float[Array, 'b h2 w2 o']:
     """Computes a 2-D convolution; the number of groups is the channels of `x` divided by the inputs I of `kernel`.
 
     Args:
@@ -88,14 +90,14 @@ def convolution(
 
 
 def locally_connected(
-    x: jax.Array,
-    kernel: jax.Array,
+    x: Float[Array, 'b h w i'],
+    kernel: Float[Array, 'h2 w2 weights o'],
     size: int,
     *,
     stride: int = 1,
-    padding: tuple[tuple[int, int], tuple[int, int]],
+    padding: Padding,
     implementation: str = 'auto',
-) -> jax.Array:
+) -> Float[Array, 'b h2 w2 o']:
     """Computes a convolution with unshared weights, one kernel per output pixel: the layer `local` of cuda-convnet.
 
     Args:
@@ -109,14 +111,16 @@ def locally_connected(
     return _function('locally_connected', implementation)(x, kernel, size, stride=stride, padding=padding)
 
 
-def add_bias(x: jax.Array, bias: jax.Array, *, implementation: str = 'auto') -> jax.Array:
+def add_bias(
+    x: Float[Array, '*dims c'], bias: Float[Array, '*pixels c'], *, implementation: str = 'auto'
+) -> Float[Array, '*dims c']:
     """Adds `bias`, of shape (C,) or of the shape of one example, to `x` (..., C); both have the same dtype."""
     return _function('add_bias', implementation)(x, bias)
 
 
 def local_response_norm(
-    x: jax.Array, *, k: float, n: int, alpha: float, beta: float, implementation: str = 'auto'
-) -> jax.Array:
+    x: Float[Array, '*dims c'], *, k: float, n: int, alpha: float, beta: float, implementation: str = 'auto'
+) -> Float[Array, '*dims c']:
     """Normalizes over `n` adjacent feature maps (section 3.3): x / (k + alpha * sum of squares) ** beta.
 
     The sum is not divided by `n`; the window is truncated at the first and the last map. Computes in float32.
@@ -138,8 +142,8 @@ def local_response_norm(
 
 
 def within_channel_lrn(
-    x: jax.Array, *, k: float, n: int, alpha: float, beta: float, implementation: str = 'auto'
-) -> jax.Array:
+    x: Float[Array, 'b h w c'], *, k: float, n: int, alpha: float, beta: float, implementation: str = 'auto'
+) -> Float[Array, 'b h w c']:
     """Normalizes like local_response_norm(), but over `n` x `n` pixels of one feature map: cuda-convnet's `rnorm`.
 
     The sum is not divided by the number of pixels in the window, which is truncated at the edges.
@@ -156,8 +160,8 @@ def within_channel_lrn(
 
 
 def max_pool(
-    x: jax.Array, window: int, stride: int, *, ceil_mode: bool = False, implementation: str = 'auto'
-) -> jax.Array:
+    x: Float[Array, 'b h w c'], window: int, stride: int, *, ceil_mode: bool = False, implementation: str = 'auto'
+) -> Float[Array, 'b h2 w2 c']:
     """Computes the maximum over windows of `window` x `window` pixels, `stride` apart, without padding (section 3.4).
 
     The gradient of a window goes to its maximum; among equal values, to the first in row-major order.
@@ -173,8 +177,8 @@ def max_pool(
 
 
 def order_weight_gradient_after_input_gradient(
-    x: jax.Array, kernel: jax.Array, *, implementation: str = 'auto'
-) -> tuple[jax.Array, jax.Array]:
+    x: Float[Array, 'b i'], kernel: Float[Array, 'i o'], *, implementation: str = 'auto'
+) -> tuple[Float[Array, 'b i'], Float[Array, 'i o']]:
     """Identity that lets an optimizer update `kernel` in place: see cpu.py.
 
     Its backward pass computes the gradient by `kernel` after the gradient by `x`, which reads `kernel`.

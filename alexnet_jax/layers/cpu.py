@@ -21,15 +21,16 @@ from functools import partial, reduce
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Shaped
 
 from alexnet_jax.layers import custom_gradient
 from alexnet_jax.layers.custom_gradient import compute_after
-from alexnet_jax.layers.reference import NHWC
-
-Padding = tuple[tuple[int, int], tuple[int, int]]
+from alexnet_jax.layers.reference import NHWC, Padding
 
 
-def convolution(x: jax.Array, kernel: jax.Array, *, stride: int, padding: str | Padding) -> jax.Array:
+def convolution(
+    x: Float[Array, 'b h w c'], kernel: Float[Array, 'kh kw i o'], *, stride: int, padding: str | Padding
+) -> Float[Array, 'b h2 w2 o']:
     """Computes one dense convolution per group; the library for CPUs takes four times as long for grouped ones."""
     groups = x.shape[-1] // kernel.shape[2]
     if isinstance(padding, str):
@@ -108,7 +109,7 @@ def _space_to_depth_rows(x, kernel, stride, padding):
     return x, kernel.reshape(-1, columns, stride * inputs, outputs)
 
 
-def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+def add_bias(x: Float[Array, '*dims c'], bias: Float[Array, '*pixels c']) -> Float[Array, '*dims c']:
     """Adds `bias`; the gradient by a bias of shape (C,) is a matrix product with ones.
 
     The product sums over all pixels in a quarter of the time that XLA's reduction takes a CPU, and in float32.
@@ -130,7 +131,7 @@ def _add_bias_backward(_, gradient):
 _add_bias_of_maps.defvjp(lambda x, bias: (_add_bias_of_maps(x, bias), None), _add_bias_backward)
 
 
-def materialize(x: jax.Array) -> jax.Array:
+def materialize(x: Shaped[Array, '*dims']) -> Shaped[Array, '*dims']:
     """Identity that makes XLA write `x` to memory. Otherwise XLA for CPUs recomputes `x` in each loop that reads it.
 
     Implemented as a maximum over windows of one value and one padding value, which no XLA pass simplifies. XLA for
@@ -145,7 +146,9 @@ max_pool = partial(custom_gradient.max_pool, write=materialize)
 
 
 @jax.custom_vjp
-def order_weight_gradient_after_input_gradient(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+def order_weight_gradient_after_input_gradient(
+    x: Float[Array, 'b i'], kernel: Float[Array, 'i o']
+) -> tuple[Float[Array, 'b i'], Float[Array, 'i o']]:
     """Identity whose backward pass computes the gradient by the kernel after that by `x`.
 
     Otherwise XLA may update the kernel before the gradient by `x` has read it, and then copies the kernel every step.

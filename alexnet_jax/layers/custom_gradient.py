@@ -9,9 +9,10 @@ from functools import partial, reduce
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Shaped
 
 
-def compute_after(x: jax.Array, other: jax.Array) -> jax.Array:
+def compute_after(x: Float[Array, '*dims'], other: Float[Array, '...']) -> Float[Array, '*dims']:
     """Returns `x` in such a way that XLA can compute the result only after `other`, whatever the values are.
 
     XLA for CPUs removes lax.optimization_barrier() before it eliminates common subexpressions and plans memory: with
@@ -24,12 +25,16 @@ def compute_after(x: jax.Array, other: jax.Array) -> jax.Array:
     return jnp.where((bits | 1) != 0, x, jnp.zeros((), x.dtype))
 
 
-def local_response_norm(x: jax.Array, *, k: float, n: int, alpha: float, beta: float) -> jax.Array:
+def local_response_norm(
+    x: Float[Array, '*dims c'], *, k: float, n: int, alpha: float, beta: float
+) -> Float[Array, '*dims c']:
     """Normalization over `n` adjacent feature maps."""
     return _response_norm(x.astype(jnp.float32), k, (1,) * (x.ndim - 1) + (n,), alpha, beta).astype(x.dtype)
 
 
-def within_channel_lrn(x: jax.Array, *, k: float, n: int, alpha: float, beta: float) -> jax.Array:
+def within_channel_lrn(
+    x: Float[Array, 'b h w c'], *, k: float, n: int, alpha: float, beta: float
+) -> Float[Array, 'b h w c']:
     """Normalization over `n` x `n` pixels of one feature map."""
     return _response_norm(x.astype(jnp.float32), k, (1, n, n, 1), alpha, beta).astype(x.dtype)
 
@@ -67,8 +72,13 @@ def _negative_power(x: jax.Array, exponent: float) -> jax.Array:
 
 
 def max_pool(
-    x: jax.Array, window: int, stride: int, *, ceil_mode: bool, write: Callable[[jax.Array], jax.Array] = lambda x: x
-) -> jax.Array:
+    x: Float[Array, 'b h w c'],
+    window: int,
+    stride: int,
+    *,
+    ceil_mode: bool,
+    write: Callable[[Shaped[Array, '...']], Shaped[Array, '...']] = lambda x: x,
+) -> Float[Array, 'b h2 w2 c']:
     """Maximum over windows of `window` x `window` pixels.
 
     Args:

@@ -3,13 +3,16 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 NHWC = ('NHWC', 'HWIO', 'NHWC')
 
+Padding = tuple[tuple[int, int], tuple[int, int]]  # pixels ((top, bottom), (left, right))
+
 
 def convolution(
-    x: jax.Array, kernel: jax.Array, *, stride: int, padding: str | tuple[tuple[int, int], tuple[int, int]]
-) -> jax.Array:
+    x: Float[Array, 'b h w c'], kernel: Float[Array, 'kh kw i o'], *, stride: int, padding: str | Padding
+) -> Float[Array, 'b h2 w2 o']:
     """2-D convolution; the number of groups is the channels of `x` divided by the input channels of `kernel`."""
     groups = x.shape[-1] // kernel.shape[2]
     strides = (stride, stride)
@@ -17,24 +20,28 @@ def convolution(
 
 
 def locally_connected(
-    x: jax.Array, kernel: jax.Array, size: int, *, stride: int, padding: tuple[tuple[int, int], tuple[int, int]]
-) -> jax.Array:
+    x: Float[Array, 'b h w i'], kernel: Float[Array, 'h2 w2 weights o'], size: int, *, stride: int, padding: Padding
+) -> Float[Array, 'b h2 w2 o']:
     """Convolution with one kernel per output pixel."""
     return lax.conv_general_dilated_local(x, kernel, (stride, stride), padding, (size, size), dimension_numbers=NHWC)
 
 
-def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+def add_bias(x: Float[Array, '*dims c'], bias: Float[Array, '*pixels c']) -> Float[Array, '*dims c']:
     """x + bias; converted to float32, so that the gradient of a bfloat16 bias is summed in float32."""
     bias = bias.reshape((1,) * (x.ndim - bias.ndim) + bias.shape)
     return (x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def local_response_norm(x: jax.Array, *, k: float, n: int, alpha: float, beta: float) -> jax.Array:
+def local_response_norm(
+    x: Float[Array, '*dims c'], *, k: float, n: int, alpha: float, beta: float
+) -> Float[Array, '*dims c']:
     """Normalization over `n` adjacent feature maps."""
     return _response_norm(x, (1,) * (x.ndim - 1) + (n,), k, alpha, beta)
 
 
-def within_channel_lrn(x: jax.Array, *, k: float, n: int, alpha: float, beta: float) -> jax.Array:
+def within_channel_lrn(
+    x: Float[Array, 'b h w c'], *, k: float, n: int, alpha: float, beta: float
+) -> Float[Array, 'b h w c']:
     """Normalization over `n` x `n` pixels of one feature map."""
     return _response_norm(x, (1, n, n, 1), k, alpha, beta)
 
@@ -45,13 +52,15 @@ def _response_norm(x: jax.Array, window: tuple[int, ...], k: float, alpha: float
     return (y / (k + alpha * sums) ** beta).astype(x.dtype)
 
 
-def max_pool(x: jax.Array, window: int, stride: int, *, ceil_mode: bool) -> jax.Array:
+def max_pool(x: Float[Array, 'b h w c'], window: int, stride: int, *, ceil_mode: bool) -> Float[Array, 'b h2 w2 c']:
     """Maximum over windows of `window` x `window` pixels."""
     beyond = [(0, (window - size) % stride if ceil_mode else 0) for size in x.shape[1:3]]
     sizes, strides = (1, window, window, 1), (1, stride, stride, 1)
     return lax.reduce_window(x, -jnp.inf, lax.max, sizes, strides, ((0, 0), *beyond, (0, 0)))
 
 
-def order_weight_gradient_after_input_gradient(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+def order_weight_gradient_after_input_gradient(
+    x: Float[Array, 'b i'], kernel: Float[Array, 'i o']
+) -> tuple[Float[Array, 'b i'], Float[Array, 'i o']]:
     """Identity."""
     return x, kernel

@@ -72,7 +72,7 @@ def restore_checkpoint(path: str, abstract_state: TrainState | None) -> tuple[Ch
     index = jax.process_index()
     alone = MultiprocessingOptions(primary_host=index, active_processes={index}, barrier_sync_key_prefix=f'read{index}')
     handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
-    arguments: dict[str, Any] = {'progress': ocp.args.JsonRestore()}
+    arguments: dict[str, ocp.args.CheckpointArgs] = {'progress': ocp.args.JsonRestore()}
     if abstract_state is not None:
         arguments['state'] = ocp.args.StandardRestore(abstract_state)
     restored: Any = None
@@ -108,9 +108,9 @@ def _silence_orbax_teardown() -> None:
     """
     previous_hook = sys.unraisablehook
 
-    def hook(unraisable: Any) -> None:
-        coroutine = isinstance(unraisable.object, types.CoroutineType)
-        from_orbax = coroutine and f'{os.sep}orbax{os.sep}' in unraisable.object.cr_code.co_filename
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        source = unraisable.object
+        from_orbax = isinstance(source, types.CoroutineType) and f'{os.sep}orbax{os.sep}' in source.cr_code.co_filename
         if not from_orbax and str(unraisable.exc_value) != 'Event loop is closed':
             previous_hook(unraisable)
 

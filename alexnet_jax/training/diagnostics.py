@@ -3,16 +3,17 @@
 import dataclasses
 import math
 import os
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, PyTree
 
 from alexnet_jax import parallel
+from alexnet_jax.augment import PreprocessParams
 from alexnet_jax.config import Config
 from alexnet_jax.runtime.console import log
 from alexnet_jax.training.checkpointing import Checkpointer
-from alexnet_jax.training.eval_step import make_layer_stats_fn
+from alexnet_jax.training.eval_step import Images, make_layer_stats_fn
 from alexnet_jax.training.run_state import RunState, Window
 from alexnet_jax.training.state import TrainState
 
@@ -25,8 +26,8 @@ class TrainingError(RuntimeError):
 
 
 @jax.jit
-def all_finite(params: Any) -> Any:
-    """Returns one bool per parameter: whether all values are finite. A sum would take a CPU four times as long."""
+def all_finite(params: PyTree[Array]) -> PyTree[Bool[Array, '']]:
+    """Returns for each array of `params` whether all values are finite. A sum would take a CPU four times as long."""
     return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params)
 
 
@@ -42,7 +43,12 @@ class Diagnostics:
     """
 
     def __init__(
-        self, config: Config, mesh: parallel.Mesh, preprocessing: Any, stall_after: int, checkpoints: Checkpointer
+        self,
+        config: Config,
+        mesh: parallel.Mesh,
+        preprocessing: PreprocessParams,
+        stall_after: int,
+        checkpoints: Checkpointer,
     ):
         self.config, self.preprocessing = config, preprocessing
         self.stall_after, self.checkpoints = stall_after, checkpoints
@@ -58,20 +64,20 @@ class Diagnostics:
                 f' can be resumed from step {latest_step}'
             )
 
-    def check_params_finite(self, params: Any, step: int, learning_rate: float) -> None:
+    def check_params_finite(self, params: PyTree[Array], step: int, learning_rate: float) -> None:
         """Raises TrainingError if a value of `params` is infinite or NaN; the other arguments are for the message."""
         finite = jax.tree.leaves(jax.device_get(all_finite(params)))
         for leaf, is_finite in zip(jax.tree.leaves(params), finite, strict=True):
             if not is_finite:
                 self.check_finite(float(jnp.sum(jnp.abs(leaf))), step, learning_rate)
 
-    def check_window(self, run: RunState, state: TrainState, images: jax.Array) -> RunState:
+    def check_window(self, run: RunState, state: TrainState, images: Images) -> RunState:
         """Checks the mean metrics of `run.window` against train.target_error and against the loss of guessing.
 
         Args:
           run: the progress of the run; its window is not empty.
           state: the train state.
-          images: the last batch, (B, S, S, C) uint8, for the layer statistics in the message about a stall.
+          images: those of the last batch, for the layer statistics in the message about a stall.
 
         Returns:
           `run` with an empty window, and with `target_step` or `stalled_step` set if reached for the first time.
@@ -94,7 +100,7 @@ class Diagnostics:
             log(message)
         return run
 
-    def _stall_message(self, step: int, loss: float, state: TrainState, images: jax.Array) -> str:
+    def _stall_message(self, step: int, loss: float, state: TrainState, images: Images) -> str:
         """Returns one line: the loss equals that of guessing, the likely cause, and settings to try."""
         classes = self.config.model.num_classes
         dead = {name: stats['dead'] for name, stats in self.layer_stats(state, images).items()}
@@ -109,8 +115,8 @@ class Diagnostics:
             f' or another config.seed than {self.config.seed}'
         )
 
-    def layer_stats(self, state: TrainState, images: jax.Array) -> dict[str, dict[str, float]]:
-        """Returns the values of make_layer_stats_fn() on `images` (B, S, S, C) uint8 by layer and LAYER_STATS."""
+    def layer_stats(self, state: TrainState, images: Images) -> dict[str, dict[str, float]]:
+        """Returns the values of make_layer_stats_fn() on `images`, by layer and by name in LAYER_STATS."""
         stats = jax.device_get(self.layer_stats_fn(state, images, self.preprocessing))
         return {
             layer: {name: float(value) for name, value in zip(LAYER_STATS, values, strict=True)}

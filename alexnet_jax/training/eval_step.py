@@ -1,29 +1,47 @@
 """The compiled steps without an update: evaluation, prediction, activations and layer statistics."""
 
-from typing import Any
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float32, Int32, PyTree, UInt8
 
 from alexnet_jax import parallel
-from alexnet_jax.augment import eval_crop
+from alexnet_jax.augment import PreprocessParams, eval_crop
 from alexnet_jax.config import Config
 from alexnet_jax.training.state import TrainState, build_model, state_specs
 
+Images = UInt8[Array, 'b s s c']
 
-def topk_errors(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns top-1 and top-5 errors, (B,) each, 0.0 or 1.0; a tie with the correct class counts against it."""
+
+class EvalBatch(TypedDict):
+    """A validation batch on the devices; images with label -1 are padding."""
+
+    image: Images
+    label: Int32[Array, ' b']
+
+
+EvalStep = parallel.JittedFunction[[TrainState, EvalBatch, PreprocessParams], Float32[Array, '4']]
+LayerStatsFn = parallel.JittedFunction[[TrainState, Images, PreprocessParams], dict[str, Float32[Array, '5']]]
+PredictStep = parallel.JittedFunction[[TrainState, Images, PreprocessParams], Float32[Array, 'b classes']]
+ActivationFn = parallel.JittedFunction[[TrainState, Images, PreprocessParams], Float32[Array, '...']]
+
+
+def topk_errors(
+    scores: Float32[Array, 'b classes'], labels: Int32[Array, ' b']
+) -> tuple[Float32[Array, ' b'], Float32[Array, ' b']]:
+    """Returns top-1 and top-5 errors, 0.0 or 1.0; a tie with the correct class counts against it."""
     right = jnp.take_along_axis(scores, labels[:, None], -1)
     better = jnp.sum(~(scores < right), -1) - 1  # so NaN scores count as errors
     return (better >= 1).astype(jnp.float32), (better >= 5).astype(jnp.float32)
 
 
-def make_eval_step(config: Config, mesh: parallel.Mesh, views: int) -> Any:
-    """Returns the jitted step (state, batch, preprocessing) -> sums (4,) of loss, top-1 error, top-5 error, images.
+def make_eval_step(config: Config, mesh: parallel.Mesh, views: int) -> EvalStep:
+    """Returns the jitted step (state, batch, preprocessing) -> sums of loss, top-1 error, top-5 error, images.
 
     views: 1 (the center crop) or 10 (see augment.eval_crop()); the softmax outputs are averaged (section 4.1).
-    batch: image (B, S, S, C) uint8 and label (B,) int32; images with label -1 are padding and are not counted.
+    Images with label -1 are padding and are not counted.
     """
     layout = config.mesh.layout
 
@@ -43,12 +61,12 @@ def make_eval_step(config: Config, mesh: parallel.Mesh, views: int) -> Any:
     )
 
 
-def make_layer_stats_fn(config: Config, mesh: parallel.Mesh) -> Any:
-    """Returns the jitted step (state, images, preprocessing) -> {layer: float32 (5,)}, cuda-convnet's test-time report.
+def make_layer_stats_fn(config: Config, mesh: parallel.Mesh) -> LayerStatsFn:
+    """Returns the jitted step (state, images, preprocessing) -> five values per layer: cuda-convnet's test-time report.
 
     The five values are the mean |kernel|, mean |velocity of the kernel| (the last update), the same two for the bias,
-    and the fraction of dead units (feature maps in a convolution): those that are 0 on the center crops of all `images`
-    (B, S, S, C) uint8. The fraction is 0 for fc8.
+    and the fraction of dead units (feature maps in a convolution): those that are 0 on the center crops of all
+    `images`. The fraction is 0 for fc8.
     """
     graph, layout = build_model(config)[0], config.mesh.layout
 
@@ -74,17 +92,17 @@ def make_layer_stats_fn(config: Config, mesh: parallel.Mesh) -> Any:
     )
 
 
-def mean_abs(tree: Any, specs: Any) -> Any:
+def mean_abs(tree: PyTree[Array], specs: PyTree[parallel.Spec]) -> PyTree[Float32[Array, '']]:
     """Returns the mean absolute value of each leaf of `tree`, which is sharded according to `specs`."""
     sums = parallel.psum_over_shards(jax.tree.map(lambda leaf: jnp.sum(jnp.abs(leaf)), tree), specs)
     counts = parallel.psum_over_shards(jax.tree.map(lambda leaf: jnp.float32(leaf.size), tree), specs)
     return jax.tree.map(jnp.divide, sums, counts)
 
 
-def make_predict_step(config: Config, mesh: parallel.Mesh, views: int) -> Any:
-    """Returns the jitted step (state, images, preprocessing) -> log probabilities (B, num_classes) float32.
+def make_predict_step(config: Config, mesh: parallel.Mesh, views: int) -> PredictStep:
+    """Returns the jitted step (state, images, preprocessing) -> log probabilities.
 
-    The probabilities are the mean over `views`, see make_eval_step(). images: (B, S, S, C) uint8.
+    The probabilities are the mean over `views`, see make_eval_step().
     """
 
     def predict_step(state, images, preprocessing):
@@ -97,11 +115,11 @@ def make_predict_step(config: Config, mesh: parallel.Mesh, views: int) -> Any:
     )
 
 
-def make_activation_fn(config: Config, mesh: parallel.Mesh, layer: str) -> Any:
-    """Returns the jitted step (state, images, preprocessing) -> float32 output of `layer` for the center crop.
+def make_activation_fn(config: Config, mesh: parallel.Mesh, layer: str) -> ActivationFn:
+    """Returns the jitted step (state, images, preprocessing) -> output of `layer` for the center crop.
 
     The output is (B, H, W, C) after the nonlinearity and before normalization and pooling, with the feature maps of the
-    first tower first; or (B, units), where fc8 gives logits. images: (B, S, S, C) uint8.
+    first tower first; or (B, units), where fc8 gives logits.
     """
     graph, layout = build_model(config)[0], config.mesh.layout
 
@@ -118,8 +136,10 @@ def make_activation_fn(config: Config, mesh: parallel.Mesh, layer: str) -> Any:
     )
 
 
-def _log_probabilities(config: Config, state: TrainState, images: Any, preprocessing: Any, views: int) -> jax.Array:
-    """Returns the log of the mean softmax output over `views`, (B, num_classes) float32."""
+def _log_probabilities(
+    config: Config, state: TrainState, images: Images, preprocessing: PreprocessParams, views: int
+) -> Float32[Array, 'b classes']:
+    """Returns the log of the mean softmax output over `views`."""
     model = nnx.merge(build_model(config)[0], state.params, state.batch_stats)
 
     def one_view(index):

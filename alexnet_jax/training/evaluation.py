@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from alexnet_jax import parallel
+from alexnet_jax.augment import PreprocessParams
 from alexnet_jax.config import Config
 from alexnet_jax.data import dataset, loader
 from alexnet_jax.runtime.console import ProgressBar
@@ -32,7 +32,7 @@ class Evaluator:
         self.eval_steps = {views: make_eval_step(config, mesh, views) for views in {1, config.eval.views}}
 
     def evaluate(
-        self, views: int, state: TrainState, preprocessing: Any, should_stop: Callable[[], bool]
+        self, views: int, state: TrainState, preprocessing: PreprocessParams, should_stop: Callable[[], bool]
     ) -> dict[str, float] | None:
         """Returns the means over all images, loss, top1_error and top5_error (0 to 1), and their number, `examples`.
 

@@ -1,16 +1,17 @@
 """Sums of the metrics of many steps, accumulated on the devices without waiting for a step until they are read."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Float64, PyTree
 
 FLUSH_EVERY = 32  # results added per jitted call; one call per result takes 0.5 % of the time of a short step
 
 
 @jax.jit
-def _add(sums: Any, errors: Any, results: list[Any]) -> tuple[Any, Any]:
+def _add(
+    sums: PyTree[Array], errors: PyTree[Array], results: list[PyTree[Array]]
+) -> tuple[PyTree[Array], PyTree[Array]]:
     """Adds all of `results` to `sums`. Returns the sums and their accumulated rounding errors (Knuth's TwoSum)."""
 
     def add(total, error, value):
@@ -34,10 +35,10 @@ class MetricSum:
 
     def __init__(self):
         self.count = 0
-        self.sums: tuple[Any, ...] = ()
-        self.results: list[Any] = []  # results not yet added to the sums
+        self.sums: tuple[PyTree[Array], ...] = ()
+        self.results: list[PyTree[Array]] = []  # results not yet added to the sums
 
-    def add(self, values: Any) -> None:
+    def add(self, values: PyTree[Float32[Array, '...']]) -> None:
         """Adds `values`, the results of a step, without waiting for them; every call must pass the same structure."""
         self.results.append(values)
         self.count += 1
@@ -45,9 +46,9 @@ class MetricSum:
             zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), values)
             self.sums, self.results = _add(*(self.sums or (zeros, zeros)), self.results), []
 
-    def read(self) -> Any:
-        """Waits for all added values. Returns their sums as float64 NumPy arrays. Raises ValueError: nothing added."""
+    def read(self) -> PyTree[Float64[np.ndarray, '...']]:
+        """Waits for all added values and returns their sums. Raises ValueError: no values were added."""
         if not self.count:
-            raise ValueError('nothing was added')
+            raise ValueError('no values were added')
         parts = jax.device_get([*self.sums, *self.results])
         return jax.tree.map(lambda *leaves: np.sum(leaves, axis=0, dtype=np.float64), *parts)

@@ -2,10 +2,13 @@
 
 import os
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 from alexnet_jax.config import ConfigError
 from alexnet_jax.runtime.console import log
+
+if TYPE_CHECKING:  # launch.py imports this module before jax
+    from alexnet_jax.training.state import TrainState
 
 
 def parse_profile(text: str | None) -> tuple[int, int] | None:
@@ -25,7 +28,7 @@ class StepProfiler:
         self.steps, self.folder = steps, os.path.join(workdir, 'profile')
         self.started, self.running = False, False
 
-    def on_step(self, step: int, state: Any) -> None:
+    def on_step(self, step: int, state: 'TrainState | None') -> None:
         """Starts or stops the trace if due; `step` steps have been taken so far and produced `state`."""
         import jax
 
@@ -36,7 +39,7 @@ class StepProfiler:
         elif self.steps and step == self.steps[1]:
             self.close(state)
 
-    def close(self, state: Any) -> None:
+    def close(self, state: 'TrainState | None') -> None:
         """Writes the trace if one is running; logs a message if the requested trace never started."""
         import jax
 

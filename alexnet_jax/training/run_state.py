@@ -1,8 +1,8 @@
 """The progress of a run on the host: what a checkpoint holds besides the train state, as JSON."""
 
 import dataclasses
-from typing import Any
 
+from alexnet_jax.runtime.files import JsonObject
 from alexnet_jax.schedules import PlateauState
 
 # Keys of version 0.1 in the checkpoints of runs that this version resumes.
@@ -61,12 +61,12 @@ class RunState:
     stalled_step: int | None = None
     images_per_second: float = 0.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Returns the JSON object that from_json() reads."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> 'RunState':
+    def from_json(cls, values: JsonObject) -> 'RunState':
         """Returns the state that `values` describes, in the format of this version or of version 0.1.
 
         Missing keys, as for imported weights, take the defaults. Raises ValueError: `values` has an unknown key.
@@ -86,7 +86,7 @@ class RunState:
         return dataclasses.replace(self, stopping_criteria=criteria, target_step=None, stalled_step=None)
 
 
-def _known_fields(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+def _known_fields(kind: type, values: JsonObject) -> JsonObject:
     """Renames the keys of version 0.1. Raises ValueError: a key is not a field of the dataclass `kind`."""
     renamed = {RENAMED_KEYS.get(key, key): value for key, value in values.items()}
     unknown = sorted(set(renamed) - {field.name for field in dataclasses.fields(kind)})

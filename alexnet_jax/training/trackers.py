@@ -5,15 +5,19 @@ import importlib.util
 import io
 import os
 import uuid
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float32, UInt8
 
 from alexnet_jax.config import Config, ConfigError
+from alexnet_jax.metrics import Scores, top_k
 from alexnet_jax.runtime.console import summarize_exception
-from alexnet_jax.runtime.files import read_json, write_json
+from alexnet_jax.runtime.files import JsonObject, read_json, write_json
 
 if TYPE_CHECKING:  # launch.py imports this module before jax
+    from alexnet_jax.augment import PreprocessParams
     from alexnet_jax.data.dataset import SplitReader
     from alexnet_jax.parallel import Mesh
     from alexnet_jax.training.state import TrainState
@@ -35,8 +39,8 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def log_image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Logs an image; `pixels`: (H, W, 3) uint8."""
+    def log_image(self, step: int, name: str, pixels: UInt8[np.ndarray, 'h w 3']) -> None:
+        """Logs an image."""
         self.writer.add_image(name, pixels, step, dataformats='HWC')
 
     def close(self) -> None:
@@ -70,8 +74,8 @@ class WeightsAndBiases:
         """Logs numbers by name, such as 'train/loss'."""
         self.run.log(values, step=step)
 
-    def log_image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Logs an image; `pixels`: (H, W, 3) uint8."""
+    def log_image(self, step: int, name: str, pixels: UInt8[np.ndarray, 'h w 3']) -> None:
+        """Logs an image."""
         self.run.log({name: self.image(pixels)}, step=step)
 
     def close(self) -> None:
@@ -118,7 +122,7 @@ class CompositeTracker:
         if is_primary and tracking.wandb is not None:
             self.trackers.append(WeightsAndBiases(workdir, tracking.wandb, config))
 
-    def log(self, values: dict[str, Any]) -> None:
+    def log(self, values: JsonObject) -> None:
         """Logs the numbers of a line of metrics.jsonl or layers.jsonl."""
         for tracker in self.trackers:
             tracker.log_scalars(values['step'], as_scalars(values))
@@ -126,19 +130,18 @@ class CompositeTracker:
     def log_images(
         self,
         step: int,
-        kernel: np.ndarray | None,
+        kernel: Float32[np.ndarray, 'h w c n'] | None,
         towers: int,
-        examples: list[dict[str, Any]],
-        scores: np.ndarray,
+        examples: Sequence[Mapping[str, np.ndarray]],
+        scores: Scores,
         class_names: list[str],
     ) -> None:
-        """Logs images of conv1's `kernel` (h, w, C, N), unless None, and of the predictions for `examples`.
+        """Logs images of conv1's `kernel`, unless None, and of the predictions for `examples`.
 
-        `scores`: log probabilities (n, classes) of the examples.
+        `scores`: log probabilities of the examples.
         """
         if not self.trackers:
             return
-        from alexnet_jax.metrics import top_k
         from alexnet_jax.plots import kernels, predictions, style
 
         drawn = [
@@ -180,8 +183,8 @@ class SamplePredictions:
         self.sharding = parallel.batch_sharding(mesh, config.mesh.layout)
         self.predict_step = make_predict_step(config, mesh, views=1)
 
-    def scores(self, state: 'TrainState', preprocessing: dict[str, np.ndarray]) -> np.ndarray:
-        """Returns log probabilities (n, classes) float32 for the center crops of the examples. Collective."""
+    def scores(self, state: 'TrainState', preprocessing: 'PreprocessParams') -> Scores:
+        """Returns log probabilities for the center crops of the examples. Collective."""
         from alexnet_jax import parallel
         from alexnet_jax.runtime import distributed
 
@@ -193,7 +196,7 @@ class SamplePredictions:
         return distributed.gather_to_host(scores)[: len(self.examples)]
 
 
-def as_scalars(values: dict[str, Any]) -> dict[str, float]:
+def as_scalars(values: JsonObject) -> dict[str, float]:
     """Flattens a line of metrics.jsonl or layers.jsonl to numbers by name: 'validation/loss', 'layers/conv1/dead'."""
     split, found = values['split'], {}
     for name, value in values.items():
@@ -204,8 +207,8 @@ def as_scalars(values: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def as_pixels(png: bytes) -> np.ndarray:
-    """Decodes a PNG file to (H, W, 3) uint8."""
+def as_pixels(png: bytes) -> UInt8[np.ndarray, 'h w 3']:
+    """Decodes a PNG file."""
     from PIL import Image
 
     return np.asarray(Image.open(io.BytesIO(png)).convert('RGB'))

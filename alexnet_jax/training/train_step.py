@@ -1,22 +1,38 @@
 """The compiled train step: augmentation, model, loss, gradients, update and metrics."""
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import lax
+from jaxtyping import Array, Float32, UInt32
 
 from alexnet_jax import parallel
-from alexnet_jax.augment import augment, example_keys
+from alexnet_jax.augment import PreprocessParams, augment, example_keys
 from alexnet_jax.config import Config
 from alexnet_jax.optimizer import make_optimizer
-from alexnet_jax.training.eval_step import topk_errors
-from alexnet_jax.training.state import TrainState, build_model, param_shapes, state_specs
+from alexnet_jax.training.eval_step import EvalBatch, topk_errors
+from alexnet_jax.training.state import LayerTree, TrainState, build_model, param_shapes, state_specs
+
+
+class TrainBatch(EvalBatch):
+    """A training batch on the devices; `example_id` is the number of images before this one since step 0."""
+
+    example_id: UInt32[Array, ' b']
+
+
+Metrics = dict[str, Float32[Array, '']]  # loss, top1_error, top5_error
+LearningRates = Mapping[str, Mapping[str, Float32[Array | np.float32, '']]]  # by layer, and kernel or bias
+TrainStep = parallel.JittedFunction[
+    [TrainState[Array], TrainBatch, LearningRates, PreprocessParams], tuple[TrainState[Array], Metrics]
+]
+# Gradients, metric sums (loss, top-1 error, top-5 error) and running statistics of batch normalization.
+GradientsAndSums = tuple[LayerTree[Array], Float32[Array, '3'], LayerTree[Array]]
 
 
 class RngStream(enum.IntEnum):
@@ -27,12 +43,17 @@ class RngStream(enum.IntEnum):
 
 
 def local_gradients(
-    config: Config, graph: nnx.GraphDef, params: Any, batch_stats: Any, preprocessing: Any, rows: dict[str, jax.Array]
-) -> tuple[Any, jax.Array, Any]:
+    config: Config,
+    graph: nnx.GraphDef,
+    params: LayerTree[Array],
+    batch_stats: LayerTree[Array],
+    preprocessing: PreprocessParams,
+    rows: TrainBatch,
+) -> GradientsAndSums:
     """Returns (gradients, sums, batch_stats) for this device's `rows` of a batch.
 
     gradients: summed over replicas and micro-batches, they are the gradients of the batch's mean loss.
-    sums: (3,), the loss, top-1 error and top-5 error summed over `rows`.
+    sums: the loss, top-1 error and top-5 error, summed over `rows`.
     batch_stats: updated running statistics of batch normalization.
     """
     example_ids, labels, layout = rows['example_id'], rows['label'], config.mesh.layout
@@ -54,8 +75,8 @@ def local_gradients(
 
 
 def accumulate_gradients(
-    gradients_of: Callable, batch: dict[str, jax.Array], count: int, params: Any
-) -> tuple[Any, Any, Any]:
+    gradients_of: Callable[[TrainBatch], GradientsAndSums], batch: TrainBatch, count: int, params: LayerTree[Array]
+) -> GradientsAndSums:
     """Gradient accumulation: runs `gradients_of` on `count` equal micro-batches of `batch` in sequence.
 
     Args:
@@ -82,13 +103,12 @@ def accumulate_gradients(
     return gradients, sums.sum(0), jax.tree.map(lambda x: x.mean(0), batch_stats)
 
 
-def make_train_step(config: Config, mesh: parallel.Mesh) -> Any:
-    """Returns the jitted step (state, batch, learning_rates, preprocessing) -> (state, metrics); donates `state`.
+def make_train_step(config: Config, mesh: parallel.Mesh) -> TrainStep:
+    """Returns the jitted TrainStep: (state, batch, learning_rates, preprocessing) -> (state, metrics); donates `state`.
 
-    batch: image (B, S, S, C) uint8, label (B,) int32, and example_id (B,) uint32: the count of images seen before.
-    learning_rates: float32 scalars by layer and kernel or bias, see Schedule.learning_rate_tree().
+    learning_rates: see Schedule.learning_rate_tree().
     preprocessing: see augment.make_preprocess_params().
-    metrics: loss, top1_error and top5_error of the batch under augmentation and dropout, float32 scalars.
+    metrics: loss, top1_error and top5_error of the batch under augmentation and dropout.
     """
     graph, _ = build_model(config)
     batch_size, layout = config.train.batch_size, config.mesh.layout

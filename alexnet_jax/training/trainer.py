@@ -1,54 +1,45 @@
 """The training loop: evaluate, checkpoint, read a batch, step, log; resumes from the newest checkpoint."""
 
-import collections
 import contextlib
 import dataclasses
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
-import numpy as np
+from jaxtyping import Array
 
 from alexnet_jax import parallel
-from alexnet_jax.augment import disable_color_augmentation, make_preprocess_params
 from alexnet_jax.config import Config, ConfigError, field_names, get_by_path
-from alexnet_jax.data import dataset, loader
+from alexnet_jax.data import dataset
 from alexnet_jax.data.open_or_prepare import open_or_prepare
 from alexnet_jax.runtime import backend, distributed
 from alexnet_jax.runtime.console import log
-from alexnet_jax.runtime.files import write_json
+from alexnet_jax.runtime.files import JsonObject, write_json
 from alexnet_jax.runtime.preemption import PreemptionHandler, Watchdog
-from alexnet_jax.runtime.workdir import (
-    check_class_names,
-    dataset_statistics_path,
-    environment,
-    read_dataset_statistics,
-    write_dataset_statistics,
-)
+from alexnet_jax.runtime.workdir import environment
 from alexnet_jax.schedules import Intervals, Schedule
 from alexnet_jax.training.checkpointing import Checkpointer, state_digest
 from alexnet_jax.training.diagnostics import Diagnostics
 from alexnet_jax.training.evaluation import Evaluator
+from alexnet_jax.training.input_pipeline import (
+    DeviceLearningRates,
+    load_dataset_statistics,
+    prefetch_to_device,
+    preprocessing_on_devices,
+)
 from alexnet_jax.training.metric_sum import MetricSum
-from alexnet_jax.training.metrics_logger import MetricsLogger
+from alexnet_jax.training.metrics_logger import MetricsLogger, Throughput, log_start, write_result
 from alexnet_jax.training.profiler import StepProfiler
 from alexnet_jax.training.run_state import RunState
 from alexnet_jax.training.state import TrainState, abstract_state, init_state
-from alexnet_jax.training.throughput import Throughput
 from alexnet_jax.training.trackers import TrackingConfig
-from alexnet_jax.training.train_step import make_train_step
+from alexnet_jax.training.train_step import Metrics, TrainBatch, make_train_step
 
 EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED = 0, 1, 75
 
-PREFETCH_SIZE = 3  # batches that are read and transferred ahead
 
-
-def train_and_evaluate(
-    config: Config, workdir: str, process_group: dict[str, Any] | None, tracking: TrackingConfig
-) -> int:
+def train_and_evaluate(config: Config, workdir: str, process_group: JsonObject | None, tracking: TrackingConfig) -> int:
     """Trains `config` to the end in `workdir`, from the newest checkpoint if there is one.
 
     Writes config.json, environment.json, dataset_statistics.npz, metrics.jsonl, layers.jsonl, checkpoints/ and
@@ -116,7 +107,7 @@ def _check_equal_on_all_processes(config: Config, data: dataset.PreparedDataset)
 
 def restore_or_init(
     config: Config, workdir: str, mesh: parallel.Mesh, data: dataset.PreparedDataset, checkpoints: Checkpointer
-) -> tuple[TrainState, RunState, bool]:
+) -> tuple[TrainState[Array], RunState, bool]:
     """Returns the train state, the progress of the run, and whether they are from a checkpoint. Collective.
 
     Raises:
@@ -136,92 +127,6 @@ def restore_or_init(
     return init_state(config, mesh) if state is None else state, run, checkpoint is not None
 
 
-def load_dataset_statistics(workdir: str, data: dataset.PreparedDataset, resumed: bool) -> dict[str, np.ndarray]:
-    """Returns the statistics for make_preprocess_params(): of the run if it is `resumed`, otherwise of the data set.
-
-    The primary process writes the statistics and the class names of the data set to dataset_statistics.npz.
-    """
-    statistics = data.statistics
-    if resumed and os.path.exists(dataset_statistics_path(workdir)):
-        statistics, class_names = read_dataset_statistics(workdir)
-        check_class_names(workdir, class_names, data.class_names)
-    if distributed.is_primary_process():
-        write_dataset_statistics(workdir, statistics, data.class_names)
-    return statistics
-
-
-def preprocessing_on_devices(config: Config, mesh: parallel.Mesh, statistics: dict[str, np.ndarray]) -> tuple[Any, Any]:
-    """Returns make_preprocess_params() on the devices, with color augmentation and without. Collective.
-
-    They are transferred only once: while a transfer of the mean image is pending, JAX runs the step on a CPU in another
-    thread, see backend.configure_cpu_backend().
-    """
-    preprocessing = distributed.broadcast_from_primary(make_preprocess_params(statistics, config.data))
-    return parallel.replicate(mesh, preprocessing), parallel.replicate(mesh, disable_color_augmentation(preprocessing))
-
-
-def prefetch_to_device(config: Config, split: dataset.SplitReader, first_step: int, sharding: Any) -> Iterator[Any]:
-    """Yields the batches from `first_step` on, on the devices; a thread reads and transfers the next ones meanwhile.
-
-    See loader.training_batches() for the arrays of a batch, and parallel.batch_sharding() for `sharding`.
-    """
-    share, shares = parallel.process_shard(sharding)
-    batches = loader.training_batches(
-        split,
-        seed=config.seed,
-        batch_size=config.train.batch_size,
-        first_step=first_step,
-        threads=config.data.reader_threads,
-        share=share,
-        shares=shares,
-    )
-
-    def fetch():
-        return jax.block_until_ready(parallel.make_global_batch(sharding, next(batches)))
-
-    with ThreadPoolExecutor(1) as reader:
-        ahead = collections.deque(reader.submit(fetch) for _ in range(PREFETCH_SIZE))
-        while True:
-            yield ahead.popleft().result()
-            ahead.append(reader.submit(fetch))
-
-
-def write_result(
-    config: Config,
-    workdir: str,
-    data: dataset.PreparedDataset,
-    run: RunState,
-    views: dict[str, dict[str, float]],
-    preempted: bool,
-    digest: str,
-) -> None:
-    """Writes result.json on the primary process. Collective.
-
-    Args:
-      config, workdir, data, run: see Trainer.
-      views: results of evaluations at the last step by number of views; the errors are those of eval.views.
-      preempted: whether steps or the final evaluation are missing.
-      digest: see state_digest().
-    """
-    errors = views.get(str(config.eval.views)) or run.last_evaluation or {}
-    corrupt_records = (split.corrupt_mask() for split in (data.train, data.validation))
-    result = {
-        'status': 'preempted' if preempted else 'done',
-        'step': run.step,
-        'target_step': run.target_step,
-        'stalled_step': run.stalled_step,
-        'evaluated': run.last_evaluated_step,
-        'top1_error': errors.get('top1_error'),
-        'top5_error': errors.get('top5_error'),
-        'views': views,
-        'images_per_second': run.images_per_second,
-        'corrupt_records': sum(distributed.count_set_on_any_process(mask) for mask in corrupt_records),
-        'state_digest': digest,
-    }
-    if distributed.is_primary_process():
-        write_json(os.path.join(workdir, 'result.json'), result)
-
-
 class Trainer:
     """The training loop on this process, with the train state and the progress of the run."""
 
@@ -239,6 +144,7 @@ class Trainer:
         self.preemption, self.watchdog = preemption, watchdog
         self.stopping, self._sync_count = False, 0
         self.schedule = Schedule(config.optimizer, config.train, len(data.train))
+        self.learning_rates = DeviceLearningRates(mesh, self.schedule)
         self.intervals = Intervals.from_config(config, len(data.train))
         self.checkpoints = Checkpointer(os.path.join(workdir, 'checkpoints'), config.checkpoint.keep)
         self.state, self.run, resumed = restore_or_init(config, workdir, mesh, data, self.checkpoints)
@@ -255,50 +161,49 @@ class Trainer:
         self.profiler = StepProfiler(tracking.profile, workdir)
         self.throughput = Throughput()
         self.metric_sum = MetricSum()  # metrics of the steps that are not logged yet
-        self.last_metrics: Any = None  # metrics of the last step, on the devices
-        self.batch: Any = None  # the last batch, on the devices
-        self.learning_rates: dict | None = None  # learning rates of the last step, by layer and kind
-        self.device_learning_rates: Any = None  # the same learning rates, on the devices
+        self.batch: TrainBatch | None = None  # the last batch, on the devices
+        self.last_metrics: Metrics | None = None  # metrics of the last step, on the devices
+
+    def fit(self) -> int:
+        """Trains until the run is done or preempted; returns the exit code.
+
+        The order within an iteration matters: evaluate, checkpoint, read a batch, step, log. A checkpoint holds the
+        evaluation at its step, so a resumed run neither repeats nor omits that evaluation. All processes look for a
+        preemption at the same point, before any of them waits in the collectives of the next step.
+        """
+        log_start(self.config, self.mesh, self.data, self.schedule.total_steps)
+        batches = prefetch_to_device(self.config, self.mesh, self.data.train, self.run.step)
+        while True:
+            is_best = not self.should_stop() and self.evaluation_due and self.evaluate_and_update_schedule()
+            ending = self.done or self.stopping
+            if ending or is_best or self.checkpoint_due:
+                self.save_checkpoint()
+            if ending:
+                break
+            self.profiler.on_step(self.run.step, self.state)
+            self.take_step(batches)
+            self.logger.log_step()
+            if self.run.step % self.intervals.log_every == 0:
+                self.log_training()
+        self.profiler.close(self.state)
+        return self.finish()
 
     @property
     def done(self) -> bool:
         """Whether all steps are taken or train.target_error was reached."""
         return self.run.step >= self.schedule.total_steps or self.run.target_step is not None
 
-    def fit(self) -> int:
-        """Trains until the run is done or preempted; returns the exit code.
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the current step needs an evaluation and has none."""
+        step = self.run.step
+        due = self.done or (step > 0 and step % self.intervals.eval_every == 0)
+        return due and step > self.run.last_evaluated_step
 
-        The order within an iteration is load-bearing: evaluate, checkpoint, read a batch, step, log. A checkpoint holds
-        the evaluation at its step, so a resumed run neither repeats nor omits it; and all processes look for a
-        preemption at the same point, before any of them waits in the collectives of the next step.
-        """
-        config, mesh, intervals = self.config, self.mesh.shape, self.intervals
-        log(
-            f'{config.data.source}: {len(self.data.train)} training and {len(self.data.validation)} validation images;'
-            f' {jax.process_count()} processes, mesh data={mesh["data"]}, model={mesh["model"]};'
-            f' {self.schedule.total_steps} steps of {config.train.batch_size} images'
-        )
-        sharding = parallel.batch_sharding(self.mesh, config.mesh.layout)
-        batches = prefetch_to_device(config, self.data.train, self.run.step, sharding)
-        while True:
-            step = self.run.step
-            evaluation_due = self.done or (step > 0 and step % intervals.eval_every == 0)
-            improved = False
-            if not self.should_stop() and evaluation_due and step > self.run.last_evaluated_step:
-                self.log_training()
-                improved = self.evaluate_and_update_schedule()
-            ending = self.done or self.stopping
-            if ending or improved or (step % intervals.checkpoint_every == 0 and step > self.first_step):
-                self.save()
-            if ending:
-                break
-            self.profiler.on_step(step, self.state)
-            self.take_step(batches)
-            self.logger.log_step()
-            if self.run.step % intervals.log_every == 0:
-                self.log_training()
-        self.profiler.close(self.state)
-        return self.finish()
+    @property
+    def checkpoint_due(self) -> bool:
+        """Whether the current step is a multiple of checkpoint.every that this process has reached by training."""
+        return self.run.step % self.intervals.checkpoint_every == 0 and self.run.step > self.first_step
 
     def should_stop(self) -> bool:
         """Returns True once any process has received SIGTERM or SIGINT.
@@ -311,22 +216,23 @@ class Trainer:
             self.stopping = self.preemption.requested or distributed.reached_preemption_sync_point(self._sync_count)
         return self.stopping
 
-    def take_step(self, batches: Iterator[Any]) -> None:
+    def take_step(self, batches: Iterator[TrainBatch]) -> None:
         """Takes one train step on the next batch, and adds its metrics and its time to the running sums."""
         start = time.perf_counter()
         # Drop the previous batch first: keeping it alive blocks the prefetch thread (input wait 5 % instead of 1 %).
         self.batch = None
         self.batch = next(batches)
         input_wait_secs = time.perf_counter() - start
-        self.update_learning_rates()
+        learning_rates = self.learning_rates.at(self.run.step, self.run.plateau.decays_taken)
         has_color = self.run.step < self.intervals.color_augmentation_until
         preprocessing = self.preprocessing if has_color else self.preprocessing_without_color
-        arguments = self.state, self.batch, self.device_learning_rates, preprocessing
+        arguments = self.state, self.batch, learning_rates, preprocessing
         first = self.run.step == self.first_step
         if first:
-            self.train_step = self.train_step.lower(*arguments).compile()
+            compiled = self.train_step.lower(*arguments).compile()
             if jax.default_backend() == 'cpu':  # other backends use device memory, and may not report its size
-                backend.reserve_step_memory(self.train_step.memory_analysis().temp_size_in_bytes)
+                backend.reserve_step_memory(compiled.memory_analysis().temp_size_in_bytes)
+            self.train_step = compiled
         self.state, metrics = self.train_step(*arguments)
         self.metric_sum.add(metrics)
         jax.block_until_ready(metrics if first else self.last_metrics)  # at most two steps are in flight
@@ -335,24 +241,17 @@ class Trainer:
         if not first:
             self.throughput.add(time.perf_counter() - start, input_wait_secs, self.config.train.batch_size)
 
-    def update_learning_rates(self) -> None:
-        """Transfers the learning rates of the next step to the devices if they differ from those of the last step."""
-        rates = self.schedule.learning_rate_tree(self.run.step, self.run.plateau.decays_taken)
-        if rates != self.learning_rates:
-            self.learning_rates = rates
-            self.device_learning_rates = parallel.replicate(self.mesh, jax.tree.map(np.float32, rates))
-
     def learning_rate_at(self, step: int) -> float:
         """Returns the scheduled learning rate of `step`, counted from 0, with the plateau decays so far."""
         return self.schedule.learning_rate(step, self.run.plateau.decays_taken)
 
     def log_training(self) -> None:
-        """Logs the mean metrics of the steps since the last line, if any; at multiples of log_every checks them.
+        """Logs the mean metrics of the steps since the last line, if any; at multiples of log_every also checks them.
 
         Raises TrainingError: the loss is not finite, or see Diagnostics.check_window().
         """
         steps = self.metric_sum.count
-        if not steps:
+        if self.batch is None or not steps:
             return
         start = time.perf_counter()
         sums = {name: float(value) for name, value in self.metric_sum.read().items()}
@@ -368,10 +267,11 @@ class Trainer:
             self.run = self.diagnostics.check_window(self.run, self.state, self.batch['image'])
 
     def evaluate_and_update_schedule(self) -> bool:
-        """Evaluates with one view and updates the plateau state. Returns whether top-1 error is the lowest so far.
+        """Evaluates with one view and updates the plateau state. Returns whether the top-1 error is the lowest so far.
 
-        Returns False if preempted. Raises TrainingError: the validation loss is not finite.
+        Returns False if preempted. Raises TrainingError: the validation loss is not finite, or see log_training().
         """
+        self.log_training()
         errors = self.evaluator.evaluate(1, self.state, self.preprocessing, self.should_stop)
         if errors is None:
             return False
@@ -387,8 +287,8 @@ class Trainer:
             log(f'the validation error stopped improving: the learning rate is now {self.learning_rate_at(step):g}')
         return errors['top1_error'] < before.lowest_error
 
-    def save(self) -> None:
-        """Logs, then writes a checkpoint in the background.
+    def save_checkpoint(self) -> None:
+        """Logs the steps since the last line, then writes a checkpoint in the background.
 
         Raises:
           TrainingError: a parameter is not finite, or see log_training().
@@ -396,7 +296,7 @@ class Trainer:
         """
         self.log_training()
         step = self.run.step
-        # A run could not resume from a checkpoint with other values.
+        # A run could not resume from a checkpoint with values that are not finite.
         self.diagnostics.check_params_finite(self.state.params, step, self.learning_rate_at(step - 1))
         rate = self.throughput.total.images_per_second or self.run.images_per_second
         self.run = dataclasses.replace(self.run, images_per_second=rate)
