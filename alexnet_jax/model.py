@@ -125,7 +125,7 @@ class AlexNet(nnx.Module):
 
 def apply_layer(
     config: ModelConfig, training: bool, layer: Conv | Dense, norm: nnx.BatchNorm | None, towers: Towers
-) -> tuple[Towers, Float[Array, ' b *dims']]:
+) -> tuple[Towers, Float[Array, '...']]:
     """Applies `layer` and the operations after it: the part of a row that `remat` computes again.
 
     Returns the result of the last operation, and the output of the nonlinearity (of the layer, if it has none).

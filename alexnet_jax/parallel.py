@@ -5,7 +5,7 @@ collectives; for grouped convolutions, the partitioner would all-gather the batc
 """
 
 from collections.abc import Callable
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ Arguments = ParamSpec('Arguments')
 Result = TypeVar('Result', covariant=True)
 
 
+@runtime_checkable
 class JittedFunction(Protocol[Arguments, Result]):
     """What jax.jit returns, with the types of the arguments and of the result, which jax.stages.Wrapped omits."""
 
@@ -317,7 +318,7 @@ def batch_sharding(mesh: Mesh, layout: str) -> NamedSharding:
     return NamedSharding(mesh, batch_spec(layout))
 
 
-def make_global_batch(sharding: NamedSharding, batch: PyTree[np.ndarray]) -> PyTree[Array]:
+def make_global_batch(sharding: NamedSharding, batch: PyTree[np.ndarray | np.float32]) -> PyTree[Array]:
     """Builds global arrays from this process's rows of a batch (NumPy arrays); `sharding`: see batch_sharding()."""
     return jax.make_array_from_process_local_data(sharding, batch)
 

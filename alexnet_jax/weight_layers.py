@@ -18,7 +18,7 @@ from alexnet_jax.parallel import reduce_scatter_partial_sums
 from alexnet_jax.shapes import LayerShape
 
 # One array per tower on this device, or one array of the features of all towers: (B, H, W, C) or (B, units) each.
-Towers = list[Float[Array, ' b *dims']]
+Towers = list[Float[Array, '...']]
 
 
 def init_params(

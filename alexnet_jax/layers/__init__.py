@@ -177,8 +177,8 @@ def max_pool(
 
 
 def order_weight_gradient_after_input_gradient(
-    x: Float[Array, 'b i'], kernel: Float[Array, 'i o'], *, implementation: str = 'auto'
-) -> tuple[Float[Array, 'b i'], Float[Array, 'i o']]:
+    x: Float[Array, '*dims i'], kernel: Float[Array, 'i o'], *, implementation: str = 'auto'
+) -> tuple[Float[Array, '*dims i'], Float[Array, 'i o']]:
     """Identity that lets an optimizer update `kernel` in place: see cpu.py.
 
     Its backward pass computes the gradient by `kernel` after the gradient by `x`, which reads `kernel`.

@@ -147,8 +147,8 @@ max_pool = partial(custom_gradient.max_pool, write=materialize)
 
 @jax.custom_vjp
 def order_weight_gradient_after_input_gradient(
-    x: Float[Array, 'b i'], kernel: Float[Array, 'i o']
-) -> tuple[Float[Array, 'b i'], Float[Array, 'i o']]:
+    x: Float[Array, '*dims i'], kernel: Float[Array, 'i o']
+) -> tuple[Float[Array, '*dims i'], Float[Array, 'i o']]:
     """Identity whose backward pass computes the gradient by the kernel after that by `x`.
 
     Otherwise XLA may update the kernel before the gradient by `x` has read it, and then copies the kernel every step.

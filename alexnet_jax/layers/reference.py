@@ -60,7 +60,7 @@ def max_pool(x: Float[Array, 'b h w c'], window: int, stride: int, *, ceil_mode:
 
 
 def order_weight_gradient_after_input_gradient(
-    x: Float[Array, 'b i'], kernel: Float[Array, 'i o']
-) -> tuple[Float[Array, 'b i'], Float[Array, 'i o']]:
+    x: Float[Array, '*dims i'], kernel: Float[Array, 'i o']
+) -> tuple[Float[Array, '*dims i'], Float[Array, 'i o']]:
     """Identity."""
     return x, kernel

@@ -108,7 +108,7 @@ def _silence_orbax_teardown() -> None:
     """
     previous_hook = sys.unraisablehook
 
-    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+    def hook(unraisable: 'sys.UnraisableHookArgs') -> None:
         source = unraisable.object
         from_orbax = isinstance(source, types.CoroutineType) and f'{os.sep}orbax{os.sep}' in source.cr_code.co_filename
         if not from_orbax and str(unraisable.exc_value) != 'Event loop is closed':

@@ -46,9 +46,9 @@ class MetricSum:
             zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), values)
             self.sums, self.results = _add(*(self.sums or (zeros, zeros)), self.results), []
 
-    def read(self) -> PyTree[Float64[np.ndarray, '...']]:
+    def read(self) -> PyTree[Float64[np.ndarray | np.float64, '...']]:
         """Waits for all added values and returns their sums. Raises ValueError: no values were added."""
         if not self.count:
-            raise ValueError('no values were added')
+            raise ValueError('nothing was added')
         parts = jax.device_get([*self.sums, *self.results])
         return jax.tree.map(lambda *leaves: np.sum(leaves, axis=0, dtype=np.float64), *parts)

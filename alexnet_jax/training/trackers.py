@@ -6,7 +6,7 @@ import io
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -132,7 +132,7 @@ class CompositeTracker:
         step: int,
         kernel: Float32[np.ndarray, 'h w c n'] | None,
         towers: int,
-        examples: Sequence[Mapping[str, np.ndarray]],
+        examples: Sequence[Mapping[str, Any]],
         scores: Scores,
         class_names: list[str],
     ) -> None:
