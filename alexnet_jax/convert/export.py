@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from alexnet_jax.config import ConfigError, default_config
-from alexnet_jax.inference.trained_model import with_overrides
+from alexnet_jax.inference.checkpoint_ref import with_overrides
 from alexnet_jax.runtime.files import atomic_write
 from alexnet_jax.runtime.workdir import read_config
 

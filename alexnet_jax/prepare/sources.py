@@ -6,12 +6,21 @@ import os
 import sys
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from jaxtyping import Bool, UInt8
 
-from alexnet_jax.prepare.raw_sources import ArrayExamples, FileExamples, Source, SourceError, TfdsExamples, digest
+from alexnet_jax.prepare.raw_sources import (
+    ArrayExamples,
+    Examples,
+    FileExamples,
+    Labels,
+    Source,
+    SourceError,
+    TfdsExamples,
+    digest,
+)
 from alexnet_jax.runtime.console import log
 
 IMAGENET_TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
@@ -42,7 +51,7 @@ def open_source(source: str, data_dir: str, validation_fraction: float) -> Sourc
     return _tfds(source, data_dir, validation_fraction)
 
 
-def holdout_mask(labels: np.ndarray, fraction: float) -> np.ndarray:
+def holdout_mask(labels: Labels, fraction: float) -> Bool[np.ndarray, ' n']:
     """Returns a mask (N,) bool of the held-out examples: `fraction` of each class, rounded, with a fixed seed."""
     chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):
@@ -51,7 +60,7 @@ def holdout_mask(labels: np.ndarray, fraction: float) -> np.ndarray:
     return chosen
 
 
-def _split_off(examples: Any, fraction: float, where: Any) -> dict[str, Any]:
+def _split_off(examples: FileExamples | ArrayExamples, fraction: float, where: Path) -> dict[str, Examples]:
     """Holds out `fraction` of `examples` as a validation split, and returns both splits."""
     chosen = holdout_mask(examples.labels, fraction)
     if not chosen.any() or chosen.all():
@@ -144,12 +153,13 @@ def _walk(folder: Path, seen: set[str]) -> list[str]:
 def _idx(folder: Path, fraction: float) -> Source:
     """Opens files of MNIST's format: *train*images*idx3* and *train*labels*idx1*, also for t10k or test, maybe .gz."""
     train = _idx_split(folder, 'train')
-    splits = {'train': train}
+    classes = int(train.labels.max()) + 1
+    splits: dict[str, Examples] = {'train': train}
     for name in ('t10k', 'test'):
         if list(folder.glob(f'*{name}*idx3*')):
-            splits['validation'] = _idx_split(folder, name)
+            splits['validation'] = validation = _idx_split(folder, name)
+            classes = max(classes, int(validation.labels.max()) + 1)
             break
-    classes = max(int(examples.labels.max()) for examples in splits.values()) + 1
     holds_out_validation = 'validation' not in splits
     if holds_out_validation:
         splits = _split_off(train, fraction, folder)
@@ -172,7 +182,7 @@ def _idx_split(folder: Path, split: str) -> ArrayExamples:
     return ArrayExamples(images, labels, np.arange(len(images)))
 
 
-def _idx_array(path: Path, dimensions: int) -> np.ndarray:
+def _idx_array(path: Path, dimensions: int) -> UInt8[np.ndarray, '...']:
     """Reads a uint8 array from an IDX file: two zero bytes, 8 for uint8, rank, sizes (4 bytes, big-endian), data."""
     content = path.read_bytes()
     try:
@@ -200,11 +210,11 @@ def _tfds(source: str, data_dir: str, fraction: float) -> Source:
     else:
         names = {'train': 'train', 'validation': held}
     described = [(name, split.num_examples, split.num_bytes) for name, split in info.splits.items()]
-    about = digest(info.full_name, *described)
+    metadata_digest = digest(info.full_name, *described)
     splits = {}
     for split, name in names.items():
         count = info.splits[name].num_examples
-        splits[split] = TfdsExamples(str(builder.data_dir), name, image, label, 0, count, about)
+        splits[split] = TfdsExamples(str(builder.data_dir), name, image, label, 0, count, metadata_digest)
         if not count:
             raise SourceError(
                 f'{info.full_name} has no validation split, and data.validation_fraction={fraction:g} of its'
@@ -213,7 +223,7 @@ def _tfds(source: str, data_dir: str, fraction: float) -> Source:
     return Source(splits, list(info.features[label].names), held is None)
 
 
-def _image_and_label(builder: Any) -> tuple[str, str]:
+def _image_and_label(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
     """Returns the names of the only image feature and of the class: `label`, a supervised key, or the only class."""
     features = dict(builder.info.features)
     images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
@@ -228,14 +238,14 @@ def _image_and_label(builder: Any) -> tuple[str, str]:
     return images[0], label
 
 
-def _builder(source: str, data_dir: str) -> Any:
+def _builder(source: str, data_dir: str) -> tfds.core.DatasetBuilder:
     """Returns the TFDS builder of `source` for ArrayRecord files, which have random access."""
     name = source.removeprefix('tfds:').replace(':', '/')
     try:
         if source == 'photos':
             from alexnet_jax.prepare.photos import Photos
 
-            builder: Any = Photos(data_dir=data_dir, file_format='array_record')
+            builder: tfds.core.DatasetBuilder = Photos(data_dir=data_dir, file_format='array_record')
         else:
             builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
     except tfds.core.registered.DatasetNotFoundError:
@@ -250,7 +260,7 @@ def _builder(source: str, data_dir: str) -> Any:
     return builder
 
 
-def _download_and_prepare(builder: Any, source: str, data_dir: str) -> None:
+def _download_and_prepare(builder: tfds.core.DatasetBuilder, source: str, data_dir: str) -> None:
     """Downloads and converts the data of `builder` with TFDS, unless already done."""
     if builder.is_prepared():
         return

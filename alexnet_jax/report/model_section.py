@@ -2,14 +2,14 @@
 
 import os
 import shlex
-from typing import Any
 
 import numpy as np
 
 from alexnet_jax.config import ConfigError, default_config
 from alexnet_jax.data import dataset
 from alexnet_jax.inference import feature_index
-from alexnet_jax.inference.trained_model import TrainedModel, load_model, open_eval_dataset, parse_checkpoint_ref
+from alexnet_jax.inference.checkpoint_ref import parse_checkpoint_ref
+from alexnet_jax.inference.trained_model import TrainedModel, load_model, open_eval_dataset
 from alexnet_jax.metrics import top_k
 from alexnet_jax.plots import kernels
 from alexnet_jax.report.blocks import Block, Card, Figure, Section, pixel_picture
@@ -25,7 +25,7 @@ _PROBED = 16  # validation images considered per image shown
 _SHEET_PIXELS = 1000  # approximate minimum width of the kernels of a tower
 _TITLES = ('Kernels of conv1', 'Predictions', 'Neighbors')
 
-Example = tuple[int, dict[str, Any]]  # index in the data set; its image and label
+Example = tuple[int, dataset.Example]  # index in the data set; its image and label
 
 
 def model_sections(workdir: str, train_command: str, data_dir: str | None, neighbors: bool) -> list[Section]:
@@ -116,7 +116,7 @@ def _open_dataset(network: TrainedModel, data_dir: str | None) -> dataset.Prepar
         raise ConfigError(str(error)) from None
 
 
-def choose(split: Any, count: int) -> list[Example]:
+def choose(split: dataset.SplitReader, count: int) -> list[Example]:
     """Returns `count` images of `split` with their indices: always the same ones, of as many classes as possible."""
     by_class: dict[int, list[Example]] = {}
     for place, example in dataset.evenly_spaced(split, _PROBED * count):

@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+JsonObject = dict[str, Any]
+
 
 @contextlib.contextmanager
 def atomic_write(path: str, mode: str = 'w') -> Iterator[Any]:

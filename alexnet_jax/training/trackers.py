@@ -14,7 +14,7 @@ from alexnet_jax.runtime.console import summarize_exception
 from alexnet_jax.runtime.files import read_json, write_json
 
 if TYPE_CHECKING:  # launch.py imports this module before jax
-    from alexnet_jax.data.dataset import SplitReader
+    from alexnet_jax.data.dataset import Example, SplitReader
     from alexnet_jax.parallel import Mesh
     from alexnet_jax.training.state import TrainState
 
@@ -128,7 +128,7 @@ class CompositeTracker:
         step: int,
         kernel: np.ndarray | None,
         towers: int,
-        examples: list[dict[str, Any]],
+        examples: 'list[Example]',
         scores: np.ndarray,
         class_names: list[str],
     ) -> None:
