@@ -174,12 +174,12 @@ def nearest_neighbors(
     Returns:
       Row numbers (Q, count) int64 and distances (Q, count) float32.
     """
-    found: list[list[np.ndarray]] = [[] for _ in queries]
+    blocks: list[list[np.ndarray]] = [[] for _ in queries]
     for start in range(0, len(index.features), BLOCK):
         block = jnp.asarray(index.features[start : start + BLOCK])
-        for query, of_query in zip(queries, found, strict=True):
+        for query, of_query in zip(queries, blocks, strict=True):
             of_query.append(np.asarray(_distances(block, query)))
-    everywhere = np.stack([np.concatenate(blocks) for blocks in found])
-    everywhere = np.where(np.isnan(everywhere), np.inf, everywhere)
-    order = np.argsort(everywhere, -1, kind='stable')[:, :count]
-    return order, np.take_along_axis(everywhere, order, -1)
+    distances = np.stack([np.concatenate(of_query) for of_query in blocks])
+    distances = np.where(np.isnan(distances), np.inf, distances)
+    order = np.argsort(distances, -1, kind='stable')[:, :count]
+    return order, np.take_along_axis(distances, order, -1)

@@ -29,8 +29,8 @@ VALIDATION_SPLIT_NAMES = ('validation', 'val', 'test', 't10k')  # the first exis
 
 def is_local(source: str) -> bool:
     """Returns True if `source` is an existing folder, which can be opened without a download or conversion."""
-    kind, _, where = source.partition(':')
-    return kind in ('folder', 'idx') and os.path.isdir(os.path.expanduser(where))
+    kind, _, location = source.partition(':')
+    return kind in ('folder', 'idx') and os.path.isdir(os.path.expanduser(location))
 
 
 def open_source(source: str, data_dir: str, validation_fraction: float) -> Source:
@@ -43,11 +43,11 @@ def open_source(source: str, data_dir: str, validation_fraction: float) -> Sourc
 
     Raises SourceError: the source does not exist or has a wrong format.
     """
-    kind, _, where = source.partition(':')
+    kind, _, location = source.partition(':')
     if kind == 'folder':
-        return _folder(Path(where).expanduser(), validation_fraction)
+        return _folder(Path(location).expanduser(), validation_fraction)
     if kind == 'idx':
-        return _idx(Path(where).expanduser(), validation_fraction)
+        return _idx(Path(location).expanduser(), validation_fraction)
     return _tfds(source, data_dir, validation_fraction)
 
 
@@ -55,17 +55,17 @@ def holdout_mask(labels: Labels, fraction: float) -> Bool[np.ndarray, ' n']:
     """Returns a mask (N,) bool of the held-out examples: `fraction` of each class, rounded, with a fixed seed."""
     chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        chosen[np.random.default_rng(label).permutation(members)[: round(fraction * len(members))]] = True
+        of_label = np.flatnonzero(labels == label)
+        chosen[np.random.default_rng(label).permutation(of_label)[: round(fraction * len(of_label))]] = True
     return chosen
 
 
-def _split_off(examples: FileExamples | ArrayExamples, fraction: float, where: Path) -> dict[str, Examples]:
+def _split_off(examples: FileExamples | ArrayExamples, fraction: float, root: Path) -> dict[str, Examples]:
     """Holds out `fraction` of `examples` as a validation split, and returns both splits."""
     chosen = holdout_mask(examples.labels, fraction)
     if not chosen.any() or chosen.all():
         raise SourceError(
-            f'{where} has no validation split ({", ".join(VALIDATION_SPLIT_NAMES[:3])}), and'
+            f'{root} has no validation split ({", ".join(VALIDATION_SPLIT_NAMES[:3])}), and'
             f' data.validation_fraction={fraction:g} of its {len(chosen)} training images'
             ' leaves no image for validation or none for training'
         )
@@ -128,7 +128,7 @@ def _files(root: Path, split: str, classes: list[str]) -> FileExamples:
 
 
 def _walk(folder: Path, seen: set[str]) -> list[str]:
-    """Returns all files below `folder`, except hidden ones. `seen` has the real paths of the folders on the way down.
+    """Returns all files below `folder`, except hidden ones. `seen` has the real paths of `folder` and its parents.
 
     Raises SourceError: a link leads to a folder that contains the link.
     """
