@@ -42,7 +42,7 @@ def run(config, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def loaded(run):
-    return trained_model.load_model(trained_model.parse_checkpoint_ref(run))
+    return trained_model.load_model(run)
 
 
 def test_feature_maps_match_a_convolution_loop(loaded, config):
