@@ -64,7 +64,7 @@ def project_batches(encoding: str, folder: str, batch_size: int, threads: int) -
     backend.configure_cpu_backend()
     data = default_config().data
     data.source, data.data_dir, data.encoding = f'folder:{folder}', f'{folder}.prepared', encoding
-    prepared = dataset.open_store(dataset.dataset_dir(data.data_dir, data), data)
+    prepared = dataset.open_prepared(dataset.dataset_dir(data.data_dir, data), data)
     batches = loader.training_batches(prepared.train, seed=0, batch_size=batch_size, first_step=0, threads=threads)
     return (batch['image'] for batch in batches)
 

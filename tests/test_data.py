@@ -27,7 +27,7 @@ PHOTOS = PrepareConfig('photos', image_size=72)
 
 
 def open_photos(data_dir: str) -> dataset.PreparedDataset:
-    return dataset.open_store(dataset.dataset_dir(data_dir, PHOTOS), PHOTOS)
+    return dataset.open_prepared(dataset.dataset_dir(data_dir, PHOTOS), PHOTOS)
 
 
 @pytest.fixture(scope='module')
@@ -110,7 +110,7 @@ def test_waiting_prepare_takes_over_from_a_killed_one(photos_dir, tmp_path):
             waiting.send_signal(signal.SIGCONT)
             log = waiting.stderr.read()
     assert waiting.returncode == 0, log
-    assert len(dataset.open_store(str(target), given).train) == 6400
+    assert len(dataset.open_prepared(str(target), given).train) == 6400
     assert not Path(f'{target}.incomplete').exists()
 
 
@@ -139,7 +139,7 @@ def test_source_without_random_access_is_rejected(photos_dir, tmp_path):
 class Numbered:
     """Random access to images whose pixels are their index."""
 
-    keeps = False
+    in_memory = False
 
     def __init__(self, length: int):
         self.length = length
@@ -225,7 +225,7 @@ from alexnet_jax.data import dataset, loader
 first_step, share, shares = map(int, sys.argv[2:])
 config = default_config()
 config.data.update(source='photos', image_size=72, crop_size=64)
-store = dataset.open_store(dataset.dataset_dir(sys.argv[1], config.data), config.data)
+store = dataset.open_prepared(dataset.dataset_dir(sys.argv[1], config.data), config.data)
 parts = make_preprocess_params(data.statistics, config.data)
 step = jax.jit(lambda images, keys: augment(images, keys, keys, parts, config.data))
 for batch in loader.training_batches(
@@ -267,7 +267,7 @@ from alexnet_jax.config import default_config
 from alexnet_jax.data import dataset, loader
 config = default_config().data
 config.update(source='photos', image_size=72)
-store = dataset.open_store(dataset.dataset_dir({photos_dir!r}, config), config)
+store = dataset.open_prepared(dataset.dataset_dir({photos_dir!r}, config), config)
 next(loader.training_batches(data.train, seed=0, batch_size=4, first_step=0, threads=1))
 print('tensorflow' in sys.modules)
 """
@@ -328,7 +328,7 @@ def test_corrupt_record_is_excluded_from_validation(corrupt):
 @pytest.mark.slow
 def test_too_many_corrupt_records_stop_reading(corrupt):
     given = PrepareConfig('photos', image_size=72, max_corrupt_fraction=0.0001)  # of 6,400: none
-    copy = dataset.open_store(dataset.dataset_dir(corrupt, given), given)
+    copy = dataset.open_prepared(dataset.dataset_dir(corrupt, given), given)
     with pytest.raises(dataset.DatasetError, match=r'1 of 6400 .*data\.max_corrupt_fraction=0\.0001'):
         take(loader.training_batches(copy.train, seed=0, batch_size=640, first_step=0, threads=2), 10)
 
@@ -338,7 +338,7 @@ def test_cached_batches_match_reads_and_are_zero_copy(photos_dir, monkeypatch):
     kept = open_photos(photos_dir).train
     monkeypatch.setattr(dataset, 'IN_MEMORY_LIMIT_BYTES', 0)
     read = open_photos(photos_dir).train
-    assert (kept.keeps, read.keeps) == (True, False)
+    assert (kept.in_memory, read.in_memory) == (True, False)
     options = {'seed': 0, 'batch_size': 640, 'first_step': 0, 'threads': 2}
     found = [take(loader.training_batches(split, **options), 15) for split in (read, kept)]
     for expected, batch in zip(*found, strict=True):
@@ -346,8 +346,8 @@ def test_cached_batches_match_reads_and_are_zero_copy(photos_dir, monkeypatch):
             np.testing.assert_array_equal(batch[name], expected[name])
         for images in (batch['image'], expected['image']):
             assert jax.device_put(images, jax.devices()[0]).unsafe_buffer_pointer() == images.ctypes.data
-    assert kept.kept.all()
-    assert not read.kept.any()
+    assert kept.cached.all()
+    assert not read.cached.any()
 
 
 @pytest.mark.parametrize(('limit', 'reads'), [(3 * 192, 1), (3 * 192 - 1, 2)])

@@ -17,7 +17,7 @@ from scipy.optimize import minimize  # type: ignore[import-untyped]
 from alexnet_jax import metrics
 from alexnet_jax.config import resolve
 from alexnet_jax.data import dataset
-from alexnet_jax.evaluate import summary
+from alexnet_jax.evaluate import predictions, summary
 from alexnet_jax.inference import trained_model
 from alexnet_jax.training import checkpointing
 from configs.quickstart import get_config
@@ -278,7 +278,7 @@ def test_workdir_may_be_named_best_or_checkpoints(runs, tmp_path):
 
 def opened(photos_dir: str) -> dataset.PreparedDataset:
     directory = next(Path(photos_dir).glob('prepared/*/prepared.json')).parent
-    return dataset.open_store(str(directory), resolve(get_config()).data)
+    return dataset.open_prepared(str(directory), resolve(get_config()).data)
 
 
 @pytest.mark.slow
@@ -297,7 +297,7 @@ def test_evaluation_on_a_mesh_matches_one_device(runs, evaluations, photos_dir, 
     settings['mesh'] |= mesh
     settings['eval']['batch_size'] = 197  # not a multiple of the number of devices
     file.write_text(json.dumps(settings))
-    step, scores, labels = summary.predict(
+    step, scores, labels = predictions.predict(
         trained_model.parse_checkpoint_ref(str(tmp_path / 'a')), opened(photos_dir), 1
     )
     _, saved = evaluations['a']

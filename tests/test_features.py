@@ -96,7 +96,7 @@ def test_blocks_ties_and_nan_rows_in_nearest_neighbors(monkeypatch):
 class Interrupted:
     """A split that raises KeyboardInterrupt after `after` reads."""
 
-    keeps = False
+    in_memory = False
 
     def __init__(self, split, after: float):
         self.split, self.after, self.asked = split, after, []
@@ -191,7 +191,7 @@ def test_features_without_hidden_dense_layers_are_conv_maps(photos_dir, photos, 
 class Few:
     """The first fifty records of a split."""
 
-    keeps = False
+    in_memory = False
 
     def __init__(self, split):
         self.split = split

@@ -11,7 +11,7 @@ from matplotlib.text import Text
 from PIL import Image
 from small_runs import center_crop, make_run, open_dataset, small_config
 
-from alexnet_jax.figures import from_run
+from alexnet_jax.figures import from_model, from_run
 from alexnet_jax.inference import trained_model
 from alexnet_jax.inference.images import ImageInput
 from alexnet_jax.plots import kernels
@@ -42,7 +42,7 @@ def run(config, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def loaded(run):
-    return trained_model.load_model(trained_model.parse_checkpoint_ref(run))
+    return trained_model.load_model(run)
 
 
 def test_feature_maps_match_a_convolution_loop(loaded, config):
@@ -50,7 +50,7 @@ def test_feature_maps_match_a_convolution_loop(loaded, config):
     data = open_dataset(config)
     shown = [ImageInput(f'{i}', data.validation[i]['image'], None) for i in (3, 40)]
     kernel = np.asarray(loaded.state.params['conv1']['kernel'])
-    for picture, figure in zip(shown, from_run.plot_feature_maps(loaded, iter(shown), 'conv1', 2), strict=True):
+    for picture, figure in zip(shown, from_model.plot_feature_maps(loaded, iter(shown), 'conv1', 2), strict=True):
         np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), picture.pixels[4:68, 4:68])
         seen = np.pad(center_crop(picture.pixels, config, data.statistics), ((0, 3), (0, 3), (0, 0)))
         sheets = [axes.images[0].get_array().filled(np.nan) for axes in figure.axes[1:3]]
@@ -58,7 +58,7 @@ def test_feature_maps_match_a_convolution_loop(loaded, config):
             value = float(np.sum(seen[8 * y : 8 * y + 11, 8 * x : 8 * x + 11] * kernel[..., n], dtype=np.float64))
             drawn = sheets[n // 4][y, n % 4 * 8 + n % 4 + x]
             assert drawn == pytest.approx(max(value, 0), rel=1e-4, abs=1e-4)
-    logits = next(from_run.plot_feature_maps(loaded, iter(shown[:1]), 'fc8', 1))
+    logits = next(from_model.plot_feature_maps(loaded, iter(shown[:1]), 'fc8', 1))
     assert 'fc8: 16 units' in texts(logits)
 
 
@@ -70,7 +70,7 @@ def test_training_image_is_its_own_nearest_neighbor(loaded, config):
         ImageInput(f'/data/{i}.png', example['image'], data.class_names[example['label']])
         for i, example in zip(numbers, examples, strict=True)
     ]
-    figure = from_run.plot_neighbors(loaded, data, own)
+    figure = from_model.plot_neighbors(loaded, data, own)
     for row, picture in enumerate(own):
         query, first, *others = figure.axes[7 * row : 7 * row + 7]
         np.testing.assert_array_equal(query.images[0].get_array(), picture.pixels)
@@ -82,7 +82,7 @@ def test_training_image_is_its_own_nearest_neighbor(loaded, config):
 
 
 def test_kernels_figure_shows_the_checkpoint(loaded):
-    figure = from_run.plot_kernels(loaded)
+    figure = from_model.plot_kernels(loaded)
     kernel = np.asarray(loaded.state.params['conv1']['kernel'])
     shares = kernels.saturation(kernel, 2)
     assert f'saturation {shares[1]:.2f}' in figure.axes[1].get_title(loc='left')

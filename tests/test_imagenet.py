@@ -75,7 +75,7 @@ def test_tars_to_trained_network(tmp_path):
     assert '3/3 steps' in run.stderr
 
     given = PrepareConfig('tfds:imagenet2012')
-    data = dataset.open_store(dataset.dataset_dir(str(tmp_path / 'data'), given), given)
+    data = dataset.open_prepared(dataset.dataset_dir(str(tmp_path / 'data'), given), given)
     assert len(data.class_names) == 1000
     assert (len(data.train), len(data.validation)) == (4 * len(SYNSETS) + 2, VALIDATION_IMAGES)
     assert data.train[0]['image'].shape == (256, 256, 3)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from alexnet_jax.config import resolve
 from alexnet_jax.data import dataset
-from alexnet_jax.evaluate import summary
+from alexnet_jax.evaluate import predictions
 from alexnet_jax.inference import trained_model
 from alexnet_jax.report import model_section
 from alexnet_jax.report.config_diff import published
@@ -370,7 +370,7 @@ def test_layers_throughput_and_versions(folders, pages):
 @pytest.fixture(scope='module')
 def store(photos_dir):
     directory = next(Path(photos_dir).glob('prepared/*/prepared.json')).parent
-    return dataset.open_store(str(directory), resolve(quickstart.get_config()).data)
+    return dataset.open_prepared(str(directory), resolve(quickstart.get_config()).data)
 
 
 def test_kernels_are_shown_with_their_saturation(folders, pages):
@@ -382,7 +382,7 @@ def test_kernels_are_shown_with_their_saturation(folders, pages):
 
 
 def test_predictions_are_those_of_the_evaluation(folders, store, pages):
-    _, scores, labels = summary.predict(trained_model.parse_checkpoint_ref(str(folders['run'])), store, 10)
+    _, scores, labels = predictions.predict(trained_model.parse_checkpoint_ref(str(folders['run'])), store, 10)
     cards = [each for each in pages['run'].sections['Predictions'].iter('figure') if each.find('ol') is not None]
     assert len({words(card.find('figcaption')) for card in cards}) == len(cards) == 8
     for card in cards:

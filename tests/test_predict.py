@@ -17,9 +17,9 @@ from small_runs import SMALL, center_crop, make_run, open_dataset, small_config
 from zoo import zoo
 
 from alexnet_jax.config import ConfigError
-from alexnet_jax.evaluate import summary
+from alexnet_jax.evaluate import predictions
 from alexnet_jax.inference import trained_model
-from alexnet_jax.inference.images import expand_paths, load_images, read_picture
+from alexnet_jax.inference.images import expand_paths, load_images, read_image_file
 from alexnet_jax.training.state import build_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('compiled_programs')]
@@ -101,7 +101,7 @@ def test_every_file_gets_a_prediction_or_an_error(run, animals, probabilities, t
     for name in ('picture.bmp', 'palette.png', 'brick/wall.png'):
         row = rows[Path(name).name]
         expected = probabilities(
-            read_picture(str(animals / name), trained_model.parse_checkpoint_ref(run).config.data), views
+            read_image_file(str(animals / name), trained_model.parse_checkpoint_ref(run).config.data), views
         )
         found = {each['class']: each['probability'] for each in row['top']}
         classes = trained_model.load_model(trained_model.parse_checkpoint_ref(run)).class_names
@@ -176,7 +176,7 @@ def test_imported_weights_keep_their_mean_when_trained(config, probabilities, ru
     own = loaded.statistics | {'mean_image': np.full_like(loaded.statistics['mean_image'], 200.0)}
     workdir = tmp_path / 'other'
     trained_model.import_weights_as_run(str(workdir), config, params, batch_statistics, own, data.class_names)
-    step, scores, _ = summary.predict(trained_model.parse_checkpoint_ref(str(workdir)), data, views=1)
+    step, scores, _ = predictions.predict(trained_model.parse_checkpoint_ref(str(workdir)), data, views=1)
     state = jax.device_get(loaded.state)
     model = nnx.merge(build_model(loaded.config)[0], state.params, state.batch_stats)
     first = jnp.asarray(center_crop(data.validation[0]['image'], config, own))
@@ -190,7 +190,7 @@ def test_imported_weights_keep_their_mean_when_trained(config, probabilities, ru
     assert done.returncode == 0, done.stderr
     assert 'at step 0 of 3' in done.stderr
     assert (workdir / 'dataset_statistics.npz').read_bytes() == before
-    scores, labels = summary.predict(trained_model.parse_checkpoint_ref(str(workdir)), data, 1)[1:]
+    scores, labels = predictions.predict(trained_model.parse_checkpoint_ref(str(workdir)), data, 1)[1:]
     loss = read_result(workdir)['views']['1']['loss']
     np.testing.assert_allclose(loss, -np.mean(scores[np.arange(1600), labels]), rtol=1e-5)
     environment = read_json(workdir / 'environment.json')
@@ -215,11 +215,11 @@ def test_permuted_class_names_are_rejected(config, run, tmp_path, capfd):
 
 def test_run_without_statistics_file_uses_those_of_the_data(config, run, tmp_path):
     data = open_dataset(config)
-    expected = summary.predict(trained_model.parse_checkpoint_ref(run), data, views=1)[1]
+    expected = predictions.predict(trained_model.parse_checkpoint_ref(run), data, views=1)[1]
     shutil.copytree(run, tmp_path / 'run')
     (tmp_path / 'run' / 'dataset_statistics.npz').unlink()
     member = trained_model.parse_checkpoint_ref(str(tmp_path / 'run'))
-    np.testing.assert_array_equal(summary.predict(member, data, views=1)[1], expected)
+    np.testing.assert_array_equal(predictions.predict(member, data, views=1)[1], expected)
     with pytest.raises(ConfigError, match=r'inputs\.npz cannot be read'):
         trained_model.load_model(member)
 

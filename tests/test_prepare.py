@@ -22,7 +22,7 @@ from alexnet_jax.config import ConfigError
 from alexnet_jax.data import dataset
 from alexnet_jax.data.dataset import DatasetError
 from alexnet_jax.prepare.raw_sources import ArrayExamples, SourceError
-from alexnet_jax.prepare.shard_writer import _interrupts_held_back, write_shard
+from alexnet_jax.prepare.shard_writer import _interrupts_blocked, write_shard
 from alexnet_jax.prepare.shards import ImageSpec, Shard
 from alexnet_jax.prepare.writer import PrepareConfig, prepare
 
@@ -159,7 +159,7 @@ def test_number_of_workers_does_not_change_bytes(uninterrupted, pictures, tmp_pa
 
 def test_prepared_data_set_matches_pillow_and_numpy(uninterrupted, pictures):
     folder = uninterrupted
-    data = dataset.open_store(str(folder), PrepareConfig(**settings(pictures)))
+    data = dataset.open_prepared(str(folder), PrepareConfig(**settings(pictures)))
     assert data.class_names == list(CLASSES)
     assert (len(data.train), len(data.validation)) == (TRAINING - 2, VALIDATION - 1)
     images = np.stack([data.train[i]['image'] for i in range(len(data.train))])
@@ -204,9 +204,9 @@ def test_jpeg_data_set_matches_pillow(pictures, tmp_path, channels):
     """Images are read as Pillow decodes them, and the statistics are those of the decoded images."""
     given = PrepareConfig(**settings(pictures, encoding='jpeg', channels=channels))
     folder = prepare(given, str(tmp_path))
-    data = dataset.open_store(folder, given)
+    data = dataset.open_prepared(folder, given)
     raw = PrepareConfig(**settings(pictures, channels=channels))
-    originals = dataset.open_store(prepare(raw, str(tmp_path)), raw)
+    originals = dataset.open_prepared(prepare(raw, str(tmp_path)), raw)
     images = np.stack([data.train[i]['image'] for i in range(len(data.train))])
     assert images.shape == (TRAINING - 2, 32, 32, channels)
     check_statistics(data.statistics, images)
@@ -240,7 +240,7 @@ def test_every_kind_of_image_file_in_a_folder(tmp_path):
     assert [line['name'] for line in skipped] == sorted(expected)
     assert all(re.search(expected[line['name']], line['reason']) for line in skipped)
     assert {line['split'] for line in skipped} == {'train'}
-    data = dataset.open_store(folder, given)
+    data = dataset.open_prepared(folder, given)
     colors = [color for _, (_, color) in sorted(animals.items()) if not isinstance(color, str)]
     assert len(data.train) == len(data.validation) == len(colors)
     for index, color in enumerate(colors):
@@ -417,7 +417,7 @@ def test_prepare_prints_a_summary(pictures, tmp_path):
 
 def test_interrupt_is_deferred_while_workers_start():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # SIGINT is ignored when tests run in the background.
-    with pytest.raises(KeyboardInterrupt), _interrupts_held_back():  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), _interrupts_blocked():  # noqa: PT012
         child = subprocess.Popen(['sleep', '60'])
         signal.raise_signal(signal.SIGINT)
         held_back = True

@@ -40,7 +40,7 @@ from alexnet_jax.data import dataset
 from alexnet_jax.prepare.writer import PrepareConfig
 (fault, index), sys.argv = sys.argv[1].split(), ['launch.py', *sys.argv[2:]]
 class Faulty:
-    keeps = False
+    in_memory = False
     def __init__(self, source):
         self.source, self.reads = source, 0
     def __len__(self):
@@ -58,12 +58,12 @@ class Faulty:
         elif self.reads > 200:
             time.sleep(1000)
         return self.source[index]
-open_store = dataset.open_store
+open_prepared = dataset.open_prepared
 def faulty_store(directory, settings):
-    store = open_store(directory, settings)
+    store = open_prepared(directory, settings)
     return dataclasses.replace(store, train=Faulty(store.train))
 if f'--process_id={index}' in sys.argv:
-    dataset.open_store = faulty_store
+    dataset.open_prepared = faulty_store
 runpy.run_path('launch.py', run_name='__main__')
 """
 

@@ -19,7 +19,7 @@ from alexnet_jax import cli
 from alexnet_jax.convert import export
 from alexnet_jax.convert.formats import FormatError
 from alexnet_jax.convert.importer import IMPORTABLE_PRESETS, MEAN_FORMS, check_arguments, import_file
-from alexnet_jax.inference.trained_model import CHECKPOINT_HELP, load_model
+from alexnet_jax.inference.checkpoint_ref import CHECKPOINT_HELP
 from alexnet_jax.runtime import backend
 
 
@@ -34,6 +34,8 @@ def main(argv: list[str]) -> int:
         if member is None:
             import_file(os.path.expanduser(argv[1]), kind, argv[2], given)
         else:
+            from alexnet_jax.inference.trained_model import load_model
+
             export.write(load_model(member), argv[2])
     except FormatError as error:
         raise FormatError(f'{argv[1]}: {error}') from None

@@ -13,7 +13,8 @@ from jaxtyping import Float32
 
 from alexnet_jax.config import ConfigError, default_config
 from alexnet_jax.convert.weight_layouts import Parameters
-from alexnet_jax.inference.trained_model import TrainedModel, with_overrides
+from alexnet_jax.inference.checkpoint_ref import with_overrides
+from alexnet_jax.inference.trained_model import TrainedModel
 from alexnet_jax.runtime.files import atomic_write
 from alexnet_jax.runtime.workdir import read_config
 

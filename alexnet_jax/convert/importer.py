@@ -14,13 +14,7 @@ from jaxtyping import Float64
 from alexnet_jax.config import Config, ConfigError, apply_overrides, check_class_names, preset_config, resolve, upgrade
 from alexnet_jax.convert import caffe_file, export, safetensors_file, torch_file, weight_layouts
 from alexnet_jax.convert.formats import FormatError, detect_format
-from alexnet_jax.inference.trained_model import (
-    CHECKPOINT_HELP,
-    CheckpointRef,
-    check_new,
-    import_weights_as_run,
-    parse_checkpoint_ref,
-)
+from alexnet_jax.inference.checkpoint_ref import CHECKPOINT_HELP, CheckpointRef, check_new, parse_checkpoint_ref
 from alexnet_jax.runtime.console import ProgressBar, log
 from alexnet_jax.shapes import layer_table
 
@@ -157,6 +151,8 @@ def class_names(path: str | None, count: int) -> list[str]:
 
 def import_external(path: str, kind: str, workdir: str, given: flags.FlagValues) -> None:
     """Creates the run `workdir` from torchvision or Caffe weights in `path`. Raises the errors of import_file()."""
+    from alexnet_jax.inference.trained_model import import_weights_as_run
+
     found, preset = read_external(path, kind, given.preset)
     mean, widths = read_mean(given.mean, preset), weight_layouts.widths(found)
     names = class_names(given.class_names, widths[-1])
@@ -181,6 +177,8 @@ def import_external(path: str, kind: str, workdir: str, given: flags.FlagValues)
 
 def import_native(path: str, workdir: str, given: flags.FlagValues) -> None:
     """Creates the run `workdir` from a file that this project exported. Raises the errors of import_file()."""
+    from alexnet_jax.inference.trained_model import import_weights_as_run
+
     if given.preset is not None or given.mean is not None:
         raise ConfigError(f'--{"mean" if given.preset is None else "preset"}: {path} contains its own; omit the flag')
     metadata = safetensors_file.read_metadata(path)

@@ -7,7 +7,7 @@ The same rules apply to all sources:
   16 bits per channel     the upper eight bits
   EXIF orientation        applied, so that the image is upright
   animated or multi-page  the first image
-Rejected: files that are no image or are truncated, images of unknown pixel range (32 bits), and images of more than
+Rejected: files that are not images or are truncated, images of unknown pixel range (32 bits), and images of more than
 MAX_PIXELS pixels.
 """
 
@@ -15,6 +15,7 @@ import io
 import warnings
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Pillow's own limit against decompression bombs. Converting an image of this size takes 600 MB.
@@ -27,7 +28,7 @@ class UnreadableImage(ValueError):
     """Raised for rejected content. The message is a short reason."""
 
 
-def read_image(content: bytes | np.ndarray) -> Image.Image:
+def read_image(content: bytes | UInt8[np.ndarray, 'h w'] | UInt8[np.ndarray, 'h w 3']) -> Image.Image:
     """Returns the upright image of mode L or RGB from the bytes of a file, or from an array (H, W[, 3]) uint8.
 
     Raises UnreadableImage: see the module docstring.
@@ -54,7 +55,7 @@ def read_image(content: bytes | np.ndarray) -> Image.Image:
         raise UnreadableImage(f'more than {MAX_PIXELS:,} pixels') from None
     except Exception as error:  # Pillow's decoders raise a dozen types for corrupt files
         what = ' '.join(str(error).split())[:80] or type(error).__name__
-        raise UnreadableImage(f'damaged ({what})') from None
+        raise UnreadableImage(f'corrupt ({what})') from None
 
 
 def _gray_or_rgb(image: Image.Image) -> Image.Image:
@@ -68,7 +69,7 @@ def _gray_or_rgb(image: Image.Image) -> Image.Image:
     return image.convert('L' if image.mode in ('1', 'L') else 'RGB')
 
 
-def resize_and_center_crop(image: Image.Image, size: int, channels: int = 3) -> np.ndarray:
+def resize_and_center_crop(image: Image.Image, size: int, channels: int = 3) -> UInt8[np.ndarray, 'size size channels']:
     """Scales the shorter side to `size`, then crops the central square (section 2 of the paper).
 
     Pillow's bicubic filter is antialiased: the filter widens with the downscaling factor, so every pixel counts.

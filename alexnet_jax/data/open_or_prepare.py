@@ -57,14 +57,14 @@ def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.Pr
             raise dataset.DatasetError(f'preparing {data.source} was ended by {name}; rerun the same command to resume')
         if process.returncode:
             sys.exit(process.returncode)  # the child process printed the reason
-    store = dataset.open_store(directory, data)
-    if len(store.class_names) != config.model.num_classes:
-        classes = len(store.class_names)
+    prepared = dataset.open_prepared(directory, data)
+    classes = len(prepared.class_names)
+    if classes != config.model.num_classes:
         raise ConfigError(
             f'config.model.num_classes: {config.model.num_classes}, but {data.source} has {classes} classes;'
             f' the nearest is {classes}'
         )
-    return store
+    return prepared
 
 
 def _exists(directory: str) -> bool:

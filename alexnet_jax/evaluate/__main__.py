@@ -3,8 +3,8 @@
     alexnet evaluate CHECKPOINT... [--views=10] [--weights=0.5,0.3,0.2 | --fit_weights] [--per_class]
 
 CHECKPOINT is a run's folder WORKDIR (its newest checkpoint), WORKDIR/best or WORKDIR/checkpoints/STEP. The
-probabilities of several checkpoints are averaged, as in the ensembles of table 2. Only one network at a time is on the
-devices; the predictions of all networks, 4 bytes per image and class, are in main memory.
+probabilities of several checkpoints are averaged, as in the ensembles of table 2. Only one model at a time is on the
+devices; the predictions of all models, 4 bytes per image and class, are in main memory.
 """
 
 import json
@@ -14,8 +14,8 @@ import numpy as np
 from absl import flags
 
 from alexnet_jax import cli
-from alexnet_jax.evaluate.summary import as_text, ensemble_weights, predict, summarize
-from alexnet_jax.inference.trained_model import CHECKPOINT_HELP, open_eval_dataset, parse_checkpoint_ref
+from alexnet_jax.evaluate.summary import as_text, ensemble_weights, summarize
+from alexnet_jax.inference.checkpoint_ref import CHECKPOINT_HELP, parse_checkpoint_ref
 from alexnet_jax.runtime import backend
 from alexnet_jax.runtime.files import atomic_write
 
@@ -25,18 +25,20 @@ def main(argv: list[str]) -> int:
     given, names = flags.FLAGS, argv[1:]
     weights = ensemble_weights(given.weights, given.fit_weights, len(names))
     path = cli.check_output('predictions', given.predictions)
-    members = [parse_checkpoint_ref(name) for name in names]
-    if members[0].config.cpu_tuning:
+    refs = [parse_checkpoint_ref(name) for name in names]
+    if refs[0].config.cpu_tuning:
         backend.configure_cpu_backend()
     backend.enable_compilation_cache()
+    from alexnet_jax.evaluate.predictions import predict
+    from alexnet_jax.inference.trained_model import open_eval_dataset
 
     views = int(given.views)
-    dataset = open_eval_dataset(members, given.data_dir)
-    steps, scores, labels = zip(*[predict(member, dataset, views) for member in members], strict=True)
+    prepared = open_eval_dataset(refs, given.data_dir)
+    steps, scores, labels = zip(*[predict(ref, prepared, views) for ref in refs], strict=True)
     checkpoints = [{'checkpoint': name, 'step': step} for name, step in zip(names, steps, strict=True)]
-    report, mixed = summarize(checkpoints, scores, labels[0], dataset.class_names, weights, given.per_class)
+    report, mixed = summarize(checkpoints, scores, labels[0], prepared.class_names, weights, given.per_class)
     if path is not None:
-        arrays = {'probabilities': np.exp(mixed), 'labels': labels[0], 'class_names': np.array(dataset.class_names)}
+        arrays = {'probabilities': np.exp(mixed), 'labels': labels[0], 'class_names': np.array(prepared.class_names)}
         with atomic_write(path, 'wb') as file:
             np.savez(file, allow_pickle=False, **arrays)
     report = {'views': views, **report}

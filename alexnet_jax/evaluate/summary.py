@@ -1,59 +1,26 @@
-"""Predictions of checkpoints for the validation images, and the errors of checkpoints and ensembles."""
+"""The errors of checkpoints and ensembles, as JSON and as text tables. This module does not import jax."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from alexnet_jax import metrics
 from alexnet_jax.config import ConfigError
-from alexnet_jax.data import dataset, loader
-from alexnet_jax.inference.trained_model import CheckpointRef, load_model
-from alexnet_jax.runtime.console import ProgressBar, log
+from alexnet_jax.metrics import Labels, Scores
+from alexnet_jax.runtime.files import JsonObject
 
 FITTED, REPORTED = slice(0, None, 2), slice(1, None, 2)  # of the validation images, for --fit_weights
 
 
-def predict(member: CheckpointRef, store: dataset.PreparedDataset, views: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """Predicts the validation images with the network `member`; skips records that are corrupt on disk.
-
-    Raises ConfigError, CheckpointError, DatasetError: see trained_model.load_model() and data/pipeline.Split.
-
-    Returns:
-      The checkpoint's step, log probabilities (N, classes) float32 and labels (N,) int32, in the order of the images.
-      The probabilities are means over `views`, 1 or 10 (section 4.1).
-    """
-    from alexnet_jax import parallel
-    from alexnet_jax.training.eval_step import make_predict_step
-
-    network = load_model(member, store)
-    config, mesh = network.config, network.mesh
-    log(f'{member.name}: step {network.step}; mesh data={mesh.shape["data"]}, model={mesh.shape["model"]}')
-    predict_step = make_predict_step(config, mesh, views)
-    preprocessing = network.preprocessing
-    scores, labels = [], []
-    what = f'evaluate {member.name}, {views} view{"s" * (views > 1)}'
-    batch_size = network.batch_size(len(store.validation))
-    progress = ProgressBar(what, math.ceil(len(store.validation) / batch_size), 'batches')
-    batches = loader.validation_batches(store.validation, batch_size=batch_size, threads=config.data.reader_threads)
-    for batch in batches:
-        images, counted = parallel.make_global_batch(network.sharding, batch['image']), batch['label'] >= 0
-        scores.append(np.asarray(predict_step(network.state, images, preprocessing))[counted])
-        labels.append(batch['label'][counted])
-        progress.update()
-    progress.close()
-    return network.step, np.concatenate(scores), np.concatenate(labels)
-
-
 def summarize(
-    members: Sequence[dict[str, Any]],
-    scores: Sequence[np.ndarray],
-    labels: np.ndarray,
+    members: Sequence[JsonObject],
+    scores: Sequence[Scores],
+    labels: Labels,
     class_names: Sequence[str],
     weights: Sequence[float] | None,
     per_class: bool = False,
-) -> tuple[dict[str, Any], np.ndarray]:
+) -> tuple[JsonObject, Scores]:
     """Computes the report that --json prints, without `views`, and the ensemble's scores (N, classes) for all images.
 
     Args:
@@ -61,8 +28,8 @@ def summarize(
       scores: log probabilities (N, classes) float32 of each member.
       labels: (N,) int32.
       class_names: one name per label.
-      weights: weights of the members, with sum 1; None fits the weights on images 0, 2, 4, ... and reports errors on
-        the remaining images.
+      weights: weights of the members, which sum to 1; None fits the weights on images 0, 2, 4, ... and reports the
+        errors on the other images.
       per_class: add the errors of each class to the report.
     """
     reported = slice(None)
@@ -71,7 +38,7 @@ def summarize(
         reported = REPORTED
     mixed = metrics.average_log_probs(scores, weights)
     own = [metrics.error_rates(member[reported], labels[reported]) for member in scores]
-    report: dict[str, Any] = {
+    report: JsonObject = {
         'images': len(labels[reported]),
         'fitted_on': len(labels) - len(labels[reported]),
         'members': [
@@ -87,7 +54,7 @@ def summarize(
     return report, mixed
 
 
-def as_text(report: dict[str, Any]) -> str:
+def as_text(report: JsonObject) -> str:
     """Formats the report, with `views`, as text tables."""
     rows = [(f'{member["checkpoint"]}, step {member["step"]}', member) for member in report['members']]
     together = {'mean of members': 'mean', 'ensemble': 'ensemble'}
@@ -104,12 +71,12 @@ def as_text(report: dict[str, Any]) -> str:
     return '\n'.join(lines + _class_lines(report.get('classes', [])))
 
 
-def _percents(figures: dict[str, Any]) -> str:
+def _percents(figures: JsonObject) -> str:
     errors = (figures['top1_error'], figures['top5_error'])
     return ''.join(f'{"" if error is None else f"{error:.2%}":>14}' for error in errors)
 
 
-def _class_lines(classes: list[dict[str, Any]]) -> list[str]:
+def _class_lines(classes: list[JsonObject]) -> list[str]:
     """Formats the rows of metrics.per_class_errors() as lines of a table; returns [] without rows."""
     if not classes:
         return []
@@ -123,7 +90,7 @@ def _class_lines(classes: list[dict[str, Any]]) -> list[str]:
 
 
 def ensemble_weights(given: list[str] | None, fit: bool, members: int) -> list[float] | None:
-    """Returns the weights of the members, normalized to sum 1, or None if the weights are to be fitted.
+    """Returns the weights of the members, normalized so that they sum to 1, or None if the weights are to be fitted.
 
     Raises ConfigError: the flags are invalid.
     """

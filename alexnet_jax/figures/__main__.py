@@ -17,20 +17,23 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from alexnet_jax import cli
 from alexnet_jax.config import ConfigError
+from alexnet_jax.inference.checkpoint_ref import CheckpointRef, parse_checkpoint_ref
 from alexnet_jax.inference.images import ImageInput, expand_paths, load_images, sample_validation
-from alexnet_jax.inference.trained_model import CheckpointRef, load_model, open_eval_dataset, parse_checkpoint_ref
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.runtime import backend
 from alexnet_jax.runtime.console import log, log_error
 from alexnet_jax.shapes import layer_table
 
-# By kind: the arguments after it, the maximum number of names, and the flags besides --out.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# By kind of figure: its arguments, their maximum number, and its flags besides --out.
 KINDS: dict[str, tuple[str, float, tuple[str, ...]]] = {
     'kernels': ('CHECKPOINT', 1, ()),
     'maps': ('CHECKPOINT IMAGE...', math.inf, ('layer', 'validation', 'data_dir')),
@@ -41,28 +44,28 @@ KINDS: dict[str, tuple[str, float, tuple[str, ...]]] = {
 }
 
 
-def check_kind(kind: str, names: list[str], given: Any) -> None:
+def check_kind(kind: str, names: list[str], given: flags.FlagValues) -> None:
     """Raises ConfigError: the kind of figure does not exist, or it takes other names or flags."""
     if kind == 'neighbours':  # its name in version 0.1
         raise ConfigError(f'{kind} was renamed to neighbors')
     if kind not in KINDS:
         raise ConfigError(f'{kind!r} is not a kind of figure; the kinds are {", ".join(KINDS)}')
-    wanted, most, own = KINDS[kind]
-    if not 1 <= len(names) <= most:
-        raise ConfigError(f'{kind} takes other arguments: alexnet figures {kind} {wanted}')
+    arguments, maximum, own_flags = KINDS[kind]
+    if not 1 <= len(names) <= maximum:
+        raise ConfigError(f'{kind} takes other arguments: alexnet figures {kind} {arguments}')
     for flag in ('layer', 'validation', 'views', 'data_dir'):
-        if given[flag].present and flag not in own:
+        if given[flag].present and flag not in own_flags:
             raise ConfigError(f'--{flag}: {kind} does not have this flag; leave it out')
-    if 'validation' in own and len(names) == 1 and not given.validation:
+    if 'validation' in own_flags and len(names) == 1 and not given.validation:
         raise ConfigError('no image is given; name files or folders after the checkpoint, or set --validation=8')
 
 
-def check_layer(member: CheckpointRef, layer: str) -> None:
-    """Raises ConfigError: the network has no such layer."""
-    data = member.config.data
-    names = [each.name for each in layer_table(member.config.model, data.crop_size, data.channels)]
+def check_layer(ref: CheckpointRef, layer: str) -> None:
+    """Raises ConfigError: the network of the run has no such layer."""
+    data = ref.config.data
+    names = [each.name for each in layer_table(ref.config.model, data.crop_size, data.channels)]
     if layer not in names:
-        raise ConfigError(f'--layer={layer}: {member.name} has no such layer; its layers are {", ".join(names)}')
+        raise ConfigError(f'--layer={layer}: {ref.name} has no such layer; its layers are {", ".join(names)}')
 
 
 def out_path(out: str | None, workdir: str | None, name: str) -> str:
@@ -92,9 +95,12 @@ def readable(images: Iterable[ImageInput], unreadable: list[str]) -> Iterator[Im
             yield image
 
 
-def save(figures: Iterable[Any], path: str, count: int = 1) -> None:
-    """Saves a figure as `path`, or each of several with a number after the name. Prints the paths. Raises OSError."""
-    from alexnet_jax.plots import style
+def save(figures: Iterable['Figure'], path: str, count: int = 1) -> None:
+    """Saves one figure as `path`, or `count` figures with a number after the name; prints the paths.
+
+    Raises OSError: a figure cannot be written.
+    """
+    from alexnet_jax.plots import style  # imports matplotlib
 
     name, ending = os.path.splitext(path)
     for i, figure in enumerate(figures):
@@ -105,7 +111,7 @@ def save(figures: Iterable[Any], path: str, count: int = 1) -> None:
 
 def draw_without_weights(kind: str, names: list[str], out: str | None) -> None:
     """Draws `network` and `curves`. Raises ConfigError, OSError."""
-    from alexnet_jax.figures import from_run
+    from alexnet_jax.figures import from_run  # imports matplotlib
 
     if kind == 'curves':
         figure = from_run.plot_curves(from_run.find_runs(names))  # before out_path() creates a folder
@@ -116,51 +122,53 @@ def draw_without_weights(kind: str, names: list[str], out: str | None) -> None:
     elif not os.path.exists(os.path.expanduser(names[0])):
         raise ConfigError(f'{names[0]}: neither a preset nor a run; the presets are {", ".join(PRESETS)}')
     else:
-        member = parse_checkpoint_ref(names[0])
-        path = out_path(out, member.workdir, kind)
-        save([from_run.plot_network(member.config, member.name)], path)
+        ref = parse_checkpoint_ref(names[0])
+        path = out_path(out, ref.workdir, kind)
+        save([from_run.plot_network(ref.config, ref.name)], path)
 
 
-def draw_with_weights(kind: str, names: list[str], given: Any) -> int:
+def draw_with_weights(kind: str, names: list[str], given: flags.FlagValues) -> int:
     """Draws the other kinds. Returns the number of unreadable images.
 
     Raises ConfigError, CheckpointError, DatasetError, OSError.
     """
-    member, files = parse_checkpoint_ref(names[0]), expand_paths(names[1:])
+    ref, files = parse_checkpoint_ref(names[0]), expand_paths(names[1:])
     if kind == 'maps':
-        check_layer(member, given.layer)
-    path = out_path(given.out, member.workdir, kind)
-    if member.config.cpu_tuning:
+        check_layer(ref, given.layer)
+    path = out_path(given.out, ref.workdir, kind)
+    if ref.config.cpu_tuning:
         backend.configure_cpu_backend()
     backend.enable_compilation_cache()
-    from alexnet_jax.figures import from_run
+    from alexnet_jax.figures import from_model
+    from alexnet_jax.inference.trained_model import load_model, open_eval_dataset
 
     if kind == 'kernels':
-        save([from_run.plot_kernels(load_model(member))], path)
+        save([from_model.plot_kernels(load_model(ref))], path)
         return 0
     if kind == 'confusion':
-        save([from_run.plot_confusion(member, open_eval_dataset([member], given.data_dir), int(given.views))], path)
+        save([from_model.plot_confusion(ref, open_eval_dataset([ref], given.data_dir), int(given.views))], path)
         return 0
-    return draw_images(kind, member, files, path, given)
+    return draw_images(kind, ref, files, path, given)
 
 
-def draw_images(kind: str, member: CheckpointRef, files: list[str], path: str, given: Any) -> int:
+def draw_images(kind: str, ref: CheckpointRef, files: list[str], path: str, given: flags.FlagValues) -> int:
     """Draws `maps` and `neighbors`. Returns the number of unreadable images. Raises as draw_with_weights()."""
-    from alexnet_jax.figures import from_run
+    from alexnet_jax.figures import from_model
+    from alexnet_jax.inference.trained_model import load_model, open_eval_dataset
     from alexnet_jax.plots import neighbors
 
-    dataset = open_eval_dataset([member], given.data_dir) if given.validation or kind == 'neighbors' else None
-    network = load_model(member)
-    sampled = sample_validation(dataset, given.validation) if dataset and given.validation else []
+    prepared = open_eval_dataset([ref], given.data_dir) if given.validation or kind == 'neighbors' else None
+    model = load_model(ref)
+    sampled = sample_validation(prepared, given.validation) if prepared and given.validation else []
     unreadable: list[str] = []
-    inputs = itertools.chain(load_images(files, network.config.data, network.class_names), sampled)
+    inputs = itertools.chain(load_images(files, model.config.data, model.class_names), sampled)
     images, count = readable(inputs, unreadable), len(files) + len(sampled)
-    if dataset and kind == 'neighbors':
+    if prepared and kind == 'neighbors':
         shown = list(itertools.islice(images, neighbors.MAX_ROWS))
-        save([from_run.plot_neighbors(network, dataset, shown)] if shown else [], path)
+        save([from_model.plot_neighbors(model, prepared, shown)] if shown else [], path)
         log(f'{path}: {len(shown)} of {count} images')
     else:
-        save(from_run.plot_feature_maps(network, images, given.layer, count), path, count)
+        save(from_model.plot_feature_maps(model, images, given.layer, count), path, count)
     return len(unreadable)
 
 

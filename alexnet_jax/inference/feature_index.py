@@ -13,16 +13,22 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Int64, UInt8
 
+from alexnet_jax import parallel
 from alexnet_jax.config import Config, ConfigError
-from alexnet_jax.data import dataset, loader
+from alexnet_jax.data import loader
+from alexnet_jax.data.dataset import PreparedDataset
 from alexnet_jax.inference.trained_model import TrainedModel
 from alexnet_jax.runtime.console import ProgressBar, log
 from alexnet_jax.runtime.files import read_json, write_json
 from alexnet_jax.shapes import LayerShape, layer_table
+from alexnet_jax.training.eval_step import make_activation_fn
 
 BLOCK = 4096  # rows of features on a device at a time
 SAVE_SECONDS = 10.0
@@ -30,9 +36,14 @@ SAVE_SECONDS = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class FeatureIndex:
-    """Features of the training images: (N, units) float32 on disk, in data set order; NaN for corrupt records."""
+    """The features of the training images.
 
-    features: np.ndarray
+    Attributes:
+      features: (N, units) float32 in a file, in the order of the data set; NaN for corrupt records.
+      layer: name of the layer whose outputs are the features.
+    """
+
+    features: Float32[np.ndarray, 'n units']
     layer: str
 
 
@@ -41,58 +52,53 @@ def hidden_layer(config: Config) -> LayerShape:
     return layer_table(config.model, config.data.crop_size, config.data.channels)[-2]
 
 
-def build_or_load_index(network: TrainedModel, store: dataset.PreparedDataset) -> FeatureIndex:
+def build_or_load_index(model: TrainedModel, prepared: PreparedDataset) -> FeatureIndex:
     """Returns the features of all training images, and computes missing features.
 
-    The folder is WORKDIR/features/LAYER_WEIGHTS_STORE/, with 16 digits each of the weights' digest and the data set's
-    fingerprint.
+    The folder is WORKDIR/features/LAYER_WEIGHTS_DATASET/, where WEIGHTS and DATASET are 16 digits each of the digest of
+    the weights and of the fingerprint of the data set.
 
     Raises:
       ConfigError: the files cannot be written or read or do not fit on the disk, or another process computes them.
       DatasetError: too many records of the data set are corrupt.
     """
-    hidden, images = hidden_layer(network.config), len(store.train)
+    hidden, images = hidden_layer(model.config), len(prepared.train)
     layer, units = hidden.name, math.prod(hidden.output)
-    above = os.path.join(network.workdir, 'features')
-    folder = os.path.join(above, f'{layer}_{network.digest[:16]}_{store.fingerprint[:16]}')
+    root = os.path.join(model.workdir, 'features')
+    folder = os.path.join(root, f'{layer}_{model.digest[:16]}_{prepared.fingerprint[:16]}')
     path, state = os.path.join(folder, 'features.npy'), os.path.join(folder, 'state.json')
     shape = (images, units)
     if (read_json(state) or {}).get('done') == images:
         return FeatureIndex(_read(path, shape, 'r'), layer)
-    others = [
-        other for other in (os.listdir(above) if os.path.isdir(above) else []) if other != os.path.basename(folder)
-    ]
+    others = {*os.listdir(root)} - {os.path.basename(folder)} if os.path.isdir(root) else set()
     if others:
-        log(f'{above}: {", ".join(sorted(others))} belong to other weights or images and may be removed')
+        log(f'{root}: {", ".join(sorted(others))} belong to other weights or images and may be removed')
     with _exclusive_lock(folder):
-        _compute(network, store, layer, path, state, shape)
+        _compute(model, prepared, layer, path, state, shape)
     return FeatureIndex(_read(path, shape, 'r'), layer)
 
 
 def _compute(
-    network: TrainedModel, store: dataset.PreparedDataset, layer: str, path: str, state: str, shape: tuple[int, int]
+    model: TrainedModel, prepared: PreparedDataset, layer: str, path: str, state: str, shape: tuple[int, int]
 ) -> None:
     """Writes the missing features to the file `path`, and the number of finished images to the JSON file `state`."""
-    from alexnet_jax import parallel
-    from alexnet_jax.training.eval_step import make_activation_fn
-
     images, units = shape
     done = (read_json(state) or {}).get('done', 0)
     features = _read(path, shape, 'r+') if done else _new(path, shape)
-    batch_size = network.batch_size(images)
-    output_step = make_activation_fn(network.config, network.mesh, layer)
-    preprocessing, damaged = network.preprocessing, np.full(units, np.nan, np.float32)
+    batch_size = model.batch_size(images)
+    output_step = make_activation_fn(model.config, model.mesh, layer)
+    preprocessing, corrupt = model.preprocessing, np.full(units, np.nan, np.float32)
     first_batch = done // batch_size
     progress = ProgressBar(f'features of {layer}', images, 'images', done=first_batch * batch_size)
     batches = loader.validation_batches(
-        store.train, batch_size=batch_size, threads=network.config.data.reader_threads, first_batch=first_batch
+        prepared.train, batch_size=batch_size, threads=model.config.data.reader_threads, first_batch=first_batch
     )
     saved = time.monotonic()
     for number, batch in enumerate(batches, first_batch):
-        rows = parallel.make_global_batch(network.sharding, batch['image'])
-        found = np.asarray(output_step(network.state, rows, preprocessing)).reshape(batch_size, units)
+        rows = parallel.make_global_batch(model.sharding, batch['image'])
+        found = np.asarray(output_step(model.state, rows, preprocessing)).reshape(batch_size, units)
         start, stop = number * batch_size, min((number + 1) * batch_size, images)
-        features[start:stop] = np.where(batch['label'][:, None] >= 0, found, damaged)[: stop - start]
+        features[start:stop] = np.where(batch['label'][:, None] >= 0, found, corrupt)[: stop - start]
         progress.update(stop - start)
         if stop == images or time.monotonic() - saved > SAVE_SECONDS:
             features.flush()
@@ -129,7 +135,7 @@ def _new(path: str, shape: tuple[int, int]) -> np.memmap:
     return np.lib.format.open_memmap(path, 'w+', np.float32, shape)
 
 
-def _read(path: str, shape: tuple[int, int], mode: Any) -> np.memmap:
+def _read(path: str, shape: tuple[int, int], mode: Literal['r', 'r+']) -> np.memmap:
     """Returns the file as a memory map. Raises ConfigError: the file is unreadable or has another shape."""
     try:
         features = np.load(path, mmap_mode=mode)
@@ -140,19 +146,27 @@ def _read(path: str, shape: tuple[int, int], mode: Any) -> np.memmap:
         raise ConfigError(f'{path} is unusable ({error}); remove {os.path.dirname(path)} to compute it again') from None
 
 
-def extract_features(network: TrainedModel, index: FeatureIndex, images: Sequence[np.ndarray]) -> np.ndarray:
+def extract_features(
+    model: TrainedModel, index: FeatureIndex, images: Sequence[UInt8[np.ndarray, 's s c']]
+) -> Float32[np.ndarray, 'q units']:
     """Returns the features (Q, units) float32 of `images` (S, S, C) uint8.
 
     The batch size is that of the index, so that a training image has a distance of exactly 0 from itself.
     """
-    from alexnet_jax.training.eval_step import make_activation_fn
-
-    output_step = make_activation_fn(network.config, network.mesh, index.layer)
-    rows = network.predict_batches(output_step, images, network.batch_size(len(index.features)))
+    output_step = make_activation_fn(model.config, model.mesh, index.layer)
+    rows = model.predict_batches(output_step, images, model.batch_size(len(index.features)))
     return np.stack([row.reshape(-1) for row in rows])
 
 
-def nearest_neighbors(index: FeatureIndex, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+@jax.jit
+def _distances(block: Float32[Array, 'n units'], query: Float32[Array, ' units']) -> Float32[Array, ' n']:
+    """Returns the Euclidean distances (N,). Unlike |a|^2 - 2ab + |b|^2, they are exactly 0 for equal rows."""
+    return jnp.sqrt(jnp.sum(jnp.square(block - query[None]), -1))
+
+
+def nearest_neighbors(
+    index: FeatureIndex, queries: Float32[np.ndarray, 'q units'], count: int
+) -> tuple[Int64[np.ndarray, 'q count'], Float32[np.ndarray, 'q count']]:
     """Returns the `count` rows of `index` nearest to each of `queries` (Q, units) float32, nearest first.
 
     Equal distances are in row order. Corrupt records come last, with an infinite distance.
@@ -160,19 +174,12 @@ def nearest_neighbors(index: FeatureIndex, queries: np.ndarray, count: int) -> t
     Returns:
       Row numbers (Q, count) int64 and distances (Q, count) float32.
     """
-    import jax
-    import jax.numpy as jnp
-
-    @jax.jit
-    def distances(block, query):  # unlike |a|^2 - 2ab + |b|^2, exactly 0 for equal rows
-        return jnp.sqrt(jnp.sum(jnp.square(block - query[None]), -1))
-
-    found: list[list[np.ndarray]] = [[] for _ in queries]
+    blocks: list[list[np.ndarray]] = [[] for _ in queries]
     for start in range(0, len(index.features), BLOCK):
         block = jnp.asarray(index.features[start : start + BLOCK])
-        for query, of_query in zip(queries, found, strict=True):
-            of_query.append(np.asarray(distances(block, query)))
-    everywhere = np.stack([np.concatenate(blocks) for blocks in found])
-    everywhere = np.where(np.isnan(everywhere), np.inf, everywhere)
-    order = np.argsort(everywhere, -1, kind='stable')[:, :count]
-    return order, np.take_along_axis(everywhere, order, -1)
+        for query, of_query in zip(queries, blocks, strict=True):
+            of_query.append(np.asarray(_distances(block, query)))
+    distances = np.stack([np.concatenate(of_query) for of_query in blocks])
+    distances = np.where(np.isnan(distances), np.inf, distances)
+    order = np.argsort(distances, -1, kind='stable')[:, :count]
+    return order, np.take_along_axis(distances, order, -1)

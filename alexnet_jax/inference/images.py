@@ -1,13 +1,14 @@
-"""Input pictures for a trained network: picture files, folders, and validation images of its data set."""
+"""Input images for a trained model: image files, folders, and validation images of the model's data set."""
 
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+from jaxtyping import UInt8
 
 from alexnet_jax.config import ConfigError, DataConfig
-from alexnet_jax.data import dataset
+from alexnet_jax.data.dataset import PreparedDataset, evenly_spaced
 from alexnet_jax.data.images import UnreadableImage, read_image, resize_and_center_crop
 
 
@@ -29,20 +30,20 @@ def expand_paths(names: Iterable[str]) -> list[str]:
 
 
 def _files_below(folder: str) -> Iterator[str]:
-    """Yields files, then unreadable folders: the later attempt to read such a folder reports the reason."""
-    closed: list[str] = []
-    for where, folders, found in os.walk(folder, onerror=lambda error: closed.append(error.filename)):
+    """Yields files, then unreadable folders, so that the attempt to read such a folder reports the reason."""
+    unreadable: list[str] = []
+    for where, folders, found in os.walk(folder, onerror=lambda error: unreadable.append(error.filename)):
         folders[:] = [each for each in folders if not each.startswith('.')]
         yield from (os.path.join(where, file) for file in found if not file.startswith('.'))
-    yield from closed
+    yield from unreadable
 
 
-def read_picture(file: str, data: DataConfig) -> np.ndarray:
-    """Returns the picture in `file` as `prepare` stores pictures: (S, S, C) uint8.
+def read_image_file(file: str, data: DataConfig) -> UInt8[np.ndarray, 's s c']:
+    """Returns the image in `file` as `prepare` stores images: (S, S, C) uint8.
 
     Args:
       file: path.
-      data: `data` section of the run's configuration.
+      data: settings of the model's data set.
 
     Raises UnreadableImage: the message gives the reason.
     """
@@ -61,34 +62,34 @@ def label_from_folder(file: str, class_names: Sequence[str]) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class ImageInput:
-    """An input picture.
+    """An input image.
 
     Attributes:
       name: file name, or position in the validation split.
-      pixels: (S, S, C) uint8, in the format of the network's data set; empty if the picture is unreadable.
+      pixels: (S, S, C) uint8, in the format of the model's data set; (0, 0, 0) if the image is unreadable.
       label: true class, or None if unknown.
-      problem: reason why the picture is unreadable, or ''.
+      problem: reason why the image is unreadable, or ''.
     """
 
     name: str
-    pixels: np.ndarray
+    pixels: UInt8[np.ndarray, 's s c']
     label: str | None
     problem: str = ''
 
 
 def load_images(files: Iterable[str], data: DataConfig, class_names: Sequence[str]) -> Iterator[ImageInput]:
-    """Yields the pictures in `files`, each read on demand and labeled if its folder has the name of a class."""
+    """Yields the images in `files`. Each is read on demand, and labeled if its folder has the name of a class."""
     for file in files:
         label = label_from_folder(file, class_names)
         try:
-            yield ImageInput(file, read_picture(file, data), label)
+            yield ImageInput(file, read_image_file(file, data), label)
         except UnreadableImage as error:
-            yield ImageInput(file, np.empty(0, np.uint8), label, str(error))
+            yield ImageInput(file, np.empty((0, 0, 0), np.uint8), label, str(error))
 
 
-def sample_validation(store: dataset.PreparedDataset, count: int) -> list[ImageInput]:
+def sample_validation(prepared: PreparedDataset, count: int) -> list[ImageInput]:
     """Returns about `count` validation images, evenly spaced over the split."""
     return [
-        ImageInput(f'validation {number}', example['image'], store.class_names[example['label']])
-        for number, example in dataset.evenly_spaced(store.validation, count)
+        ImageInput(f'validation {number}', example['image'], prepared.class_names[example['label']])
+        for number, example in evenly_spaced(prepared.validation, count)
     ]

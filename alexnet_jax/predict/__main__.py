@@ -1,4 +1,4 @@
-"""Classify images with a trained network, as in the left half of the paper's figure 4.
+"""Classify images with a trained model, as in the left half of the paper's figure 4.
 
     alexnet predict CHECKPOINT IMAGE... [--views=10] [--top=5] [--json] [--figure=FILE.png]
 
@@ -16,30 +16,32 @@ from absl import flags
 
 from alexnet_jax import cli
 from alexnet_jax.config import ConfigError
+from alexnet_jax.inference.checkpoint_ref import CHECKPOINT_HELP, parse_checkpoint_ref
 from alexnet_jax.inference.images import expand_paths, load_images, sample_validation
-from alexnet_jax.inference.trained_model import CHECKPOINT_HELP, load_model, open_eval_dataset, parse_checkpoint_ref
-from alexnet_jax.predict.classify import MAX_FIGURE_IMAGES, classify
+from alexnet_jax.predict.records import MAX_FIGURE_IMAGES
 from alexnet_jax.runtime import backend
 from alexnet_jax.runtime.console import log
 
 
 def main(argv: list[str]) -> int:
-    """Classifies the images argv[2:] with the network argv[1]; returns the exit code, 1 if an image is unreadable."""
+    """Classifies the images argv[2:] with the model argv[1]; returns the exit code, 1 if an image is unreadable."""
     given = flags.FLAGS
     if len(argv) < 3 and not given.validation:
         raise ConfigError('no image is given; name files or folders after the checkpoint, or set --validation=8')
     given.figure = cli.check_output('figure', given.figure, ('.png', '.pdf'))
-    member, files = parse_checkpoint_ref(argv[1]), expand_paths(argv[2:])
-    if member.config.cpu_tuning:
+    ref, files = parse_checkpoint_ref(argv[1]), expand_paths(argv[2:])
+    if ref.config.cpu_tuning:
         backend.configure_cpu_backend()
     backend.enable_compilation_cache()
+    from alexnet_jax.inference.trained_model import load_model, open_eval_dataset
+    from alexnet_jax.predict.classify import classify
 
-    dataset = open_eval_dataset([member], given.data_dir) if given.validation else None
-    sampled = sample_validation(dataset, given.validation) if dataset else []
-    network = load_model(member, dataset)
-    log(f'{network.name}: step {network.step}, {len(network.class_names)} classes')
-    images = itertools.chain(load_images(files, network.config.data, network.class_names), sampled)
-    return 1 if classify(network, images, len(files) + len(sampled), given) else 0
+    prepared = open_eval_dataset([ref], given.data_dir) if given.validation else None
+    sampled = sample_validation(prepared, given.validation) if prepared else []
+    model = load_model(ref, prepared)
+    log(f'{model.name}: step {model.step}, {len(model.class_names)} classes')
+    images = itertools.chain(load_images(files, model.config.data, model.class_names), sampled)
+    return 1 if classify(model, images, len(files) + len(sampled), given) else 0
 
 
 if __name__ == '__main__':

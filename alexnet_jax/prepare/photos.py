@@ -1,9 +1,11 @@
 """The data set `photos`: patches of the photographs in the scikit-image package. The label is the photograph."""
 
 import io
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
+from jaxtyping import UInt8
 from PIL import Image
 
 PHOTOGRAPHS = (
@@ -29,7 +31,7 @@ PATCHES_PER_IMAGE = {'train': 400, 'validation': 100}  # per photograph
 PATCH_SCALE = (0.6, 1.0)  # range of patch sides, relative to the shorter side of a cell
 
 
-def photograph(name: str) -> np.ndarray:
+def photograph(name: str) -> UInt8[np.ndarray, 'h w 3']:
     """Returns a photograph (H, W, 3) uint8, from the package without a download.
 
     Gray photographs get three equal channels.
@@ -54,8 +56,8 @@ def cells(split: str, height: int, width: int) -> list[tuple[slice, slice]]:
     ]
 
 
-def patches(split: str):
-    """Yields (key, patch, label) of `split`: square crops of random size and position in its cells (fixed seed)."""
+def patches(split: str) -> Iterator[tuple[str, UInt8[np.ndarray, 'side side 3'], int]]:
+    """Yields (key, patch, label) of `split`: square crops of its cells, of random size and position (fixed seed)."""
     for label, name in enumerate(PHOTOGRAPHS):
         image = photograph(name)
         regions = [image[region] for region in cells(split, *image.shape[:2])]

@@ -1,23 +1,44 @@
 """Image sources with random access to the examples of each split, for several storage formats.
 
-examples[i] is (content, label), where `content` is the bytes of a file or an array of pixels. examples.name(i) is a
-human-readable name. examples.subset(indices) is a subset that can be pickled and sent to one worker process.
+The classes FileExamples, ArrayExamples and TfdsExamples implement the protocol Examples.
 """
 
 import dataclasses
 import functools
 import hashlib
 import os
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow_datasets as tfds
+from jaxtyping import Integer, UInt8
 
-Example = tuple[bytes | np.ndarray, int]
+Labels = Integer[np.ndarray, ' n']
+Indices = range | Integer[np.ndarray, ' m']
+RawExample = tuple[bytes | UInt8[np.ndarray, 'h w'], int]  # (content of a file or pixels, label)
+TfdsRecord = dict[str, Any]  # the value of each feature by name
 
 
 class SourceError(ValueError):
     """Raised for an unreadable source. The message is one line with the problem and the remedy."""
+
+
+class Examples(Protocol):
+    """Random access to the raw labeled images of a split."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> RawExample: ...
+
+    def name(self, index: int) -> str:
+        """Returns a human-readable name of the example."""
+
+    def subset(self, indices: range) -> 'Examples':
+        """Returns the examples at `indices`, which are contiguous; can be pickled for a worker process."""
+
+    def digest(self) -> str:
+        """Returns a digest that changes if the images or labels change."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +46,12 @@ class Source:
     """Labeled images.
 
     Attributes:
-      splits: 'train' and 'validation', each Files, Pixels or Records.
+      splits: the examples of 'train' and 'validation'.
       class_names: one name per label.
       holds_out_validation: whether the validation images are held out from the training images of the source.
     """
 
-    splits: dict[str, Any]
+    splits: Mapping[str, Examples]
     class_names: list[str]
     holds_out_validation: bool
 
@@ -40,7 +61,7 @@ class Source:
         return digest(*self.class_names, *(f'{split} {part.digest()}' for split, part in self.splits.items()))
 
 
-def digest(*values: Any) -> str:
+def digest(*values: object) -> str:
     """Returns the sha256 of `values` as text, one value per line."""
     return hashlib.sha256('\n'.join(map(str, values)).encode(errors='surrogateescape')).hexdigest()
 
@@ -52,12 +73,12 @@ class FileExamples:
     root: str
     names: list[str]
     sizes: list[int]
-    labels: np.ndarray
+    labels: Labels
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> RawExample:
         with open(os.path.join(self.root, self.names[index]), 'rb') as file:
             return file.read(), int(self.labels[index])
 
@@ -65,9 +86,9 @@ class FileExamples:
         """Returns the path relative to `root`."""
         return self.names[index]
 
-    def subset(self, indices: Any) -> 'FileExamples':
+    def subset(self, indices: Indices) -> 'FileExamples':
         """Returns the examples at `indices`."""
-        names, sizes = ([values[i] for i in indices] for values in (self.names, self.sizes))
+        names, sizes = [self.names[i] for i in indices], [self.sizes[i] for i in indices]
         return FileExamples(self.root, names, sizes, self.labels[indices])
 
     def digest(self) -> str:
@@ -77,23 +98,23 @@ class FileExamples:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayExamples:
-    """Examples in memory, with images (N, H, W) uint8."""
+    """Examples in memory. `numbers` are the positions of the examples in the IDX file."""
 
-    images: np.ndarray
-    labels: np.ndarray
-    numbers: np.ndarray  # positions of the examples in the IDX file
+    images: UInt8[np.ndarray, 'n h w']
+    labels: Labels
+    numbers: Integer[np.ndarray, ' n']
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> RawExample:
         return self.images[index], int(self.labels[index])
 
     def name(self, index: int) -> str:
         """Returns the position in the IDX file."""
         return f'image {self.numbers[index]}'
 
-    def subset(self, indices: Any) -> 'ArrayExamples':
+    def subset(self, indices: Indices) -> 'ArrayExamples':
         """Returns the examples at `indices`."""
         return ArrayExamples(self.images[indices], self.labels[indices], self.numbers[indices])
 
@@ -104,34 +125,42 @@ class ArrayExamples:
 
 @dataclasses.dataclass(frozen=True)
 class TfdsExamples:
-    """Examples of a TFDS data set in ArrayRecord in `directory`. `split` has TFDS syntax, such as 'train[10%:]'."""
+    """Examples of a TFDS data set that is stored as ArrayRecord files.
+
+    Attributes:
+      directory: folder of the data set.
+      split: the split in the syntax of TFDS, such as 'train[10%:]'.
+      image, label: names of the features.
+      start, stop: range of records in the split.
+      metadata_digest: digest of the metadata of TFDS, which change with the data set.
+    """
 
     directory: str
     split: str
-    image: str  # feature names, as is `label`
+    image: str
     label: str
     start: int
     stop: int
-    about: str  # digest of the TFDS metadata, which changes with the data set
+    metadata_digest: str
 
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def _record(self, index: int) -> dict[str, Any]:
+    def _record(self, index: int) -> TfdsRecord:
         return _data_source(self.directory, self.split, self.image)[self.start + index]
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> RawExample:
         record = self._record(index)
         return record[self.image], int(record[self.label])
 
     def name(self, index: int) -> str:
         """Returns the file name if the data set stores it, like ImageNet, otherwise the position in the split."""
-        place = f'record {self.start + index} of {self.split}'
+        position = f'record {self.start + index} of {self.split}'
         try:
             record = self._record(index)
         except RuntimeError:  # corrupt record
-            return place
-        return record['file_name'].decode() if 'file_name' in record else place
+            return position
+        return record['file_name'].decode() if 'file_name' in record else position
 
     def subset(self, indices: range) -> 'TfdsExamples':
         """Returns the examples at `indices`, which must be contiguous."""
@@ -139,10 +168,10 @@ class TfdsExamples:
 
     def digest(self) -> str:
         """Returns the digest of the TFDS metadata and the range, independent of `directory`."""
-        return digest(self.about, self.split, self.start, self.stop)
+        return digest(self.metadata_digest, self.split, self.start, self.stop)
 
 
 @functools.lru_cache(maxsize=4)
-def _data_source(directory: str, split: str, image: str) -> Any:
+def _data_source(directory: str, split: str, image: str) -> Sequence[TfdsRecord]:
     builder = tfds.builder_from_directory(directory)
     return builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})

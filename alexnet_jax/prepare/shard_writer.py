@@ -11,7 +11,7 @@ import threading
 from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -23,10 +23,27 @@ from alexnet_jax.prepare.shards import ImageSpec, RunningMoments, Shard
 from alexnet_jax.runtime.files import write_json
 
 
+class SkippedImage(TypedDict):
+    """An unreadable image: its split, its name in the source, and the reason."""
+
+    split: str
+    name: str
+    reason: str
+
+
+class ShardReport(TypedDict):
+    """The report of a complete shard: stored examples, file size, skipped images, and digest of the raw examples."""
+
+    examples: int
+    bytes: int
+    skipped: list[SkippedImage]
+    digest: str
+
+
 def write_shards(
     shards: list[Shard], format: ImageSpec, folder: str, reports: str, workers: int
-) -> Generator[tuple[Shard, dict[str, Any]], None, None]:
-    """Writes `shards` with `workers` processes, and yields each shard with its report (see write_shard()) when done.
+) -> Generator[tuple[Shard, ShardReport], None, None]:
+    """Writes `shards` with `workers` processes, and yields each shard with its report when the shard is complete.
 
     Closing the generator terminates the processes at once.
 
@@ -36,10 +53,10 @@ def write_shards(
     """
     # No fork: TFDS data sets may have loaded TensorFlow, which starts threads in this process.
     pool = ProcessPoolExecutor(
-        min(workers, max(len(shards), 1)), multiprocessing.get_context('spawn'), initializer=_end_with_parent
+        min(workers, max(len(shards), 1)), multiprocessing.get_context('spawn'), initializer=_exit_with_parent
     )
     try:
-        with _interrupts_held_back():  # workers inherit the mask; only this process handles Ctrl-C
+        with _interrupts_blocked():  # workers inherit the mask; only this process handles Ctrl-C
             futures = {pool.submit(write_shard, shard, format, folder, reports): shard for shard in shards}
         for future in as_completed(futures):
             yield futures[future], future.result()
@@ -57,7 +74,7 @@ def write_shards(
 
 
 @contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
+def _interrupts_blocked() -> Iterator[None]:
     """Blocks SIGINT until the end of the context. Processes started in the context keep SIGINT blocked."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -66,9 +83,10 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     """Initializes a worker: starts a thread that exits the process as soon as the parent has exited."""
-    parent: Any = multiprocessing.parent_process()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch():
         parent.join()
@@ -78,7 +96,7 @@ def _end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def _writing(folder: str) -> Iterator[None]:
+def _writer_errors_as_oserror(folder: str) -> Iterator[None]:
     """Converts RuntimeError of ArrayRecord's writer, such as for a full disk, to OSError."""
     try:
         yield
@@ -86,18 +104,15 @@ def _writing(folder: str) -> Iterator[None]:
         raise OSError(f'{folder}: {str(error).splitlines()[0]}') from None
 
 
-def write_shard(shard: Shard, format: ImageSpec, folder: str, reports: str) -> dict[str, Any]:
-    """Converts the examples of `shard` to a file in `folder`, atomically, and returns its report.
+def write_shard(shard: Shard, format: ImageSpec, folder: str, reports: str) -> ShardReport:
+    """Converts the examples of `shard` to a file in `folder`, atomically, and returns the report.
 
-    Also writes the report and the sums to the folder `reports`.
-
-    Returns:
-      examples (number of stored examples), bytes (file size), skipped (a list of split, name and reason) and digest (of
-      the shard's examples).
+    The function also writes the report and the sums to the folder `reports`.
 
     Raises OSError: a file cannot be written.
     """
-    features, sums, skipped = format.features(), RunningMoments(format), []
+    features, sums = format.features(), RunningMoments(format)
+    skipped: list[SkippedImage] = []
     serializer = ExampleSerializer(features.get_serialized_info())
     aside = os.path.join(folder, f'.{shard.file}.{os.getpid()}')  # by pid: a worker may briefly outlive its parent
     # Uncompressed, because compression makes reading three times as slow; one record per group for random access.
@@ -117,15 +132,15 @@ def write_shard(shard: Shard, format: ImageSpec, folder: str, reports: str) -> d
             sums.add(read_back, label)
             example = serializer.get_tf_example(features.encode_example({'image': stored, 'label': label}))
             record = example.SerializeToString(deterministic=True)  # otherwise the order of features varies
-            with _writing(folder):
+            with _writer_errors_as_oserror(folder):
                 writer.write(record)
     finally:
-        with _writing(folder):
+        with _writer_errors_as_oserror(folder):
             writer.close()
-    _to_disk(aside)
+    _fsync(aside)
     os.replace(aside, os.path.join(folder, shard.file))
-    _save(os.path.join(reports, shard.sums), vars(sums))
-    report = {
+    _save_npz(os.path.join(reports, shard.sums), vars(sums))
+    report: ShardReport = {
         'examples': int(sums.class_counts.sum()),
         'bytes': os.path.getsize(os.path.join(folder, shard.file)),
         'skipped': skipped,
@@ -135,16 +150,16 @@ def write_shard(shard: Shard, format: ImageSpec, folder: str, reports: str) -> d
     return report
 
 
-def _to_disk(path: str) -> None:
+def _fsync(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
-def _save(path: str, arrays: dict[str, np.ndarray]) -> None:
+def _save_npz(path: str, arrays: dict[str, np.ndarray]) -> None:
     """Writes `arrays` as .npz atomically."""
     aside = f'{path}.{os.getpid()}'
     with open(aside, 'wb') as file:
         np.savez(file, allow_pickle=False, **arrays)
-    _to_disk(aside)
+    _fsync(aside)
     os.replace(aside, path)

@@ -3,15 +3,16 @@
 The sums are over integers, so that the statistics do not depend on the order of the images.
 """
 
-import collections
 import dataclasses
 import io
 import os
-from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from jaxtyping import UInt8
 from PIL import Image
+
+from alexnet_jax.prepare.raw_sources import Examples
 
 # For JPEG data sets, with chroma at half resolution (4:2:0).
 JPEG_QUALITY = 95
@@ -26,18 +27,20 @@ class ImageSpec:
     encoding: str
     class_names: tuple[str, ...]
 
-    def features(self) -> Any:
+    def features(self) -> tfds.features.FeaturesDict:
         """Returns the TFDS features of a record."""
         shape = (self.image_size, self.image_size, self.channels)
         if self.encoding == 'jpeg':
-            image: Any = tfds.features.Image(shape=shape, encoding_format='jpeg')
+            image: tfds.features.FeatureConnector = tfds.features.Image(shape=shape, encoding_format='jpeg')
         else:
             image = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
         return tfds.features.FeaturesDict(
             {'image': image, 'label': tfds.features.ClassLabel(names=list(self.class_names))}
         )
 
-    def encode(self, pixels: np.ndarray) -> tuple[Any, np.ndarray]:
+    def encode(
+        self, pixels: UInt8[np.ndarray, 's s c']
+    ) -> tuple[bytes | UInt8[np.ndarray, 's s c'], UInt8[np.ndarray, 's s c']]:
         """Returns the stored value of `pixels` (S, S, C) uint8, and the pixels that a reader decodes from it."""
         if self.encoding == 'raw':
             return pixels, pixels
@@ -55,7 +58,7 @@ class Shard:
     split: str
     index: int
     count: int
-    examples: Any
+    examples: Examples
 
     @property
     def file(self) -> str:
@@ -64,7 +67,7 @@ class Shard:
 
     @property
     def report(self) -> str:
-        """File name of the report of the shard. The report is written last, so its existence means a complete shard."""
+        """File name of the report of the shard. The report is written last, so a shard with a report is complete."""
         return f'{self.split}-{self.index:05d}.json'
 
     @property
@@ -88,7 +91,7 @@ class RunningMoments:
         self.products = np.zeros((format.channels, format.channels))
         self.class_counts = np.zeros(len(format.class_names), np.int64)
 
-    def add(self, pixels: np.ndarray, label: int) -> None:
+    def add(self, pixels: UInt8[np.ndarray, 's s c'], label: int) -> None:
         """Adds one image (S, S, C) uint8."""
         self.images += pixels
         flat = pixels.reshape(-1, pixels.shape[-1]).astype(np.float64)
@@ -104,11 +107,11 @@ def statistics(reports: str, shards: list[Shard]) -> dict[str, np.ndarray]:
       ascending, and eigenvectors (C, C), in columns, of the covariance of the channels over all pixels. Also
       class_counts (classes,) int64.
     """
-    sums: dict[str, Any] = collections.Counter()
+    sums: dict[str, np.ndarray] = {}
     for shard in shards:
         if shard.split == 'train':
             with np.load(os.path.join(reports, shard.sums)) as file:
-                sums = {name: sums[name] + file[name] for name in file.files}
+                sums = {name: sums.get(name, 0) + file[name] for name in file.files}
     count = sums['class_counts'].sum()
     mean_image = sums['images'] / count
     mean_rgb = mean_image.mean((0, 1))

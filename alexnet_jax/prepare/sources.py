@@ -6,12 +6,21 @@ import os
 import sys
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from jaxtyping import Bool, UInt8
 
-from alexnet_jax.prepare.raw_sources import ArrayExamples, FileExamples, Source, SourceError, TfdsExamples, digest
+from alexnet_jax.prepare.raw_sources import (
+    ArrayExamples,
+    Examples,
+    FileExamples,
+    Labels,
+    Source,
+    SourceError,
+    TfdsExamples,
+    digest,
+)
 from alexnet_jax.runtime.console import log
 
 IMAGENET_TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
@@ -20,8 +29,8 @@ VALIDATION_SPLIT_NAMES = ('validation', 'val', 'test', 't10k')  # the first exis
 
 def is_local(source: str) -> bool:
     """Returns True if `source` is an existing folder, which can be opened without a download or conversion."""
-    kind, _, where = source.partition(':')
-    return kind in ('folder', 'idx') and os.path.isdir(os.path.expanduser(where))
+    kind, _, location = source.partition(':')
+    return kind in ('folder', 'idx') and os.path.isdir(os.path.expanduser(location))
 
 
 def open_source(source: str, data_dir: str, validation_fraction: float) -> Source:
@@ -34,29 +43,29 @@ def open_source(source: str, data_dir: str, validation_fraction: float) -> Sourc
 
     Raises SourceError: the source does not exist or has a wrong format.
     """
-    kind, _, where = source.partition(':')
+    kind, _, location = source.partition(':')
     if kind == 'folder':
-        return _folder(Path(where).expanduser(), validation_fraction)
+        return _folder(Path(location).expanduser(), validation_fraction)
     if kind == 'idx':
-        return _idx(Path(where).expanduser(), validation_fraction)
+        return _idx(Path(location).expanduser(), validation_fraction)
     return _tfds(source, data_dir, validation_fraction)
 
 
-def holdout_mask(labels: np.ndarray, fraction: float) -> np.ndarray:
+def holdout_mask(labels: Labels, fraction: float) -> Bool[np.ndarray, ' n']:
     """Returns a mask (N,) bool of the held-out examples: `fraction` of each class, rounded, with a fixed seed."""
     chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        chosen[np.random.default_rng(label).permutation(members)[: round(fraction * len(members))]] = True
+        of_label = np.flatnonzero(labels == label)
+        chosen[np.random.default_rng(label).permutation(of_label)[: round(fraction * len(of_label))]] = True
     return chosen
 
 
-def _split_off(examples: Any, fraction: float, where: Any) -> dict[str, Any]:
+def _split_off(examples: FileExamples | ArrayExamples, fraction: float, root: Path) -> dict[str, Examples]:
     """Holds out `fraction` of `examples` as a validation split, and returns both splits."""
     chosen = holdout_mask(examples.labels, fraction)
     if not chosen.any() or chosen.all():
         raise SourceError(
-            f'{where} has no validation split ({", ".join(VALIDATION_SPLIT_NAMES[:3])}), and'
+            f'{root} has no validation split ({", ".join(VALIDATION_SPLIT_NAMES[:3])}), and'
             f' data.validation_fraction={fraction:g} of its {len(chosen)} training images'
             ' leaves no image for validation or none for training'
         )
@@ -119,7 +128,7 @@ def _files(root: Path, split: str, classes: list[str]) -> FileExamples:
 
 
 def _walk(folder: Path, seen: set[str]) -> list[str]:
-    """Returns all files below `folder`, except hidden ones. `seen` has the real paths of the folders on the way down.
+    """Returns all files below `folder`, except hidden ones. `seen` has the real paths of `folder` and its parents.
 
     Raises SourceError: a link leads to a folder that contains the link.
     """
@@ -144,12 +153,13 @@ def _walk(folder: Path, seen: set[str]) -> list[str]:
 def _idx(folder: Path, fraction: float) -> Source:
     """Opens files of MNIST's format: *train*images*idx3* and *train*labels*idx1*, also for t10k or test, maybe .gz."""
     train = _idx_split(folder, 'train')
-    splits = {'train': train}
+    classes = int(train.labels.max()) + 1
+    splits: dict[str, Examples] = {'train': train}
     for name in ('t10k', 'test'):
         if list(folder.glob(f'*{name}*idx3*')):
-            splits['validation'] = _idx_split(folder, name)
+            splits['validation'] = validation = _idx_split(folder, name)
+            classes = max(classes, int(validation.labels.max()) + 1)
             break
-    classes = max(int(examples.labels.max()) for examples in splits.values()) + 1
     holds_out_validation = 'validation' not in splits
     if holds_out_validation:
         splits = _split_off(train, fraction, folder)
@@ -172,7 +182,7 @@ def _idx_split(folder: Path, split: str) -> ArrayExamples:
     return ArrayExamples(images, labels, np.arange(len(images)))
 
 
-def _idx_array(path: Path, dimensions: int) -> np.ndarray:
+def _idx_array(path: Path, dimensions: int) -> UInt8[np.ndarray, '...']:
     """Reads a uint8 array from an IDX file: two zero bytes, 8 for uint8, rank, sizes (4 bytes, big-endian), data."""
     content = path.read_bytes()
     try:
@@ -200,11 +210,11 @@ def _tfds(source: str, data_dir: str, fraction: float) -> Source:
     else:
         names = {'train': 'train', 'validation': held}
     described = [(name, split.num_examples, split.num_bytes) for name, split in info.splits.items()]
-    about = digest(info.full_name, *described)
+    metadata_digest = digest(info.full_name, *described)
     splits = {}
     for split, name in names.items():
         count = info.splits[name].num_examples
-        splits[split] = TfdsExamples(str(builder.data_dir), name, image, label, 0, count, about)
+        splits[split] = TfdsExamples(str(builder.data_dir), name, image, label, 0, count, metadata_digest)
         if not count:
             raise SourceError(
                 f'{info.full_name} has no validation split, and data.validation_fraction={fraction:g} of its'
@@ -213,7 +223,7 @@ def _tfds(source: str, data_dir: str, fraction: float) -> Source:
     return Source(splits, list(info.features[label].names), held is None)
 
 
-def _image_and_label(builder: Any) -> tuple[str, str]:
+def _image_and_label(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
     """Returns the names of the only image feature and of the class: `label`, a supervised key, or the only class."""
     features = dict(builder.info.features)
     images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
@@ -228,14 +238,14 @@ def _image_and_label(builder: Any) -> tuple[str, str]:
     return images[0], label
 
 
-def _builder(source: str, data_dir: str) -> Any:
+def _builder(source: str, data_dir: str) -> tfds.core.DatasetBuilder:
     """Returns the TFDS builder of `source` for ArrayRecord files, which have random access."""
     name = source.removeprefix('tfds:').replace(':', '/')
     try:
         if source == 'photos':
             from alexnet_jax.prepare.photos import Photos
 
-            builder: Any = Photos(data_dir=data_dir, file_format='array_record')
+            builder: tfds.core.DatasetBuilder = Photos(data_dir=data_dir, file_format='array_record')
         else:
             builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
     except tfds.core.registered.DatasetNotFoundError:
@@ -250,7 +260,7 @@ def _builder(source: str, data_dir: str) -> Any:
     return builder
 
 
-def _download_and_prepare(builder: Any, source: str, data_dir: str) -> None:
+def _download_and_prepare(builder: tfds.core.DatasetBuilder, source: str, data_dir: str) -> None:
     """Downloads and converts the data of `builder` with TFDS, unless already done."""
     if builder.is_prepared():
         return

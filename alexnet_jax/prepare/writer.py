@@ -8,19 +8,19 @@ import json
 import os
 import shutil
 import time
-from typing import Any
+from typing import cast
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from alexnet_jax.config import ConfigError, check_class_names
-from alexnet_jax.data.dataset import MANIFEST, DatasetError, dataset_dir, read_manifest
+from alexnet_jax.data.dataset import MANIFEST, DatasetError, Manifest, dataset_dir, read_manifest
 from alexnet_jax.prepare.raw_sources import Source, SourceError
-from alexnet_jax.prepare.shard_writer import write_shards
+from alexnet_jax.prepare.shard_writer import ShardReport, SkippedImage, write_shards
 from alexnet_jax.prepare.shards import ImageSpec, Shard, statistics
 from alexnet_jax.prepare.sources import is_local, open_source
 from alexnet_jax.runtime.console import ProgressBar, log
-from alexnet_jax.runtime.files import atomic_write, read_json, write_json
+from alexnet_jax.runtime.files import JsonObject, atomic_write, read_json, write_json
 
 SHARD_SIZE = 1024
 JPEG_SIZE_RATIO = 0.25  # assumed JPEG size relative to raw images, for the disk space check
@@ -32,7 +32,7 @@ class PrepareConfig:
 
     Attributes:
       source: see sources.open_source().
-      image_size, channels, encoding: see shards.Format.
+      image_size, channels, encoding: see shards.ImageSpec.
       class_names: replace the class names of the source, unless empty.
       validation_fraction: see sources.open_source().
       max_corrupt_fraction: maximum fraction of unreadable images.
@@ -80,11 +80,11 @@ def prepare(settings: PrepareConfig, data_dir: str) -> str:
 
 def _check_same(target: str, settings: PrepareConfig, data_dir: str) -> None:
     """Raises ConfigError if the data set in `target` has other settings, or if its source folder has other images."""
-    made = read_manifest(target, settings)
+    manifest = read_manifest(target, settings)
     if not is_local(settings.source):
         return
     source = open_source(settings.source, data_dir, settings.validation_fraction)
-    if source.fingerprint != made['fingerprint']:
+    if source.fingerprint != manifest.fingerprint:
         raise ConfigError(
             f'{settings.source} differs from what {target} was prepared from: images were added, removed or changed;'
             ' remove that folder, or choose another data_dir'
@@ -93,8 +93,8 @@ def _check_same(target: str, settings: PrepareConfig, data_dir: str) -> None:
 
 def _prepare(settings: PrepareConfig, data_dir: str, target: str) -> None:
     source = open_source(settings.source, data_dir, settings.validation_fraction)
-    format = _format(settings, source)
-    description = {
+    format = _image_spec(settings, source)
+    description: JsonObject = {
         'source': settings.source,
         'fingerprint': source.fingerprint,
         'validation_fraction': settings.validation_fraction if source.holds_out_validation else None,
@@ -102,27 +102,25 @@ def _prepare(settings: PrepareConfig, data_dir: str, target: str) -> None:
         'class_names': list(format.class_names),
     }
     aside = f'{target}.incomplete'
-    plan = description | {
-        'images_a_shard': SHARD_SIZE,
-        'fingerprint': None,
-    }  # each shard report has a digest of its images
+    # Without the fingerprint, because each shard report has a digest of the images of the shard.
+    plan = description | {'images_a_shard': SHARD_SIZE, 'fingerprint': None}
     if read_json(os.path.join(aside, 'plan.json')) != plan:
         shutil.rmtree(aside, ignore_errors=True)  # started with other settings
     for folder in ('store', 'reports'):
         os.makedirs(os.path.join(aside, folder), exist_ok=True)
     write_json(os.path.join(aside, 'plan.json'), plan)
     shards = _shards(source)
-    start, begun = time.monotonic(), _reports(shards, aside)
-    _check_disk(shards, begun, format, target)
-    reports = _write_shards(shards, begun, format, aside, settings)
+    start, complete = time.monotonic(), _read_reports(shards, aside)
+    _check_disk(shards, complete, format, target)
+    reports = _write_shards(shards, complete, format, aside, settings)
     _write_metadata(shards, reports, format, description, aside)
     os.rename(os.path.join(aside, 'store'), target)
     shutil.rmtree(aside)
-    read = sum(len(shard.examples) for shard in shards if shard.report not in begun)
+    read = sum(len(shard.examples) for shard in shards if shard.report not in complete)
     _summarize(target, reports, read, time.monotonic() - start, settings.workers)
 
 
-def _format(settings: PrepareConfig, source: Source) -> ImageSpec:
+def _image_spec(settings: PrepareConfig, source: Source) -> ImageSpec:
     names = settings.class_names or tuple(source.class_names)
     check_class_names(names)
     if len(names) != len(source.class_names):
@@ -143,21 +141,21 @@ def _shards(source: Source) -> list[Shard]:
     return shards
 
 
-def _reports(shards: list[Shard], aside: str) -> dict[str, dict[str, Any]]:
+def _read_reports(shards: list[Shard], aside: str) -> dict[str, ShardReport]:
     """Returns the reports, by file name, of the shards that are complete and contain exactly these images.
 
-    Omits shards with skipped images: the user may have repaired those images since.
+    Shards with skipped images are omitted, because the user may have repaired those images.
     """
-    reports = {}
+    reports: dict[str, ShardReport] = {}
     for shard in shards:
         report, file = read_json(os.path.join(aside, 'reports', shard.report)), os.path.join(aside, 'store', shard.file)
         whole = report and os.path.exists(file) and os.path.getsize(file) == report['bytes']
         if report and whole and not report['skipped'] and report.get('digest') == shard.examples.digest():
-            reports[shard.report] = report
+            reports[shard.report] = cast('ShardReport', report)
     return reports
 
 
-def _check_disk(shards: list[Shard], reports: dict[str, Any], format: ImageSpec, target: str) -> None:
+def _check_disk(shards: list[Shard], reports: dict[str, ShardReport], format: ImageSpec, target: str) -> None:
     """Raises SourceError if the missing shards do not fit on the disk."""
     images = sum(len(shard.examples) for shard in shards if shard.report not in reports)
     needed = images * format.image_size**2 * format.channels * (1 if format.encoding == 'raw' else JPEG_SIZE_RATIO)
@@ -170,14 +168,14 @@ def _check_disk(shards: list[Shard], reports: dict[str, Any], format: ImageSpec,
 
 
 def _write_shards(
-    shards: list[Shard], begun: dict[str, Any], format: ImageSpec, aside: str, settings: PrepareConfig
-) -> dict[str, Any]:
-    """Writes the shards that are not in `begun` with worker processes, and returns the reports of all shards."""
-    reports, total = dict(begun), sum(len(shard.examples) for shard in shards)
-    done = sum(len(shard.examples) for shard in shards if shard.report in begun)
+    shards: list[Shard], complete: dict[str, ShardReport], format: ImageSpec, aside: str, settings: PrepareConfig
+) -> dict[str, ShardReport]:
+    """Writes the shards without a report in `complete` in worker processes, and returns the reports of all shards."""
+    reports, total = dict(complete), sum(len(shard.examples) for shard in shards)
+    done = sum(len(shard.examples) for shard in shards if shard.report in complete)
     if done:
         log(f'{done:,} of {total:,} images were prepared by an earlier run')
-    todo = [shard for shard in shards if shard.report not in begun]
+    todo = [shard for shard in shards if shard.report not in complete]
     progress = ProgressBar(f'prepare {settings.source}', total, 'images', done=done)
     folders = os.path.join(aside, 'store'), os.path.join(aside, 'reports')
     with (
@@ -191,7 +189,7 @@ def _write_shards(
     return reports
 
 
-def _check_skipped(reports: dict[str, Any], total: int, aside: str, settings: PrepareConfig) -> None:
+def _check_skipped(reports: dict[str, ShardReport], total: int, aside: str, settings: PrepareConfig) -> None:
     """Raises DatasetError, and lists the skipped images in a file, if too many images are skipped."""
     skipped = _skipped(reports)
     if len(skipped) <= settings.max_corrupt_fraction * total:
@@ -208,20 +206,23 @@ def _check_skipped(reports: dict[str, Any], total: int, aside: str, settings: Pr
     )
 
 
-def _skipped(reports: dict[str, Any]) -> list[dict[str, str]]:
-    """Returns the records of the skipped images, in the order of the shard names."""
+def _skipped(reports: dict[str, ShardReport]) -> list[SkippedImage]:
+    """Returns the skipped images, in the order of the shard names."""
     return [line for name in sorted(reports) for line in reports[name]['skipped']]
 
 
-def _write_lines(path: str, lines: list[dict[str, str]]) -> None:
+def _write_lines(path: str, lines: list[SkippedImage]) -> None:
     with atomic_write(path) as file:
         file.writelines(json.dumps(line) + '\n' for line in lines)
 
 
 def _write_metadata(
-    shards: list[Shard], reports: dict[str, Any], format: ImageSpec, description: dict[str, Any], aside: str
+    shards: list[Shard], reports: dict[str, ShardReport], format: ImageSpec, description: JsonObject, aside: str
 ) -> None:
-    """Writes the other files of a data set: TFDS metadata, statistics, skipped images and the manifest."""
+    """Writes the other files of a data set: TFDS metadata, statistics, skipped images and the manifest.
+
+    `description` has the fields of the manifest except `images` and `files`.
+    """
     folder = os.path.join(aside, 'store')
     for name in set(os.listdir(folder)) - {shard.file for shard in shards}:
         os.remove(os.path.join(folder, name))  # temporary files of killed processes
@@ -249,10 +250,11 @@ def _write_metadata(
     _write_lines(os.path.join(folder, 'skipped.jsonl'), _skipped(reports))
     images = {split.name: split.num_examples for split in splits}
     files = {name: os.path.getsize(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
-    write_json(os.path.join(folder, MANIFEST), description | {'images': images, 'files': files})
+    manifest = Manifest(**description, images=images, files=files)
+    write_json(os.path.join(folder, MANIFEST), dataclasses.asdict(manifest))
 
 
-def _summarize(target: str, reports: dict[str, Any], read: int, seconds: float, workers: int) -> None:
+def _summarize(target: str, reports: dict[str, ShardReport], read: int, seconds: float, workers: int) -> None:
     """Logs the number of images, the size, the speed, and the skipped images by reason."""
     size = sum(report['bytes'] for report in reports.values())
     stored = sum(report['examples'] for report in reports.values())

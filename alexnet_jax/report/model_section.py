@@ -2,15 +2,14 @@
 
 import os
 import shlex
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from alexnet_jax.config import ConfigError, default_config
 from alexnet_jax.data import dataset
 from alexnet_jax.inference import feature_index
-from alexnet_jax.inference.trained_model import TrainedModel, load_model, open_eval_dataset, parse_checkpoint_ref
+from alexnet_jax.inference.checkpoint_ref import parse_checkpoint_ref
+from alexnet_jax.inference.trained_model import TrainedModel, load_model, open_eval_dataset
 from alexnet_jax.metrics import top_k
 from alexnet_jax.plots import kernels
 from alexnet_jax.report.blocks import Block, Card, Figure, Section, pixel_picture
@@ -27,7 +26,7 @@ _PROBED = 16  # validation images considered per image shown
 _SHEET_PIXELS = 1000  # approximate minimum width of the kernels of a tower
 _TITLES = ('Kernels of conv1', 'Predictions', 'Neighbors')
 
-Example = tuple[int, Mapping[str, Any]]  # index in the data set; its image and label
+Example = tuple[int, dataset.Example]  # index in the data set; its image and label
 
 
 def model_sections(workdir: str, train_command: str, data_dir: str | None, neighbors: bool) -> list[Section]:

@@ -9,8 +9,6 @@ from typing import IO, Any
 
 JsonObject = dict[str, Any]
 
-JsonObject = dict[str, Any]
-
 
 @contextlib.contextmanager
 def atomic_write(path: str, mode: str = 'w') -> Iterator[IO]:

@@ -5,8 +5,8 @@ import importlib.util
 import io
 import os
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -18,7 +18,7 @@ from alexnet_jax.runtime.files import JsonObject, read_json, write_json
 
 if TYPE_CHECKING:  # launch.py imports this module before jax
     from alexnet_jax.augment import PreprocessParams
-    from alexnet_jax.data.dataset import SplitReader
+    from alexnet_jax.data.dataset import Example, SplitReader
     from alexnet_jax.parallel import Mesh
     from alexnet_jax.training.state import TrainState
 
@@ -132,7 +132,7 @@ class CompositeTracker:
         step: int,
         kernel: Float32[np.ndarray, 'h w c n'] | None,
         towers: int,
-        examples: Sequence[Mapping[str, Any]],
+        examples: 'Sequence[Example]',
         scores: Scores,
         class_names: list[str],
     ) -> None:
