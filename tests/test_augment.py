@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
 from alexnet_jax.augment import augment, disable_color_augmentation, eval_crop, example_keys, make_preprocess_params
+from alexnet_jax.config import default_config
 from alexnet_jax.config_schema import DataConfig
 
 SIZE, CROP, BATCH = 20, 14, 6
@@ -77,7 +79,7 @@ def augmented_in_numpy(images, keys, config, figures=None, crop_keys=None):
         ('paper', [40, 160, 1440]),
     ],
 )
-def test_color_matrix_by_hand(color, strengths):
+def test_color_matrix_equals_hand_numbers(color, strengths):
     # A rotation about the last axis by 36.87 degrees.
     figures = statistics() | {'eigenvectors': np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]])}
     a, b, c = strengths
@@ -93,7 +95,7 @@ def test_color_of_an_eigenvalue_rounded_below_zero():
     np.testing.assert_allclose(matrix, np.diag([0, 0.1, 0.2]), rtol=1e-6)
 
 
-def test_means_by_hand():
+def test_means_equal_hand_numbers():
     figures = statistics()
     for mean, expected in {
         'image': figures['mean_image'],
@@ -168,6 +170,17 @@ def test_augmentation_does_not_depend_on_the_batch():
     np.testing.assert_array_equal(augmented(images[order], keys[order], config), whole[order])
 
 
+def test_wrong_shapes_and_types_are_refused():
+    """In tests, the hook of jaxtyping checks the annotations at run time; see addopts in pyproject.toml."""
+    parts = make_preprocess_params(statistics(), data_config())
+    eval_crop(jnp.asarray(random_images()), parts, data_config(), 0)
+    for images in (random_images()[:, 1:], random_images().astype(np.float32), random_images()[0]):
+        with pytest.raises(TypeCheckError):
+            eval_crop(jnp.asarray(images), parts, data_config(), 0)
+    with pytest.raises(TypeCheckError):
+        eval_crop(jnp.asarray(random_images()), parts, default_config().data, 0)
+
+
 def test_keys_depend_on_seed_purpose_and_example_id():
     keys = jax.random.key_data(keys_of(8))
     numbers = jnp.array([5, 2], jnp.uint32)
@@ -238,7 +251,9 @@ def test_ten_views_match_numpy(crop):
     one = jax.jit(lambda index: eval_crop(jnp.asarray(images), parts, config, index))
     for index in range(10):
         np.testing.assert_array_equal(one(index), expected[index], strict=True)
-    np.testing.assert_array_equal(eval_crop(jnp.asarray(images), parts, config, 7), expected[7])  # The index is not traced.
+    np.testing.assert_array_equal(
+        eval_crop(jnp.asarray(images), parts, config, 7), expected[7]
+    )  # The index is not traced.
 
 
 def test_mean_crop_center_in_every_crop():
@@ -275,7 +290,7 @@ def test_std_divides_after_noise():
         np.testing.assert_allclose(ours, expected, rtol=0, atol=4e-7 * np.abs(expected).max())
 
 
-def test_std_by_hand():
+def test_std_equals_hand_numbers():
     figures = {'mean_image': np.full((1, 1, 3), 100.0), 'mean_rgb': np.full(3, 90.0)}
     figures |= {'eigenvalues': np.zeros(3), 'eigenvectors': np.eye(3)}
     image = jnp.array([[[[144, 122, 56]]]], jnp.uint8)

@@ -472,9 +472,7 @@ def test_per_class_errors_by_hand():
 
 def test_class_table_without_images_or_errors():
     scores = log([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]])
-    report, _ = summary.summarize(
-        [{'checkpoint': 'x', 'step': 7}], [scores], np.zeros(2, np.int32), 'abc', [1.0], True
-    )
+    report, _ = summary.summarize([{'checkpoint': 'x', 'step': 7}], [scores], np.zeros(2, np.int32), 'abc', [1.0], True)
     lines = summary.as_text({'views': 10, **report}).splitlines()
     assert lines[3].split() == ['x,', 'step', '7', '0.6020', '0.00%', '0.00%', '1.0000']
     assert [line.split() for line in lines[-3:]] == [['a', '2', '0.00%', '0.00%'], ['b', '0'], ['c', '0']]
