@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic: against numbers by hand, and the plain implementation against the project."""
+"""The benchmarks' own arithmetic: against hand numbers, and the plain implementation against the project."""
 
 import contextlib
 import json
@@ -72,7 +72,7 @@ ENTRY %main (x: f32[8,6,6,4], kernel: f32[3,3,4,10], rows: f32[8,20], weights: f
 """  # noqa: E501
 
 
-def test_flops_and_bytes_of_instructions_are_those_by_hand():
+def test_flops_and_bytes_equal_hand_numbers():
     program = Program(HLO)
     assert program.module == 'jit_train_step'
     flops = {name: program.flops(name) for name in program.instructions}
@@ -139,7 +139,7 @@ def test_the_plain_implementation_gives_what_the_project_gives(project):
     assert check.worst(distances, exact=True)[1] in distances.values()
 
 
-def test_the_plain_response_norm_and_pooling_are_those_by_hand():
+def test_plain_lrn_and_pooling_equal_hand_numbers():
     x = np.arange(1.0, 9.0, dtype=np.float32).reshape(1, 1, 1, 8) * 100  # towers of 4 maps
     squares = x[0, 0, 0] ** 2
     near = [squares[:3], squares[:4], squares[:4], squares[1:4], squares[4:7], squares[4:], squares[4:], squares[5:]]
@@ -149,7 +149,7 @@ def test_the_plain_response_norm_and_pooling_are_those_by_hand():
     np.testing.assert_array_equal(plain.max_pool(pixels)[0, :, :, 0], [[12, 14], [22, 24]])
 
 
-def test_the_worst_distance_is_the_one_that_is_nearest_to_its_tolerance():
+def test_worst_distance_is_nearest_to_its_tolerance():
     distances = {'logits': 5e-6, 'velocity of conv1/kernel': 1e-3, 'fc6/bias': 1e-7}
     assert check.worst(distances, exact=True) == ('logits', 5e-6, 1e-5)
     assert check.worst(distances | {'conv2/bias': math.nan}, exact=True)[0] == 'conv2/bias'
@@ -330,7 +330,7 @@ def test_reports_of_the_loop_and_of_memory():
     ]
 
 
-def test_figures_of_the_train_step_are_those_by_hand():
+def test_figures_of_the_train_step_equal_hand_numbers():
     times = {'train': {'jax': [2.0, 1.0, 3.0], 'torch': [4.0, 4.0, 5.0]}, 'forward': {'jax': [1.0], 'torch': [0.5]}}
     times['product 100'] = {'jax': [0.1, 0.2], 'torch': [0.05, 0.1]}
     found = train_step.results(times, 8, {'train': 10**6, 'forward': 10**5})

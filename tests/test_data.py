@@ -225,7 +225,7 @@ from alexnet_jax.data import dataset, loader
 first_step, share, shares = map(int, sys.argv[2:])
 config = default_config()
 config.data.update(source='photos', image_size=72, crop_size=64)
-store = dataset.open_store(dataset.dataset_dir(sys.argv[1], config.data), config.data)
+data = dataset.open_store(dataset.dataset_dir(sys.argv[1], config.data), config.data)
 parts = make_preprocess_params(data.statistics, config.data)
 step = jax.jit(lambda images, keys: augment(images, keys, keys, parts, config.data))
 for batch in loader.training_batches(
@@ -267,7 +267,7 @@ from alexnet_jax.config import default_config
 from alexnet_jax.data import dataset, loader
 config = default_config().data
 config.update(source='photos', image_size=72)
-store = dataset.open_store(dataset.dataset_dir({photos_dir!r}, config), config)
+data = dataset.open_store(dataset.dataset_dir({photos_dir!r}, config), config)
 next(loader.training_batches(data.train, seed=0, batch_size=4, first_step=0, threads=1))
 print('tensorflow' in sys.modules)
 """

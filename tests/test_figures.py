@@ -1,4 +1,4 @@
-"""Figures: the numbers that are drawn, against NumPy loops and by hand, the layout of the text, and the files."""
+"""Figures: the numbers that are drawn, against NumPy loops and hand numbers, the layout of the text, and the files."""
 
 import itertools
 import json
@@ -70,7 +70,7 @@ def check_print(figure):
 # Kernels
 
 
-def test_saturation_by_hand():
+def test_saturation_equals_hand_numbers():
     def saturation_of(*kernels_of_one_weight):
         return kernels.saturation(np.array(kernels_of_one_weight, np.float32).T[None, None], 1)[0]
 
@@ -295,7 +295,7 @@ def boxes(figure):
     return found
 
 
-def test_the_boxes_of_the_paper_stand_in_two_rows_with_their_shapes():
+def test_boxes_of_the_paper_are_in_two_rows_with_shapes():
     figure = draw_network(preset('paper'), 'the $paper_')
     found = boxes(figure)
     names = ['conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7']
@@ -313,14 +313,14 @@ def test_the_boxes_of_the_paper_stand_in_two_rows_with_their_shapes():
     width = {name: found[name, 0][2] - found[name, 0][0] for name in ('conv1', 'conv3')}
     assert width['conv1'] / width['conv3'] == pytest.approx((48 / 192) ** 0.4)
     shapes = {text.get_gid(): written(text) for text in figure.findobj(Text) if text.get_gid()}
-    by_hand = ['55x55x48', '27x27x128', '13x13x192', '13x13x192', '13x13x128', '2048', '2048']
-    for name, shape in zip(names, by_hand, strict=True):
+    expected = ['55x55x48', '27x27x128', '13x13x192', '13x13x192', '13x13x128', '2048', '2048']
+    for name, shape in zip(names, expected, strict=True):
         assert shapes[f'shape:{name}:0'] == shapes[f'shape:{name}:1'] == shape
     assert shapes['shape:image:0'] == '224x224x3'
     assert shapes['shape:fc8:0'] == '1000'
-    told = texts(figure)
-    assert 'the $paper_' in told
-    assert {'11x11x3', '3x3x256', '9216x4096', '34,944', '37,752,832', '105,415,200'} <= set(told)
+    labels = texts(figure)
+    assert 'the $paper_' in labels
+    assert {'11x11x3', '3x3x256', '9216x4096', '34,944', '37,752,832', '105,415,200'} <= set(labels)
 
 
 def test_arrows_begin_and_end_at_their_boxes():

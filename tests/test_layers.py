@@ -1,4 +1,4 @@
-"""Every implementation of every layer against plain NumPy loops, TensorFlow and numbers by hand."""
+"""Every implementation of every layer against plain NumPy loops, TensorFlow and hand numbers."""
 
 import re
 from functools import cache, partial
@@ -82,7 +82,7 @@ def check_gradient(function, loop, x, cotangent):
         step = np.zeros(x.shape)
         step[index] = 1e-3
         differences[index] = (cotangent * (loop(x + step) - loop(x - step))).sum() / 2e-3
-    np.testing.assert_allclose(back(cotangent)[0], differences, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(back(jnp.asarray(cotangent))[0], differences, rtol=1e-5, atol=1e-7)
 
 
 # Values around 100, so that the sum of squares weighs as much as k.
@@ -318,7 +318,7 @@ def test_lrn_gradient_recomputes_its_sums():
 
     x = jnp.ones((2, 3, 3, 16))
     text = jax.jit(both).lower(x, x).compile().as_text()
-    # Of the squares in the forward pass, of the squares again, and of the scaled gradient.
+    # Sums of squares in the forward and again in the backward pass, and a sum of the scaled gradient.
     assert len(re.findall(r' reduce-window\(', text)) == 3
 
 
@@ -343,14 +343,6 @@ def test_convolution_of_groups_equals_hand_numbers(implementation):
     # 1*1 + 2*5, 1*10 + 2*50 | 3*100 + 4*500, 3*1000 + 4*5000
     y = convolution(x, kernel, implementation=implementation)
     np.testing.assert_array_equal(y[0, 0, 0], [11, 110, 2300, 23000])
-
-
-@implementations('convolution')
-def test_convolution_does_not_flip_the_kernel(implementation):
-    x = jnp.arange(9.0).reshape(1, 3, 3, 1)
-    kernel = jnp.array([[1.0, 10.0], [100.0, 1000.0]]).reshape(2, 2, 1, 1)
-    y = convolution(x, kernel, padding='VALID', implementation=implementation)
-    np.testing.assert_array_equal(y[0, :, :, 0], [[4310, 5421], [7643, 8754]])
 
 
 # Kernels of fewer rows than the stride, of as many, and of no multiple of it; sides that leave rows and columns over.

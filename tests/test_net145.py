@@ -92,7 +92,7 @@ def test_cross_map_lrn():
             wanted[..., f] = values[..., f] / (2 + 0.00002 * total) ** 0.75
     np.testing.assert_allclose(net145.normalize(values, net145.sum_maps, **net145.CROSS_MAP), wanted, rtol=1e-12)
 
-    # By hand: of column a's maps only the second is not 0, and 2 + 2e-5 * 1000^2 = 22; column b is alone.
+    # Hand numbers: of column a's maps only the second is not 0, and 2 + 2e-5 * 1000^2 = 22; column b is alone.
     values = np.array([0.0, -1000, 0, 0, 500, 0, 0, 0]).reshape(1, 1, 1, 8)
     got = net145.normalize(values, net145.sum_maps, **net145.CROSS_MAP).ravel()
     np.testing.assert_allclose(got, [0, -1000 / 22**0.75, 0, 0, 500 / 7**0.75, 0, 0, 0], rtol=1e-12)
@@ -107,7 +107,7 @@ def test_spatial_lrn():
             wanted[:, row, column] = values[:, row, column] / (1 + 0.00004 * (near**2).sum(axis=(1, 2))) ** 0.75
     np.testing.assert_allclose(net145.normalize(values, net145.sum_pixels, **net145.SPATIAL), wanted, rtol=1e-12)
 
-    # By hand: the corner sees 9 pixels of 50, itself among them: 1 + 4e-5 * 9 * 2500 = 1.9; the middle 25: 3.5.
+    # Hand numbers: the corner sees 9 pixels of 50, itself among them: 1 + 4e-5 * 9 * 2500 = 1.9; the middle 25: 3.5.
     got = net145.normalize(np.full((1, 6, 6, 2), 50.0), net145.sum_pixels, **net145.SPATIAL)
     np.testing.assert_allclose(got[0, 0, 5], 50 / 1.9**0.75, rtol=1e-12)
     np.testing.assert_allclose(got[0, 3, 2], 50 / 3.5**0.75, rtol=1e-12)
@@ -159,8 +159,8 @@ def test_connections_match_scipy(case):
     np.testing.assert_allclose(got[..., :4] + params['conv5']['bias'][:4], c['conv5'][..., :4], rtol=1e-12)
 
 
-def test_layer_order_by_hand(case):
-    """What follows the convolutions, one window or one unit at a time."""
+def test_layer_order_equals_single_windows(case):
+    """The operations after the convolutions equal single windows and units."""
     params, images, _, masks, _ = case
     _, c = net145.forward(params, images, masks)
     np.testing.assert_allclose(c['relu1'][2, 3, 4], np.maximum(c['rnorm1'][2, 6:9, 8:11].max(axis=(0, 1)), 0))
@@ -198,8 +198,8 @@ def test_first_of_equal_maxima_gets_the_gradient():
     np.testing.assert_array_equal(got[0, :, :, 0], wanted)
 
 
-def test_update_by_hand():
-    """By hand, with momentum 0.9 and weight decay 0.0005: kernels decay, biases do not, rate 0 freezes."""
+def test_update_equals_hand_numbers():
+    """With momentum 0.9 and weight decay 0.0005, kernels decay, biases do not, and rate 0 freezes."""
     params = {'fc8': {'kernel': np.array([[2.0]]), 'bias': np.array([2.0])}}
     increments = {'fc8': {'kernel': np.array([[0.1]]), 'bias': np.array([0.1])}}
     gradients = {'fc8': {'kernel': np.array([[3.0]]), 'bias': np.array([3.0])}}
