@@ -1,4 +1,4 @@
-"""Configurations: presets fill empty fields; errors are one line with the nearest valid value; durations; run length."""
+"""Configurations: presets fill empty fields, errors are one line with the nearest valid value, and durations."""
 
 import dataclasses
 import runpy

@@ -90,7 +90,7 @@ def test_prepare_is_done_once(photos_dir):
 
 
 @pytest.mark.slow
-def test_waiting_prepare_takes_over_from_a_killed_one(photos_dir, tmp_path):
+def test_waiting_prepare_replaces_a_killed_one(photos_dir, tmp_path):
     shutil.copytree(os.path.join(photos_dir, 'photos'), tmp_path / 'photos')
     command = ['-m', 'alexnet_jax.prepare', f'--data_dir={tmp_path}', '--image_size=96']
     given = PrepareConfig('photos', image_size=96)
@@ -413,7 +413,7 @@ def test_incomplete_data_set_is_rejected(photos_dir, tmp_path, damage, word):
     assert word in refusal(open_photos, str(tmp_path))
 
 
-def test_dataset_dir_by_config():
+def test_dataset_dir_of_a_config():
     data = default_config().data
     where = dataset.dataset_dir
     assert where('/d', data) == '/d/prepared/imagenet2012_256px'

@@ -57,7 +57,7 @@ def test_unknown_command_is_refused(tmp_path, name, hint):
     assert message.startswith(f"'{name}' is not a command{hint} commands are train, ")
 
 
-def test_the_package_is_imported_without_its_libraries():
+def test_package_import_loads_no_libraries():
     program = "import sys; import alexnet_jax; print(sorted({'jax', 'numpy', 'absl', 'matplotlib'} & set(sys.modules)))"
     run = run_command('-c', program)
     assert run.stdout == '[]\n'
@@ -165,7 +165,7 @@ def test_files_of_the_package_are_recorded_by_name(tmp_path):
     assert config_files.name_of(f'{tmp_path}/quickstart.py') == f'{tmp_path}/quickstart.py'
 
 
-def test_a_sweep_of_the_package_is_listed_from_anywhere(tmp_path):
+def test_sweep_of_the_package_is_listed_from_any_folder(tmp_path):
     for config in (['--config=ablations:photos'], ['--config', 'ablations:photos']):
         run = alexnet('train', *config, '--sweep=list', '--workdir=w', cwd=tmp_path)
         assert (run.returncode, run.stderr) == (0, '')
@@ -173,7 +173,7 @@ def test_a_sweep_of_the_package_is_listed_from_anywhere(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_the_command_line_is_recorded_as_it_was_typed(tmp_path):
+def test_command_line_is_recorded_as_typed(tmp_path):
     program = """
 import sys
 from alexnet_jax.cli import define_config_flag, parse_flags

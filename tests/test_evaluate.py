@@ -1,4 +1,4 @@
-"""The evaluate command: metrics of runs, hand numbers of averages and errors, the optimum of SciPy, and invalid input."""
+"""The evaluate command: metrics of runs, hand numbers of averages and errors, SciPy's optimum, and invalid input."""
 
 import json
 import math

@@ -91,7 +91,7 @@ def test_event_files_have_images_of_each_evaluation(watched):
     assert (pictures['predictions', 6] != pictures['predictions', 18]).any()
 
 
-def test_a_resumed_run_hides_later_events_of_its_first_part(watched):
+def test_resumed_run_hides_later_events_of_its_first_part(watched):
     second = events(watched[0])[1]
     assert [event.step for event in second if event.HasField('session_log')] == [13]
     assert min(event.step for event in second if event.summary.value) == 15
@@ -123,7 +123,7 @@ def test_trace_has_the_requested_steps(watched):
     assert f'{workdir}/profile: trace for TensorBoard' in log
 
 
-def test_a_trace_that_never_started_is_logged(capfd, tmp_path):
+def test_trace_that_never_started_is_logged(capfd, tmp_path):
     profile = StepProfiler((5000, 5005), str(tmp_path))
     profile.on_step(3, None)
     profile.close(None)
@@ -156,7 +156,7 @@ def test_wrong_flags_are_refused_before_a_folder_exists(photos_dir, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_missing_package_is_named(monkeypatch):
     check_wandb('project')
     check_wandb(None)
     monkeypatch.setitem(sys.modules, 'wandb', None)

@@ -345,7 +345,7 @@ def test_convolution_of_groups_equals_hand_numbers(implementation):
     np.testing.assert_array_equal(y[0, 0, 0], [11, 110, 2300, 23000])
 
 
-# Kernels of fewer rows than the stride, of as many, and of no multiple of it; sides that leave rows and columns over.
+# Kernels with fewer rows than the stride, with as many, and with no multiple; sides with rows and columns left over.
 STRIDED = [
     ((24, 24), (11, 11), 4, ((0, 3), (0, 3))),
     ((31, 22), (11, 11), 4, ((2, 2), (1, 0))),

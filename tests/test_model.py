@@ -413,7 +413,7 @@ def test_dropout_keeps_units_unscaled(rate):
     assert abs(same - (rate**2 + (1 - rate) ** 2)) < 0.04  # the layers drop independently
 
 
-def test_dropout_depends_on_the_key_of_the_image_alone():
+def test_dropout_depends_only_on_the_key_of_the_image():
     config, parameters = masks_network(0.5)
     images = np.zeros((256, 64, 64, 3), np.float32)
     keys = jax.random.split(jax.random.key(6), 256)
@@ -423,7 +423,7 @@ def test_dropout_depends_on_the_key_of_the_image_alone():
 
 
 @pytest.mark.parametrize('rate', [0.5, 0.2, 0.0])
-def test_outputs_are_scaled_at_test_time(rate):
+def test_outputs_are_scaled_at_inference(rate):
     config, parameters = masks_network(rate)
     logits = logits_of(config, 64, parameters, np.zeros((2, 64, 64, 3), np.float32))
     np.testing.assert_allclose(logits, np.full((2, 16), (1 - rate) ** 2 * (2**16 - 1)), rtol=1e-6)

@@ -154,7 +154,7 @@ def test_poly_rate_is_a_power_of_the_remaining_fraction():
     np.testing.assert_allclose(rates_at(straight, [0, 450, 810]), [0.8, 0.4, 0.08], rtol=1e-12)
 
 
-def test_epochs_count_by_the_data_set():
+def test_epochs_depend_on_the_size_of_the_data_set():
     config = run_config(schedule='steps', learning_rate=1.0, decay_factor=2.0, milestones=('1.5 epochs',))
     assert rates_at(config, [14, 15], examples=100) == [1.0, 0.5]
     assert rates_at(config, [29, 30], examples=200) == [1.0, 0.5]

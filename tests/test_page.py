@@ -62,7 +62,7 @@ def report(*arguments) -> subprocess.CompletedProcess:
 
 
 class Page(HTMLParser):
-    """The elements of a page, whose tags must be balanced."""
+    """The elements of a page. Its tags must be balanced."""
 
     def __init__(self, content: bytes):
         super().__init__()
@@ -319,7 +319,7 @@ def test_page_is_one_document_with_ordered_headings(files, pages, name):
         assert list(pages[name].sections) == SECTIONS
 
 
-def test_errors_and_settings_are_those_of_the_run(folders, pages):
+def test_errors_and_settings_match_the_run(folders, pages):
     views, page = read_json(folders['run'] / 'result.json')['views'], pages['run']
     assert list(views) == ['1', '10']
     top1, top5 = (
@@ -369,7 +369,7 @@ def test_kernels_are_shown_with_their_saturation(folders, pages):
         assert image.get('alt').endswith(f': 8 kernels at step 40, color saturation {saturation:.2f}')
 
 
-def test_predictions_are_those_of_the_evaluation(folders, store, pages):
+def test_predictions_match_the_evaluation(folders, store, pages):
     _, scores, labels = summary.predict(trained_model.parse_checkpoint_ref(str(folders['run'])), store, 10)
     cards = [each for each in pages['run'].sections['Predictions'].iter('figure') if each.find('ol') is not None]
     assert len({words(card.find('figcaption')) for card in cards}) == len(cards) == 8
@@ -401,7 +401,7 @@ def test_neighbors_are_training_images_by_distance(store, pages):
             assert (card.get('class') == 'framed') == (other == label)
 
 
-def test_sweep_shows_what_its_runs_have(pages):
+def test_sweep_page_shows_its_runs(pages):
     page = pages['sweep']
     _, base, no_lrn, half = page.rows('Errors by variant')
     assert base == ['base', '2/2', '12.00 \u00b1 2.83', '', '', '1.00 \u00b1 0.00', '', '']
@@ -475,7 +475,7 @@ GARBAGE = [
 
 
 @pytest.mark.parametrize('text', GARBAGE)
-def test_page_of_garbage_explains_what_is_missing(tmp_path, text):
+def test_page_of_garbage_explains_missing_parts(tmp_path, text):
     for name in (
         'config.json',
         'result.json',

@@ -101,7 +101,7 @@ def test_files_of_a_run(uninterrupted):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_run_ends_as_the_uninterrupted(uninterrupted, photos_dir, tmp_path, number):
+def test_interrupted_run_equals_the_uninterrupted_run(uninterrupted, photos_dir, tmp_path, number):
     stopped = interrupt(number, photos_dir, tmp_path)
     if number == signal.SIGKILL:
         assert stopped.returncode == -signal.SIGKILL
