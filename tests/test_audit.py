@@ -1,4 +1,4 @@
-"""The audit against numbers by hand, the published network, and the forms of HLO instructions."""
+"""The audit against hand numbers, the published network, and the forms of HLO instructions."""
 
 import functools
 import json
@@ -8,6 +8,7 @@ import time
 
 import pytest
 from helpers import ROOT, run_command, usage_error
+from test_presets import PAPER
 
 from alexnet_jax import config
 from alexnet_jax.audit import cost_model, hlo_collectives, step_audit
@@ -147,7 +148,7 @@ def test_command_reports_unreadable_hlo():
         ('all-gather', 'u8', (), 2, 0.5),
     ],
 )
-def test_ring_bytes_by_hand(kind, dtype, shape, group, sent):
+def test_ring_bytes_equal_hand_numbers(kind, dtype, shape, group, sent):
     assert Collective(kind, '', dtype, (shape,), group).bytes == sent
 
 
@@ -226,26 +227,7 @@ def test_collectives_take_layer_and_dtype_from_lowered_hlo():
 @pytest.mark.slow
 def test_cost_table_matches_published_numbers():
     table = {layer.name: layer for layer in cost_model.layers(paper('data:1,model:1'))}
-    assert {name: layer.parameters for name, layer in table.items()} == {
-        'conv1': 34_944,
-        'conv2': 307_456,
-        'conv3': 885_120,
-        'conv4': 663_936,
-        'conv5': 442_624,
-        'fc6': 37_752_832,
-        'fc7': 16_781_312,
-        'fc8': 4_097_000,
-    }
-    assert {name: layer.multiply_adds for name, layer in table.items()} == {
-        'conv1': 105_415_200,  # 55 x 55 pixels x 96 maps x 11 x 11 x 3
-        'conv2': 223_948_800,  # 27 x 27 x 256 x 5 x 5 x 48
-        'conv3': 149_520_384,  # 13 x 13 x 384 x 3 x 3 x 256
-        'conv4': 112_140_288,  # 13 x 13 x 384 x 3 x 3 x 192
-        'conv5': 74_760_192,  # 13 x 13 x 256 x 3 x 3 x 192
-        'fc6': 37_748_736,  # 9216 x 4096
-        'fc7': 16_777_216,
-        'fc8': 4_096_000,
-    }
+    assert {name: (layer.parameters, layer.multiply_adds) for name, layer in table.items()} == PAPER
     # Figure 2 of the paper wrongly has 253,440 neurons in the first layer; 55 x 55 x 96 are 290,400.
     assert [table[f'conv{i}'].output for i in (1, 2, 3, 4, 5)] == [
         (55, 55, 96),
@@ -290,7 +272,7 @@ def test_towers_collectives_by_layer():
     assert (gradients.group_size, gradients.elements, len(gradients.shapes)) == (4, 30_482_612, 16)
 
 
-# Bytes by hand, 128 images per device.
+# Bytes computed manually, for 128 images per device.
 KERNELS, BIASES = 60_965_224 - 10_568, 10_568
 MINIMUM = {
     'data_8x1': 426_756_568,  # 2 x 4 x 60,965,224 x 7/8
@@ -335,7 +317,7 @@ def test_memory_includes_state_and_batch():
     assert report_of('towers_4x2_sharded')['peak_bytes_per_device'] < report_of('towers_4x2')['peak_bytes_per_device']
 
 
-def test_predicted_step_time_by_hand():
+def test_predicted_step_time_equals_hand_numbers():
     settings = paper('data:4,model:2')
     flops = settings.train.batch_size / 8 * 4_135_610_496
     found = [

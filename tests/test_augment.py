@@ -1,19 +1,20 @@
 """Augmentation and the ten views against NumPy with the same random numbers, and the statistics of the noise."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
 from alexnet_jax.augment import augment, disable_color_augmentation, eval_crop, example_keys, make_preprocess_params
 from alexnet_jax.config import default_config
+from alexnet_jax.config_schema import DataConfig
 
 SIZE, CROP, BATCH = 20, 14, 6
 
 
 def data_config(**fields):
-    config = default_config().data
-    config.update({'image_size': SIZE, 'crop_size': CROP} | fields)
-    return config
+    return DataConfig(**{'image_size': SIZE, 'crop_size': CROP} | fields)
 
 
 def statistics():
@@ -32,7 +33,7 @@ def random_images():
 
 
 def keys_of(count, seed=0, purpose=1):
-    return example_keys(seed, np.arange(count, dtype=np.uint32), purpose)
+    return example_keys(seed, jnp.arange(count, dtype=jnp.uint32), purpose)
 
 
 def augmented(images, keys, config, parts=None, crop_keys=None):
@@ -78,7 +79,7 @@ def augmented_in_numpy(images, keys, config, figures=None, crop_keys=None):
         ('paper', [40, 160, 1440]),
     ],
 )
-def test_color_matrix_by_hand(color, strengths):
+def test_color_matrix_equals_hand_numbers(color, strengths):
     # A rotation about the last axis by 36.87 degrees.
     figures = statistics() | {'eigenvectors': np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]])}
     a, b, c = strengths
@@ -94,7 +95,7 @@ def test_color_of_an_eigenvalue_rounded_below_zero():
     np.testing.assert_allclose(matrix, np.diag([0, 0.1, 0.2]), rtol=1e-6)
 
 
-def test_means_by_hand():
+def test_means_equal_hand_numbers():
     figures = statistics()
     for mean, expected in {
         'image': figures['mean_image'],
@@ -144,7 +145,7 @@ def test_one_channel_matches_numpy(color):
 def test_shared_crop_key_keeps_noise_per_image():
     """With crop_group_size, a group shares the key of crop and flip; every image has its own key for the noise."""
     config, keys = data_config(), keys_of(BATCH)
-    shared = example_keys(0, np.arange(BATCH, dtype=np.uint32) // 3, 1)
+    shared = example_keys(0, jnp.arange(BATCH, dtype=jnp.uint32) // 3, 1)
     ours = augmented(random_images(), keys, config, crop_keys=shared)
     expected = augmented_in_numpy(random_images(), keys, config, crop_keys=shared)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-7 * np.abs(expected).max())
@@ -169,11 +170,22 @@ def test_augmentation_does_not_depend_on_the_batch():
     np.testing.assert_array_equal(augmented(images[order], keys[order], config), whole[order])
 
 
+def test_wrong_shapes_and_types_are_refused():
+    """In tests, the hook of jaxtyping checks the annotations at run time; see addopts in pyproject.toml."""
+    parts = make_preprocess_params(statistics(), data_config())
+    eval_crop(jnp.asarray(random_images()), parts, data_config(), 0)
+    for images in (random_images()[:, 1:], random_images().astype(np.float32), random_images()[0]):
+        with pytest.raises(TypeCheckError):
+            eval_crop(jnp.asarray(images), parts, data_config(), 0)
+    with pytest.raises(TypeCheckError):
+        eval_crop(jnp.asarray(random_images()), parts, default_config().data, 0)
+
+
 def test_keys_depend_on_seed_purpose_and_example_id():
     keys = jax.random.key_data(keys_of(8))
-    numbers = np.array([5, 2], np.uint32)
+    numbers = jnp.array([5, 2], jnp.uint32)
     np.testing.assert_array_equal(jax.random.key_data(example_keys(0, numbers, 1)), keys[numbers])
-    others = [keys_of(8, seed=1), keys_of(8, purpose=2), example_keys(0, np.arange(8, 16, dtype=np.uint32), 1)]
+    others = [keys_of(8, seed=1), keys_of(8, purpose=2), example_keys(0, jnp.arange(8, 16, dtype=jnp.uint32), 1)]
     every = np.concatenate([keys, *map(jax.random.key_data, others)])
     assert len({tuple(row) for row in every.tolist()}) == 32  # Seed, purpose and example id each change the key.
 
@@ -236,10 +248,12 @@ def test_ten_views_match_numpy(crop):
     difference = images.astype(np.float32) - statistics()['mean_image'].astype(np.float32)
     windows = [difference[:, top : top + crop, left : left + crop] for top, left in corners]
     expected = windows + [np.flip(window, 2) for window in windows]
-    one = jax.jit(lambda index: eval_crop(images, parts, config, index))
+    one = jax.jit(lambda index: eval_crop(jnp.asarray(images), parts, config, index))
     for index in range(10):
         np.testing.assert_array_equal(one(index), expected[index], strict=True)
-    np.testing.assert_array_equal(eval_crop(images, parts, config, 7), expected[7])  # The index is not traced.
+    np.testing.assert_array_equal(
+        eval_crop(jnp.asarray(images), parts, config, 7), expected[7]
+    )  # The index is not traced.
 
 
 def test_mean_crop_center_in_every_crop():
@@ -276,10 +290,10 @@ def test_std_divides_after_noise():
         np.testing.assert_allclose(ours, expected, rtol=0, atol=4e-7 * np.abs(expected).max())
 
 
-def test_std_by_hand():
+def test_std_equals_hand_numbers():
     figures = {'mean_image': np.full((1, 1, 3), 100.0), 'mean_rgb': np.full(3, 90.0)}
     figures |= {'eigenvalues': np.zeros(3), 'eigenvectors': np.eye(3)}
-    image = np.array([[[[144, 122, 56]]]], np.uint8)
+    image = jnp.array([[[[144, 122, 56]]]], jnp.uint8)
     config = data_config(image_size=1, crop_size=1, crop=False, flip=False, std=(2.0, 4.0, 5.0))
     parts = make_preprocess_params(figures, config)
     np.testing.assert_allclose(eval_crop(image, parts, config, 0)[0, 0, 0], [22, 5.5, -8.8], rtol=1e-6)
@@ -295,7 +309,7 @@ def test_ten_views_with_centered_mean_and_std(crop, divisor):
     parts = make_preprocess_params(statistics(), config)
     far = SIZE - crop
     middle = far // 2
-    one = jax.jit(lambda index: eval_crop(images, parts, config, index))
+    one = jax.jit(lambda index: eval_crop(jnp.asarray(images), parts, config, index))
     for index, (top, left) in enumerate([(middle, middle), (0, 0), (0, far), (far, 0), (far, far)]):
         x = images[:, top : top + crop, left : left + crop] - mean[middle : middle + crop, middle : middle + crop]
         expected = (x / np.array(divisor)).astype(np.float32)

@@ -1,9 +1,8 @@
-"""Checkpoints are written in the background: what they hold, and what a killed or failing writer leaves."""
+"""Checkpoints written in the background: their content, and the folders of killed and failing writers."""
 
 import asyncio
 import json
 import os
-import subprocess
 import sys
 import textwrap
 import threading
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import read_json, run_command
 
 from alexnet_jax.training import checkpointing
 from alexnet_jax.training.checkpointing import Checkpointer, CheckpointError
@@ -30,18 +30,18 @@ def checkpoints(tmp_path):
     return Checkpointer(str(tmp_path / 'checkpoints'), keep=2)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(checkpoints, tmp_path):
+def test_training_continues_while_a_checkpoint_is_written(checkpoints, tmp_path):
     train_step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
     held = threading.Event()
-    checkpoints.writer.submit(held.wait)  # as if it were slow
+    checkpoints.writer.submit(held.wait)  # as a slow writer does
     state = small_state(1.0)
     checkpoints.save(state, RunState(step=1), error=None)
     for _ in range(2):
         before, state = state, train_step(state)
-        assert before.params['conv1']['kernel'].is_deleted()  # its memory is that of the new one
+        assert before.params['conv1']['kernel'].is_deleted()  # The new state reuses its memory.
     assert list((tmp_path / 'checkpoints').iterdir()) == []
     held.set()
-    checkpoints.save(state, RunState(step=3), error=None)  # waits for the one before
+    checkpoints.save(state, RunState(step=3), error=None)  # waits for the previous checkpoint
     assert (tmp_path / 'checkpoints' / '1').is_dir()
     checkpoints.wait()
     for step in (3, 1):
@@ -55,12 +55,12 @@ def test_training_goes_on_while_a_checkpoint_is_written(checkpoints, tmp_path):
     checkpoints.close()
 
 
-def test_a_checkpoint_of_another_version_is_refused_and_left_alone(checkpoints, tmp_path):
+def test_checkpoint_of_another_version_is_refused(checkpoints, tmp_path):
     for step in (1, 2):
         checkpoints.save(small_state(1.0), RunState(step=step), error=None)
     checkpoints.wait()
     progress = tmp_path / 'checkpoints' / '2' / 'progress' / 'metadata'
-    progress.write_text(json.dumps(json.loads(progress.read_text()) | {'stepp': 2}))
+    progress.write_text(json.dumps(read_json(progress) | {'stepp': 2}))
     message = r"checkpoints/2: RunState has no field 'stepp'; the checkpoint was written by another version$"
     with pytest.raises(CheckpointError, match=message):
         checkpoints.restore(jax.eval_shape(lambda: small_state(1.0)))
@@ -79,7 +79,7 @@ KILLED = """
     for step in range(1, 100):
         state = TrainState(jnp.int32(step), {'weights': jnp.full(2 * 10**7, step)}, {}, {})
         checkpoints.save(state, RunState(step=step), None)
-        # On a busy machine a checkpoint may be complete before this process has looked: then the next one.
+        # On a busy machine a checkpoint may be complete before the first look; then the next one is killed.
         while step > 1 and not os.path.exists(f'{sys.argv[1]}/{step}'):
             if glob.glob(f'{sys.argv[1]}/{step}.*/state/*'):
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -87,9 +87,8 @@ KILLED = """
 
 
 @pytest.mark.slow
-def test_a_killed_writer_leaves_the_checkpoint_before(tmp_path):
-    command = [sys.executable, '-c', textwrap.dedent(KILLED), str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_killed_writer_leaves_the_previous_checkpoint(tmp_path):
+    run = run_command('-c', textwrap.dedent(KILLED), tmp_path)
     assert run.returncode == -9, run.stderr
     (unfinished,) = (path.name for path in tmp_path.iterdir() if '.' in path.name)
     killed_at = int(unfinished.partition('.')[0])
@@ -110,34 +109,33 @@ LOST = """
     from alexnet_jax.training.run_state import RunState
     from alexnet_jax.training.state import TrainState
 
-    for told_by in ('save', 'wait', 'close'):
-        folder = os.path.join(sys.argv[1], told_by)
+    for call in ('save', 'wait', 'close'):
+        folder = os.path.join(sys.argv[1], call)
         checkpoints = Checkpointer(folder, keep=2)
         os.rmdir(folder)
         open(folder, 'w').close()
         checkpoints.save(TrainState(jnp.int32(1), {'weights': jnp.ones(9)}, {}, {}), RunState(step=1), None)
         try:
-            if told_by == 'save':
+            if call == 'save':
                 checkpoints.save(TrainState(jnp.int32(2), {'weights': jnp.ones(9)}, {}, {}), RunState(step=2), None)
             else:
-                getattr(checkpoints, told_by)()
+                getattr(checkpoints, call)()
         except CheckpointError as error:
             print(error, flush=True)
     os._exit(0)  # as launch.py ends: threads of Orbax wait for minutes for the folder
 """
 
 
-def test_what_could_not_be_written_is_told_by_the_next_call(tmp_path):
-    command = [sys.executable, '-c', textwrap.dedent(LOST), str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_next_call_raises_the_error_of_the_writer(tmp_path):
+    run = run_command('-c', textwrap.dedent(LOST), tmp_path)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     assert len(lines) == 3
-    for told_by, line in zip(('save', 'wait', 'close'), lines, strict=True):
-        assert line.startswith(f'{tmp_path}/{told_by}: a checkpoint was not written: [Errno ')
+    for call, line in zip(('save', 'wait', 'close'), lines, strict=True):
+        assert line.startswith(f'{tmp_path}/{call}: a checkpoint was not written: [Errno ')
 
 
-def test_sums_on_the_device_are_as_good_as_float64_sums():
+def test_sums_on_the_device_are_as_exact_as_float64_sums():
     random = np.random.default_rng(0)
     values = (random.standard_normal((3000, 4)) * 10.0 ** random.integers(-4, 5, (3000, 4))).astype(np.float32)
     totals = MetricSum()
@@ -148,11 +146,11 @@ def test_sums_on_the_device_are_as_good_as_float64_sums():
     assert found['row'].dtype == np.float64
     np.testing.assert_allclose(found['row'], wanted, rtol=1e-9)
     np.testing.assert_allclose(found['first'], wanted[0], rtol=1e-9)
-    with np.testing.assert_raises(AssertionError):  # which the values ask for
+    with np.testing.assert_raises(AssertionError):  # float32 sums are not exact enough
         np.testing.assert_allclose(np.add.accumulate(values, dtype=np.float32)[-1], wanted, rtol=1e-6)
 
 
-def test_what_is_not_finite_shows_in_sums():
+def test_sum_with_a_nonfinite_value_is_nonfinite():
     totals = MetricSum()
     for value in (1.0, np.nan, 2.0):
         totals.add({'loss': jnp.float32(value)})
@@ -168,7 +166,7 @@ ORBAX = os.path.join('site-packages', 'orbax', 'checkpoint', 'serialization.py')
     ('file', 'message', 'shown'),
     [(ORBAX, 'Encountered error', False), ('other.py', 'Another cause', True)],
 )
-def test_only_what_orbax_leaves_unfinished_is_dropped(monkeypatch, file, message, shown):
+def test_only_unfinished_coroutines_of_orbax_are_silenced(monkeypatch, file, message, shown):
     seen = []
     monkeypatch.setattr(sys, 'unraisablehook', seen.append)
     checkpointing._silence_orbax_teardown.__wrapped__()
@@ -188,7 +186,7 @@ async def read():
 
 
 @pytest.mark.parametrize(('message', 'shown'), [('Event loop is closed', False), ('Another cause', True)])
-def test_only_answers_that_come_too_late_are_dropped(monkeypatch, message, shown):
+def test_only_errors_of_a_closed_event_loop_are_silenced(monkeypatch, message, shown):
     seen = []
     monkeypatch.setattr(sys, 'unraisablehook', seen.append)
     checkpointing._silence_orbax_teardown.__wrapped__()

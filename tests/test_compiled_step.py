@@ -1,4 +1,4 @@
-"""What makes the step fast on a CPU, in the compiled program of a narrow `paper`."""
+"""Properties of the compiled program of a narrow `paper` that make the step fast on a CPU."""
 
 import math
 import re
@@ -12,14 +12,14 @@ from benchmarks.hlo import HOLLOW, Program
 from benchmarks.project import Project
 
 WIDTHS = (16, 32, 32, 32, 32, 64, 48)
-# Where both towers see the same maps there is one convolution.
+# Towers with the same inputs share one convolution.
 CONVOLUTIONS = {'conv1': 1, 'conv2': 2, 'conv3': 1, 'conv4': 2, 'conv5': 2}
 CONV1_MAPS = 8 * 15 * 15 * 16  # numbers in them
 
 
 @pytest.fixture(scope='module')
 def text() -> str:
-    """Of the step on one device, two towers, 8 images."""
+    """Returns the HLO of the step on one device, with two towers and 8 images."""
     config = default_config()
     config.model.widths, config.model.num_classes = WIDTHS, 10
     config.data.image_size, config.data.crop_size = 72, 64
@@ -65,7 +65,7 @@ def test_state_is_updated_in_place(text, program, alone):
     assert [tuple(map(int, pair)) for pair in pairs] == [(i, i) for i in range(1 + 2 * 2 * len(LAYERS))]
     copied = [program.instructions[each.operands[0]].op_name for each in alone if each.opcode == 'copy']
     of_state = [name.replace('\\', '') for name in copied if name.startswith('state.')]
-    # Of 61 million weights those of convolutions are 2 million.
+    # Convolutions have only 2 of the 61 million weights.
     assert not [name for name in of_state if re.match(r"state\.opt_state|state\.params\['fc\d'\]\['kernel'\]", name)]
 
 

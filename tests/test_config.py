@@ -1,22 +1,18 @@
-"""Settings: presets fill what is left empty, refusals are one line that says what would do, durations, run length."""
+"""Configurations: presets fill empty fields, errors are one line with the nearest valid value, and durations."""
 
 import dataclasses
 import runpy
-import subprocess
-import sys
-from pathlib import Path
 
 import ml_collections
 import pytest
+from helpers import ROOT, refusal, run_command
 
 from alexnet_jax.config import ConfigError, default_config, duration_in_steps, get_by_path, resolve, total_steps
 from alexnet_jax.presets import PRESETS
 
-ROOT = Path(__file__).parent.parent
-
 
 def changed(fields):
-    """The default configuration with some fields set, by dotted name, to anything at all."""
+    """Returns the default configuration with some fields set, by dotted name, to any values."""
     config = default_config().to_dict()
     for field, value in fields.items():
         *groups, name = field.split('.')
@@ -49,7 +45,7 @@ def test_every_preset_fills_every_field(preset):
     ('field', 'value'),
     [
         ('model.towers', 1),
-        ('model.lrn', False),  # what counts as false is set all the same
+        ('model.lrn', False),  # False counts as set.
         ('model.dropout', 0.0),
         ('model.lrn_k', 1.0),
         ('model.widths', (24, 64, 96, 96, 64, 1024, 1024)),
@@ -59,18 +55,18 @@ def test_every_preset_fills_every_field(preset):
         ('mesh.data', 8),
     ],
 )
-def test_what_is_set_wins(field, value):
+def test_set_fields_override_the_preset(field, value):
     expected = resolve(default_config()).to_dict()
     group, name = field.split('.')
     expected[group][name] = value
     assert resolve(changed({field: value})).to_dict() == expected
 
 
-def test_a_folder_is_the_same_with_a_slash_behind_it():
+def test_trailing_slash_of_a_folder_is_removed():
     assert resolve(changed({'data.source': 'folder:pets/'})).data.source == 'folder:pets'
 
 
-def test_resolve_leaves_its_argument_alone_and_freezes():
+def test_resolved_config_is_frozen_and_its_source_unchanged():
     config = default_config()
     resolved = resolve(config)
     assert config.model.widths is None
@@ -85,16 +81,11 @@ def test_resolve_leaves_its_argument_alone_and_freezes():
     [
         # fields that do not exist
         ({'model.dropuot': 0.5}, 'config.model.dropuot: no such field; the nearest is config.model.dropout'),
-        ({'train.momentum': 0.9}, 'config.train.momentum: no such field; the nearest is config.optimizer.momentum'),
-        ({'sead': 1}, 'config.sead: no such field; the nearest is config.seed'),
         ({'optimiser': 1}, 'config.optimiser: no such field; the nearest is config.optimizer.'),
         # types
         ({'train.batch_size': '128'}, "config.train.batch_size: '128' is str, not int"),
         ({'train.batch_size': True}, 'config.train.batch_size: True is bool, not int'),
-        ({'model.towers': False}, 'config.model.towers: False is bool, not int'),
         ({'optimizer.momentum': True}, 'config.optimizer.momentum: True is bool, not float'),
-        ({'train.batch_size': 128.0}, 'config.train.batch_size: 128.0 is float, not int'),
-        ({'data.crop': 1}, 'config.data.crop: 1 is int, not bool'),
         ({'model.widths': 96}, 'config.model.widths: 96 is int, not tuple'),
         ({'model.preset': None}, 'config.model.preset: None is NoneType, not str'),
         ({'model': 5}, 'config.model: 5 must be a group of fields'),
@@ -104,18 +95,7 @@ def test_resolve_leaves_its_argument_alone_and_freezes():
             f"config.model.preset: 'papre' is not one of {', '.join(PRESETS)}; the nearest is 'paper'",
         ),
         ({'model.activation': 'relu6'}, "'relu6' is not one of relu, tanh; the nearest is 'relu'"),
-        ({'model.dtype': 'bf16'}, "'bf16' is not one of float32, bfloat16; the nearest is 'bfloat16'"),
-        ({'data.color': 'orignal'}, "'orignal' is not one of none, original, fb, paper; the nearest is 'original'"),
-        ({'data.mean': 'channels'}, "'channels' is not one of image, channel, none; the nearest is 'channel'"),
-        (
-            {'optimizer.schedule': 'step'},
-            "'step' is not one of plateau, steps, dexp, poly, constant; the nearest is 'steps'",
-        ),
         ({'eval.views': 9}, 'config.eval.views: 9 is not one of 1, 10; the nearest is 10'),
-        (
-            {'mesh.layout': 'tower'},
-            "config.mesh.layout: 'tower' is not one of towers, data, hybrid; the nearest is 'towers'",
-        ),
         # ranges
         ({'model.dropout': 1.0}, 'config.model.dropout: 1.0 is outside 0 to 0.95; the nearest is 0.95'),
         (
@@ -126,17 +106,8 @@ def test_resolve_leaves_its_argument_alone_and_freezes():
             {'optimizer.weight_decay': float('nan')},
             'config.optimizer.weight_decay: nan is outside 0 to 1; the nearest is',
         ),
-        ({'train.batch_size': 0}, 'config.train.batch_size: 0 is outside 1 to 16777216; the nearest is 1'),
-        ({'train.steps': -1}, 'config.train.steps: -1 is outside 0 to 2147483647; the nearest is 0'),
         ({'seed': -1}, 'config.seed: -1 is outside 0 to 4294967295; the nearest is 0'),
         ({'data.source': 'folder:'}, "config.data.source: 'folder:' is not 'photos'"),
-        ({'data.channels': 2}, 'config.data.channels: 2 is not one of 1, 3; the nearest is 1'),
-        ({'data.encoding': 'png'}, "config.data.encoding: 'png' is not one of raw, jpeg; the nearest is 'jpeg'"),
-        (
-            {'data.max_corrupt_fraction': 2.0},
-            'config.data.max_corrupt_fraction: 2.0 is outside 0 to 1; the nearest is 1',
-        ),
-        ({'data.crop_group_size': 0}, 'config.data.crop_group_size: 0 is outside 1 to 1048576; the nearest is 1'),
         ({'data.color_augmentation_until': 'soon'}, "config.data.color_augmentation_until: 'soon' is no duration"),
         (
             {'data.source': 'imagenet'},
@@ -154,7 +125,6 @@ def test_resolve_leaves_its_argument_alone_and_freezes():
         ),
         ({'model.lrn_size': 4}, 'config.model.lrn_size: 4 is even; the nearest is 5'),
         ({'model.widths': (96, 256)}, 'config.model.widths: 2 values; 7 are needed, one a layer'),
-        ({'model.bias_init': (0.0,) * 7}, 'config.model.bias_init: 7 values; 8 are needed, one a layer'),
         (
             {'model.towers': 3},
             'config.model.widths (conv2): 256 is not divisible by model.towers=3; the nearest is 255',
@@ -172,10 +142,6 @@ def test_resolve_leaves_its_argument_alone_and_freezes():
         (
             {'mesh.data': 3},
             'config.train.batch_size: 128 is not divisible by mesh.data=3; the nearest is 129',
-        ),
-        (
-            {'distributed.heartbeat_timeout': 0},
-            'config.distributed.heartbeat_timeout: 0 is outside 1 to 1000000; the nearest is 1',
         ),
         ({'mesh.data': 0}, 'config.mesh.data: 0 devices; the nearest is 1'),
         ({'mesh.model': 4}, 'config.mesh.model: 4 does not divide model.towers=2; the nearest is 2'),
@@ -200,37 +166,27 @@ def test_resolve_leaves_its_argument_alone_and_freezes():
         ({'eval.every': '0 epochs'}, "config.eval.every: '0 epochs' is no time at all; the nearest is '1 step'"),
     ],
 )
-def test_refusal(fields, message):
-    with pytest.raises(ConfigError) as refusal:
-        resolve(changed(fields))
-    text = str(refusal.value)
-    assert message in text
-    assert '\n' not in text
+def test_invalid_settings_are_refused(fields, message):
+    assert message in refusal(resolve, changed(fields))
 
 
 @pytest.mark.parametrize(
     ('field', 'value', 'named'),
     [
         ('model.widths', (96, 256, 384, '384', 256, 4096, 4096), "'384'"),
-        ('model.widths', (96.0, 256, 384, 384, 256, 4096, 4096), '96.0'),
-        ('model.kernel_std', (0.01,) * 7 + (None,), 'None'),
         ('model.kernel_std', (0.01,) * 7 + (-0.5,), '-0.5'),
         ('model.bias_init', (0.0,) * 7 + (True,), 'True'),
         ('model.lrn_k', 0.0, '0.0'),  # a pixel without activation would be 0 / 0
-        ('model.lrn_k', float('nan'), 'nan'),
         ('model.lrn_alpha', -1e-4, '-0.0001'),
     ],
 )
-def test_refusal_of_what_the_network_cannot_compute(field, value, named):
-    with pytest.raises(ConfigError) as refusal:
-        resolve(changed({field: value}))
-    text = str(refusal.value)
-    assert text.startswith(f'config.{field}')
-    assert named in text
-    assert '\n' not in text
+def test_values_for_which_the_network_is_undefined(field, value, named):
+    message = refusal(resolve, changed({field: value}))
+    assert message.startswith(f'config.{field}')
+    assert named in message
 
 
-def test_refusal_of_a_missing_field():
+def test_missing_field_is_refused():
     config = default_config().to_dict()
     del config['train']['log_every']
     with pytest.raises(ConfigError, match=r'^config\.train\.log_every: missing; start from .*default_config\(\)$'):
@@ -276,9 +232,8 @@ def test_duration_in_steps(duration, steps):
 
 
 @pytest.mark.parametrize('duration', ['', 'epoch', '1 week', '1e3 steps', '-1 steps', '5 epochs 3 steps', '1,5 epochs'])
-def test_no_duration(duration):
-    with pytest.raises(ConfigError, match='is no duration'):
-        duration_in_steps(duration, batch_size=100, examples=1000)
+def test_invalid_durations_are_refused(duration):
+    assert 'is no duration' in refusal(duration_in_steps, duration, batch_size=100, examples=1000)
 
 
 @pytest.mark.parametrize(
@@ -295,10 +250,9 @@ def test_total_steps(fields, steps):
     assert total_steps(resolve(changed(fields)).train, 1_281_167) == steps
 
 
-def test_settings_need_no_jax():
+def test_config_does_not_import_jax():
     code = 'import sys, alexnet_jax.config as config; config.resolve(config.default_config()); print(*sys.modules)'
-    result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
-    modules = set(result.stdout.split())
+    modules = set(run_command('-c', code).stdout.split())
     assert 'alexnet_jax.config' in modules
     assert not modules & {'jax', 'jaxlib', 'flax', 'optax', 'tensorflow'}
 

@@ -90,7 +90,7 @@ def test_prepare_is_done_once(photos_dir):
 
 
 @pytest.mark.slow
-def test_waiting_prepare_takes_over_from_a_killed_one(photos_dir, tmp_path):
+def test_waiting_prepare_replaces_a_killed_one(photos_dir, tmp_path):
     shutil.copytree(os.path.join(photos_dir, 'photos'), tmp_path / 'photos')
     command = ['-m', 'alexnet_jax.prepare', f'--data_dir={tmp_path}', '--image_size=96']
     given = PrepareConfig('photos', image_size=96)
@@ -225,7 +225,7 @@ from alexnet_jax.data import dataset, loader
 first_step, share, shares = map(int, sys.argv[2:])
 config = default_config()
 config.data.update(source='photos', image_size=72, crop_size=64)
-store = dataset.open_prepared(dataset.dataset_dir(sys.argv[1], config.data), config.data)
+data = dataset.open_prepared(dataset.dataset_dir(sys.argv[1], config.data), config.data)
 parts = make_preprocess_params(data.statistics, config.data)
 step = jax.jit(lambda images, keys: augment(images, keys, keys, parts, config.data))
 for batch in loader.training_batches(
@@ -267,7 +267,7 @@ from alexnet_jax.config import default_config
 from alexnet_jax.data import dataset, loader
 config = default_config().data
 config.update(source='photos', image_size=72)
-store = dataset.open_prepared(dataset.dataset_dir({photos_dir!r}, config), config)
+data = dataset.open_prepared(dataset.dataset_dir({photos_dir!r}, config), config)
 next(loader.training_batches(data.train, seed=0, batch_size=4, first_step=0, threads=1))
 print('tensorflow' in sys.modules)
 """
@@ -413,7 +413,7 @@ def test_incomplete_data_set_is_rejected(photos_dir, tmp_path, damage, word):
     assert word in refusal(open_photos, str(tmp_path))
 
 
-def test_dataset_dir_by_config():
+def test_dataset_dir_of_a_config():
     data = default_config().data
     where = dataset.dataset_dir
     assert where('/d', data) == '/d/prepared/imagenet2012_256px'

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / 'alexnet_jax'
 FILES = {
     '.'.join(part for part in file.relative_to(PACKAGE).with_suffix('').parts if part != '__init__'): file

@@ -13,13 +13,13 @@ from alexnet_jax.training.state import TrainState, init_state, state_specs
 from alexnet_jax.training.train_step import make_train_step
 
 SIZE, CLASSES, BATCH = 96, 10, 8
-# Where each convolution's output after ReLU stands in the NumPy program.
+# The names that the NumPy program gives the outputs after ReLU.
 AFTER_RELU = {'conv1': 'relu1', 'conv2': 'relu2', 'conv3': 'relu3', 'conv4': 'relu4', 'conv5': 'relu5'}
 AFTER_RELU |= {'fc6': 'relu6', 'fc7': 'relu7', 'fc8': 'fc8'}
 
 
 def settings(dropout, data=1, model=1):
-    """Net #145 at the widths of the NumPy program, without augmentation: that is another test's."""
+    """Returns net #145 at the widths of the NumPy program, without augmentation."""
     given = config.default_config()
     given.model.preset = 'krizhevsky2012'
     given.model.widths, given.model.num_classes, given.model.dropout = WIDTHS, CLASSES, dropout
@@ -58,7 +58,7 @@ def test_every_layer(case):
 @pytest.mark.slow
 @pytest.mark.parametrize(('data', 'model'), [(1, 1), (4, 2)])
 def test_one_update(case, data, model):
-    """Gradients through both normalisations, biases at twice the rate, decay, velocities, a layer that is frozen."""
+    """Gradients through both normalizations, biases at twice the rate, decay, velocities, and a frozen layer."""
     params, images, labels = case
     resolved = settings(0.0, data, model)
     mesh = parallel.make_mesh(resolved)

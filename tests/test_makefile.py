@@ -1,12 +1,12 @@
-"""Which interpreter `make` takes for its virtual environment, with stand-ins for the interpreters on the PATH."""
+"""The interpreter that `make` chooses for its virtual environment, among stand-ins on the PATH."""
 
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 # Answers the questions of the Makefile as an interpreter of this version, and makes no real environment.
 WORKING = """#!/bin/sh
 case "$1" in
@@ -19,7 +19,7 @@ BROKEN = '#!/bin/sh\necho "{version}: command not found" >&2\nexit 127\n'
 
 @pytest.fixture
 def interpreters(tmp_path):
-    """Makes interpreters by version, working or not, and runs make where there are no others."""
+    """Returns a function that makes working or broken interpreters, and runs make with no others on the PATH."""
     folder = tmp_path / 'bin'
     folder.mkdir()
     for tool in ('sh', 'mkdir', 'cp', 'touch', 'make'):
@@ -38,14 +38,14 @@ def interpreters(tmp_path):
     return make
 
 
-def test_the_newest_that_starts_is_taken(interpreters, tmp_path):
+def test_newest_interpreter_that_starts_is_chosen(interpreters, tmp_path):
     run = interpreters(tmp_path / 'venv', python3_13=BROKEN, python3_12=WORKING, python3_11=WORKING)
     assert (run.returncode, run.stderr) == (0, '')
     assert run.stdout == f'{tmp_path}/venv: Python 3.12\n'
     assert (tmp_path / 'venv' / 'created').exists()
 
 
-def test_one_may_be_named(interpreters, tmp_path):
+def test_interpreter_can_be_named(interpreters, tmp_path):
     other = tmp_path / 'my python'
     other.write_text(WORKING.format(version='3.11.9'))
     other.chmod(0o755)
@@ -53,15 +53,15 @@ def test_one_may_be_named(interpreters, tmp_path):
     assert run.stdout == f'{tmp_path}/venv: Python 3.11.9\n'
 
 
-def test_where_none_starts_a_line_says_so(interpreters, tmp_path):
+def test_no_interpreter_that_starts_is_an_error(interpreters, tmp_path):
     run = interpreters(tmp_path / 'venv', python3_13=BROKEN, python3_11=BROKEN)
     assert run.returncode != 0
-    said, _ = run.stderr.splitlines()  # the second line is make's own
-    assert said.startswith('No Python to use: none of python3.13 python3.12 python3.11 python3.14 python3 starts, ')
+    message, _ = run.stderr.splitlines()  # the second line is make's own
+    assert message.startswith('No Python to use: none of python3.13 python3.12 python3.11 python3.14 python3 starts, ')
     assert not (tmp_path / 'venv').exists()
 
 
-def test_an_environment_of_the_user_is_left_alone(interpreters, tmp_path):
+def test_environment_of_the_user_is_not_changed(interpreters, tmp_path):
     (tmp_path / 'venv').mkdir()
     (tmp_path / 'venv' / 'mine').touch()
     run = interpreters(tmp_path / 'venv', python3_13=WORKING)
@@ -73,7 +73,7 @@ def test_an_environment_of_the_user_is_left_alone(interpreters, tmp_path):
 @pytest.mark.parametrize(
     ('asked', 'named'), [(WORKING, '3.11'), (BROKEN, 'no Python that starts')], ids=['working', 'broken']
 )
-def test_another_interpreter_than_that_of_the_environment_is_refused(interpreters, tmp_path, asked, named):
+def test_interpreter_of_another_version_is_refused(interpreters, tmp_path, asked, named):
     assert interpreters(tmp_path / 'venv', python3_13=WORKING).returncode == 0
     run = interpreters(tmp_path / 'venv', 'PYTHON=python3.11', python3_11=asked)
     assert run.returncode != 0

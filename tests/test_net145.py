@@ -92,7 +92,7 @@ def test_cross_map_lrn():
             wanted[..., f] = values[..., f] / (2 + 0.00002 * total) ** 0.75
     np.testing.assert_allclose(net145.normalize(values, net145.sum_maps, **net145.CROSS_MAP), wanted, rtol=1e-12)
 
-    # By hand: of column a's maps only the second is not 0, and 2 + 2e-5 * 1000^2 = 22; column b is alone.
+    # Hand numbers: of column a's maps only the second is not 0, and 2 + 2e-5 * 1000^2 = 22; column b is alone.
     values = np.array([0.0, -1000, 0, 0, 500, 0, 0, 0]).reshape(1, 1, 1, 8)
     got = net145.normalize(values, net145.sum_maps, **net145.CROSS_MAP).ravel()
     np.testing.assert_allclose(got, [0, -1000 / 22**0.75, 0, 0, 500 / 7**0.75, 0, 0, 0], rtol=1e-12)
@@ -107,7 +107,7 @@ def test_spatial_lrn():
             wanted[:, row, column] = values[:, row, column] / (1 + 0.00004 * (near**2).sum(axis=(1, 2))) ** 0.75
     np.testing.assert_allclose(net145.normalize(values, net145.sum_pixels, **net145.SPATIAL), wanted, rtol=1e-12)
 
-    # By hand: the corner sees 9 pixels of 50, itself among them: 1 + 4e-5 * 9 * 2500 = 1.9; the middle 25: 3.5.
+    # Hand numbers: the corner sees 9 pixels of 50, itself among them: 1 + 4e-5 * 9 * 2500 = 1.9; the middle 25: 3.5.
     got = net145.normalize(np.full((1, 6, 6, 2), 50.0), net145.sum_pixels, **net145.SPATIAL)
     np.testing.assert_allclose(got[0, 0, 5], 50 / 1.9**0.75, rtol=1e-12)
     np.testing.assert_allclose(got[0, 3, 2], 50 / 3.5**0.75, rtol=1e-12)
@@ -119,23 +119,12 @@ def test_conv1_windows_reach_over_the_edge():
     images[0, 223, 223, 1] = 1
     images[0, 4, 8, 2] = 1
     _, c = net145.forward(params, images)
-    assert [c[name].shape[1] for name in ('conv1', 'pool1', 'conv2', 'pool2', 'conv5', 'pool5')] == [
-        55,
-        27,
-        27,
-        13,
-        13,
-        6,
-    ]
+    sides = [c[name].shape[1] for name in ('conv1', 'pool1', 'conv2', 'pool2', 'conv5', 'pool5')]
+    assert sides == [55, 27, 27, 13, 13, 6]
     kernel, bias = params['conv1']['kernel'], params['conv1']['bias']
     np.testing.assert_allclose(c['conv1'][0, 54, 54], bias + kernel[7, 7, 1], rtol=1e-12)  # its corner is at 216
     np.testing.assert_allclose(c['conv1'][0, 1, 0], bias + kernel[0, 8, 2], rtol=1e-12)
     np.testing.assert_allclose(c['conv1'][0, 2, 2], bias, rtol=1e-12)
-
-
-@pytest.mark.parametrize(('size', 'count'), [(224, 55), (227, 55), (228, 56), (64, 15), (67, 15), (11, 1), (12, 2)])
-def test_window_count(size, count):
-    assert net145.window_count(size, 11, 4, 0) == count
 
 
 def test_connections_match_scipy(case):
@@ -159,8 +148,8 @@ def test_connections_match_scipy(case):
     np.testing.assert_allclose(got[..., :4] + params['conv5']['bias'][:4], c['conv5'][..., :4], rtol=1e-12)
 
 
-def test_layer_order_by_hand(case):
-    """What follows the convolutions, one window or one unit at a time."""
+def test_layer_order_equals_single_windows(case):
+    """The operations after the convolutions equal single windows and units."""
     params, images, _, masks, _ = case
     _, c = net145.forward(params, images, masks)
     np.testing.assert_allclose(c['relu1'][2, 3, 4], np.maximum(c['rnorm1'][2, 6:9, 8:11].max(axis=(0, 1)), 0))
@@ -179,14 +168,6 @@ def test_layer_order_by_hand(case):
     np.testing.assert_array_equal(c['dropout7'], np.maximum(c['fc7'], 0) * masks['fc7'])
 
 
-def test_dropout_halves_outputs_at_test_time(case):
-    params, images, _, _, _ = case
-    logits, c = net145.forward(params, images)
-    halves = {name: np.full((4, width), 0.5) for name, width in (('fc6', 32), ('fc7', 24))}
-    np.testing.assert_array_equal(logits, net145.forward(params, images, halves)[0])
-    np.testing.assert_array_equal(c['dropout7'] * 2, c['relu7'])
-
-
 def test_first_of_equal_maxima_gets_the_gradient():
     inputs = np.zeros((1, 5, 5, 1))
     inputs[0, 1, 2] = inputs[0, 2, 0] = 7
@@ -198,8 +179,8 @@ def test_first_of_equal_maxima_gets_the_gradient():
     np.testing.assert_array_equal(got[0, :, :, 0], wanted)
 
 
-def test_update_by_hand():
-    """By hand, with momentum 0.9 and weight decay 0.0005: kernels decay, biases do not, rate 0 freezes."""
+def test_update_equals_hand_numbers():
+    """With momentum 0.9 and weight decay 0.0005, kernels decay, biases do not, and rate 0 freezes."""
     params = {'fc8': {'kernel': np.array([[2.0]]), 'bias': np.array([2.0])}}
     increments = {'fc8': {'kernel': np.array([[0.1]]), 'bias': np.array([0.1])}}
     gradients = {'fc8': {'kernel': np.array([[3.0]]), 'bias': np.array([3.0])}}
@@ -212,11 +193,3 @@ def test_update_by_hand():
     after, moved = net145.update(after, moved, gradients, {'fc8': {'kernel': 0.0, 'bias': 0.0}})
     assert moved['fc8']['kernel'].item() == pytest.approx(0.05999, rel=1e-12)
     assert after['fc8']['bias'].item() == pytest.approx(2.03, rel=1e-12)
-
-
-def test_one_step_lowers_the_cost(case):
-    params, images, labels, masks, (loss, gradients) = case
-    zeros = {name: {kind: np.zeros_like(value) for kind, value in layer.items()} for name, layer in params.items()}
-    rates = {name: {'kernel': 1e-6, 'bias': 1e-6} for name in params}
-    after, _ = net145.update(params, zeros, gradients, rates)
-    assert mean_cost(after, images, labels, masks) < loss

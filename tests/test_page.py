@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +14,7 @@ from xml.etree.ElementTree import Element, SubElement
 
 import numpy as np
 import pytest
+from helpers import largest_file, read_json, read_lines, run_command, usage_error
 from PIL import Image
 
 from alexnet_jax.config import resolve
@@ -27,7 +27,6 @@ from alexnet_jax.report.page import run_page
 from alexnet_jax.runtime.workdir import read_dataset_statistics, write_dataset_statistics
 from configs import imagenet, quickstart
 
-ROOT = Path(__file__).parent.parent
 CHROMEDRIVER = '/usr/bin/chromedriver'  # of Debian, whose chromium has the same version
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('compiled_programs')]
 
@@ -58,23 +57,12 @@ SECTIONS += ['Hardware and versions']
 VOID = {'meta', 'link', 'img', 'br', 'wbr'}  # elements without an end tag
 
 
-def execute(*command) -> subprocess.CompletedProcess:
-    environment = {**os.environ, 'JAX_NUM_CPU_DEVICES': '1'}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
 def report(*arguments) -> subprocess.CompletedProcess:
-    return execute('-m', 'alexnet_jax.report', *arguments)
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text())
+    return run_command('-m', 'alexnet_jax.report', *arguments)
 
 
 class Page(HTMLParser):
-    """The elements of a page, whose tags must be balanced."""
+    """The elements of a page. Its tags must be balanced."""
 
     def __init__(self, content: bytes):
         super().__init__()
@@ -135,7 +123,7 @@ def folders(photos_dir, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp('runs')
     made = {name: folder / directory for name, directory in NAMES.items()}
     flags = [f'--config.{name}={value}' for name, value in {**SETTINGS, 'data.data_dir': photos_dir}.items()]
-    done = execute('launch.py', f'--workdir={made["run"]}', *flags)
+    done = run_command('launch.py', f'--workdir={made["run"]}', *flags)
     assert done.returncode == 0, done.stderr
 
     shutil.copytree(made['run'], made['hostile'])
@@ -331,7 +319,7 @@ def test_page_is_one_document_with_ordered_headings(files, pages, name):
         assert list(pages[name].sections) == SECTIONS
 
 
-def test_errors_and_settings_are_those_of_the_run(folders, pages):
+def test_errors_and_settings_match_the_run(folders, pages):
     views, page = read_json(folders['run'] / 'result.json')['views'], pages['run']
     assert list(views) == ['1', '10']
     top1, top5 = (
@@ -352,7 +340,7 @@ def test_errors_and_settings_are_those_of_the_run(folders, pages):
 
 def test_layers_throughput_and_versions(folders, pages):
     page, run = pages['run'], folders['run']
-    last = json.loads((run / 'layers.jsonl').read_text().splitlines()[-1])
+    last = read_lines(run / 'layers.jsonl')[-1]
     values = last['conv1']
     weight, bias = values['kernel'], values['bias']
     ratios = [f'{values["kernel_update"] / weight:.1e}', f'{values["bias_update"] / bias:.1e}']
@@ -381,7 +369,7 @@ def test_kernels_are_shown_with_their_saturation(folders, pages):
         assert image.get('alt').endswith(f': 8 kernels at step 40, color saturation {saturation:.2f}')
 
 
-def test_predictions_are_those_of_the_evaluation(folders, store, pages):
+def test_predictions_match_the_evaluation(folders, store, pages):
     _, scores, labels = predictions.predict(trained_model.parse_checkpoint_ref(str(folders['run'])), store, 10)
     cards = [each for each in pages['run'].sections['Predictions'].iter('figure') if each.find('ol') is not None]
     assert len({words(card.find('figcaption')) for card in cards}) == len(cards) == 8
@@ -413,7 +401,7 @@ def test_neighbors_are_training_images_by_distance(store, pages):
             assert (card.get('class') == 'framed') == (other == label)
 
 
-def test_sweep_shows_what_its_runs_have(pages):
+def test_sweep_page_shows_its_runs(pages):
     page = pages['sweep']
     _, base, no_lrn, half = page.rows('Errors by variant')
     assert base == ['base', '2/2', '12.00 \u00b1 2.83', '', '', '1.00 \u00b1 0.00', '', '']
@@ -487,7 +475,7 @@ GARBAGE = [
 
 
 @pytest.mark.parametrize('text', GARBAGE)
-def test_page_of_garbage_explains_what_is_missing(tmp_path, text):
+def test_page_of_garbage_explains_missing_parts(tmp_path, text):
     for name in (
         'config.json',
         'result.json',
@@ -531,7 +519,7 @@ def test_lost_weights_and_inputs_are_named(copy, tmp_path, lost):
     if lost == 'dataset_statistics.npz':
         (copy / lost).unlink()
     else:
-        part = max((copy / lost / 'state').rglob('*'), key=lambda path: path.stat().st_size * path.is_file())
+        part = largest_file(copy / lost / 'state')
         part.write_bytes(b'x' * part.stat().st_size)
     # In a process, because Orbax leaves coroutines of a corrupt checkpoint behind, a warning that is an error here.
     done = report(copy, f'--html={tmp_path}/page.html')
@@ -575,7 +563,5 @@ def test_wrong_arguments_are_refused(folders, tmp_path):
         (tmp_path, f'--html={tmp_path}/page.html'): f'{tmp_path} contains neither a run nor a sweep',
     }
     for arguments, reason in refused.items():
-        done = report(*arguments)
-        assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1), done.stderr
-        assert done.stderr.startswith(f'alexnet_jax: {reason}')
+        assert usage_error(report(*arguments)).startswith(reason)
     assert list(tmp_path.iterdir()) == []

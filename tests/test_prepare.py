@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -415,12 +416,18 @@ def test_prepare_prints_a_summary(pictures, tmp_path):
     assert run.stdout == ''
 
 
-def test_interrupt_is_deferred_while_workers_start():
+@pytest.mark.parametrize('another_thread', [False, True])  # whether another thread receives the signal
+def test_interrupt_is_deferred_while_workers_start(another_thread):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # SIGINT is ignored when tests run in the background.
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
     with pytest.raises(KeyboardInterrupt), _interrupts_blocked():  # noqa: PT012
         child = subprocess.Popen(['sleep', '60'])
-        signal.raise_signal(signal.SIGINT)
+        signal.pthread_kill(thread.ident if another_thread else threading.get_ident(), signal.SIGINT)
+        time.sleep(0.1)
         held_back = True
+    end.set()
     assert held_back
     child.send_signal(signal.SIGINT)
     time.sleep(0.2)

@@ -6,16 +6,14 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import run_command, usage_error
 from scipy.stats import ttest_ind  # type: ignore[import-untyped]
 
 from alexnet_jax.sweep.results import read_results, read_sweep
 from alexnet_jax.sweep.table import Row, summarize, welch_interval
-
-ROOT = Path(__file__).parent.parent
 
 # Top-1 and top-5 errors of each run, in percent.
 BASE = [(10.0, 1.0), (12.0, 2.0), (14.0, 3.0)]
@@ -70,24 +68,18 @@ def finished(tmp_path) -> str:
     return write_sweep(tmp_path, variants, runs)
 
 
-def report(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, '-W', 'error', '-m', 'alexnet_jax.report', *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def report(*arguments) -> subprocess.CompletedProcess:
+    return run_command('-W', 'error', '-m', 'alexnet_jax.report', *arguments)
 
 
-def printed(*arguments: str) -> str:
+def printed(*arguments) -> str:
     run = report(*arguments)
     assert (run.returncode, run.stderr) == (0, '')
     return run.stdout
 
 
-def refusal(*arguments: str) -> str:
-    """Returns the error message, which must be one line."""
-    run = report(*arguments)
-    assert (run.returncode, run.stdout) == (2, '')
-    assert run.stderr.startswith('alexnet_jax: ')
-    assert run.stderr.count('\n') == 1
-    return run.stderr.removeprefix('alexnet_jax: ').rstrip('\n')
+def refused(*arguments) -> str:
+    return usage_error(report(*arguments))
 
 
 def table(text: str) -> list[list[str]]:
@@ -244,7 +236,7 @@ def test_views_can_be_chosen(tmp_path):
     text = printed(folder, '--views=1')
     assert table(text)[2][2] == '22.00 +- 2.83'
     assert '1 view' in text
-    message = refusal(folder, '--views=5')
+    message = refused(folder, '--views=5')
     assert message.startswith('--views=5: ')
     assert message.endswith('1, 10')
 
@@ -267,7 +259,7 @@ def test_default_views_are_common_to_all_results(tmp_path):
 def test_results_without_common_views_are_refused(tmp_path):
     runs = [result((20.0, 8.0), views=('1',)), result((10.0, 4.0), views=('10',))]
     folder = write_sweep(tmp_path, [variant('base')], {'base': runs})
-    assert refusal(folder).endswith('1, 10')
+    assert refused(folder).endswith('1, 10')
 
 
 def test_files_contain_the_printed_table(finished, tmp_path):
@@ -293,8 +285,8 @@ def test_files_contain_the_printed_table(finished, tmp_path):
 
 def test_unwritable_file_is_refused(finished, tmp_path):
     path = tmp_path / 'nowhere' / 'table.md'
-    assert refusal(finished, f'--markdown={path}').startswith(f'--markdown: {path} cannot be written')
-    assert refusal(finished, f'--csv={tmp_path}').startswith(f'--csv: {tmp_path} cannot be written')
+    assert refused(finished, f'--markdown={path}').startswith(f'--markdown: {path} cannot be written')
+    assert refused(finished, f'--csv={tmp_path}').startswith(f'--csv: {tmp_path} cannot be written')
 
 
 @pytest.mark.parametrize(
@@ -312,19 +304,19 @@ def test_unwritable_file_is_refused(finished, tmp_path):
 )
 def test_corrupt_sweep_is_refused(tmp_path, text):
     (tmp_path / 'sweep.json').write_text(text)
-    message = refusal(str(tmp_path))
+    message = refused(str(tmp_path))
     assert message.startswith(f'{tmp_path}/sweep.json is ')
     assert f'--sweep=all --workdir={tmp_path}' in message
 
 
 def test_folder_without_sweep_or_run_is_refused(tmp_path):
     for folder in (str(tmp_path), os.path.join(tmp_path, 'nowhere')):
-        assert refusal(folder).startswith(f'{folder} contains neither a run nor a sweep')
+        assert refused(folder).startswith(f'{folder} contains neither a run nor a sweep')
 
 
 def test_flags_for_runs_are_refused_for_sweeps(finished):
     for flag in ('--noneighbors', '--data_dir=d'):
-        assert f'is a flag for runs, and {finished} is a sweep' in refusal(finished, flag)
+        assert f'is a flag for runs, and {finished} is a sweep' in refused(finished, flag)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +329,7 @@ def test_flags_for_runs_are_refused_for_sweeps(finished):
     ],
 )
 def test_wrong_flags_are_refused(arguments, reason):
-    assert refusal(*arguments).startswith(reason)
+    assert refused(*arguments).startswith(reason)
 
 
 @pytest.mark.parametrize('arguments', [['--help'], ['SWEEP']])
@@ -350,6 +342,6 @@ except SystemExit:
     print('scipy' in sys.modules, 'jax' in sys.modules, file=sys.stderr)
 """
     arguments = [finished if argument == 'SWEEP' else argument for argument in arguments]
-    run = subprocess.run([sys.executable, '-c', program, *arguments], cwd=ROOT, capture_output=True, text=True)
+    run = run_command('-c', program, *arguments)
     assert ('SWEEP_DIR [--views=10]' if arguments == ['--help'] else '| no_lrn | 3/3 |') in run.stdout
     assert run.stderr.split() == [str(arguments != ['--help']), 'False']

@@ -188,11 +188,11 @@ def test_preempted_job_requeues_and_matches_uninterrupted(cluster, photos_dir):
         assert not cluster.ended(first), 'the job ended before the preemption'
         return any(int(path.name) > step for path in (preempted / 'checkpoints').glob('[0-9]*[0-9]'))
 
-    # First, preempt the job by hand.
+    # First, preempt the job with a signal.
     wait_for(lambda: saved_after(0), 180, every=0.1)
     assert cluster.run('scancel', '--signal=TERM', '--verbose', first) == ''
-    by_hand = wait_for(lambda: stopped_at(preempted), 60, every=0.1)
-    wait_for(lambda: saved_after(by_hand), 180, every=0.1)
+    by_signal = wait_for(lambda: stopped_at(preempted), 60, every=0.1)
+    wait_for(lambda: saved_after(by_signal), 180, every=0.1)
     # Then SLURM sends SIGTERM, because a job of a partition with a higher priority needs both nodes.
     second = cluster.submit('--nodes=2', '--partition=high', 'cluster/slurm.sh', *flags(photos_dir, alone))
     assert cluster.wait_for_end(second, 180)['JobState'] == 'COMPLETED'
@@ -200,10 +200,10 @@ def test_preempted_job_requeues_and_matches_uninterrupted(cluster, photos_dir):
     end = cluster.wait_for_end(first, 180)
     assert (end['JobState'], end['Restarts'], end['ExitCode']) == ('COMPLETED', '2', '0:0')
 
-    assert SAVE_EVERY <= by_hand < by_slurm < STEPS
+    assert SAVE_EVERY <= by_signal < by_slurm < STEPS
     log = cluster.log(first)
     assert set(re.findall(r'Exited with exit code (\d+)', log)) == {'75'}
-    for step in (by_hand, by_slurm):
+    for step in (by_signal, by_slurm):
         assert f'{preempted} at step {step} of {STEPS}' in log
     assert 'data=2, model=1' in log  # Both tasks train together.
     result, expected = read_result(preempted), read_result(alone)

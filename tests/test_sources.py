@@ -129,7 +129,7 @@ IMAGES, LABELS = GENERATOR.integers(0, 256, (20, 4, 5), np.uint8), np.arange(20,
 
 
 @pytest.mark.parametrize('ending', ['', '.gz'])
-def test_idx_files_by_hand(tmp_path, ending):
+def test_idx_files_written_byte_by_byte(tmp_path, ending):
     write_idx(tmp_path, 'train', IMAGES, LABELS, ending)
     write_idx(tmp_path, 't10k', IMAGES[:4], LABELS[:4] + 1, ending)
     source = opened(f'idx:{tmp_path}')

@@ -1,4 +1,4 @@
-"""Sweeps: variants and seeds against tables by hand; sweeps that are killed, stopped, resumed and rejected."""
+"""Sweeps: variants and seeds against hand-written tables; sweeps that are killed, stopped, resumed and rejected."""
 
 import contextlib
 import json
@@ -123,7 +123,7 @@ def test_validate_rejects_bad_run_names(variants, word):
 
 # The sweeps of configs/.
 
-# The number of runs of each part of each file, by hand.
+# The expected number of runs of each part of each file.
 SWEEPS = {
     'ablations': {'photos': 8 * 5, 'fashion_mnist': 18 * 5, 'imagenet': 23, '': 8 * 5},
     'relu_tanh': {'rates': 2 * 4, 'seeds': 2 * 5, '': 2 * 5},
@@ -189,22 +189,6 @@ def batch_rows(
 # All fields in which each row differs from the base row, once both are resolved.
 ROWS = {
     'photos': paper_rows((12, 32, 48, 48, 64, 1024, 1024)),
-    'fashion_mnist': {
-        **{
-            name: row
-            for name, row in paper_rows((16, 48, 80, 80, 96, 1024, 1024)).items()
-            if name not in ('no_color', 'no_overlap')
-        },
-        'no_conv3': {'model.widths': (32, 96, 0, 160, 96, 1024, 1024), 'model.cross_tower': WITHOUT_CONV3},
-        'no_conv4': {'model.widths': (32, 96, 160, 0, 96, 1024, 1024)},
-        'no_conv5': {'model.widths': (32, 96, 160, 160, 0, 1024, 1024)},
-        'no_fc7': {'model.widths': (32, 96, 160, 160, 96, 1024, 0)},
-        'no_exchange': {'model.cross_tower': ('fc8',)},
-        'exchange_at_conv4': {'model.cross_tower': WITHOUT_CONV3},
-        **batch_rows(256, 0.04, 1.7677669529663689, 0.022627417, {'optimizer.poly_power': 2.0}, {}),
-        **batch_rows(1024, 0.16, 3.5355339059327378, 0.045254834, {'optimizer.poly_power': 2.0}, {}),
-        **batch_rows(8192, 1.28, 10.0, 0.128, {'optimizer.poly_power': 2.0}, {}),
-    },
     'imagenet': {
         **paper_rows((48, 128, 192, 192, 256, 4096, 4096)),
         'no_spatial_norm': {'model.conv_ops': ('lrn pool activation', 'activation lrn pool', *LAST_OPS)},
@@ -260,7 +244,7 @@ OTHER_DIFFERENCES = {
 }
 
 
-@pytest.mark.parametrize('data', ROWS)
+@pytest.mark.parametrize('data', ['photos', 'fashion_mnist', 'imagenet'])
 def test_published_error_differences(data):
     expected = {
         name: tuple(round(error - base, 2) for error, base in zip(errors, NET_145, strict=True))
@@ -378,12 +362,6 @@ def test_workdir_without_checkpoints_can_be_reused(folder):
     check_resumable(other, str(workdir), every_field=True)
     (workdir / 'checkpoints').rmdir()
     check_resumable(other, str(workdir), every_field=True)
-
-
-def test_read_config_round_trips(tmp_path):
-    config = with_fields(seed=3, model__widths=(24, 64, 96, 96, 64, 1024, 1024))
-    write_json(str(tmp_path / 'config.json'), config.to_dict())
-    assert json.dumps(read_config(str(tmp_path)).to_dict()) == json.dumps(config.to_dict())
 
 
 # The order of runs, with processes that only sleep.
@@ -723,7 +701,6 @@ def test_report_has_means_and_deviations_of_results(whole):
     ('flags', 'words'),
     [
         (['--sweep=4'], ('--sweep: ', "'4'", '3')),
-        (['--sweep=-1'], ('--sweep: ', "'-1'", '3')),
         (['--sweep=foo'], ('--sweep: ', "'foo'", '3')),
         (['--sweep=all', '--distributed'], ('--sweep: ', '--sweep=K')),
         (['--sweep=all', '--config.train.log_every=3 steps'], ("config.train.log_every: '3 steps'", '/base/seed_0 ')),

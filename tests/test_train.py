@@ -6,21 +6,23 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helpers import config_flags, read_json, read_lines, read_result, run_command, start_command, usage_error, wait_for
 
-ROOT = Path(__file__).parent.parent
 STEPS, SAVE_EVERY = 12, 5
 pytestmark = pytest.mark.usefixtures('compiled_programs')
 
 
 def command(data_dir: str, workdir: Path, *overrides: str) -> list[str]:
-    """A narrow quickstart: 12 steps of 640 images, ten an epoch, evaluated and saved in the middle of epochs."""
+    """Returns the command of a narrow quickstart: 12 steps of 640 images, ten per epoch.
+
+    The run is evaluated and saved in the middle of epochs.
+    """
     settings = {
         'data.data_dir': data_dir,
         'model.widths': '(8,16,16,16,16,32,32)',
@@ -32,40 +34,24 @@ def command(data_dir: str, workdir: Path, *overrides: str) -> list[str]:
         'optimizer.schedule': 'plateau',
         'optimizer.patience': 1,
     }
-    flags = [f'--config.{field}={value}' for field, value in settings.items()]
-    return [sys.executable, 'launch.py', f'--workdir={workdir}', *flags, *overrides]
+    return ['launch.py', f'--workdir={workdir}', *config_flags(settings), *overrides]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, 'JAX_NUM_CPU_DEVICES': '1'}
-
-
-def launch(*arguments, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, **options
-    )
+def launch(*arguments) -> subprocess.CompletedProcess:
+    return run_command(*command(*arguments))
 
 
 def interrupt(
     number: signal.Signals, data_dir: str, workdir: Path, before: Callable[[], None] | None = None
 ) -> subprocess.CompletedProcess:
-    """Start a run and send the signal as soon as the checkpoint of step 5 is whole, and `before` is done, if given.
+    """Starts a run and sends it a signal once the checkpoint of step 5 is complete.
 
-    Meanwhile the run stands still.
+    Before the signal, `before` is called while the run is stopped.
     """
-    process = subprocess.Popen(
-        command(data_dir, workdir),
-        cwd=ROOT,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process = start_command(*command(data_dir, workdir), stdout=subprocess.PIPE)
     first = workdir / 'checkpoints' / str(SAVE_EVERY)
-    deadline = time.monotonic() + 240
-    while not first.exists() and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.002)
+    wait_for(lambda: first.exists() or process.poll() is not None, 240)
+    assert process.poll() is None, process.stderr.read()
     if before:
         process.send_signal(signal.SIGSTOP)
         before()
@@ -74,17 +60,21 @@ def interrupt(
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def lines(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+def lines(workdir: Path, split: str) -> list[dict]:
+    return [line for line in read_lines(workdir / 'metrics.jsonl') if line['split'] == split]
+
+
+def digest(workdir: Path) -> str:
+    return read_result(workdir)['state_digest']
 
 
 @pytest.fixture(scope='module')
 def uninterrupted(photos_dir, tmp_path_factory):
-    """The run that every interrupted one must equal."""
+    """Returns the folder, result and output of the run that every interrupted run must equal."""
     workdir = tmp_path_factory.mktemp('uninterrupted')
     run = launch(photos_dir, workdir)
     assert run.returncode == 0, run.stderr
-    return workdir, json.loads((workdir / 'result.json').read_text()), run
+    return workdir, read_result(workdir), run
 
 
 @pytest.mark.slow
@@ -96,15 +86,14 @@ def test_files_of_a_run(uninterrupted):
     assert result['views']['1']['examples'] == result['views']['10']['examples'] == 1600
     assert result['top1_error'] == result['views']['10']['top1_error']
     assert 0 < result['top5_error'] < result['top1_error'] < 1
-    recorded = lines(workdir)
-    # Every log_every steps, and whenever an evaluation or a checkpoint makes the loop stop and look.
-    assert [line['step'] for line in recorded if line['split'] == 'train'] == [4, 5, 7, 8, 10, 12]
-    assert [line['step'] for line in recorded if line['split'] == 'validation'] == [7, 12]
+    training = lines(workdir, 'train')
+    # Every log_every steps, and at evaluations and checkpoints.
+    assert [line['step'] for line in training] == [4, 5, 7, 8, 10, 12]
+    assert [line['step'] for line in lines(workdir, 'validation')] == [7, 12]
     assert {int(path.name) for path in (workdir / 'checkpoints').iterdir()} >= {12}
-    training = [line for line in recorded if line['split'] == 'train']
     for name in ('loss', 'top1_error', 'top5_error', 'learning_rate', 'images_per_second', 'input_wait'):
         assert all(isinstance(line[name], float) for line in training), name
-    assert json.loads((workdir / 'config.json').read_text())['model']['towers'] == 2
+    assert read_json(workdir / 'config.json')['model']['towers'] == 2
     assert '10 views' in run.stdout
     assert 'ETA' in run.stderr
     assert 'input wait' in run.stderr
@@ -112,14 +101,14 @@ def test_files_of_a_run(uninterrupted):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_run_ends_as_the_uninterrupted(uninterrupted, photos_dir, tmp_path, number):
+def test_interrupted_run_equals_the_uninterrupted_run(uninterrupted, photos_dir, tmp_path, number):
     stopped = interrupt(number, photos_dir, tmp_path)
     if number == signal.SIGKILL:
         assert stopped.returncode == -signal.SIGKILL
         assert not (tmp_path / 'result.json').exists()
     else:
         assert stopped.returncode == 75, stopped.stderr
-        result = json.loads((tmp_path / 'result.json').read_text())
+        result = read_result(tmp_path)
         assert result['status'] == 'preempted'
         assert SAVE_EVERY <= result['step'] < STEPS
         assert (tmp_path / 'checkpoints' / str(result['step'])).exists()
@@ -127,21 +116,18 @@ def test_an_interrupted_run_ends_as_the_uninterrupted(uninterrupted, photos_dir,
     resumed = launch(photos_dir, tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert 'resuming' in resumed.stderr
-    result = json.loads((tmp_path / 'result.json').read_text())
+    result = read_result(tmp_path)
     assert result['state_digest'] == uninterrupted[1]['state_digest']
     assert result['views'] == uninterrupted[1]['views']
-    # The file reads as if nothing had happened: no step twice, evaluations at the same steps with the same numbers.
-    recorded, expected = lines(tmp_path), lines(uninterrupted[0])
-    assert [line for line in recorded if line['split'] == 'validation'] == [
-        line for line in expected if line['split'] == 'validation'
-    ]
-    steps = [line['step'] for line in recorded if line['split'] == 'train']
+    # metrics.jsonl has no step twice, and the evaluations have the same steps and numbers.
+    assert lines(tmp_path, 'validation') == lines(uninterrupted[0], 'validation')
+    steps = [line['step'] for line in lines(tmp_path, 'train')]
     assert steps == sorted(set(steps))
 
 
 @pytest.mark.slow
-def test_colour_noise_ends_where_it_is_told_to(photos_dir, tmp_path):
-    """As if the run had been stopped there and gone on without."""
+def test_color_noise_ends_at_the_configured_step(photos_dir, tmp_path):
+    """The run equals one that was stopped at that step and resumed without color noise."""
     short = ('--config.eval.views=1', '--config.eval.every=100', '--config.train.steps=6')
     commands = {
         'ended': [['--config.data.color_augmentation_until=4 steps']],
@@ -158,15 +144,13 @@ def test_colour_noise_ends_where_it_is_told_to(photos_dir, tmp_path):
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(train, commands))
-    digests = [
-        json.loads((tmp_path / name / 'result.json').read_text())['state_digest'] for name in ('ended', 'two', 'always')
-    ]
-    assert digests[0] == digests[1] != digests[2]
+    ended, two, always = (digest(tmp_path / name) for name in ('ended', 'two', 'always'))
+    assert ended == two != always
 
 
 @pytest.mark.slow
-def test_what_a_step_takes_is_on_the_devices(photos_dir, tmp_path):
-    """NumPy arrays would be moved in each call; with the mean image a CPU computes the step in another thread."""
+def test_arguments_of_a_step_are_on_the_devices(photos_dir, tmp_path):
+    """NumPy arrays would be transferred in each call."""
     program = """
 import runpy
 import sys
@@ -192,28 +176,25 @@ make_train_step = trainer.make_train_step
 trainer.make_train_step = lambda *arguments: Guarded(make_train_step(*arguments))
 runpy.run_path('launch.py', run_name='__main__')
 """
-    flags = command(photos_dir, tmp_path, '--config.train.steps=3', '--config.optimizer.warmup=2 steps')[1:]
-    run = subprocess.run(
-        [sys.executable, '-c', program, *flags[1:]], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
+    _, *flags = command(photos_dir, tmp_path, '--config.train.steps=3', '--config.optimizer.warmup=2 steps')
+    run = run_command('-c', program, *flags)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count('guarded') == 3
 
 
 @pytest.mark.slow
-def test_a_run_does_not_go_on_with_other_images(uninterrupted, photos_dir, tmp_path):
+def test_run_does_not_resume_with_other_images(uninterrupted, photos_dir, tmp_path):
     shutil.copytree(uninterrupted[0], tmp_path / 'run')
     (tmp_path / 'run' / 'result.json').unlink()
     shutil.copytree(os.path.join(photos_dir, 'prepared'), tmp_path / 'prepared')
     description = next((tmp_path / 'prepared').glob('*/prepared.json'))
     description.write_text(description.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
-    refused = launch(str(tmp_path), tmp_path / 'run')
-    assert refused.returncode == 2
-    assert 'config.data: the prepared data set is not the one that' in refused.stderr
+    message = usage_error(launch(str(tmp_path), tmp_path / 'run'))
+    assert 'config.data: the prepared data set is not the one that' in message
 
 
 @pytest.mark.slow
-def test_a_damaged_record_is_counted_and_more_of_them_end_the_run(photos_dir, tmp_path):
+def test_corrupt_records_are_counted_and_limited(photos_dir, tmp_path):
     shutil.copytree(os.path.join(photos_dir, 'prepared'), tmp_path / 'prepared')
     file = next((tmp_path / 'prepared').glob('*/prepared-train.array_record-00002-of-00007'))
     content = bytearray(file.read_bytes())
@@ -223,7 +204,7 @@ def test_a_damaged_record_is_counted_and_more_of_them_end_the_run(photos_dir, tm
     run = launch(str(tmp_path), tmp_path / 'run', *short)
     assert run.returncode == 0, run.stderr
     assert run.stderr.count('is damaged and left out') == 1
-    assert json.loads((tmp_path / 'run' / 'result.json').read_text())['corrupt_records'] == 1
+    assert read_result(tmp_path / 'run')['corrupt_records'] == 1
     run = launch(str(tmp_path), tmp_path / 'strict', *short, '--config.data.max_corrupt_fraction=0.0001')
     assert run.returncode == 1
     assert '1 of 6400 records of train in' in run.stderr
@@ -231,7 +212,7 @@ def test_a_damaged_record_is_counted_and_more_of_them_end_the_run(photos_dir, tm
 
 
 @pytest.mark.slow
-def test_the_same_command_after_the_end_says_so_at_once(uninterrupted, photos_dir):
+def test_command_of_a_finished_run_ends_at_once(uninterrupted, photos_dir):
     workdir, result, _ = uninterrupted
     start = time.monotonic()
     again = launch(photos_dir, workdir)
@@ -242,24 +223,21 @@ def test_the_same_command_after_the_end_says_so_at_once(uninterrupted, photos_di
 
 
 @pytest.mark.slow
-def test_another_network_or_batch_is_refused_in_a_used_workdir(uninterrupted, photos_dir):
+def test_used_workdir_refuses_another_network_or_batch(uninterrupted, photos_dir):
     for override, field in [
         ('--config.train.batch_size=64', 'train.batch_size: 64, but'),
         ('--config.model.lrn=False', 'model.lrn: False, but'),
     ]:
-        refused = launch(photos_dir, uninterrupted[0], override)
-        assert refused.returncode == 2
-        assert refused.stderr.count('\n') == 1
-        assert field in refused.stderr
+        assert field in usage_error(launch(photos_dir, uninterrupted[0], override))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ('overrides', 'what', 'rate'),
     [
-        # The rate alone may leave a network whose every unit is dead, and a finite loss.
+        # With the learning rate alone all units may be dead, and the loss finite.
         (('--config.optimizer.learning_rate=100', f'--config.model.kernel_std={(1e9,) * 8}'), 'nan at step', '100'),
-        # fc7 is dead, which leaves the loss finite.
+        # fc7 is dead, so the loss is finite.
         (
             ('--config.model.bias_init=(0.0,1.0,0.0,1.0,1.0,1.0,-1e39,0.0)', '--config.checkpoint.every=1'),
             'inf at step 1: ',
@@ -267,7 +245,7 @@ def test_another_network_or_batch_is_refused_in_a_used_workdir(uninterrupted, ph
         ),
     ],
 )
-def test_a_loss_or_weights_that_are_not_finite_end_the_run_in_one_line(photos_dir, tmp_path, overrides, what, rate):
+def test_nonfinite_loss_or_weights_end_the_run(photos_dir, tmp_path, overrides, what, rate):
     run = launch(photos_dir, tmp_path, *overrides)
     assert run.returncode == 1
     assert f'the loss or the weights are {what}' in run.stderr
@@ -279,14 +257,14 @@ def test_a_loss_or_weights_that_are_not_finite_end_the_run_in_one_line(photos_di
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(photos_dir, tmp_path):
+def test_unwritable_checkpoint_ends_the_run(photos_dir, tmp_path):
     checkpoints = tmp_path / 'checkpoints'
 
-    def put_a_file_in_the_way():
+    def replace_folder_by_file():
         shutil.rmtree(checkpoints)
         checkpoints.write_text('')
 
-    stopped = interrupt(signal.SIGCONT, photos_dir, tmp_path, before=put_a_file_in_the_way)
+    stopped = interrupt(signal.SIGCONT, photos_dir, tmp_path, before=replace_folder_by_file)
     assert stopped.returncode == 1
     last = stopped.stderr.splitlines()[-1]
     assert last.startswith(f'alexnet_jax: {checkpoints}: a checkpoint was not written: ')
@@ -295,28 +273,23 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(photos_dir
 
 
 @pytest.mark.slow
-def test_what_is_no_end_of_this_run_is_not_taken_for_it(uninterrupted, photos_dir, tmp_path):
+def test_truncated_result_is_written_again(uninterrupted, photos_dir, tmp_path):
     shutil.copytree(uninterrupted[0], tmp_path / 'run')
     (tmp_path / 'run' / 'result.json').write_text('{"status": "do')  # the disk was full
     again = launch(photos_dir, tmp_path / 'run')
     assert again.returncode == 0, again.stderr
-    assert (
-        json.loads((tmp_path / 'run' / 'result.json').read_text())['state_digest'] == uninterrupted[1]['state_digest']
-    )
+    assert digest(tmp_path / 'run') == uninterrupted[1]['state_digest']
 
 
 @pytest.mark.slow
-def test_a_workdir_that_cannot_be_used_is_refused(photos_dir, tmp_path):
+def test_unusable_workdir_is_refused(photos_dir, tmp_path):
     (tmp_path / 'file').write_text('')
-    refused = launch(photos_dir, tmp_path / 'file')
-    assert refused.returncode == 2
-    assert refused.stderr.startswith(f'alexnet_jax: --workdir: {tmp_path}/file cannot be used')
+    message = usage_error(launch(photos_dir, tmp_path / 'file'))
+    assert message.startswith(f'--workdir: {tmp_path}/file cannot be used')
     (tmp_path / 'used').mkdir()
     with open(tmp_path / 'used' / 'lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        refused = launch(photos_dir, tmp_path / 'used')
-    assert refused.returncode == 2
-    assert 'another process trains in' in refused.stderr
+        assert 'another process trains in' in usage_error(launch(photos_dir, tmp_path / 'used'))
 
 
 @pytest.mark.slow
@@ -337,37 +310,27 @@ def test_a_workdir_that_cannot_be_used_is_refused(photos_dir, tmp_path):
         ('--workdirs=x', "Unknown command line flag 'workdirs'"),
     ],
 )
-def test_wrong_settings_are_refused_in_one_line(photos_dir, tmp_path, override, reason):
-    run = launch(photos_dir, tmp_path / 'run', override)
-    assert run.returncode == 2
-    assert run.stderr.startswith('alexnet_jax: ' + reason)
-    assert run.stderr.count('\n') == 1
+def test_wrong_settings_are_refused(photos_dir, tmp_path, override, reason):
+    assert usage_error(launch(photos_dir, tmp_path / 'run', override)).startswith(reason)
 
 
-def test_a_mesh_that_does_not_fit_is_refused_before_data_are_prepared(tmp_path):
-    run = launch(str(tmp_path / 'data'), tmp_path / 'run', '--config.mesh.data=2')
-    assert run.returncode == 2
-    assert run.stderr.startswith('alexnet_jax: config.mesh: data=2 times model=1 needs 2 devices and there are 1')
+def test_too_large_mesh_is_refused_before_preparation(tmp_path):
+    message = usage_error(launch(str(tmp_path / 'data'), tmp_path / 'run', '--config.mesh.data=2'))
+    assert message.startswith('config.mesh: data=2 times model=1 needs 2 devices and there are 1')
     assert not (tmp_path / 'data').exists()
 
 
-def test_help_names_the_flags():
-    run = subprocess.run([sys.executable, 'launch.py', '--help'], cwd=ROOT, capture_output=True, text=True)
-    assert '--workdir' in run.stdout
-    assert '--config' in run.stdout
-
-
-def said(run: subprocess.CompletedProcess, word: str) -> list[str]:
+def lines_with(run: subprocess.CompletedProcess, word: str) -> list[str]:
     return [line for line in run.stderr.splitlines() if word in line]
 
 
 @pytest.mark.slow
 def test_layers_at_each_evaluation(uninterrupted):
-    """Sizes against the numbers in the checkpoint."""
+    """The mean sizes of weights and updates equal those of the checkpoint."""
     workdir, _, run = uninterrupted
-    rows = [json.loads(line) for line in (workdir / 'layers.jsonl').read_text().splitlines()]
+    rows = read_lines(workdir / 'layers.jsonl')
     assert [row['step'] for row in rows] == [7, 12]
-    assert len(said(run, 'update/weight')) == 2
+    assert len(lines_with(run, 'update/weight')) == 2
     program = """
 import json, sys
 import numpy as np, orbax.checkpoint as ocp
@@ -377,10 +340,7 @@ sizes = lambda tree: {layer: {kind: float(np.abs(np.asarray(leaf, np.float64)).m
                               for kind, leaf in leaves.items()} for layer, leaves in tree.items()}
 print(json.dumps([sizes(kernels), sizes(velocities)]))
 """
-    read = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', program, str(workdir)], capture_output=True, text=True, check=True
-    )
-    weights, updates = json.loads(read.stdout)
+    weights, updates = json.loads(run_command('-W', 'ignore', '-c', program, workdir).stdout)
     layers = ['conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8']
     assert sorted(weights) == layers
     for layer in layers:
@@ -394,44 +354,42 @@ print(json.dumps([sizes(kernels), sizes(velocities)]))
 
 
 @pytest.mark.slow
-def test_a_stalled_run_is_reported_and_a_healthy_one_not(uninterrupted, photos_dir, tmp_path):
+def test_only_a_stalled_run_is_reported(uninterrupted, photos_dir, tmp_path):
     """fc7 is dead from the start: its biases are far below zero."""
     biases = '--config.model.bias_init=(0.0,1.0,0.0,1.0,1.0,1.0,-1e4,0.0)'
     after = '--config.train.stall_after=6 steps'
     stalled = launch(photos_dir, tmp_path / 'warn', biases, after)
     assert stalled.returncode == 0, stalled.stderr
-    (line,) = said(stalled, 'stalled')
-    # Six steps, looked at every fourth one.
+    (line,) = lines_with(stalled, 'stalled')
+    # After six steps, at the next multiple of log_every=4.
     assert 'stalled: at step 8 the loss is 2.7' in line
     assert 'the loss of guessing among 16 classes is ln(16) = 2.7726' in line
     assert '100% of the units of fc7 are dead' in line
     for knob in ('config.model.bias_init', 'config.optimizer.warmup', 'config.model.kernel_std', 'config.seed than 0'):
         assert knob in line
-    result = json.loads((tmp_path / 'warn' / 'result.json').read_text())
+    result = read_result(tmp_path / 'warn')
     assert (result['status'], result['stalled_step']) == ('done', 8)
-    (row, *_) = [json.loads(line) for line in (tmp_path / 'warn' / 'layers.jsonl').read_text().splitlines()]
-    assert row['fc7']['dead'] == 1
+    assert read_lines(tmp_path / 'warn' / 'layers.jsonl')[0]['fc7']['dead'] == 1
 
     stopped = launch(photos_dir, tmp_path / 'stop', biases, after, '--config.train.stall_action=stop')
     assert stopped.returncode == 1
-    (line,) = said(stopped, 'stalled')
+    (line,) = lines_with(stopped, 'stalled')
     assert line.startswith('alexnet_jax: stalled: at step 8 ')
     assert 'Traceback' not in stopped.stderr
 
     _, result, run = uninterrupted
     assert result['stalled_step'] is None
-    assert not said(run, 'stalled')
+    assert not lines_with(run, 'stalled')
 
 
 @pytest.mark.slow
-def test_a_goal_ends_a_run_and_kill_changes_nothing(photos_dir, tmp_path):
-    """The window of log_every=4 steps whose mean training error is the first one below the goal."""
+def test_target_error_ends_a_run_exactly_after_kills(photos_dir, tmp_path):
+    """The run ends with the first window of log_every=4 steps whose mean training error is below the target."""
     steps = ['--config.train.steps=28', '--config.eval.every=100', '--config.eval.views=1']
     whole = launch(photos_dir, tmp_path / 'whole', *steps)
     assert whole.returncode == 0, whole.stderr
-    training = [line for line in lines(tmp_path / 'whole') if line['split'] == 'train']
-    means, sums, begun = {}, 0.0, 0  # of each four steps, from lines that end at checkpoints too
-    for line in training:
+    means, sums, begun = {}, 0.0, 0  # of each four steps; checkpoints split windows into two lines
+    for line in lines(tmp_path / 'whole', 'train'):
         sums += line['top1_error'] * (line['step'] - begun)
         begun = line['step']
         if begun % 4 == 0:
@@ -443,18 +401,17 @@ def test_a_goal_ends_a_run_and_kill_changes_nothing(photos_dir, tmp_path):
     goal_flag = f'--config.train.target_error={goal}'
     run = launch(photos_dir, tmp_path / 'goal', *steps, goal_flag)
     assert run.returncode == 0, run.stderr
-    result = json.loads((tmp_path / 'goal' / 'result.json').read_text())
+    result = read_result(tmp_path / 'goal')
     assert (result['status'], result['step'], result['target_step']) == ('done', expected, expected)
-    assert said(run, 'below train.target_error')
+    assert lines_with(run, 'below train.target_error')
     again = launch(photos_dir, tmp_path / 'goal', *steps, goal_flag)
     assert again.returncode == 0
     assert 'is done' in again.stdout
-    (tmp_path / 'goal' / 'result.json').unlink()  # as if it had been killed before the last file
+    (tmp_path / 'goal' / 'result.json').unlink()  # as if the run had been killed before it wrote this file
     again = launch(photos_dir, tmp_path / 'goal', *steps, goal_flag)
     assert again.returncode == 0, again.stderr
-    assert json.loads((tmp_path / 'goal' / 'result.json').read_text())['state_digest'] == result['state_digest']
-    further = launch(photos_dir, tmp_path / 'goal', *steps)  # without the goal it goes on
+    assert digest(tmp_path / 'goal') == result['state_digest']
+    further = launch(photos_dir, tmp_path / 'goal', *steps)  # Without the target the run resumes.
     assert further.returncode == 0, further.stderr
-    ends = [json.loads((tmp_path / name / 'result.json').read_text()) for name in ('whole', 'goal')]
-    assert ends[1]['target_step'] is None
-    assert ends[1]['state_digest'] == ends[0]['state_digest']
+    assert read_result(tmp_path / 'goal')['target_step'] is None
+    assert digest(tmp_path / 'goal') == digest(tmp_path / 'whole')

@@ -75,11 +75,17 @@ def write_shards(
 
 @contextlib.contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Blocks SIGINT until the end of the context. Processes started in the context keep SIGINT blocked."""
+    """Defers SIGINT to the end of the context. Processes started in the context keep SIGINT blocked."""
+    interrupts = []
+    # The mask alone is not enough: another thread may receive SIGINT, and Python runs the handler in the main thread.
+    handler = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        signal.signal(signal.SIGINT, handler)
+        if interrupts:
+            signal.raise_signal(signal.SIGINT)  # pending until the mask is restored
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
