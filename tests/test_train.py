@@ -203,7 +203,7 @@ def test_corrupt_records_are_counted_and_limited(photos_dir, tmp_path):
     short = ('--config.eval.views=1', '--config.eval.every=100')
     run = launch(str(tmp_path), tmp_path / 'run', *short)
     assert run.returncode == 0, run.stderr
-    assert run.stderr.count('is damaged and left out') == 1
+    assert run.stderr.count('is corrupt and skipped') == 1
     assert read_result(tmp_path / 'run')['corrupt_records'] == 1
     run = launch(str(tmp_path), tmp_path / 'strict', *short, '--config.data.max_corrupt_fraction=0.0001')
     assert run.returncode == 1
@@ -289,7 +289,7 @@ def test_unusable_workdir_is_refused(photos_dir, tmp_path):
     (tmp_path / 'used').mkdir()
     with open(tmp_path / 'used' / 'lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert 'another process trains in' in usage_error(launch(photos_dir, tmp_path / 'used'))
+        assert 'another process is training in' in usage_error(launch(photos_dir, tmp_path / 'used'))
 
 
 @pytest.mark.slow
