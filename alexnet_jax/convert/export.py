@@ -7,6 +7,7 @@ preprocessing of the run's center crop. They run on one device, regardless of th
 import importlib
 import json
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float32
@@ -14,9 +15,11 @@ from jaxtyping import Float32
 from alexnet_jax.config import ConfigError, default_config
 from alexnet_jax.convert.weight_layouts import Parameters
 from alexnet_jax.inference.checkpoint_ref import with_overrides
-from alexnet_jax.inference.trained_model import TrainedModel
 from alexnet_jax.runtime.files import atomic_write
 from alexnet_jax.runtime.workdir import read_config
+
+if TYPE_CHECKING:  # convert checks its flags before it imports jax
+    from alexnet_jax.inference.trained_model import TrainedModel
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 _LIBRARIES = {'.safetensors': 'safetensors', '.stablehlo': 'flatbuffers', '.onnx': 'onnx'}
@@ -42,7 +45,7 @@ def validate_target(path: str) -> str:
     return ending
 
 
-def write(network: TrainedModel, path: str) -> None:
+def write(network: 'TrainedModel', path: str) -> None:
     """Writes `network` to `path` atomically.
 
     .safetensors: Float32 arrays 'conv1.kernel', 'conv1.bias', 'conv1_norm.mean', ... in this project's layout, and the
@@ -72,7 +75,7 @@ def write(network: TrainedModel, path: str) -> None:
         file.write(content)
 
 
-def _safetensors(network: TrainedModel, params: Parameters, batch_statistics: Parameters) -> bytes:
+def _safetensors(network: 'TrainedModel', params: Parameters, batch_statistics: Parameters) -> bytes:
     import safetensors.numpy
 
     groups = {**params, **batch_statistics, 'statistics': network.statistics}
@@ -88,7 +91,7 @@ def _safetensors(network: TrainedModel, params: Parameters, batch_statistics: Pa
     return safetensors.numpy.save(arrays, metadata)
 
 
-def _stablehlo(network: TrainedModel, params: Parameters, batch_statistics: Parameters) -> bytes | bytearray:
+def _stablehlo(network: 'TrainedModel', params: Parameters, batch_statistics: Parameters) -> bytes | bytearray:
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -114,7 +117,7 @@ def _stablehlo(network: TrainedModel, params: Parameters, batch_statistics: Para
         jax.config.update(setting, before)
 
 
-def _onnx(network: TrainedModel, params: Parameters, batch_statistics: Parameters) -> bytes:
+def _onnx(network: 'TrainedModel', params: Parameters, batch_statistics: Parameters) -> bytes:
     import onnx
 
     from alexnet_jax.convert import onnx_graph
@@ -124,11 +127,11 @@ def _onnx(network: TrainedModel, params: Parameters, batch_statistics: Parameter
     return model.SerializeToString()
 
 
-def _labels(network: TrainedModel) -> dict[str, str]:
+def _labels(network: 'TrainedModel') -> dict[str, str]:
     return {'class_names': json.dumps(network.class_names), 'step': str(network.step)}
 
 
-def _preprocessing(network: TrainedModel) -> tuple[Float32[np.ndarray, 'crop crop c'], Float32[np.ndarray, ' c']]:
+def _preprocessing(network: 'TrainedModel') -> tuple[Float32[np.ndarray, 'crop crop c'], Float32[np.ndarray, ' c']]:
     """Returns the mean of the center crop, (crop_size, crop_size, C), and the scale after its subtraction, (C,)."""
     preprocessing, crop = network.preprocessing, network.config.data.crop_size
     start = (preprocessing['mean'].shape[0] - crop) // 2
