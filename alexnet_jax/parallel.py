@@ -341,7 +341,7 @@ def _rows(sharding: NamedSharding) -> dict[jax.Device, tuple[int, int]]:
 
 
 def process_shard(sharding: NamedSharding) -> tuple[int, int]:
-    """Returns (share, shares): this process reads part number `share` (from 0) of `shares` equal parts of every batch.
+    """Returns (shard_index, shard_count): which of the equal shards of every batch this process reads.
 
     A part is the set of rows that the devices of a process hold; processes that hold the same rows read the same part.
 

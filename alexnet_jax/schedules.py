@@ -122,11 +122,11 @@ class Intervals:
         def steps(duration: str) -> int:
             return duration_in_steps(duration, batch_size=config.train.batch_size, examples=examples)
 
-        color_until = config.data.color_augmentation_until
+        color_end = config.data.color_augmentation_until
         return cls(
             log_every=steps(config.train.log_every),
             eval_every=steps(config.eval.every),
             checkpoint_every=steps(config.checkpoint.every),
             stall_after=steps(config.train.stall_after),
-            color_augmentation_until=math.inf if color_until is None else steps(color_until),
+            color_augmentation_until=math.inf if color_end is None else steps(color_end),
         )

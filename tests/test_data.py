@@ -196,7 +196,7 @@ def test_batches_resume_mid_epoch(first_step):
 
 def test_shards_concatenate_to_the_global_batch():
     for first_step in (0, 3):
-        shares = [training(first_step, share=share, shares=4) for share in range(4)]
+        shares = [training(first_step, shard_index=share, shard_count=4) for share in range(4)]
         for step, whole in enumerate(training(first_step)):
             for name, rows in whole.items():
                 np.testing.assert_array_equal(np.concatenate([share[step][name] for share in shares]), rows)
@@ -205,7 +205,7 @@ def test_shards_concatenate_to_the_global_batch():
 @pytest.mark.parametrize('count', [1, 2])
 def test_validation_yields_every_image_once(count):
     shares = [
-        list(loader.validation_batches(Numbered(20), batch_size=8, threads=2, share=share, shares=count))
+        list(loader.validation_batches(Numbered(20), batch_size=8, threads=2, shard_index=share, shard_count=count))
         for share in range(count)
     ]
     assert {len(share) for share in shares} == {3}  # Equal numbers of batches, or collectives would wait forever.
@@ -229,7 +229,7 @@ data = dataset.open_prepared(dataset.dataset_dir(sys.argv[1], config.data), conf
 parts = make_preprocess_params(data.statistics, config.data)
 step = jax.jit(lambda images, keys: augment(images, keys, keys, parts, config.data))
 for batch in loader.training_batches(
-    data.train, seed=3, batch_size=640, first_step=first_step, threads=2, share=share, shares=shares
+    data.train, seed=3, batch_size=640, first_step=first_step, threads=2, shard_index=share, shard_count=shares
 ):
     pixels = np.asarray(step(batch['image'], example_keys(3, batch['example_id'], 1)))
     digests = [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in pixels]
@@ -237,9 +237,9 @@ for batch in loader.training_batches(
 """
 
 
-def read(data_dir: str, steps: int, first_step: int = 0, share: int = 0, shares: int = 1) -> list[list]:
+def read(data_dir: str, steps: int, first_step: int = 0, shard_index: int = 0, shard_count: int = 1) -> list[list]:
     """Returns ids, labels and pixel digests of `steps` augmented batches, and kills the process that reads them."""
-    arguments = (READER, data_dir, first_step, share, shares)
+    arguments = (READER, data_dir, first_step, shard_index, shard_count)
     with start_command('-c', *arguments, stdout=subprocess.PIPE, JAX_NUM_CPU_DEVICES='8') as process:
         lines = [json.loads(process.stdout.readline()) for _ in range(steps)]
         process.kill()
@@ -251,7 +251,7 @@ def test_kill_and_resharding_keep_order_and_pixels(photos_dir):
     """Six batches of 640, ten per epoch: killed after three, then read by two processes."""
     expected = read(photos_dir, 6)
     killed = read(photos_dir, 3)
-    halves = [read(photos_dir, 3, first_step=3, share=share, shares=2) for share in (0, 1)]
+    halves = [read(photos_dir, 3, first_step=3, shard_index=share, shard_count=2) for share in (0, 1)]
     resumed = [[first + second for first, second in zip(*parts, strict=True)] for parts in zip(*halves, strict=True)]
     assert killed + resumed == expected
     digests = [digest for _, _, batch in expected for digest in batch]

@@ -130,7 +130,9 @@ def test_interrupted_index_resumes(config, photos, index, tmp_path, monkeypatch)
 
 
 def test_validation_batches_shard_from_a_later_batch(photos):
-    batches = validation_batches(photos.validation, batch_size=100, threads=1, share=1, shares=2, first_batch=3)
+    batches = validation_batches(
+        photos.validation, batch_size=100, threads=1, shard_index=1, shard_count=2, first_batch=3
+    )
     expected = np.stack([photos.validation[number]['image'] for number in range(350, 400)])
     np.testing.assert_array_equal(next(batches)['image'], expected)
     assert len(list(batches)) == 12

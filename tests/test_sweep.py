@@ -852,4 +852,4 @@ def test_failed_run_does_not_stop_other_runs(place, tmp_path):
     assert 'Traceback' not in run.stderr
     assert (result(tmp_path, 'base')['status'], result(tmp_path, 'base')['step']) == ('done', STEPS)
     shown = place.run(tmp_path, '--sweep=list', part='failing')
-    assert re.findall(r'^ +\d +(\w+) +(\w+)', shown.stdout, re.MULTILINE) == [('diverges', 'begun'), ('base', 'done')]
+    assert re.findall(r'^ +\d +(\w+) +(\w+)', shown.stdout, re.MULTILINE) == [('diverges', 'started'), ('base', 'done')]

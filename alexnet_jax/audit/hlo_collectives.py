@@ -68,18 +68,18 @@ class Collective:
         return left * (n - 1) * {'all-reduce': 2 / n, 'reduce-scatter': 1}.get(self.kind, 1 / n)
 
 
-def step_collectives(compiled: str, asked: str, devices: int) -> list[Collective]:
+def step_collectives(compiled: str, lowered_hlo: str, devices: int) -> list[Collective]:
     """Returns the collectives of a compiled step, sorted by layer, without those of groups of one device.
 
     A collective with tensors of several layers or dtypes appears once per layer and dtype.
 
     Args:
       compiled: HLO text of the compiled step, which determines the list of collectives.
-      asked: HLO text of the same step before compilation. Layers and dtypes are from this text if it has a matching
-        tensor, because XLA on CPU sends bfloat16 as float32 and combines all-reduces of several parts.
+      lowered_hlo: HLO text of the same step before compilation. Layers and dtypes are from this text if it has a
+        matching tensor, because XLA on CPU sends bfloat16 as float32 and combines all-reduces of several parts.
       devices: Number of devices of the mesh.
     """
-    wanted = [tensor for tensors in _instructions(asked, devices) for tensor in tensors]
+    wanted = [tensor for tensors in _instructions(lowered_hlo, devices) for tensor in tensors]
     found = []
     for tensors in _instructions(compiled, devices):
         parts: dict[tuple[str, str], list[Collective]] = collections.defaultdict(list)

@@ -15,9 +15,16 @@ if TYPE_CHECKING:
 
 
 def training_batches(
-    split: SplitReader, *, seed: int, batch_size: int, first_step: int, threads: int, share: int = 0, shares: int = 1
+    split: SplitReader,
+    *,
+    seed: int,
+    batch_size: int,
+    first_step: int,
+    threads: int,
+    shard_index: int = 0,
+    shard_count: int = 1,
 ) -> Iterator[Batch]:
-    """Yields endless batches from step `first_step` on, restricted to shard `share` of `shares` equal shards per batch.
+    """Yields one of `shard_count` equal shards of each batch from step `first_step` on, without end.
 
     Every epoch is a new permutation of all images. A batch may span two epochs, so every epoch visits all images. The
     next intact record of the data set replaces a corrupt record.
@@ -28,16 +35,16 @@ def training_batches(
       batch_size: global batch size over all shards.
       first_step: number of batches to skip.
       threads: number of reader threads; an in-memory split uses none.
-      share: index of this shard.
-      shares: number of shards of a batch.
+      shard_index: index of this shard.
+      shard_count: number of shards of a batch.
 
     Yields:
-      image (B, S, S, C) uint8, label (B,) int32 and example_id (B,) uint32, where B is batch_size // shares and
+      image (B, S, S, C) uint8, label (B,) int32 and example_id (B,) uint32, where B is batch_size // shard_count and
       `example_id` is the number of images before this one since step 0.
     """
     import grain
 
-    rows, intact = batch_size // shares, _SkipCorrupt(split)
+    rows, intact = batch_size // shard_count, _SkipCorrupt(split)
 
     @functools.lru_cache(2)  # a batch takes a fifth of the time of grain's shuffle()
     def order(epoch):
@@ -51,29 +58,37 @@ def training_batches(
         return found | {'example_id': numbers.astype(np.uint32)}
 
     batches = iter(
-        grain.MapDataset.range(sys.maxsize)[share::shares].map(batch).to_iter_dataset(_read_options(split, threads))
+        grain.MapDataset.range(sys.maxsize)[shard_index::shard_count]
+        .map(batch)
+        .to_iter_dataset(_read_options(split, threads))
     )
     batches.set_state({'next_index': first_step})
     return batches
 
 
 def validation_batches(
-    split: SplitReader, *, batch_size: int, threads: int, share: int = 0, shares: int = 1, first_batch: int = 0
+    split: SplitReader,
+    *,
+    batch_size: int,
+    threads: int,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    first_batch: int = 0,
 ) -> Iterator[Batch]:
-    """Yields every image once, in order, restricted to shard `share` of `shares` equal shards per batch.
+    """Yields one of `shard_count` equal shards of each batch; the batches contain every image once, in order.
 
     Black images with label -1 pad the last batch and replace corrupt records. `first_batch` is the number of batches to
     skip.
 
     Yields:
-      image (B, S, S, C) uint8 and label (B,) int32, where B is batch_size // shares.
+      image (B, S, S, C) uint8 and label (B,) int32, where B is batch_size // shard_count.
     """
     import grain
 
     padded = _Padded(split, batch_size)
     return iter(
         grain.MapDataset.range(len(padded))
-        .batch(batch_size // shares)[first_batch * shares + share :: shares]
+        .batch(batch_size // shard_count)[first_batch * shard_count + shard_index :: shard_count]
         .map(lambda indices: _stack_batch(padded, indices))
         .to_iter_dataset(_read_options(split, threads))
     )

@@ -10,7 +10,7 @@ from alexnet_jax.config import ConfigError
 from alexnet_jax.metrics import Labels, Scores
 from alexnet_jax.runtime.files import JsonObject
 
-FITTED, REPORTED = slice(0, None, 2), slice(1, None, 2)  # of the validation images, for --fit_weights
+FIT_SPLIT, REPORT_SPLIT = slice(0, None, 2), slice(1, None, 2)  # of the validation images, for --fit_weights
 
 
 def summarize(
@@ -34,8 +34,8 @@ def summarize(
     """
     reported = slice(None)
     if weights is None:
-        weights = metrics.fit_weights([member[FITTED] for member in scores], labels[FITTED]).tolist()
-        reported = REPORTED
+        weights = metrics.fit_weights([member[FIT_SPLIT] for member in scores], labels[FIT_SPLIT]).tolist()
+        reported = REPORT_SPLIT
     mixed = metrics.average_log_probs(scores, weights)
     own = [metrics.error_rates(member[reported], labels[reported]) for member in scores]
     report: JsonObject = {

@@ -241,21 +241,21 @@ def import_weights_as_run(
       CheckpointError: the checkpoint cannot be written, for example on a full disk.
     """
     check_new(workdir)
-    aside = f'{os.path.abspath(os.path.expanduser(workdir))}.{os.getpid()}.tmp'
+    staging_dir = f'{os.path.abspath(os.path.expanduser(workdir))}.{os.getpid()}.tmp'
     try:
         one_device = with_overrides(config, {'mesh.layout': 'data', 'mesh.data': 1, 'mesh.model': 1})
         abstract = abstract_state(one_device, parallel.make_mesh(one_device))
         velocities = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract.opt_state)
         state: TrainState = TrainState(jnp.zeros((), jnp.int32), params, velocities, batch_statistics)
         state = jax.tree.map(lambda leaf, at: jax.device_put(leaf, at.sharding), state, abstract)
-        os.makedirs(aside)
-        checkpoints = checkpointing.Checkpointer(os.path.join(aside, 'checkpoints'), keep=1)
+        os.makedirs(staging_dir)
+        checkpoints = checkpointing.Checkpointer(os.path.join(staging_dir, 'checkpoints'), keep=1)
         checkpoints.save(state, RunState(), None)
         checkpoints.close()
-        write_dataset_statistics(aside, statistics, class_names)
-        write_json(os.path.join(aside, 'config.json'), config.to_dict())
-        os.rename(aside, os.path.expanduser(workdir))
+        write_dataset_statistics(staging_dir, statistics, class_names)
+        write_json(os.path.join(staging_dir, 'config.json'), config.to_dict())
+        os.rename(staging_dir, os.path.expanduser(workdir))
     except OSError as error:
         raise ConfigError(f'{workdir} cannot be written: {error.strerror}; name another folder') from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging_dir, ignore_errors=True)

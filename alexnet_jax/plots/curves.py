@@ -94,11 +94,11 @@ def _draw_panel(axes: Axes, name: str, runs: Mapping[str, Sequence[JsonObject]],
             look = _look(split, i, len(found) == 1)
             faint = {'color': look['color'], 'linewidth': 0.5, 'alpha': 0.35}
             lines = [[line for line in runs[run] if is_rate or line['split'] == split] for run in members]
-            for run, of_run in zip(members, lines, strict=True):
-                values = [factor * _number(line.get(name)) for line in of_run]
+            for run, run_lines in zip(members, lines, strict=True):
+                values = [factor * _number(line.get(name)) for line in run_lines]
                 of_one = faint if len(members) > 1 and not is_rate else look
                 of_one = {'marker': '.', **of_one} if len(values) == 1 else of_one
-                axes.plot([line['step'] for line in of_run], values, gid=f'{split}:{run}', **of_one)
+                axes.plot([line['step'] for line in run_lines], values, gid=f'{split}:{run}', **of_one)
             if len(members) > 1 and not is_rate:
                 steps, means = mean_of(lines, name)
                 axes.plot(steps, [factor * mean for mean in means], gid=f'{split}:mean:{group}', **look)

@@ -120,9 +120,9 @@ def write_shard(shard: Shard, format: ImageSpec, folder: str, reports: str) -> S
     features, sums = format.features(), RunningMoments(format)
     skipped: list[SkippedImage] = []
     serializer = ExampleSerializer(features.get_serialized_info())
-    aside = os.path.join(folder, f'.{shard.file}.{os.getpid()}')  # by pid: a worker may briefly outlive its parent
+    temporary = os.path.join(folder, f'.{shard.file}.{os.getpid()}')  # by pid: a worker may briefly outlive its parent
     # Uncompressed, because compression makes reading three times as slow; one record per group for random access.
-    writer = ArrayRecordWriter(aside, 'group_size:1,uncompressed')
+    writer = ArrayRecordWriter(temporary, 'group_size:1,uncompressed')
     try:
         for index in range(len(shard.examples)):
             try:
@@ -143,8 +143,8 @@ def write_shard(shard: Shard, format: ImageSpec, folder: str, reports: str) -> S
     finally:
         with _writer_errors_as_oserror(folder):
             writer.close()
-    _fsync(aside)
-    os.replace(aside, os.path.join(folder, shard.file))
+    _fsync(temporary)
+    os.replace(temporary, os.path.join(folder, shard.file))
     _save_npz(os.path.join(reports, shard.sums), vars(sums))
     report: ShardReport = {
         'examples': int(sums.class_counts.sum()),
@@ -164,8 +164,8 @@ def _fsync(path: str) -> None:
 
 def _save_npz(path: str, arrays: dict[str, np.ndarray]) -> None:
     """Writes `arrays` as .npz atomically."""
-    aside = f'{path}.{os.getpid()}'
-    with open(aside, 'wb') as file:
+    temporary = f'{path}.{os.getpid()}'
+    with open(temporary, 'wb') as file:
         np.savez(file, allow_pickle=False, **arrays)
-    _fsync(aside)
-    os.replace(aside, path)
+    _fsync(temporary)
+    os.replace(temporary, path)

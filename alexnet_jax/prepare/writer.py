@@ -101,21 +101,21 @@ def _prepare(settings: PrepareConfig, data_dir: str, target: str) -> None:
         **dataclasses.asdict(format),
         'class_names': list(format.class_names),
     }
-    aside = f'{target}.incomplete'
+    staging_dir = f'{target}.incomplete'
     # Without the fingerprint, because each shard report has a digest of the images of the shard.
     plan = description | {'images_a_shard': SHARD_SIZE, 'fingerprint': None}
-    if read_json(os.path.join(aside, 'plan.json')) != plan:
-        shutil.rmtree(aside, ignore_errors=True)  # started with other settings
+    if read_json(os.path.join(staging_dir, 'plan.json')) != plan:
+        shutil.rmtree(staging_dir, ignore_errors=True)  # started with other settings
     for folder in ('store', 'reports'):
-        os.makedirs(os.path.join(aside, folder), exist_ok=True)
-    write_json(os.path.join(aside, 'plan.json'), plan)
+        os.makedirs(os.path.join(staging_dir, folder), exist_ok=True)
+    write_json(os.path.join(staging_dir, 'plan.json'), plan)
     shards = _shards(source)
-    start, complete = time.monotonic(), _read_reports(shards, aside)
+    start, complete = time.monotonic(), _read_reports(shards, staging_dir)
     _check_disk(shards, complete, format, target)
-    reports = _write_shards(shards, complete, format, aside, settings)
-    _write_metadata(shards, reports, format, description, aside)
-    os.rename(os.path.join(aside, 'store'), target)
-    shutil.rmtree(aside)
+    reports = _write_shards(shards, complete, format, staging_dir, settings)
+    _write_metadata(shards, reports, format, description, staging_dir)
+    os.rename(os.path.join(staging_dir, 'store'), target)
+    shutil.rmtree(staging_dir)
     read = sum(len(shard.examples) for shard in shards if shard.report not in complete)
     _summarize(target, reports, read, time.monotonic() - start, settings.workers)
 
@@ -141,14 +141,17 @@ def _shards(source: Source) -> list[Shard]:
     return shards
 
 
-def _read_reports(shards: list[Shard], aside: str) -> dict[str, ShardReport]:
+def _read_reports(shards: list[Shard], staging_dir: str) -> dict[str, ShardReport]:
     """Returns the reports, by file name, of the shards that are complete and contain exactly these images.
 
     Shards with skipped images are omitted, because the user may have repaired those images.
     """
     reports: dict[str, ShardReport] = {}
     for shard in shards:
-        report, file = read_json(os.path.join(aside, 'reports', shard.report)), os.path.join(aside, 'store', shard.file)
+        report, file = (
+            read_json(os.path.join(staging_dir, 'reports', shard.report)),
+            os.path.join(staging_dir, 'store', shard.file),
+        )
         whole = report and os.path.exists(file) and os.path.getsize(file) == report['bytes']
         if report and whole and not report['skipped'] and report.get('digest') == shard.examples.digest():
             reports[shard.report] = cast('ShardReport', report)
@@ -168,33 +171,33 @@ def _check_disk(shards: list[Shard], reports: dict[str, ShardReport], format: Im
 
 
 def _write_shards(
-    shards: list[Shard], complete: dict[str, ShardReport], format: ImageSpec, aside: str, settings: PrepareConfig
+    shards: list[Shard], complete: dict[str, ShardReport], format: ImageSpec, staging_dir: str, settings: PrepareConfig
 ) -> dict[str, ShardReport]:
     """Writes the shards without a report in `complete` in worker processes, and returns the reports of all shards."""
     reports, total = dict(complete), sum(len(shard.examples) for shard in shards)
     done = sum(len(shard.examples) for shard in shards if shard.report in complete)
     if done:
         log(f'{done:,} of {total:,} images were prepared by an earlier run')
-    todo = [shard for shard in shards if shard.report not in complete]
+    pending = [shard for shard in shards if shard.report not in complete]
     progress = ProgressBar(f'prepare {settings.source}', total, 'images', done=done)
-    folders = os.path.join(aside, 'store'), os.path.join(aside, 'reports')
+    folders = os.path.join(staging_dir, 'store'), os.path.join(staging_dir, 'reports')
     with (
         contextlib.closing(progress),
-        contextlib.closing(write_shards(todo, format, *folders, settings.workers)) as written,
+        contextlib.closing(write_shards(pending, format, *folders, settings.workers)) as written,
     ):
         for shard, report in written:
             reports[shard.report] = report
             progress.update(len(shard.examples))
-            _check_skipped(reports, total, aside, settings)
+            _check_skipped(reports, total, staging_dir, settings)
     return reports
 
 
-def _check_skipped(reports: dict[str, ShardReport], total: int, aside: str, settings: PrepareConfig) -> None:
+def _check_skipped(reports: dict[str, ShardReport], total: int, staging_dir: str, settings: PrepareConfig) -> None:
     """Raises DatasetError, and lists the skipped images in a file, if too many images are skipped."""
     skipped = _skipped(reports)
     if len(skipped) <= settings.max_corrupt_fraction * total:
         return
-    path = os.path.join(aside, 'skipped.jsonl')
+    path = os.path.join(staging_dir, 'skipped.jsonl')
     _write_lines(path, skipped)
     first, allowed = skipped[0], int(settings.max_corrupt_fraction * total)
     raise DatasetError(
@@ -217,13 +220,13 @@ def _write_lines(path: str, lines: list[SkippedImage]) -> None:
 
 
 def _write_metadata(
-    shards: list[Shard], reports: dict[str, ShardReport], format: ImageSpec, description: JsonObject, aside: str
+    shards: list[Shard], reports: dict[str, ShardReport], format: ImageSpec, description: JsonObject, staging_dir: str
 ) -> None:
     """Writes the other files of a data set: TFDS metadata, statistics, skipped images and the manifest.
 
     `description` has the fields of the manifest except `images` and `files`.
     """
-    folder = os.path.join(aside, 'store')
+    folder = os.path.join(staging_dir, 'store')
     for name in set(os.listdir(folder)) - {shard.file for shard in shards}:
         os.remove(os.path.join(folder, name))  # temporary files of killed processes
     template = tfds.core.ShardedFileTemplate(dataset_name='prepared', data_dir=folder, filetype_suffix='array_record')
@@ -245,7 +248,7 @@ def _write_metadata(
         check_data=False,
         description=f'{description["source"]}, shorter side {format.image_size} pixels, center square',
     )
-    figures = statistics(os.path.join(aside, 'reports'), shards)
+    figures = statistics(os.path.join(staging_dir, 'reports'), shards)
     np.savez(os.path.join(folder, 'statistics.npz'), allow_pickle=False, **figures)
     _write_lines(os.path.join(folder, 'skipped.jsonl'), _skipped(reports))
     images = {split.name: split.num_examples for split in splits}

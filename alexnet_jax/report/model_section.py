@@ -112,14 +112,16 @@ def _open_dataset(network: TrainedModel, data_dir: str | None) -> dataset.Prepar
 
 def choose(split: dataset.SplitReader, count: int) -> list[Example]:
     """Returns `count` images of `split` with their indices: always the same ones, of as many classes as possible."""
-    by_class: dict[int, list[Example]] = {}
+    examples_by_class: dict[int, list[Example]] = {}
     for place, example in dataset.evenly_spaced(split, _PROBED * count):
-        by_class.setdefault(int(example['label']), []).append((place, example))
-    labels = sorted(by_class)
+        examples_by_class.setdefault(int(example['label']), []).append((place, example))
+    labels = sorted(examples_by_class)
     if len(labels) > count:
         labels = [labels[i] for i in np.linspace(0, len(labels) - 1, count).astype(int)]
-    rounds = max((len(by_class[label]) for label in labels), default=0)
-    ordered = [by_class[label][i] for i in range(rounds) for label in labels if i < len(by_class[label])]
+    rounds = max((len(examples_by_class[label]) for label in labels), default=0)
+    ordered = [
+        examples_by_class[label][i] for i in range(rounds) for label in labels if i < len(examples_by_class[label])
+    ]
     return ordered[:count]
 
 

@@ -16,16 +16,16 @@ def atomic_write(path: str, mode: str = 'w') -> Iterator[IO]:
 
     Raises OSError: the file cannot be written.
     """
-    aside = f'{path}.{uuid.uuid4().hex}.tmp'  # jobs on several hosts may write the same file
+    temporary = f'{path}.{uuid.uuid4().hex}.tmp'  # jobs on several hosts may write the same file
     try:
-        with open(aside, mode) as file:
+        with open(temporary, mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.remove(aside)
+            os.remove(temporary)
         raise
 
 

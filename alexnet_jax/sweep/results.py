@@ -144,7 +144,7 @@ def run_status(workdir: str) -> str:
     step = result.get('step') if result else _last_step(os.path.join(workdir, 'metrics.jsonl'))
     if step is not None:
         return f'at step {step}'
-    return 'started, no step logged' if os.path.isdir(workdir) else 'not begun'
+    return 'started, no step logged' if os.path.isdir(workdir) else 'not started'
 
 
 def _last_step(path: str) -> int | None:

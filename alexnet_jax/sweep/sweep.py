@@ -140,7 +140,7 @@ def print_runs(variants: list[Variant], configs: list[Config], workdir: str) -> 
     width = max(len(variant.directory) for variant in variants)
     for i, (variant, config) in enumerate(zip(variants, configs, strict=True)):
         folder = os.path.join(workdir, variant.directory)
-        state = 'done' if is_finished(config, folder) else 'begun' if os.path.isdir(folder) else ''
+        state = 'done' if is_finished(config, folder) else 'started' if os.path.isdir(folder) else ''
         shown = ' '.join(f'{field}={value}' for field, value in variant.overrides.items())
         print(f'{i:>4}  {variant.directory:<{width}}  {state:<5}  {shown}'.rstrip())
     print(

@@ -42,9 +42,13 @@ class Evaluator:
           preprocessing: see augment.make_preprocess_params().
           should_stop: called before each batch; if it returns True, the evaluation ends and returns None.
         """
-        share, shares = parallel.process_shard(self.sharding)
+        shard_index, shard_count = parallel.process_shard(self.sharding)
         batches = loader.validation_batches(
-            self.split, batch_size=self.batch_size, threads=self.threads, share=share, shares=shares
+            self.split,
+            batch_size=self.batch_size,
+            threads=self.threads,
+            shard_index=shard_index,
+            shard_count=shard_count,
         )
         count = math.ceil(len(self.split) / self.batch_size)
         progress = ProgressBar(f'evaluate, {views} view{"s" * (views > 1)}', count, 'batches')

@@ -30,15 +30,15 @@ def prefetch_to_device(
 ) -> Iterator[TrainBatch]:
     """Yields the batches from `first_step` on, on the devices; a thread reads and transfers the next ones meanwhile."""
     sharding = parallel.batch_sharding(mesh, config.mesh.layout)
-    share, shares = parallel.process_shard(sharding)
+    shard_index, shard_count = parallel.process_shard(sharding)
     batches = loader.training_batches(
         split,
         seed=config.seed,
         batch_size=config.train.batch_size,
         first_step=first_step,
         threads=config.data.reader_threads,
-        share=share,
-        shares=shares,
+        shard_index=shard_index,
+        shard_count=shard_count,
     )
 
     def fetch() -> TrainBatch:

@@ -188,10 +188,10 @@ class SamplePredictions:
         from alexnet_jax import parallel
         from alexnet_jax.runtime import distributed
 
-        share, shares = parallel.process_shard(self.sharding)
+        shard_index, shard_count = parallel.process_shard(self.sharding)
         rows = [example['image'] for example in self.examples]
         rows += rows[:1] * (-len(rows) % parallel.num_batch_shards(self.sharding))
-        local_rows = np.split(np.stack(rows), shares)[share]
+        local_rows = np.split(np.stack(rows), shard_count)[shard_index]
         scores = self.predict_step(state, parallel.make_global_batch(self.sharding, local_rows), preprocessing)
         return distributed.gather_to_host(scores)[: len(self.examples)]
 
