@@ -10,13 +10,13 @@ import numpy as np
 from benchmarks import plain
 from benchmarks.project import Project
 
-# Scale of the velocities before the step, and a learning rate that makes the step's own contribution larger than them.
+# Scale of the velocities before the step, and a learning rate that makes the step's contribution larger than that.
 VELOCITY, RATE = 1e-5, 1.0
 
 # Tolerances for rounding errors. In float32, sums of thousands of terms in another order differ by 1e-7 to 1e-6 of
-# their size. This difference flips the ReLU sign or the pooling argmax of one unit in 300,000. Its gradient then flows
-# elsewhere: a change of sqrt(2 / 300,000) = 2.6e-3 of the norm. No such unit lies between the dense layers and the
-# loss. bfloat16, and float32 on GPUs and TPUs, round 2 ** 13 to 2 ** 16 times as coarsely.
+# their size. This difference flips the ReLU sign or the pooling argmax of one unit in 300,000. The gradient
+# then flows through another unit, which changes the norm by sqrt(2 / 300,000) = 2.6e-3. No such unit lies between the
+# dense layers and the loss. bfloat16, and float32 on GPUs and TPUs, round 2 ** 13 to 2 ** 16 times as coarsely.
 FLOAT32 = {'dense': 1e-5, 'conv': 1e-2}
 COARSE = {'dense': 0.1, 'conv': 0.5}
 
@@ -26,7 +26,7 @@ def differences(project: Project) -> dict[str, float]:
 
     The compared values are the logits of an evaluation, the losses of the evaluation and of the training step, each
     kernel and bias after the training step, and the velocities. A difference of velocities is relative to the norm of
-    the step's own contribution to them. The steps are the ones that `project` is timed with. The initial kernels are
+    the step's own contribution to them. The benchmark times the same steps. The initial kernels are
     larger than the paper's, so that few units have nearly the same values.
     """
     from alexnet_jax import augment

@@ -1,7 +1,7 @@
 """Parses the HLO text of a compiled program: FLOPs and bytes of each instruction, and its part of the train step.
 
 The parts are the scopes of the step (jax.named_scope): the layers `conv1` to `fc8`, their sublayers `activation`,
-`lrn`, `pool` and so on, and beside the layers `augment`, `dropout`, `loss`, `gradients`, `update` and `metrics`.
+`lrn`, `pool` and so on, and, outside the layers, `augment`, `dropout`, `loss`, `gradients`, `update` and `metrics`.
 """
 
 import dataclasses
@@ -115,8 +115,7 @@ class Program:
     def _read(self, each: Instruction, number: int) -> int:
         """Returns the bytes read of an operand.
 
-        Where a fusion reads only slices of an operand, directly or after elementwise instructions, only the slices
-        count.
+        If a fusion reads only slices of an operand, directly or after elementwise instructions, only the slices count.
         """
         operand = self.instructions[each.operands[number]]
         same, slices = {inner.name for inner in each.fused if inner.parameter == number}, 0

@@ -2,16 +2,17 @@
 
     python benchmarks/input.py [--images=4000] [--cores=2] [--rounds=5] [--folder=DIR] [--whole_epoch] [--json]
 
-Every side reads the same JPEGs of 500x375 pixels endlessly and shuffled. They are crops of scikit-image's photographs:
+Every side reads the same JPEGs of 500x375 pixels, shuffled and repeated. They are crops of scikit-image's photographs:
   raw, jpeg    this project's training_batches() from the data set that `prepare` made of the JPEGs. Batches are whole
                images of 256x256 in uint8: the train step crops, flips and normalizes them on its device.
-  tensorflow   the recipe of Flax's ImageNet example with tf.data: a TFRecord file of the JPEGs; a random crop of each
-               decoded, resized bicubically to 224x224, flipped, normalized to float32; parallelism by AUTOTUNE.
-  pillow       one thread per core: the file read, decoded, a random crop resized to 224x224 as by torchvision's
-               RandomResizedCrop, flipped, normalized to float32.
-The project decodes and shrinks each image once, its peers in every epoch. The project augments on the device, its peers
+  tensorflow   the recipe of Flax's ImageNet example with tf.data: it reads a TFRecord file of the JPEGs, decodes a
+               random crop of each, resizes it bicubically to 224x224, flips it and normalizes it to float32. AUTOTUNE
+               sets the parallelism.
+  pillow       one thread per core. It reads and decodes the file, resizes a random crop to 224x224 like torchvision's
+               RandomResizedCrop, flips it and normalizes it to float32.
+The project decodes and shrinks each image once, the peers in every epoch. The project augments on the device, the peers
 on the host. The preparation is measured too: images/s of wall time, including startup and shutdown, and memory. Files
-come from the page cache as far as memory holds them.
+that fit into memory are read from the page cache.
 
 Each side has its own process on the same cores. The sides take turns; waiting ones are stopped. Before each timed
 round, prefetched batches are consumed untimed. A ratio is the project's median images/s over the peer's: above 1 the
@@ -203,7 +204,7 @@ def prepare(folder: str, encoding: str, workers: int) -> tuple[float, int]:
 
 
 def measure(folder: str, cores: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns images/s and memory of each side, in turns, and the descriptions of the sides."""
+    """Measures the sides in turn. Returns images/s and memory of each side, and the descriptions of the sides."""
     result: dict[str, Any] = {'images_per_second': {}, 'best_images_per_second': {}, 'read_memory': {}, 'batch': {}}
     result['versions'] = {'python': platform.python_version()}
     flags = f'--folder={folder}', f'--cores={cores}'

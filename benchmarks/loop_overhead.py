@@ -5,11 +5,11 @@
 quickstart   launch.py as `make demo` starts it.
 paper        launch.py with the full network, batch 128, and 1,000 images of 256 pixels in 1,000 classes (pictures.py).
              Both parts time the interval between two lines of metrics.jsonl, which includes reading, augmentation and
-             logging. After each line launch.py waits for the next request. In turn with it, a second process calls the
-             compiled step of the same configuration on one batch in memory, with two steps in flight, as in the loop.
-             The waiting process is stopped. The ratio is the step's median time over launch.py's: 1 means a loop
-             without overhead. The timed intervals contain no evaluation and no checkpoint. The quickstart uses four
-             such pairs of processes.
+             logging. After each line, launch.py waits for the next request. A second process takes turns with it and
+             calls the compiled step of the same configuration on one batch in memory, with two steps in flight, as in
+             the loop. The waiting process is stopped. The ratio is the step's median time over launch.py's: 1 means a
+             loop without overhead. The timed intervals contain no evaluation and no checkpoint. The quickstart uses
+             four such pairs of processes.
 checkpoint   steps of the full network while a checkpoint of its state (488 MB) is written. `saving` is the time from
              the call to the end of the writing. `held up` is the time until the weights are checked for finiteness and
              the state is copied, so that the next step can begin. `slowed down` is the extra time of the steps
@@ -52,7 +52,7 @@ def overrides(part: str, folder: str) -> dict[str, Any]:
 
 
 def configuration(part: str, folder: str) -> 'Config':
-    """Returns the configuration that launch.py makes of the same flags."""
+    """Returns the configuration of launch.py with the flags of `part`."""
     from alexnet_jax.config import apply_overrides, preset_config, resolve
     from configs import quickstart
 
@@ -92,7 +92,7 @@ class Loop:
 
 
 def checkpoint_figures(loop: Loop, folder: str) -> Callable[[int], dict[str, float]]:
-    """Returns a function of a number of steps, which are timed before a checkpoint; its result: see above."""
+    """Returns a function that times a number of steps, then saves a checkpoint and returns the figures listed above."""
     import jax
 
     from alexnet_jax.training.checkpointing import Checkpointer
@@ -125,7 +125,7 @@ def checkpoint_figures(loop: Loop, folder: str) -> Callable[[int], dict[str, flo
 
 
 def start(part: str, folder: str) -> tuple[None, Callable[[int], Any]]:
-    """Runs in a worker. Returns a function of a number of steps: their seconds, or the figures of a checkpoint."""
+    """Runs in a worker. Returns a function from a number of steps to seconds, or to the figures of a checkpoint."""
     from alexnet_jax.runtime import backend
 
     config = configuration(part, folder)

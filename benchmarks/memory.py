@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--batch_size=128] [--steps=10] [--torch_python=PATH] [--json]
 
-Each side has its own process, alone on the machine. The figure is the largest resident set of the process so far
+The sides run one after the other, each in its own process. The figure is the largest resident set of the process so far
 (ru_maxrss, which includes shared libraries and pages of mapped files): after the imports, after the network and the
 batch are made, after the first step including its compilation, and after all steps. PyTorch's side is the peer of
 train_step.py.

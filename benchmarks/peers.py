@@ -10,7 +10,7 @@ Passes = dict[str, Callable[[], float]]  # each runs one pass to completion and 
 
 
 def is_available(package: str, platform: str) -> bool:
-    """Returns whether 'tensorflow' or 'torch' is installed and, for 'gpu', finds a GPU. On a TPU neither is run."""
+    """Returns whether 'tensorflow' or 'torch' is installed and, for 'gpu', finds a GPU. Returns False for 'tpu'."""
     if platform == 'tpu' or importlib.util.find_spec(package) is None:
         return False
     if platform == 'cpu':

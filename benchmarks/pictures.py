@@ -22,7 +22,7 @@ def photograph(name: str) -> Any:
 
 
 def make_picture(path: str, size: tuple[int, int]) -> None:
-    """Writes a random crop of (width, height) `size` of a photograph; it depends only on the file's name."""
+    """Writes a random crop of a photograph with `size` (width, height). The crop depends only on the file's name."""
     from PIL import Image
 
     name = os.path.basename(path)
@@ -40,8 +40,11 @@ def make_pictures(
     """Makes `folder` with train/ and val/, each with one folder per class, unless `folder` exists.
 
     Args:
-      training, validation: numbers of images, which have the classes in turn.
+      folder: the new folder.
+      training, validation: numbers of images, which are assigned to the classes in turn.
+      classes: number of classes.
       size: (width, height) of the images in pixels.
+      processes: number of processes that write the images.
     """
     if os.path.exists(folder):
         return

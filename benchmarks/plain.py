@@ -1,8 +1,8 @@
 """A plain implementation of the preset `paper`, its gradient and its update. The project's step must equal it.
 
 It imports nothing from alexnet_jax. Parameters and velocities are {layer: {'kernel', 'bias'}}. Kernels have the shape
-(height, width, inputs, outputs), or (inputs, outputs) in dense layers. In a layer that reads
-only its own tower, `inputs` counts the feature maps of one tower. Everything is float32.
+(height, width, inputs, outputs), or (inputs, outputs) in dense layers. In a layer that reads only its own tower,
+`inputs` counts the feature maps of one tower. All arrays are float32.
 """
 
 from typing import Any

@@ -2,7 +2,7 @@
 
     python benchmarks/presets.py --against=CHECKOUT [--against_python=PATH] [--only=REGEX] [--rounds=5] [--json]
 
-Cases are `preset/NAME` (the published networks, 16 images per step, the small ones 128), `ablation/NAME` (the rows of
+Cases are `preset/NAME` (a published network, with 16 or 128 images per step), `ablation/NAME` (the rows of
 configs/ablations.py, each on the smallest network that has it), `mesh/LAYOUT` (the quickstart on eight simulated
 devices), and `whole/NAME` (the quickstart and `paper` with their own batch sizes). Each case times a training step and
 an evaluation of the center view (`forward`), with the batch in memory.
@@ -154,7 +154,7 @@ def kind(case: str) -> str:
 
 
 def judge(times: Times) -> tuple[dict[str, float], list[tuple[str, str]]]:
-    """Returns each kind's margin, as a share of the time, and the (case, pass) that are slower by more than that."""
+    """Returns each kind's margin, as a share of the time, and the (case, pass) that are slower by more than it."""
     each = {(case, name): seconds for case, passes in times.items() for name, seconds in passes.items()}
     noise: dict[str, list[float]] = {}
     for (case, _), seconds in each.items():

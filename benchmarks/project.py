@@ -1,4 +1,4 @@
-"""This project's compiled steps on random images in memory, called as the training loop and the evaluation do."""
+"""This project's compiled steps on random images in memory, called as in the training loop and in the evaluation."""
 
 import ast
 import os
@@ -40,7 +40,7 @@ def paper_config(batch_size: int, flags: list[str] | None = None, dtype: str = '
 
 
 class Project:
-    """The steps of one configuration on its mesh. JAX must be configured before.
+    """The steps of one configuration on its mesh. The caller must configure JAX before.
 
     Args:
       config: a resolved configuration.

@@ -119,7 +119,7 @@ def take_turns(workers: Sequence[Worker], request: Any, rounds: int, warmup: int
 
 
 def fail(message: str) -> NoReturn:
-    """Exits with 1 after `message`, which the name of the benchmark precedes."""
+    """Prints the name of the benchmark and `message`, and exits with code 1."""
     sys.exit(f'{os.path.basename(sys.argv[0]).removesuffix(".py")}: {message}')
 
 
@@ -131,7 +131,8 @@ def make_parser(
     Args:
       documentation: the docstring of the benchmark.
       rounds: the default of --rounds.
-      flag: the flag that selects, such as '--sides'.
+      flag: the flag that selects, such as '--sides', or '' for none.
+      names: the values that can be selected.
     """
     parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=positive, default=rounds, help='how often to time each case')

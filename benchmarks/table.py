@@ -2,8 +2,8 @@
 
     python benchmarks/table.py [NAME ...] [--torch_python=PATH]      # `make bench` runs all of them
 
-Results are kept in docs/logs/benchmarks.json, so that the table can be made again after one benchmark runs again.
-`--only_table` makes it without any measurement.
+docs/logs/benchmarks.json keeps the results, so that one benchmark can run again without the others. `--only_table`
+writes the table without running a benchmark.
 """
 
 import argparse

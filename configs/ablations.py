@@ -1,4 +1,4 @@
-"""The ablations of the paper and of the runs behind it, each with the published difference, on any data set here.
+"""Ablations of the paper and of the runs behind it, with the published differences, on one of three data sets.
 
     python launch.py --config=configs/ablations.py:photos --sweep=all --sweep_jobs=2 --workdir=runs/ablations
     alexnet report runs/ablations
@@ -8,10 +8,10 @@ photos         configs/quickstart.py                          5     LRN, overlap
 fashion_mnist  configs/fashion_mnist.py                       5     no overlap or color; plus depth, cross_tower, batch
 imagenet       configs/imagenet.py:krizhevsky2012             1     all
 
-Hardware and time: docs/ablations.md for `photos`, on two CPU cores. The others were not run here; a run of
-`fashion_mnist` takes 15 to 18 minutes on two CPU cores, a run of `imagenet` as long as training the network. On a
-cluster one SLURM array runs the sweep: cluster/slurm.sh. Published differences are for ILSVRC, in percentage points, of
-networks forty times the size of the small ones here, so they are a reference for other data, not a target.
+Hardware and time: docs/ablations.md for `photos`, on two CPU cores. The other sweeps were not run here. One run of
+`fashion_mnist` takes 15 to 18 minutes on two CPU cores; one run of `imagenet` takes as long as training the network.
+cluster/slurm.sh runs the sweep as a SLURM array. Published differences are percentage points on ILSVRC, for networks
+forty times larger than the small ones here, so the results on other data may differ.
 """
 
 from alexnet_jax import config_files
@@ -137,7 +137,8 @@ def _cross_tower_rows() -> list[Variant]:
 def _batch_rows(config, batch_sizes) -> list[Variant]:
     """Returns rows of larger batches, without and with LARS.
 
-    The learning rate is proportional to the batch size. With LARS it is 10 for 8,192 images, scaled by the square root.
+    Without LARS, the learning rate is proportional to the batch size. With LARS, it is proportional to the square root
+    of the batch size, and 10 for 8,192 images.
     """
     rate, size = config.optimizer.learning_rate, config.train.batch_size
     rows = []

@@ -3,9 +3,9 @@
     python launch.py --config=configs/cifar10.py
 
 TFDS downloads the data (170 MB) in the first run and prepares them with TensorFlow (the extra `imagenet`). Hardware and
-time: about 15 minutes on two CPU cores, estimated from the number of images. It was not run here, because nothing could
-be downloaded. The four-layer networks of section 3.3 of the paper (13 % error without LRN, 11 % with LRN) are different
-networks; their presets are cifar10_13pct and cifar10_11pct.
+time: about 15 minutes on two CPU cores, estimated from the number of images. This config was not run here, because the
+data could not be downloaded. The four-layer networks of section 3.3 of the paper (13 % error without LRN, 11 % with
+LRN) are different networks; their presets are cifar10_13pct and cifar10_11pct.
 """
 
 from alexnet_jax.config import default_config

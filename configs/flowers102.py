@@ -2,9 +2,9 @@
 
     python launch.py --config=configs/flowers102.py
 
-TFDS downloads the data (330 MB) in the first run and prepares them with TensorFlow (the extra `imagenet`). It was not
-run here, because nothing could be downloaded. So few images cannot train 58 million weights well from scratch; this is
-an example of a small data set of large images.
+TFDS downloads the data (330 MB) in the first run and prepares them with TensorFlow (the extra `imagenet`). This
+config was not run here, because the data could not be downloaded. So few images cannot train 58 million weights well
+from scratch; the config is an example of a small data set of large images.
 Hardware and time: about an hour on two CPU cores, estimated from the speed of the step in docs/benchmarks.md.
 """
 

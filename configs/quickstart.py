@@ -2,8 +2,8 @@
 
     python launch.py        (this is the default config; `make demo` runs it)
 
-The data are made from photographs in scikit-image; nothing is downloaded. Validation patches come from regions that no
-training patch touches.
+The images are patches of photographs in scikit-image, so nothing is downloaded. Validation patches come from regions
+that no training patch touches.
 """
 
 from alexnet_jax.config import default_config

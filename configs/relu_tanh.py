@@ -4,10 +4,10 @@
     python launch.py --config=configs/relu_tanh.py --sweep=all --sweep_jobs=2 --workdir=runs/relu_tanh
     python docs/draw_relu_tanh.py runs/relu_tanh
 
-The paper's network (preset cifar10_13pct) at half its width and with a stride of 2 in its first layer, on the 60,000
-images of Fashion-MNIST instead of CIFAR-10, which could not be downloaded here. As in the paper there is no
-regularization, and each activation has its fastest learning rate: the best one of `:rates`, which trains one epoch with
-a separate seed. docs/ablations.md has the learning rates, results, hardware and time.
+The network is the paper's (preset cifar10_13pct) at half its width and with a stride of 2 in its first layer. It trains
+on the 60,000 images of Fashion-MNIST, because CIFAR-10 could not be downloaded here. As in the paper, there is no
+regularization, and each activation has its fastest learning rate. The sweep of `:rates` selects this rate by training
+for one epoch with a separate seed. docs/ablations.md has the learning rates, results, hardware and time.
 """
 
 import dataclasses

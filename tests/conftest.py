@@ -1,4 +1,4 @@
-"""Eight simulated devices, the CPU flags of a real run, and strict promotion in every test."""
+"""Configures JAX for all tests: eight simulated devices, the CPU flags of a real run, and strict promotion."""
 
 import os
 import sys

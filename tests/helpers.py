@@ -1,4 +1,4 @@
-"""Commands in child processes, the files of a run folder, and errors: what several test files need."""
+"""Helpers for several test files: commands in child processes, the files of a workdir, and expected errors."""
 
 import json
 import os
@@ -25,9 +25,9 @@ def environment(**variables: str) -> dict[str, str]:
 def run_command(
     *arguments: Any, cwd: Path = ROOT, timeout: float = 300, **variables: str
 ) -> subprocess.CompletedProcess:
-    """Runs Python with `arguments`, as `run_command('-m', 'alexnet_jax.predict', run)`, and captures its text.
+    """Runs Python with `arguments`, captures its output as text, and returns regardless of the exit code.
 
-    Returns the `subprocess.CompletedProcess`, whatever its exit code is.
+    For example, run_command('-m', 'alexnet_jax.predict', workdir) runs a command of the package.
     """
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -55,7 +55,7 @@ def start_command(
 
 
 def config_flags(fields: dict[str, Any]) -> list[str]:
-    """Returns the flags that set `fields`, by dotted name, as `--config.train.steps=3`."""
+    """Returns the flags that set `fields`, by dotted name, such as `--config.train.steps=3`."""
     return [f'--config.{field}={value}' for field, value in fields.items()]
 
 
@@ -68,7 +68,7 @@ def usage_error(run: subprocess.CompletedProcess) -> str:
 
 
 def refusal(function: Callable, *arguments: Any, **options: Any) -> str:
-    """Returns the text of the ConfigError that `function` raises, a single line."""
+    """Returns the text of the ConfigError that `function` raises, which must be a single line."""
     with pytest.raises(ConfigError) as error:
         function(*arguments, **options)
     assert '\n' not in str(error.value)

@@ -1,4 +1,4 @@
-"""Every implementation of every layer against plain NumPy loops, TensorFlow and hand numbers."""
+"""Every implementation of every layer against plain NumPy loops, TensorFlow and numbers computed by hand."""
 
 import re
 from functools import cache, partial
@@ -64,7 +64,7 @@ def tf_lrn(x, k, n, alpha, beta):
 
 
 def gradients(function, tf_function, x, cotangent):
-    """Returns the gradients of a package function and of one of TensorFlow for the same gradient of the output."""
+    """Returns the gradients of a function of this package and of a TensorFlow function for the same cotangent."""
     ours = jax.jit(lambda x, cotangent: jax.vjp(function, x)[1](cotangent)[0])(x, cotangent)
     with tf.GradientTape() as tape:
         variable = tf.Variable(x)
@@ -345,7 +345,7 @@ def test_convolution_of_groups_equals_hand_numbers(implementation):
     np.testing.assert_array_equal(y[0, 0, 0], [11, 110, 2300, 23000])
 
 
-# Kernels with fewer rows than the stride, with as many, and with no multiple; sides with rows and columns left over.
+# Kernels smaller than the stride, equal to it, and not a multiple of it; images with remaining rows and columns.
 STRIDED = [
     ((24, 24), (11, 11), 4, ((0, 3), (0, 3))),
     ((31, 22), (11, 11), 4, ((2, 2), (1, 0))),
@@ -436,7 +436,7 @@ LOCAL = [
 
 
 def local_terms(kernel, size, stride):
-    """Yields for every product: row, column and channel of the padded image, output pixel, number of the weight."""
+    """Yields the pixel and channel of the padded image, the output pixel and the weight's index of every product."""
     rows, columns, weights = kernel.shape[:3]
     for i, j, channel, row, column in np.ndindex(rows, columns, weights // size**2, size, size):
         yield (i * stride + row, j * stride + column, channel), (i, j), channel * size**2 + row * size + column
@@ -452,7 +452,7 @@ def local_loop(x, kernel, stride, padding, size=3):
 
 
 def local_gradients(x, kernel, stride, padding, cotangent, size=3):
-    """Computes the gradients of the same sum: the derivative of a product by one factor is the other factor."""
+    """Computes the gradients of local_loop(): the derivative of a product by one factor is the other factor."""
     height, width = x.shape[1:3]
     x = np.pad(np.asarray(x, np.float64), ((0, 0), *padding, (0, 0)))
     to_x, to_kernel = np.zeros(x.shape), np.zeros(kernel.shape)
@@ -646,7 +646,7 @@ def value_and_gradient(function):
 
 
 def with_bad_value(x, bad, example=0):
-    """Replaces the first number of example 0, and the middle one of any other example."""
+    """Replaces the first number of example 0, or the middle number of any other example."""
     x = x.copy()
     x[example].flat[x[example].size // 2 if example else 0] = bad
     return x

@@ -1,4 +1,4 @@
-"""Every mesh and layout trains alike: equal losses, checkpoints that move between meshes, expected collectives."""
+"""All meshes and layouts: equal losses, checkpoints that move between meshes, and the expected collectives."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ STATISTICS = {
 
 
 def small_config(data: int, model: int, groups=()):
-    """A narrow `paper` on 64-pixel crops, augmentation and dropout on."""
+    """Returns a narrow `paper` on 64-pixel crops, with augmentation and dropout."""
     settings = config.default_config()
     settings.model.widths = (16, 32, 32, 32, 32, 64, 64)
     settings.model.num_classes = 10
@@ -453,7 +453,7 @@ def test_default_mesh_uses_all_devices():
 
 @pytest.mark.slow
 def test_crop_group_shares_crop_and_flip():
-    """An image repeated in one crop group has the loss of a single image; with separate crops it has not."""
+    """An image repeated in one crop group has the loss of a single image. With separate crops, the loss differs."""
     one = small_config(1, 1, {'model': {'dropout': 0.0}, 'data': {'color': 'none'}, 'train': {'batch_size': 1}})
     loss_of_one = train(one, 1)[2][0]
     row = batch(0, one)

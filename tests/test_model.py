@@ -14,7 +14,7 @@ from alexnet_jax import shapes
 from alexnet_jax.config import default_config, resolve
 from alexnet_jax.model import AlexNet
 
-# For activations of about 1; LRN is strong at those.
+# Settings for activations of about 1, so that LRN has a large effect.
 SMALL = {'widths': (8, 16, 24, 16, 8, 24, 20), 'num_classes': 12, 'lrn_alpha': 0.3, 'kernel_std': (0.01,) * 8}
 
 
@@ -71,10 +71,13 @@ def reference(
     across=False,
     halved=('fc7', 'fc8'),
 ):
-    """The paper's network in TensorFlow, float32, at test time: whole layers, cut into towers where the paper cuts.
+    """Computes the paper's network at inference in TensorFlow, in float32. Layers are split only where towers matter.
 
-    zeros: before and after the image. after: what follows each convolution. across: normalization over all maps.
-    halved: the layers whose inputs are multiplied with `kept`.
+    Args:
+      zeros: numbers of zeros before and after the image.
+      after: operations after each convolution.
+      across: whether LRN sums over the maps of all towers.
+      halved: layers whose inputs are multiplied by `kept`.
     """
     act = {'relu': tf.nn.relu, 'tanh': tf.math.tanh}[activation]
 
@@ -176,7 +179,7 @@ def test_ablations_match_the_independent_program(fields, options):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
     unchanged = model_config(**SMALL)
-    if fields and 'towers' not in fields:  # whose parameters have other shapes
+    if fields and 'towers' not in fields:  # other towers have parameters of other shapes
         before = logits_of(unchanged, 96, parameters, images)
         assert np.abs(ours - before).max() > 1e-2 * np.abs(before).max()
 
@@ -330,7 +333,7 @@ def test_initial_values(fields, stds, biases):
         error = 4 / np.sqrt(kernel.size)  # four standard errors, or more
         assert abs(kernel.mean()) < error * std
         assert abs(kernel.std() / std - 1) < error
-        assert abs(np.mean((kernel / std) ** 4) - 3) < 10 * error  # normal, not cut off
+        assert abs(np.mean((kernel / std) ** 4) - 3) < 10 * error  # normal, not truncated
     fourth, fifth = (np.asarray(layers[name]['kernel']).ravel() for name in ('conv4', 'conv5'))
     assert abs(np.corrcoef(fourth, fifth)[0, 1]) < 4 / np.sqrt(fourth.size)  # Layers are independent.
     other = build(4)

@@ -43,7 +43,7 @@ def ycck() -> bytes:
 
 
 def turned() -> bytes:
-    """Returns a JPEG whose left half is black; its EXIF orientation turns the upper half black."""
+    """Returns a JPEG whose left half is black; its EXIF orientation rotates this half to the top."""
     pixels = np.full((HEIGHT, WIDTH, 3), COLOR, np.uint8)
     pixels[:, : WIDTH // 2] = 0
     exif = Image.Exif()
@@ -58,7 +58,7 @@ def transparent_palette() -> bytes:
 
 
 def zoo() -> dict[str, tuple[bytes, object]]:
-    """Returns by name (content, mean color of the square image, or a pattern of the reason for skipping it)."""
+    """Returns (content, expected) by name: the mean color of the square image, or a pattern of the reason to skip."""
     image = Image.new('RGB', (WIDTH, HEIGHT), COLOR)
     random = Image.fromarray(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8))
     noisy = saved(random, 'JPEG', quality=95)

@@ -1,1 +1,1 @@
-"""The command `audit`: what a train step costs on a mesh."""
+"""The command `audit`: the communication, memory and FLOPs of a training step on a mesh."""

@@ -2,9 +2,9 @@
 
     alexnet audit --config=configs/imagenet.py --mesh=data:64,model:2 --images_per_device=128
 
-The step is compiled for simulated devices and never executed. Collectives are from the compiled step, with the layers
-and dtypes of the program before compilation (see hlo_collectives.py). Memory is that of the step compiled for a CPU.
-The communication lower bound and the FLOPs are computed from the configuration (see cost_model.py).
+The step is compiled for simulated CPU devices and never executed. Collectives and memory are those of the compiled
+step. The layers and dtypes of the collectives are those before compilation (see hlo_collectives.py). The communication
+lower bound and the FLOPs are computed from the configuration (see cost_model.py).
 """
 
 from absl import flags
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     if given.bandwidth is not None and not (given.bandwidth > 0 and given.flops > 0):
         raise ConfigError(f'--bandwidth={given.bandwidth:g} --flops={given.flops:g}: both must be above 0')
     config = audit_config(given.config, given.mesh, given.images_per_device)
-    import jax  # after the checks, which answer without jax
+    import jax  # after the checks, which do not need jax
 
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_num_cpu_devices', config.mesh.data * config.mesh.model)

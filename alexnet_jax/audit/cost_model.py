@@ -19,8 +19,8 @@ def layers(config: Config) -> list[shapes.LayerShape]:
 def flops_per_image(config: Config) -> int:
     """Returns the FLOPs of training on one image: convolutions and matrix products, two FLOPs per multiply-add.
 
-    The forward pass, the weight gradient and the input gradient take the same number each; conv1 has no input gradient.
-    Products with padding count. Normalization, pooling, dropout and the parameter update do not count.
+    The forward pass, the weight gradient and the input gradient have equal FLOPs; conv1 has no input gradient. The
+    result includes multiplications with padding, but no normalization, pooling, dropout or parameter update.
     """
     table = layers(config)
     return 2 * (3 * sum(layer.multiply_adds for layer in table) - table[0].multiply_adds)
@@ -32,12 +32,12 @@ def exchange_bytes(config: Config) -> float:
     Notation: m devices along `model`, d along `data`, global batch size B, element size from model.dtype. With ring
     algorithms, a gathered or unreduced tensor of S bytes costs S (m-1)/m.
 
-    towers, data: Each of the m devices has 1/m of every layer and B/d images. All-gathers: the pooled feature maps
-      before conv3 and fc6, the units before fc7 and fc8 (the `cross_tower` layers), and the logits. The backward
-      pass reduce-scatters the same tensors.
+    towers, data: Each of the m devices has 1/m of every layer and B/d images. The inputs of the `cross_tower` layers
+      (by default the pooled feature maps before conv3 and fc6, and the units before fc7 and fc8) and the logits are
+      all-gathered. The backward pass reduce-scatters the same tensors.
     hybrid: Each device has B/(dm) images. Before fc6 an all-to-all turns (B/(dm), inputs) into (B/d, inputs/m). fc6,
-      fc7 and fc8 produce m partial sums (B/d, outputs), which are reduce-scattered, those of fc8 along the examples.
-      The backward pass sends the same number of bytes.
+      fc7 and fc8 produce m partial sums (B/d, outputs), which are reduce-scattered: along the outputs for fc6 and fc7,
+      along the batch for fc8. The backward pass sends the same number of bytes.
     """
     mesh, model = config.mesh, config.model
     table = layers(config)
@@ -93,9 +93,9 @@ def lower_bound_bytes(config: Config) -> float:
 def predict(config: Config, collectives: Sequence[Collective], bandwidth: float, flops: float) -> dict[str, float]:
     """Predicts the step time from assumed speeds per device: `bandwidth` in sent bytes/s, `flops` in sustained FLOP/s.
 
-    The model covers data volume only: no latency, contention or input pipeline. Exchanges of activations take place
-    between layers and cannot overlap with compute. Gradient collectives can overlap with the backward pass.
-    The two bounds:
+    The model ignores latency, contention and the input pipeline. Exchanges of activations cannot overlap with
+    compute. Gradient collectives can overlap with the backward pass.
+    The result has two bounds of the step time:
       without_overlap           compute + exchanges + gradients
       with_gradients_overlapped exchanges + max(compute, gradients)
     Efficiency is the throughput divided by that of the same number of devices without communication.

@@ -69,7 +69,7 @@ class Collective:
 
 
 def step_collectives(compiled: str, lowered_hlo: str, devices: int) -> list[Collective]:
-    """Returns the collectives of a compiled step, sorted by layer, without those of groups of one device.
+    """Returns the collectives of a compiled step, sorted by layer, without groups of one device.
 
     A collective with tensors of several layers or dtypes appears once per layer and dtype.
 
@@ -143,11 +143,11 @@ def group_size(line: str, kind: str, devices: int) -> int:
     """Returns the size of the largest group of an instruction, in a program of one replica with `devices` partitions.
 
     HLO writes groups as {{0,1},{2,3}}, as [2,4]<=[4,2]T(1,0) for 2 groups of 4 (permuted device numbers), or as {} for
-    one group of all. Since jaxlib 0.12, HLO also writes mesh['data'=4,'model'=2] {'data'} for groups along mesh axes,
-    where 'data':(2)4 is the sub-axis of size 4 behind a sub-axis of size 2. With use_global_device_ids, and in an
-    all-to-all with a channel, the numbers are partition ids. Otherwise the numbers are replica ids: with a channel each
-    replica stands for all its partitions, without a channel only for the executing partition. For a collective-permute
-    the result is the number of devices that send to or receive from another device.
+    one group of all devices. Since jaxlib 0.12, HLO also writes mesh['data'=4,'model'=2] {'data'} for groups along mesh
+    axes, where 'data':(2)4 is the sub-axis of size 4 behind a sub-axis of size 2. With use_global_device_ids, and in an
+    all-to-all with a channel, the numbers are partition ids. Otherwise the numbers are replica ids: a replica stands
+    for all its partitions if there is a channel, and only for the executing partition if there is none. For a
+    collective-permute, the result is the number of devices that send to or receive from another device.
 
     Raises HloFormatError: unknown syntax.
     """

@@ -1,1 +1,1 @@
-"""The command `convert`: weights of other programs in, exchange formats out."""
+"""The command `convert`: imports weights of other frameworks and exports checkpoints to exchange formats."""

@@ -75,7 +75,7 @@ def read(path: str) -> tuple[str, dict[str, list[Float[np.ndarray, '...']]]]:
 
 
 def read_mean(path: str) -> Float[np.ndarray, 'c h w'] | Float[np.ndarray, ' c']:
-    """Returns the floating-point mean image in `path`, a .binaryproto or .npy: (C, H, W) or (C,), BGR channels.
+    """Returns the floating-point mean image in `path`, a .binaryproto or .npy. Its channels are BGR.
 
     Raises:
       FormatError: The file has another format or is corrupt.

@@ -132,7 +132,7 @@ def _labels(network: 'TrainedModel') -> dict[str, str]:
 
 
 def _preprocessing(network: 'TrainedModel') -> tuple[Float32[np.ndarray, 'crop crop c'], Float32[np.ndarray, ' c']]:
-    """Returns the mean of the center crop, (crop_size, crop_size, C), and the scale after its subtraction, (C,)."""
+    """Returns the mean of the center crop, and the factor of each channel after the subtraction of the mean."""
     preprocessing, crop = network.preprocessing, network.config.data.crop_size
     start = (preprocessing['mean'].shape[0] - crop) // 2
     mean = preprocessing['mean'][start : start + crop, start : start + crop]

@@ -6,7 +6,7 @@ WANTED = "supported are PyTorch's .pth, .safetensors and Caffe's .caffemodel"
 
 
 class FormatError(ValueError):
-    """Unusable file. The message is one line without the file name: the defect or actual format, and the remedy."""
+    """Unusable file. The message is one line with the defect and the remedy; the caller adds the name of the file."""
 
 
 # First bytes of files that users pass by mistake, and the description of each in the error message.

@@ -1,4 +1,4 @@
-"""Imports weights of other programs as a run that can be evaluated, drawn and trained further."""
+"""Imports weights of other frameworks as a run, which the other commands can evaluate, plot and resume."""
 
 import importlib.resources
 import json
@@ -42,6 +42,7 @@ def read_external(path: str, kind: str, preset: str | None) -> tuple[dict[str, w
     Raises:
       FormatError: The file is corrupt or has other layers.
       ConfigError: `preset` is None and the file does not identify its preset.
+      OSError: The file is unreadable.
     """
     if kind != 'caffe':
         tensors = torch_file.read(path) if kind == 'torch' else safetensors_file.read(path)
@@ -56,9 +57,9 @@ def read_external(path: str, kind: str, preset: str | None) -> tuple[dict[str, w
 
 
 def read_mean(text: str | None, preset: str) -> Mean:
-    """Returns the mean of the training images from --mean=`text`, (S, S, 3) or (3,) RGB, float64.
+    """Returns the mean of the training images from --mean=`text`, with RGB channels.
 
-    If `text` is None, the preset torchvision has its own mean.
+    If `text` is None, the mean is torchvision's, and `preset` must be torchvision.
 
     Raises ConfigError: the mean is missing or invalid.
     """
@@ -92,7 +93,10 @@ def read_mean(text: str | None, preset: str) -> Mean:
 
 
 def import_config(preset: str, widths: tuple[int, ...], mean: Mean) -> Config:
-    """Returns the resolved config of `preset` with the `widths` of conv1 to fc8 and the `mean`. Raises ConfigError."""
+    """Returns the resolved config of `preset` for the `widths` of conv1 to fc8 and the shape of `mean`.
+
+    Raises ConfigError: the config is invalid.
+    """
     config = preset_config(preset)
     values = {'model.widths': widths[:7], 'model.num_classes': widths[7]}
     if mean.ndim == 1:
@@ -104,7 +108,7 @@ def import_config(preset: str, widths: tuple[int, ...], mean: Mean) -> Config:
 
 
 def statistics_from_mean(mean: Mean, config: Config) -> dict[str, np.ndarray]:
-    """Returns data set statistics for a known mean alone: the eigenvalues are zero, so there is no color noise."""
+    """Returns data set statistics with this mean. The eigenvalues are zero, so training adds no color noise."""
     size, channels = config.data.image_size, config.data.channels
     return {
         'mean_image': np.broadcast_to(mean, (size, size, channels)).copy(),
@@ -119,9 +123,9 @@ def class_names(path: str | None, count: int) -> list[str]:
     """Returns `count` class names from `path`, one name per line.
 
     If `path` is None, 1000 classes get the WordNet ids of ImageNet, and any other number of classes gets 'class 0', ...
-    Lines in the format of Caffe's synset_words.txt lose their WordNet id, except lines with repeated words.
+    WordNet ids at the start of lines, as in Caffe's synset_words.txt, are removed unless two names would become equal.
 
-    Raises ConfigError: the file is unreadable or has other than `count` valid names.
+    Raises ConfigError: the file is unreadable, or does not have `count` valid names.
     """
     if path is None:
         if count == 1000:
@@ -219,7 +223,7 @@ def import_file(path: str, kind: str, workdir: str, given: flags.FlagValues) -> 
 
 
 def check_arguments(argv: list[str], given: flags.FlagValues) -> tuple[str, CheckpointRef | None]:
-    """Returns (file format, None) if argv[1] is a file, or ('', checkpoint).
+    """Returns (file format, None) if argv[1] is a file, otherwise ('', checkpoint).
 
     Raises ConfigError, FormatError, OSError: the arguments or the file are unusable.
     """

@@ -1,7 +1,7 @@
-"""Builds the network of section 3 as an ONNX graph of standard operators in (B, C, H, W) layout.
+"""Builds the network as an ONNX graph of standard operators in (B, C, H, W) layout.
 
-The channels of the towers are concatenated, so a convolution within each tower is a grouped convolution. All
-computation is float32, regardless of the network's dtype, because few runtimes support bfloat16 convolutions.
+The channels of the towers are concatenated, so a convolution within each tower is a grouped convolution. The graph
+computes in float32, regardless of the network's dtype, because few runtimes support bfloat16 convolutions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,8 +32,8 @@ def build(
     Args:
       config: Resolved configuration.
       params, batch_statistics: As in training.state.TrainState, with NumPy arrays.
-      mean: (crop_size, crop_size, channels) float32, subtracted from the images.
-      scale: (channels,) float32, multiplied with the result.
+      mean: Mean image, which the graph subtracts from the images.
+      scale: Factor of each channel after the subtraction.
     """
     graph = _Graph(config, params, batch_statistics)
     graph.preprocess(mean, scale)
@@ -58,7 +58,7 @@ def build(
 
 
 class _Graph:
-    """Graph under construction. `x` names the last output; `shape` is its shape, (C, H, W) or (units,)."""
+    """Graph under construction. `x` is the name of the last output; `shape` is (C, H, W) or (units,) of that output."""
 
     def __init__(self, config: Config, params: Parameters, batch_statistics: Parameters):
         self.model, self.params, self.batch_statistics = config.model, params, batch_statistics
@@ -73,7 +73,7 @@ class _Graph:
         return name
 
     def node(self, kind: str, output: str, *constants: str, **attributes: object) -> str:
-        """Applies an operator to `x` and `constants`. The output becomes the new `x`; returns its name."""
+        """Adds an operator with the inputs `x` and `constants`. Its output becomes `x`. Returns the output's name."""
         inputs, self.x = [self.x, *constants], output
         self.nodes.append(onnx.helper.make_node(kind, inputs, [output], name=output, **attributes))
         return output
@@ -119,7 +119,7 @@ class _Graph:
         self.node('Conv', output, self.array(f'{output}_ones', ones), group=maps, **windows)
 
     def apply(self, op: str, name: str, output: str) -> None:
-        """Adds one of the operations after the layer `name`, see shapes.LayerSpec; its node has the name `output`."""
+        """Adds the operation `op` of shapes.LayerSpec, which follows the layer `name`, as a node named `output`."""
         model = self.model
         if op == 'activation':
             self.node({'relu': 'Relu', 'tanh': 'Tanh'}[model.activation], output)
@@ -158,7 +158,7 @@ class _Graph:
         self.node('Mul', output, x)
 
     def dense(self, layer: LayerShape) -> None:
-        """Adds one dense layer with the dropout scale of inference."""
+        """Adds one dense layer. Without inverted dropout, its kernel products are scaled by the keep probability."""
         name, model = layer.name, self.model
         towers = 1 if layer.spec.cross_tower else model.towers
         kernel, bias = self.params[name]['kernel'], self.params[name]['bias']

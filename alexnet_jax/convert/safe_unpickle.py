@@ -1,7 +1,7 @@
-"""Safe reader for the subset of pickle opcodes in state dicts. The reader never imports, calls or instantiates by name.
+"""Safe reader for the pickle opcodes of state dicts. The reader never imports, calls or instantiates what a file names.
 
 A pickle is a program for a stack machine, and Python's unpickler executes any function that the pickle names. This
-reader turns names and calls into inert values and rejects every name outside `known`.
+reader turns names and calls into inert values and rejects every name that the caller does not allow.
 """
 
 import dataclasses
@@ -154,7 +154,7 @@ def _named(name: str, known: Collection[str]) -> Name:
 
 
 def _call(name: str, arguments: tuple[Any, ...]) -> object:
-    """Returns a dict for collections.OrderedDict, called without arguments or with pairs (Python 2), or else a Call."""
+    """Returns a dict for a call of collections.OrderedDict (Python 2 passes its items), otherwise a Call."""
     if name != ORDERED_DICT:
         return Call(name, arguments)
     result: dict[object, object] = {}

@@ -1,4 +1,4 @@
-"""Reads state dicts of torch.save without torch, in the ZIP format and in the legacy format before it."""
+"""Reads the state dicts that torch.save writes, in the ZIP format or the legacy format, without importing torch."""
 
 import dataclasses
 import io
@@ -78,7 +78,7 @@ def read(path: str) -> dict[str, np.ndarray]:
 
 
 def _read_zip(content: mmap.mmap, path: str) -> tuple[object, dict[str, np.ndarray]]:
-    """Reads the format since torch 1.6. Returns the pickled value, and the storages by key."""
+    """Reads the ZIP format (torch 1.6 and later). Returns the pickled value, and the storages by key."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
@@ -132,7 +132,10 @@ def _entry(content: mmap.mmap, entries: dict[str, zipfile.ZipInfo], name: str) -
 
 
 def _read_legacy(content: mmap.mmap) -> tuple[object, dict[str, np.ndarray]]:
-    """Reads the format before torch 1.6: five pickles, then each storage after its length. Returns as _read_zip()."""
+    """Reads the legacy format: five pickles, then the length and the content of each storage.
+
+    Returns the pickled value, and the storages by key.
+    """
     if any(safe_unpickle.safe_unpickle(content, KNOWN)[0] != expected for expected in (MAGIC, PROTOCOL)):
         raise FormatError(f'a Python pickle, but not one that torch.save wrote; {_ADVICE}')
     machine, _ = safe_unpickle.safe_unpickle(content, KNOWN)

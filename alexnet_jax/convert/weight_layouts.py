@@ -63,9 +63,11 @@ def _without_wrappers(name: str) -> str:
 
 
 def from_caffe(blobs: Mapping[str, list[np.ndarray]]) -> dict[str, Weights]:
-    """Returns the weights of each layer of a Caffe network. If fc8 is missing, the only unknown layer stands for fc8.
+    """Returns the weights of each layer of a Caffe network.
 
-    Fine-tuned networks may rename fc8. Raises FormatError: missing or unexpected layers or blobs.
+    Fine-tuned networks may rename fc8: if fc8 is missing, the only layer with an unknown name replaces it.
+
+    Raises FormatError: missing or unexpected layers or blobs.
     """
     others = [name for name in blobs if name not in LAYERS]
     names = {layer: layer for layer in LAYERS}
@@ -107,7 +109,7 @@ def widths(found: Mapping[str, Weights]) -> tuple[int, ...]:
 
 
 def parameters(layer: LayerShape, weights: Weights, maps: tuple[int, ...], is_bgr: bool) -> dict[str, np.ndarray]:
-    """Converts imported weights to the float32 kernel and bias of `layer`, with its shapes.
+    """Converts imported weights to the float32 kernel and bias of `layer` in this project's layout.
 
     Args:
       layer: Layer of the network.
@@ -153,8 +155,9 @@ def _float32(array: np.ndarray, name: str) -> Float32[np.ndarray, '...']:
 def native_names(config: Config) -> dict[str, tuple[int, ...]]:
     """Returns the names and shapes of the arrays in this project's files, for a resolved configuration.
 
-    The arrays are 'conv1.kernel', 'conv1.bias' to 'fc8.bias', for batch normalization 'conv1_norm.mean' and '.var',
-    ..., and for the training images 'statistics.mean_image' and the other fields of prepare.shards.statistics().
+    Parameters are named 'conv1.kernel', 'conv1.bias' to 'fc8.bias'. Batch norm statistics are named 'conv1_norm.mean',
+    'conv1_norm.var' and so on. Statistics of the training images have the names of prepare.shards.statistics() with
+    the prefix 'statistics.'.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     size, channels = config.data.image_size, config.data.channels

@@ -1,4 +1,4 @@
-"""Confusions between classes: a matrix of up to 40 classes; of more, the hardest classes and usual confusions."""
+"""Confusions between classes: a matrix for up to 40 classes, otherwise the hardest classes and frequent confusions."""
 
 from collections.abc import Sequence
 
@@ -21,9 +21,10 @@ Counts = Int[np.ndarray, 'classes classes']  # images by true class (rows) and p
 
 
 def count(scores: Scores, labels: Labels) -> Counts:
-    """Counts images by true class (rows) and predicted class (columns): (classes, classes) int64.
+    """Counts images by true class (rows) and predicted class (columns), as int64.
 
-    The errors are those of metrics.errors(). An image with an error is omitted if all other scores are -inf or NaN.
+    The errors are those of metrics.errors(). A misclassified image is omitted if the scores of all other classes are
+    -inf or NaN.
     """
     wrong, _ = errors(scores, labels)
     others = np.where(np.isnan(scores), -np.inf, scores)
@@ -37,17 +38,12 @@ def count(scores: Scores, labels: Labels) -> Counts:
 
 @style.drawing
 def draw(counts: Counts, class_names: Sequence[str]) -> Figure:
-    """Draws a matrix of up to 40 classes; of more, the 20 highest class errors and the 20 most frequent confusions.
-
-    Args:
-      counts: (classes, classes) int, images by true class (rows) and predicted class (columns).
-      class_names: in the order of the classes.
-    """
+    """Draws a matrix for up to 40 classes, otherwise the 20 highest class errors and 20 most frequent confusions."""
     return _draw_matrix(counts, class_names) if len(class_names) <= MAX_ROWS else _draw_bars(counts, class_names)
 
 
 def hardest(counts: Counts, most: int) -> list[tuple[int, float, int]]:
-    """Returns (class, error from 0 to 1, images) of the classes with the highest errors, of those that have images."""
+    """Returns (class, error from 0 to 1, images) of at most `most` classes with images, by descending error."""
     images = counts.sum(1)
     shares = 1 - np.diagonal(counts) / np.maximum(images, 1)
     order = [int(row) for row in np.argsort(-shares, kind='stable') if images[row]]
@@ -55,7 +51,7 @@ def hardest(counts: Counts, most: int) -> list[tuple[int, float, int]]:
 
 
 def confusions(counts: Counts, most: int) -> list[tuple[int, int, int]]:
-    """Returns (true class, predicted class, count), the most frequent first, without zero counts."""
+    """Returns (true class, predicted class, count) of at most `most` confusions that occur, by descending count."""
     wrong = counts - np.diag(np.diagonal(counts))
     order = np.argsort(-wrong, axis=None, kind='stable')[:most]
     found = [divmod(int(place), len(counts)) for place in order]
@@ -112,7 +108,7 @@ def _draw_bars(counts: Counts, class_names: Sequence[str]) -> Figure:
 
 
 def _pair(true: str, taken: str, points: float) -> str:
-    """Joins both names by an arrow. A name is cut if it needs more than half of `points` and the rest is too little."""
+    """Joins the names with an arrow. A name wider than half of `points` is truncated to what the other name leaves."""
     room = points - style.text_width(_ARROW)
     widths = [style.text_width(style.plain(name)) for name in (true, taken)]
     limits = [max(room / 2, room - other) for other in reversed(widths)]

@@ -1,4 +1,4 @@
-"""Curves of loss, errors and learning rate by step, of one or more runs, from their metrics.jsonl."""
+"""Curves of loss, errors and learning rate by step, for one or more runs, from the metrics.jsonl of each run."""
 
 import math
 import os
@@ -39,7 +39,7 @@ def read_metrics(workdir: str) -> list[JsonObject]:
 
 
 def groups(names: list[str]) -> dict[str, list[str]]:
-    """Groups runs by color: up to 8 runs have one color each; of more, those in one folder share one, as seeds do."""
+    """Groups runs by color. Up to 8 runs have one color each; otherwise runs in one folder (seeds) share one."""
     if len(names) <= len(style.SERIES):
         return {name: [name] for name in names}
     found: dict[str, list[str]] = {}
@@ -52,11 +52,11 @@ def groups(names: list[str]) -> dict[str, list[str]]:
 def draw(runs: Mapping[str, Sequence[JsonObject]]) -> Figure:
     """Draws four panels: loss, top-1 error, top-5 error and learning rate.
 
-    Training has thin lines, validation has lines with markers. Values that are not finite are gaps.
+    Training has thin lines, validation has lines with markers. Values that are not finite appear as gaps.
 
     Args:
-      runs: the result of read_metrics() by name. If there are more than 8, the runs of a group, see groups(), are
-        faint, and their mean is drawn at the steps that all of them have.
+      runs: results of read_metrics() by name. For more than 8 runs, the runs of each group of groups() are faint, and
+        their mean is drawn at the steps that they have in common.
 
     Raises ValueError: there is no run.
     """
@@ -78,7 +78,7 @@ def draw(runs: Mapping[str, Sequence[JsonObject]]) -> Figure:
 
 
 def mean_of(runs: Sequence[Sequence[JsonObject]], name: str) -> tuple[list[int], list[float]]:
-    """Returns the steps that all runs have, and the mean of `name` over the runs there; NaN if a run has no value."""
+    """Returns the steps that all runs have, and the mean of `name` at each step; NaN if a run lacks the value."""
     found = [{line['step']: _number(line.get(name)) for line in lines} for lines in runs]
     steps = [step for step in found[0] if all(step in run for run in found)]
     return steps, [sum(run[step] for run in found) / len(found) for step in steps]
@@ -113,7 +113,7 @@ def _draw_panel(axes: Axes, name: str, runs: Mapping[str, Sequence[JsonObject]],
 
 
 def _look(split: str, group: int, alone: bool) -> dict[str, Any]:
-    """Returns the line style of a split and a group; `alone`: it is the only group."""
+    """Returns the line style of a split and a group; `alone` means that there is only one group."""
     look = {'color': style.SERIES[group % len(style.SERIES)], 'alpha': 0.9}
     if split == 'train':
         return look | {'linestyle': _DASHES[group % len(_DASHES)], 'linewidth': 0.8}
@@ -122,7 +122,7 @@ def _look(split: str, group: int, alone: bool) -> dict[str, Any]:
 
 
 def _number(value: object) -> float:
-    """Returns `value`, or NaN, which draws a gap, if it is not a finite number."""
+    """Returns `value` if it is a finite number, otherwise NaN, which appears as a gap."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
 
 

@@ -14,23 +14,23 @@ _COLORS = 'viridis'  # its lightness grows monotonically, so it can be printed i
 
 
 def grid(maps: Float[np.ndarray, 'h w c'], columns: int) -> Float64[np.ndarray, 'rows columns']:
-    """Arranges maps in rows of `columns`, separated by NaN: one pixel wide, or three for maps of 55 pixels."""
+    """Arranges maps in rows of `columns`, separated by 1 pixel of NaN, or 3 pixels for maps of 55 pixels."""
     return style.tile(maps, columns, gap=max(1, round(len(maps) / 18)), background=np.nan)
 
 
 def _columns(count: int) -> int:
-    """Returns the maps per row: up to 16, or up to 64 if there are more than 256 maps, to limit the height."""
+    """Returns the number of maps per row: up to 16, or up to 64 for more than 256 maps, to limit the height."""
     most = 16 if count <= 256 else 64
     return math.ceil(count / math.ceil(count / most))
 
 
 @style.drawing
 def draw(image: UInt8[np.ndarray, 's s c'], maps: Float[np.ndarray, 'h w maps'], layer: str, towers: int) -> Figure:
-    """Draws the image and the feature maps of `layer`, all on one color scale, which is shown.
+    """Draws the image and the feature maps of `layer`, with a common color scale and its color bar.
 
     Args:
-      image: (S, S, C) uint8, the network's input before the mean is subtracted; C is 3 or 1.
-      maps: (H, W, maps) float32; the units of a dense layer are maps of one pixel, (1, 1, units).
+      image: the network's input before the mean is subtracted, with 3 channels or 1.
+      maps: the feature maps; the units of a dense layer are maps of one pixel, (1, 1, units).
       layer: the name of the layer.
       towers: number of equal, consecutive parts of the maps.
     """

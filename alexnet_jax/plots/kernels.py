@@ -16,13 +16,13 @@ _LEFT, _HEADING, _GAP, _BELOW = 0.1, 0.28, 0.08, 0.26  # inches
 def saturation(kernel: Float[np.ndarray, 'h w c kernels'], towers: int) -> list[float]:
     """Returns the color saturation of each tower's kernels: the share of their energy that differs between channels.
 
-    With k[x, y, c, n] a tower's kernels and m[x, y, n] their mean over the channels c, it is
-    sum (k - m)^2 / sum k^2 over all of x, y, c and n. 0: gray, all channels have the same weights. 1: color only, the
-    weights of the channels cancel and a gray image gives 0. Independent weights of three channels, as before training,
-    give 2/3. Kernels with large weights contribute more.
+    For kernels k[x, y, c, n] and their mean m[x, y, n] over the channels c, the saturation is sum (k - m)^2 / sum k^2
+    over all of x, y, c and n. It is 0 if all channels have the same weights (gray), and 1 if the weights of the
+    channels cancel, so that a gray image gives 0. Independent weights of three channels, as before training, give 2/3.
+    Kernels with large weights contribute more.
 
     Args:
-      kernel: (height, width, channels, kernels) float, the towers side by side.
+      kernel: kernels of conv1, ordered by tower.
       towers: number of equal parts of the kernels.
 
     Returns:
@@ -40,8 +40,8 @@ def saturation(kernel: Float[np.ndarray, 'h w c kernels'], towers: int) -> list[
 def grid(kernel: Float[np.ndarray, 'h w c kernels']) -> Float[np.ndarray, 'rows columns 3']:
     """Arranges kernels as an image from 0 to 1; a single channel becomes gray.
 
-    A row has at most 16 kernels, with a white pixel between them. Each kernel is scaled from its minimum over all
-    channels to its maximum. A kernel is gray if its weights are all equal or one is not finite.
+    A row has at most 16 kernels, with a white pixel between them. Each kernel is scaled so that
+    its minimum over all channels is 0 and its maximum is 1. A kernel is gray if its weights are equal or not finite.
     """
     height, width, _, count = kernel.shape
     columns = math.ceil(count / math.ceil(count / _COLUMNS))
@@ -54,10 +54,10 @@ def grid(kernel: Float[np.ndarray, 'h w c kernels']) -> Float[np.ndarray, 'rows 
 
 @style.drawing
 def draw(kernel: Float[np.ndarray, 'h w c kernels'], towers: int) -> Figure:
-    """Draws figure 3 of the paper: each tower's kernels, the first tower on top, with their saturation().
+    """Draws each tower's kernels and their saturation() as in figure 3 of the paper, with the first tower on top.
 
     Args:
-      kernel: of conv1, (height, width, channels, kernels) float32; 3 channels are red, green and blue, or there is 1.
+      kernel: kernels of conv1, with 3 channels (red, green, blue) or 1.
       towers: number of equal parts of the kernels.
     """
     sheets = [grid(part) for part in np.split(kernel, towers, -1)]

@@ -21,12 +21,12 @@ class Neighbors:
     """An image and its nearest training images, the nearest first.
 
     Attributes:
-      query: (S, S, C) uint8, C being 3 or 1.
-      name: of the query, such as its file name.
-      images: (S, S, C) uint8 each.
+      query: an image with 3 channels or 1.
+      name: the name of the query, such as its file name.
+      images: the training images.
       labels: the classes of `images`.
       distances: Euclidean distances between the activations of the last hidden layer.
-      label: the class of the query; None: unknown.
+      label: the class of the query, or None if unknown.
     """
 
     query: UInt8[np.ndarray, 's s c']
@@ -39,7 +39,7 @@ class Neighbors:
 
 @style.drawing
 def draw(rows: Sequence[Neighbors]) -> Figure:
-    """Draws figure 4 of the paper, right: one row per query, with class and distance below each neighbor.
+    """Draws one row per query, as in the right half of figure 4 of the paper, with class and distance of each neighbor.
 
     Neighbors of the query's class have a frame. Raises ValueError: there is no row, or more than MAX_ROWS.
     """

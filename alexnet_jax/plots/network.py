@@ -43,16 +43,16 @@ class Box:
 
 @style.drawing
 def draw(model: ModelConfig, crop_size: int, channels: int, title: str) -> Figure:
-    """Draws figure 2 of the paper: a row of boxes for each tower, arrows for the connections, and a table below.
+    """Draws the network as in figure 2 of the paper: one row of boxes per tower, arrows, and a table below.
 
-    The height and depth of a box are the map size, and its width the number of maps, each to the power of 0.4. The
-    window on its side is the receptive field of one kernel of the next layer. Dense layers are columns. At most 4
-    towers are drawn.
+    The height and depth of a box represent the map size, and its width the number of maps, each to the power of 0.4.
+    The window on the side of a box is the receptive field of one kernel of the next layer. Dense layers are columns. At
+    most 4 towers are drawn.
 
     Args:
       model: `model` of a resolved configuration.
       crop_size: height and width of the images, in pixels.
-      channels: of the images.
+      channels: number of channels of the images.
       title: the name of the network.
     """
     table = layer_table(model, crop_size, channels)
@@ -129,7 +129,7 @@ def _shape(sizes: tuple[int, ...]) -> str:
 
 
 def _short(number: int) -> str:
-    """Formats a number in full below 1e9, which is as wide as a column."""
+    """Formats a number; numbers from 1e9 on are abbreviated to the width of a column."""
     return f'{number:,}' if number < 1e9 else f'{number / 1e9:.2f}e9'
 
 
@@ -171,7 +171,7 @@ def _draw_boxes(
 
 
 def _draw_box(axes: Axes, box: Box, color: str, gid: str) -> None:
-    """Draws the front, top and side, each in its shade. The front has the gid `gid`."""
+    """Draws the front, top and side in different shades. The front has the gid `gid`."""
     left, right, low, high = box.x, box.x + box.width, box.y, box.y + box.height
     faces: list[tuple[list[Point], float, str | None]] = [
         ([(left, low), (right, low), (right, high), (left, high)], 0.45, gid),
@@ -184,7 +184,7 @@ def _draw_box(axes: Axes, box: Box, color: str, gid: str) -> None:
 
 
 def _draw_windows(axes: Axes, table: list[LayerShape], boxes: list[list[Box]], crop_size: int) -> None:
-    """Draws on the side of each box the receptive field of one kernel of the next convolution, on the pooled scale."""
+    """Draws the receptive field of one kernel of the next convolution on the side of each box, in pooled pixels."""
     for i, layer in enumerate(table):
         if layer.spec.kernel:
             pixels = table[i - 1].pooled[0] if i else crop_size
@@ -220,7 +220,7 @@ def _draw_arrows(axes: Axes, table: list[LayerShape], boxes: list[list[Box]]) ->
 
 
 def _draw_table(axes: Axes, rows: dict[str, list[list[str]]], top: float) -> None:
-    """Draws a column below each layer, with the names of the rows at the left."""
+    """Draws a table with a column below each layer and the names of the rows at the left."""
     line = top - _LINE / 2
     for name, cells in rows.items():
         axes.text(0.1, line, name, va='center')

@@ -20,9 +20,9 @@ class Prediction:
     """A network's prediction for an image.
 
     Attributes:
-      image: (S, S, C) uint8, C being 3 or 1.
-      name: of the image, such as its file name.
-      label: the true class; None: unknown.
+      image: an image with 3 channels or 1.
+      name: the name of the image, such as its file name.
+      label: the true class, or None if unknown.
       top: classes with their probabilities (0 to 1), the most probable first.
     """
 
@@ -34,9 +34,10 @@ class Prediction:
 
 @style.drawing
 def draw(pictures: Sequence[Prediction]) -> Figure:
-    """Draws figure 4 of the paper, left: each image, its true class if known, and a bar for each class in `top`.
+    """Draws each image with its true class and a bar per class in `top`, as in the left half of figure 4 of the paper.
 
-    The bar of the true class has another color and is hatched. Names that are too long are cut.
+    The bar of the true class has another color and is hatched. Long names are truncated.
+
     Raises ValueError: there is no image, or more than MAX_IMAGES.
     """
     if not 0 < len(pictures) <= MAX_IMAGES:

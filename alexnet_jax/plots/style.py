@@ -1,4 +1,4 @@
-"""Shared by all figures: sizes for print, colors safe for color-blind readers, text fitting, and file formats.
+"""Helpers for all figures: sizes for print, colors safe for color-blind readers, text fitting, and file formats.
 
 Drawing functions return a matplotlib Figure at most 7.2 inches wide, with fonts of 7 points or more. No function needs
 a display.
@@ -111,7 +111,7 @@ def text_width(text: str, size: float = SMALL, bold: bool = False) -> float:
 
 
 def fit(text: str, points: float, size: float = SMALL, bold: bool = False) -> str:
-    """Returns plain() text, cut with an ellipsis if it is wider than `points`."""
+    """Returns plain() text, truncated with an ellipsis if it is wider than `points`."""
     text = plain(text, bold)
     if text_width(text, size, bold) <= points:
         return text

@@ -1,14 +1,14 @@
 """Content of the report page as plain data, and the template that turns it into HTML.
 
-A section is a title with blocks; a block is a kind with its value:
+A section is a title with a list of blocks; a block is a kind with a value:
 
     text, remark, missing (a reason for missing content), heading, command    str
     list                                                                      list[str]
-    facts                                                                     dict[str, str]; '' is not shown
+    facts                                                                     dict[str, str]; empty values are omitted
     table, figure                                                             Table, Figure
     cards, small_cards                                                        list[Card]
 
-The template escapes all texts. `words` between backticks become code.
+The template escapes all text and renders text between backticks as code.
 """
 
 import base64
@@ -45,7 +45,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A drawing on white with a caption. A `wide` one keeps a readable size and scrolls on a small screen."""
+    """A drawing on white with a caption. A `wide` drawing keeps a readable size and scrolls on a small screen."""
 
     picture: Picture
     caption: str
@@ -68,7 +68,7 @@ Section = tuple[str, list[Block]]
 
 
 def png_picture(png: bytes, alt: str) -> Picture:
-    """Embeds a PNG file; `alt` describes it."""
+    """Embeds a PNG file; `alt` is the text alternative of the image."""
     width, height = Image.open(io.BytesIO(png)).size
     data = base64.b64encode(png).decode()
     return {'src': f'data:image/png;base64,{data}', 'width': width, 'height': height, 'alt': alt}
@@ -83,7 +83,7 @@ def pixel_picture(pixels: UInt8[np.ndarray, 'h w c'], alt: str, max_pixels: int 
 
 
 def render(title: str, lead: str, sections: list[Section], command: str) -> bytes:
-    """Returns the page as the content of an HTML file. `lead` is a summary, `command` the command that is running."""
+    """Returns the page as the content of an HTML file. `lead` is a summary, `command` the running command."""
     environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, autoescape=True)
     environment.loader = jinja2.FileSystemLoader(os.path.dirname(__file__))
     environment.undefined = jinja2.StrictUndefined

@@ -6,7 +6,7 @@ from alexnet_jax.config import Config, field_names, get_by_path, preset_config, 
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.sweep.results import views_text
 
-# Besides the `model` settings, published errors are comparable only if these are equal.
+# Published errors are comparable only if these settings, and those of `model`, equal the preset's.
 _SAME_IMAGES = ('data.source', 'data.channels', 'data.image_size', 'data.crop_size')
 
 
@@ -22,7 +22,7 @@ def length(config: Config, examples: int) -> str:
 
 
 def differences(config: Config) -> list[list[str]]:
-    """Returns [name, preset's value, run's value] of the settings that differ, without seed and data_dir."""
+    """Returns [name, preset's value, run's value] of each differing setting except seed and data_dir."""
     return _differing(config, (field for field in field_names(config) if field not in ('seed', 'data.data_dir')))
 
 
@@ -40,7 +40,7 @@ def _shown(value: object) -> str:
 
 
 def published(config: Config) -> tuple[list[str], str]:
-    """Returns the table row of the published errors if they are comparable, otherwise []; and a remark about them."""
+    """Returns the table row of the published errors, or [] if they are not comparable, and a remark about them."""
     figures = PRESETS[config.model.preset].published
     errors = ['' if error is None else f'{error:g} %' for error in (figures.top1_error, figures.top5_error)]
     fields = [field for field in field_names(config) if field.startswith('model.') and field != 'model.dtype']

@@ -35,7 +35,7 @@ def model_sections(workdir: str, train_command: str, data_dir: str | None, neigh
     Args:
       workdir: the folder of the run.
       train_command: the command that trains in `workdir`.
-      data_dir: the folder of the prepared images; None: the one in the run's settings.
+      data_dir: the folder of the prepared images; None selects data.data_dir of the run.
       neighbors: whether to search for neighbors.
     """
     try:
@@ -91,7 +91,7 @@ def kernel_figures(network: TrainedModel) -> list[Block]:
 def _open_dataset(network: TrainedModel, data_dir: str | None) -> dataset.PreparedDataset:
     """Opens the run's prepared data set.
 
-    Raises ConfigError: the data set is missing, or is not that of the run. Raises the errors of open_eval_dataset().
+    Raises ConfigError: the data set is missing. Raises the errors of open_eval_dataset().
     """
     data = network.config.data
     folder = data_dir or data.data_dir
@@ -111,7 +111,7 @@ def _open_dataset(network: TrainedModel, data_dir: str | None) -> dataset.Prepar
 
 
 def choose(split: dataset.SplitReader, count: int) -> list[Example]:
-    """Returns `count` images of `split` with their indices: always the same ones, of as many classes as possible."""
+    """Returns `count` images of `split` with indices. The choice is fixed and covers as many classes as possible."""
     examples_by_class: dict[int, list[Example]] = {}
     for place, example in dataset.evenly_spaced(split, _PROBED * count):
         examples_by_class.setdefault(int(example['label']), []).append((place, example))

@@ -1,4 +1,4 @@
-"""The report page of a run or of a sweep: what each section shows, and what explains missing content."""
+"""The report page of a run or of a sweep: the content of each section, and the reasons for missing content."""
 
 import json
 import os
@@ -24,7 +24,7 @@ _NOT_FACTS = ('versions', 'command')  # keys of environment.json that the page s
 
 
 def run_page(workdir: str, data_dir: str | None, neighbors: bool, command: str) -> bytes:
-    """Returns the page of the run in `workdir`, see model_sections(). `command` is the command that is running."""
+    """Returns the page of the run in `workdir`. `command` is the running command. See model_sections()."""
     run = read_run(workdir)
     no_metrics = f'{run.metrics_problem}. `{run.train_command}` writes a line every `train.log_every`.'
     sections: list[Section] = [
@@ -40,7 +40,7 @@ def run_page(workdir: str, data_dir: str | None, neighbors: bool, command: str) 
 
 
 def config_section(run: Run) -> list[Block]:
-    """Returns the command, the settings, and the network."""
+    """Returns the training command, the settings, and a diagram of the network."""
     if run.config is None:
         why = f'{run.config_problem}. The settings are unknown; `{run.train_command}` writes config.json.'
         return [('command', run.train_command), ('missing', why)]
@@ -70,7 +70,7 @@ def config_section(run: Run) -> list[Block]:
 
 
 def _result_section(run: Run) -> list[Block]:
-    """Returns the errors, with the published ones if the network and the images are the same."""
+    """Returns the validation errors, and the published errors if they are comparable."""
     rows, blocks = errors_of(run), list[Block]()
     if not rows:
         why = f'No validation errors: {run_status(run.workdir)}. `{run.train_command}` computes them after training.'
@@ -94,7 +94,7 @@ def _result_section(run: Run) -> list[Block]:
 
 
 def _curves(runs: dict[str, list[JsonObject]]) -> Block:
-    """Draws the curves of `runs`, the results of read_metrics() by name."""
+    """Draws the curves of `runs`, which has results of read_metrics() by name."""
     about = 'Loss and errors on the training batches and on all validation images (one view), and the learning rate.'
     alt = 'curves of loss, top-1 error, top-5 error and learning rate by step'
     return 'figure', Figure(png_picture(style.as_png(curves.draw(runs), _DPI), alt), about, wide=True)
@@ -164,7 +164,7 @@ def environment_section(environment: JsonObject, train_command: str) -> list[Blo
 
 
 def sweep_page(sweep: Sweep, command: str) -> bytes:
-    """Returns the page of `sweep`. `command` is the command that is running."""
+    """Returns the page of `sweep`. `command` is the running command."""
     done, planned = (sum(getattr(row, name) for row in sweep.rows) for name in ('runs_done', 'runs_planned'))
     config = sweep.plan['config']
     lead = f'A sweep of `{config}`: {len(sweep.rows)} variants, {done} of {planned} runs done.'
@@ -244,7 +244,7 @@ def _sweep_kernels(sweep: Sweep, train_command: str) -> list[Block]:
 
 
 def _sweep_environments(sweep: Sweep, train_command: str) -> list[Block]:
-    """Returns hardware and versions, grouping runs that have the same ones."""
+    """Returns hardware and versions, once for all runs with equal ones."""
     runs_of: dict[str, list[str]] = {}
     for run in sweep.plan['runs']:
         found = read_json(os.path.join(sweep.folder, run['directory'], 'environment.json')) or {}

@@ -20,7 +20,7 @@ T = TypeVar('T')
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Contents of a run's files; missing or corrupt ones are empty.
+    """Contents of a run's files. Contents of missing or corrupt files are empty.
 
     Attributes:
       workdir: the folder of the run.
@@ -79,7 +79,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Contents of a sweep's files. See the functions of load_sweep() for the attributes."""
+    """Contents of a sweep's files. The functions that load_sweep() calls describe the attributes."""
 
     folder: str
     plan: sweep_results.SweepPlan
@@ -118,7 +118,7 @@ def _attempt(read: Callable[[str], T], workdir: str, default: T) -> tuple[T, str
 
 
 def read_metrics(workdir: str) -> list[JsonObject]:
-    """Returns the lines of metrics.jsonl with a valid step. Raises ConfigError: there are none."""
+    """Returns the lines of metrics.jsonl with a valid step. Raises ConfigError: no line has one."""
     from alexnet_jax.plots import curves  # imports matplotlib, which takes a second
 
     lines = []
@@ -143,7 +143,7 @@ def percent(value: object) -> str:
 
 
 def errors_of(run: Run) -> list[list[str]]:
-    """Returns [run, views, loss, top-1 error, top-5 error, images] of each final evaluation, else of the latest."""
+    """Returns [run, views, loss, top-1 error, top-5 error, images] of all final or of the latest evaluation."""
     views = run.result.get('views')
     found = [(name, values) for name, values in (views if isinstance(views, dict) else {}).items() if values]
     name_of_row = 'this run'
@@ -161,7 +161,7 @@ def errors_of(run: Run) -> list[list[str]]:
 
 
 def summary(run: Run) -> str:
-    """Describes the run for a terminal."""
+    """Returns the state and the errors of the run as text."""
     lines = [f'{run.workdir}: {run.state}']
     for _, views, loss, top1, top5, _ in errors_of(run):
         lines.append(f'  {views_of(views):<8}  loss {loss}  top-1 error {top1}  top-5 error {top5}')

@@ -16,7 +16,7 @@ _RUN = {'variant': str, 'seed': int | None, 'directory': str}
 
 
 class PlannedVariant(TypedDict):
-    """A variant in sweep.json, see sweep.Variant; version 0.1 did not write the overrides."""
+    """A variant in sweep.json, see sweep.Variant. Files of version 0.1 have no overrides."""
 
     name: str
     overrides: NotRequired[dict[str, object]]
@@ -44,7 +44,7 @@ class SweepPlan(TypedDict):
 
 
 class ReportError(ValueError):
-    """A report is impossible. The message is one line with the cause and the remedy."""
+    """The report cannot be made. The message is one line with the cause and the remedy."""
 
 
 def read_sweep(folder: str) -> SweepPlan:
@@ -99,9 +99,9 @@ def _is_done(result: JsonObject) -> bool:
 
 
 def choose_views(results: Mapping[str, JsonObject], wanted: int | None) -> int | None:
-    """Returns `wanted`, or else the largest number of views that all `results` have in common.
+    """Returns `wanted` or, if it is None, the largest number of views that all `results` have in common.
 
-    Without `results` the return value is `wanted`, which may be None.
+    Returns `wanted` unchanged if there are no `results`.
 
     Raises ReportError: no result has `wanted` views, or `wanted` is None and no number of views is common to all.
     """

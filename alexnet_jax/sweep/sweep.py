@@ -91,7 +91,11 @@ def load_sweep(file: str) -> list[Variant]:
 
 
 def validate(variants: list[Variant]) -> None:
-    """Raises ConfigError: no runs, two runs share a folder, one name has two overrides, or an invalid folder name."""
+    """Checks the runs of a sweep.
+
+    Raises ConfigError: there are no runs, two runs share a folder, variants of one name have different overrides, or a
+      name is not valid for a folder.
+    """
     if not variants:
         raise ConfigError('--sweep: the sweep of this config is empty')
     directories = [variant.directory for variant in variants]
@@ -109,7 +113,7 @@ def validate(variants: list[Variant]) -> None:
 
 
 def write_manifest(variants: list[Variant], config_file: str, workdir: str) -> None:
-    """Writes WORKDIR/sweep.json for `alexnet_jax.report`: the planned runs, and the published results of each variant.
+    """Writes WORKDIR/sweep.json for `alexnet report`: the planned runs, and the published results of each variant.
 
     Raises ConfigError: the folder is not writable.
     """

@@ -63,7 +63,7 @@ def welch_interval(values: Sequence[float], base: Sequence[float]) -> tuple[floa
 
 
 def _error_summary(values: Sequence[float], base: Sequence[float], published: float | None) -> ErrorSummary:
-    """Summarizes the errors of the variant's and the base's runs, in percent. `base` may be empty."""
+    """Returns the statistics of a variant. `values` and `base` are errors of runs in percent; `base` may be empty."""
     return ErrorSummary(
         mean=statistics.fmean(values) if values else None,
         deviation=statistics.stdev(values) if len(values) > 1 else None,
@@ -116,7 +116,7 @@ def summarize(sweep: SweepPlan, results: Mapping[str, JsonObject], views: int | 
 
 
 def as_cells(sweep: SweepPlan, rows: list[Row]) -> list[list[str]]:
-    """Returns the cells of the table: a header, then one line per variant. Without a base: no difference columns."""
+    """Returns the cells of the table: a header, then one line per variant. Only a sweep with a base has differences."""
     base = sweep['base']
     header = ['variant', 'runs']
     for kind in ('top-1', 'top-5'):
@@ -154,7 +154,7 @@ def caption(sweep: SweepPlan, views: int | None) -> str:
 
 
 def footnotes(sweep: SweepPlan, rows: list[Row]) -> dict[str, list[str]]:
-    """Returns the non-empty sections below the table by title, each with one line per variant."""
+    """Returns the lines of each non-empty section below the table, by title."""
     found = {
         'Sources of the published differences': [
             f'{row.name}: {row.source}' for row in rows if row.source and sweep['base'] is not None
@@ -179,7 +179,7 @@ def as_markdown(sweep: SweepPlan, rows: list[Row], views: int | None, missing: l
 
 
 def as_csv(rows: list[Row]) -> str:
-    """Returns CSV: a header and one line per variant, in unrounded percent and percentage points; unknown is empty."""
+    """Returns CSV with one line per variant, in unrounded percent and percentage points. Unknown values are empty."""
     lines = []
     for row in rows:
         line: dict[str, object] = {'variant': row.name, 'runs_done': row.runs_done, 'runs_planned': row.runs_planned}
