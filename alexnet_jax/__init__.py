@@ -5,7 +5,7 @@ Importing this package imports no library. The first access to one of these name
     AlexNet         the network, model.AlexNet
     PRESETS         the published networks and their training, presets.PRESETS
     default_config  all settings with their defaults, config.default_config
-    load_model      the trained model of a checkpoint, as in load_model('runs/quickstart'), inference.trained_model
+    load_model      loads a checkpoint, as in load_model('runs/quickstart'), inference.trained_model.load_model
 """
 
 import importlib

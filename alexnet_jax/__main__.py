@@ -20,7 +20,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run the subcommand that the command line names; exits with code 2 if there is no such subcommand."""
+    """Runs the subcommand that the command line names; exits with code 2 if there is no such subcommand."""
     name, *arguments = sys.argv[1:] or ['--help']
     if name in ('--help', '-h', 'help'):
         print('usage: alexnet COMMAND [ARGUMENT ...]\n')

@@ -1,4 +1,4 @@
-"""Command-line helpers: flags, with --config or without; checks of output files; errors as one line and an exit code.
+"""Command-line helpers: parse flags, check output files, and report errors as one line and an exit code.
 
 This module imports neither jax nor matplotlib, so that a command answers --help and invalid flags at once.
 """
@@ -38,7 +38,7 @@ def parse_flags(argv: list[str], missing: str = '', max_arguments: float = 0) ->
 
     Args:
       argv: the command line.
-      missing: error message if there is no positional argument; '' allows none.
+      missing: error message if there is no positional argument; '' makes positional arguments optional.
       max_arguments: maximum number of positional arguments.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -64,7 +64,7 @@ def parse_flags(argv: list[str], missing: str = '', max_arguments: float = 0) ->
 
 
 def _check_renamed(argv: list[str]) -> None:
-    """Raises ConfigError if a flag has the name that it had in version 0.1."""
+    """Raises ConfigError if `argv` contains a flag by its name of version 0.1."""
     for argument in argv[1:]:
         flag = re.match(r'--?(no)?(\w+)', argument)
         if flag and (new := RENAMED_FLAGS.get(flag[2])) and new in flags.FLAGS:
@@ -73,7 +73,7 @@ def _check_renamed(argv: list[str]) -> None:
 
 
 def _find_config(argv: list[str]) -> str:
-    """Replaces the config names in `argv` by paths and returns the last path; adds the default, quickstart, if none."""
+    """Replaces the config names in `argv` by paths and returns the last path; inserts quickstart if there is none."""
     file = None
     for i, argument in enumerate(argv[1:], 1):
         if re.match('--?config=', argument):
@@ -139,14 +139,14 @@ def run(
     failures: tuple[type[Exception], ...] = (),
     interrupted: str = 'stopped',
 ) -> None:
-    """Parses the flags, calls `main` and exits with its exit code, or with that of exit_code() if it raises.
+    """Parses the flags, calls exit_code(main, ...) and exits with the code that it returns.
 
     Args:
       main: takes the command and its positional arguments, and returns the exit code.
       missing: see parse_flags().
       max_arguments: see parse_flags().
-      usage_errors: exceptions of the command that end it with code 2.
-      failures: exceptions of the command that end it with code 1.
+      usage_errors: further exceptions that end the command with code 2.
+      failures: further exceptions that end the command with code 1.
       interrupted: message if the user interrupts the command.
     """
     logging.set_verbosity(logging.ERROR)
@@ -166,6 +166,7 @@ def exit_code(
     """Returns the exit code of main(argv). Logs known errors as one line; other errors are raised.
 
     The codes are 2 for an invalid flag, configuration or checkpoint, 1 for another failure, and 130 for an interrupt.
+    The arguments are those of run().
     """
     usage_errors = (ConfigError, CheckpointError, *usage_errors)
     failures = (DatasetError, OSError, *failures)
@@ -182,7 +183,7 @@ def exit_code(
 
 
 def _reason(error: Exception) -> str:
-    """Returns the message of `error`; of an OSError, the name of the file and the cause."""
+    """Returns the message of `error`; for an OSError, the file name and the cause."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f'{error.filename}: {error.strerror}'
     return str(error)

@@ -82,12 +82,12 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
 
 
 def _as_tuple(value: object) -> object:
-    """Converts lists, as JSON has them, to tuples."""
+    """Converts lists, which JSON and config files contain, to tuples."""
     return tuple(_as_tuple(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 def upgrade(written: Mapping[str, object]) -> dict[str, object]:
-    """Returns the content of a config.json with the fields and values that version 0.1 named differently renamed."""
+    """Returns the content of a config.json, with the field names and values of version 0.1 replaced by current ones."""
     values = {name: dict(group) if isinstance(group, dict) else group for name, group in written.items()}
     for old, new in RENAMED.items():
         (group, old_name), new_name = old.split('.'), new.split('.')[1]
@@ -106,7 +106,7 @@ def upgrade(written: Mapping[str, object]) -> dict[str, object]:
 
 
 def unknown_field(field: str, known: list[str]) -> ConfigError:
-    """Returns the error for the unknown `field`; the message has its new name or the nearest of the `known` fields."""
+    """Returns the error for the unknown `field`; the message names its new name or the nearest `known` field."""
     if field in RENAMED:
         return ConfigError(f'config.{field} was renamed to config.{RENAMED[field]}')
     last = field.rsplit('.', 1)[-1]

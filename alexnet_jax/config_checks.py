@@ -29,7 +29,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
 
 
 def check(config: Config) -> None:
-    """Raises ConfigError if a value is not allowed, or contradicts another field."""
+    """Raises ConfigError if a value is not allowed or contradicts another field."""
     for field in _CHOICES:
         check_choice(field, get_by_path(config, field))
     _check_ranges(config)
@@ -39,7 +39,7 @@ def check(config: Config) -> None:
 
 
 def check_choice(field: str, value: str | int) -> None:
-    """Raises ConfigError if `value` is not allowed for `field`, one of the fields with a fixed set of values."""
+    """Raises ConfigError if `value` is not allowed for `field`, which must have a fixed set of values."""
     choices = _CHOICES[field]
     if value in choices:
         return
@@ -114,7 +114,7 @@ def _check_ranges(config: Config) -> None:
 
 
 def check_class_names(names: Sequence[object]) -> None:
-    """Raises ConfigError unless `names` are distinct, printable, nonempty texts without blanks around them."""
+    """Raises ConfigError unless `names` are distinct, printable, nonempty strings without surrounding blanks."""
     for name in names:
         if not isinstance(name, str) or not name.isprintable() or name != name.strip() or not name:
             raise ConfigError(f'config.data.class_names: {name!r} is not a printable text without blanks around it')

@@ -1,4 +1,4 @@
-"""Finds config files, by path or for files of this package by name, and calls their functions."""
+"""Finds config files by path, or by name for those of this package, and calls their functions."""
 
 import inspect
 import os
@@ -9,14 +9,14 @@ from alexnet_jax.config import ConfigError
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _INSTALLED = os.path.join(_PACKAGE, 'configs')
-# An installed package contains the folder; in a checkout, and in an editable installation of one, it is beside it.
+# The folder is in an installed package; in a checkout and its editable installation it is beside the package.
 FOLDER = _INSTALLED if os.path.isdir(_INSTALLED) else os.path.join(os.path.dirname(_PACKAGE), 'configs')
 
 
 def find(config: str) -> str:
-    """Returns the path of `config`, which is PATH or NAME, followed by the :PRESET of `config` if it has one.
+    """Returns PATH[:PRESET] for `config`, which is PATH[:PRESET] or NAME[:PRESET].
 
-    Raises ConfigError: there is neither a file of that path nor a config of that name in this package.
+    Raises ConfigError: there is neither a file PATH nor a config NAME in this package.
     """
     file, *preset = config.split(':', 1)
     if os.path.isfile(file):
@@ -31,16 +31,16 @@ def find(config: str) -> str:
 
 
 def name_of(config: str) -> str:
-    """Returns the name of the config file `config` if this package contains the file, and otherwise `config`."""
+    """Returns NAME[:PRESET] for `config`, PATH[:PRESET], if this package contains the file; otherwise `config`."""
     file, *preset = config.split(':', 1)
     name = os.path.basename(file).removesuffix('.py')
     return ':'.join([name, *preset]) if file == os.path.join(FOLDER, f'{name}.py') else config
 
 
 def call(config: str, function: str) -> Any:
-    """Calls `function` of the config file `config`, with the preset if there is one, and returns the result.
+    """Calls `function` of the config file `config`, with the preset if `config` names one, and returns the result.
 
-    Raises ConfigError: there is no such file, no such function in it, or the function takes no preset.
+    Raises ConfigError: the file or its function does not exist, or the function takes no preset.
     """
     file, *preset = find(config).split(':', 1)
     found = runpy.run_path(file).get(function)

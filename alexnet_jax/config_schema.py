@@ -26,7 +26,7 @@ class ModelConfig:
     widths: tuple[int, ...]  # feature maps or units; 0 removes the layer
     kernel_sizes: tuple[int, ...]
     conv1_stride: int
-    conv1_padding: tuple[int, int]  # (before, after): (0, 3) for 224 pixels, (0, 0) for 227, (2, 2)
+    conv1_padding: tuple[int, int]  # (before, after), such as (0, 3) for 224 pixels or (0, 0) for 227
     locally_connected: tuple[str, ...]  # convolutions with separate weights at each pixel
     towers: int
     cross_tower: tuple[str, ...]  # layers that read the features of all towers; the others read only their own
@@ -36,12 +36,12 @@ class ModelConfig:
     lrn: bool  # local response normalization; False removes the operation from `conv_ops`
     lrn_size: int  # n
     lrn_k: float
-    lrn_alpha: float  # times the sum over the window, not its mean
+    lrn_alpha: float  # multiplies the sum of squares over the window, not the mean
     lrn_beta: float
     lrn_across_towers: bool
     spatial_lrn_size: int
     spatial_lrn_alpha: float
-    overlapping_pool: bool  # windows of 3, stride 2; False: windows of 2
+    overlapping_pool: bool  # True: windows of 3 with stride 2; False: windows of 2
     pool_ceil_mode: bool  # whether to pool a last window that extends over the edge
     dropout: float
     dropout_on_inputs_of: tuple[str, ...]  # the layers whose inputs are dropped
@@ -105,7 +105,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The length of the run, its batches, and when the run ends early."""
+    """The length of the run, its batches, and the conditions that end the run early."""
 
     batch_size: int = 128  # global batch size, over all devices
     grad_accum_steps: int = 1  # gradient accumulation: micro-batches per step on each device
@@ -113,7 +113,7 @@ class TrainConfig:
     epochs: float = 90.0
     steps: int | None = None  # replaces epochs, unless None
     log_every: str = '50 steps'
-    target_error: float = 0.0  # end when the mean top-1 training error of log_every steps is lower; 0: never
+    target_error: float = 0.0  # end when the mean top-1 training error over log_every steps is below; 0: never
     stall_after: str = '5000 steps'  # time from which the loss is compared with ln(classes)
     stall_action: str = 'warn'  # reaction to a stalled loss: warn | stop
 
@@ -203,7 +203,7 @@ def get_by_path(config: object, field: str) -> Any:
     return operator.attrgetter(field)(config)
 
 
-# Fields of version 0.1 by their old names, for run folders of that version and for overrides by an old name.
+# Maps the field names of version 0.1 to the current names, for runs of that version and overrides by an old name.
 RENAMED = {
     'model.exchange': 'model.cross_tower',
     'model.unshared': 'model.locally_connected',

@@ -1,8 +1,4 @@
-"""Prepared data sets, read as ArrayRecord files without TensorFlow.
-
-The order of the images is a pure function of the seed and the position in the sequence, for any number of processes.
-The complete state of an input pipeline is therefore the number of steps.
-"""
+"""Reads prepared data sets, which are ArrayRecord files, without TensorFlow."""
 
 import dataclasses
 import hashlib
@@ -26,7 +22,7 @@ from alexnet_jax.runtime.console import log_error
 Batch = dict[str, np.ndarray]  # see loader.training_batches() and loader.validation_batches()
 
 MANIFEST_FIELDS = ('source', 'image_size', 'channels', 'encoding', 'validation_fraction', 'class_names')
-MANIFEST = 'prepared.json'  # file in the folder of a data set, see Manifest
+MANIFEST = 'prepared.json'  # name of the file with the Manifest
 IN_MEMORY_LIMIT_BYTES = 1 << 28  # a split with more bytes of pixels is not cached in memory
 
 
@@ -42,11 +38,11 @@ class Example(TypedDict):
 
 
 class DatasetSettings(Protocol):
-    """The settings of a prepared data set, which DataConfig and prepare.writer.PrepareConfig have in common."""
+    """The settings of a prepared data set that both DataConfig and prepare.writer.PrepareConfig have."""
 
     @property
     def source(self) -> str:
-        """Source of the raw images: photos, tfds:NAME, folder:DIR or idx:DIR."""
+        """Source of the raw images: photos, tfds:NAME[:config], folder:DIR or idx:DIR."""
 
     @property
     def image_size(self) -> int:
@@ -62,11 +58,11 @@ class DatasetSettings(Protocol):
 
     @property
     def class_names(self) -> Sequence[str] | None:
-        """Names of the classes; none for the names of the source."""
+        """Names of the classes; None or empty selects the names of the source."""
 
     @property
     def max_corrupt_fraction(self) -> float:
-        """Maximum fraction of unreadable images."""
+        """Maximum fraction of unreadable images in preparation, and of corrupt records."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +72,8 @@ class Manifest:
     Attributes:
       source, image_size, channels, encoding: see DataConfig.
       fingerprint: digest of the raw images, see prepare.raw_sources.Source.
-      validation_fraction: fraction of held-out training images, or None if the source has its own validation images.
+      validation_fraction: fraction of the training images held out for validation; None if the source has a
+        validation split.
       class_names: one name per label.
       images: number of images by split.
       files: size in bytes of each other file of the data set, by name.
@@ -94,17 +91,18 @@ class Manifest:
 
 
 class SplitReader:
-    """Random access to {'image': (S, S, C) uint8, 'label': int32}, or None for a record that is corrupt on disk.
+    """Random access to the examples of a split; a corrupt record reads as None.
 
-    Every record has a checksum. A corrupt record is logged and counted once. If the pixels of all images take at most
-    256 MiB, each image is cached in memory after its first read, because reading is most of the cost of a batch.
+    ArrayRecord detects corrupt records by their checksums. The reader logs and counts each of them once. If the pixels
+    of all images take at most IN_MEMORY_LIMIT_BYTES, the reader caches each image after its first read, because reading
+    dominates the cost of a batch.
 
     Args:
       records: serialized tf.train.Examples.
-      shape: (S, S, C).
+      shape: shape of an image, (S, S, C).
       encoding: encoding of the image in a record, 'raw' or 'jpeg'.
-      name: name in messages.
-      max_corrupt_fraction: maximum fraction of corrupt records; beyond it, access to a record raises DatasetError.
+      name: name of the split in messages.
+      max_corrupt_fraction: maximum fraction of corrupt records. The read that exceeds it raises DatasetError.
     """
 
     def __init__(
@@ -117,7 +115,7 @@ class SplitReader:
     ):
         from tensorflow_datasets.proto import tf_example_pb2
 
-        # The other steps of TFDS's own decoding take twice as long as parsing the protobuf, and hold the GIL.
+        # Parse the protobuf directly: the remaining steps of TFDS's decoder take twice as long and hold the GIL.
         self.parse = tf_example_pb2.Example.FromString
         self.records, self.shape, self.encoding, self.name = records, shape, encoding, name
         self.max_corrupt_fraction = max_corrupt_fraction
@@ -132,7 +130,7 @@ class SplitReader:
         return len(self.records)
 
     def corrupt_mask(self) -> Bool[np.ndarray, ' n']:
-        """Returns a mask (N,) bool of the records that this process found corrupt."""
+        """Returns the mask of the records that this process found corrupt."""
         found = np.zeros(len(self), bool)
         found[list(self.corrupt)] = True
         return found
@@ -163,9 +161,9 @@ class SplitReader:
         return example
 
     def take_cached(self, indices: Integer[np.ndarray, ' b']) -> Batch | None:
-        """Returns the cached images and labels at `indices` (B,), or None if some are not cached.
+        """Returns the images and labels at `indices` if all are cached, otherwise None.
 
-        The function takes a fourth of the time of accesses to single records.
+        The function takes a quarter of the time of reading the records one by one.
         """
         if not self.cached[indices].all():
             return None
@@ -223,13 +221,13 @@ def read_manifest(directory: str, settings: DatasetSettings) -> Manifest:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedDataset:
-    """A prepared data set, written by `prepare`.
+    """A prepared data set.
 
     Attributes:
       train, validation: see SplitReader.
       statistics: statistics of the training images, see prepare.shards.statistics().
       class_names: one name per label.
-      fingerprint: sha256 of the manifest.
+      fingerprint: SHA-256 of the manifest.
     """
 
     train: SplitReader
@@ -242,7 +240,7 @@ class PreparedDataset:
 def open_prepared(directory: str, settings: DatasetSettings) -> PreparedDataset:
     """Opens the data set in `directory`: a path, or a URL such as gs://... that TFDS and ArrayRecord can read.
 
-    Raises ConfigError: the data set is incomplete or has other settings than `settings`.
+    Raises ConfigError: the data set is incomplete or corrupt, or has other settings than `settings`.
     """
     manifest = read_manifest(directory, settings)
     folder = epath.Path(directory)
@@ -279,13 +277,13 @@ def _read_statistics(path: epath.Path) -> dict[str, np.ndarray]:
 
 
 def evenly_spaced(split: SplitReader, count: int) -> list[tuple[int, Example]]:
-    """Returns about `count` pairs (number, example), evenly spaced over `split`, without corrupt records."""
+    """Returns at most `count` pairs (index, example), evenly spaced over `split`, without corrupt records."""
     numbers = dict.fromkeys(np.linspace(0, len(split) - 1, count).astype(int).tolist())
     return [(number, example) for number in numbers if (example := split[number]) is not None]
 
 
 def aligned_empty(shape: tuple[int, ...]) -> UInt8[np.ndarray, '...']:
-    """Returns an empty uint8 array aligned to 64 bytes, which JAX's CPU backend uses without a copy."""
+    """Returns an uninitialized uint8 array, aligned to 64 bytes so that JAX's CPU backend needs no copy."""
     size = math.prod(shape)
     memory = np.empty(size + 63, np.uint8)
     start = -memory.ctypes.data % 64

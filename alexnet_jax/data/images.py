@@ -1,14 +1,14 @@
-"""Conversion of image files of any format to the square images of section 2 of the paper.
+"""Converts image files of any format to the square images of section 2 of the paper.
 
 The same rules apply to all sources:
-  gray                    three equal channels
+  gray                    three equal channels, unless the data set has one channel
   transparent             composited over white
-  CMYK, YCCK              converted to RGB without a color profile; JPEGs are inverted, as Adobe writes them
+  CMYK, YCCK              converted to RGB without a color profile; JPEGs are read as inverted, as Adobe writes them
   16 bits per channel     the upper eight bits
   EXIF orientation        applied, so that the image is upright
   animated or multi-page  the first image
-Rejected: files that are not images or are truncated, images of unknown pixel range (32 bits), and images of more than
-MAX_PIXELS pixels.
+read_image() rejects files that are not images or are truncated, EPS files, images of 32 bits per channel, whose value
+range is unknown, and images of more than MAX_PIXELS pixels.
 """
 
 import io
@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# Pillow's own limit against decompression bombs. Converting an image of this size takes 600 MB.
+# The value of Pillow's MAX_IMAGE_PIXELS. The conversion of an image of this size takes 600 MB.
 MAX_PIXELS = 1024**3 // 12
 # An image with a larger ratio of longer to shorter side is center-cropped to this ratio before scaling.
 MAX_ASPECT_RATIO = 16
@@ -29,9 +29,9 @@ class UnreadableImage(ValueError):
 
 
 def read_image(content: bytes | UInt8[np.ndarray, 'h w'] | UInt8[np.ndarray, 'h w 3']) -> Image.Image:
-    """Returns the upright image of mode L or RGB from the bytes of a file, or from an array (H, W[, 3]) uint8.
+    """Returns the upright image, of mode L or RGB, from the bytes of a file or from an array of pixels.
 
-    Raises UnreadableImage: see the module docstring.
+    Raises UnreadableImage: the content is rejected, see the module docstring.
     """
     if isinstance(content, np.ndarray):
         return Image.fromarray(content)
@@ -72,15 +72,12 @@ def _gray_or_rgb(image: Image.Image) -> Image.Image:
 def resize_and_center_crop(image: Image.Image, size: int, channels: int = 3) -> UInt8[np.ndarray, 'size size channels']:
     """Scales the shorter side to `size`, then crops the central square (section 2 of the paper).
 
-    Pillow's bicubic filter is antialiased: the filter widens with the downscaling factor, so every pixel counts.
+    Pillow's bicubic filter is antialiased: the filter widens with the downscaling factor, so every pixel contributes.
 
     Args:
       image: image of mode L or RGB, see read_image().
       size: side of the square in pixels.
       channels: 3 replicates gray to three equal channels; 1 converts colors to luminance.
-
-    Returns:
-      (size, size, channels) uint8.
     """
     width, height = image.size
     shorter = min(width, height)

@@ -1,4 +1,8 @@
-"""Batches for training and validation, read in threads from a prepared data set."""
+"""Batches for training and validation, read in threads from a prepared data set.
+
+The seed and the step determine the global training batch, for any number of processes. The step is therefore the
+complete state of the input pipeline.
+"""
 
 import functools
 import sys
@@ -24,29 +28,29 @@ def training_batches(
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> Iterator[Batch]:
-    """Yields one of `shard_count` equal shards of each batch from step `first_step` on, without end.
+    """Yields one of `shard_count` equal shards of each training batch from step `first_step` on, without end.
 
-    Every epoch is a new permutation of all images. A batch may span two epochs, so every epoch visits all images. The
-    next intact record of the data set replaces a corrupt record.
+    Each epoch visits all images in a new permutation, and a batch may span two epochs. The next intact record of the
+    data set replaces a corrupt record.
 
     Args:
       split: the training images.
       seed: seed of the permutations.
       batch_size: global batch size over all shards.
-      first_step: number of batches to skip.
+      first_step: step of the first batch.
       threads: number of reader threads; an in-memory split uses none.
       shard_index: index of this shard.
-      shard_count: number of shards of a batch.
+      shard_count: number of shards of each batch.
 
     Yields:
       image (B, S, S, C) uint8, label (B,) int32 and example_id (B,) uint32, where B is batch_size // shard_count and
-      `example_id` is the number of images before this one since step 0.
+      `example_id` is the position of the image in the sequence of all training images since step 0.
     """
     import grain
 
     rows, intact = batch_size // shard_count, _SkipCorrupt(split)
 
-    @functools.lru_cache(2)  # a batch takes a fifth of the time of grain's shuffle()
+    @functools.lru_cache(2)  # a batch then takes a fifth of the time that it takes with Grain's shuffle()
     def order(epoch):
         return np.random.default_rng((seed, epoch)).permutation(len(split))
 
@@ -75,10 +79,10 @@ def validation_batches(
     shard_count: int = 1,
     first_batch: int = 0,
 ) -> Iterator[Batch]:
-    """Yields one of `shard_count` equal shards of each batch; the batches contain every image once, in order.
+    """Yields one of `shard_count` equal shards of each validation batch.
 
-    Black images with label -1 pad the last batch and replace corrupt records. `first_batch` is the number of batches to
-    skip.
+    The batches contain every image once, in order. Black images with label -1 pad the last batch and replace corrupt
+    records. `first_batch` is the index of the first batch; the other arguments are those of training_batches().
 
     Yields:
       image (B, S, S, C) uint8 and label (B,) int32, where B is batch_size // shard_count.
@@ -95,7 +99,7 @@ def validation_batches(
 
 
 def _read_options(split: SplitReader, threads: int) -> 'grain.ReadOptions':
-    """Returns Grain's options: no threads for an in-memory split, because the threads would wait for the GIL."""
+    """Returns Grain's options; an in-memory split uses no threads, because threads would wait for the GIL."""
     import grain
 
     threads = 0 if split.in_memory else threads
@@ -103,7 +107,7 @@ def _read_options(split: SplitReader, threads: int) -> 'grain.ReadOptions':
 
 
 def _stack_batch(examples: '_SkipCorrupt | _Padded', indices: Integer[np.ndarray, ' b']) -> Batch:
-    """Copies the images at `indices` into one array: three times as fast as np.stack."""
+    """Returns the examples at `indices` as a batch, three times as fast as with np.stack()."""
     labels = np.empty(len(indices), np.int32)
     for row, index in enumerate(np.asarray(indices).tolist()):
         example = examples[index]

@@ -1,4 +1,4 @@
-"""Opens the prepared data set of a run, which a child process prepares if it is missing."""
+"""Opens the prepared data set of a run; a child process prepares the data set if it is missing."""
 
 import csv
 import io
@@ -17,20 +17,19 @@ from alexnet_jax.runtime.preemption import PreemptionHandler
 
 
 def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.PreparedDataset | None:
-    """Opens the data set of `config.data`, or prepares it first; returns None if preempted during preparation.
+    """Opens the data set of `config.data`, after its preparation if it is missing; returns None if preempted meanwhile.
 
-    Of several processes with a shared disk, one prepares the data set and the others wait; see
-    prepare.writer.prepare().
+    If several processes share a disk, one prepares the data set and the others wait, see prepare.writer.prepare().
 
     Raises:
       ConfigError: the data set is unreachable or corrupt, or has other settings or another number of classes.
-      DatasetError: the preparing process was killed.
-      SystemExit: preparing failed, and the child process printed the reason.
+      DatasetError: a signal ended the child process.
+      SystemExit: the child process failed and printed the reason.
     """
     data = config.data
     directory = dataset.dataset_dir(data.data_dir, data)
     if not _exists(directory):
-        # A child process, because TensorFlow should not share a process with JAX.
+        # Prepare in a child process, because TensorFlow should not share a process with JAX.
         names = (
             'source',
             'data_dir',

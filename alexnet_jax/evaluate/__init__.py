@@ -1,1 +1,1 @@
-"""The command `evaluate`: errors of checkpoints and ensembles."""
+"""The command `evaluate`, which computes the errors of checkpoints and ensembles."""

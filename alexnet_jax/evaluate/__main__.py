@@ -3,8 +3,8 @@
     alexnet evaluate CHECKPOINT... [--views=10] [--weights=0.5,0.3,0.2 | --fit_weights] [--per_class]
 
 CHECKPOINT is a run's folder WORKDIR (its newest checkpoint), WORKDIR/best or WORKDIR/checkpoints/STEP. The
-probabilities of several checkpoints are averaged, as in the ensembles of table 2. Only one model at a time is on the
-devices; the predictions of all models, 4 bytes per image and class, are in main memory.
+probabilities of several checkpoints are averaged, as in the ensembles of table 2. The devices hold one
+model at a time; main memory holds the predictions of all models, 4 bytes per image and class.
 """
 
 import json

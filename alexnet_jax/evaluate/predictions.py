@@ -17,13 +17,13 @@ from alexnet_jax.training.eval_step import make_predict_step
 def predict(
     ref: CheckpointRef, prepared: PreparedDataset, views: int
 ) -> tuple[int, Float32[np.ndarray, 'n classes'], Int32[np.ndarray, ' n']]:
-    """Predicts the validation images with the model of a checkpoint; skips records that are corrupt on disk.
+    """Predicts the classes of the validation images with the model of a checkpoint; skips corrupt records.
 
     Raises ConfigError, CheckpointError, DatasetError: see trained_model.load_model() and dataset.SplitReader.
 
     Returns:
-      The step of the checkpoint, log probabilities (N, classes) float32 and labels (N,) int32, in the order of the
-      images. The probabilities are means over `views`, 1 or 10 (section 4.1).
+      The step of the checkpoint, and the log probabilities and labels in the order of the images. The probabilities are
+      means over 1 or 10 `views` (section 4.1).
     """
     model = load_model(ref, prepared)
     log(f'{ref.name}: step {model.step}; mesh data={model.mesh.shape["data"]}, model={model.mesh.shape["model"]}')

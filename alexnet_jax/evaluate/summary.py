@@ -21,12 +21,12 @@ def summarize(
     weights: Sequence[float] | None,
     per_class: bool = False,
 ) -> tuple[JsonObject, Scores]:
-    """Computes the report that --json prints, without `views`, and the ensemble's scores (N, classes) for all images.
+    """Returns the report that --json prints, without `views`, and the ensemble's log probabilities for all images.
 
     Args:
-      members: entries to copy into the report of each member, such as its name.
-      scores: log probabilities (N, classes) float32 of each member.
-      labels: (N,) int32.
+      members: entries of the report for each member, such as its name.
+      scores: log probabilities of each member.
+      labels: true labels of the images.
       class_names: one name per label.
       weights: weights of the members, which sum to 1; None fits the weights on images 0, 2, 4, ... and reports the
         errors on the other images.
@@ -55,7 +55,7 @@ def summarize(
 
 
 def as_text(report: JsonObject) -> str:
-    """Formats the report, with `views`, as text tables."""
+    """Formats the report of summarize(), with the added key `views`, as text tables."""
     rows = [(f'{member["checkpoint"]}, step {member["step"]}', member) for member in report['members']]
     together = {'mean of members': 'mean', 'ensemble': 'ensemble'}
     rows += [(label, report[name]) for label, name in together.items() if name in report]
@@ -77,7 +77,7 @@ def _percents(figures: JsonObject) -> str:
 
 
 def _class_lines(classes: list[JsonObject]) -> list[str]:
-    """Formats the rows of metrics.per_class_errors() as lines of a table; returns [] without rows."""
+    """Formats the rows of metrics.per_class_errors() as lines of a table; returns [] if there are no rows."""
     if not classes:
         return []
     width = max(len('class'), *(len(row['name']) for row in classes))
@@ -91,6 +91,8 @@ def _class_lines(classes: list[JsonObject]) -> list[str]:
 
 def ensemble_weights(given: list[str] | None, fit: bool, members: int) -> list[float] | None:
     """Returns the weights of the members, normalized so that they sum to 1, or None if the weights are to be fitted.
+
+    `given` and `fit` are the values of --weights and --fit_weights.
 
     Raises ConfigError: the flags are invalid.
     """

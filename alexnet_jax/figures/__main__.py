@@ -8,9 +8,9 @@
     alexnet figures curves WORKDIR...              loss, errors and learning rate of runs or a sweep
 
 `alexnet predict --help` explains CHECKPOINT, IMAGE and --validation=8; --figure of that command draws the left half of
-figure 4. A figure is saved as WORKDIR/figures/KIND.png, the curves of several runs as curves.png, the figure of a
-preset as PRESET.png, or under the name given by --out. `maps` draws one figure per image; several figures are named
-KIND_1.png, KIND_2.png and so on.
+figure 4. --out sets the file name of a figure. The default is WORKDIR/figures/KIND.png; for the curves of several runs
+it is curves.png, and for a preset PRESET.png, in the current folder. `maps` draws one figure per image; several figures
+are named KIND_1.png, KIND_2.png and so on.
 """
 
 import itertools
@@ -45,7 +45,7 @@ KINDS: dict[str, tuple[str, float, tuple[str, ...]]] = {
 
 
 def check_kind(kind: str, names: list[str], given: flags.FlagValues) -> None:
-    """Raises ConfigError: the kind of figure does not exist, or it takes other names or flags."""
+    """Raises ConfigError if the kind of figure does not exist or takes other names or flags."""
     if kind == 'neighbours':  # its name in version 0.1
         raise ConfigError(f'{kind} was renamed to neighbors')
     if kind not in KINDS:
@@ -61,7 +61,7 @@ def check_kind(kind: str, names: list[str], given: flags.FlagValues) -> None:
 
 
 def check_layer(ref: CheckpointRef, layer: str) -> None:
-    """Raises ConfigError: the network of the run has no such layer."""
+    """Raises ConfigError if the network of the run has no such layer."""
     data = ref.config.data
     names = [each.name for each in layer_table(ref.config.model, data.crop_size, data.channels)]
     if layer not in names:
@@ -69,7 +69,7 @@ def check_layer(ref: CheckpointRef, layer: str) -> None:
 
 
 def out_path(out: str | None, workdir: str | None, name: str) -> str:
-    """Returns the file to save a figure as: `out`, or `name`.png in the workdir's figures/ or the current directory.
+    """Returns `out`, the file to save a figure as; if None, `name`.png in `workdir`/figures or the current folder.
 
     Raises ConfigError: the file cannot be written.
     """
@@ -110,7 +110,7 @@ def save(figures: Iterable['Figure'], path: str, count: int = 1) -> None:
 
 
 def draw_without_weights(kind: str, names: list[str], out: str | None) -> None:
-    """Draws `network` and `curves`. Raises ConfigError, OSError."""
+    """Draws a figure of kind `network` or `curves`. Raises ConfigError, OSError."""
     from alexnet_jax.figures import from_run  # imports matplotlib
 
     if kind == 'curves':
@@ -128,7 +128,7 @@ def draw_without_weights(kind: str, names: list[str], out: str | None) -> None:
 
 
 def draw_with_weights(kind: str, names: list[str], given: flags.FlagValues) -> int:
-    """Draws the other kinds. Returns the number of unreadable images.
+    """Draws a figure of another kind. Returns the number of unreadable images.
 
     Raises ConfigError, CheckpointError, DatasetError, OSError.
     """
@@ -152,7 +152,7 @@ def draw_with_weights(kind: str, names: list[str], given: flags.FlagValues) -> i
 
 
 def draw_images(kind: str, ref: CheckpointRef, files: list[str], path: str, given: flags.FlagValues) -> int:
-    """Draws `maps` and `neighbors`. Returns the number of unreadable images. Raises as draw_with_weights()."""
+    """Draws `maps` or `neighbors`. Returns and raises the same as draw_with_weights()."""
     from alexnet_jax.figures import from_model
     from alexnet_jax.inference.trained_model import load_model, open_eval_dataset
     from alexnet_jax.plots import neighbors

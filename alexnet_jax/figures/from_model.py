@@ -1,4 +1,4 @@
-"""Figures of trained models: computes the data and passes it to the drawing modules."""
+"""Figures of trained models: computes the data and passes them to the modules of plots/."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ NEAREST = 6  # training images per row, as in the paper
 
 
 def plot_kernels(model: TrainedModel) -> Figure:
-    """Draws the kernels of conv1. Raises ConfigError: conv1 does not share its weights between pixels."""
+    """Draws the kernels of conv1. Raises ConfigError: conv1 is locally connected."""
     if 'conv1' in model.config.model.locally_connected:
         raise ConfigError(f'{model.name}: conv1 has separate weights at each pixel, so it has no kernels to draw')
     return kernels.draw(np.asarray(model.state.params['conv1']['kernel']), model.config.model.towers)

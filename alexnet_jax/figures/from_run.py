@@ -1,4 +1,4 @@
-"""Figures of networks and of the metrics of runs: reads the data and passes it to the drawing modules."""
+"""Figures of networks and of the metrics of runs: reads the data and passes them to the modules of plots/."""
 
 import os
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from alexnet_jax.sweep.results import ReportError, read_sweep
 
 
 def plot_preset(name: str) -> Figure:
-    """Draws the published network `name` for images of its preset's size."""
+    """Draws the network of the preset `name`."""
     return plot_network(resolve(preset_config(name)), name)
 
 
@@ -21,7 +21,7 @@ def plot_network(config: Config, title: str) -> Figure:
 
 
 def find_runs(names: Iterable[str]) -> dict[str, str]:
-    """Returns the folders of runs by their paths relative to the common parent.
+    """Returns the folders of runs, keyed by their paths relative to the common parent.
 
     Args:
       names: folders of runs or sweeps; the folder of a sweep is replaced by those of its runs that have metrics.
@@ -49,7 +49,7 @@ def find_runs(names: Iterable[str]) -> dict[str, str]:
 
 
 def plot_curves(runs: dict[str, str]) -> Figure:
-    """Draws the metrics of run folders by name. Raises ConfigError: a run has none."""
+    """Draws the metrics of the run folders in `runs`, keyed by name. Raises ConfigError: a run has no metrics."""
     metrics = {name: curves.read_metrics(folder) for name, folder in runs.items()}
     for name, lines in metrics.items():
         if not lines:

@@ -1,1 +1,1 @@
-"""Trained models: finding, restoring and applying them."""
+"""Finds, restores and applies trained models."""

@@ -1,6 +1,6 @@
-"""CHECKPOINT arguments of commands, and the run folders they name. This module does not import jax.
+"""CHECKPOINT arguments of commands. This module does not import jax.
 
-A CHECKPOINT is the folder of a run, WORKDIR (its newest checkpoint), WORKDIR/best (the checkpoint with the lowest
+A CHECKPOINT is WORKDIR (the newest checkpoint of the run in that folder), WORKDIR/best (the checkpoint with the lowest
 validation error) or WORKDIR/checkpoints/STEP.
 """
 
@@ -54,14 +54,14 @@ def parse_checkpoint_ref(name: str) -> CheckpointRef:
 
 
 def check_new(workdir: str) -> None:
-    """Raises ConfigError unless `workdir` does not exist or is an empty folder."""
+    """Raises ConfigError if `workdir` exists and is not an empty folder."""
     path = os.path.expanduser(workdir)
     if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
         raise ConfigError(f'{workdir} already exists; name a new folder')
 
 
 def with_overrides(config: Config, values: Mapping[str, object]) -> Config:
-    """Returns `config`, resolved again, with the `values` (by dotted name) replaced."""
+    """Returns `config` with the fields in `values` (by dotted name) replaced. Raises ConfigError: see resolve()."""
     settings = ml_collections.ConfigDict(config.to_dict())
     settings.update_from_flattened_dict(values)
     return resolve(settings)

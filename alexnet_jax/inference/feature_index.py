@@ -1,8 +1,8 @@
-"""Features of a whole training set, and nearest training images: the right half of the paper's figure 4.
+"""Features of a whole training set, and the nearest training images of the right half of the paper's figure 4.
 
 The features of an image are the outputs of the last hidden layer (fc7, 4096 numbers, section 6.1) for the center crop;
 the distance is Euclidean. The features are computed once and stored on disk in the run's folder; a killed computation
-resumes where it stopped. Memory holds one batch of images or one block of features at a time.
+resumes at the last saved batch. Memory holds one batch of images or one block of features at a time.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class FeatureIndex:
     """The features of the training images.
 
     Attributes:
-      features: (N, units) float32 in a file, in the order of the data set; NaN for corrupt records.
+      features: memory map of a file, in the order of the data set; NaN for corrupt records.
       layer: name of the layer whose outputs are the features.
     """
 
@@ -53,13 +53,13 @@ def hidden_layer(config: Config) -> LayerShape:
 
 
 def build_or_load_index(model: TrainedModel, prepared: PreparedDataset) -> FeatureIndex:
-    """Returns the features of all training images, and computes missing features.
+    """Returns the features of all training images, after the computation of missing features.
 
-    The folder is WORKDIR/features/LAYER_WEIGHTS_DATASET/, where WEIGHTS and DATASET are 16 digits each of the digest of
-    the weights and of the fingerprint of the data set.
+    The folder is WORKDIR/features/LAYER_WEIGHTS_DATASET/, where WEIGHTS and DATASET are the first 16 digits of
+    `model.digest` and of `prepared.fingerprint`.
 
     Raises:
-      ConfigError: the files cannot be written or read or do not fit on the disk, or another process computes them.
+      ConfigError: the files cannot be written or read or do not fit on the disk, or another process is computing them.
       DatasetError: too many records of the data set are corrupt.
     """
     hidden, images = hidden_layer(model.config), len(prepared.train)
@@ -109,7 +109,7 @@ def _compute(
 
 @contextlib.contextmanager
 def _exclusive_lock(folder: str) -> Iterator[None]:
-    """Creates `folder` and holds an exclusive lock on the folder.
+    """Creates `folder` and holds an exclusive lock on it.
 
     Raises ConfigError: the folder cannot be written, or another process holds the lock.
     """
@@ -149,9 +149,9 @@ def _read(path: str, shape: tuple[int, int], mode: Literal['r', 'r+']) -> np.mem
 def extract_features(
     model: TrainedModel, index: FeatureIndex, images: Sequence[UInt8[np.ndarray, 's s c']]
 ) -> Float32[np.ndarray, 'q units']:
-    """Returns the features (Q, units) float32 of `images` (S, S, C) uint8.
+    """Returns the features of `images`.
 
-    The batch size is that of the index, so that a training image has a distance of exactly 0 from itself.
+    The batch size is that of the index, so that a training image is at a distance of exactly 0 from itself.
     """
     output_step = make_activation_fn(model.config, model.mesh, index.layer)
     rows = model.predict_batches(output_step, images, model.batch_size(len(index.features)))
@@ -160,19 +160,16 @@ def extract_features(
 
 @jax.jit
 def _distances(block: Float32[Array, 'n units'], query: Float32[Array, ' units']) -> Float32[Array, ' n']:
-    """Returns the Euclidean distances (N,). Unlike |a|^2 - 2ab + |b|^2, they are exactly 0 for equal rows."""
+    """Returns the Euclidean distances. Unlike |a|^2 - 2ab + |b|^2, this formula gives exactly 0 for equal rows."""
     return jnp.sqrt(jnp.sum(jnp.square(block - query[None]), -1))
 
 
 def nearest_neighbors(
     index: FeatureIndex, queries: Float32[np.ndarray, 'q units'], count: int
 ) -> tuple[Int64[np.ndarray, 'q count'], Float32[np.ndarray, 'q count']]:
-    """Returns the `count` rows of `index` nearest to each of `queries` (Q, units) float32, nearest first.
+    """Returns the row numbers and distances of the `count` features nearest to each query, nearest first.
 
     Equal distances are in row order. Corrupt records come last, with an infinite distance.
-
-    Returns:
-      Row numbers (Q, count) int64 and distances (Q, count) float32.
     """
     blocks: list[list[np.ndarray]] = [[] for _ in queries]
     for start in range(0, len(index.features), BLOCK):

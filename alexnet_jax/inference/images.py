@@ -30,7 +30,7 @@ def expand_paths(names: Iterable[str]) -> list[str]:
 
 
 def _files_below(folder: str) -> Iterator[str]:
-    """Yields files, then unreadable folders, so that the attempt to read such a folder reports the reason."""
+    """Yields the files below `folder`, then the unreadable folders, for which read_image_file() reports the reason."""
     unreadable: list[str] = []
     for where, folders, found in os.walk(folder, onerror=lambda error: unreadable.append(error.filename)):
         folders[:] = [each for each in folders if not each.startswith('.')]
@@ -39,11 +39,7 @@ def _files_below(folder: str) -> Iterator[str]:
 
 
 def read_image_file(file: str, data: DataConfig) -> UInt8[np.ndarray, 's s c']:
-    """Returns the image in `file` as `prepare` stores images: (S, S, C) uint8.
-
-    Args:
-      file: path.
-      data: settings of the model's data set.
+    """Returns the image in `file`, scaled and cropped like the images of the data set with the settings `data`.
 
     Raises UnreadableImage: the message gives the reason.
     """
@@ -66,7 +62,7 @@ class ImageInput:
 
     Attributes:
       name: file name, or position in the validation split.
-      pixels: (S, S, C) uint8, in the format of the model's data set; (0, 0, 0) if the image is unreadable.
+      pixels: image in the format of the model's data set; an array of shape (0, 0, 0) if the image is unreadable.
       label: true class, or None if unknown.
       problem: reason why the image is unreadable, or ''.
     """
@@ -78,7 +74,7 @@ class ImageInput:
 
 
 def load_images(files: Iterable[str], data: DataConfig, class_names: Sequence[str]) -> Iterator[ImageInput]:
-    """Yields the images in `files`. Each is read on demand, and labeled if its folder has the name of a class."""
+    """Reads the images in `files` on demand. An image has a label if its folder has the name of a class."""
     for file in files:
         label = label_from_folder(file, class_names)
         try:
@@ -88,7 +84,7 @@ def load_images(files: Iterable[str], data: DataConfig, class_names: Sequence[st
 
 
 def sample_validation(prepared: PreparedDataset, count: int) -> list[ImageInput]:
-    """Returns about `count` validation images, evenly spaced over the split."""
+    """Returns at most `count` validation images, evenly spaced over the split."""
     return [
         ImageInput(f'validation {number}', example['image'], prepared.class_names[example['label']])
         for number, example in evenly_spaced(prepared.validation, count)

@@ -60,9 +60,9 @@ def resolve_step(ref: CheckpointRef) -> int:
 
 
 def restore(ref: CheckpointRef, abstract: TrainState | None) -> checkpointing.Checkpoint:
-    """Restores the checkpoint that `ref` refers to; `abstract` as for checkpointing.restore_checkpoint().
+    """Restores the checkpoint that `ref` refers to; for `abstract` see checkpointing.restore_checkpoint().
 
-    Raises ConfigError: there is no such checkpoint. Raises CheckpointError: the checkpoint is corrupt.
+    Raises ConfigError: there is no such checkpoint. Raises CheckpointError: the checkpoint cannot be read.
     """
     while True:
         step = resolve_step(ref)
@@ -86,21 +86,22 @@ def _with_mesh(config: Config) -> tuple[Config, parallel.Mesh]:
 
 
 def open_eval_dataset(refs: Sequence[CheckpointRef], data_dir: str | None) -> PreparedDataset:
-    """Returns the data set on which all checkpoints were trained; prepares the data set if it is missing.
+    """Opens the data set on which all checkpoints were trained, after its preparation if it is missing.
 
     If all checkpoints have imported weights, the configuration of the first one names the data set.
 
     Args:
       refs: the checkpoints.
-      data_dir: replaces data.data_dir of the configuration, unless None.
+      data_dir: folder that replaces data.data_dir of the configuration, unless None.
 
     Raises:
-      ConfigError: the checkpoints were trained on different data, or not on the prepared data.
+      ConfigError: a checkpoint is missing, or the checkpoints were trained on different data or on other data than the
+        prepared data.
       CheckpointError: a checkpoint cannot be read.
       DatasetError, SystemExit: see open_or_prepare().
       KeyboardInterrupt: SIGTERM or SIGINT arrived during preparation.
     """
-    # A fingerprint covers the settings, the class names and all images of a data set; None: imported weights.
+    # A fingerprint covers the settings, class names and images of a data set; it is None for imported weights.
     fingerprints = [(ref, restore(ref, None).run_state.dataset_fingerprint) for ref in refs]
     first, fingerprint = next((pair for pair in fingerprints if pair[1] is not None), (refs[0], None))
     for ref, other in fingerprints:
@@ -164,7 +165,7 @@ class TrainedModel:
         return parallel.batch_sharding(self.mesh, self.config.mesh.layout)
 
     def batch_size(self, images: int) -> int:
-        """Returns the smaller of eval.batch_size and `images`, rounded up to a multiple of the batch shards."""
+        """Returns min(eval.batch_size, `images`), rounded up to a multiple of the number of batch shards."""
         parts = parallel.num_batch_shards(self.sharding)
         return math.ceil(min(self.config.eval.batch_size, max(images, 1)) / parts) * parts
 
@@ -174,9 +175,9 @@ class TrainedModel:
         """Yields the output of `inference_step` for each image, in order; `images` is consumed one batch at a time.
 
         Args:
-          inference_step: what make_predict_step() or make_activation_fn() returns.
-          images: (S, S, C) uint8 each.
-          batch_size: images per call of `inference_step`; the last batch is padded with zeros.
+          inference_step: the result of make_predict_step() or make_activation_fn().
+          images: images in the format of the model's data set.
+          batch_size: number of images per call of `inference_step`; zeros pad the last batch.
         """
         preprocessing, images = self.preprocessing, iter(images)
         while batch := list(itertools.islice(images, batch_size)):
@@ -191,7 +192,7 @@ def load_model(checkpoint: CheckpointRef | str, prepared: PreparedDataset | None
     Args:
       checkpoint: a CheckpointRef, or the path WORKDIR (newest checkpoint), WORKDIR/best or WORKDIR/checkpoints/STEP.
       prepared: the data set, see open_eval_dataset(); supplies the statistics and class names if the folder of the run
-        has no dataset_statistics.npz.
+        contains no dataset_statistics.npz.
 
     Raises:
       ConfigError: there is no such run or checkpoint, or dataset_statistics.npz is missing or corrupt.
@@ -237,7 +238,7 @@ def import_weights_as_run(
       statistics, class_names: see TrainedModel.
 
     Raises:
-      ConfigError: `workdir` is not empty, or cannot be written.
+      ConfigError: `workdir` is not a new or empty folder, or cannot be written.
       CheckpointError: the checkpoint cannot be written, for example on a full disk.
     """
     check_new(workdir)

@@ -1,1 +1,1 @@
-"""The command `predict`: classes of image files."""
+"""The command `predict`, which classifies images."""

@@ -4,7 +4,7 @@
 
 CHECKPOINT is a run's folder WORKDIR (its newest checkpoint), WORKDIR/best or WORKDIR/checkpoints/STEP. IMAGE is a file
 in any format that `prepare` reads, or a folder, which stands for all files below the folder. The command scales, crops
-and normalizes images like the images of the run. If the folder that contains an image has the name of a class, the
+and normalizes images as the run does. If the folder that contains an image has the name of a class, the
 folder name is the true label. If images are unreadable, the command reports them, classifies the others, and exits with
 code 1. --validation=8 also classifies about 8 images of the run's validation data.
 """

@@ -18,7 +18,7 @@ from alexnet_jax.training.eval_step import make_predict_step
 def predict_images(
     model: TrainedModel, images: Iterable[ImageInput], views: int, batch_size: int
 ) -> Iterator[tuple[ImageInput, Float32[np.ndarray, ' classes'] | None]]:
-    """Yields each image, in order, with its probabilities (classes,) float32, or with None if it is unreadable."""
+    """Yields each image, in order, with the probabilities of its classes, or with None if the image is unreadable."""
     predict_step, images = make_predict_step(model.config, model.mesh, views), iter(images)
     while batch := list(itertools.islice(images, batch_size)):
         pixels = [image.pixels for image in batch if not image.problem]
@@ -28,7 +28,9 @@ def predict_images(
 
 
 def classify(model: TrainedModel, images: Iterable[ImageInput], count: int, given: flags.FlagValues) -> int:
-    """Prints the predictions for the `count` images, draws the first ones, and returns the number of unreadable ones.
+    """Prints the predictions for the `count` images, and returns the number of unreadable images.
+
+    If the flag --figure is set, the function draws the first images.
 
     Raises OSError: the figure cannot be written.
     """

@@ -27,7 +27,7 @@ class PredictionRecord(TypedDict):
 def as_record(
     image: ImageInput, probabilities: Float32[np.ndarray, ' classes'] | None, class_names: Sequence[str], top: int
 ) -> PredictionRecord:
-    """Returns the record of `image` with the `top` most probable classes, or with an error without `probabilities`."""
+    """Returns the record of `image`, with the `top` most probable classes or, if `probabilities` is None, an error."""
     if probabilities is None:
         return {'file': image.name, 'label': image.label, 'error': image.problem}
     rows: list[ClassProbability] = [

@@ -1,1 +1,1 @@
-"""The command `prepare`: raw images to a prepared data set."""
+"""The command `prepare`, which converts raw images to a prepared data set."""

@@ -1,4 +1,4 @@
-"""Prepare a data set once for training: write square uint8 images in ArrayRecord and training set statistics.
+"""Prepare a data set for training: square uint8 images in ArrayRecord files, and statistics of the training images.
 
     alexnet prepare --source=folder:DIR --data_dir=D [--image_size=256] [--encoding=jpeg] ...
 
@@ -25,7 +25,7 @@ from alexnet_jax.prepare.writer import PrepareConfig, prepare
 def main(argv: list[str]) -> int:
     """Prepares the data set that the flags specify; returns the exit code."""
     del argv
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore SIGINT in background jobs of scripts
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # scripts start background jobs with SIGINT ignored
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
@@ -51,7 +51,7 @@ if __name__ == '__main__':
         'validation_fraction', 0.1, 'Fraction of the images to hold out if the source has no validation data.', 0.0, 1.0
     )
     flags.DEFINE_float('max_corrupt_fraction', 0.001, 'Maximum fraction of unreadable images.', 0.0, 1.0)
-    # Only the cores that SLURM or a container assigns, not all cores of the machine.
+    # The affinity contains only the cores that SLURM or a container assigns to this process.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     flags.DEFINE_integer('workers', cores, 'Number of processes.', lower_bound=1)
     cli.run(main, usage_errors=(SourceError,), interrupted='stopped; rerun the same command to resume')

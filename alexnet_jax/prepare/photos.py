@@ -32,10 +32,7 @@ PATCH_SCALE = (0.6, 1.0)  # range of patch sides, relative to the shorter side o
 
 
 def photograph(name: str) -> UInt8[np.ndarray, 'h w 3']:
-    """Returns a photograph (H, W, 3) uint8, from the package without a download.
-
-    Gray photographs get three equal channels.
-    """
+    """Returns a photograph that scikit-image contains without a download; gray photographs get three equal channels."""
     import skimage.data
 
     image = getattr(skimage.data, name)()
@@ -57,7 +54,7 @@ def cells(split: str, height: int, width: int) -> list[tuple[slice, slice]]:
 
 
 def patches(split: str) -> Iterator[tuple[str, UInt8[np.ndarray, 'side side 3'], int]]:
-    """Yields (key, patch, label) of `split`: square crops of its cells, of random size and position (fixed seed)."""
+    """Yields (key, patch, label): square crops of the cells of `split`, with random size and position (fixed seed)."""
     for label, name in enumerate(PHOTOGRAPHS):
         image = photograph(name)
         regions = [image[region] for region in cells(split, *image.shape[:2])]

@@ -38,12 +38,12 @@ class Examples(Protocol):
         """Returns the examples at `indices`, which are contiguous; can be pickled for a worker process."""
 
     def digest(self) -> str:
-        """Returns a digest that changes if the images or labels change."""
+        """Returns a digest for the detection of changed images or labels."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Labeled images.
+    """A source of labeled images.
 
     Attributes:
       splits: the examples of 'train' and 'validation'.
@@ -57,18 +57,18 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """Digest that detects changed images: from file names and sizes, IDX contents, or TFDS metadata."""
+        """Digest of the class names and the splits, for the detection of changed images; see Examples.digest()."""
         return digest(*self.class_names, *(f'{split} {part.digest()}' for split, part in self.splits.items()))
 
 
 def digest(*values: object) -> str:
-    """Returns the sha256 of `values` as text, one value per line."""
+    """Returns the SHA-256 hex digest of `values` as text, one value per line."""
     return hashlib.sha256('\n'.join(map(str, values)).encode(errors='surrogateescape')).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class FileExamples:
-    """Examples stored as one file each below `root`. `sizes` are in bytes."""
+    """Examples in files below `root`. `names` are paths relative to `root`, and `sizes` are in bytes."""
 
     root: str
     names: list[str]
@@ -83,7 +83,7 @@ class FileExamples:
             return file.read(), int(self.labels[index])
 
     def name(self, index: int) -> str:
-        """Returns the path relative to `root`."""
+        """Returns the path of the file relative to `root`."""
         return self.names[index]
 
     def subset(self, indices: Indices) -> 'FileExamples':
@@ -111,7 +111,7 @@ class ArrayExamples:
         return self.images[index], int(self.labels[index])
 
     def name(self, index: int) -> str:
-        """Returns the position in the IDX file."""
+        """Returns the position of the example in the IDX file."""
         return f'image {self.numbers[index]}'
 
     def subset(self, indices: Indices) -> 'ArrayExamples':
@@ -132,7 +132,7 @@ class TfdsExamples:
       split: the split in the syntax of TFDS, such as 'train[10%:]'.
       image, label: names of the features.
       start, stop: range of records in the split.
-      metadata_digest: digest of the metadata of TFDS, which change with the data set.
+      metadata_digest: digest of the TFDS metadata of the data set.
     """
 
     directory: str
@@ -154,7 +154,7 @@ class TfdsExamples:
         return record[self.image], int(record[self.label])
 
     def name(self, index: int) -> str:
-        """Returns the file name if the data set stores it, like ImageNet, otherwise the position in the split."""
+        """Returns the file name if the record contains one, as in ImageNet, otherwise the position in the split."""
         position = f'record {self.start + index} of {self.split}'
         try:
             record = self._record(index)
@@ -167,7 +167,7 @@ class TfdsExamples:
         return dataclasses.replace(self, start=self.start + indices.start, stop=self.start + indices.stop)
 
     def digest(self) -> str:
-        """Returns the digest of the TFDS metadata and the range, independent of `directory`."""
+        """Returns the digest of the TFDS metadata, the split and the range, which does not depend on `directory`."""
         return digest(self.metadata_digest, self.split, self.start, self.stop)
 
 

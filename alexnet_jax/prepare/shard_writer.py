@@ -45,13 +45,13 @@ def write_shards(
 ) -> Generator[tuple[Shard, ShardReport], None, None]:
     """Writes `shards` with `workers` processes, and yields each shard with its report when the shard is complete.
 
-    Closing the generator terminates the processes at once.
+    Closing the generator terminates the processes at once. `folder` and `reports` are those of write_shard().
 
     Raises:
       DatasetError: a process was killed.
       OSError: see write_shard().
     """
-    # No fork: TFDS data sets may have loaded TensorFlow, which starts threads in this process.
+    # Spawn, because TFDS may have loaded TensorFlow, which starts threads, and a fork of threads is unsafe.
     pool = ProcessPoolExecutor(
         min(workers, max(len(shards), 1)), multiprocessing.get_context('spawn'), initializer=_exit_with_parent
     )
@@ -66,7 +66,7 @@ def write_shards(
             f' (fewer --workers than {workers} need less memory)'
         ) from None
     except BaseException:
-        for process in multiprocessing.active_children():  # no need to wait: shards are written atomically
+        for process in multiprocessing.active_children():  # safe, because shards are written atomically
             process.terminate()
         raise
     finally:
@@ -103,7 +103,7 @@ def _exit_with_parent() -> None:
 
 @contextlib.contextmanager
 def _writer_errors_as_oserror(folder: str) -> Iterator[None]:
-    """Converts RuntimeError of ArrayRecord's writer, such as for a full disk, to OSError."""
+    """Converts the RuntimeError that ArrayRecord's writer raises, for example on a full disk, to OSError."""
     try:
         yield
     except RuntimeError as error:
@@ -111,9 +111,9 @@ def _writer_errors_as_oserror(folder: str) -> Iterator[None]:
 
 
 def write_shard(shard: Shard, format: ImageSpec, folder: str, reports: str) -> ShardReport:
-    """Converts the examples of `shard` to a file in `folder`, atomically, and returns the report.
+    """Writes the examples of `shard` to a file in `folder`, atomically, and returns the report.
 
-    The function also writes the report and the sums to the folder `reports`.
+    The function also writes the report and the sums of RunningMoments to the folder `reports`.
 
     Raises OSError: a file cannot be written.
     """

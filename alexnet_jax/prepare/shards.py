@@ -1,6 +1,6 @@
 """Shards of a data set: image format, sums over the images of a shard, and statistics of the whole training set.
 
-The sums are over integers, so that the statistics do not depend on the order of the images.
+The sums are integers, so the statistics do not depend on the order of the images.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from PIL import Image
 
 from alexnet_jax.prepare.raw_sources import Examples
 
-# For JPEG data sets, with chroma at half resolution (4:2:0).
+# of JPEG data sets, whose chroma has half the resolution (4:2:0)
 JPEG_QUALITY = 95
 
 
@@ -41,7 +41,7 @@ class ImageSpec:
     def encode(
         self, pixels: UInt8[np.ndarray, 's s c']
     ) -> tuple[bytes | UInt8[np.ndarray, 's s c'], UInt8[np.ndarray, 's s c']]:
-        """Returns the stored value of `pixels` (S, S, C) uint8, and the pixels that a reader decodes from it."""
+        """Returns the value to store for `pixels`, and the pixels that a reader decodes from that value."""
         if self.encoding == 'raw':
             return pixels, pixels
         file = io.BytesIO()
@@ -77,12 +77,12 @@ class Shard:
 
 
 class RunningMoments:
-    """Integer sums over images (S, S, C).
+    """Integer sums over images of shape (S, S, C).
 
     Attributes:
       images: (S, S, C) int64, sum of the images.
-      products: (C, C) float64, sums of channel products over all pixels; integers, exact up to 2^53, which is 1.6 times
-        the maximum for ImageNet at 256 pixels.
+      products: (C, C) float64, sums over all pixels of the products of two channels. The sums are exact up to 2^53, 1.6
+        times the maximum for ImageNet at 256 pixels.
       class_counts: (classes,) int64, images per class.
     """
 
@@ -92,7 +92,7 @@ class RunningMoments:
         self.class_counts = np.zeros(len(format.class_names), np.int64)
 
     def add(self, pixels: UInt8[np.ndarray, 's s c'], label: int) -> None:
-        """Adds one image (S, S, C) uint8."""
+        """Adds one image."""
         self.images += pixels
         flat = pixels.reshape(-1, pixels.shape[-1]).astype(np.float64)
         self.products += flat.T @ flat
@@ -103,9 +103,11 @@ def statistics(reports: str, shards: list[Shard]) -> dict[str, np.ndarray]:
     """Computes statistics of the training images from the sums of all training shards in the folder `reports`.
 
     Returns:
-      Float64 arrays, in units of gray levels (0 to 255): mean_image (S, S, C), mean_rgb (C,), and the eigenvalues (C,),
-      ascending, and eigenvectors (C, C), in columns, of the covariance of the channels over all pixels. Also
-      class_counts (classes,) int64.
+      mean_image: (S, S, C) float64, in gray levels (0 to 255), like the following arrays.
+      mean_rgb: (C,) float64.
+      eigenvalues: (C,) float64, ascending, of the covariance of the channels over all pixels.
+      eigenvectors: (C, C) float64, one per column.
+      class_counts: (classes,) int64, images per class.
     """
     sums: dict[str, np.ndarray] = {}
     for shard in shards:

@@ -28,7 +28,7 @@ VALIDATION_SPLIT_NAMES = ('validation', 'val', 'test', 't10k')  # the first exis
 
 
 def is_local(source: str) -> bool:
-    """Returns True if `source` is an existing folder, which can be opened without a download or conversion."""
+    """Returns whether `source` is an existing folder, which open_source() opens without a download or conversion."""
     kind, _, location = source.partition(':')
     return kind in ('folder', 'idx') and os.path.isdir(os.path.expanduser(location))
 
@@ -41,7 +41,7 @@ def open_source(source: str, data_dir: str, validation_fraction: float) -> Sourc
       data_dir: folder of the TFDS data sets.
       validation_fraction: fraction of the training images to hold out if the source has no validation split.
 
-    Raises SourceError: the source does not exist or has a wrong format.
+    Raises SourceError: the source does not exist, has a wrong format, or cannot be downloaded.
     """
     kind, _, location = source.partition(':')
     if kind == 'folder':
@@ -52,7 +52,7 @@ def open_source(source: str, data_dir: str, validation_fraction: float) -> Sourc
 
 
 def holdout_mask(labels: Labels, fraction: float) -> Bool[np.ndarray, ' n']:
-    """Returns a mask (N,) bool of the held-out examples: `fraction` of each class, rounded, with a fixed seed."""
+    """Returns the mask of the examples to hold out: `fraction` of each class, chosen with a fixed seed."""
     chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         of_label = np.flatnonzero(labels == label)
@@ -61,7 +61,7 @@ def holdout_mask(labels: Labels, fraction: float) -> Bool[np.ndarray, ' n']:
 
 
 def _split_off(examples: FileExamples | ArrayExamples, fraction: float, root: Path) -> dict[str, Examples]:
-    """Holds out `fraction` of `examples` as a validation split, and returns both splits."""
+    """Holds out `fraction` of `examples` for validation. Raises SourceError: a split would be empty."""
     chosen = holdout_mask(examples.labels, fraction)
     if not chosen.any() or chosen.all():
         raise SourceError(
@@ -73,10 +73,10 @@ def _split_off(examples: FileExamples | ArrayExamples, fraction: float, root: Pa
 
 
 def _folder(root: Path, fraction: float) -> Source:
-    """Opens a source with one folder per class, in train/ or, without train/, directly in `root`.
+    """Opens a source with one folder per class, in train/ or, if there is no train/, in `root`.
 
-    The validation split is next to train/: the first existing folder of validation/, val/, test/ and t10k/. Without
-    one, `fraction` of the training images is held out.
+    The validation split is the first existing folder of validation/, val/, test/ and t10k/ next to train/. If there is
+    none, `fraction` of the training images is held out.
     """
     if not root.is_dir():
         raise SourceError(
@@ -117,7 +117,7 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _files(root: Path, split: str, classes: list[str]) -> FileExamples:
-    """Returns all files in the folders of `classes` except hidden ones, sorted by path within each class."""
+    """Returns all files except hidden ones in the folders of `classes`, sorted by path within each class."""
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -128,7 +128,7 @@ def _files(root: Path, split: str, classes: list[str]) -> FileExamples:
 
 
 def _walk(folder: Path, seen: set[str]) -> list[str]:
-    """Returns all files below `folder`, except hidden ones. `seen` has the real paths of `folder` and its parents.
+    """Returns all files below `folder` except hidden ones. `seen` has the real paths of `folder` and its parents.
 
     Raises SourceError: a link leads to a folder that contains the link.
     """
@@ -151,7 +151,10 @@ def _walk(folder: Path, seen: set[str]) -> list[str]:
 
 
 def _idx(folder: Path, fraction: float) -> Source:
-    """Opens files of MNIST's format: *train*images*idx3* and *train*labels*idx1*, also for t10k or test, maybe .gz."""
+    """Opens files in MNIST's format, *train*images*idx3* and *train*labels*idx1*, optionally compressed with gzip.
+
+    The validation split is t10k or test. If there is neither, `fraction` of the training images is held out.
+    """
     train = _idx_split(folder, 'train')
     classes = int(train.labels.max()) + 1
     splits: dict[str, Examples] = {'train': train}
@@ -167,7 +170,7 @@ def _idx(folder: Path, fraction: float) -> Source:
 
 
 def _idx_split(folder: Path, split: str) -> ArrayExamples:
-    """Returns the examples of a split."""
+    """Returns the examples of a split. Raises SourceError: the files are missing or corrupt."""
     arrays = []
     for what, dimensions in (('images', 3), ('labels', 1)):
         found = sorted(folder.glob(f'*{split}*{what}*idx{dimensions}*'))
@@ -224,7 +227,11 @@ def _tfds(source: str, data_dir: str, fraction: float) -> Source:
 
 
 def _image_and_label(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
-    """Returns the names of the only image feature and of the class: `label`, a supervised key, or the only class."""
+    """Returns the names of the only image feature and of the class feature.
+
+    The class feature is `label`, else a supervised key, else the only ClassLabel. Raises SourceError: a feature is
+    missing or ambiguous.
+    """
     features = dict(builder.info.features)
     images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
     labels = [name for name, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
@@ -261,10 +268,10 @@ def _builder(source: str, data_dir: str) -> tfds.core.DatasetBuilder:
 
 
 def _download_and_prepare(builder: tfds.core.DatasetBuilder, source: str, data_dir: str) -> None:
-    """Downloads and converts the data of `builder` with TFDS, unless already done."""
+    """Downloads and converts the data of `builder` with TFDS, unless TFDS has already prepared the data."""
     if builder.is_prepared():
         return
-    # Fails before a download of gigabytes. Builders that use TensorFlow import it lazily under this name.
+    # Fail before a download of gigabytes. Builders that use TensorFlow import it lazily as `tf`.
     if 'tf' in vars(sys.modules[type(builder).__module__]) and importlib.util.find_spec('tensorflow') is None:
         raise _without_tensorflow(source)
     config = tfds.download.DownloadConfig()
@@ -290,9 +297,9 @@ def _one_line(error: Exception) -> str:
 
 
 def imagenet_tars(data_dir: str) -> str:
-    """Returns the folder with both tar files of ImageNet: TFDS's data_dir/downloads/manual, or data_dir.
+    """Returns the folder with both tar files of ImageNet, `data_dir`/downloads/manual or `data_dir`.
 
-    Raises SourceError: a file is missing. The message names the file and its folder.
+    Raises SourceError: a file is missing; the message names the file and its folder.
     """
     folders = [os.path.join(data_dir, 'downloads', 'manual'), data_dir]
     for folder in folders:

@@ -1,4 +1,4 @@
-"""Converts a source of raw images into a prepared data set: plan, worker processes, resuming and summary."""
+"""Converts a source of raw images to a prepared data set, and resumes an interrupted conversion."""
 
 import collections
 import contextlib
@@ -28,12 +28,12 @@ JPEG_SIZE_RATIO = 0.25  # assumed JPEG size relative to raw images, for the disk
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
-    """Settings of a data set. All but `max_corrupt_fraction` and `workers` determine the contents.
+    """Settings of a data set. All fields except `max_corrupt_fraction` and `workers` determine the contents.
 
     Attributes:
       source: see sources.open_source().
       image_size, channels, encoding: see shards.ImageSpec.
-      class_names: replace the class names of the source, unless empty.
+      class_names: names that replace those of the source, unless empty.
       validation_fraction: see sources.open_source().
       max_corrupt_fraction: maximum fraction of unreadable images.
       workers: number of processes.
@@ -50,12 +50,13 @@ class PrepareConfig:
 
 
 def prepare(settings: PrepareConfig, data_dir: str) -> str:
-    """Creates the data set for `settings` in `data_dir` unless the data set exists, and returns its folder.
+    """Prepares the data set for `settings` in `data_dir`, unless the data set exists, and returns its folder.
 
     Raises:
       SourceError: the source cannot be read (see sources.open_source()), the disk is too small, or `data_dir` is a URL.
       ConfigError: the existing data set has other settings or images, or the class names do not fit the source.
       DatasetError: too many images are unreadable, a split has no usable image, or a process was killed.
+      OSError: a file cannot be written.
     """
     if '://' in data_dir:
         raise SourceError(
@@ -69,7 +70,7 @@ def prepare(settings: PrepareConfig, data_dir: str) -> str:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             log(f'{target}: another process is preparing this data set; waiting for it')
-            fcntl.flock(lock, fcntl.LOCK_EX)  # also returns when the other process dies unfinished
+            fcntl.flock(lock, fcntl.LOCK_EX)  # also returns if the other process dies
         if os.path.exists(target):
             shutil.rmtree(f'{target}.incomplete', ignore_errors=True)  # left by a process killed after the rename
             _check_same(target, settings, data_dir)
@@ -102,7 +103,7 @@ def _prepare(settings: PrepareConfig, data_dir: str, target: str) -> None:
         'class_names': list(format.class_names),
     }
     staging_dir = f'{target}.incomplete'
-    # Without the fingerprint, because each shard report has a digest of the images of the shard.
+    # The plan omits the fingerprint, because each shard report has a digest of the images of the shard.
     plan = description | {'images_a_shard': SHARD_SIZE, 'fingerprint': None}
     if read_json(os.path.join(staging_dir, 'plan.json')) != plan:
         shutil.rmtree(staging_dir, ignore_errors=True)  # started with other settings
@@ -142,9 +143,9 @@ def _shards(source: Source) -> list[Shard]:
 
 
 def _read_reports(shards: list[Shard], staging_dir: str) -> dict[str, ShardReport]:
-    """Returns the reports, by file name, of the shards that are complete and contain exactly these images.
+    """Returns the reports, by file name, of the `shards` whose files are complete and contain the same images.
 
-    Shards with skipped images are omitted, because the user may have repaired those images.
+    The function omits shards with skipped images, because the user may have repaired those images.
     """
     reports: dict[str, ShardReport] = {}
     for shard in shards:
@@ -193,7 +194,7 @@ def _write_shards(
 
 
 def _check_skipped(reports: dict[str, ShardReport], total: int, staging_dir: str, settings: PrepareConfig) -> None:
-    """Raises DatasetError, and lists the skipped images in a file, if too many images are skipped."""
+    """Lists the skipped images in a file and raises DatasetError if too many images are skipped."""
     skipped = _skipped(reports)
     if len(skipped) <= settings.max_corrupt_fraction * total:
         return
@@ -222,9 +223,10 @@ def _write_lines(path: str, lines: list[SkippedImage]) -> None:
 def _write_metadata(
     shards: list[Shard], reports: dict[str, ShardReport], format: ImageSpec, description: JsonObject, staging_dir: str
 ) -> None:
-    """Writes the other files of a data set: TFDS metadata, statistics, skipped images and the manifest.
+    """Writes the files of a data set besides the shards: TFDS metadata, statistics, skipped images and the manifest.
 
-    `description` has the fields of the manifest except `images` and `files`.
+    `description` has the fields of the manifest except `images` and `files`. Raises DatasetError: no image of a split
+    is usable.
     """
     folder = os.path.join(staging_dir, 'store')
     for name in set(os.listdir(folder)) - {shard.file for shard in shards}:

@@ -1,1 +1,1 @@
-"""The process: devices, files, signals, console."""
+"""Backend settings, multi-process runs, files, signals and console output."""

@@ -1,4 +1,4 @@
-"""Settings for XLA, the memory allocator and the compilation cache, before jax is imported and before it compiles."""
+"""Configures XLA, the C library's memory allocator and JAX's compilation cache."""
 
 import contextlib
 import ctypes
@@ -29,17 +29,17 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 def configure_cpu_backend() -> None:
     """Speeds up training on a CPU with an XLA flag, a JAX setting and two settings of the C library's allocator.
 
-    The flag restricts XLA's library fusions to single matrix products. Convolutions then use the faster code from
-    before these fusions, and a whole step takes 0.4 to 0.85 of the time, depending on processor and version. Products
+    The flag restricts XLA's library fusions to single matrix products. Convolutions then use XLA's older code,
+    which is faster, and a whole step takes 0.4 to 0.85 of the time, depending on processor and version. Products
     are not fused with the bias addition, because fc6 takes 2.6 times as long in such a fusion. The flag is omitted if
     XLA rejects it or XLA_FLAGS already sets it; other flags in XLA_FLAGS are kept.
 
     The allocator keeps the 831 MB that a step of the full network allocates and frees, which saves mapping 200,000
-    pages per step: 4 to 12 % of the time. The allocator does so only for the main thread, so asynchronous dispatch is
-    disabled and JAX computes in the calling thread; computations on several devices still use other threads. Memory
-    that the main thread has used once stays with the process.
+    pages per step: 4 to 12 % of the time. Memory that the main thread has used once stays with the process. The
+    allocator settings affect only the main thread, so asynchronous dispatch is disabled and JAX computes in the calling
+    thread; computations on several devices still use other threads.
 
-    Imports jax. Does nothing on a machine with a GPU or TPU plugin.
+    The function imports jax. It does nothing on a machine with a GPU or TPU plugin.
     """
     if any(importlib.util.find_spec(name) for name in ('jax_plugins', 'libtpu')):
         return
@@ -48,7 +48,7 @@ def configure_cpu_backend() -> None:
         os.environ['XLA_FLAGS'] = f'{flags} {CPU_LIBRARY_FUSION}'.strip()
     library = ctypes.CDLL(None)
     if hasattr(library, 'mallopt'):  # glibc
-        # Not M_ARENA_MAX=1, which keeps the memory of all threads: it may take 3 GB more, and threads wait for locks.
+        # M_ARENA_MAX=1 would keep the memory of all threads, but may take 3 GB more and makes threads wait for locks.
         library.mallopt(M_MMAP_MAX, 0)
         library.mallopt(M_TRIM_THRESHOLD, -1)
     import jax
@@ -59,7 +59,7 @@ def configure_cpu_backend() -> None:
 def xla_accepts(flag: str) -> bool:
     """Returns whether the XLA of the installed jaxlib accepts `flag` in XLA_FLAGS.
 
-    XLA ends the process on an unknown flag, so a child process tries the flag, in less than a second. The result is
+    XLA aborts the process on an unknown flag, so a child process tries the flag, in less than a second. The result is
     cached for each build of jaxlib in alexnet_jax/xla_flags/ of the user's cache folder. If the child process fails
     for another reason, the result is False and is not cached.
     """
@@ -112,15 +112,16 @@ def reserve_step_memory(temporary: int) -> None:
 
 
 def enable_compilation_cache() -> None:
-    """Enables JAX's persistent compilation cache in alexnet_jax/compiled/ of $XDG_CACHE_HOME or ~/.cache. Imports jax.
+    """Enables JAX's persistent compilation cache in alexnet_jax/compiled/ of $XDG_CACHE_HOME or ~/.cache.
 
-    Above 1 GB the least recently used programs are removed. Each number of cores has its own subfolder, because XLA
-    divides work among the cores that it sees, but JAX's cache key does not include their number; the key does include
-    processor features, XLA flags, devices and versions.
+    The function imports jax. It removes the least recently used programs above MAX_CACHE_BYTES. Each number of cores
+    has its own subfolder, because XLA divides work among the cores that it sees, but JAX's cache key does not include
+    their number; the key does include processor features, XLA flags, devices and versions.
 
-    If JAX_COMPILATION_CACHE_DIR names another folder, that folder is left to JAX and the user. With
-    JAX_ENABLE_COMPILATION_CACHE=false there is no cache. If the folder is not writable, the function only logs so. The
-    minimum compile time of cached programs is 0.1 s, unless JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS is set.
+    If JAX_COMPILATION_CACHE_DIR names a folder, JAX uses that folder without this limit. With
+    JAX_ENABLE_COMPILATION_CACHE=false there is no cache. If the folder is not writable, the function logs this and
+    enables no cache. The minimum compile time of cached programs is 0.1 s, unless
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS is set.
     """
     import jax
 
@@ -164,7 +165,7 @@ def _evict_lru(root: str) -> None:
 
 
 def _shorten_cache_warnings(folder: str) -> None:
-    """Logs each cache warning of JAX about `folder` as one line, and removes corrupt programs, which JAX does not."""
+    """Logs each cache warning of JAX about `folder` as one line, and removes corrupt programs, which JAX keeps."""
     show = warnings.showwarning
 
     def show_shorter(message: Warning | str, *where: Any, **more: Any) -> None:

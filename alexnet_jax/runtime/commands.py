@@ -1,4 +1,4 @@
-"""Command lines of this package: for a shell, and for child processes."""
+"""Command lines that run this package in a shell or in a child process."""
 
 import importlib.metadata
 import json
@@ -43,7 +43,7 @@ def _installed_script() -> str | None:
 
 
 def child_command(module: str, *arguments: str) -> list[str]:
-    """Returns the command line of a child process that runs `module` of this package; needs child_environment()."""
+    """Returns the command line of a child process that runs `module` of this package in child_environment()."""
     # -P keeps Python from importing a package in the current folder.
     return [sys.executable, '-P', '-m', f'alexnet_jax.{module}', *arguments]
 
@@ -55,7 +55,7 @@ def child_environment() -> dict[str, str]:
 
 
 def _short(path: str) -> str:
-    """Returns `path` relative to the current folder if the program is below that folder, and otherwise unchanged."""
+    """Returns `path` relative to the current folder if `path` is below that folder, and otherwise unchanged."""
     relative = os.path.relpath(path)
     if relative.startswith(os.pardir) or os.getcwd() == os.sep:
         return path

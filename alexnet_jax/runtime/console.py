@@ -13,13 +13,13 @@ _process, _processes = 0, 1
 
 
 def set_process_index(process: int, processes: int) -> None:
-    """Declares this process as `process` of `processes`. Afterwards all but process 0 log only errors."""
+    """Sets the index of this process and the number of processes. All processes except 0 then log only errors."""
     global _process, _processes
     _process, _processes = process, processes
 
 
 def is_primary() -> bool:
-    """Returns whether this process logs progress and results; the others log only errors."""
+    """Returns whether this is the primary process, which logs progress and results; the others log only errors."""
     return _process == 0
 
 
@@ -30,7 +30,7 @@ def log_error(message: str) -> None:
 
 
 def log(message: str) -> None:
-    """Prints one line with the time of day to standard error, on process 0 only."""
+    """Prints one line with the time of day to standard error, on the primary process only."""
     if not is_primary():
         return
     line = f'{time.strftime("%H:%M:%S")} {message}'
@@ -48,13 +48,13 @@ def summarize_exception(error: Exception) -> str:
 
 
 class ProgressBar:
-    """Progress bar on a terminal; in a log, a line with rate and remaining time at most every 15 seconds.
+    """A progress bar on a terminal; in a log, a line with rate and remaining time every LOG_INTERVAL_SECS or more.
 
     Args:
       desc: label in front of the bar or line.
       total: units of work in total.
       unit: name of the unit.
-      done: units that were complete at the start, for example after a resume.
+      done: units that were complete at the start, for example in a resumed run.
     """
 
     bar: 'tqdm | None' = None

@@ -1,4 +1,4 @@
-"""Multi-process runs: initialization, collectives on host values, and termination. One process needs none of these."""
+"""Multi-process runs: initialization, collectives on host values, and termination."""
 
 import collections
 import contextlib
@@ -42,7 +42,7 @@ def initialize(group: dict[str, Any] | None, config: DistributedConfig, preempti
       preemption: checked while waiting; afterwards JAX handles SIGTERM.
 
     Returns:
-      True on success; False if `preemption` was requested meanwhile. The caller must then call hard_exit().
+      True on success; False if preemption was requested meanwhile, in which case the caller must call hard_exit().
 
     Raises:
       ConfigError: JAX detected no cluster, or the processes have different numbers of devices.
@@ -57,7 +57,7 @@ def initialize(group: dict[str, Any] | None, config: DistributedConfig, preempti
         f'not all processes connected to {where} within'
         f' config.distributed.initialization_timeout={config.initialization_timeout} s'
     )
-    # A thread, because Python handles no signal while initialize waits in C++, and its own timeout aborts the process.
+    # Use a thread, because Python handles no signal while JAX waits in C++, and JAX's own timeout aborts the process.
     joined = ThreadPoolExecutor(1).submit(
         jax.distributed.initialize,
         **group,
@@ -93,7 +93,7 @@ def initialize(group: dict[str, Any] | None, config: DistributedConfig, preempti
 
 
 def _check_free(address: str) -> None:
-    """Raises DistributedInitError if the coordinator's port is taken; JAX would end in a segmentation fault."""
+    """Raises DistributedInitError if the coordinator's port is in use; JAX would crash with a segmentation fault."""
     try:
         socket.create_server(('', int(address.rsplit(':', 1)[1]))).close()
     except (OSError, OverflowError) as error:
@@ -109,9 +109,9 @@ def is_primary_process() -> bool:
 
 
 def first_error_on_any_process(problem: str = '') -> str:
-    """Collective. Returns the lowest-ranked failing process's error message on every process, or '' if none failed.
+    """Collective. Returns the first nonempty `problem`, in the order of the processes, or '' if there is none.
 
-    Messages are truncated to 1024 bytes.
+    Messages are truncated to MAX_MESSAGE_BYTES.
     """
     rows = multihost_utils.process_allgather(_as_row(problem))
     texts = (bytes(row).decode(errors='ignore').strip() for row in rows)
@@ -134,19 +134,20 @@ def gather_to_host(x: jax.Array) -> np.ndarray:
 
 
 def count_set_on_any_process(chosen: Bool[np.ndarray, ' n']) -> int:
-    """Collective. Returns how many entries of `chosen` (N,) bool, with equal N, are True on at least one process."""
+    """Collective. Returns how many entries of `chosen` are True on at least one process; all lengths must be equal."""
     return int(multihost_utils.process_allgather(chosen).reshape(-1, len(chosen)).any(0).sum())
 
 
 def broadcast_from_primary(tree: Tree) -> Tree:
-    """Collective. Returns the primary process's NumPy arrays; shapes and dtypes must be equal on all processes."""
+    """Collective. Returns the NumPy arrays of the primary process; shapes and dtypes must be equal on all processes."""
     return multihost_utils.broadcast_one_to_all(tree)
 
 
 def reached_preemption_sync_point(count: int) -> bool:
-    """Returns True at one common `count` on all processes after any process received SIGTERM: the step to stop at.
+    """Returns whether all processes must stop at this call, because one of them received SIGTERM.
 
-    `count` is 1 at the first call and increases by 1 at each call. A single process always gets False.
+    `count` must be 1 at the first call and increase by 1 at each call. The result is the same on all processes. A
+    single process always gets False.
     """
     return multihost_utils.reached_preemption_sync_point(count)
 
@@ -154,7 +155,7 @@ def reached_preemption_sync_point(count: int) -> bool:
 def assert_equal_across_processes(settings: Mapping[str, object]) -> None:
     """Collective. Raises ConfigError on all processes if one has other `settings` than process 0.
 
-    `settings` maps names to JSON values, which are compared by the first 1024 bytes of their JSON text.
+    `settings` maps names to JSON values, which are compared by the first MAX_MESSAGE_BYTES of their JSON text.
     """
     digests = {name: _as_row(json.dumps(value)) for name, value in settings.items()}
     differ = [name for name, value in broadcast_from_primary(digests).items() if (value != digests[name]).any()]

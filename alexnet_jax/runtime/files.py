@@ -1,4 +1,4 @@
-"""Atomic file writes; JSON files and files with one JSON object per line."""
+"""Atomic file writes, JSON files and JSON Lines files."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ JsonObject = dict[str, Any]
 
 @contextlib.contextmanager
 def atomic_write(path: str, mode: str = 'w') -> Iterator[IO]:
-    """Yields a temporary file that is synced to disk and renamed to `path`; on an error `path` is unchanged.
+    """Yields a temporary file, then syncs it to disk and renames it to `path`; on an error `path` is unchanged.
 
     Raises OSError: the file cannot be written.
     """
@@ -47,7 +47,7 @@ def read_json(path: str) -> JsonObject | None:
 
 
 def read_json_lines(path: str) -> list[JsonObject]:
-    """Returns the JSON objects in `path`, one per line, without corrupt lines; a killed run leaves an incomplete line.
+    """Returns the JSON objects in `path`, one per line; skips corrupt lines, such as the last line of a killed run.
 
     Raises OSError: the file cannot be read.
     """

@@ -44,9 +44,9 @@ class PreemptionHandler:
 
 
 class Watchdog:
-    """Context that dumps all stacks and exits the process with 1 after `timeout` seconds without a call of reset().
+    """Context that dumps all stacks and exits with code 1 after `timeout` seconds without a call of reset().
 
-    The watchdog counts its own one-second waits, so time during which the whole process is suspended does not count.
+    The watchdog counts its own one-second waits, so the time during which the process is suspended does not count.
     """
 
     def __init__(self, timeout: int):

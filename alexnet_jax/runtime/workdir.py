@@ -37,15 +37,16 @@ class CheckpointError(RuntimeError):
 
 
 def check_resumable(config: Config, workdir: str, every_field: bool = False) -> None:
-    """Raises ConfigError if the checkpoints in `workdir` belong to another network or another order of the data.
-
-    The function also raises if config.json is unreadable or from an older version. Without checkpoints it returns.
+    """Checks that a run with `config` can resume from the checkpoints in `workdir`, if there are any.
 
     Args:
       config: a resolved configuration.
       workdir: the folder of the run.
-      every_field: compare all fields except data.data_dir, as for the runs of a sweep, whose names state their
+      every_field: compare all fields except data.data_dir, as a sweep does, because the names of its runs state their
         settings.
+
+    Raises ConfigError: the checkpoints belong to another network or another order of the data, or config.json is
+      unreadable or from an older version.
     """
     checkpoints = os.path.join(workdir, 'checkpoints')
     if not os.path.isdir(checkpoints) or not os.listdir(checkpoints):
@@ -70,7 +71,7 @@ def check_resumable(config: Config, workdir: str, every_field: bool = False) -> 
 
 
 def is_finished(config: Config, workdir: str) -> bool:
-    """Returns True if `workdir` has a finished run with the resolved `config`, where data.data_dir may differ."""
+    """Returns whether `workdir` contains a finished run with the resolved `config`; data.data_dir may differ."""
     result, before = read_result_json(workdir), _read_settings(workdir)
     if result is None or before is None or result.get('status') != 'done':
         return False
@@ -79,7 +80,7 @@ def is_finished(config: Config, workdir: str) -> bool:
 
 
 def _read_settings(workdir: str) -> JsonObject | None:
-    """Returns the content of config.json with today's field names, or None if the file is missing or unreadable."""
+    """Returns the content of config.json with current field names, or None if the file is missing or unreadable."""
     written = read_json(os.path.join(workdir, 'config.json'))
     return None if written is None else upgrade(written)
 
@@ -96,7 +97,7 @@ def read_config(workdir: str) -> Config:
 
 
 def read_result_json(workdir: str) -> JsonObject | None:
-    """Returns the content of result.json with today's key names, or None if the file is missing or unreadable."""
+    """Returns the content of result.json with current key names, or None if the file is missing or unreadable."""
     result = read_json(os.path.join(workdir, 'result.json'))
     return None if result is None else {RENAMED_RESULT_KEYS.get(key, key): value for key, value in result.items()}
 
@@ -108,11 +109,11 @@ def dataset_statistics_path(workdir: str) -> str:
 
 
 def write_dataset_statistics(workdir: str, statistics: dict[str, np.ndarray], class_names: list[str]) -> None:
-    """Writes dataset_statistics.npz, with which the weights of the run can be used without its prepared data set.
+    """Writes dataset_statistics.npz, so that the weights of the run can be used without its prepared data set.
 
     Args:
       workdir: the folder of the run.
-      statistics: see prepare/shards.statistics().
+      statistics: see prepare.shards.statistics().
       class_names: one name per label.
     """
     with atomic_write(os.path.join(workdir, 'dataset_statistics.npz'), 'wb') as file:
@@ -120,7 +121,7 @@ def write_dataset_statistics(workdir: str, statistics: dict[str, np.ndarray], cl
 
 
 def read_dataset_statistics(workdir: str) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Returns (statistics, class names) that write_dataset_statistics() wrote.
+    """Returns the statistics and class names that write_dataset_statistics() wrote.
 
     Raises ConfigError: the file is missing or corrupt.
     """
@@ -136,12 +137,12 @@ def read_dataset_statistics(workdir: str) -> tuple[dict[str, np.ndarray], list[s
 
 
 def check_class_names(name: str, weights_names: list[str], data_names: list[str]) -> None:
-    """Compares the class names of weights with those of the data, and logs if they differ.
+    """Compares the class names of weights with those of the data, and logs a difference.
 
-    Raises ConfigError: the names are equal but in another order, so labels would be mixed up.
+    Raises ConfigError: the names are the same but in another order, so predictions would get wrong labels.
 
     Args:
-      name: the weights, for the message.
+      name: name of the weights in the message.
       weights_names: class names of the weights, one per label.
       data_names: class names of the data, one per label.
     """
