@@ -104,6 +104,7 @@ def test_run_state_keeps_its_values_through_json():
     assert RunState.from_json(json.loads(json.dumps(state.to_json()))) == state
     assert RunState.from_json({}) == RunState()
     assert RunState.from_json({'goal_step': 7, 'stalled_step': 5}).target_step == 7
+    assert RunState.from_json({'judged_by': [0.0, '3 epochs', 'warn']}).stopping_criteria == (0.0, '3 epochs', 'warn')
 
 
 @pytest.mark.parametrize(

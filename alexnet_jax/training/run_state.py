@@ -7,6 +7,7 @@ from alexnet_jax.schedules import PlateauState
 
 # Keys of version 0.1 in the checkpoints of runs that this version resumes.
 RENAMED_KEYS = {
+    'judged_by': 'stopping_criteria',
     'goal_step': 'target_step',
     'store': 'dataset_fingerprint',
     'evaluated': 'last_evaluated_step',
