@@ -15,12 +15,12 @@ from alexnet_jax.config import DataConfig
 
 
 def example_keys(seed: int, number: UInt32[Array, ' b'], purpose: int) -> Key[Array, ' b']:
-    """Returns one random key per image, (B,).
+    """Returns one random key per image.
 
     Args:
       seed: seed of the run.
-      number: (B,) uint32, counts the images since the start of the run.
-      purpose: separates keys for different uses of the same `number`.
+      number: index of each image in the run, or of a group of images that share a key.
+      purpose: makes the keys for different uses of the same `number` independent.
     """
     key = jax.random.fold_in(jax.random.key(seed), purpose)
     return jax.vmap(lambda n: jax.random.fold_in(key, n))(number)
@@ -38,17 +38,19 @@ class PreprocessParams(TypedDict):
 def make_preprocess_params(statistics: Mapping[str, np.ndarray], config: DataConfig) -> PreprocessParams:
     """Computes the constants of augment() and eval_crop() from the training set's `statistics`.
 
+    `statistics`: see dataset.PreparedDataset.
+
     Returns:
-      mean: (S, S, C) float32, the mean image, channel means or zeros; augment() and eval_crop() subtract it.
-      color: (C, C) float32, multiplies a vector of C standard normal numbers to give the color noise in gray levels.
-        Its columns are the eigenvectors of the covariance of RGB values, times 0.1 and times a factor for
+      mean: the mean image, channel means or zeros; augment() and eval_crop() subtract them.
+      color: the matrix that maps C standard normal numbers to the color noise in gray levels. The columns are the
+        eigenvectors of the covariance of RGB values, times 0.1 and times a factor that depends on config.color:
         `original`: the square roots of the eigenvalues (convdata_jpeg.py of the original program);
         `fb`: the eigenvalues for pixels from 0 to 1 (fb.resnet.torch), converted to gray levels: divided by 255;
-        `paper`: the eigenvalues for pixels from 0 to 255, as the sentence in the paper says;
+        `paper`: the eigenvalues for pixels from 0 to 255, as printed in the paper;
         `none`: 0.
-      divisor: float32, divides training inputs: 1.1 for `original`, which compensates for the variance of the noise as
-        the original program does, otherwise 1.
-      scale: (C,) float32, 1 / config.std, multiplies training and test inputs.
+      divisor: the divisor of training inputs: 1.1 for `original`, where it compensates for the variance of the noise as
+        in the original program, otherwise 1.
+      scale: the factor of training and test inputs, 1 / config.std.
     """
     shape = statistics['mean_image'].shape
     means = {
@@ -68,7 +70,7 @@ def make_preprocess_params(statistics: Mapping[str, np.ndarray], config: DataCon
 
 
 def disable_color_augmentation(preprocessing: PreprocessParams) -> PreprocessParams:
-    """Returns `preprocessing` without color noise and its divisor, as in the original program's last epochs."""
+    """Returns `preprocessing` without color noise and with divisor 1, as in the last epochs of the original program."""
     return {**preprocessing, 'color': np.zeros_like(preprocessing['color']), 'divisor': np.float32(1)}
 
 
@@ -82,14 +84,14 @@ def augment(
     """Computes training inputs: takes a random crop, subtracts the mean, flips at random, adds color noise, and scales.
 
     Args:
-      images: (B, S, S, C) uint8.
-      keys: (B,), one per image, for the color noise.
-      crop_keys: (B,), for crop and horizontal flip; images with the same key get the same crop and flip.
+      images: the images of the prepared data set.
+      keys: keys of the color noise.
+      crop_keys: keys of the crop and the horizontal flip; images with the same key get the same crop and flip.
       preprocessing: see make_preprocess_params().
-      config: `crop`, `flip` and `color` select the parts.
+      config: `crop`, `flip` and `color` select the operations, and `crop_size` the size of the result.
 
     Returns:
-      (B, crop_size, crop_size, C) float32, in gray levels around zero times preprocessing['scale'].
+      The training inputs in gray levels minus the mean, times preprocessing['scale'].
     """
     size, crop = images.shape[1], config.crop_size
 
@@ -103,7 +105,7 @@ def augment(
         if config.color != 'none':
             color = preprocessing['color']
             strengths = jax.random.normal(jax.random.fold_in(key, 2), color.shape[:1])
-            # Not a matrix product: XLA would run the whole function in its matrix library, on one core.
+            # With a matrix product, XLA would run the whole function in its matrix library, on one core.
             x = x + jnp.sum(color * strengths[None], 1)[None, None]
         return x / preprocessing['divisor'] * preprocessing['scale'][None, None]
 
@@ -116,13 +118,13 @@ def eval_crop(
     """Computes one test view of each image, without color noise.
 
     Args:
-      images: (B, S, S, C) uint8.
+      images: the images of the prepared data set.
       preprocessing: see make_preprocess_params().
-      config: its `crop_size` and `mean_crop` are used.
+      config: provides `crop_size` and `mean_crop`.
       index: 0 for the center crop, 1 to 4 for the corners, 5 to 9 for horizontal flips of the same five crops.
 
     Returns:
-      (B, crop_size, crop_size, C) float32, minus the mean and times preprocessing['scale'].
+      The crops in gray levels minus the mean, times preprocessing['scale'].
     """
     crop = config.crop_size
     far = images.shape[1] - crop
@@ -134,7 +136,7 @@ def eval_crop(
 
 
 def _mean(preprocessing: PreprocessParams, offset: jax.Array, config: DataConfig) -> jax.Array:
-    """Returns the mean for a crop at `offset`: that crop of the mean, or its center as in the original program."""
+    """Returns the crop of the mean at `offset`, or at the center if config.mean_crop is 'center'."""
     if config.mean_crop == 'center':
         offset = jnp.full((2,), (preprocessing['mean'].shape[0] - config.crop_size) // 2)
     return _crop(preprocessing['mean'], offset, config.crop_size)

@@ -52,7 +52,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 def _process_group() -> JsonObject | None:
     """Returns the arguments of distributed.initialize(): None for one process, {} to detect the processes.
 
-    Raises ConfigError: the flags contradict each other or are incomplete.
+    Raises ConfigError: the flags contradict each other, are incomplete or have invalid values.
     """
     given = {'coordinator_address': _COORDINATOR_ADDRESS, 'num_processes': _NUM_PROCESSES, 'process_id': _PROCESS_ID}
     group = {name: flag.value for name, flag in given.items() if flag.value is not None}
@@ -75,7 +75,7 @@ def _process_group() -> JsonObject | None:
 
 
 def _print_result(workdir: str) -> None:
-    """Prints the final table, in a multi-process run only on the primary process."""
+    """Prints the final results on the primary process."""
     if not console.is_primary():
         return
     with open(os.path.join(workdir, 'result.json')) as file:
@@ -91,7 +91,7 @@ def _print_result(workdir: str) -> None:
 
 
 def _select_variant(variants: list[Variant]) -> Variant:
-    """Returns the variant with number --sweep. Raises ConfigError: that number does not exist."""
+    """Returns the variant whose number is --sweep. Raises ConfigError: there is no such variant."""
     if not re.fullmatch(r'\d+', _SWEEP.value) or int(_SWEEP.value) >= len(variants):
         raise ConfigError(f'--sweep: {_SWEEP.value!r} is not list, all or a number from 0 to {len(variants) - 1}')
     return variants[int(_SWEEP.value)]
@@ -149,7 +149,7 @@ def main(argv: list[str]) -> int:
             backend.enable_compilation_cache()
     except ConfigError as error:
         return report_usage_error(str(error))
-    from alexnet_jax.runtime import distributed  # these modules import jax, so only after flag parsing
+    from alexnet_jax.runtime import distributed  # these modules import jax, so they follow flag parsing
     from alexnet_jax.training.trainer import EXIT_DONE, train_and_evaluate
 
     try:
@@ -163,7 +163,7 @@ def main(argv: list[str]) -> int:
 
 
 def _report_failure(error: Exception) -> int:
-    """Logs the reason for the failure, in one line if the cause is known; returns the exit code."""
+    """Logs a known error in one line, or the traceback of an unexpected error; returns the exit code."""
     from alexnet_jax.data.dataset import DatasetError
     from alexnet_jax.runtime import distributed
     from alexnet_jax.training.checkpointing import CheckpointError

@@ -1,6 +1,6 @@
 """NumPy functions for prediction errors, weighted ensembles of networks, and fitting of the ensemble weights.
 
-Scores are log probabilities (N, classes) float32; labels are (N,) int32 from 0 to classes - 1.
+Scores are log probabilities; labels are class indices from 0.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class ClassErrors(TypedDict):
 
 
 def errors(scores: Scores, labels: Labels) -> tuple[Bool[np.ndarray, ' n'], Bool[np.ndarray, ' n']]:
-    """Returns the top-1 and top-5 errors, (N,) bool each, by the same rule as make_eval_step().
+    """Returns whether each image is a top-1 or a top-5 error, by the rule of eval_step.topk_errors().
 
     A class that ties with the correct class ranks above the correct class, and so does a class with a NaN score.
     """
@@ -34,21 +34,21 @@ def errors(scores: Scores, labels: Labels) -> tuple[Bool[np.ndarray, ' n'], Bool
 
 
 def _right(scores: Scores, labels: Labels) -> Float32[np.ndarray, ' n']:
-    """Returns the score (N,) of the correct class of each image."""
+    """Returns the score of the correct class of each image."""
     return np.take_along_axis(scores, labels[:, None], -1)[:, 0]
 
 
 def error_rates(scores: Scores, labels: Labels) -> dict[str, float]:
-    """Returns means over the images: loss (negative log likelihood in nats), top1_error and top5_error (0 to 1)."""
+    """Returns the mean loss (negative log likelihood in nats), top1_error and top5_error (0 to 1)."""
     top1, top5 = errors(scores, labels)
     loss = -np.mean(_right(scores, labels), dtype=np.float64)
     return {'loss': float(loss), 'top1_error': float(top1.mean()), 'top5_error': float(top5.mean())}
 
 
 def average_log_probs(scores: Sequence[Scores], weights: Sequence[float]) -> Scores:
-    """Returns the log of the members' weighted mean probabilities (the ensembles of table 2); `weights` sum to 1.
+    """Returns the log of the weighted mean probabilities of the members (table 2).
 
-    A member with weight 0 has no effect, even if its scores are NaN.
+    `weights` sum to 1. A member with weight 0 has no effect, even if its scores are NaN.
     """
     mixed = np.full_like(scores[0], -np.inf)
     with np.errstate(invalid='ignore'):
@@ -59,12 +59,12 @@ def average_log_probs(scores: Sequence[Scores], weights: Sequence[float]) -> Sco
 
 
 def fit_weights(scores: Sequence[Scores], labels: Labels) -> Float64[np.ndarray, ' members']:
-    """Fits the weights (members,) float64 of average_log_probs() by expectation maximization of the likelihood.
+    """Fits the weights of average_log_probs() by expectation maximization of the likelihood.
 
     Each iteration sets the weight of a member to the member's mean share of the probability of the correct class. The
-    log likelihood, summed over all images, is concave in the weights and never decreases; the iterations end when the
-    log likelihood grows by less than 1e-9. A NaN score counts as probability 0. Images for which all members give the
-    correct class probability 0 are ignored.
+    log likelihood of all images is concave in the weights, and an iteration never decreases it; the iterations end when
+    the log likelihood grows by less than 1e-9. A NaN score counts as probability 0. Images for which all members give
+    the correct class probability 0 are ignored.
     """
     right = np.stack([_right(member, labels) for member in scores], -1).astype(np.float64)
     right = np.where(np.isnan(right), -np.inf, right)
@@ -91,9 +91,9 @@ def top_k(
 def per_class_errors(scores: Scores, labels: Labels, names: Sequence[str]) -> list[ClassErrors]:
     """Returns the errors of each class, in the order of `names`.
 
-    The errors are 0 to 1, or None for a class without images. `instead` is the class that most often has the best score
-    among the wrong classes in the top-1 errors (the first class in a tie), and `instead_images` is the number of those
-    errors; they are None and 0 if there is no such error.
+    The errors are 0 to 1, or None for a class without images. `instead` is the most frequent wrong prediction among the
+    top-1 errors (the first class in a tie), and `instead_images` is the number of errors with that prediction. Without
+    a wrong prediction, they are None and 0.
     """
     top1, top5 = errors(scores, labels)
     others = np.where(np.isnan(scores), -np.inf, scores)

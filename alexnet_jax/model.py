@@ -1,4 +1,4 @@
-"""AlexNet as in section 3 of the paper, including its two towers, and the published variants."""
+"""AlexNet as in section 3 of the paper, with its two towers, and the published variants."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ BATCH_NORM = {'use_scale': False, 'use_bias': False, 'momentum': 0.9, 'epsilon':
 
 
 class AlexNet(nnx.Module):
-    """Five convolutional and three fully connected layers: the rows of shapes.layer_specs(), applied in order.
+    """The layers of shapes.layer_specs(), applied in order: in the paper five convolutional and three fully connected.
 
     Args:
       config: `model` of a resolved configuration.
@@ -28,8 +28,8 @@ class AlexNet(nnx.Module):
       channels: number of image channels, 3 or 1.
       rngs: random streams; `params` draws the initial parameters.
       statistics_axes: mesh axes over which batch normalization averages its statistics in training.
-      remat: rematerialization: in training, each convolution and the operations after it save only their inputs for
-        the backward pass and are computed again there.
+      remat: whether to rematerialize in training: each convolution and the operations after it save only their inputs,
+        and the backward pass recomputes them.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class AlexNet(nnx.Module):
     def __call__(
         self, images: Float32[Array, 'b s s c'], dropout_keys: Key[Array, ' keys'] | None = None
     ) -> Float32[Array, 'b classes']:
-        """Returns float32 logits (B, num_classes) of float32 `images` (B, crop_size, crop_size, channels).
+        """Returns the logits of `images`.
 
-        `dropout_keys`, one key per example in the dense layers, (B,) or in `hybrid` (B * model,), select training mode:
-        dropout, and batch normalization by the batch's statistics. None selects test mode: see dropout(), and running
-        statistics.
+        `dropout_keys` selects training mode: dropout, and batch normalization by the statistics of the batch. There is
+        one key per example in this device's dense layers: B keys, in `hybrid` B * model keys. None selects test mode:
+        the scaling of dropout(), and batch normalization by the running statistics.
         """
         logits = self.activations(images, dropout_keys)['fc8']
         return redistribute_features(logits, self.config.num_classes, 'logits').astype(jnp.float32)
@@ -90,7 +90,7 @@ class AlexNet(nnx.Module):
         return outputs
 
     def layer_inputs(self, layer: Conv | Dense, towers: Towers) -> Towers:
-        """Returns the inputs of `layer`: for `cross_tower`, one array of the features of all towers, else `towers`.
+        """Returns the inputs of `layer`: one array of the features of all towers for `cross_tower`, otherwise `towers`.
 
         Feature maps are flattened for a dense layer: (B, 6, 6, 256) becomes (B, 9216).
         """
@@ -106,9 +106,9 @@ class AlexNet(nnx.Module):
     def dropout(self, layer: Conv | Dense, towers: Towers, keys: Key[Array, ' keys'] | None) -> Towers:
         """Applies dropout (section 4.2) to the inputs of `layer`, (B, inputs).
 
-        Training zeroes random inputs; testing (`keys` None) multiplies all inputs by the keep probability. With
-        `inverted_dropout`, training divides by the keep probability instead. Each example's key draws the mask over all
-        inputs of the layer, and a device uses its shard of the mask.
+        Training zeroes random inputs. Testing (`keys` is None) multiplies all inputs by the keep probability; with
+        `inverted_dropout`, training divides the inputs by the keep probability instead. The key of an example
+        determines the mask over all inputs of the layer, of which each device uses its shard.
         """
         kept, inverted = 1 - self.config.dropout, self.config.inverted_dropout
         x = jnp.concatenate(towers, -1)
@@ -126,9 +126,9 @@ class AlexNet(nnx.Module):
 def apply_layer(
     config: ModelConfig, training: bool, layer: Conv | Dense, norm: nnx.BatchNorm | None, towers: Towers
 ) -> tuple[Towers, Float[Array, '...']]:
-    """Applies `layer` and the operations after it: the part of a row that `remat` computes again.
+    """Applies `layer` and the operations after it: the function that `remat` recomputes in the backward pass.
 
-    Returns the result of the last operation, and the output of the nonlinearity (of the layer, if it has none).
+    Returns the result of the last operation, and the output of the nonlinearity or, without one, of `layer`.
     """
     spec = layer.spec
     with jax.named_scope(spec.name):

@@ -20,22 +20,22 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Builds the update v <- momentum * v - learning_rate * (gradient + weight_decay * w);  w <- w + v.
 
-    The velocity includes the learning rate, as in weights.cu of the original program: after a decay of the learning
-    rate the old velocity shrinks by momentum alone, whereas optax.sgd would scale the velocity down at once.
+    The velocity includes the learning rate, as in weights.cu of the original program. After a decay of the learning
+    rate, only momentum shrinks the old velocity, whereas optax.sgd would scale the velocity down at once.
     `layer_weight_decay` gives one weight decay per layer. Biases have no weight decay unless `decay_biases` is set.
 
-    A `trust_coefficient` t other than 0 selects LARS (You, Gitman, Ginsburg 2017): the update of a kernel is scaled to
-    the norm t * |w| before it is multiplied by the learning rate, as in optax.lars.
+    A `trust_coefficient` t other than 0 selects LARS (You, Gitman, Ginsburg 2017): as in optax.lars, the update of a
+    kernel is scaled to the norm t * |w| and then multiplied by the learning rate.
 
-    At a learning rate of 0 a parameter and its velocity keep their values, as in the original program.
+    At a learning rate of 0, a parameter and its velocity keep their values, as in the original program.
 
     Args:
       config: `optimizer` of a configuration.
-      learning_rate: a tree of float32 scalars with the structure of the parameters, see Schedule.learning_rate_tree();
-        or one scalar for all kernels, which `bias_lr_multiplier` scales for biases. It may be traced, so that a new
-        learning rate needs no recompilation.
-      reduce_norms: all-reduces sums over kernel shards (a tree of scalars with the structure of the parameters) to sums
-        over whole kernels; LARS needs it on a mesh, see parallel.psum_over_shards().
+      learning_rate: one scalar per kernel and bias, see Schedule.learning_rate_tree(); or one scalar for all kernels,
+        which `bias_lr_multiplier` scales for biases. Scalars may be traced, so that a new learning rate needs no
+        recompilation.
+      reduce_norms: function that all-reduces a tree of sums over shards of parameters to sums over whole parameters,
+        see parallel.psum_over_shards(); LARS needs the function on a mesh.
     """
     decays = config.layer_weight_decay or (config.weight_decay,) * len(LAYERS)
 
@@ -59,7 +59,7 @@ def make_optimizer(
         scaled = jax.tree.map(lambda update, rate: -rate * update, updates, each)
         _, new_state = velocity.update(scaled, state)
         kept = jax.tree.map(lambda new, old, rate: jnp.where(rate > 0, new, old), new_state.trace, state.trace, each)
-        # Reads the stored velocity `kept`, so that XLA updates the buffer in place instead of copying it.
+        # The update reads the stored velocity `kept`, so that XLA updates the buffer in place.
         moved = jax.tree.map(lambda update, rate: jnp.where(rate > 0, update, 0.0), kept, each)
         return moved, optax.TraceState(kept)
 
@@ -77,7 +77,8 @@ def _is_bias(path: jax.tree_util.KeyPath) -> bool:
 def scale_by_trust_ratio(coefficient: float, reduce_norms: ReduceNorms) -> optax.GradientTransformation:
     """Scales the update of each kernel to `coefficient` times the norm of the kernel.
 
-    Biases, and kernels where either norm is 0, keep their updates; so do all parameters if `coefficient` is 0.
+    Updates of biases, and of kernels for which either norm is 0, stay unchanged. If `coefficient` is 0, all updates
+    stay unchanged.
     """
     if not coefficient:
         return optax.identity()

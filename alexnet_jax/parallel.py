@@ -1,4 +1,4 @@
-"""The device mesh, shardings and collectives: the paper's model parallelism (section 3.5) and data parallelism.
+"""The device mesh, shardings and collectives: the paper's model parallelism (section 3.2) and data parallelism.
 
 No other module imports jax.sharding. The whole step is one fully manual shard_map, so XLA's partitioner adds no
 collectives; for grouped convolutions, the partitioner would all-gather the batch on every device.
@@ -26,19 +26,19 @@ Result = TypeVar('Result', covariant=True)
 
 @runtime_checkable
 class JittedFunction(Protocol[Arguments, Result]):
-    """What jax.jit returns, with the types of the arguments and of the result, which jax.stages.Wrapped omits."""
+    """The type of a jitted function: jax.stages.Wrapped with types for the arguments and the result."""
 
     def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         """Runs the function; the first call compiles it."""
 
     def lower(self, *args: Any) -> Any:
-        """Returns the jax.stages.Lowered for arguments, or for their shapes and dtypes (jax.ShapeDtypeStruct)."""
+        """Returns the jax.stages.Lowered for `args`, which are arrays or jax.ShapeDtypeStructs."""
 
 
 def make_mesh(config: Config) -> Mesh:
-    """Returns the ('data', 'model') mesh of `config.mesh`; `data` = -1 means all devices, divided by `model`.
+    """Returns the ('data', 'model') mesh of `config.mesh`; a `data` of -1 means the number of devices / `model`.
 
-    Raises ConfigError: there are too few devices, or the batch, towers or widths do not divide over the mesh.
+    Raises ConfigError: there are too few devices, or the mesh does not evenly divide the batch, towers or widths.
     """
     data, model, devices = config.mesh.data, config.mesh.model, jax.device_count()
     if data == -1:
@@ -56,7 +56,7 @@ def make_mesh(config: Config) -> Mesh:
 
 
 def batch_axes(layout: str) -> tuple[str, ...]:
-    """Returns the mesh axes that shard a batch: both in `hybrid`; otherwise `data`, with replicas along `model`."""
+    """Returns the mesh axes that shard a batch: both in `hybrid`; other layouts replicate the batch along `model`."""
     return ('data', 'model') if layout == 'hybrid' else ('data',)
 
 
@@ -68,18 +68,18 @@ def batch_spec(layout: str) -> Spec:
 def redistribute_features(
     x: Float[Array, 'b *dims c'], features: int, layer: str
 ) -> Float[Array, 'rows *dims features']:
-    """Moves channels over `model` so that `x` has the `features` channels that this device's kernel of `layer` takes.
+    """Redistributes the channels of `x` along `model`, so that each device has the input channels of its kernel.
 
     Args:
-      x: (B, ..., C), C channels of B examples.
-      features: number of input channels of the local kernel.
+      x: this device's shard of the activations.
+      features: number of input channels of this device's kernel.
       layer: name of the collective in profiler traces.
 
     Returns:
       C == features: `x`.
-      C < features: (B, ..., features), an all-gather over `model`: the arrows between the GPUs in the paper's figure 2.
-      C > features: (B * C / features, features) from `x` (B, C), an all-to-all over `model`: each device keeps its
-        shard of the channels and receives the same channels of the other devices' examples (`hybrid`, before fc6).
+      C < features: all-gather along `model` to (B, ..., features): the arrows between the GPUs in the paper's figure 2.
+      C > features: all-to-all along `model` from (B, C) to (B * C / features, features): each device keeps its shard of
+        the channels and receives the same channels of the other devices' examples (`hybrid`, before fc6).
     """
     with jax.named_scope(layer):
         if x.shape[-1] < features:
@@ -90,23 +90,23 @@ def redistribute_features(
 
 
 def reduce_scatter_partial_sums(x: Float[Array, 'b c'], features: int) -> Float[Array, 'rows columns']:
-    """Reduce-scatters (B, C) partial products, each over one shard of a dense layer's inputs, along `model`.
+    """Reduce-scatters the outputs of a dense layer that each device computed from its shard of the inputs.
 
-    Returns (B, features), this device's shard of the channels, if C > features; otherwise (B / model, C), this device's
-    shard of the examples.
+    The collective runs along `model`. If C > features, the result is this device's shard of the channels,
+    (B, features). Otherwise the result is this device's shard of the examples, (B / model, C).
     """
     return lax.psum_scatter(x, 'model', scatter_dimension=1 if x.shape[-1] > features else 0, tiled=True)
 
 
 def local_feature_slice(x: Shaped[Array, '*dims c'], features: int) -> Shaped[Array, '*dims features']:
-    """Returns this device's shard of `features` channels of `x` (..., C), which is replicated along `model`."""
+    """Slices the `features` channels of this device out of `x`, which is replicated along `model`."""
     if x.shape[-1] == features:
         return x
     return lax.dynamic_slice_in_dim(x, lax.axis_index('model') * features, features, x.ndim - 1)
 
 
 def all_gather_example_ids(x: UInt32[Array, ' b'], layout: str) -> UInt32[Array, ' gathered']:
-    """Returns the ids of all examples in this device's dense layers: (B * model,) in `hybrid`, otherwise `x` (B,)."""
+    """Returns the ids of the examples in this device's dense layers: (B * model,) in `hybrid`, otherwise `x`."""
     if layout != 'hybrid':
         return x
     with jax.named_scope('dropout'):
@@ -120,30 +120,31 @@ def global_sum(x: Float32[Array, ' n'], layout: str) -> Float32[Array, ' n']:
 
 
 def mark_replicated(x: Float[Array, 'b classes'], layout: str) -> Float[Array, 'b classes']:
-    """Marks per-example `x` as replicated along `model` for shard_map's outputs; in `hybrid` returns `x` unchanged."""
-    return x if layout == 'hybrid' else lax.pmax(x, 'model')  # pmax keeps the bits; a mean may round
+    """Marks `x` as replicated along `model`, for out_specs of shard_map; in `hybrid`, `x` is sharded and unchanged."""
+    return x if layout == 'hybrid' else lax.pmax(x, 'model')  # pmax is exact; pmean may round
 
 
 def activation_spec(layer: str, dimensions: int, layout: str) -> Spec:
-    """Returns the spec of the output of `layer`, (B, H, W, C) or (B, units), in AlexNet.activations()."""
+    """Returns the spec of the output of `layer` in AlexNet.activations(), which has `dimensions` dimensions."""
     if layout == 'hybrid' and (layer.startswith('conv') or layer == 'fc8'):
         return batch_spec(layout)
     return Spec('data', *[None] * (dimensions - 2), 'model')
 
 
 def loss_replication_factor(layout: str) -> int:
-    """Returns how many devices compute the loss of one example, so how often a sum over the mesh counts that loss."""
+    """Returns the number of devices that compute the loss of each example; a sum over the mesh counts it that often."""
     return 1 if layout == 'hybrid' else lax.axis_size('model')
 
 
 def param_specs(tree: PyTree[Array | jax.ShapeDtypeStruct], layout: str) -> PyTree[Spec]:
     """Returns the specs of a tree of parameters, or of an optimizer state that contains such trees.
 
-    `towers`, `data`: the output dimension is sharded over `model`, so with two shards one shard of conv1..fc7 is one
-    of the paper's GPUs.
-    `hybrid`: convolutions are replicated. Dense kernels are sharded over `model` in the input dimension, and the biases
-    of fc6 and fc7 like the inputs of the next layer. The bias of fc8 is replicated, because each device adds the bias
-    to its shard of the examples.
+    The layouts `towers` and `data` shard the output dimension over `model`. With two shards, each shard of conv1 to fc7
+    has the parameters of one of the paper's GPUs.
+
+    The layout `hybrid` replicates convolutions and shards the input dimension of dense kernels over `model`. The biases
+    of fc6 and fc7 are sharded like the inputs of the next layer. The bias of fc8 is replicated, because each device
+    adds the bias to its shard of the examples.
     """
 
     def spec(path, leaf):
@@ -158,10 +159,10 @@ def param_specs(tree: PyTree[Array | jax.ShapeDtypeStruct], layout: str) -> PyTr
 
 
 def optimizer_specs(tree: PyTree[Array | jax.ShapeDtypeStruct], mesh: Mesh, config: MeshConfig) -> PyTree[Spec]:
-    """Returns the specs of the update's operands: velocities in the state; gradients and weights inside the step.
+    """Returns the specs of the operands of the update: velocities, gradients and weights.
 
-    The specs equal param_specs(), but `shard_optimizer` (in `config`, the `mesh` of a configuration) shards kernels
-    over `data` as well, in the first dimension that divides evenly. Biases and other kernels are not sharded further.
+    The specs equal param_specs(). With `config.shard_optimizer`, kernels are also sharded over `data`, in the first
+    dimension that can be divided evenly; biases, and kernels without such a dimension, are not.
     """
 
     def split(leaf, spec):
@@ -193,7 +194,7 @@ def _data_sharded_dim(spec: Spec) -> int | None:
 
 
 def mark_device_varying(params: PyTree[Array], specs: PyTree[Spec]) -> PyTree[Array]:
-    """Casts replicated parameters to device-varying, so `jax.grad` returns local gradients, not all-reduced ones."""
+    """Casts replicated parameters to device-varying, so that jax.grad returns gradients before the all-reduce."""
 
     def own(x, spec):
         return lax.pcast(x, _replicated_axes(spec), to='varying') if _replicated_axes(spec) else x
@@ -204,7 +205,7 @@ def mark_device_varying(params: PyTree[Array], specs: PyTree[Spec]) -> PyTree[Ar
 def all_reduce_gradients(
     gradients: PyTree[Array], specs: PyTree[Spec], split: PyTree[Spec], dtype: str
 ) -> PyTree[Float32[Array, '...']]:
-    """Sums local gradients (see mark_device_varying()) over the replicas of each parameter; returns float32.
+    """All-reduces local gradients (see mark_device_varying()) over the replicas of each parameter; returns float32.
 
     Args:
       gradients: local gradients.
@@ -230,7 +231,7 @@ def all_reduce_gradients(
 def psum_over_shards(sums: PyTree[Float32[Array, '']], split: PyTree[Spec]) -> PyTree[Float32[Array, '']]:
     """All-reduces sums over this device's shard of each leaf to sums over the whole leaf.
 
-    `split`: specs of the shards, for example from optimizer_specs().
+    `split`: specs of the leaves, for example from optimizer_specs().
     """
 
     def add(x, spec):
@@ -242,9 +243,9 @@ def psum_over_shards(sums: PyTree[Float32[Array, '']], split: PyTree[Spec]) -> P
 
 
 def dead_unit_fraction(outputs: Float[Array, 'b *dims c'], layer: str, layout: str) -> Float32[Array, '']:
-    """Returns the fraction (a scalar) of the units of `layer` that are 0 for all examples on all devices.
+    """Returns the fraction of the units (in convolutions, feature maps) that are 0 for all examples on all devices.
 
-    `outputs`: (B, ..., C), this device's shard of the layer's output, see AlexNet.activations().
+    `outputs`: this device's shard of the output of `layer`, see AlexNet.activations().
     """
     whole = layout == 'hybrid' and layer.startswith('conv')
     alive = jnp.any(outputs != 0, axis=tuple(range(outputs.ndim - 1))).astype(jnp.float32)
@@ -253,7 +254,7 @@ def dead_unit_fraction(outputs: Float[Array, 'b *dims c'], layer: str, layout: s
 
 
 def local_shards(params: PyTree[Array], split: PyTree[Spec]) -> PyTree[Array]:
-    """Returns the shards of `params` that this device updates; `split`: specs from optimizer_specs()."""
+    """Returns the shards of `params` that this device updates; `split` are the specs from optimizer_specs()."""
 
     def own(x, spec):
         dimension = _data_sharded_dim(spec)
@@ -266,7 +267,7 @@ def local_shards(params: PyTree[Array], split: PyTree[Spec]) -> PyTree[Array]:
 
 
 def all_gather_shards(params: PyTree[Array], split: PyTree[Spec]) -> PyTree[Array]:
-    """All-gathers the updated shards along `data` into whole parameters: the inverse of local_shards()."""
+    """All-gathers the updated shards of the parameters along `data`: the inverse of local_shards()."""
 
     def gather(x, spec):
         dimension = _data_sharded_dim(spec)
@@ -290,7 +291,7 @@ def jit_shard_map(
     out_specs: PyTree[Spec],
     donate_argnums: tuple[int, ...] = (),
 ) -> JittedFunction[Arguments, Result]:
-    """Returns `function` under shard_map on `mesh`, wrapped in jax.jit (formerly pjit) with the matching shardings.
+    """Returns `function` as a shard_map on `mesh` in jax.jit (formerly pjit), with the shardings of the specs.
 
     With more than one device, JAX checks (`check_vma`) that outputs declared as replicated are replicated.
     """
@@ -319,7 +320,7 @@ def batch_sharding(mesh: Mesh, layout: str) -> NamedSharding:
 
 
 def make_global_batch(sharding: NamedSharding, batch: PyTree[np.ndarray | np.float32]) -> PyTree[Array]:
-    """Builds global arrays from this process's rows of a batch (NumPy arrays); `sharding`: see batch_sharding()."""
+    """Builds global arrays from this process's rows of a batch; `sharding` is the batch_sharding()."""
     return jax.make_array_from_process_local_data(sharding, batch)
 
 
@@ -329,23 +330,23 @@ def replicate(mesh: Mesh, values: PyTree[np.ndarray | np.float32]) -> PyTree[Arr
 
 
 def num_batch_shards(sharding: NamedSharding) -> int:
-    """Returns the number of distinct shards of a batch under `sharding`, see batch_sharding()."""
+    """Returns the number of distinct shards of a batch with the batch_sharding() `sharding`."""
     return len(set(_rows(sharding).values()))
 
 
 def _rows(sharding: NamedSharding) -> dict[jax.Device, tuple[int, int]]:
-    """Returns device -> (first row, last row exclusive) for a batch with one row per device of the mesh."""
+    """Returns the rows (start, stop) on each device, for a batch with as many rows as the mesh has devices."""
     rows = sharding.mesh.size
     indices = sharding.devices_indices_map((rows,))
     return {device: index[0].indices(rows)[:2] for device, index in indices.items()}
 
 
 def process_shard(sharding: NamedSharding) -> tuple[int, int]:
-    """Returns (shard_index, shard_count): which of the equal shards of every batch this process reads.
+    """Returns (shard_index, shard_count): the shard of every batch that this process reads, and the number of shards.
 
-    A part is the set of rows that the devices of a process hold; processes that hold the same rows read the same part.
+    A shard is the set of rows on the devices of one process; processes with the same rows read the same shard.
 
-    Raises ConfigError: a process has no device in the mesh, or the parts differ in size or overlap partially.
+    Raises ConfigError: a process has no device in the mesh, or the shards differ in size or overlap partially.
     """
     held: dict[int, set[tuple[int, int]]] = {process: set() for process in range(jax.process_count())}
     for device, rows in _rows(sharding).items():

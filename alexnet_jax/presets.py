@@ -2,8 +2,8 @@
 
 `layers` has one row per layer; `settings` contains the fields of the configuration's `model` that concern the whole
 network. `recipe` contains the settings outside `model` that differ from the defaults (section 5 of the paper), by
-dotted name; `configs/imagenet.py:NAME` applies them. `published` contains figures of others, never of a run here:
-errors in percent, and the parameters and multiply-adds per image, computed from the layers. None means unknown.
+dotted name; `configs/imagenet.py:NAME` applies them. `published` contains the errors in percent that others reported
+(None: unknown), and the numbers of parameters and of multiply-adds per image, computed from the layers.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from alexnet_jax.shapes import LayerSpec, Settings, layer_fields
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """Published results: errors in percent with the number of views, and their source."""
+    """Published errors in percent with the number of views and their source, and the size of the network."""
 
     top1_error: float | None
     top5_error: float | None
@@ -34,7 +34,7 @@ class Preset:
 
     @property
     def model(self) -> Settings:
-        """The values of the `model` fields that a configuration leaves empty (None)."""
+        """The values of the `model` fields that are None in a configuration."""
         return layer_fields(self.layers) | self.settings
 
 
@@ -50,8 +50,8 @@ def _replace_biases(layers: tuple[LayerSpec, ...], bias: float) -> tuple[LayerSp
 
 # Sections 3 to 5 of the paper as printed: two towers, ReLU, then normalization with the sum over 5 maps times 1e-4,
 # then pooling; initial biases of 1 in conv2, conv4, conv5, fc6 and fc7. Only the color noise is that of the original
-# program, because the printed sentence is absurd for pixels from 0 to 255. The paper's tables come from a different
-# network, `krizhevsky2012`.
+# program, because the printed formula gives noise that exceeds the range of pixels from 0 to 255. The paper's tables
+# come from a different network, `krizhevsky2012`.
 _PAPER = Preset(
     layers=(
         # The zeros of conv1 are after the image: the windows extend over the right and lower edges.
@@ -92,8 +92,8 @@ _PAPER = Preset(
 # around each pixel. The program divides alpha by the 5 maps, so the effective alpha is 2e-5. The kernels of conv3 to
 # conv5 have an initial standard deviation of 0.03. The biases keep the learning rate 0.02. 32 consecutive images share
 # a crop and a horizontal flip. The color noise is scaled by standard deviations, and the noisy image is divided by 1.1.
-# Both end at epoch 67, when conv1's kernels continue at the learning rate 1e-5; from epoch 72 conv1 is frozen. The
-# learning rate was reduced by hand at epochs 25, 51 and 79 of 91.
+# The noise and the division end at epoch 67, and conv1's kernels continue at the learning rate 1e-5; from epoch 72,
+# conv1 is frozen. The authors reduced the learning rate by hand at epochs 25, 51 and 79 of 91.
 _KRIZHEVSKY2012 = Preset(
     layers=(
         LayerSpec('conv1', 96, 11, stride=4, padding=(0, 3), cross_tower=True, ops=('lrn', 'pool', 'activation')),
@@ -123,8 +123,8 @@ _KRIZHEVSKY2012 = Preset(
     published=Published(40.664, 18.21, 10, 'layer-params-145.cfg, ILSVRC-2012 validation', 60_965_224, 724_406_816),
 )
 
-# The same net on one GPU (layers-145-half.cfg): half the kernels, but full conv5 and dense layers, as in footnote 2 of
-# the paper. It was trained on ILSVRC-2010, where the net on two GPUs has 37.5 / 17.0 %.
+# The same net on one GPU (layers-145-half.cfg): half the kernels in conv1 to conv4, but full conv5 and dense layers, as
+# in footnote 2 of the paper. The net was trained on ILSVRC-2010, where the net on two GPUs has 37.5 % and 17.0 %.
 _HALF = Preset(
     layers=_replace(
         _KRIZHEVSKY2012.layers,
@@ -151,9 +151,9 @@ _NO_EXCHANGE = Preset(
     published=Published(41.83, 19.33, 10, 'notes to net #150, ILSVRC-2012 validation', 33_259_880, 622_383_648),
 )
 
-# The one-GPU net of cuda-convnet2 (2014), which torchvision's copies: one tower, 64-192-384-256-256 maps, normalization
-# of conv1's signed outputs. Its schedule is automatic: from 0.01 in four equal parts of the run to 0.01 / 250, biases
-# from 0.02 in two parts to a tenth. Each image has its own random crop.
+# The one-GPU net of cuda-convnet2 (2014), the basis of torchvision's: one tower, 64-192-384-256-256 maps,
+# normalization of conv1's signed outputs. The learning rate decays from 0.01 to 0.01 / 250 in four equal parts of the
+# run, and that of biases from 0.02 to 0.002 in two parts. Each image has its own random crop.
 _OWT = Preset(
     layers=(
         LayerSpec('conv1', 64, 11, stride=4, padding=(0, 3), cross_tower=True, ops=('lrn', 'pool', 'activation')),
@@ -269,8 +269,8 @@ _D2L = Preset(
 # AlexNet-BN, the demonstration of LARS on large batches (nvcaffe). Batch normalization without scale and bias replaces
 # response normalization, after pool1, pool2 and the ReLUs of conv3 and conv4; images of 227 pixels are divided by 256.
 # Batch size 8,192, learning rate 10, trust coefficient 0.001, four epochs of warmup, then quadratic decay. LARS scales
-# the weight decay too, as in the LARS paper; the fork left it out. The initialization is that of `caffe`; the fork's
-# biases are 0.01 and 0.1. The error is approximately that of the LARS paper's table; it was not verified.
+# the weight decay too, as in the LARS paper but not in nvcaffe. The initialization is that of `caffe`; nvcaffe's biases
+# are 0.01 and 0.1. The error is approximately that of the LARS paper's table and was not verified.
 _BN_LARS = Preset(
     layers=_replace(
         _CAFFE.layers,
@@ -288,7 +288,7 @@ _BN_LARS = Preset(
         'optimizer.poly_power': 2.0,
         'optimizer.learning_rate': 10.0,
         'optimizer.trust_coefficient': 0.001,
-        'optimizer.bias_lr_multiplier': 0.064,  # 0.64, an ordinary rate for this batch size: LARS does not scale biases
+        'optimizer.bias_lr_multiplier': 0.064,  # gives 0.64, usual for this batch size: LARS does not scale biases
         'optimizer.warmup': '600 steps',
         'train.batch_size': 8192,
         'train.epochs': 100.0,

@@ -1,4 +1,4 @@
-"""Functions of the step: the learning-rate schedules of the paper and of later recipes, and the intervals of a run."""
+"""The learning-rate schedules of the paper and of later recipes, and the intervals of a run in train steps."""
 
 import dataclasses
 import math
@@ -9,11 +9,11 @@ from alexnet_jax.shapes import LAYERS
 
 @dataclasses.dataclass(frozen=True)
 class PlateauState:
-    """The state of the schedule 'plateau', which is saved in checkpoints; the defaults precede the first evaluation.
+    """The state of the schedule 'plateau' in checkpoints; the defaults describe the state before any evaluation.
 
     Attributes:
       lowest_error: the lowest top-1 validation error so far (0 to 1).
-      waited: number of evaluations in a row without a new lowest error since the last decay.
+      waited: number of evaluations since the last new lowest error or decay.
       decays_taken: number of decays so far.
     """
 
@@ -22,9 +22,10 @@ class PlateauState:
     decays_taken: int = 0
 
     def update(self, error: float, config: OptimizerConfig) -> 'PlateauState':
-        """Returns the state after an evaluation with top-1 `error`, by the paper's rule: decay on a plateau.
+        """Returns the state after an evaluation with the top-1 error `error`.
 
-        A decay follows `patience` evaluations in a row without a new lowest error, at most `max_decays` times.
+        As in section 5 of the paper, the learning rate decays when the error stops improving: after `patience`
+        evaluations in a row without a new lowest error, and at most `max_decays` times.
         """
         if error < self.lowest_error:
             return dataclasses.replace(self, lowest_error=error, waited=0)
@@ -35,7 +36,7 @@ class PlateauState:
 
 
 class Schedule:
-    """The learning rates of a run by step. The constructor converts all durations to steps.
+    """The learning rates of a run as functions of the train step.
 
     Args:
       optimizer, train: groups of a configuration.
@@ -73,8 +74,9 @@ class Schedule:
     def learning_rate_tree(self, step: int, decays_taken: int) -> dict[str, dict[str, float]]:
         """Returns the learning rate of each layer's `kernel` and `bias`; see learning_rate() for the arguments.
 
-        The learning rate of biases is `bias_lr_multiplier` times the scheduled one, or times that of a `bias_schedule`
-        with the same initial value. `lr_overrides` overrides single kernels or biases from a given step on.
+        The learning rate of biases is `bias_lr_multiplier` times that of kernels or, unless `bias_schedule` is 'same',
+        times that of `bias_schedule`, which starts at the same value. From a given step on, `lr_overrides` replaces the
+        learning rate of a single kernel or bias.
         """
         config = self.config
         kernel = bias = self.learning_rate(step, decays_taken)
@@ -90,23 +92,23 @@ class Schedule:
         return rates
 
     def _dexp_divisor(self, factor: float, parts: int, step: int) -> float:
-        """Returns cuda-convnet2's `dexp` divisor (lr.cu): 1 to `factor` in `parts` equally long, geometric steps."""
+        """Returns cuda-convnet2's `dexp` divisor (lr.cu): geometric from 1 to `factor` in `parts` equal parts."""
         part = min(parts - 1, step * parts // max(self.total_steps, 1))
         return factor ** (part / (parts - 1))
 
     def _warmup(self, step: int) -> float:
-        """Returns the factor of the linear warmup, up to 1."""
+        """Returns the factor of the linear warmup, at most 1."""
         return min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Intervals:
-    """The durations of a configuration that are not about the learning rate, in train steps.
+    """The intervals and times of logging, evaluation, checkpoints, stall checks and color augmentation, in steps.
 
     Attributes:
-      log_every, eval_every, checkpoint_every: the fields `every` and `log_every` of a configuration.
-      stall_after: the step from which the loss is compared with that of guessing.
-      color_augmentation_until: the step at which color augmentation ends; infinity: never.
+      log_every, eval_every, checkpoint_every: train.log_every, eval.every and checkpoint.every of a configuration.
+      stall_after: the step from which the loss is compared with that of random guessing.
+      color_augmentation_until: the step at which color augmentation ends; infinity if it never ends.
     """
 
     log_every: int

@@ -19,10 +19,10 @@ class LayerSpec:
 
     Attributes:
       name: one of LAYERS.
-      features: feature maps or units, over all towers. 0 in a preset: the network does not have the layer.
-      kernel: height and width of the kernels in pixels. 0: a fully connected layer.
+      features: number of feature maps or units over all towers; 0 in a preset without the layer.
+      kernel: height and width of the kernels in pixels; 0 for a fully connected layer.
       stride: stride of a convolution in pixels.
-      padding: zeros (before, after) the rows and the columns of the inputs.
+      padding: number of zeros (before, after) the rows and the columns of the inputs.
       cross_tower: whether the layer reads the features of all towers; otherwise each tower reads only its own.
       locally_connected: whether a convolution has separate weights at each pixel.
       ops: the operations after the layer, in order: activation, lrn, spatial_lrn, batch_norm, pool.
@@ -47,8 +47,8 @@ class LayerSpec:
 def layer_specs(model: ModelConfig) -> tuple[LayerSpec, ...]:
     """Returns the rows of the network from conv1 to fc8, without those of width 0.
 
-    A convolution that is left out keeps its pooling, which moves to the row before, so that the later layers keep their
-    sizes. `model.lrn` = False removes lrn and spatial_lrn.
+    The pooling of a convolution of width 0 moves to the previous row, so that the later layers keep their sizes. If
+    `model.lrn` is False, the rows have neither lrn nor spatial_lrn.
     """
     disabled = () if model.lrn else ('lrn', 'spatial_lrn')
     rows: list[LayerSpec] = []
@@ -103,11 +103,11 @@ class LayerShape:
 
     Attributes:
       spec: the row of the layer.
-      kernel: (height, width, inputs, outputs), where inputs counts the feature maps that one output sees; dense:
+      kernel: (height, width, inputs, outputs), where `inputs` counts the feature maps that each output reads; dense:
         (inputs, outputs); locally connected: (output height, output width, inputs * height * width, outputs).
       bias: (outputs,); locally connected: (output height, output width, outputs).
       output: (height, width, channels) or (units,), before pooling.
-      pooled: same as `output`, after pooling.
+      pooled: shape of the output after pooling.
     """
 
     spec: LayerSpec
@@ -128,12 +128,12 @@ class LayerShape:
 
     @property
     def multiply_adds(self) -> int:
-        """Number of multiply-adds of one image's forward pass: each shared weight counts once per output pixel."""
+        """Number of multiply-adds of one image's forward pass; a shared weight counts once per output pixel."""
         return math.prod(self.kernel) * (1 if self.spec.locally_connected else math.prod(self.output[:-1]))
 
 
 def pool_window(model: ModelConfig) -> int:
-    """Returns the pooling window size in pixels (section 3.4): at stride 2, size 3 overlaps and size 2 does not."""
+    """Returns the size of the pooling windows (section 3.4): at stride 2, windows of 3 pixels overlap."""
     return 3 if model.overlapping_pool else 2
 
 

@@ -1,7 +1,6 @@
-"""The layers with weights, convolutional and fully connected, and their initialization.
+"""The convolutional and fully connected layers, and the initialization of their parameters.
 
-The features of several towers are concatenated only for a layer that reads all of them, so that no layer has to split
-them again.
+The features of several towers stay in separate arrays until a layer reads all of them.
 """
 
 import math
@@ -24,12 +23,12 @@ Towers = list[Float[Array, '...']]
 def init_params(
     shape: LayerShape, initializer: str, rngs: nnx.Rngs
 ) -> tuple[Float32[Array, '*inputs c'], Float32[Array, '*pixels c']]:
-    """Returns the initial kernel and bias according to `initializer`, the value of model.initializer."""
+    """Returns the initial kernel and bias; `initializer` is the field model.initializer of a configuration."""
     spec = shape.spec
     bias = jnp.full(shape.bias, spec.bias_init, jnp.float32)
     if initializer == 'normal':
         return spec.kernel_std * jax.random.normal(rngs.params(), shape.kernel), bias
-    pixels = (0, 1) if spec.locally_connected else ()  # the fan is counted per output pixel
+    pixels = (0, 1) if spec.locally_connected else ()  # each output pixel has its own fan
     kernel = {
         'glorot_uniform': initializers.glorot_uniform(batch_axis=pixels),
         'he_normal': initializers.he_normal(batch_axis=pixels),
@@ -42,14 +41,14 @@ def init_params(
 
 
 def regroup_channels(towers: Towers, count: int) -> Towers:
-    """Splits the channels of `towers` into `count` arrays of equal size, in the same order."""
+    """Concatenates the channels of `towers`, and splits them into `count` arrays of equal size."""
     return towers if len(towers) == count else jnp.split(jnp.concatenate(towers, -1), count, -1)
 
 
 class Layer(nnx.Module):
-    """Kernel and bias of a layer. On several devices, both are this device's shards, see parallel.param_specs().
+    """A kernel and a bias: in the train step, this device's shards of them, see parallel.param_specs().
 
-    A layer without `cross_tower` has the kernels of the towers side by side in the output dimension.
+    A layer without `cross_tower` concatenates the kernels of the towers in the output dimension.
     """
 
     def __init__(self, shape: LayerShape, config: ModelConfig, rngs: nnx.Rngs):
@@ -60,7 +59,7 @@ class Layer(nnx.Module):
 
     @property
     def groups(self) -> int:
-        """Number of groups of kernels with their own inputs: 1 for `cross_tower`, else the towers on this device."""
+        """Number of kernel groups with separate inputs: 1 for `cross_tower`, otherwise the number of local towers."""
         return 1 if self.spec.cross_tower else self.kernel.shape[-1] // self.tower_features
 
 
@@ -73,7 +72,7 @@ class Conv(Layer):
         return self.kernel.shape[2] // (self.spec.kernel**2 if self.spec.locally_connected else 1)
 
     def __call__(self, towers: Towers) -> Towers:
-        """Returns the outputs (B, H', W', C) before the nonlinearity from (B, H, W, C), one array per group."""
+        """Returns the outputs before the nonlinearity, (B, H', W', C), one array per group."""
         kernels = jnp.split(self.kernel[...].astype(self.dtype), self.groups, -1)
         biases = jnp.split(self.bias[...].astype(self.dtype), self.groups, -1)
         stride, padding, outputs = self.spec.stride, (self.spec.padding, self.spec.padding), []
@@ -87,7 +86,7 @@ class Conv(Layer):
 
 
 class Dense(Layer):
-    """A fully connected layer; along `model`, the kernel is sharded in its outputs or, in `hybrid`, in its inputs."""
+    """A fully connected layer; `model` shards the kernel's output dimension, in `hybrid` its input dimension."""
 
     @property
     def in_features(self) -> int:
@@ -95,9 +94,9 @@ class Dense(Layer):
         return self.kernel.shape[0]
 
     def __call__(self, towers: Towers) -> Towers:
-        """Returns one array, (B, outputs on this device), before the nonlinearity, from arrays (B, inputs).
+        """Returns this device's outputs before the nonlinearity, a list of one array (B, outputs).
 
-        In `hybrid`, fc8 returns (B / model, outputs).
+        In `hybrid`, fc8 returns all outputs of B / model examples.
         """
         kernels, outputs = jnp.split(self.kernel[...].astype(self.dtype), self.groups, -1), []
         for x, kernel in zip(regroup_channels(towers, self.groups), kernels, strict=True):

@@ -1,11 +1,11 @@
 """The layers of the paper's section 3 as pure functions on (B, H, W, C) arrays.
 
 An operation has up to three implementations, whose results differ only in rounding errors. The argument
-`implementation` names one:
-  'reference'        the definition, differentiated by JAX: reference.py
-  'custom_gradient'  a written-out gradient that saves memory traffic: custom_gradient.py
-  'cpu'              what XLA for CPUs schedules well: cpu.py
-  'auto'             the one in PLATFORMS for jax.default_backend() at the time of tracing.
+`implementation` selects one:
+  'reference'        the definition in plain JAX, with automatic differentiation: reference.py
+  'custom_gradient'  a custom gradient that saves memory traffic: custom_gradient.py
+  'cpu'              an implementation that XLA for CPUs schedules well: cpu.py
+  'auto'             the implementation in PLATFORMS for jax.default_backend() at the time of tracing.
 """
 
 from collections.abc import Callable
@@ -31,12 +31,12 @@ __all__ = [
 
 MODULES = {'reference': reference, 'custom_gradient': custom_gradient, 'cpu': cpu}
 
-# The implementation that each platform takes, 'gpu' for CUDA and ROCm; other platforms take the reference. The choice
-# for CPUs is measured: see cpu.py. Those for GPUs and TPUs are not measured here. They follow from the bytes that the
-# train step accesses when compiled for an H100 and for a TPU v5e (jaxlib 0.10.2). On the H100 the references of
-# max_pool and local_response_norm access 41 % and 3 % more, the `cpu` implementations of the other operations 2 % more
-# than the references. On the TPU, which has an instruction for the gradient of max_pool, everything but the references
-# accesses 1.6 times as many bytes.
+# The default implementation on each platform; 'gpu' is CUDA or ROCm, and other platforms use the reference. The choices
+# for CPUs are based on measured times, see cpu.py. The choices for GPUs and TPUs are based on the bytes that the train
+# step accesses when compiled for an H100 and for a TPU v5e (jaxlib 0.10.2); times were not measured. On the H100, the
+# references of max_pool and local_response_norm access 41 % and 3 % more bytes than their custom gradients, and the
+# `cpu` implementations of the other operations 2 % more than the references. The TPU has an instruction for the
+# gradient of max_pool; without the references, the step accesses 1.6 times as many bytes.
 # fmt: off
 PLATFORMS = {
     'convolution':         {'cpu': 'cpu',             'gpu': 'reference',       'tpu': 'reference'},
@@ -51,7 +51,7 @@ PLATFORMS = {
 
 
 def _function(operation: str, implementation: str) -> Callable[..., Any]:
-    """Returns the function `operation` of the module that `implementation` names."""
+    """Returns the function of `operation`. Raises ValueError: the operation has no such implementation."""
     if implementation == 'auto':
         implementation = PLATFORMS[operation].get(jax.default_backend(), 'reference')
     names = [name for name, module in MODULES.items() if hasattr(module, operation)]
@@ -68,7 +68,7 @@ def convolution(
     padding: str | Padding = 'SAME',
     implementation: str = 'auto',
 ) -> Float[Array, 'b h2 w2 o']:
-    """Computes a 2-D convolution; the number of groups is the channels of `x` divided by the inputs I of `kernel`.
+    """Computes a 2-D convolution; the number of groups is the number of channels of `x` divided by I.
 
     Args:
       x: (B, H, W, groups * I).
@@ -104,6 +104,7 @@ def locally_connected(
       x: (B, H, W, I).
       kernel: (H', W', I * size * size, O); the input channel is the slowest-varying index of a window's weights.
       size: height and width of the windows in pixels.
+      stride, padding: see convolution().
 
     Returns:
       (B, H', W', O).
@@ -114,7 +115,7 @@ def locally_connected(
 def add_bias(
     x: Float[Array, '*dims c'], bias: Float[Array, '*pixels c'], *, implementation: str = 'auto'
 ) -> Float[Array, '*dims c']:
-    """Adds `bias`, of shape (C,) or of the shape of one example, to `x` (..., C); both have the same dtype."""
+    """Adds `bias` to `x` of the same dtype; the shape of `bias` is (C,) or that of one example."""
     return _function('add_bias', implementation)(x, bias)
 
 
@@ -123,15 +124,13 @@ def local_response_norm(
 ) -> Float[Array, '*dims c']:
     """Normalizes over `n` adjacent feature maps (section 3.3): x / (k + alpha * sum of squares) ** beta.
 
-    The sum is not divided by `n`; the window is truncated at the first and the last map. Computes in float32.
+    The sum is not divided by `n`; the window is truncated at the first and the last map. The operation computes in
+    float32 and returns the dtype of `x`.
 
     Args:
-      x: (..., C), the feature maps of one tower.
+      x: the feature maps of one tower.
       k, alpha, beta: constants of the formula.
-      n: feature maps in a window, odd.
-
-    Returns:
-      An array of the shape and dtype of `x`.
+      n: number of feature maps in a window, odd.
 
     Raises:
       ValueError: `n` is even.
@@ -146,13 +145,9 @@ def within_channel_lrn(
 ) -> Float[Array, 'b h w c']:
     """Normalizes like local_response_norm(), but over `n` x `n` pixels of one feature map: cuda-convnet's `rnorm`.
 
-    The sum is not divided by the number of pixels in the window, which is truncated at the edges.
+    The sum is not divided by the number of pixels; the window is truncated at the edges.
 
-    Args:
-      x: (B, H, W, C).
-
-    Raises:
-      ValueError: `n` is even.
+    Raises ValueError: `n` is even.
     """
     if n % 2 == 0:
         raise ValueError(f'n={n} is even: the window has no middle')
@@ -164,11 +159,8 @@ def max_pool(
 ) -> Float[Array, 'b h2 w2 c']:
     """Computes the maximum over windows of `window` x `window` pixels, `stride` apart, without padding (section 3.4).
 
-    The gradient of a window goes to its maximum; among equal values, to the first in row-major order.
-
-    Args:
-      x: (B, H, W, C), floating point.
-      ceil_mode: whether to add a last window that extends beyond the edge, as in cuda-convnet.
+    The gradient of a window goes to the maximum; among equal values, to the first in row-major order. `ceil_mode` adds
+    a last window that extends beyond the edge, as in cuda-convnet.
 
     Returns:
       (B, (H - window) // stride + 1, (W - window) // stride + 1, C); `ceil_mode` rounds the quotients up instead.
@@ -179,8 +171,8 @@ def max_pool(
 def order_weight_gradient_after_input_gradient(
     x: Float[Array, '*dims i'], kernel: Float[Array, 'i o'], *, implementation: str = 'auto'
 ) -> tuple[Float[Array, '*dims i'], Float[Array, 'i o']]:
-    """Identity that lets an optimizer update `kernel` in place: see cpu.py.
+    """Returns the arguments; the backward pass computes the gradient of `kernel` after the gradient of `x`.
 
-    Its backward pass computes the gradient by `kernel` after the gradient by `x`, which reads `kernel`.
+    The gradient of `x` reads `kernel`, so this order lets an optimizer update `kernel` in place, see cpu.py.
     """
     return _function('order_weight_gradient_after_input_gradient', implementation)(x, kernel)

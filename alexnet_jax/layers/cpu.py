@@ -1,15 +1,16 @@
-"""Implementations that make XLA for CPUs schedule the operations well; the values are those of reference.py.
+"""Implementations that XLA for CPUs schedules well; the values are those of reference.py.
 
-Each docstring or comment says what XLA does otherwise; times in it are wall-clock times of the operation alone. The
-whole train step of `paper` (128 images, float32, jaxlib 0.12.0.1, two cores) needs this much more CPU time, minimum of
-two steps on a shared machine, or memory (now 831 MB) without one measure. CPU time does not count idle cores.
+The docstrings and comments say what XLA does otherwise; their times are wall-clock times of the operation alone. The
+table lists how much more CPU time and memory a train step of `paper` needs without one of the optimizations. The step
+has 128 images, float32, jaxlib 0.12.0.1 and two cores, and uses 831 MB. CPU times do not count idle cores; they are the
+minimum of two steps on a shared machine.
   materialize() in convolution                 1 %
   materialize() in max_pool                    3 %
   _space_to_depth_rows()                       0 %
   chunks in _weight_gradient()                 -1 %, -6 MB
   matrix product in add_bias()                 1 %, -48 MB
   order_weight_gradient_after_input_gradient() 0 %, 36 MB
-And custom_gradient.py:
+In custom_gradient.py:
   max_pool                                     27 %, 1119 MB
   local_response_norm                          18 %, 441 MB
   compute_after() in local_response_norm       -1 %, 391 MB
@@ -31,7 +32,7 @@ from alexnet_jax.layers.reference import NHWC, Padding
 def convolution(
     x: Float[Array, 'b h w c'], kernel: Float[Array, 'kh kw i o'], *, stride: int, padding: str | Padding
 ) -> Float[Array, 'b h2 w2 o']:
-    """Computes one dense convolution per group; the library for CPUs takes four times as long for grouped ones."""
+    """Computes one dense convolution per group; in XLA for CPUs, a grouped convolution takes four times as long."""
     groups = x.shape[-1] // kernel.shape[2]
     if isinstance(padding, str):
         top_and_bottom, left_and_right = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (stride, stride), padding)
@@ -49,13 +50,13 @@ def _convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) ->
 
 
 def _convolve_forward(x, kernel, stride, padding):
-    # Otherwise the weight gradient recomputes x, in an order that takes four times as long.
+    # Without materialize(), the weight gradient recomputes x, in an order that takes four times as long.
     x = materialize(x)
     return _convolve(x, kernel, stride, padding), (x, kernel)
 
 
 def _convolve_backward(stride, padding, saved, gradient):
-    # Differentiates the convolution without space-to-depth, which would copy more and not speed up the weight gradient.
+    # These are the gradients without space-to-depth, which would copy more and not speed up the weight gradient.
     x, kernel = saved
     (dx,) = jax.vjp(lambda x: _dense(x, kernel, (stride, stride), padding), x)[1](gradient)
     return dx, _weight_gradient(x, kernel, stride, padding, gradient)
@@ -69,9 +70,9 @@ def _dense(x, kernel, strides, padding):
 
 
 def _weight_gradient(x, kernel, stride, padding, gradient):
-    """Returns the gradient by `kernel`; for strides above 1, as a float32 sum of those of 8 images or a few more each.
+    """Returns the gradient of `kernel`; for strides above 1, as a float32 sum over up to 16 chunks of the batch.
 
-    The convolution library for CPUs takes 0.7 of the time for 16 weight gradients of 8 images of that for one of 128.
+    XLA's convolution library for CPUs computes 16 weight gradients of 8 images in 0.7 times the time of one of 128.
     """
 
     def dw(x, gradient):
@@ -85,10 +86,10 @@ def _weight_gradient(x, kernel, stride, padding, gradient):
 
 
 def _space_to_depth_rows(x, kernel, stride, padding):
-    """Pads `x` and moves each group of `stride` rows into the channels; reshapes `kernel` to match, for row stride 1.
+    """Pads `x` and moves each group of `stride` rows into the channels; reshapes `kernel` to match a row stride of 1.
 
-    The convolution library for CPUs copies all windows before it multiplies them, and copies longer contiguous runs
-    faster: 132 numbers instead of 33, a row of a window, in conv1.
+    XLA's convolution library for CPUs copies all windows before it multiplies them, and longer contiguous runs are
+    faster to copy. In conv1, a run is a row of a window: 132 numbers instead of 33.
     """
     (batch, *sizes, channels), (rows, columns, inputs, outputs) = x.shape, kernel.shape
     pads = []
@@ -110,9 +111,9 @@ def _space_to_depth_rows(x, kernel, stride, padding):
 
 
 def add_bias(x: Float[Array, '*dims c'], bias: Float[Array, '*pixels c']) -> Float[Array, '*dims c']:
-    """Adds `bias`; the gradient by a bias of shape (C,) is a matrix product with ones.
+    """Adds `bias`; the gradient of a bias of shape (C,) is a matrix product with ones.
 
-    The product sums over all pixels in a quarter of the time that XLA's reduction takes a CPU, and in float32.
+    The product sums over all pixels in float32, in a quarter of the time of XLA's reduction.
     """
     return _add_bias_of_maps(x, bias) if bias.ndim == 1 else x + bias[None]
 
@@ -132,10 +133,10 @@ _add_bias_of_maps.defvjp(lambda x, bias: (_add_bias_of_maps(x, bias), None), _ad
 
 
 def materialize(x: Shaped[Array, '*dims']) -> Shaped[Array, '*dims']:
-    """Identity that makes XLA write `x` to memory. Otherwise XLA for CPUs recomputes `x` in each loop that reads it.
+    """Returns `x`, which XLA must write to memory; otherwise XLA for CPUs recomputes `x` in each loop that reads it.
 
-    Implemented as a maximum over windows of one value and one padding value, which no XLA pass simplifies. XLA for
-    CPUs removes lax.optimization_barrier() before it fuses loops.
+    The function computes a maximum over windows of one value and one padding value, which no XLA pass simplifies.
+    lax.optimization_barrier() does not suffice, because XLA for CPUs removes the barrier before it fuses loops.
     """
     window, padding = (2,) + (1,) * x.ndim, ((0, 1),) + ((0, 0),) * x.ndim
     lowest = jnp.array(-jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min, x.dtype)
@@ -149,9 +150,9 @@ max_pool = partial(custom_gradient.max_pool, write=materialize)
 def order_weight_gradient_after_input_gradient(
     x: Float[Array, '*dims i'], kernel: Float[Array, 'i o']
 ) -> tuple[Float[Array, '*dims i'], Float[Array, 'i o']]:
-    """Identity whose backward pass computes the gradient by the kernel after that by `x`.
+    """Returns the arguments; the backward pass computes the gradient of `kernel` after the gradient of `x`.
 
-    Otherwise XLA may update the kernel before the gradient by `x` has read it, and then copies the kernel every step.
+    Otherwise XLA may update `kernel` before the gradient of `x` has read it, and then copies `kernel` every step.
     """
     return x, kernel
 

@@ -1,4 +1,4 @@
-"""Response normalization and max pooling with written-out gradients, which save memory and memory traffic.
+"""Response normalization and max pooling with custom gradients, which save memory and memory traffic.
 
 The values are those of reference.py; alexnet_jax.layers documents arguments and shapes.
 """
@@ -13,12 +13,12 @@ from jaxtyping import Array, Float, Shaped
 
 
 def compute_after(x: Float[Array, '*dims'], other: Float[Array, '...']) -> Float[Array, '*dims']:
-    """Returns `x` in such a way that XLA can compute the result only after `other`, whatever the values are.
+    """Returns `x` with a data dependency on `other`, so that XLA computes the result after `other`.
 
-    XLA for CPUs removes lax.optimization_barrier() before it eliminates common subexpressions and plans memory: with
-    it, LRN's gradient reuses arrays of the forward pass, and a step of `paper` with 128 images needs 979 MB in place
-    of 831 MB (jaxlib 0.10.2 and 0.12.0.1). No pass of XLA simplifies the condition below, which is always true. LLVM
-    does, so that it costs no time.
+    lax.optimization_barrier() does not suffice, because XLA for CPUs removes the barrier before it eliminates common
+    subexpressions and plans memory. With the barrier, the gradient of LRN reuses arrays of the forward pass, and a step
+    of `paper` with 128 images needs 979 MB instead of 831 MB (jaxlib 0.10.2 and 0.12.0.1). XLA does not simplify the
+    condition below, which is always true; LLVM does, so that the condition costs no time.
     """
     first = other[(0,) * other.ndim]
     bits = lax.bitcast_convert_type(first, jnp.dtype(f'int{8 * first.dtype.itemsize}'))
@@ -28,14 +28,14 @@ def compute_after(x: Float[Array, '*dims'], other: Float[Array, '...']) -> Float
 def local_response_norm(
     x: Float[Array, '*dims c'], *, k: float, n: int, alpha: float, beta: float
 ) -> Float[Array, '*dims c']:
-    """Normalization over `n` adjacent feature maps."""
+    """Normalizes over `n` adjacent feature maps."""
     return _response_norm(x.astype(jnp.float32), k, (1,) * (x.ndim - 1) + (n,), alpha, beta).astype(x.dtype)
 
 
 def within_channel_lrn(
     x: Float[Array, 'b h w c'], *, k: float, n: int, alpha: float, beta: float
 ) -> Float[Array, 'b h w c']:
-    """Normalization over `n` x `n` pixels of one feature map."""
+    """Normalizes over `n` x `n` pixels of one feature map."""
     return _response_norm(x.astype(jnp.float32), k, (1, n, n, 1), alpha, beta).astype(x.dtype)
 
 
@@ -49,7 +49,7 @@ def _response_norm_forward(x, k, window, alpha, beta):
 
 
 def _response_norm_backward(k, window, alpha, beta, x, gradient):
-    # Automatic differentiation would save five arrays of the size of x and differentiate the roots one by one. The
+    # Automatic differentiation would save five arrays of the size of x and differentiate each root. The
     # window sums are recomputed, because saving them and their roots takes a third of a step's memory.
     x_recomputed = compute_after(x, gradient)
     denominator = k + alpha * _window_sum(x_recomputed * x_recomputed, window)
@@ -79,10 +79,9 @@ def max_pool(
     ceil_mode: bool,
     write: Callable[[Shaped[Array, '...']], Shaped[Array, '...']] = lambda x: x,
 ) -> Float[Array, 'b h2 w2 c']:
-    """Maximum over windows of `window` x `window` pixels.
+    """Computes the maximum over windows of `window` x `window` pixels.
 
-    Args:
-      write: an identity applied to the arrays that the forward pass computes for later use.
+    `write`: an identity function that the forward pass applies to its result and to the array saved for the gradient.
     """
     if ceil_mode:
         missing = [(window - size) % stride for size in x.shape[1:3]]
@@ -96,7 +95,7 @@ def _max_pool(x: jax.Array, window: int, stride: int, write: Callable[[jax.Array
 
 
 def _window_slices(x: jax.Array, window: int, stride: int) -> list[jax.Array]:
-    """Returns one (B, H', W', C) array per position in the window, in row-major order: that pixel of every window."""
+    """Returns the pixels at each position in the window, in row-major order: one (B, H', W', C) array per position."""
     height, width = (size - window + 1 for size in x.shape[1:3])
     strides = (1, stride, stride, 1)
     return [
@@ -107,7 +106,7 @@ def _window_slices(x: jax.Array, window: int, stride: int) -> list[jax.Array]:
 
 
 def _max_pool_forward(x, window, stride, write):
-    # Otherwise the gradient is a select-and-scatter, which saves x and which only TPUs execute as one instruction.
+    # Automatic differentiation uses select-and-scatter, which saves x and is one instruction only on TPUs.
     largest, *pixels = _window_slices(x, window, stride)
     where = jnp.zeros(largest.shape, jnp.int8)  # the row-major position of the maximum in each window
     for number, pixel in enumerate(pixels, 1):
@@ -132,7 +131,7 @@ def _max_pool_backward(window, stride, write, saved, gradient):
 
 
 def _expand_to_input(x: jax.Array, size: tuple[int, int], stride: int, up: int, left: int) -> jax.Array:
-    """Expands values per window `x` (B, H', W', C) to values per pixel (B, *size, C).
+    """Expands one value per window, `x` (B, H', W', C), to one value per pixel, (B, *size, C).
 
     Pixel (i, j) gets the value of window (i // stride - up, j // stride - left), or -1 where that window is missing.
     """

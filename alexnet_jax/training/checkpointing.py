@@ -1,4 +1,4 @@
-"""Checkpoints: a small class around Orbax, with a digest of the state that detects corrupt files."""
+"""Saves and restores checkpoints with Orbax; a digest of the state detects corrupt files."""
 
 import contextlib
 import dataclasses
@@ -45,7 +45,7 @@ class Checkpoint:
     """A restored checkpoint.
 
     Attributes:
-      state: the train state, with the shardings that were asked for, or None if only the rest was restored.
+      state: the train state with the requested shardings, or None if only the rest was requested.
       run_state: the progress of the run at that step.
       state_digest: see state_digest().
     """
@@ -60,7 +60,7 @@ def restore_checkpoint(path: str, abstract_state: TrainState | None) -> tuple[Ch
 
     Args:
       path: the folder of one checkpoint.
-      abstract_state: shapes, dtypes and shardings of the state; None restores all but the state.
+      abstract_state: shapes, dtypes and shardings of the state; None restores everything except the state.
 
     Returns:
       (checkpoint, ''), or (None, error message) if the checkpoint is corrupt. All processes return the same outcome.
@@ -118,7 +118,7 @@ def _silence_orbax_teardown() -> None:
 
 
 def checkpoint_metrics(directory: str) -> dict[int, float | None]:
-    """Maps the step of each checkpoint in `directory`, ascending, to its top-1 error (0 to 1), or None if unmeasured.
+    """Returns the top-1 error (0 to 1, None if unmeasured) of each checkpoint in `directory`, by ascending step.
 
     The function does not change the folder. Raises CheckpointError: the folder cannot be read.
     """
@@ -142,15 +142,15 @@ class _Manager(ocp.CheckpointManager):
 
 @functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
 def _snapshot(state: TrainState, previous: TrainState | None) -> TrainState:
-    """Copies `state` into the donated buffers of the previous snapshot; on a CPU, new memory takes 3 times as long."""
+    """Copies `state` into the donated buffers of `previous`; on a CPU, new buffers take three times as long."""
     return jax.tree.map(jnp.copy, state)
 
 
 class Checkpointer:
     """Saves the checkpoints of a run in a background thread; keeps the newest `keep` and the one with the lowest error.
 
-    The thread writes a copy of the state that stays in device memory from the first save on. All processes must call
-    the same methods in the same order; each process writes its own shards.
+    The thread writes a copy of the state; the buffers of the copy stay allocated on the devices after the first save.
+    All processes must call the same methods in the same order; each process writes its own shards.
 
     Args:
       directory: the folder of the checkpoints, with one subfolder per step.
@@ -188,8 +188,8 @@ class Checkpointer:
     def save(self, state: TrainState, run_state: RunState, error: float | None) -> None:
         """Starts to write a checkpoint in the background; does nothing if the step already has a checkpoint.
 
-        The call waits for the previous checkpoint and for the copy of `state`, which may be donated afterwards. The
-        next call reports a failure of this write.
+        The method waits for the previous checkpoint and for the copy of `state`; the caller may donate `state`
+        afterwards. If this write fails, the next call of save(), wait() or close() raises the error.
 
         Args:
           state: the train state after `run_state.step` steps.
@@ -220,9 +220,9 @@ class Checkpointer:
     def restore(self, abstract_state: TrainState) -> Checkpoint | None:
         """Returns the newest intact checkpoint, or None if there is no checkpoint. Collective.
 
-        `abstract_state` has the shapes, dtypes and shardings of the state. Corrupt checkpoints that are newer are
-        logged and renamed to corrupt-STEP-NANOSECONDS. A checkpoint that one process cannot read counts as corrupt on
-        all. Raises CheckpointError: there are checkpoints, but none can be read.
+        `abstract_state` has the shapes, dtypes and shardings of the state. Corrupt checkpoints newer than the returned
+        one are logged and renamed to corrupt-STEP-NANOSECONDS. A checkpoint that one process cannot read counts as
+        corrupt on all. Raises CheckpointError: no checkpoint can be read, or another version wrote the checkpoint.
         """
         corrupt: list[tuple[int, str]] = []
         for step in sorted(self._steps(), reverse=True):
@@ -241,13 +241,13 @@ class Checkpointer:
         return None
 
     def latest_step(self) -> int:
-        """Waits for the background write, whatever its outcome; returns the step of the newest checkpoint, or 0."""
+        """Waits for the background write, which may fail, and returns the step of the newest checkpoint, or 0."""
         with contextlib.suppress(CheckpointError):
             self.wait()
         return self.manager.latest_step() or 0
 
     def _steps(self) -> list[int]:
-        """Returns the checkpoint steps that process 0 sees; on a network disk, other processes may differ."""
+        """Returns the checkpoint steps that process 0 sees; on a network disk, other processes may see others."""
         steps = np.array(self.manager.all_steps(), np.int32)
         count = int(distributed.broadcast_from_primary(np.int32(len(steps))))
         return distributed.broadcast_from_primary(np.resize(steps, count)).tolist()
@@ -273,7 +273,7 @@ class Checkpointer:
             ) from None
 
     def close(self) -> None:
-        """Waits for the background write, then releases the thread and the manager."""
+        """Waits for the background write, then releases the thread and the manager. Raises as wait() does."""
         self.wait()
         self.writer.shutdown()
         self.manager.close()

@@ -1,4 +1,4 @@
-"""Checks that training makes progress: finite values, a loss that does not stall, and units that are not dead."""
+"""Checks for values that are not finite, for a stalled loss, and for dead units."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from alexnet_jax.training.eval_step import Images, make_layer_stats_fn
 from alexnet_jax.training.run_state import RunState, Window
 from alexnet_jax.training.state import TrainState
 
-STALL_MARGIN = 0.02  # a loss above ln(classes) - STALL_MARGIN counts as guessing
+STALL_MARGIN = 0.02  # a loss above ln(classes) - STALL_MARGIN counts as stalled
 LAYER_STATS = ('kernel', 'kernel_update', 'bias', 'bias_update', 'dead')  # see make_layer_stats_fn()
 
 
@@ -27,7 +27,7 @@ class TrainingError(RuntimeError):
 
 @jax.jit
 def all_finite(params: PyTree[Array]) -> PyTree[Bool[Array, '']]:
-    """Returns for each array of `params` whether all values are finite. A sum would take a CPU four times as long."""
+    """Returns for each parameter whether all values are finite; a sum would take four times as long on a CPU."""
     return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params)
 
 
@@ -38,8 +38,8 @@ class Diagnostics:
       config: the configuration.
       mesh: see parallel.make_mesh().
       preprocessing: see augment.make_preprocess_params().
-      stall_after: the step from which the loss is compared with that of guessing.
-      checkpoints: the checkpoints of the run, for the step that an error message names.
+      stall_after: see schedules.Intervals.
+      checkpoints: the checkpoints of the run; error messages name the newest step.
     """
 
     def __init__(
@@ -65,19 +65,19 @@ class Diagnostics:
             )
 
     def check_params_finite(self, params: PyTree[Array], step: int, learning_rate: float) -> None:
-        """Raises TrainingError if a value of `params` is infinite or NaN; the other arguments are for the message."""
+        """Raises TrainingError if a value of `params` is not finite; the message names the other arguments."""
         finite = jax.tree.leaves(jax.device_get(all_finite(params)))
         for leaf, is_finite in zip(jax.tree.leaves(params), finite, strict=True):
             if not is_finite:
                 self.check_finite(float(jnp.sum(jnp.abs(leaf))), step, learning_rate)
 
     def check_window(self, run: RunState, state: TrainState, images: Images) -> RunState:
-        """Checks the mean metrics of `run.window` against train.target_error and against the loss of guessing.
+        """Compares the mean metrics of `run.window` with train.target_error and with the loss of random guessing.
 
         Args:
           run: the progress of the run; its window is not empty.
           state: the train state.
-          images: those of the last batch, for the layer statistics in the message about a stall.
+          images: the images of the last batch, for the fraction of dead units in the stall message.
 
         Returns:
           `run` with an empty window, and with `target_step` or `stalled_step` set if reached for the first time.
@@ -101,7 +101,7 @@ class Diagnostics:
         return run
 
     def _stall_message(self, step: int, loss: float, state: TrainState, images: Images) -> str:
-        """Returns one line: the loss equals that of guessing, the likely cause, and settings to try."""
+        """Returns a one-line message with the stalled loss, the likely cause and settings to try."""
         classes = self.config.model.num_classes
         dead = {name: stats['dead'] for name, stats in self.layer_stats(state, images).items()}
         worst = max(dead, key=lambda name: dead[name])

@@ -31,7 +31,7 @@ ActivationFn = parallel.JittedFunction[[TrainState, Images, PreprocessParams], F
 def topk_errors(
     scores: Float32[Array, 'b classes'], labels: Int32[Array, ' b']
 ) -> tuple[Float32[Array, ' b'], Float32[Array, ' b']]:
-    """Returns top-1 and top-5 errors, 0.0 or 1.0; a tie with the correct class counts against it."""
+    """Returns top-1 and top-5 errors, 0.0 or 1.0; a class that ties with the correct class ranks above it."""
     right = jnp.take_along_axis(scores, labels[:, None], -1)
     better = jnp.sum(~(scores < right), -1) - 1  # so NaN scores count as errors
     return (better >= 1).astype(jnp.float32), (better >= 5).astype(jnp.float32)
@@ -40,7 +40,7 @@ def topk_errors(
 def make_eval_step(config: Config, mesh: parallel.Mesh, views: int) -> EvalStep:
     """Returns the jitted step (state, batch, preprocessing) -> sums of loss, top-1 error, top-5 error, images.
 
-    views: 1 (the center crop) or 10 (see augment.eval_crop()); the softmax outputs are averaged (section 4.1).
+    The softmax outputs are averaged over 1 view (the center crop) or 10 (see augment.eval_crop(); section 4.1).
     Images with label -1 are padding and are not counted.
     """
     layout = config.mesh.layout
@@ -62,11 +62,11 @@ def make_eval_step(config: Config, mesh: parallel.Mesh, views: int) -> EvalStep:
 
 
 def make_layer_stats_fn(config: Config, mesh: parallel.Mesh) -> LayerStatsFn:
-    """Returns the jitted step (state, images, preprocessing) -> five values per layer: cuda-convnet's test-time report.
+    """Returns the jitted step (state, images, preprocessing) -> five values per layer, as cuda-convnet reports them.
 
-    The five values are the mean |kernel|, mean |velocity of the kernel| (the last update), the same two for the bias,
-    and the fraction of dead units (feature maps in a convolution): those that are 0 on the center crops of all
-    `images`. The fraction is 0 for fc8.
+    The values are the mean absolute kernel and the mean absolute velocity of the kernel (the last update), the same two
+    for the bias, and the fraction of dead units (in convolutions, feature maps), which are 0 for the center crops of
+    all `images`. The fraction is 0 for fc8.
     """
     graph, layout = build_model(config)[0], config.mesh.layout
 
@@ -118,8 +118,8 @@ def make_predict_step(config: Config, mesh: parallel.Mesh, views: int) -> Predic
 def make_activation_fn(config: Config, mesh: parallel.Mesh, layer: str) -> ActivationFn:
     """Returns the jitted step (state, images, preprocessing) -> output of `layer` for the center crop.
 
-    The output is (B, H, W, C) after the nonlinearity and before normalization and pooling, with the feature maps of the
-    first tower first; or (B, units), where fc8 gives logits.
+    The output is (B, H, W, C), with the feature maps of the first tower first, or (B, units); fc8 returns the logits.
+    See AlexNet.activations().
     """
     graph, layout = build_model(config)[0], config.mesh.layout
 

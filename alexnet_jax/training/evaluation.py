@@ -34,7 +34,7 @@ class Evaluator:
     def evaluate(
         self, views: int, state: TrainState, preprocessing: PreprocessParams, should_stop: Callable[[], bool]
     ) -> dict[str, float] | None:
-        """Returns the means over all images, loss, top1_error and top5_error (0 to 1), and their number, `examples`.
+        """Returns the mean loss, top1_error and top5_error (0 to 1) of all images, and their number, `examples`.
 
         Args:
           views: 1 or eval.views.

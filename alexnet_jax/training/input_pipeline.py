@@ -1,4 +1,4 @@
-"""The inputs of the train step on the devices: batches, constants of preprocessing, and learning rates."""
+"""The inputs of the train step on the devices: batches, preprocessing constants and learning rates."""
 
 import collections
 import os
@@ -28,7 +28,7 @@ PREFETCH_SIZE = 3  # batches that are read and transferred ahead
 def prefetch_to_device(
     config: Config, mesh: parallel.Mesh, split: dataset.SplitReader, first_step: int
 ) -> Iterator[TrainBatch]:
-    """Yields the batches from `first_step` on, on the devices; a thread reads and transfers the next ones meanwhile."""
+    """Yields batches on the devices from `first_step` on; a thread prefetches PREFETCH_SIZE batches."""
     sharding = parallel.batch_sharding(mesh, config.mesh.layout)
     shard_index, shard_count = parallel.process_shard(sharding)
     batches = loader.training_batches(
@@ -52,9 +52,11 @@ def prefetch_to_device(
 
 
 def load_dataset_statistics(workdir: str, data: dataset.PreparedDataset, resumed: bool) -> dict[str, np.ndarray]:
-    """Returns the statistics for make_preprocess_params(): of the run if it is `resumed`, otherwise of the data set.
+    """Returns the statistics for make_preprocess_params(): of the workdir if `resumed`, otherwise of the data set.
 
     The primary process writes the statistics and the class names of the data set to dataset_statistics.npz.
+
+    Raises ConfigError: dataset_statistics.npz of a resumed run is corrupt, or has the class names in another order.
     """
     statistics = data.statistics
     if resumed and os.path.exists(dataset_statistics_path(workdir)):
@@ -68,17 +70,17 @@ def load_dataset_statistics(workdir: str, data: dataset.PreparedDataset, resumed
 def preprocessing_on_devices(
     config: Config, mesh: parallel.Mesh, statistics: dict[str, np.ndarray]
 ) -> tuple[PreprocessParams, PreprocessParams]:
-    """Returns make_preprocess_params() on the devices, with color augmentation and without. Collective.
+    """Returns make_preprocess_params() on the devices, with and without color augmentation. Collective.
 
-    They are transferred only once: while a transfer of the mean image is pending, JAX runs the step on a CPU in another
-    thread, see backend.configure_cpu_backend().
+    A run transfers the constants only once: while a transfer of the mean image is pending, JAX on a CPU runs the step
+    in another thread, see backend.configure_cpu_backend().
     """
     preprocessing = distributed.broadcast_from_primary(make_preprocess_params(statistics, config.data))
     return parallel.replicate(mesh, preprocessing), parallel.replicate(mesh, disable_color_augmentation(preprocessing))
 
 
 class DeviceLearningRates:
-    """The learning rates of the train step on the devices, which are transferred only when they change."""
+    """Transfers the learning rates of the train step to the devices when they change."""
 
     def __init__(self, mesh: parallel.Mesh, schedule: Schedule):
         self.mesh, self.schedule = mesh, schedule

@@ -1,4 +1,4 @@
-"""Sums of the metrics of many steps, accumulated on the devices without waiting for a step until they are read."""
+"""Sums of the metrics of many steps, accumulated on the devices without waiting for the steps."""
 
 import jax
 import jax.numpy as jnp

@@ -21,7 +21,7 @@ from alexnet_jax.training.trackers import CompositeTracker, SamplePredictions, T
 
 @dataclasses.dataclass
 class Timing:
-    """Seconds of training, the seconds of them spent waiting for input, and the number of images processed."""
+    """Training time in seconds, the part of it spent waiting for input, and the number of processed images."""
 
     seconds: float = 0.0
     input_wait_secs: float = 0.0
@@ -34,7 +34,7 @@ class Timing:
 
     @property
     def input_wait(self) -> float:
-        """The fraction of the time spent waiting for input, 0 to 1."""
+        """The fraction of the time that was spent waiting for input, 0 to 1."""
         return self.input_wait_secs / self.seconds if self.seconds else 0.0
 
 
@@ -48,7 +48,7 @@ class Throughput:
         self.total, self.interval = Timing(), Timing()
 
     def add(self, seconds: float, input_wait_secs: float = 0.0, images: int = 0) -> None:
-        """Adds `seconds` of training, `input_wait_secs` of them spent waiting, in which `images` were processed."""
+        """Adds `seconds` of training, which include `input_wait_secs` of waiting for input, and `images` images."""
         for timing in (self.total, self.interval):
             timing.seconds += seconds
             timing.input_wait_secs += input_wait_secs
@@ -134,13 +134,13 @@ class MetricsLogger:
         log(f'update/weight: {"  ".join(ratios)}; dead units: {"  ".join(dead) or "none"}')
 
     def log_images(self, step: int, state: TrainState, preprocessing: PreprocessParams) -> None:
-        """Shows the conv1 kernels and predictions for some validation images in the trackers, if any. Collective."""
+        """Logs the conv1 kernels and predictions for some validation images to the trackers, if any. Collective."""
         if self.samples is None:
             return
         scores = self.samples.scores(state, preprocessing)
         kernel = distributed.gather_to_host(state.params['conv1']['kernel'])
         model = self.config.model
-        shared = None if 'conv1' in model.locally_connected else kernel  # otherwise one kernel per pixel
+        shared = None if 'conv1' in model.locally_connected else kernel  # locally connected: one kernel per pixel
         self.tracker.log_images(step, shared, model.towers, self.samples.examples, scores, self.class_names)
 
     def close(self) -> None:
@@ -152,7 +152,7 @@ class MetricsLogger:
 class JsonlWriter:
     """Writer of metrics.jsonl and layers.jsonl: one JSON object per line, flushed line by line.
 
-    Opening a file drops corrupt lines and lines after the resumed step, so that no step appears twice.
+    The constructor drops corrupt lines and lines after the resumed step, so that no step appears twice.
 
     Args:
       path: path of the file, or None to write nothing and to call no trackers.

@@ -29,7 +29,7 @@ class StepProfiler:
         self.started, self.running = False, False
 
     def on_step(self, step: int, state: 'TrainState | None') -> None:
-        """Starts or stops the trace if due; `step` steps have been taken so far and produced `state`."""
+        """Starts or stops the trace if it is due after `step` steps, which produced `state`."""
         import jax
 
         if self.steps and step == self.steps[0]:

@@ -1,11 +1,11 @@
-"""The progress of a run on the host: what a checkpoint holds besides the train state, as JSON."""
+"""The progress of a run, which checkpoints contain as JSON besides the train state."""
 
 import dataclasses
 
 from alexnet_jax.runtime.files import JsonObject
 from alexnet_jax.schedules import PlateauState
 
-# Keys of version 0.1 in the checkpoints of runs that this version resumes.
+# Keys in checkpoints of version 0.1, which this version can resume, and their new names.
 RENAMED_KEYS = {
     'judged_by': 'stopping_criteria',
     'goal_step': 'target_step',
@@ -30,7 +30,7 @@ class Window:
     top1_error: float = 0.0
 
     def add(self, sums: dict[str, float], steps: int) -> 'Window':
-        """Returns the window with the metric `sums` of another number of `steps` added."""
+        """Returns the window extended by `steps` steps with the metric sums `sums`."""
         return Window(self.steps + steps, self.loss + sums['loss'], self.top1_error + sums['top1_error'])
 
 
@@ -45,10 +45,10 @@ class RunState:
       last_evaluation: the result of that evaluation, see Evaluator.evaluate().
       plateau: see PlateauState.
       window: see Window.
-      stopping_criteria: target_error, stall_after and stall_action that `target_step` and `stalled_step` refer to.
-      target_step: the step at which train.target_error was reached.
-      stalled_step: the step at which the loss was found to be that of guessing.
-      images_per_second: training throughput of the last process that measured it.
+      stopping_criteria: target_error, stall_after and stall_action to which `target_step` and `stalled_step` refer.
+      target_step: the step at which train.target_error was reached, or None.
+      stalled_step: the step at which Diagnostics found a stalled loss, or None.
+      images_per_second: the last measurement of the training throughput.
     """
 
     step: int = 0
@@ -68,9 +68,9 @@ class RunState:
 
     @classmethod
     def from_json(cls, values: JsonObject) -> 'RunState':
-        """Returns the state that `values` describes, in the format of this version or of version 0.1.
+        """Returns the state from the JSON object `values` of this version or of version 0.1.
 
-        Missing keys, as for imported weights, take the defaults. Raises ValueError: `values` has an unknown key.
+        Missing keys, as in imported weights, take the defaults. Raises ValueError: `values` has an unknown key.
         """
         state = cls(**_known_fields(cls, values))
         return dataclasses.replace(
@@ -81,14 +81,14 @@ class RunState:
         )
 
     def with_stopping_criteria(self, criteria: tuple[float | str, ...]) -> 'RunState':
-        """Returns the state for `criteria`; new criteria invalidate the results of the old ones."""
+        """Returns the state with `criteria`; other criteria than before reset `target_step` and `stalled_step`."""
         if criteria == self.stopping_criteria:
             return self
         return dataclasses.replace(self, stopping_criteria=criteria, target_step=None, stalled_step=None)
 
 
 def _known_fields(kind: type, values: JsonObject) -> JsonObject:
-    """Renames the keys of version 0.1. Raises ValueError: a key is not a field of the dataclass `kind`."""
+    """Returns `values` with new key names. Raises ValueError: a key is not a field of the dataclass `kind`."""
     renamed = {RENAMED_KEYS.get(key, key): value for key, value in values.items()}
     unknown = sorted(set(renamed) - {field.name for field in dataclasses.fields(kind)})
     if unknown:

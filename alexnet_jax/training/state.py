@@ -26,7 +26,7 @@ class TrainState(Generic[Leaf]):
     """The state that a train step updates: a tree of arrays, or of their specs, or of their shapes.
 
     Attributes:
-      step: number of steps taken, () int32.
+      step: number of steps taken, int32.
       params: parameters, float32.
       opt_state: state of the optimizer: velocities (float32) in the same tree as `params`.
       batch_stats: running means and variances of batch normalization (float32); empty without batch normalization.
@@ -38,7 +38,7 @@ class TrainState(Generic[Leaf]):
     batch_stats: LayerTree[Leaf]
 
 
-# The names of the leaves in checkpoints. Version 0.1 called `batch_stats` `statistics`.
+# The names of the leaves in checkpoints; `batch_stats` keeps the name `statistics` of version 0.1.
 _CHECKPOINT_KEYS = tuple(jax.tree_util.GetAttrKey(key) for key in ('step', 'params', 'opt_state', 'statistics'))
 jax.tree_util.register_pytree_with_keys(
     TrainState,
@@ -74,7 +74,7 @@ def build_model(config: Config) -> tuple[nnx.GraphDef, InitParams]:
 
 
 def state_specs(config: Config, mesh: parallel.Mesh) -> TrainState[parallel.Spec]:
-    """Returns the specs of a TrainState: parallel.param_specs(), parallel.optimizer_specs(); `step` is replicated."""
+    """Returns the specs of a TrainState, from parallel.param_specs() and parallel.optimizer_specs()."""
     state = param_shapes(config)
     return TrainState(
         step=parallel.REPLICATED,
@@ -92,7 +92,7 @@ def _initial_state(config: Config) -> TrainState[Array]:
 
 @lru_cache(1)
 def param_shapes(config: Config) -> TrainState[jax.ShapeDtypeStruct]:
-    """Returns the shapes and dtypes of _initial_state(); the cache saves 1/4 s in a run that compiles five programs."""
+    """Returns the shapes and dtypes of _initial_state(); the cache saves 0.25 s in a run with five programs."""
     return jax.eval_shape(lambda: _initial_state(config))
 
 

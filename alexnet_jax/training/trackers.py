@@ -26,7 +26,7 @@ NUM_SAMPLES, TOP_K = 8, 5  # number of sample images, and of top classes shown f
 
 
 class TensorBoard:
-    """Writes event files to WORKDIR/tensorboard without TensorFlow; a restart hides the older events after `step`."""
+    """Writes event files to WORKDIR/tensorboard without TensorFlow, and hides older events after `step`."""
 
     def __init__(self, workdir: str, step: int):
         from tensorboardX import SummaryWriter
@@ -94,7 +94,7 @@ class TrackingConfig:
     """The trackers requested on the command line.
 
     Attributes:
-      tensorboard: write event files.
+      tensorboard: whether to write event files.
       wandb: the Weights & Biases project, or None.
       profile: the range of steps to trace, see parse_profile(), or None.
     """
@@ -105,7 +105,7 @@ class TrackingConfig:
 
     @property
     def images(self) -> bool:
-        """Whether a tracker shows images."""
+        """Whether a tracker logs images."""
         return self.tensorboard or self.wandb is not None
 
 
@@ -136,7 +136,7 @@ class CompositeTracker:
         scores: Scores,
         class_names: list[str],
     ) -> None:
-        """Logs images of conv1's `kernel`, unless None, and of the predictions for `examples`.
+        """Logs plots of conv1's `kernel`, unless it is None, and of the predictions for `examples`.
 
         `scores`: log probabilities of the examples.
         """

@@ -52,7 +52,7 @@ def local_gradients(
 ) -> GradientsAndSums:
     """Returns (gradients, sums, batch_stats) for this device's `rows` of a batch.
 
-    gradients: summed over replicas and micro-batches, they are the gradients of the batch's mean loss.
+    gradients: local gradients; their sum over replicas and micro-batches is the gradient of the batch's mean loss.
     sums: the loss, top-1 error and top-5 error, summed over `rows`.
     batch_stats: updated running statistics of batch normalization.
     """
@@ -77,10 +77,12 @@ def local_gradients(
 def accumulate_gradients(
     gradients_of: Callable[[TrainBatch], GradientsAndSums], batch: TrainBatch, count: int, params: LayerTree[Array]
 ) -> GradientsAndSums:
-    """Gradient accumulation: runs `gradients_of` on `count` equal micro-batches of `batch` in sequence.
+    """Accumulates the gradients of equal micro-batches, which run in sequence.
 
     Args:
       gradients_of: local_gradients() as a function of the rows.
+      batch: this device's rows of a batch.
+      count: number of micro-batches.
       params: tree with the shapes and dtypes of the gradients.
 
     Returns:
@@ -91,7 +93,7 @@ def accumulate_gradients(
         return gradients_of(batch)
 
     def add(gradients, rows):
-        # Without the barrier, a CPU starts all micro-batches at once and holds the activations of all.
+        # Without the barrier, XLA for CPUs starts all micro-batches at once and holds the activations of all.
         rows, gradients = lax.optimization_barrier((rows, gradients))
         more, sums, batch_stats = gradients_of(rows)
         return jax.tree.map(jnp.add, gradients, more), (sums, batch_stats)

@@ -1,4 +1,4 @@
-"""The training loop: evaluate, checkpoint, read a batch, step, log; resumes from the newest checkpoint."""
+"""The training loop, which resumes from the newest checkpoint."""
 
 import contextlib
 import dataclasses
@@ -40,7 +40,7 @@ EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED = 0, 1, 75
 
 
 def train_and_evaluate(config: Config, workdir: str, process_group: JsonObject | None, tracking: TrackingConfig) -> int:
-    """Trains `config` to the end in `workdir`, from the newest checkpoint if there is one.
+    """Trains the network of `config` to the end, from the newest checkpoint in `workdir` if there is one.
 
     Writes config.json, environment.json, dataset_statistics.npz, metrics.jsonl, layers.jsonl, checkpoints/ and
     result.json.
@@ -48,12 +48,12 @@ def train_and_evaluate(config: Config, workdir: str, process_group: JsonObject |
     Args:
       config: the configuration.
       workdir: the folder of the run.
-      process_group: the processes of the run, see distributed.initialize(). After an exception the connected processes
-        still wait for each other, so the caller must end this process with distributed.hard_exit().
+      process_group: the processes of the run, see distributed.initialize(). After an exception, the connected
+        processes still wait for each other, so the caller must end this process with distributed.hard_exit().
       tracking: trackers and profile to write besides the log; the same on all processes.
 
     Returns:
-      The exit code: 0, or 75 after SIGTERM or Ctrl-C. With 75 a checkpoint is written if training had started. A
+      The exit code: 0, or 75 after SIGTERM or Ctrl-C. With 75, a checkpoint was written if training had started. A
       preemption before all processes have connected ends this process with 75 and does not return.
 
     Raises:
@@ -62,6 +62,7 @@ def train_and_evaluate(config: Config, workdir: str, process_group: JsonObject |
       DatasetError: the process that prepared the data was killed, or too many records are corrupt.
       CheckpointError: no checkpoint can be read, or one cannot be written, for example because the disk is full.
       DistributedInitError: the other processes did not connect.
+      SystemExit: the preparation of the data set failed.
     """
     with PreemptionHandler() as preemption:
         try:
@@ -70,7 +71,7 @@ def train_and_evaluate(config: Config, workdir: str, process_group: JsonObject |
             raise ConfigError(f'--workdir: {workdir} cannot be used: {error}') from None
         if process_group is None:
             parallel.make_mesh(config)  # raises ConfigError for an invalid mesh before the data are prepared
-        # Before the processes connect, because preparing may take hours and no process should wait that long.
+        # The data set is prepared before the processes connect, because connected processes should not wait for hours.
         data = open_or_prepare(config, preemption)
         if data is None:
             log('stopped while preparing the data set; run the same command again to resume')
@@ -111,8 +112,8 @@ def restore_or_init(
     """Returns the train state, the progress of the run, and whether they are from a checkpoint. Collective.
 
     Raises:
-      ConfigError: the checkpoint belongs to other images.
-      CheckpointError: there are checkpoints, but none can be read.
+      ConfigError: the run was started with another prepared data set.
+      CheckpointError: see Checkpointer.restore().
     """
     checkpoint = checkpoints.restore(abstract_state(config, mesh))
     run = checkpoint.run_state if checkpoint else RunState()
@@ -168,8 +169,8 @@ class Trainer:
         """Trains until the run is done or preempted; returns the exit code.
 
         The order within an iteration matters: evaluate, checkpoint, read a batch, step, log. A checkpoint holds the
-        evaluation at its step, so a resumed run neither repeats nor omits that evaluation. All processes look for a
-        preemption at the same point, before any of them waits in the collectives of the next step.
+        evaluation at its step, so a resumed run neither repeats nor omits that evaluation. All processes check for a
+        preemption at the same point, before the collectives of the next step.
         """
         log_start(self.config, self.mesh, self.data, self.schedule.total_steps)
         batches = prefetch_to_device(self.config, self.mesh, self.data.train, self.run.step)
@@ -195,20 +196,20 @@ class Trainer:
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether the current step needs an evaluation and has none."""
+        """Whether the current step is due for an evaluation and has not been evaluated."""
         step = self.run.step
         due = self.done or (step > 0 and step % self.intervals.eval_every == 0)
         return due and step > self.run.last_evaluated_step
 
     @property
     def checkpoint_due(self) -> bool:
-        """Whether the current step is a multiple of checkpoint.every that this process has reached by training."""
+        """Whether this process has trained to a step that is a multiple of checkpoint.every."""
         return self.run.step % self.intervals.checkpoint_every == 0 and self.run.step > self.first_step
 
     def should_stop(self) -> bool:
         """Returns True once any process has received SIGTERM or SIGINT.
 
-        A collective: every process must call it equally often. It also resets the watchdog.
+        Collective: all processes must call the method equally often. The method also resets the watchdog.
         """
         self.watchdog.reset(f'step {self.run.step}')
         self._sync_count += 1
@@ -246,9 +247,11 @@ class Trainer:
         return self.schedule.learning_rate(step, self.run.plateau.decays_taken)
 
     def log_training(self) -> None:
-        """Logs the mean metrics of the steps since the last line, if any; at multiples of log_every also checks them.
+        """Logs the mean metrics of the steps since the last log line, if there are any.
 
-        Raises TrainingError: the loss is not finite, or see Diagnostics.check_window().
+        At multiples of train.log_every, Diagnostics.check_window() also checks the metrics.
+
+        Raises TrainingError: the loss is not finite, or training stalls and train.stall_action is 'stop'.
         """
         steps = self.metric_sum.count
         if self.batch is None or not steps:
@@ -269,7 +272,7 @@ class Trainer:
     def evaluate_and_update_schedule(self) -> bool:
         """Evaluates with one view and updates the plateau state. Returns whether the top-1 error is the lowest so far.
 
-        Returns False if preempted. Raises TrainingError: the validation loss is not finite, or see log_training().
+        Returns False if preempted. Raises TrainingError: a loss is not finite, or see log_training().
         """
         self.log_training()
         errors = self.evaluator.evaluate(1, self.state, self.preprocessing, self.should_stop)
@@ -288,7 +291,7 @@ class Trainer:
         return errors['top1_error'] < before.lowest_error
 
     def save_checkpoint(self) -> None:
-        """Logs the steps since the last line, then writes a checkpoint in the background.
+        """Logs the steps since the last log line, then starts to write a checkpoint in the background.
 
         Raises:
           TrainingError: a parameter is not finite, or see log_training().
@@ -305,7 +308,7 @@ class Trainer:
         self.watchdog.reset(f'the checkpoint of step {step}')
 
     def finish(self) -> int:
-        """Evaluates a run that is done with eval.views views, writes result.json, and returns the exit code."""
+        """Evaluates a finished run with eval.views views, writes result.json, and returns the exit code."""
         self.logger.progress.close()
         run, final_views = self.run, self.config.eval.views
         views = {'1': run.last_evaluation} if run.last_evaluation else {}
