@@ -265,7 +265,7 @@ def test_workdir_may_be_named_best_or_checkpoints(runs, tmp_path):
         ('best/checkpoints/40/', 'best', '40'),
     ]:
         member = trained_model.parse_checkpoint_ref(f'{tmp_path}/{name}')
-        assert (member.workdir, member.which) == (str(tmp_path / workdir), which)
+        assert (member.workdir, member.selector) == (str(tmp_path / workdir), which)
 
 
 def opened(photos_dir: str) -> dataset.PreparedDataset:

@@ -128,7 +128,7 @@ def command(*arguments, cwd=ROOT):
         (['kernels', '{run}', '--layer=conv2'], '--layer: .*kernels'),
         (['kernels', '{tmp}'], r'config\.json'),
         (['kernels', '{run}/checkpoints/7'], '{run}/checkpoints/7'),
-        (['maps', '{run}'], 'pictures|images'),
+        (['maps', '{run}'], 'no image is given'),
         (['maps', '{run}', 'a.png', '--layer=conv2'], '{run}.*conv1, conv5, fc7, fc8'),
         (['network', 'Paper'], 'Paper: .*paper, krizhevsky2012'),
         (['network', 'paper', '--out=net.svg'], "--out: 'net.svg' .*png.*pdf"),

@@ -132,7 +132,7 @@ def test_text_output_for_files_and_validation_images(run, animals, config, tmp_p
 @pytest.mark.parametrize(
     ('arguments', 'pattern'),
     [
-        ([], 'Name a run'),
+        ([], 'no checkpoint is given'),
         (['{run}'], '--validation'),
         (['{run}', '{tmp}/empty'], '^{tmp}/empty: '),
         (['{tmp}/gone', '{run}'], '^{tmp}/gone: '),
@@ -220,7 +220,7 @@ def test_run_without_statistics_file_uses_those_of_the_data(config, run, tmp_pat
     (tmp_path / 'run' / 'dataset_statistics.npz').unlink()
     member = trained_model.parse_checkpoint_ref(str(tmp_path / 'run'))
     np.testing.assert_array_equal(predictions.predict(member, data, views=1)[1], expected)
-    with pytest.raises(ConfigError, match=r'inputs\.npz cannot be read'):
+    with pytest.raises(ConfigError, match=r'dataset_statistics\.npz cannot be read'):
         trained_model.load_model(member)
 
 

@@ -304,7 +304,7 @@ def test_prepare_resumes_after_files_are_repaired(uninterrupted, pictures, tmp_p
     log = process.communicate()[1]
     assert process.returncode == 0, log
     if before:
-        assert 'before' in log
+        assert 'were prepared by an earlier run' in log
     assert (target / 'skipped.jsonl').read_text() == ''
     assert content(prepared(given, tmp_path / 'fresh')) == content(target)
 
