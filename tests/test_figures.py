@@ -417,7 +417,7 @@ def test_every_preset_is_drawn_completely(name):
     figure = draw_network(preset(name), name)
     check_print(figure)
     published = PRESETS[name].published
-    costs = f'{published.parameters:,} parameters, {published.multiply_adds:,} multiply-adds for an image'
+    costs = f'{published.parameters:,} parameters, {published.multiply_adds:,} multiply-adds per image'
     assert any(text.startswith(costs) for text in texts(figure))
     renderer = figure.canvas.get_renderer()
     around = [patch.get_window_extent(renderer) for patch in figure.findobj(Polygon)]

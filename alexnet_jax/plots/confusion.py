@@ -72,7 +72,7 @@ def _draw_matrix(counts: Counts, class_names: Sequence[str]) -> Figure:
     shown = axes.imshow(shares, cmap=_COLORS, vmin=0, vmax=100, interpolation='nearest', aspect='auto')
     axes.set_xticks(range(count), names, rotation=90)
     axes.set_yticks(range(count), names)
-    axes.set(xlabel='taken for', ylabel='true class')
+    axes.set(xlabel='predicted class', ylabel='true class')
     axes.tick_params(length=0)
     right, total = int(np.trace(counts)), int(counts.sum())
     axes.set_title(f'{total:,} images, error {_percent(total - right, total)}', loc='left')

@@ -46,7 +46,7 @@ def draw(image: UInt8[np.ndarray, 's s c'], maps: Float[np.ndarray, 'h w maps'],
     figure = style.new_figure(style.WIDTH, height)
     shown = style.blank_axes(figure, _LEFT, height - _HEADING - _PICTURE, _PICTURE, _PICTURE)
     shown.imshow(style.picture(image), aspect='auto')
-    shown.set_title('picture', loc='left', pad=3)
+    shown.set_title('image', loc='left', pad=3)
     finite = maps[np.isfinite(maps)]
     greatest = float(np.abs(finite).max()) if finite.size else 0.0
     least = -greatest if finite.size and finite.min() < 0 else 0.0

@@ -53,7 +53,7 @@ def draw(rows: Sequence[Neighbors]) -> Figure:
         bottom = height - _TOP - i * (side + _TEXT) - side
         query = _show(figure, row.query, _LEFT, bottom, side, [row.name, row.label or ''])
         if i == 0:
-            query.set_title('picture', loc='left', pad=3)
+            query.set_title('image', loc='left', pad=3)
         for j, (image, label, distance) in enumerate(zip(row.images, row.labels, row.distances, strict=True)):
             left = _LEFT + side + _QUERY_GAP + j * (side + _GAP) + _GAP
             same = label == row.label

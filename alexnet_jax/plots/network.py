@@ -82,9 +82,9 @@ def draw(model: ModelConfig, crop_size: int, channels: int, title: str) -> Figur
 
 def _draw_title(axes: Axes, title: str, table: list[LayerShape], towers: int, top: float) -> None:
     parameters, work = (sum(getattr(layer, name) for layer in table) for name in ('parameters', 'multiply_adds'))
-    text = f'{parameters:,} parameters, {work:,} multiply-adds for an image'
+    text = f'{parameters:,} parameters, {work:,} multiply-adds per image'
     if towers > 1:
-        text += '; dashed: what a tower sees of another'
+        text += '; dashed: features of the other tower'
     if towers > MAX_TOWERS:
         text += f'; {MAX_TOWERS} of {towers} towers are drawn'
     axes.text(0.1, top - 0.1, style.plain(title, bold=True), fontsize=style.LARGE, weight='bold', va='top')

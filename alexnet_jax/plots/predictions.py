@@ -41,7 +41,7 @@ def draw(pictures: Sequence[Prediction]) -> Figure:
     Raises ValueError: there is no image, or more than MAX_IMAGES.
     """
     if not 0 < len(pictures) <= MAX_IMAGES:
-        raise ValueError(f'{len(pictures)} pictures; a figure has 1 to {MAX_IMAGES}')
+        raise ValueError(f'{len(pictures)} images; a figure has 1 to {MAX_IMAGES}')
     columns = min(_COLUMNS, len(pictures))
     bars = max(len(picture.top) for picture in pictures)
     cell = (_PICTURE + _GAP, 2 * _LABEL + _PICTURE + bars * _BAR + _GAP)
