@@ -88,6 +88,8 @@ def initialize(group: dict[str, Any] | None, config: DistributedConfig, preempti
     held = collections.Counter(device.process_index for device in jax.devices())
     if len(set(held.values())) > 1:
         devices = ', '.join(str(held[process]) for process in sorted(held))
+        # A barrier: if one process exited now, JAX would abort those that have not counted the devices yet.
+        jax.distributed.shutdown()
         raise ConfigError(f'the processes have {devices} devices; all processes must have the same number')
     return not preemption.requested
 
