@@ -37,7 +37,7 @@ mkdir pictures
 python -c "from PIL import Image; from skimage import data; Image.fromarray(data.chelsea()).save('pictures/cat.png')"
 alexnet train --config=quickstart --config.train.steps=100 > train.out 2> train.err
 alexnet predict runs/quickstart pictures > predict.out
-$(sed -n 's/^a page *//p' train.out)
+$(sed -n 's/^report *//p' train.out)
 for file in runs/quickstart/result.json runs/quickstart/report.html; do
   test -s $file || { echo "wheel: $file is missing" >&2; exit 1; }
 done

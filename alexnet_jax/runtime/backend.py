@@ -125,10 +125,11 @@ def enable_compilation_cache() -> None:
     """
     import jax
 
+    settings: Any = jax.config  # jax 0.10 does not declare the types of these settings
     if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
         # JAX's default skips programs that compile in under a second: evaluation and weight initialization.
-        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
-    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+        settings.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+    if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
         return
     root = _cache_folder('compiled')
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
@@ -141,7 +142,7 @@ def enable_compilation_cache() -> None:
         return
     _evict_lru(root)
     _shorten_cache_warnings(folder)
-    jax.config.update('jax_compilation_cache_dir', folder)
+    settings.update('jax_compilation_cache_dir', folder)
 
 
 def _evict_lru(root: str) -> None:
