@@ -14,12 +14,13 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax import config_files
-from alexnet_jax.config import ConfigError, field_names, unknown_field
+from alexnet_jax.config import ConfigError, apply_overrides, check_accepts_none, field_names, unknown_field
 from alexnet_jax.data.dataset import DatasetError
 from alexnet_jax.runtime.console import log_error
 from alexnet_jax.runtime.workdir import CheckpointError
 
 RENAMED_FLAGS = {'max_bad': 'max_corrupt_fraction', 'neighbours': 'neighbors'}  # names of version 0.1
+BARE_FLAGS = ('--help_config', '--print_config')  # flags of `train` that need no value
 
 flags.disclaim_key_flags()  # --config belongs to the command that calls define_config_flag(), and --help shows it
 
@@ -45,12 +46,16 @@ def parse_flags(argv: list[str], missing: str = '', max_arguments: float = 0) ->
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')  # file names may be invalid Unicode
     argv, config = list(argv), None  # sys.argv stays unchanged, because it is recorded and passed to child processes
+    argv = [f'{argument}=' if argument in BARE_FLAGS else argument for argument in argv]
     try:
         _check_renamed(argv)
         if 'config' in flags.FLAGS:
             config = config_files.call(_find_config(argv), 'get_config')
             _check_overrides(argv, config)
+            reset = _pop_none_overrides(argv)
         arguments = flags.FLAGS(argv)
+        if config is not None:
+            apply_overrides(flags.FLAGS['config'].value, reset)
         if missing and len(arguments) == 1:
             raise ConfigError(missing)
         if len(arguments) - 1 > max_arguments:
@@ -95,6 +100,27 @@ def _check_overrides(argv: list[str], config: ConfigDict) -> None:
         override = re.match(r'--?(?:no)?config\.([^=]+)', argument)
         if override and override[1] not in known:
             raise unknown_field(override[1], known)
+
+
+def _pop_none_overrides(argv: list[str]) -> dict[str, None]:
+    """Removes the overrides with the value None, which absl cannot parse, from `argv`.
+
+    Returns the fields whose last override is None. Raises ConfigError: a field does not accept None.
+    """
+    last_is_none: dict[str, bool] = {}
+    i = 1
+    while i < len(argv) and argv[i] != '--':
+        override = re.fullmatch(r'--?(no)?config\.([^=]+)(=.*)?', argv[i], re.DOTALL)
+        is_pair = override is not None and not override[3] and argv[i + 1 : i + 2] == ['None']
+        is_none = override is not None and not override[1] and (is_pair or override[3] == '=None')
+        if override:
+            last_is_none[override[2]] = is_none
+        if override and is_none:
+            check_accepts_none(override[2])
+            del argv[i : i + 1 + is_pair]
+        else:
+            i += 1
+    return {field: None for field, is_none in last_is_none.items() if is_none}
 
 
 def _wrong_type(message: str, config: ConfigDict | None) -> str:

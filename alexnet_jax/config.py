@@ -14,7 +14,13 @@ import ml_collections
 from ml_collections import config_dict
 
 # Other modules import all names of the configuration from this one.
-from alexnet_jax.config_checks import check, check_choice, check_class_names, check_mesh  # noqa: F401
+from alexnet_jax.config_checks import (  # noqa: F401
+    check,
+    check_accepts_none,
+    check_choice,
+    check_class_names,
+    check_mesh,
+)
 from alexnet_jax.config_schema import (  # noqa: F401
     RENAMED,
     RENAMED_VALUES,

@@ -16,7 +16,8 @@ from ml_collections import config_flags
 
 from alexnet_jax import config_files
 from alexnet_jax.cli import define_config_flag, parse_flags, report_usage_error
-from alexnet_jax.config import ConfigError, resolve
+from alexnet_jax.config import Config, ConfigError, resolve
+from alexnet_jax.config_help import changes_of, describe, find_fields, values_of
 from alexnet_jax.runtime import backend, console
 from alexnet_jax.runtime.commands import child_command, shell_command
 from alexnet_jax.runtime.console import log_error
@@ -47,6 +48,14 @@ _PROFILE = flags.DEFINE_string('profile', None, "Steps to trace to WORKDIR/profi
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'Several processes, detected by JAX on SLURM, TPU or Kubernetes.'
 )
+
+_HELP_CONFIG = flags.DEFINE_string(
+    'help_config', None, 'List all fields, or with =PATTERN those whose name or meaning matches PATTERN.'
+)
+_PRINT_CONFIG = flags.DEFINE_string(
+    'print_config', None, 'Print all settings of the run, or with =diff those that differ from the defaults.'
+)
+_DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Check settings, data, devices and workdir, print the plan, and exit.')
 
 
 def _process_group() -> JsonObject | None:
@@ -97,8 +106,37 @@ def _select_variant(variants: list[Variant]) -> Variant:
     return variants[int(_SWEEP.value)]
 
 
-def _sweep(file: str, workdir: str) -> int:
+def _print_config(config: Config) -> int:
+    """Prints the settings that --print_config selects and returns the exit code. Raises ConfigError: invalid value."""
+    if _PRINT_CONFIG.value not in ('', 'diff'):
+        raise ConfigError(f'--print_config: {_PRINT_CONFIG.value!r} is not diff; leave the value out or write =diff')
+    lines = changes_of(config) if _PRINT_CONFIG.value else values_of(config)
+    print('\n'.join(lines) or f'no field differs from the defaults of the preset {config.model.preset}')
+    return 0
+
+
+def _select_run(file: str, workdir: str) -> tuple[Config, str]:
+    """Returns the resolved configuration and the folder of the run; with --sweep=K, those of that run.
+
+    Raises ConfigError: an invalid setting, or there is no such run.
+    """
+    if _SWEEP.value is None:
+        return resolve(CONFIG.value), workdir
+    variants = load_sweep(file)
+    variant = _select_variant(variants)
+    config = apply_variant(CONFIG.value, variant)
+    if console.is_primary() and _PRINT_CONFIG.value is None and not _DRY_RUN.value:
+        # The runs of a job array have no parent process that writes the manifest.
+        write_manifest(variants, config_files.name_of(file), workdir)
+    return config, os.path.join(workdir, variant.directory)
+
+
+def _sweep(file: str, workdir: str, process_group: JsonObject | None) -> int:
     """Lists or runs the sweep of the config and returns the exit code. Raises ConfigError: a run cannot start."""
+    if process_group is not None:
+        raise ConfigError('--sweep: several processes can only run one run of a sweep, --sweep=K')
+    if _PRINT_CONFIG.value is not None:
+        raise ConfigError(f'--sweep: {_SWEEP.value!r} is not a single run; --print_config needs --sweep=K')
     variants = load_sweep(file)
     configs = [apply_variant(CONFIG.value, variant) for variant in variants]
     if _SWEEP.value == 'list':
@@ -106,6 +144,9 @@ def _sweep(file: str, workdir: str) -> int:
         return 0
     for variant, config in zip(variants, configs, strict=True):
         check_resumable(config, os.path.join(workdir, variant.directory), every_field=True)
+    if _DRY_RUN.value:
+        print_runs(variants, configs, workdir)
+        return 0
     write_manifest(variants, config_files.name_of(file), workdir)
     command = child_command('launch', *sys.argv[1:])  # if a flag is repeated, absl uses the last value
     return run_all(variants, configs, workdir, command, _SWEEP_JOBS.value)
@@ -119,23 +160,22 @@ def main(argv: list[str]) -> int:
     name = os.path.basename(file).replace('.py', '').replace(':', '_')
     workdir = os.path.expanduser(_WORKDIR.value or os.path.join('runs', name))
     try:
+        if _HELP_CONFIG.value is not None:
+            print('\n'.join(describe(field, CONFIG.value) for field in find_fields(_HELP_CONFIG.value)))
+            return 0
         process_group = _process_group()
         check_wandb(_WANDB.value)
         tracking = TrackingConfig(_TENSORBOARD.value, _WANDB.value, parse_profile(_PROFILE.value))
         if _SWEEP.value in ('list', 'all'):
-            if process_group is not None:
-                raise ConfigError('--sweep: several processes can only run one run of a sweep, --sweep=K')
-            return _sweep(file, workdir)
-        if _SWEEP.value is None:
-            config = resolve(CONFIG.value)
-        else:
-            variants = load_sweep(file)
-            variant = _select_variant(variants)
-            if console.is_primary():
-                # The runs of a job array have no parent process that writes the manifest.
-                write_manifest(variants, config_files.name_of(file), workdir)
-            config, workdir = apply_variant(CONFIG.value, variant), os.path.join(workdir, variant.directory)
+            return _sweep(file, workdir, process_group)
+        config, workdir = _select_run(file, workdir)
+        if _PRINT_CONFIG.value is not None:
+            return _print_config(config)
         check_resumable(config, workdir, every_field=_SWEEP.value is not None)
+        if _DRY_RUN.value:
+            from alexnet_jax.dry_run import print_plan  # imports jax
+
+            return print_plan(config, config_files.name_of(file), workdir, process_group)
         if is_finished(config, workdir):
             if console.is_primary():
                 print(
