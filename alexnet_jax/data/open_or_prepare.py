@@ -28,7 +28,7 @@ def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.Pr
     """
     data = config.data
     directory = dataset.dataset_dir(data.data_dir, data)
-    if not _exists(directory):
+    if not is_prepared(directory):
         # Prepare in a child process, because TensorFlow should not share a process with JAX.
         names = (
             'source',
@@ -57,16 +57,21 @@ def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.Pr
         if process.returncode:
             sys.exit(process.returncode)  # the child process printed the reason
     prepared = dataset.open_prepared(directory, data)
-    classes = len(prepared.class_names)
-    if classes != config.model.num_classes:
-        raise ConfigError(
-            f'config.model.num_classes: {config.model.num_classes}, but {data.source} has {classes} classes;'
-            f' the nearest is {classes}'
-        )
+    check_num_classes(config, len(prepared.class_names))
     return prepared
 
 
-def _exists(directory: str) -> bool:
+def check_num_classes(config: Config, classes: int) -> None:
+    """Raises ConfigError if the data have another number of classes than the network."""
+    if classes != config.model.num_classes:
+        raise ConfigError(
+            f'config.model.num_classes: {config.model.num_classes}, but {config.data.source} has {classes} classes;'
+            f' the nearest is {classes}'
+        )
+
+
+def is_prepared(directory: str) -> bool:
+    """Returns whether there is a prepared data set in `directory`. Raises ConfigError: a URL cannot be reached."""
     try:
         return epath.Path(directory).exists()
     except Exception as error:  # depends on the library that reads gs://

@@ -18,9 +18,9 @@ from alexnet_jax.data.dataset import MANIFEST, DatasetError, Manifest, dataset_d
 from alexnet_jax.prepare.raw_sources import Source, SourceError
 from alexnet_jax.prepare.shard_writer import ShardReport, SkippedImage, write_shards
 from alexnet_jax.prepare.shards import ImageSpec, Shard, statistics
-from alexnet_jax.prepare.sources import is_local, open_source
+from alexnet_jax.prepare.sources import is_local, missing_tfds_data, open_source
 from alexnet_jax.runtime.console import ProgressBar, log
-from alexnet_jax.runtime.files import JsonObject, atomic_write, read_json, write_json
+from alexnet_jax.runtime.files import JsonObject, atomic_write, free_bytes, read_json, write_json
 
 SHARD_SIZE = 1024
 JPEG_SIZE_RATIO = 0.25  # assumed JPEG size relative to raw images, for the disk space check
@@ -92,19 +92,70 @@ def _check_same(target: str, settings: PrepareConfig, data_dir: str) -> None:
         )
 
 
-def _prepare(settings: PrepareConfig, data_dir: str, target: str) -> None:
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """What prepare() would do.
+
+    Attributes:
+      class_names: one name per label.
+      images: number of images by split; {} if it is unknown until TFDS has downloaded the data.
+      complete: number of images in the shards that an interrupted preparation left.
+      bytes: estimated size of the data set, or of one image if `images` is {}.
+      download_bytes: bytes that TFDS would download.
+    """
+
+    class_names: tuple[str, ...]
+    images: dict[str, int]
+    complete: int
+    bytes: int
+    download_bytes: int
+
+
+def preview(settings: PrepareConfig, data_dir: str, target: str) -> Preview:
+    """Returns what prepare() would do to write the data set to `target`, without writing anything.
+
+    Raises SourceError or ConfigError: prepare() would refuse the source, its class names or the size of the disk.
+    """
+    missing = missing_tfds_data(settings.source, data_dir)
+    if missing is not None:
+        class_names, images, download_bytes = missing
+        format = _image_spec(settings, Source({}, class_names, False))
+        size = _estimated_bytes(sum(images.values()) or 1, format)
+        return Preview(format.class_names, images, 0, round(size), download_bytes)
     source = open_source(settings.source, data_dir, settings.validation_fraction)
     format = _image_spec(settings, source)
-    description: JsonObject = {
+    shards, staging_dir = _shards(source), f'{target}.incomplete'
+    is_same_plan = read_json(os.path.join(staging_dir, 'plan.json')) == _plan(_description(settings, source, format))
+    complete = _read_reports(shards, staging_dir) if is_same_plan else {}
+    _check_disk(shards, complete, format, target)
+    images = {split: len(examples) for split, examples in source.splits.items()}
+    done = sum(len(shard.examples) for shard in shards if shard.report in complete)
+    return Preview(format.class_names, images, done, round(_estimated_bytes(sum(images.values()), format)), 0)
+
+
+def _description(settings: PrepareConfig, source: Source, format: ImageSpec) -> JsonObject:
+    """Returns the fields of the manifest that are known before the preparation."""
+    return {
         'source': settings.source,
         'fingerprint': source.fingerprint,
         'validation_fraction': settings.validation_fraction if source.holds_out_validation else None,
         **dataclasses.asdict(format),
         'class_names': list(format.class_names),
     }
-    staging_dir = f'{target}.incomplete'
+
+
+def _plan(description: JsonObject) -> JsonObject:
+    """Returns the content of plan.json, which tells whether an interrupted preparation had the same settings."""
     # The plan omits the fingerprint, because each shard report has a digest of the images of the shard.
-    plan = description | {'images_a_shard': SHARD_SIZE, 'fingerprint': None}
+    return description | {'images_a_shard': SHARD_SIZE, 'fingerprint': None}
+
+
+def _prepare(settings: PrepareConfig, data_dir: str, target: str) -> None:
+    source = open_source(settings.source, data_dir, settings.validation_fraction)
+    format = _image_spec(settings, source)
+    description = _description(settings, source, format)
+    staging_dir = f'{target}.incomplete'
+    plan = _plan(description)
     if read_json(os.path.join(staging_dir, 'plan.json')) != plan:
         shutil.rmtree(staging_dir, ignore_errors=True)  # started with other settings
     for folder in ('store', 'reports'):
@@ -162,13 +213,18 @@ def _read_reports(shards: list[Shard], staging_dir: str) -> dict[str, ShardRepor
 def _check_disk(shards: list[Shard], reports: dict[str, ShardReport], format: ImageSpec, target: str) -> None:
     """Raises SourceError if the missing shards do not fit on the disk."""
     images = sum(len(shard.examples) for shard in shards if shard.report not in reports)
-    needed = images * format.image_size**2 * format.channels * (1 if format.encoding == 'raw' else JPEG_SIZE_RATIO)
-    free = shutil.disk_usage(os.path.dirname(target)).free
+    needed = _estimated_bytes(images, format)
+    free = free_bytes(target)
     if needed > free:
         hint = ' or give --encoding=jpeg' if format.encoding == 'raw' else ''
         raise SourceError(
             f'{target} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: choose another data_dir{hint}'
         )
+
+
+def _estimated_bytes(images: int, format: ImageSpec) -> float:
+    """Returns the estimated size in bytes of `images` prepared images."""
+    return images * format.image_size**2 * format.channels * (1 if format.encoding == 'raw' else JPEG_SIZE_RATIO)
 
 
 def _write_shards(

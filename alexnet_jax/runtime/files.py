@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from typing import IO, Any
@@ -57,3 +58,16 @@ def read_json_lines(path: str) -> list[JsonObject]:
             with contextlib.suppress(ValueError):
                 lines.append(json.loads(text))
     return [line for line in lines if isinstance(line, dict)]
+
+
+def nearest_existing(path: str) -> str:
+    """Returns the absolute path of `path` or, if it is missing, of its nearest parent that exists."""
+    path = os.path.abspath(path)
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def free_bytes(path: str) -> int:
+    """Returns the free bytes of the disk on which `path`, which may be missing, is or would be."""
+    return shutil.disk_usage(nearest_existing(path)).free
