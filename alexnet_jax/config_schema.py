@@ -58,6 +58,7 @@ class DataConfig:
 
     source: str = 'tfds:imagenet2012'  # photos | tfds:NAME[:config] | folder:DIR | idx:DIR
     data_dir: str = '~/tensorflow_datasets'  # prepared and TFDS data sets; gs://... for reading
+    prepared_dir: str | None = None  # prepared data sets; None: the folder `prepared` in data_dir
     image_size: int = 256  # image side in the prepared data set, in pixels
     channels: int = 3  # 3: gray images get three equal channels; 1: color images become gray
     encoding: str = 'raw'  # encoding of the prepared images: raw | jpeg (an eighth to a sixth of the size)

@@ -17,6 +17,7 @@ from ml_collections import config_flags
 from alexnet_jax import config_files
 from alexnet_jax.cli import define_config_flag, parse_flags, report_usage_error
 from alexnet_jax.config import ConfigError, resolve
+from alexnet_jax.paths import check_folder, check_writable, is_url
 from alexnet_jax.runtime import backend, console
 from alexnet_jax.runtime.commands import child_command, shell_command
 from alexnet_jax.runtime.console import log_error
@@ -87,7 +88,8 @@ def _print_result(workdir: str) -> None:
     if result['images_per_second']:
         print(f'\ntraining    {result["images_per_second"]:.1f} images/s, {result["step"]} steps')
     print(f'files       {workdir}/: result.json, metrics.jsonl, checkpoints/, config.json')
-    print(f'report      {shell_command("report", workdir, f"--html={workdir}/report.html")}')
+    folder = os.path.abspath(workdir)
+    print(f'report      {shell_command("report", folder, f"--html={folder}/report.html")}')
 
 
 def _select_variant(variants: list[Variant]) -> Variant:
@@ -119,6 +121,9 @@ def main(argv: list[str]) -> int:
     name = os.path.basename(file).replace('.py', '').replace(':', '_')
     workdir = os.path.expanduser(_WORKDIR.value or os.path.join('runs', name))
     try:
+        if is_url(workdir):
+            raise ConfigError(f'--workdir: {workdir} is a URL; runs are written to a local disk')
+        check_folder('--workdir', workdir)
         process_group = _process_group()
         check_wandb(_WANDB.value)
         tracking = TrackingConfig(_TENSORBOARD.value, _WANDB.value, parse_profile(_PROFILE.value))
@@ -143,6 +148,7 @@ def main(argv: list[str]) -> int:
                 )
             _print_result(workdir)
             return 0
+        check_writable('--workdir', check_folder('--workdir', os.path.join(workdir, 'checkpoints')))
         if config.cpu_tuning:
             backend.configure_cpu_backend()
         if process_group is None:
