@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from alexnet_jax import config_files
 from alexnet_jax.config import ConfigError, apply_overrides, check_accepts_none, field_names, unknown_field
 from alexnet_jax.data.dataset import DatasetError
+from alexnet_jax.paths import check_path, is_url
 from alexnet_jax.runtime.console import log_error
 from alexnet_jax.runtime.workdir import CheckpointError
 
@@ -142,10 +143,11 @@ def check_output(flag: str, path: str | None, endings: tuple[str, ...] = ()) -> 
     if path is None:
         return None
     path = os.path.expanduser(path)
-    folder = os.path.dirname(os.path.abspath(path))
     if endings and not path.lower().endswith(endings):
         raise ConfigError(f'--{flag}: {path!r} does not end with {" or ".join(endings)}')
-    if not path or os.path.isdir(path) or not os.access(folder, os.W_OK):
+    absolute = check_path(f'--{flag}', path)
+    is_other = os.path.lexists(absolute) and not os.path.isfile(absolute)  # such as a folder or a device
+    if not path or is_url(path) or is_other or not os.access(os.path.dirname(absolute), os.W_OK):
         raise ConfigError(f'--{flag}: {path!r} cannot be written; name a file in a writable folder')
     return path
 

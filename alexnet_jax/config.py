@@ -36,6 +36,7 @@ from alexnet_jax.config_schema import (  # noqa: F401
     get_by_path,
     total_steps,
 )
+from alexnet_jax.paths import absolute_path
 from alexnet_jax.presets import PRESETS
 
 
@@ -79,6 +80,9 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     preset = PRESETS[values['model']['preset']].model
     values['model'] |= {name: value for name, value in preset.items() if values['model'][name] is None}
     values['data']['source'] = values['data']['source'].rstrip('/')  # shells complete folder names with a slash
+    for name in ('data_dir', 'prepared_dir'):  # absolute, so that other commands find the data from any folder
+        if values['data'][name] is not None:
+            values['data'][name] = absolute_path(f'config.data.{name}', values['data'][name])
     for name, kind in typing.get_type_hints(Config).items():
         if isinstance(values[name], dict):
             values[name] = kind(**{field: _as_tuple(value) for field, value in values[name].items()})

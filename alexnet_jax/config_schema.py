@@ -167,6 +167,9 @@ class DataConfig:
     data_dir: str = setting(
         '~/tensorflow_datasets', 'folder of the prepared and TFDS data sets; gs://... can only be read'
     )
+    prepared_dir: str | None = setting(
+        None, 'folder of the prepared data sets; None: the folder `prepared` in data_dir'
+    )
     image_size: int = setting(256, 'side of the images in the prepared data set, in pixels', bounds=(8, 4096))
     channels: int = setting(3, '3: gray images get three equal channels; 1: color images become gray', (1, 3))
     encoding: str = setting(

@@ -117,7 +117,7 @@ def _mesh(config: Config, process_group: JsonObject | None) -> tuple[int, int, s
 def _data(config: Config) -> _Data:
     """Returns the data set, prepared or not. Raises ConfigError: it cannot be used or prepared."""
     data = config.data
-    directory = dataset.dataset_dir(data.data_dir, data)
+    directory = dataset.dataset_dir(data.data_dir, data, data.prepared_dir)
     if is_prepared(directory):
         prepared = dataset.open_prepared(directory, data)
         manifest = dataset.read_manifest(directory, data)

@@ -18,6 +18,7 @@ from alexnet_jax import config_files
 from alexnet_jax.cli import define_config_flag, parse_flags, report_usage_error
 from alexnet_jax.config import Config, ConfigError, resolve
 from alexnet_jax.config_help import changes_of, describe, find_fields, values_of
+from alexnet_jax.paths import check_folder, check_writable, is_url
 from alexnet_jax.runtime import backend, console
 from alexnet_jax.runtime.commands import child_command, shell_command
 from alexnet_jax.runtime.console import log_error
@@ -96,7 +97,8 @@ def _print_result(workdir: str) -> None:
     if result['images_per_second']:
         print(f'\ntraining    {result["images_per_second"]:.1f} images/s, {result["step"]} steps')
     print(f'files       {workdir}/: result.json, metrics.jsonl, checkpoints/, config.json')
-    print(f'report      {shell_command("report", workdir, f"--html={workdir}/report.html")}')
+    folder = os.path.abspath(workdir)
+    print(f'report      {shell_command("report", folder, f"--html={folder}/report.html")}')
 
 
 def _select_variant(variants: list[Variant]) -> Variant:
@@ -163,6 +165,9 @@ def main(argv: list[str]) -> int:
         if _HELP_CONFIG.value is not None:
             print('\n'.join(describe(field, CONFIG.value) for field in find_fields(_HELP_CONFIG.value)))
             return 0
+        if is_url(workdir):
+            raise ConfigError(f'--workdir: {workdir} is a URL; runs are written to a local disk')
+        check_folder('--workdir', workdir)
         process_group = _process_group()
         check_wandb(_WANDB.value)
         tracking = TrackingConfig(_TENSORBOARD.value, _WANDB.value, parse_profile(_PROFILE.value))
@@ -183,6 +188,7 @@ def main(argv: list[str]) -> int:
                 )
             _print_result(workdir)
             return 0
+        check_writable('--workdir', check_folder('--workdir', os.path.join(workdir, 'checkpoints')))
         if config.cpu_tuning:
             backend.configure_cpu_backend()
         if process_group is None:

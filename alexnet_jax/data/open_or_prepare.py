@@ -27,7 +27,7 @@ def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.Pr
       SystemExit: the child process failed and printed the reason.
     """
     data = config.data
-    directory = dataset.dataset_dir(data.data_dir, data)
+    directory = dataset.dataset_dir(data.data_dir, data, data.prepared_dir)
     if not is_prepared(directory):
         # Prepare in a child process, because TensorFlow should not share a process with JAX.
         names = (
@@ -40,6 +40,8 @@ def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.Pr
             'max_corrupt_fraction',
         )
         command = child_command('prepare', *(f'--{name}={getattr(data, name)}' for name in names))
+        if data.prepared_dir is not None:
+            command.append(f'--prepared_dir={data.prepared_dir}')
         if data.class_names:
             line = io.StringIO()
             csv.writer(line, lineterminator='').writerow(data.class_names)  # a name may contain a comma

@@ -20,7 +20,13 @@ from alexnet_jax.augment import PreprocessParams, make_preprocess_params
 from alexnet_jax.config import Config, ConfigError
 from alexnet_jax.data.dataset import MANIFEST_FIELDS, PreparedDataset
 from alexnet_jax.data.open_or_prepare import open_or_prepare
-from alexnet_jax.inference.checkpoint_ref import CheckpointRef, check_new, parse_checkpoint_ref, with_overrides
+from alexnet_jax.inference.checkpoint_ref import (
+    CheckpointRef,
+    check_new,
+    parse_checkpoint_ref,
+    with_data_folders,
+    with_overrides,
+)
 from alexnet_jax.runtime.files import write_json
 from alexnet_jax.runtime.preemption import PreemptionHandler
 from alexnet_jax.runtime.workdir import (
@@ -85,14 +91,16 @@ def _with_mesh(config: Config) -> tuple[Config, parallel.Mesh]:
         return config, parallel.make_mesh(config)
 
 
-def open_eval_dataset(refs: Sequence[CheckpointRef], data_dir: str | None) -> PreparedDataset:
+def open_eval_dataset(
+    refs: Sequence[CheckpointRef], data_dir: str | None, prepared_dir: str | None = None
+) -> PreparedDataset:
     """Opens the data set on which all checkpoints were trained, after its preparation if it is missing.
 
     If all checkpoints have imported weights, the configuration of the first one names the data set.
 
     Args:
       refs: the checkpoints.
-      data_dir: folder that replaces data.data_dir of the configuration, unless None.
+      data_dir, prepared_dir: folders that replace those of the configuration, unless both are None.
 
     Raises:
       ConfigError: a checkpoint is missing, or the checkpoints were trained on different data or on other data than the
@@ -113,9 +121,9 @@ def open_eval_dataset(refs: Sequence[CheckpointRef], data_dir: str | None) -> Pr
                 f'{ref.name}: trained with other classes or images than {first.name}'
                 f' ({why or "the same settings, but other images"}); evaluate it separately'
             )
-    data_dir = data_dir or first.config.data.data_dir
+    config = with_data_folders(first.config, data_dir, prepared_dir)
     with PreemptionHandler() as preemption:
-        prepared = open_or_prepare(with_overrides(first.config, {'data.data_dir': data_dir}), preemption)
+        prepared = open_or_prepare(config, preemption)
     if prepared is None:
         raise KeyboardInterrupt
     for ref, other in fingerprints:
@@ -123,8 +131,8 @@ def open_eval_dataset(refs: Sequence[CheckpointRef], data_dir: str | None) -> Pr
             check_class_names(ref.name, read_dataset_statistics(ref.workdir)[1], prepared.class_names)
     if fingerprint not in (prepared.fingerprint, None):
         raise ConfigError(
-            f'{first.name}: was trained with other images than those prepared in {data_dir};'
-            ' name their folder with --data_dir'
+            f'{first.name}: was trained with other images than those prepared in'
+            f' {config.data.prepared_dir or config.data.data_dir}; name their folder with --data_dir'
         )
     return prepared
 

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Bool, UInt8
 
+from alexnet_jax.paths import check_folder, check_writable
 from alexnet_jax.prepare.raw_sources import (
     ArrayExamples,
     Examples,
@@ -42,8 +43,11 @@ def open_source(source: str, data_dir: str, validation_fraction: float) -> Sourc
       validation_fraction: fraction of the training images to hold out if the source has no validation split.
 
     Raises SourceError: the source does not exist, has a wrong format, or cannot be downloaded.
+    Raises ConfigError: the path of the source cannot be used, or TFDS would have to write to a read-only `data_dir`.
     """
     kind, _, location = source.partition(':')
+    if kind in ('folder', 'idx'):
+        check_folder('config.data.source', location)
     if kind == 'folder':
         return _folder(Path(location).expanduser(), validation_fraction)
     if kind == 'idx':
@@ -276,6 +280,7 @@ def _download_and_prepare(
     """
     if builder.is_prepared():
         return
+    check_writable('config.data.data_dir', data_dir, f'TFDS writes {source} to that folder, so use another folder')
     # Fail before a download of gigabytes. Builders that use TensorFlow import it lazily as `tf`.
     if 'tf' in vars(sys.modules[type(builder).__module__]) and importlib.util.find_spec('tensorflow') is None:
         raise _without_tensorflow(source)

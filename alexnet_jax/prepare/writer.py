@@ -8,15 +8,15 @@ import json
 import os
 import shutil
 import time
-from typing import cast
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from alexnet_jax.config import ConfigError, check_class_names
-from alexnet_jax.data.dataset import MANIFEST, DatasetError, Manifest, dataset_dir, read_manifest
+from alexnet_jax.data.dataset import DatasetError, Manifest, dataset_dir, read_manifest, write_manifest
+from alexnet_jax.paths import check_folder, check_writable, is_url
 from alexnet_jax.prepare.raw_sources import Source, SourceError
-from alexnet_jax.prepare.shard_writer import ShardReport, SkippedImage, write_shards
+from alexnet_jax.prepare.shard_writer import ShardReport, SkippedImage, file_digest, read_report, write_shards
 from alexnet_jax.prepare.shards import ImageSpec, Shard, statistics
 from alexnet_jax.prepare.sources import is_local, missing_tfds_data, open_source
 from alexnet_jax.runtime.console import ProgressBar, log
@@ -49,22 +49,37 @@ class PrepareConfig:
     workers: int = 2
 
 
-def prepare(settings: PrepareConfig, data_dir: str) -> str:
-    """Prepares the data set for `settings` in `data_dir`, unless the data set exists, and returns its folder.
+def prepare(settings: PrepareConfig, data_dir: str, prepared_dir: str | None = None) -> str:
+    """Prepares the data set for `settings` unless it exists, and returns its folder, dataset.dataset_dir().
+
+    Args:
+      settings: the settings of the data set.
+      data_dir: folder of the data sets of TFDS and, in the folder `prepared`, of prepared data sets.
+      prepared_dir: folder that replaces `data_dir`/prepared.
 
     Raises:
-      SourceError: the source cannot be read (see sources.open_source()), the disk is too small, or `data_dir` is a URL.
-      ConfigError: the existing data set has other settings or images, or the class names do not fit the source.
+      SourceError: the source cannot be read (see sources.open_source()), the disk is too small, or a folder is a URL.
+      ConfigError: the existing data set has other settings or images, the class names do not fit the source, or a
+        folder cannot be used or is not writable.
       DatasetError: too many images are unreadable, a split has no usable image, or a process was killed.
       OSError: a file cannot be written.
     """
-    if '://' in data_dir:
-        raise SourceError(
-            f'{data_dir}: data sets are prepared on a local disk; prepare there, then copy the folder prepared/'
-        )
-    data_dir = os.path.abspath(os.path.expanduser(data_dir))
-    target = dataset_dir(data_dir, settings)
-    os.makedirs(os.path.dirname(target), exist_ok=True)
+    for folder in (data_dir, prepared_dir or ''):
+        if is_url(folder):
+            raise SourceError(
+                f'{folder}: data sets are prepared on a local disk; prepare there, then copy the folder prepared/'
+            )
+    data_dir = check_folder('config.data.data_dir', data_dir)
+    target = dataset_dir(data_dir, settings, prepared_dir)
+    root = os.path.dirname(target)
+    if os.path.exists(target) and not os.access(root, os.W_OK):
+        _check_same(target, settings, data_dir)
+        return target
+    if prepared_dir is None:
+        check_writable('config.data.data_dir', root, 'set config.data.prepared_dir to a folder for prepared data sets')
+    else:
+        check_writable('config.data.prepared_dir', root)
+    os.makedirs(root, exist_ok=True)
     with open(f'{target}.lock', 'w') as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -198,16 +213,9 @@ def _read_reports(shards: list[Shard], staging_dir: str) -> dict[str, ShardRepor
 
     The function omits shards with skipped images, because the user may have repaired those images.
     """
-    reports: dict[str, ShardReport] = {}
-    for shard in shards:
-        report, file = (
-            read_json(os.path.join(staging_dir, 'reports', shard.report)),
-            os.path.join(staging_dir, 'store', shard.file),
-        )
-        whole = report and os.path.exists(file) and os.path.getsize(file) == report['bytes']
-        if report and whole and not report['skipped'] and report.get('digest') == shard.examples.digest():
-            reports[shard.report] = cast('ShardReport', report)
-    return reports
+    folders = os.path.join(staging_dir, 'store'), os.path.join(staging_dir, 'reports')
+    reports = {shard.report: read_report(shard, *folders) for shard in shards}
+    return {name: report for name, report in reports.items() if report and not report['skipped']}
 
 
 def _check_disk(shards: list[Shard], reports: dict[str, ShardReport], format: ImageSpec, target: str) -> None:
@@ -311,8 +319,9 @@ def _write_metadata(
     _write_lines(os.path.join(folder, 'skipped.jsonl'), _skipped(reports))
     images = {split.name: split.num_examples for split in splits}
     files = {name: os.path.getsize(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
-    manifest = Manifest(**description, images=images, files=files)
-    write_json(os.path.join(folder, MANIFEST), dataclasses.asdict(manifest))
+    small = sorted(files.keys() - {shard.file for shard in shards})
+    digests = {name: file_digest(os.path.join(folder, name)) for name in small}
+    write_manifest(folder, Manifest(**description, images=images, files=files, digests=digests))
 
 
 def _summarize(target: str, reports: dict[str, ShardReport], read: int, seconds: float, workers: int) -> None:

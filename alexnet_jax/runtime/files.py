@@ -17,7 +17,9 @@ def atomic_write(path: str, mode: str = 'w') -> Iterator[IO]:
 
     Raises OSError: the file cannot be written.
     """
-    temporary = f'{path}.{uuid.uuid4().hex}.tmp'  # jobs on several hosts may write the same file
+    # A name that does not contain that of the file, which may have the maximum length; jobs on several hosts may write
+    # the same file.
+    temporary = os.path.join(os.path.dirname(path), f'.{uuid.uuid4().hex}.tmp')
     try:
         with open(temporary, mode) as file:
             yield file

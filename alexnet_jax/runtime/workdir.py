@@ -27,6 +27,7 @@ RESUME_INVARIANT_FIELDS = (
     'data.crop_size',
     'train.batch_size',
 )
+LOCATION_FIELDS = ('data.data_dir', 'data.prepared_dir')  # where the data are; no setting of the run
 
 # Keys of result.json in runs of version 0.1.
 RENAMED_RESULT_KEYS = {'goal_step': 'target_step', 'damaged_records': 'corrupt_records'}
@@ -42,8 +43,8 @@ def check_resumable(config: Config, workdir: str, every_field: bool = False) -> 
     Args:
       config: a resolved configuration.
       workdir: the folder of the run.
-      every_field: compare all fields except data.data_dir, as a sweep does, because the names of its runs state their
-        settings.
+      every_field: compare all fields except LOCATION_FIELDS, as a sweep does, because the names of its runs state
+        their settings.
 
     Raises ConfigError: the checkpoints belong to another network or another order of the data, or config.json is
       unreadable or from an older version.
@@ -58,7 +59,7 @@ def check_resumable(config: Config, workdir: str, every_field: bool = False) -> 
     now = ml_collections.ConfigDict(json.loads(json.dumps(config.to_dict())))
     fields = [field for field in field_names(now) if field in RESUME_INVARIANT_FIELDS or field.startswith('model.')]
     if every_field:
-        fields = [field for field in field_names(now) if field != 'data.data_dir']
+        fields = [field for field in field_names(now) if field not in LOCATION_FIELDS]
     known = set(field_names(old))
     for field in fields:
         if field not in known:
@@ -71,12 +72,13 @@ def check_resumable(config: Config, workdir: str, every_field: bool = False) -> 
 
 
 def is_finished(config: Config, workdir: str) -> bool:
-    """Returns whether `workdir` contains a finished run with the resolved `config`; data.data_dir may differ."""
+    """Returns whether `workdir` contains a finished run with the resolved `config`; LOCATION_FIELDS may differ."""
     result, before = read_result_json(workdir), _read_settings(workdir)
     if result is None or before is None or result.get('status') != 'done':
         return False
     now = json.loads(json.dumps(config.to_dict()))
-    return before | {'data': before.get('data', {}) | {'data_dir': now['data']['data_dir']}} == now
+    places = {field.split('.')[1]: now['data'][field.split('.')[1]] for field in LOCATION_FIELDS}
+    return before | {'data': before.get('data', {}) | places} == now
 
 
 def _read_settings(workdir: str) -> JsonObject | None:
@@ -165,7 +167,7 @@ def environment() -> JsonObject:
     """Returns the content of environment.json: software and hardware of the run. JAX must be initialized.
 
     Keys: versions (by package), system, processor, devices (their kind), device_count (over all processes), processes,
-    command.
+    command, folder (in which the command was called).
     """
     import jax
 
@@ -183,6 +185,7 @@ def environment() -> JsonObject:
             os.path.basename(sys.argv[0]),
             *(re.sub(f'(^|=){root}', r'\1', argument) for argument in sys.argv[1:]),
         ],
+        'folder': os.getcwd(),
     }
 
 

@@ -17,7 +17,7 @@ from alexnet_jax.runtime import backend, distributed
 from alexnet_jax.runtime.console import log
 from alexnet_jax.runtime.files import JsonObject, write_json
 from alexnet_jax.runtime.preemption import PreemptionHandler, Watchdog
-from alexnet_jax.runtime.workdir import environment
+from alexnet_jax.runtime.workdir import LOCATION_FIELDS, environment
 from alexnet_jax.schedules import Intervals, Schedule
 from alexnet_jax.training.checkpointing import Checkpointer, state_digest
 from alexnet_jax.training.diagnostics import Diagnostics
@@ -99,9 +99,10 @@ def train_and_evaluate(config: Config, workdir: str, process_group: JsonObject |
 
 
 def _check_equal_on_all_processes(config: Config, data: dataset.PreparedDataset) -> None:
-    """Raises ConfigError if settings or data differ between processes; `data_dir` may differ between hosts."""
+    """Raises ConfigError if settings or data differ between processes; LOCATION_FIELDS may differ between hosts."""
     settings = {f'config.{field}': get_by_path(config, field) for field in field_names(config)}
-    del settings['config.data.data_dir']
+    for field in LOCATION_FIELDS:
+        del settings[f'config.{field}']
     settings['the images of the prepared data set'] = data.fingerprint
     distributed.assert_equal_across_processes(settings)
 

@@ -1,0 +1,125 @@
+"""Checks of the paths that a user names, at the start of a command and in one line.
+
+Some libraries (Orbax, TensorStore, ArrayRecord, TFDS) pass a path to C++ as UTF-8 text. Folders that those libraries
+open must therefore have paths that the file system stores as UTF-8; see check_folder().
+"""
+
+import os
+import sys
+
+from alexnet_jax.config_schema import ConfigError
+
+_LONGEST_NAME = '_' * 255  # the longest file name of common file systems
+_MAX_SHOWN = 200  # characters of a path in a message
+
+
+def is_url(path: str) -> bool:
+    """Returns whether `path` is a URL, such as gs://bucket/folder."""
+    return '://' in path
+
+
+def shown(path: str) -> str:
+    """Returns `path` as printable text in quotes, with an ellipsis in a very long path."""
+    if len(path) > _MAX_SHOWN:
+        path = f'{path[: _MAX_SHOWN // 2]}...{path[-_MAX_SHOWN // 2 :]}'
+    return repr(path)
+
+
+def absolute_path(field: str, path: str) -> str:
+    """Returns `path` as an absolute path, with ~ expanded; a URL is unchanged.
+
+    Raises ConfigError: `path` is relative and the current folder was deleted; the message begins with `field`.
+    """
+    if is_url(path):
+        return path
+    try:
+        return os.path.abspath(os.path.expanduser(path))
+    except FileNotFoundError:
+        raise ConfigError(
+            f'{field}: {shown(path)} is relative, but the current folder was deleted; change to another folder'
+        ) from None
+
+
+def check_path(field: str, path: str, suffix: str = '') -> str:
+    """Returns the absolute path of `path`, which may be that of a missing file.
+
+    Args:
+      field: name of the setting at the beginning of the message.
+      path: path of a file or folder.
+      suffix: text that is appended to the path of temporary files.
+
+    Raises ConfigError: the system accepts no file with this path, because the path contains a NUL character, a file in
+      the place of a folder or a loop of links, or is too long.
+    """
+    path = absolute_path(field, path)
+    try:
+        os.stat(path)
+        os.lstat(path + suffix)
+    except ValueError:
+        raise ConfigError(f'{field}: {shown(path)} contains a NUL character; use another path') from None
+    except (FileNotFoundError, PermissionError):
+        pass
+    except NotADirectoryError:
+        file = _nearest(path)
+        raise ConfigError(f'{field}: {shown(file)} is a file, not a folder; use another path') from None
+    except OSError as error:
+        raise ConfigError(f'{field}: {shown(path)}: {error.strerror}; use another path') from None
+    return path
+
+
+def check_folder_path(field: str, path: str) -> str:
+    """Returns the absolute path of a folder that libraries may open, and that may be missing.
+
+    Raises ConfigError: see check_path(), or the path is not stored as UTF-8.
+    """
+    path = check_path(field, path)
+    try:
+        if path.encode() == os.fsencode(path):
+            return path
+    except UnicodeEncodeError:
+        pass
+    encoding = sys.getfilesystemencoding()
+    if encoding != 'utf-8':
+        raise ConfigError(
+            f'{field}: {shown(path)} is not ASCII, and the encoding of file names is {encoding};'
+            ' set a UTF-8 locale, such as LC_ALL=C.UTF-8, or PYTHONUTF8=1'
+        )
+    raise ConfigError(
+        f'{field}: {shown(path)} contains bytes that are not UTF-8; rename the folder or use another path'
+    )
+
+
+def check_folder(field: str, path: str) -> str:
+    """Returns the absolute path of a folder that libraries may open, and that may be missing; a URL is unchanged.
+
+    Raises ConfigError: see check_folder_path(), or `path` is a file or a link to a missing folder, or leaves no room
+      for the names of files in the folder.
+    """
+    if is_url(path):
+        return path
+    path = check_folder_path(field, path)
+    check_path(field, os.path.join(path, _LONGEST_NAME))
+    if os.path.islink(path) and not os.path.exists(path):
+        raise ConfigError(
+            f'{field}: {shown(path)} is a link to {shown(os.readlink(path))}, which does not exist; create that folder'
+        )
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise ConfigError(f'{field}: {shown(path)} is a file, not a folder; use another path')
+    return path
+
+
+def check_writable(field: str, folder: str, remedy: str = 'use another folder') -> None:
+    """Raises ConfigError, which ends with `remedy`, if the program cannot create `folder` or files in `folder`.
+
+    `folder` is a result of check_folder(), and not a URL.
+    """
+    parent = _nearest(folder)
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f'{field}: {shown(parent)} is not writable; {remedy}')
+
+
+def _nearest(path: str) -> str:
+    """Returns `path` or its nearest parent that exists."""
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return path
