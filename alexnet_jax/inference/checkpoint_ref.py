@@ -38,19 +38,24 @@ def parse_checkpoint_ref(name: str) -> CheckpointRef:
     path = os.path.abspath(os.path.expanduser(name))
     workdir, selector = path, 'newest'
     parent, last = os.path.split(path)
-    if not os.path.exists(os.path.join(path, 'config.json')):
+    if not _is_run(path):
         if last == 'best':
             workdir, selector = parent, last
         elif os.path.basename(parent) == 'checkpoints' and last.isdecimal():
             workdir, selector = os.path.dirname(parent), last
     if not os.path.isdir(workdir):
         raise ConfigError(f'{name}: there is no folder {workdir}; name {CHECKPOINT_HELP}')
-    if not os.path.exists(os.path.join(workdir, 'config.json')):
+    if not _is_run(workdir):
         raise ConfigError(f'{name}: {workdir} has no config.json; name {CHECKPOINT_HELP}')
     try:
         return CheckpointRef(name, workdir, selector, read_config(workdir))
     except ConfigError as error:
-        raise ConfigError(f'{name}: its config.json is unusable: {error}') from None
+        raise ConfigError(f'{name}: its settings cannot be read: {error}') from None
+
+
+def _is_run(folder: str) -> bool:
+    # The checkpoints have the settings too, in case that config.json was lost.
+    return any(os.path.exists(os.path.join(folder, name)) for name in ('config.json', 'checkpoints'))
 
 
 def check_new(workdir: str) -> None:
