@@ -97,7 +97,11 @@ def _as_tuple(value: object) -> object:
 
 
 def upgrade(written: Mapping[str, object]) -> dict[str, object]:
-    """Returns the content of a config.json, with the field names and values of version 0.1 replaced by current ones."""
+    """Returns the content of a config.json with current field names and values.
+
+    The names and values of version 0.1 are replaced. Fields that the version of the file did not have take their
+    defaults.
+    """
     values = {name: dict(group) if isinstance(group, dict) else group for name, group in written.items()}
     for old, new in RENAMED.items():
         (group, old_name), new_name = old.split('.'), new.split('.')[1]
@@ -112,6 +116,11 @@ def upgrade(written: Mapping[str, object]) -> dict[str, object]:
     model = values.get('model')
     if isinstance(model, dict) and isinstance(model.get('conv_ops'), list):
         model['conv_ops'] = [str(text).replace('spatial_norm', 'spatial_lrn') for text in model['conv_ops']]
+    if isinstance(model, dict):
+        for name, default in default_config().to_dict().items():
+            written_group = values.setdefault(name, default)
+            if isinstance(default, dict) and isinstance(written_group, dict):
+                values[name] = default | written_group
     return values
 
 

@@ -46,6 +46,9 @@ _SWEEP_JOBS = flags.DEFINE_integer(
 _TENSORBOARD = flags.DEFINE_bool('tensorboard', False, 'Write event files for TensorBoard to WORKDIR/tensorboard.')
 _WANDB = flags.DEFINE_string('wandb', None, 'Project of Weights & Biases for the run; requires the package wandb.')
 _PROFILE = flags.DEFINE_string('profile', None, "Steps to trace to WORKDIR/profile, such as --profile='steps 20:25'.")
+_ALLOW_CHANGES = flags.DEFINE_bool(
+    'allow_changes', False, 'Resume although settings changed that change what the network sees, such as data.mean.'
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'Several processes, detected by JAX on SLURM, TPU or Kubernetes.'
 )
@@ -91,11 +94,11 @@ def _print_result(workdir: str) -> None:
     with open(os.path.join(workdir, 'result.json')) as file:
         result = json.load(file)
     print(f'\n{"validation":<12}{"loss":>8}{"top-1 error":>14}{"top-5 error":>14}')
-    for views, errors in result['views'].items():
+    for views, errors in result.get('views', {}).items():
         name = f'{views} view{"s" * (views != "1")}'
         print(f'{name:<12}{errors["loss"]:>8.4f}{errors["top1_error"]:>14.2%}{errors["top5_error"]:>14.2%}')
-    if result['images_per_second']:
-        print(f'\ntraining    {result["images_per_second"]:.1f} images/s, {result["step"]} steps')
+    if isinstance(rate := result.get('images_per_second'), int | float) and rate:
+        print(f'\ntraining    {rate:.1f} images/s, {result.get("step")} steps')
     print(f'files       {workdir}/: result.json, metrics.jsonl, checkpoints/, config.json')
     folder = os.path.abspath(workdir)
     print(f'report      {shell_command("report", folder, f"--html={folder}/report.html")}')
@@ -176,7 +179,7 @@ def main(argv: list[str]) -> int:
         config, workdir = _select_run(file, workdir)
         if _PRINT_CONFIG.value is not None:
             return _print_config(config)
-        check_resumable(config, workdir, every_field=_SWEEP.value is not None)
+        check_resumable(config, workdir, every_field=_SWEEP.value is not None, allow_changes=_ALLOW_CHANGES.value)
         if _DRY_RUN.value:
             from alexnet_jax.dry_run import print_plan  # imports jax
 

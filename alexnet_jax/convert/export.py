@@ -15,7 +15,7 @@ from jaxtyping import Float32
 from alexnet_jax.config import ConfigError, default_config, get_by_path
 from alexnet_jax.convert.weight_layouts import Parameters
 from alexnet_jax.runtime.files import atomic_write
-from alexnet_jax.runtime.workdir import LOCATION_FIELDS, read_config
+from alexnet_jax.runtime.workdir import PATH_FIELDS, read_config
 
 if TYPE_CHECKING:  # convert checks its flags before it imports jax
     from alexnet_jax.inference.trained_model import TrainedModel
@@ -85,7 +85,7 @@ def _safetensors(network: 'TrainedModel', params: Parameters, batch_statistics: 
         for name, array in members.items()
     }
     config = read_config(network.workdir).to_dict()  # network.config has the mesh of this machine
-    for field in LOCATION_FIELDS:  # folders of this machine
+    for field in PATH_FIELDS:  # folders of this machine
         group, name = field.split('.')
         config[group][name] = get_by_path(default_config(), field)
     metadata = {'format': 'alexnet_jax', 'config': json.dumps(config), **_labels(network)}

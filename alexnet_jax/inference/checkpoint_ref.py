@@ -40,22 +40,27 @@ def parse_checkpoint_ref(name: str) -> CheckpointRef:
         raise ConfigError(f'{name}: checkpoints are not read from URLs; copy the folder of the run to a local disk')
     path = check_folder_path(name, name)
     workdir, selector = _split(path)
-    if not os.path.exists(os.path.join(workdir, 'config.json')) and os.path.islink(path):
+    if not _is_run(workdir) and os.path.islink(path):
         workdir, selector = _split(check_folder_path(name, os.path.realpath(path)))
     if not os.path.isdir(workdir):
         raise ConfigError(f'{name}: there is no folder {workdir}; name {CHECKPOINT_HELP}')
-    if not os.path.exists(os.path.join(workdir, 'config.json')):
+    if not _is_run(workdir):
         raise ConfigError(f'{name}: {workdir} has no config.json; name {CHECKPOINT_HELP}')
     try:
         return CheckpointRef(name, workdir, selector, read_config(workdir))
     except ConfigError as error:
-        raise ConfigError(f'{name}: its config.json is unusable: {error}') from None
+        raise ConfigError(f'{name}: its settings cannot be read: {error}') from None
+
+
+def _is_run(folder: str) -> bool:
+    # The checkpoints have the settings too, in case that config.json was lost.
+    return any(os.path.exists(os.path.join(folder, name)) for name in ('config.json', 'checkpoints'))
 
 
 def _split(path: str) -> tuple[str, str]:
     """Returns the folder of the run and the selector of the checkpoint `path`, see CheckpointRef."""
     parent, last = os.path.split(path)
-    if not os.path.exists(os.path.join(path, 'config.json')):
+    if not _is_run(path):
         if last == 'best':
             return parent, last
         if os.path.basename(parent) == 'checkpoints' and last.isdecimal():

@@ -34,6 +34,9 @@ from alexnet_jax.runtime.workdir import (
     check_class_names,
     dataset_statistics_path,
     read_dataset_statistics,
+    resolve_written,
+    statistics_digest,
+    with_settings_of_weights,
     write_dataset_statistics,
 )
 from alexnet_jax.training import checkpointing
@@ -210,11 +213,16 @@ def load_model(checkpoint: CheckpointRef | str, prepared: PreparedDataset | None
     if prepared is not None and not os.path.exists(dataset_statistics_path(ref.workdir)):
         statistics, class_names = prepared.statistics, prepared.class_names
     else:
-        statistics, class_names = read_dataset_statistics(ref.workdir)
+        statistics, class_names = read_dataset_statistics(ref.workdir, ref.config)
     config, mesh = _with_mesh(ref.config)
     # The velocities are restored too, because the digest that detects corruption covers them.
     restored = restore(ref, abstract_state(config, mesh))
     assert restored.state is not None
+    if restored.run_state.statistics_digest not in (statistics_digest(statistics), None):
+        raise ConfigError(f'{dataset_statistics_path(ref.workdir)} is of another run; copy that of this run again')
+    if restored.config is not None:
+        step = restored.run_state.step
+        config = with_settings_of_weights(config, resolve_written(restored.config), f'the checkpoint of step {step}')
     return TrainedModel(
         name=ref.name,
         workdir=ref.workdir,
@@ -258,8 +266,8 @@ def import_weights_as_run(
         state: TrainState = TrainState(jnp.zeros((), jnp.int32), params, velocities, batch_statistics)
         state = jax.tree.map(lambda leaf, at: jax.device_put(leaf, at.sharding), state, abstract)
         os.makedirs(staging_dir)
-        checkpoints = checkpointing.Checkpointer(os.path.join(staging_dir, 'checkpoints'), keep=1)
-        checkpoints.save(state, RunState(), None)
+        checkpoints = checkpointing.Checkpointer(os.path.join(staging_dir, 'checkpoints'), keep=1, config=config)
+        checkpoints.save(state, RunState(statistics_digest=statistics_digest(statistics)), None)
         checkpoints.close()
         write_dataset_statistics(staging_dir, statistics, class_names)
         write_json(os.path.join(staging_dir, 'config.json'), config.to_dict())

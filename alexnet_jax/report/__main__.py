@@ -23,7 +23,7 @@ from alexnet_jax.runtime.files import atomic_write
 from alexnet_jax.sweep.results import ReportError
 from alexnet_jax.sweep.table import as_csv, as_markdown
 
-_RUN_FILES = ('config.json', 'metrics.jsonl', 'result.json')  # a folder with one of them is a run
+_RUN_FILES = ('config.json', 'metrics.jsonl', 'result.json', 'checkpoints')  # a folder with one of them is a run
 
 
 def _write(flag: str, content: str | bytes) -> None:

@@ -209,7 +209,7 @@ def workdir_lock(workdir: str) -> Iterator[None]:
 def _holds(path: str, token: str) -> bool:
     """Returns whether the file `path` contains exactly `token`."""
     try:
-        with open(path) as file:
+        with open(path, errors='replace') as file:
             return file.read().strip() == token
     except OSError:
         return False

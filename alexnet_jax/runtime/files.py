@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from typing import IO, Any
@@ -42,11 +43,18 @@ def write_json(path: str, value: object) -> None:
 def read_json(path: str) -> JsonObject | None:
     """Returns the JSON object in `path`, or None if the file is missing, unreadable, corrupt or not an object."""
     try:
-        with open(path) as file:
+        with open(path, encoding='utf-8') as file:
             value = json.load(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def set_aside(path: str) -> str:
+    """Renames `path`, a corrupt file or folder, and returns the new name. Raises OSError: it cannot be renamed."""
+    name = f'{os.path.basename(path)}.corrupt-{time.time_ns()}'
+    os.rename(path, os.path.join(os.path.dirname(path), name))
+    return name
 
 
 def read_json_lines(path: str) -> list[JsonObject]:
@@ -55,9 +63,9 @@ def read_json_lines(path: str) -> list[JsonObject]:
     Raises OSError: the file cannot be read.
     """
     lines = []
-    with open(path, errors='replace') as file:
+    with open(path, encoding='utf-8', errors='replace') as file:
         for text in file:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 lines.append(json.loads(text))
     return [line for line in lines if isinstance(line, dict)]
 
