@@ -135,6 +135,7 @@ def main(argv: list[str]) -> int:
                 # The runs of a job array have no parent process that writes the manifest.
                 write_manifest(variants, config_files.name_of(file), workdir)
             config, workdir = apply_variant(CONFIG.value, variant), os.path.join(workdir, variant.directory)
+        console.make_stdout_optional()
         check_resumable(config, workdir, every_field=_SWEEP.value is not None)
         if is_finished(config, workdir):
             if console.is_primary():
