@@ -4,9 +4,9 @@ This module imports neither jax nor matplotlib, so that a command answers --help
 """
 
 import functools
-import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ from alexnet_jax import config_files
 from alexnet_jax.config import ConfigError, apply_overrides, check_accepts_none, field_names, unknown_field
 from alexnet_jax.data.dataset import DatasetError
 from alexnet_jax.paths import check_path, is_url
-from alexnet_jax.runtime.console import log_error
+from alexnet_jax.runtime.console import log_error, protect_output
 from alexnet_jax.runtime.workdir import CheckpointError
 
 RENAMED_FLAGS = {'max_bad': 'max_corrupt_fraction', 'neighbours': 'neighbors'}  # names of version 0.1
@@ -43,9 +43,7 @@ def parse_flags(argv: list[str], missing: str = '', max_arguments: float = 0) ->
       missing: error message if there is no positional argument; '' makes positional arguments optional.
       max_arguments: maximum number of positional arguments.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors='backslashreplace')  # file names may be invalid Unicode
+    protect_output()
     argv, config = list(argv), None  # sys.argv stays unchanged, because it is recorded and passed to child processes
     argv = [f'{argument}=' if argument in BARE_FLAGS else argument for argument in argv]
     try:
@@ -178,10 +176,16 @@ def run(
       interrupted: message if the user interrupts the command.
     """
     logging.set_verbosity(logging.ERROR)
-    app.run(
-        functools.partial(exit_code, main, usage_errors=usage_errors, failures=failures, interrupted=interrupted),
-        flags_parser=functools.partial(parse_flags, missing=missing, max_arguments=max_arguments),
-    )
+
+    def command(argv: list[str]) -> int:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # so that Ctrl-C removes temporary files
+        code = exit_code(main, argv, usage_errors=usage_errors, failures=failures, interrupted=interrupted)
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the end of the interpreter
+        return code
+
+    app.run(command, flags_parser=functools.partial(parse_flags, missing=missing, max_arguments=max_arguments))
 
 
 def exit_code(

@@ -184,6 +184,7 @@ def main(argv: list[str]) -> int:
             from alexnet_jax.dry_run import print_plan  # imports jax
 
             return print_plan(config, config_files.name_of(file), workdir, process_group)
+        console.make_stdout_optional()
         if is_finished(config, workdir):
             if console.is_primary():
                 print(

@@ -13,7 +13,7 @@ from alexnet_jax.config import Config, ConfigError
 from alexnet_jax.data import dataset
 from alexnet_jax.runtime.commands import child_command, child_environment
 from alexnet_jax.runtime.console import summarize_exception
-from alexnet_jax.runtime.preemption import PreemptionHandler
+from alexnet_jax.runtime.preemption import PreemptionHandler, preemption_signals_blocked
 
 
 def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.PreparedDataset | None:
@@ -46,10 +46,12 @@ def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.Pr
             line = io.StringIO()
             csv.writer(line, lineterminator='').writerow(data.class_names)  # a name may contain a comma
             command.append(f'--class_names={line.getvalue()}')
-        process = subprocess.Popen(command, env=child_environment())
+        with preemption_signals_blocked():
+            process = subprocess.Popen(command, env=child_environment())
         while process.poll() is None:
             if preemption.requested:
                 process.terminate()
+                process.wait()
             time.sleep(0.1)
         if preemption.requested:
             return None

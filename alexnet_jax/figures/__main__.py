@@ -27,7 +27,7 @@ from alexnet_jax.inference.checkpoint_ref import CheckpointRef, parse_checkpoint
 from alexnet_jax.inference.images import ImageInput, expand_paths, load_images, sample_validation
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.runtime import backend
-from alexnet_jax.runtime.console import log, log_error
+from alexnet_jax.runtime.console import log, log_error, make_stdout_optional
 from alexnet_jax.shapes import layer_table
 
 if TYPE_CHECKING:
@@ -177,6 +177,7 @@ def draw_images(kind: str, ref: CheckpointRef, files: list[str], path: str, give
 def main(argv: list[str]) -> int:
     """Draws the figure of kind argv[1] from the names argv[2:]; returns the exit code, 1 if an image is unreadable."""
     given, kind, names = flags.FLAGS, argv[1], argv[2:]
+    make_stdout_optional()
     check_kind(kind, names, given)
     if kind in ('network', 'curves'):
         draw_without_weights(kind, names, given.out)

@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -110,7 +111,7 @@ def open_eval_dataset(
         prepared data.
       CheckpointError: a checkpoint cannot be read.
       DatasetError, SystemExit: see open_or_prepare().
-      KeyboardInterrupt: SIGTERM or SIGINT arrived during preparation.
+      KeyboardInterrupt: SIGINT arrived during preparation. Other preemption signals have their usual effect.
     """
     # A fingerprint covers the settings, class names and images of a data set; it is None for imported weights.
     fingerprints = [(ref, restore(ref, None).run_state.dataset_fingerprint) for ref in refs]
@@ -128,6 +129,8 @@ def open_eval_dataset(
     with PreemptionHandler() as preemption:
         prepared = open_or_prepare(config, preemption)
     if prepared is None:
+        assert preemption.received is not None
+        signal.raise_signal(preemption.received)
         raise KeyboardInterrupt
     for ref, other in fingerprints:
         if other is None:

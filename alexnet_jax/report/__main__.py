@@ -18,7 +18,7 @@ from absl import flags
 from alexnet_jax import cli
 from alexnet_jax.paths import absolute_path
 from alexnet_jax.report.run_files import load_sweep, read_run, summary
-from alexnet_jax.runtime.console import log
+from alexnet_jax.runtime.console import log, make_stdout_optional
 from alexnet_jax.runtime.files import atomic_write
 from alexnet_jax.sweep.results import ReportError
 from alexnet_jax.sweep.table import as_csv, as_markdown
@@ -88,6 +88,8 @@ def main(argv: list[str]) -> int:
     for name in ('markdown', 'csv'):
         cli.check_output(name, given[name].value)
     command = _this_command(folder, given)
+    if given.html or given.markdown or given.csv:
+        make_stdout_optional()
     print((_report_sweep if is_sweep else _report_run)(folder, given, command), end='')
     if given.html:
         log(f'{given.html} is written')

@@ -61,7 +61,7 @@ def train_and_evaluate(config: Config, workdir: str, process_group: JsonObject |
       tracking: trackers and profile to write besides the log; the same on all processes.
 
     Returns:
-      The exit code: 0, or 75 after SIGTERM or Ctrl-C. With 75, a checkpoint was written if training had started. A
+      The exit code: 0, or 75 after a preemption signal. With 75, a checkpoint was written if training had started. A
       preemption before all processes have connected ends this process with 75 and does not return.
 
     Raises:
@@ -72,7 +72,7 @@ def train_and_evaluate(config: Config, workdir: str, process_group: JsonObject |
       DistributedInitError: the other processes did not connect.
       SystemExit: the preparation of the data set failed.
     """
-    with PreemptionHandler() as preemption:
+    with PreemptionHandler(ignore_afterwards=True) as preemption:
         try:
             os.makedirs(workdir, exist_ok=True)
         except OSError as error:
@@ -237,7 +237,7 @@ class Trainer:
         return self.run.step % self.intervals.checkpoint_every == 0 and self.run.step > self.first_step
 
     def should_stop(self) -> bool:
-        """Returns True once any process has received SIGTERM or SIGINT.
+        """Returns True once any process has received a preemption signal.
 
         Collective: all processes must call the method equally often. The method also resets the watchdog.
         """
@@ -348,9 +348,11 @@ class Trainer:
             preempted = errors is None
             if errors:
                 views[str(final_views)] = errors
-        self.checkpoints.close()
-        self.watchdog.reset('the last checkpoint')
-        self.logger.close()
+        try:
+            self.checkpoints.close()
+            self.watchdog.reset('the last checkpoint')
+        finally:
+            self.logger.close()
         write_result(self.config, self.workdir, self.data, run, views, preempted, state_digest(self.state))
         if preempted:
             log(f'stopped at step {run.step} of {self.schedule.total_steps}; run the same command again to resume')
