@@ -177,12 +177,11 @@ def _steps(config: Config, examples: int | None) -> list[str]:
         return [f'{length}, {every}', f'learning rate {optimizer.learning_rate:g}, schedule {optimizer.schedule}']
     schedule, intervals = Schedule(optimizer, train, examples), Intervals.from_config(config, examples)
     total = schedule.total_steps
-    evaluations = max(1, math.ceil(total / intervals.eval_every))
-    views = f'{config.eval.views} view{"s" * (config.eval.views > 1)}'
+    counts = [max(1, math.ceil(total / every)) for every in (intervals.eval_every, intervals.checkpoint_every)]
     return [
         f'{total:,} steps of {train.batch_size:,} images, {total * train.batch_size / examples:,.1f} epochs;'
-        f' evaluation every {intervals.eval_every:,} steps: {evaluations:,}, the last with {views};'
-        f' checkpoint every {intervals.checkpoint_every:,} steps',
+        f' evaluation every {intervals.eval_every:,} steps ({counts[0]:,}), checkpoint every'
+        f' {intervals.checkpoint_every:,} steps ({counts[1]:,}); the final evaluation has views: {config.eval.views}',
         f'learning rate {optimizer.learning_rate:g}, {_decays(schedule)}',
     ]
 
