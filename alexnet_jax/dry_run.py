@@ -10,7 +10,6 @@ import fcntl
 import io
 import math
 import os
-import tempfile
 
 import jax
 
@@ -149,13 +148,10 @@ def _preview(config: Config, directory: str) -> writer.Preview:
         max_corrupt_fraction=data.max_corrupt_fraction,
     )
     try:
-        # TFDS prints unknown sizes, and leaves an empty folder in the folder of temporary files.
-        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as tempfile.tempdir:
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints unknown sizes
             return writer.preview(settings, os.path.abspath(os.path.expanduser(data.data_dir)), directory)
     except SourceError as error:
         raise ConfigError(str(error)) from None
-    finally:
-        tempfile.tempdir = None  # the default
 
 
 def _needed(found: writer.Preview, config: Config) -> str:
