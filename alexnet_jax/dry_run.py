@@ -53,35 +53,43 @@ def print_plan(config: Config, config_name: str, workdir: str, process_group: Js
 
     Raises ConfigError: the command would refuse to start, for the same reason.
     """
-    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # a GPU may be in use by a run
-    _check_workdir(workdir)
-    data, model, mesh_line = _mesh(config, process_group)
-    dataset_plan = _data(config)
-    lines = [
-        ('config', f'{config_name}, preset {config.model.preset}'),
-        *(('data', line) for line in dataset_plan.lines),
-        ('mesh', mesh_line),
-        *(('steps', line) for line in _steps(config, dataset_plan.examples)),
-        ('memory', _memory(config, data, model)),
-        ('disk', _disk(config, workdir)),
-        ('start', _start(config, workdir, dataset_plan)),
-    ]
+    lines = [('config', f'{config_name}, preset {config.model.preset}')]
+    if is_finished(config, workdir):  # the command then looks at nothing else
+        lines.append(('start', f'{workdir} is done; the command prints its result'))
+    else:
+        os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # a GPU may be in use by a run
+        _check_folder(workdir)
+        data, model, mesh_line = _mesh(config, process_group)
+        dataset_plan = _data(config)
+        _check_unlocked(workdir)
+        lines += [
+            *(('data', line) for line in dataset_plan.lines),
+            ('mesh', mesh_line),
+            *(('steps', line) for line in _steps(config, dataset_plan.examples)),
+            ('memory', _memory(config, data, model)),
+            ('disk', _disk(config, workdir)),
+            ('start', _start(workdir, dataset_plan)),
+        ]
     for i, (label, line) in enumerate(lines):
         print(f'{label if i == 0 or lines[i - 1][0] != label else "":<8}{line}')
     return 0
 
 
-def _check_workdir(workdir: str) -> None:
-    """Raises ConfigError if `workdir` cannot be created or written, or another run uses it."""
+def _check_folder(workdir: str) -> None:
+    """Raises ConfigError if `workdir` cannot be created or written."""
     parent = nearest_existing(workdir)
-    code = errno.EACCES if not os.access(parent, os.W_OK | os.X_OK) else 0
+    code = 0 if os.access(parent, os.W_OK | os.X_OK) else errno.EACCES
     if not os.path.isdir(parent):
         code = errno.EEXIST if parent == os.path.abspath(workdir) else errno.ENOTDIR
     if code:
         raise ConfigError(f'--workdir: {workdir} cannot be used: {OSError(code, os.strerror(code), workdir)}')
+
+
+def _check_unlocked(workdir: str) -> None:
+    """Raises ConfigError if another run uses `workdir`."""
     try:
         with open(os.path.join(workdir, 'lock')) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # until the file is closed
     except BlockingIOError:
         raise ConfigError(f'--workdir: another process is training in {workdir}; name another folder') from None
     except OSError:
@@ -244,13 +252,11 @@ def _disk(config: Config, workdir: str) -> str:
     )
 
 
-def _start(config: Config, workdir: str, data: _Data) -> str:
-    """Returns whether the command would start, resume or find the run done.
+def _start(workdir: str, data: _Data) -> str:
+    """Returns whether the command would start or resume the run, and at which step.
 
     Raises ConfigError: the run was started with another data set, or no checkpoint can be read.
     """
-    if is_finished(config, workdir):
-        return f'{workdir} is done; the command prints its result'
     folder = os.path.join(workdir, 'checkpoints')
     names = os.listdir(folder) if os.path.isdir(folder) else []
     steps = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
