@@ -10,7 +10,6 @@ import fcntl
 import io
 import math
 import os
-import tempfile
 
 import jax
 
@@ -54,35 +53,43 @@ def print_plan(config: Config, config_name: str, workdir: str, process_group: Js
 
     Raises ConfigError: the command would refuse to start, for the same reason.
     """
-    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # a GPU may be in use by a run
-    _check_workdir(workdir)
-    data, model, mesh_line = _mesh(config, process_group)
-    dataset_plan = _data(config)
-    lines = [
-        ('config', f'{config_name}, preset {config.model.preset}'),
-        *(('data', line) for line in dataset_plan.lines),
-        ('mesh', mesh_line),
-        *(('steps', line) for line in _steps(config, dataset_plan.examples)),
-        ('memory', _memory(config, data, model)),
-        ('disk', _disk(config, workdir)),
-        ('start', _start(config, workdir, dataset_plan)),
-    ]
+    lines = [('config', f'{config_name}, preset {config.model.preset}')]
+    if is_finished(config, workdir):  # the command then looks at nothing else
+        lines.append(('start', f'{workdir} is done; the command prints its result'))
+    else:
+        os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # a GPU may be in use by a run
+        _check_folder(workdir)
+        data, model, mesh_line = _mesh(config, process_group)
+        dataset_plan = _data(config)
+        _check_unlocked(workdir)
+        lines += [
+            *(('data', line) for line in dataset_plan.lines),
+            ('mesh', mesh_line),
+            *(('steps', line) for line in _steps(config, dataset_plan.examples)),
+            ('memory', _memory(config, data, model)),
+            ('disk', _disk(config, workdir)),
+            ('start', _start(workdir, dataset_plan)),
+        ]
     for i, (label, line) in enumerate(lines):
         print(f'{label if i == 0 or lines[i - 1][0] != label else "":<8}{line}')
     return 0
 
 
-def _check_workdir(workdir: str) -> None:
-    """Raises ConfigError if `workdir` cannot be created or written, or another run uses it."""
+def _check_folder(workdir: str) -> None:
+    """Raises ConfigError if `workdir` cannot be created or written."""
     parent = nearest_existing(workdir)
-    code = errno.EACCES if not os.access(parent, os.W_OK | os.X_OK) else 0
+    code = 0 if os.access(parent, os.W_OK | os.X_OK) else errno.EACCES
     if not os.path.isdir(parent):
         code = errno.EEXIST if parent == os.path.abspath(workdir) else errno.ENOTDIR
     if code:
         raise ConfigError(f'--workdir: {workdir} cannot be used: {OSError(code, os.strerror(code), workdir)}')
+
+
+def _check_unlocked(workdir: str) -> None:
+    """Raises ConfigError if another run uses `workdir`."""
     try:
         with open(os.path.join(workdir, 'lock')) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # until the file is closed
     except BlockingIOError:
         raise ConfigError(f'--workdir: another process is training in {workdir}; name another folder') from None
     except OSError:
@@ -149,13 +156,10 @@ def _preview(config: Config, directory: str) -> writer.Preview:
         max_corrupt_fraction=data.max_corrupt_fraction,
     )
     try:
-        # TFDS prints unknown sizes, and leaves an empty folder in the folder of temporary files.
-        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as tempfile.tempdir:
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints unknown sizes
             return writer.preview(settings, os.path.abspath(os.path.expanduser(data.data_dir)), directory)
     except SourceError as error:
         raise ConfigError(str(error)) from None
-    finally:
-        tempfile.tempdir = None  # the default
 
 
 def _needed(found: writer.Preview, config: Config) -> str:
@@ -177,12 +181,11 @@ def _steps(config: Config, examples: int | None) -> list[str]:
         return [f'{length}, {every}', f'learning rate {optimizer.learning_rate:g}, schedule {optimizer.schedule}']
     schedule, intervals = Schedule(optimizer, train, examples), Intervals.from_config(config, examples)
     total = schedule.total_steps
-    evaluations = max(1, math.ceil(total / intervals.eval_every))
-    views = f'{config.eval.views} view{"s" * (config.eval.views > 1)}'
+    counts = [max(1, math.ceil(total / every)) for every in (intervals.eval_every, intervals.checkpoint_every)]
     return [
         f'{total:,} steps of {train.batch_size:,} images, {total * train.batch_size / examples:,.1f} epochs;'
-        f' evaluation every {intervals.eval_every:,} steps: {evaluations:,}, the last with {views};'
-        f' checkpoint every {intervals.checkpoint_every:,} steps',
+        f' evaluation every {intervals.eval_every:,} steps ({counts[0]:,}), checkpoint every'
+        f' {intervals.checkpoint_every:,} steps ({counts[1]:,}); the final evaluation has views: {config.eval.views}',
         f'learning rate {optimizer.learning_rate:g}, {_decays(schedule)}',
     ]
 
@@ -249,13 +252,11 @@ def _disk(config: Config, workdir: str) -> str:
     )
 
 
-def _start(config: Config, workdir: str, data: _Data) -> str:
-    """Returns whether the command would start, resume or find the run done.
+def _start(workdir: str, data: _Data) -> str:
+    """Returns whether the command would start or resume the run, and at which step.
 
     Raises ConfigError: the run was started with another data set, or no checkpoint can be read.
     """
-    if is_finished(config, workdir):
-        return f'{workdir} is done; the command prints its result'
     folder = os.path.join(workdir, 'checkpoints')
     names = os.listdir(folder) if os.path.isdir(folder) else []
     steps = sorted((int(name) for name in names if name.isdecimal()), reverse=True)

@@ -24,6 +24,9 @@ from alexnet_jax.prepare.raw_sources import (
 )
 from alexnet_jax.runtime.console import log
 
+# TFDS has disabled its bucket of metadata; each look-up would only leave an empty temporary folder.
+tfds.core.DatasetInfo.initialize_from_bucket = lambda info: None
+
 IMAGENET_TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
 VALIDATION_SPLIT_NAMES = ('validation', 'val', 'test', 't10k')  # the first existing one is used
 
