@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from alexnet_jax import config_files
 from alexnet_jax.cli import define_config_flag, parse_flags, report_usage_error
 from alexnet_jax.config import ConfigError, resolve
-from alexnet_jax.paths import check_folder, check_writable, is_url
+from alexnet_jax.paths import check_folder, check_run_path, check_writable, is_url
 from alexnet_jax.runtime import backend, console
 from alexnet_jax.runtime.commands import child_command, shell_command
 from alexnet_jax.runtime.console import log_error
@@ -123,7 +123,7 @@ def main(argv: list[str]) -> int:
     try:
         if is_url(workdir):
             raise ConfigError(f'--workdir: {workdir} is a URL; runs are written to a local disk')
-        check_folder('--workdir', workdir)
+        check_folder('--workdir', check_run_path('--workdir', workdir))
         process_group = _process_group()
         check_wandb(_WANDB.value)
         tracking = TrackingConfig(_TENSORBOARD.value, _WANDB.value, parse_profile(_PROFILE.value))
