@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from alexnet_jax import config_files
 from alexnet_jax.cli import define_config_flag, parse_flags, report_usage_error
 from alexnet_jax.config import ConfigError, resolve
-from alexnet_jax.paths import check_folder, check_run_path, check_writable, is_url
+from alexnet_jax.paths import check_current_folder, check_folder, check_run_path, check_writable, is_url
 from alexnet_jax.runtime import backend, console
 from alexnet_jax.runtime.commands import child_command, shell_command
 from alexnet_jax.runtime.console import log_error
@@ -121,6 +121,7 @@ def main(argv: list[str]) -> int:
     name = os.path.basename(file).replace('.py', '').replace(':', '_')
     workdir = os.path.expanduser(_WORKDIR.value or os.path.join('runs', name))
     try:
+        check_current_folder('train')
         if is_url(workdir):
             raise ConfigError(f'--workdir: {workdir} is a URL; runs are written to a local disk')
         check_folder('--workdir', check_run_path('--workdir', workdir))

@@ -6,6 +6,7 @@ open must therefore have paths that the file system stores as UTF-8; see check_f
 
 import os
 import sys
+import tempfile
 
 from alexnet_jax.config_schema import ConfigError
 
@@ -41,12 +42,18 @@ def absolute_path(field: str, path: str) -> str:
     """
     if is_url(path):
         return path
+    path = os.path.expanduser(path)
+    if not os.path.isabs(path):
+        check_current_folder(f'{field}: {shown(path)}')
+    return os.path.abspath(path)
+
+
+def check_current_folder(what: str) -> None:
+    """Raises ConfigError if the current folder was deleted; `what` needs it."""
     try:
-        return os.path.abspath(os.path.expanduser(path))
+        os.getcwd()
     except FileNotFoundError:
-        raise ConfigError(
-            f'{field}: {shown(path)} is relative, but the current folder was deleted; change to another folder'
-        ) from None
+        raise ConfigError(f'{what}: the current folder was deleted; change to another folder') from None
 
 
 def check_path(field: str, path: str, suffix: str = '') -> str:
@@ -144,8 +151,11 @@ def check_writable(field: str, folder: str, remedy: str = 'use another folder') 
     `folder` is a result of check_folder(), and not a URL.
     """
     parent = _nearest(folder)
-    if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(f'{field}: {shown(parent)} is not writable; {remedy}')
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f'{field}: {shown(parent)} is not writable ({error.strerror}); {remedy}') from None
 
 
 def _nearest(path: str) -> str:

@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 
 from alexnet_jax import cli
+from alexnet_jax.paths import check_current_folder
 from alexnet_jax.prepare.raw_sources import SourceError
 from alexnet_jax.prepare.writer import PrepareConfig, prepare
 
@@ -25,6 +26,7 @@ from alexnet_jax.prepare.writer import PrepareConfig, prepare
 def main(argv: list[str]) -> int:
     """Prepares the data set that the flags specify; returns the exit code."""
     del argv
+    check_current_folder('prepare')
     signal.signal(signal.SIGINT, signal.default_int_handler)  # scripts start background jobs with SIGINT ignored
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if not sys.stderr.isatty():
