@@ -18,7 +18,7 @@ from alexnet_jax import config_files
 from alexnet_jax.cli import define_config_flag, parse_flags, report_usage_error
 from alexnet_jax.config import Config, ConfigError, resolve
 from alexnet_jax.config_help import changes_of, describe, find_fields, values_of
-from alexnet_jax.paths import check_folder, check_writable, is_url
+from alexnet_jax.paths import check_current_folder, check_folder, check_run_path, check_writable, is_url
 from alexnet_jax.runtime import backend, console
 from alexnet_jax.runtime.commands import child_command, shell_command
 from alexnet_jax.runtime.console import log_error
@@ -168,9 +168,10 @@ def main(argv: list[str]) -> int:
         if _HELP_CONFIG.value is not None:
             print('\n'.join(describe(field, CONFIG.value) for field in find_fields(_HELP_CONFIG.value)))
             return 0
+        check_current_folder('train')
         if is_url(workdir):
             raise ConfigError(f'--workdir: {workdir} is a URL; runs are written to a local disk')
-        check_folder('--workdir', workdir)
+        check_folder('--workdir', check_run_path('--workdir', workdir))
         process_group = _process_group()
         check_wandb(_WANDB.value)
         tracking = TrackingConfig(_TENSORBOARD.value, _WANDB.value, parse_profile(_PROFILE.value))

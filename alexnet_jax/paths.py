@@ -6,10 +6,20 @@ open must therefore have paths that the file system stores as UTF-8; see check_f
 
 import os
 import sys
+import tempfile
 
 from alexnet_jax.config_schema import ConfigError
 
 _LONGEST_NAME = '_' * 255  # the longest file name of common file systems
+_EPATH_URLS = ('/gs/', '/s3/', '/az/', '/hf/')  # local folders that etils.epath reads as gs://... and so on
+# Orbax writes checkpoints to such folders, and then reads them from other folders.
+_ORBAX_SYNTAX = {
+    '\\': 'a slash',
+    '*': 'a pattern',
+    '?': 'a pattern',
+    '[': 'a pattern',
+    'gs:/': 'a URL',
+}
 _MAX_SHOWN = 200  # characters of a path in a message
 
 
@@ -32,12 +42,18 @@ def absolute_path(field: str, path: str) -> str:
     """
     if is_url(path):
         return path
+    path = os.path.expanduser(path)
+    if not os.path.isabs(path):
+        check_current_folder(f'{field}: {shown(path)}')
+    return os.path.abspath(path)
+
+
+def check_current_folder(what: str) -> None:
+    """Raises ConfigError if the current folder was deleted; `what` needs it."""
     try:
-        return os.path.abspath(os.path.expanduser(path))
+        os.getcwd()
     except FileNotFoundError:
-        raise ConfigError(
-            f'{field}: {shown(path)} is relative, but the current folder was deleted; change to another folder'
-        ) from None
+        raise ConfigError(f'{what}: the current folder was deleted; change to another folder') from None
 
 
 def check_path(field: str, path: str, suffix: str = '') -> str:
@@ -67,11 +83,8 @@ def check_path(field: str, path: str, suffix: str = '') -> str:
     return path
 
 
-def check_folder_path(field: str, path: str) -> str:
-    """Returns the absolute path of a folder that libraries may open, and that may be missing.
-
-    Raises ConfigError: see check_path(), or the path is not stored as UTF-8.
-    """
+def check_text_path(field: str, path: str) -> str:
+    """Returns the absolute path of `path`. Raises ConfigError: see check_path(), or the path is not stored as UTF-8."""
     path = check_path(field, path)
     try:
         if path.encode() == os.fsencode(path):
@@ -89,15 +102,39 @@ def check_folder_path(field: str, path: str) -> str:
     )
 
 
+def check_run_path(field: str, path: str) -> str:
+    """Returns the absolute path of the folder of a run or of a checkpoint, which may be missing.
+
+    Raises ConfigError: see check_text_path(), or Orbax would read and write another folder.
+    """
+    path = check_text_path(field, path)
+    for part, meaning in _ORBAX_SYNTAX.items():
+        if part in f'{path}/':
+            raise ConfigError(
+                f'{field}: {shown(path)} contains {part}, which Orbax takes for {meaning}; use another path'
+            )
+    _check_epath(field, path)
+    return path
+
+
+def _check_epath(field: str, path: str) -> None:
+    if path.startswith(_EPATH_URLS):
+        raise ConfigError(
+            f'{field}: {shown(path)} is taken for the URL {path[1:3]}://{path[4:]} by etils.epath; use another path,'
+            ' such as a bind mount of the folder'
+        )
+
+
 def check_folder(field: str, path: str) -> str:
     """Returns the absolute path of a folder that libraries may open, and that may be missing; a URL is unchanged.
 
-    Raises ConfigError: see check_folder_path(), or `path` is a file or a link to a missing folder, or leaves no room
-      for the names of files in the folder.
+    Raises ConfigError: see check_text_path(), or `path` is a file or a link to a missing folder, leaves no room for the
+      names of files in the folder, or would be taken for a URL.
     """
     if is_url(path):
         return path
-    path = check_folder_path(field, path)
+    path = check_text_path(field, path)
+    _check_epath(field, path)
     check_path(field, os.path.join(path, _LONGEST_NAME))
     if os.path.islink(path) and not os.path.exists(path):
         raise ConfigError(
@@ -114,8 +151,11 @@ def check_writable(field: str, folder: str, remedy: str = 'use another folder') 
     `folder` is a result of check_folder(), and not a URL.
     """
     parent = _nearest(folder)
-    if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(f'{field}: {shown(parent)} is not writable; {remedy}')
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f'{field}: {shown(parent)} is not writable ({error.strerror}); {remedy}') from None
 
 
 def _nearest(path: str) -> str:

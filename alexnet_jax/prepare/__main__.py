@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 
 from alexnet_jax import cli
+from alexnet_jax.paths import check_current_folder
 from alexnet_jax.prepare.raw_sources import SourceError
 from alexnet_jax.prepare.writer import PrepareConfig, prepare
 from alexnet_jax.runtime.console import make_stdout_optional
@@ -33,6 +34,7 @@ def _interrupt(number: int, frame: object) -> None:
 def main(argv: list[str]) -> int:
     """Prepares the data set that the flags specify; returns the exit code."""
     del argv
+    check_current_folder('prepare')
     make_stdout_optional()
     signal.signal(signal.SIGINT, _interrupt)  # also in the background jobs of a script, which start with SIGINT ignored
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))

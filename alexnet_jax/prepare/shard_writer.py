@@ -15,13 +15,13 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TypedDict, cast
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from alexnet_jax.data.dataset import DatasetError, json_digest
 from alexnet_jax.data.images import UnreadableImage, read_image, resize_and_center_crop
 from alexnet_jax.prepare.shards import ImageSpec, RunningMoments, Shard
-from alexnet_jax.runtime.files import read_json, write_json
+from alexnet_jax.runtime.files import JsonObject, read_json, write_json
 
 
 class SkippedImage(TypedDict):
@@ -49,7 +49,7 @@ class ShardReport(TypedDict):
 def read_report(shard: Shard, folder: str, reports: str) -> ShardReport | None:
     """Returns the report of `shard`, or None if the shard is incomplete or contains other images, or a file is corrupt.
 
-    The function compares the size of the shard and does not read its records; training detects corrupt records.
+    The function does not read the records; training detects corrupt ones.
     """
     report = read_json(os.path.join(reports, shard.report)) or {}
     content = {name: value for name, value in report.items() if name != 'report'}
@@ -58,7 +58,9 @@ def read_report(shard: Shard, folder: str, reports: str) -> ShardReport | None:
     try:
         whole = report['bytes'] == os.path.getsize(os.path.join(folder, shard.file))
         whole &= report['sums'] == file_digest(os.path.join(reports, shard.sums))
-    except OSError:
+        with contextlib.closing(ArrayRecordReader(os.path.join(folder, shard.file))) as reader:
+            whole &= report['examples'] == reader.num_records()
+    except (OSError, RuntimeError):  # RuntimeError: ArrayRecord cannot find the records
         return None
     return cast('ShardReport', report) if whole else None
 
@@ -169,14 +171,14 @@ def write_shard(shard: Shard, format: ImageSpec, folder: str, reports: str) -> S
     _fsync(temporary)
     os.replace(temporary, os.path.join(folder, shard.file))
     _save_npz(os.path.join(reports, shard.sums), vars(sums))
-    content = {
+    fields: JsonObject = {
         'examples': int(sums.class_counts.sum()),
         'bytes': os.path.getsize(os.path.join(folder, shard.file)),
         'skipped': skipped,
         'digest': shard.examples.digest(),
         'sums': file_digest(os.path.join(reports, shard.sums)),
     }
-    report = content | {'report': json_digest(content)}
+    report = fields | {'report': json_digest(fields)}
     write_json(os.path.join(reports, shard.report), report)
     return cast('ShardReport', report)
 

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Bool, UInt8
 
-from alexnet_jax.paths import check_folder, check_writable
+from alexnet_jax.paths import check_text_path, check_writable
 from alexnet_jax.prepare.raw_sources import (
     ArrayExamples,
     Examples,
@@ -50,7 +50,7 @@ def open_source(source: str, data_dir: str, validation_fraction: float) -> Sourc
     """
     kind, _, location = source.partition(':')
     if kind in ('folder', 'idx'):
-        check_folder('config.data.source', location)
+        check_text_path('config.data.source', location)
     if kind == 'folder':
         return _folder(Path(location).expanduser(), validation_fraction)
     if kind == 'idx':

@@ -72,13 +72,14 @@ def prepare(settings: PrepareConfig, data_dir: str, prepared_dir: str | None = N
     data_dir = check_folder('config.data.data_dir', data_dir)
     target = dataset_dir(data_dir, settings, prepared_dir)
     root = os.path.dirname(target)
-    if os.path.exists(target) and not os.access(root, os.W_OK):
-        _check_same(target, settings, data_dir)
+    field = f'config.data.{"data_dir" if prepared_dir is None else "prepared_dir"}'
+    try:
+        check_writable(field, root, 'set config.data.prepared_dir to a folder for prepared data sets')
+    except ConfigError:
+        if not os.path.exists(target):
+            raise
+        _check_same(target, settings, data_dir)  # without a lock, because a data set gets its name when it is complete
         return target
-    if prepared_dir is None:
-        check_writable('config.data.data_dir', root, 'set config.data.prepared_dir to a folder for prepared data sets')
-    else:
-        check_writable('config.data.prepared_dir', root)
     os.makedirs(root, exist_ok=True)
     with open(f'{target}.lock', 'w') as lock:
         try:
