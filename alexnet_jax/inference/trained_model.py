@@ -28,6 +28,7 @@ from alexnet_jax.inference.checkpoint_ref import (
     with_data_folders,
     with_overrides,
 )
+from alexnet_jax.runtime.console import log
 from alexnet_jax.runtime.files import write_json
 from alexnet_jax.runtime.preemption import PreemptionHandler
 from alexnet_jax.runtime.workdir import (
@@ -79,6 +80,8 @@ def restore(ref: CheckpointRef, abstract: TrainState | None) -> checkpointing.Ch
         path = os.path.join(ref.workdir, 'checkpoints', str(step))
         restored, problem = checkpointing.restore_checkpoint(path, abstract)
         if restored is not None:
+            if restored.run_state.step != step:
+                log(f'{ref.name}: {path} is a checkpoint of step {restored.run_state.step}')
             return restored
         # A run that is still training may have replaced the checkpoint in the meantime.
         if resolve_step(ref) == step:

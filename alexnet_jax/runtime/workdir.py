@@ -78,11 +78,11 @@ def check_resumable(config: Config, workdir: str, every_field: bool = False, all
             raise ConfigError(
                 f'config.{field}: {given!r}, but {workdir} was started with {was!r}; use that or another --workdir'
             )
-    seen = [field for field in changed if field in INPUT_FIELDS]
+    seen = [_arrow(before, config, field) for field in changed if field in INPUT_FIELDS]
     if seen and not allow_changes:
         raise ConfigError(
-            f'{_arrow(before, config, seen[0])} changes what the network in {workdir} sees; use'
-            f' {_shown(changed[seen[0]][0])}, another --workdir or --allow_changes'
+            f'{", ".join(seen)}: the network in {workdir} would see other inputs; use the earlier settings, another'
+            ' --workdir or --allow_changes'
         )
     if _parameter_shapes(before) != _parameter_shapes(config):
         field = next(field for field in ('data.channels', 'data.crop_size') if field in changed)
@@ -203,7 +203,7 @@ def _read_config_json(workdir: str) -> Config:
     saved = read_newest_config(os.path.join(workdir, 'checkpoints'))
     lost = [] if saved is None or not isinstance(written, dict) else sorted(_fields(saved[1]) - _fields(written))
     if lost:
-        raise ConfigError(f'has no {lost[0]}')
+        raise ConfigError(f'has no field {lost[0]}')
     return resolve_written(written)
 
 

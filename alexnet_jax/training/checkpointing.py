@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import gc
 import hashlib
+import logging
 import os
 import shutil
 import sys
@@ -76,6 +77,7 @@ def restore_checkpoint(path: str, abstract_state: TrainState | None) -> tuple[Ch
     restored: TrainState | None = None
     progress, problem = JsonObject(), ''
     _silence_orbax_teardown()
+    logging.getLogger('asyncio').setLevel(logging.CRITICAL)  # after an error, Orbax leaves other failed tasks behind
     try:
         progress = read_progress(path)
         if abstract_state is not None:
@@ -223,8 +225,8 @@ def _repair(directory: str) -> None:
         step, path = parse_step(name), os.path.join(directory, name)
         try:
             if step is None:
-                if name.isdecimal() and name[0] != '0':  # a step to Orbax
-                    raise ValueError(f'{name} is no step')
+                if name.rstrip('\n').isdecimal() and name[0] != '0':  # a step to Orbax
+                    raise ValueError(f'{name!r} is no step')
                 continue
             read_progress(path)
         except (OSError, ValueError) as error:
@@ -232,12 +234,16 @@ def _repair(directory: str) -> None:
             continue
         measured = _measured_error(path)
         try:
-            is_missing = measured is not None and _read_metrics(path) is None
-        except ValueError as error:
-            is_missing = True
-            log(f'checkpoint {path}: {error}')
-        if is_missing:
+            is_intact = _read_metrics(path) is not None or measured is None
+        except ValueError:
+            is_intact = False
+        if not is_intact:
             _write_metrics(path, measured)
+    for metadata in ocp.path.step.standard_name_format().find_all(directory):
+        try:
+            _ = metadata.commit_timestamp
+        except Exception:  # depends on what is wrong in the file
+            os.remove(os.path.join(metadata.path, '_CHECKPOINT_METADATA'))  # Orbax works without this file
 
 
 def _write_metrics(path: str, error: float | None) -> None:
