@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import gc
 import hashlib
+import logging
 import os
 import sys
 import time
@@ -101,11 +102,13 @@ def restore_checkpoint(path: str, abstract_state: TrainState | None) -> tuple[Ch
 
 @functools.cache
 def _silence_orbax_teardown() -> None:
-    """Suppresses the tracebacks that Orbax prints to standard error at some time after a failed restore.
+    """Suppresses the tracebacks that Orbax prints to standard error at some time after a failed save or restore.
 
-    Orbax's unfinished coroutines raise the error that was already reported, and TensorStore's threads call a closed
-    event loop.
+    When one array fails, Orbax closes its event loop without waiting for the others. Its unfinished coroutines then
+    raise the error that was already reported, and TensorStore's threads call the closed loop. Orbax's warning that a
+    folder is opened for reading is suppressed too.
     """
+    logging.getLogger('absl').addFilter(lambda record: not str(record.msg).startswith('Given directory is read only'))
     previous_hook = sys.unraisablehook
 
     def hook(unraisable: 'sys.UnraisableHookArgs') -> None:
@@ -122,6 +125,7 @@ def checkpoint_metrics(directory: str) -> dict[int, float | None]:
 
     The function does not change the folder. Raises CheckpointError: the folder cannot be read.
     """
+    _silence_orbax_teardown()
     options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
     try:
         with ocp.CheckpointManager(directory, options=options) as manager:
@@ -168,6 +172,7 @@ class Checkpointer:
         )
         self.directory = os.path.abspath(directory)
         os.makedirs(self.directory, exist_ok=True)
+        _silence_orbax_teardown()
         # With active_processes, Orbax uses barriers that have a timeout instead of collectives that have none.
         all_processes = MultiprocessingOptions(active_processes=set(range(jax.process_count())))
         self.manager = _Manager(
