@@ -20,6 +20,7 @@ from alexnet_jax.paths import check_path, check_writable, is_url
 from alexnet_jax.runtime.console import log_error, protect_output
 from alexnet_jax.runtime.workdir import CheckpointError
 
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 RENAMED_FLAGS = {'max_bad': 'max_corrupt_fraction', 'neighbours': 'neighbors'}  # names of version 0.1
 BARE_FLAGS = ('--help_config', '--print_config')  # flags of `train` that need no value
 
@@ -177,16 +178,50 @@ def run(
       interrupted: message if the user interrupts the command.
     """
     logging.set_verbosity(logging.ERROR)
+    command = functools.partial(exit_code, main, usage_errors=usage_errors, failures=failures, interrupted=interrupted)
+    app.run(
+        functools.partial(_interruptible, command, interrupted),
+        flags_parser=functools.partial(parse_flags, missing=missing, max_arguments=max_arguments),
+    )
 
-    def command(argv: list[str]) -> int:
-        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # so that Ctrl-C removes temporary files
-        code = exit_code(main, argv, usage_errors=usage_errors, failures=failures, interrupted=interrupted)
-        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the end of the interpreter
-        return code
 
-    app.run(command, flags_parser=functools.partial(parse_flags, missing=missing, max_arguments=max_arguments))
+def _interruptible(command: Callable[[list[str]], int], interrupted: str, argv: list[str]) -> int:
+    """Returns command(argv), or 130 after Ctrl-C. A second Ctrl-C ends the process at once.
+
+    Ctrl-C raises KeyboardInterrupt, so that temporary files are removed. The code is also 130 if a library catches or
+    converts the exception. If Python cannot raise it, for example in a destructor, the process ends.
+    """
+    received = []
+    show = sys.unraisablehook
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if callable(signal.getsignal(signal.SIGTERM)):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # in prepare, where SIGTERM would interrupt the cleanup
+        received.append(number)
+        raise KeyboardInterrupt
+
+    def end_if_interrupted(unraisable: 'sys.UnraisableHookArgs') -> None:
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            show(unraisable)
+            return
+        log_error(interrupted)
+        os._exit(EXIT_INTERRUPTED)
+
+    sys.unraisablehook = end_if_interrupted
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        code = command(argv)
+    except Exception:
+        if not received:
+            raise
+        code = 1
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the end of the interpreter
+    if received and code != EXIT_INTERRUPTED:
+        log_error(interrupted)
+        return EXIT_INTERRUPTED
+    return code
 
 
 def exit_code(
@@ -212,7 +247,7 @@ def exit_code(
         return 1
     except KeyboardInterrupt:
         log_error(interrupted)
-        return 130
+        return EXIT_INTERRUPTED
 
 
 def _reason(error: Exception) -> str:

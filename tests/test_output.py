@@ -171,16 +171,12 @@ def test_predictions_end_with_the_reader(trained, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('variables', UNBUFFERED)
-def test_page_is_written_without_a_reader_of_the_text(trained, tmp_path, variables):
-    page = tmp_path / 'page.html'
-    for rest in ('| true', '>/dev/full', '>&-'):
-        page.unlink(missing_ok=True)
-        command = ['-m', 'alexnet_jax', 'report', str(trained), f'--html={page}', '--noneighbors']
-        run = shell(command, rest, **variables)
-        assert run.returncode == 0, run.stderr
-        assert page.read_text().endswith('</html>\n')
-    assert shell(['-m', 'alexnet_jax', 'report', str(trained)], '>&-').returncode == 0
+def test_page_is_written_without_a_reader_of_the_text(trained, tmp_path):
+    report = ['-m', 'alexnet_jax', 'report', str(trained)]
+    run = shell([*report, f'--html={tmp_path}/page.html', '--noneighbors'], '| true', PYTHONUNBUFFERED='1')
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / 'page.html').read_text().endswith('</html>\n')
+    assert shell(report, '>/dev/full').returncode == 1  # without a page, the text is the result
 
 
 PROTECTED = """
@@ -236,3 +232,45 @@ for i in range(20000):
             reader.join()
     expected = ''.join(f'{i} {"x" * 40}\n' for i in range(20000)).encode()
     assert (process.returncode, streams['stdout'] == expected, streams['stderr'] == expected) == (0, True, True)
+
+
+FULL_DISK = """
+import os, resource, sys
+folder, limit = sys.argv[1], int(sys.argv[2])
+import jax, jax.numpy as jnp
+from alexnet_jax.training.checkpointing import Checkpointer, CheckpointError
+from alexnet_jax.training.run_state import RunState
+from alexnet_jax.training.state import TrainState
+if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+checkpoints = Checkpointer(folder, keep=3)
+layers = {f'layer{i}': jax.random.normal(jax.random.key(i), (300_000,)) for i in range(8)}
+try:
+    for step in range(1, 9):
+        checkpoints.save(TrainState(jnp.int32(step), layers, {}, {}), RunState(step=step), None)
+    checkpoints.close()
+except CheckpointError as error:
+    print(error, file=sys.stderr, flush=True)
+checkpoints.manager.close()  # waits for the threads, which print at the end
+os._exit(7)
+"""
+
+
+@pytest.fixture(params=[3, 12, 20])
+def small_disk(tmp_path, request):
+    """A folder on a full disk of some megabytes, and 0; or any folder and the allowed size of a file, without root."""
+    command = ['mount', '-t', 'tmpfs', '-o', f'size={request.param}m', 'tmpfs', tmp_path]
+    if os.getuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0:
+        yield tmp_path, 0
+        subprocess.run(['umount', '--lazy', tmp_path], check=True)
+    else:
+        yield tmp_path, request.param * 30_000
+
+
+@pytest.mark.slow
+def test_full_disk_under_a_checkpoint_is_one_line(small_disk):
+    """Each checkpoint has 9 MB."""
+    folder, limit = small_disk
+    run = run_command('-c', FULL_DISK, folder / 'checkpoints', limit)
+    assert run.returncode == 7
+    assert re.fullmatch(rf'{folder}/checkpoints: a checkpoint was not written: .*\n', run.stderr), run.stderr

@@ -114,7 +114,7 @@ def open_eval_dataset(
         prepared data.
       CheckpointError: a checkpoint cannot be read.
       DatasetError, SystemExit: see open_or_prepare().
-      KeyboardInterrupt: SIGINT arrived during preparation. Other preemption signals have their usual effect.
+      KeyboardInterrupt: SIGINT arrived meanwhile. Other preemption signals then have their usual effect.
     """
     # A fingerprint covers the settings, class names and images of a data set; it is None for imported weights.
     fingerprints = [(ref, restore(ref, None).run_state.dataset_fingerprint) for ref in refs]
@@ -131,9 +131,9 @@ def open_eval_dataset(
     config = with_data_folders(first.config, data_dir, prepared_dir)
     with PreemptionHandler() as preemption:
         prepared = open_or_prepare(config, preemption)
-    if prepared is None:
-        assert preemption.received is not None
+    if preemption.received is not None:
         signal.raise_signal(preemption.received)
+    if prepared is None:
         raise KeyboardInterrupt
     for ref, other in fingerprints:
         if other is None:

@@ -24,19 +24,13 @@ from alexnet_jax.prepare.writer import PrepareConfig, prepare
 from alexnet_jax.runtime.console import make_stdout_optional
 
 
-def _interrupt(number: int, frame: object) -> None:
-    """Raises KeyboardInterrupt. A later SIGTERM does not interrupt the cleanup; a second Ctrl-C ends the process."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    raise KeyboardInterrupt
-
-
 def main(argv: list[str]) -> int:
     """Prepares the data set that the flags specify; returns the exit code."""
     del argv
     check_current_folder('prepare')
     make_stdout_optional()
-    signal.signal(signal.SIGINT, _interrupt)  # also in the background jobs of a script, which start with SIGINT ignored
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background jobs of a script
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # data.open_or_prepare starts the command with a mask
     if not sys.stderr.isatty():

@@ -77,7 +77,6 @@ def restore_checkpoint(path: str, abstract_state: TrainState | None) -> tuple[Ch
     restored: TrainState | None = None
     progress, problem = JsonObject(), ''
     _silence_orbax_teardown()
-    logging.getLogger('asyncio').setLevel(logging.CRITICAL)  # after an error, Orbax leaves other failed tasks behind
     try:
         progress = read_progress(path)
         if abstract_state is not None:
@@ -121,11 +120,12 @@ def _read_state(path: str, abstract_state: TrainState) -> TrainState:
 
 @functools.cache
 def _silence_orbax_teardown() -> None:
-    """Suppresses the tracebacks that Orbax prints to standard error at some time after a failed restore.
+    """Suppresses the tracebacks that Orbax prints to standard error at some time after a failed save or restore.
 
-    Orbax's unfinished coroutines raise the error that was already reported, and TensorStore's threads call a closed
-    event loop.
+    When one array fails, Orbax closes its event loop without waiting for the others. Its unfinished coroutines then
+    raise the error that was already reported, and TensorStore's threads call the closed loop.
     """
+    logging.getLogger('asyncio').setLevel(logging.CRITICAL)
     previous_hook = sys.unraisablehook
 
     def hook(unraisable: 'sys.UnraisableHookArgs') -> None:
@@ -294,6 +294,7 @@ class Checkpointer:
             os.makedirs(self.directory, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f'{self.directory} cannot be used: {error.strerror}') from None
+        _silence_orbax_teardown()
         self.writer = ThreadPoolExecutor(1)
         self.writing: Future[None] | None = None
         self.snapshot: TrainState | None = None  # the last saved state, on the devices
