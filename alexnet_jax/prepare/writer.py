@@ -58,11 +58,7 @@ def prepare(settings: PrepareConfig, data_dir: str) -> str:
       DatasetError: too many images are unreadable, a split has no usable image, or a process was killed.
       OSError: a file cannot be written.
     """
-    if '://' in data_dir:
-        raise SourceError(
-            f'{data_dir}: data sets are prepared on a local disk; prepare there, then copy the folder prepared/'
-        )
-    data_dir = os.path.abspath(os.path.expanduser(data_dir))
+    data_dir = _local_folder(data_dir)
     target = dataset_dir(data_dir, settings)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     with open(f'{target}.lock', 'w') as lock:
@@ -77,6 +73,15 @@ def prepare(settings: PrepareConfig, data_dir: str) -> str:
         else:
             _prepare(settings, data_dir, target)
     return target
+
+
+def _local_folder(data_dir: str) -> str:
+    """Returns the absolute path of `data_dir`. Raises SourceError: it is a URL."""
+    if '://' in data_dir:
+        raise SourceError(
+            f'{data_dir}: data sets are prepared on a local disk; prepare there, then copy the folder prepared/'
+        )
+    return os.path.abspath(os.path.expanduser(data_dir))
 
 
 def _check_same(target: str, settings: PrepareConfig, data_dir: str) -> None:
@@ -111,11 +116,14 @@ class Preview:
     download_bytes: int
 
 
-def preview(settings: PrepareConfig, data_dir: str, target: str) -> Preview:
-    """Returns what prepare() would do to write the data set to `target`, without writing anything.
+def preview(settings: PrepareConfig, data_dir: str) -> Preview:
+    """Returns what prepare() would do to write a data set that does not exist, without writing anything.
 
-    Raises SourceError or ConfigError: prepare() would refuse the source, its class names or the size of the disk.
+    Raises SourceError or ConfigError: prepare() would refuse `data_dir`, the source, its class names or the size of the
+    disk.
     """
+    data_dir = _local_folder(data_dir)
+    target = dataset_dir(data_dir, settings)
     missing = missing_tfds_data(settings.source, data_dir)
     if missing is not None:
         class_names, images, download_bytes = missing
