@@ -131,7 +131,7 @@ def _data(config: Config) -> _Data:
         names, images, fingerprint = manifest.class_names, manifest.images, prepared.fingerprint
         lines = [f'{directory}: prepared, {_size(sum(manifest.files.values()))}']
     else:
-        found = _preview(config, directory)
+        found = _preview(config)
         names, images, fingerprint = list(found.class_names), found.images, None
         lines = [f'{directory}: not prepared yet; the command prepares it from {data.source}', _needed(found, config)]
     check_num_classes(config, len(names))
@@ -144,7 +144,7 @@ def _data(config: Config) -> _Data:
     return _Data(lines, images['train'] if images else None, fingerprint)
 
 
-def _preview(config: Config, directory: str) -> writer.Preview:
+def _preview(config: Config) -> writer.Preview:
     data = config.data
     settings = writer.PrepareConfig(
         source=data.source,
@@ -157,14 +157,14 @@ def _preview(config: Config, directory: str) -> writer.Preview:
     )
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints unknown sizes
-            return writer.preview(settings, os.path.abspath(os.path.expanduser(data.data_dir)), directory)
+            return writer.preview(settings, data.data_dir, data.prepared_dir)
     except SourceError as error:
         raise ConfigError(str(error)) from None
 
 
 def _needed(found: writer.Preview, config: Config) -> str:
     """Describes the space that the preparation needs."""
-    free = free_bytes(config.data.data_dir)
+    free = free_bytes(config.data.prepared_dir or config.data.data_dir)
     parts = [f'TFDS downloads {_size(found.download_bytes)}'] if found.download_bytes else []
     parts.append(f'the data set takes about {_size(found.bytes)}{"" if found.images else " per image"}')
     if found.complete:
@@ -182,10 +182,11 @@ def _steps(config: Config, examples: int | None) -> list[str]:
     schedule, intervals = Schedule(optimizer, train, examples), Intervals.from_config(config, examples)
     total = schedule.total_steps
     counts = [max(1, math.ceil(total / every)) for every in (intervals.eval_every, intervals.checkpoint_every)]
+    at_the_end = f' and at the end with {config.eval.views} views' if config.eval.views > 1 else ''
     return [
         f'{total:,} steps of {train.batch_size:,} images, {total * train.batch_size / examples:,.1f} epochs;'
-        f' evaluation every {intervals.eval_every:,} steps ({counts[0]:,}), checkpoint every'
-        f' {intervals.checkpoint_every:,} steps ({counts[1]:,}); the final evaluation has views: {config.eval.views}',
+        f' evaluation every {intervals.eval_every:,} steps ({counts[0]:,}){at_the_end},'
+        f' checkpoint every {intervals.checkpoint_every:,} steps ({counts[1]:,})',
         f'learning rate {optimizer.learning_rate:g}, {_decays(schedule)}',
     ]
 

@@ -5,6 +5,7 @@ import fcntl
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from helpers import ROOT, config_flags, read_lines, read_result, run_command, usage_error
 from PIL import Image
 
-from alexnet_jax.prepare.writer import PrepareConfig, prepare
+from alexnet_jax.prepare import writer
 
 SMALL = {
     'model.widths': '(8,0,0,0,16,0,32)',
@@ -114,7 +115,7 @@ def test_plan_describes_the_run(run, home):
     assert re.search(r'/data/prepared/\w+: prepared, \d+ kB\n', new['data'])
     assert '12 training and 3 validation images, 2 classes: cat, dog' in new['data']
     assert new['mesh'].startswith('layout towers, data 1 x model 1, 4 images per device; this machine has 1 device (')
-    assert new['steps'].startswith('8 steps of 4 images, 2.7 epochs; evaluation every 4 steps (2), checkpoint every 4')
+    assert new['steps'].startswith('8 steps of 4 images, 2.7 epochs; evaluation every 4 steps (2) and at')
     assert new['steps'].endswith('\nlearning rate 0.01, constant')
     assert new['start'] == f'starts at step 0 in {home}/new'
     assert list(done) == ['config', 'start']
@@ -136,7 +137,7 @@ def test_plan_of_a_new_data_set_writes_nothing(tmp_path, home):
     assert '6,400 training and 1,600 validation images, 16 classes: astronaut, brick, camera' in lines['data']
     assert f'about {8000 * 72 * 72 * 3 / 1e6:.0f} MB' in lines['data']
     assert lines['steps'].startswith(
-        '1,600 steps of 64 images, 16.0 epochs; evaluation every 100 steps (16), checkpoint'
+        '1,600 steps of 64 images, 16.0 epochs; evaluation every 100 steps (16) and at the'
     )
     assert 'divided by 10 at steps 1,100, 1,400, 1,500' in lines['steps']
     assert lines['start'] == 'starts at step 0 in runs/quickstart'
@@ -156,7 +157,8 @@ def test_plan_looks_at_a_folder_of_images(tmp_path, home):
     assert usage_error(names).startswith(f'config.data.class_names: 3 names, but folder:{pictures} has 2 classes')
 
 
-def test_plan_of_a_corrupt_data_set_and_of_an_interrupted_preparation(run, tmp_path, home):
+@pytest.mark.slow
+def test_plan_of_a_corrupt_data_set_and_of_an_interrupted_preparation(run, tmp_path, home, monkeypatch):
     shutil.copytree(run.data, tmp_path / 'data')
     (prepared,) = (folder for folder in (tmp_path / 'data' / 'prepared').iterdir() if folder.is_dir())
     flags = [*run.flags, f'--config.data.data_dir={tmp_path}/data', f'--workdir={home}/new']
@@ -165,12 +167,17 @@ def test_plan_of_a_corrupt_data_set_and_of_an_interrupted_preparation(run, tmp_p
     shard.write_bytes(content[:100])
     assert f'{shard} is 100 bytes, not {len(content)} bytes' in usage_error(train('--dry_run', *flags, home=home))
     shutil.rmtree(prepared)
-    (tmp_path / 'data' / 'prepared' / f'{prepared.name}.incomplete').mkdir()
+    assert 'earlier run' not in plan(*flags, home=home)['data']
+    monkeypatch.setattr(writer, '_write_metadata', lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        writer.prepare(writer.PrepareConfig(f'folder:{run.pictures}', image_size=72), str(tmp_path / 'data'))
     before = files_below(tmp_path)
-    assert 'not prepared yet' in plan(*flags, home=home)['data']
+    assert '15 images were prepared by an earlier run' in plan(*flags, home=home)['data']
+    assert 'earlier run' not in plan(*flags, '--config.data.image_size=76', home=home)['data']
     assert files_below(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_plan_of_tfds_data_says_what_is_needed(tmp_path, home):
     flags = ['--config=imagenet', f'--config.data.data_dir={tmp_path}/data']
     missing = usage_error(train('--dry_run', *flags, home=home, cwd=home))
@@ -209,7 +216,7 @@ def test_plan_is_refused_as_the_command_is(flags, has_checkpoints, run, tmp_path
     if 'other' in flags[0]:  # the data set of other images
         picture = run.pictures / 'train' / 'cat' / 'new.png'
         shutil.copy(run.pictures / 'train' / 'dog' / '0.png', picture)
-        prepare(PrepareConfig(f'folder:{run.pictures}', image_size=72), str(tmp_path / 'other'))
+        writer.prepare(writer.PrepareConfig(f'folder:{run.pictures}', image_size=72), str(tmp_path / 'other'))
         picture.unlink()
     command = [*run.flags, f'--workdir={workdir}', *(flag.format(folder=tmp_path) for flag in flags)]
     before = files_below(tmp_path)
@@ -218,6 +225,7 @@ def test_plan_is_refused_as_the_command_is(flags, has_checkpoints, run, tmp_path
     assert refusal == usage_error(train(*command, cwd=tmp_path))
 
 
+@pytest.mark.slow
 def test_plan_is_refused_while_a_run_uses_the_folder(run, tmp_path):
     flags = ['--dry_run', *run.flags, f'--workdir={tmp_path}']
     with open(tmp_path / 'lock', 'w') as file:
@@ -227,6 +235,7 @@ def test_plan_is_refused_while_a_run_uses_the_folder(run, tmp_path):
     assert train(*flags).returncode == 0
 
 
+@pytest.mark.slow
 def test_plan_needs_a_folder_that_can_be_created(run, tmp_path):
     file = tmp_path / 'file'
     file.touch()
@@ -234,6 +243,7 @@ def test_plan_needs_a_folder_that_can_be_created(run, tmp_path):
         assert usage_error(train('--dry_run', *run.flags, f'--workdir={workdir}')).startswith('--workdir: ')
 
 
+@pytest.mark.slow
 def test_plan_of_several_processes_does_not_connect(run, home):
     flags = [*run.flags, f'--workdir={home}/new', '--config.mesh.model=2', '--config.train.batch_size=32']
     group = ['--num_processes=4', '--process_id=2', '--coordinator_address=localhost:1']

@@ -64,23 +64,15 @@ def prepare(settings: PrepareConfig, data_dir: str, prepared_dir: str | None = N
       DatasetError: too many images are unreadable, a split has no usable image, or a process was killed.
       OSError: a file cannot be written.
     """
-    for folder in (data_dir, prepared_dir or ''):
-        if is_url(folder):
-            raise SourceError(
-                f'{folder}: data sets are prepared on a local disk; prepare there, then copy the folder prepared/'
-            )
-    data_dir = check_folder('config.data.data_dir', data_dir)
-    target = dataset_dir(data_dir, settings, prepared_dir)
-    root = os.path.dirname(target)
-    field = f'config.data.{"data_dir" if prepared_dir is None else "prepared_dir"}'
+    data_dir, target = _locate(settings, data_dir, prepared_dir)
     try:
-        check_writable(field, root, 'set config.data.prepared_dir to a folder for prepared data sets')
+        _check_writable(target, prepared_dir)
     except ConfigError:
         if not os.path.exists(target):
             raise
         _check_same(target, settings, data_dir)  # without a lock, because a data set gets its name when it is complete
         return target
-    os.makedirs(root, exist_ok=True)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
     with open(f'{target}.lock', 'w') as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -93,6 +85,27 @@ def prepare(settings: PrepareConfig, data_dir: str, prepared_dir: str | None = N
         else:
             _prepare(settings, data_dir, target)
     return target
+
+
+def _locate(settings: PrepareConfig, data_dir: str, prepared_dir: str | None) -> tuple[str, str]:
+    """Returns the absolute path of `data_dir`, and the folder of the data set.
+
+    Raises SourceError or ConfigError: a folder is a URL or cannot be used.
+    """
+    for folder in (data_dir, prepared_dir or ''):
+        if is_url(folder):
+            raise SourceError(
+                f'{folder}: data sets are prepared on a local disk; prepare there, then copy the folder prepared/'
+            )
+    data_dir = check_folder('config.data.data_dir', data_dir)
+    return data_dir, dataset_dir(data_dir, settings, prepared_dir)
+
+
+def _check_writable(target: str, prepared_dir: str | None) -> None:
+    """Raises ConfigError if the folder of prepared data sets is not writable."""
+    field = f'config.data.{"data_dir" if prepared_dir is None else "prepared_dir"}'
+    remedy = 'set config.data.prepared_dir to a folder for prepared data sets'
+    check_writable(field, os.path.dirname(target), remedy)
 
 
 def _check_same(target: str, settings: PrepareConfig, data_dir: str) -> None:
@@ -127,11 +140,14 @@ class Preview:
     download_bytes: int
 
 
-def preview(settings: PrepareConfig, data_dir: str, target: str) -> Preview:
-    """Returns what prepare() would do to write the data set to `target`, without writing anything.
+def preview(settings: PrepareConfig, data_dir: str, prepared_dir: str | None) -> Preview:
+    """Returns what prepare() would do to write a data set that does not exist, without writing anything.
 
-    Raises SourceError or ConfigError: prepare() would refuse the source, its class names or the size of the disk.
+    Raises SourceError or ConfigError: prepare() would refuse `data_dir`, the source, its class names or the size of the
+    disk.
     """
+    data_dir, target = _locate(settings, data_dir, prepared_dir)
+    _check_writable(target, prepared_dir)
     missing = missing_tfds_data(settings.source, data_dir)
     if missing is not None:
         class_names, images, download_bytes = missing
