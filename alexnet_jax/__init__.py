@@ -15,7 +15,10 @@ import sys
 if sys.argv[:1] == ['-m'] and not sys.flags.safe_path:
     module = sys.orig_argv[-len(sys.argv)].removeprefix('-m')
     if module.partition('.')[0] == __name__:
-        sys.path.append(sys.path.pop(0))
+        folder = sys.path.pop(0)
+        if __path__ == [f'{folder}/{__name__}']:  # in a checkout, spawned processes find this package there
+            sys.path.append(folder)
+        del folder
     del module
 
 import importlib

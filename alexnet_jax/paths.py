@@ -69,8 +69,8 @@ def check_path(field: str, path: str, suffix: str = '') -> str:
     """
     path = absolute_path(field, path)
     try:
-        os.stat(path)
         os.lstat(path + suffix)
+        os.stat(path)
     except ValueError:
         raise ConfigError(f'{field}: {shown(path)} contains a NUL character; use another path') from None
     except (FileNotFoundError, PermissionError):

@@ -50,12 +50,11 @@ class UnreadableImage(ValueError):
 def read_file(path: str) -> bytes:
     """Returns the content of a file.
 
-    Raises UnreadableImage: `path` is a folder, a pipe or another thing that is not a file. Raises OSError: the file is
-    missing or cannot be read.
+    Raises UnreadableImage: `path` is a pipe, a socket or a device. Raises OSError: the file cannot be read.
     """
     mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):  # opening a pipe would wait for a writer
-        kinds = {stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a pipe', stat.S_IFSOCK: 'a socket'}
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe would wait for a writer
+        kinds = {stat.S_IFIFO: 'a pipe', stat.S_IFSOCK: 'a socket'}
         raise UnreadableImage(f'{kinds.get(stat.S_IFMT(mode), "a device")}, not an image file')
     with open(path, 'rb') as file:
         return file.read()
