@@ -52,8 +52,9 @@ def model_sections(workdir: str, train_command: str, data_dir: str | None, neigh
             sections.append((_TITLES[2], nearest(network, prepared, shown[:QUERIES])))
         else:
             sections.append((_TITLES[2], [('missing', 'Omitted because of `--noneighbors`.')]))
-    except (ConfigError, CheckpointError, dataset.DatasetError) as error:
-        sections += [(title, [('missing', f'{error}.')]) for title in _TITLES[len(sections) :]]
+    except (ConfigError, CheckpointError, dataset.DatasetError, SystemExit) as error:
+        why = 'The images could not be prepared; the log has the reason' if isinstance(error, SystemExit) else error
+        sections += [(title, [('missing', f'{why}.')]) for title in _TITLES[len(sections) :]]
     return sections
 
 
