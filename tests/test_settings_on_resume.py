@@ -6,16 +6,23 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import config_flags, read_json, read_lines, read_result, refusal, run_command, usage_error
 
 from alexnet_jax.config import apply_overrides, default_config, get_by_path, resolve
-from alexnet_jax.runtime.workdir import check_resumable, is_finished, read_config, resolve_written
+from alexnet_jax.runtime.workdir import (
+    check_resumable,
+    is_finished,
+    read_config,
+    read_dataset_statistics,
+    resolve_written,
+    write_dataset_statistics,
+)
 
 pytestmark = pytest.mark.usefixtures('compiled_programs')
 SMALL = {
     'model.widths': '(8,0,0,0,16,0,32)',
-    'model.conv1_stride': 8,
     'model.lrn': False,
     'model.towers': 1,
     'train.batch_size': 64,
@@ -81,9 +88,9 @@ def test_each_changed_setting_is_logged_at_each_resume(trained, photos_dir, tmp_
     assert changed.returncode == 0, changed.stderr
     assert changes(changed) == [
         'config.data.flip: True -> False',
-        'config.eval.every: 2 -> 6',
         'config.optimizer.learning_rate: 0.01 -> 0.5',
         'config.train.steps: 4 -> 6',
+        'config.eval.every: 2 -> 6',
     ]
     (workdir / 'result.json').unlink()
     (workdir / 'config.json').write_text('{')  # the checkpoint has the settings too
@@ -139,6 +146,40 @@ def test_settings_are_read_from_the_checkpoint_if_config_json_is_lost(trained, p
     assert 'at step 4 of 6' in resumed.stderr
     assert read_result(workdir)['step'] == 6
     assert read_json(workdir / 'config.json')['train']['steps'] == 6
+
+
+@pytest.mark.slow
+def test_statistics_are_written_again_only_if_they_are_those_of_the_run(trained, photos_dir, tmp_path):
+    workdir = copy(trained, tmp_path)
+    path = workdir / 'dataset_statistics.npz'
+    content = path.read_bytes()
+    arrays, class_names = read_dataset_statistics(str(workdir))
+    arrays['mean_image'] = arrays['mean_image'] + 1  # as if the weights had been imported with their own mean
+    write_dataset_statistics(str(workdir), arrays, class_names)
+    assert f'{path} is of another run' in usage_error(run_command('-m', 'alexnet_jax.evaluate', workdir, '--views=1'))
+    path.write_bytes(content[:2000])
+    (workdir / 'result.json').unlink()
+    (workdir / 'result.json').mkdir()
+    with open(workdir / 'metrics.jsonl', 'ab') as file:
+        file.write(b'\xff\xfe\n{"step": 4, "sp')
+    run = launch(photos_dir, workdir, train__steps=4)
+    assert run.returncode == 0, run.stderr
+    assert f'{path} cannot be read' in run.stderr
+    assert 'it is written again from the prepared data set' in run.stderr
+    assert f'{workdir}/result.json is a folder; moved to result.json.corrupt-' in run.stderr
+    assert '2 unusable lines dropped' in run.stderr
+    assert read_result(workdir)['state_digest'] == read_result(trained)['state_digest']
+    assert read_lines(workdir / 'metrics.jsonl') == read_lines(trained / 'metrics.jsonl')
+    for name, array in read_dataset_statistics(str(trained))[0].items():
+        np.testing.assert_array_equal(read_dataset_statistics(str(workdir))[0][name], array)
+    # Imported weights have a mean of their own, which the data set does not have.
+    remove_settings(workdir)
+    for file in workdir.glob('checkpoints/*/progress/metadata'):
+        file.write_text(json.dumps(read_json(file) | {'dataset_fingerprint': None}))
+    path.unlink()
+    message = usage_error(launch(photos_dir, workdir, train__steps=6))
+    assert f'{path} cannot be read' in message
+    assert 'the prepared data set has other statistics' in message
 
 
 # Fields, without training.

@@ -93,7 +93,7 @@ def check_resumable(config: Config, workdir: str, every_field: bool = False, all
 
 
 def _has_files(folder: str) -> bool:
-    return os.path.isdir(folder) and any(os.scandir(folder))
+    return os.path.isdir(folder) and bool(os.listdir(folder))
 
 
 def _parameter_shapes(config: Config) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
@@ -297,8 +297,8 @@ def read_dataset_statistics(workdir: str, config: Config | None = None) -> tuple
     """
     path = dataset_statistics_path(workdir)
     try:
-        with np.load(path) as file:
-            arrays = dict(file)
+        with open(path, 'rb') as file, np.load(file) as opened:  # np.load(path) leaves corrupt files open
+            arrays = dict(opened)
         class_names = arrays.pop('class_names').tolist()
         _check_statistics(arrays, class_names, config)
     except Exception as error:  # NumPy and zipfile raise many types for a corrupt file
