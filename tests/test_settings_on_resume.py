@@ -249,6 +249,17 @@ def test_the_newest_readable_checkpoint_decides(folder):
     check_resumable(with_fields(seed=3), str(folder))
 
 
+def test_config_json_names_the_data_of_imported_weights(folder):
+    progress = {'step': 0, 'state_digest': '0', 'dataset_fingerprint': None, 'config': with_fields(seed=3).to_dict()}
+    progress['progress_digest'] = hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()
+    progress_of(folder, 7).parent.mkdir()
+    progress_of(folder, 7).write_text(json.dumps(progress))
+    check_resumable(with_fields(), str(folder))
+    (folder / 'config.json').unlink()
+    check_resumable(with_fields(seed=3), str(folder))
+    assert 'was started with 3' in refusal(check_resumable, with_fields(), str(folder))
+
+
 def test_field_that_an_older_version_did_not_have_takes_its_default(folder):
     written = read_json(folder / 'config.json')
     for group, field in (('model', 'dropout'), ('data', 'flip'), ('optimizer', 'poly_power')):

@@ -124,8 +124,9 @@ def _look(split: str, group: int, alone: bool) -> dict[str, Any]:
 
 def _number(value: object) -> float:
     """Returns `value` if it is a number that can be drawn, otherwise NaN, which appears as a gap."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and abs(value) < _LARGEST else math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST:
+        return float(value)
+    return math.nan
 
 
 def _legend(found: dict[str, list[str]]) -> list[Line2D]:

@@ -53,7 +53,8 @@ def model_sections(workdir: str, train_command: str, data_dir: str | None, neigh
         else:
             sections.append((_TITLES[2], [('missing', 'Omitted because of `--noneighbors`.')]))
     except (ConfigError, CheckpointError, dataset.DatasetError, SystemExit) as error:
-        why = 'The images could not be prepared; the log has the reason' if isinstance(error, SystemExit) else error
+        exited = isinstance(error, SystemExit)
+        why = 'The images could not be prepared; the log has the reason' if exited else str(error)
         sections += [(title, [('missing', f'{why}.')]) for title in _TITLES[len(sections) :]]
     return sections
 
