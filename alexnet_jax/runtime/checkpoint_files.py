@@ -1,5 +1,6 @@
 """The files of checkpoints that can be read without jax: their steps, the progress of the run, and its settings."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -51,15 +52,9 @@ def read_progress(checkpoint: str) -> JsonObject:
     return progress
 
 
-def read_newest_config(directory: str) -> tuple[int, JsonObject] | None:
-    """Returns (step, settings) of the newest checkpoint in `directory` whose progress can be read.
-
-    Returns None if there is no such checkpoint, or if an earlier version wrote the checkpoint without settings.
-    """
+def read_newest_progress(directory: str) -> tuple[int, JsonObject] | None:
+    """Returns (step, read_progress()) of the newest checkpoint in `directory` that can be read, or None."""
     for step in reversed(checkpoint_steps(directory)):
-        try:
-            config = read_progress(os.path.join(directory, str(step))).get('config')
-        except (OSError, ValueError):
-            continue
-        return (step, config) if isinstance(config, dict) else None
+        with contextlib.suppress(OSError, ValueError):
+            return step, read_progress(os.path.join(directory, str(step)))
     return None

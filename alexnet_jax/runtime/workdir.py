@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 from alexnet_jax.config import Config, ConfigError, field_names, get_by_path, resolve, upgrade
-from alexnet_jax.runtime.checkpoint_files import read_newest_config
+from alexnet_jax.runtime.checkpoint_files import read_newest_progress
 from alexnet_jax.runtime.console import log, summarize_exception
 from alexnet_jax.runtime.files import JsonObject, atomic_write, read_json, set_aside
 from alexnet_jax.shapes import layer_table
@@ -93,7 +93,7 @@ def check_resumable(config: Config, workdir: str, every_field: bool = False, all
 
 
 def _has_files(folder: str) -> bool:
-    return os.path.isdir(folder) and any(os.scandir(folder))
+    return os.path.isdir(folder) and bool(os.listdir(folder))
 
 
 def _parameter_shapes(config: Config) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
@@ -160,20 +160,26 @@ def _has_numbers(views: object) -> bool:
 
 
 def _config_before(workdir: str) -> Config | None:
-    """Returns the settings in the newest checkpoint or, without those, in config.json; None if neither is readable."""
-    if saved := _checkpoint_config(workdir):
-        return saved[1]
+    """Returns the settings in the newest checkpoint or, without those, in config.json; None if neither is readable.
+
+    Before the first step of imported weights config.json decides, where users name the data of the weights.
+    """
+    saved = read_newest_progress(os.path.join(workdir, 'checkpoints'))
+    is_imported = saved is not None and saved[1].get('dataset_fingerprint', '') is None
+    from_checkpoint = _checkpoint_config(workdir)
+    if from_checkpoint is not None and not is_imported:
+        return from_checkpoint[1]
     with contextlib.suppress(ConfigError):
         return _read_config_json(workdir)
-    return None
+    return from_checkpoint[1] if from_checkpoint else None
 
 
 def _checkpoint_config(workdir: str) -> tuple[str, Config] | None:
     """Returns (folder, settings) of the newest readable checkpoint, or None if the checkpoint has no settings."""
     directory = os.path.join(workdir, 'checkpoints')
-    if saved := read_newest_config(directory):
+    if saved := read_newest_progress(directory):
         with contextlib.suppress(ConfigError):
-            return os.path.join(directory, str(saved[0])), resolve_written(saved[1])
+            return os.path.join(directory, str(saved[0])), resolve_written(saved[1].get('config'))
     return None
 
 
@@ -200,8 +206,9 @@ def _read_config_json(workdir: str) -> Config:
         raise ConfigError('is missing') from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f'cannot be read ({summarize_exception(error)})') from None
-    saved = read_newest_config(os.path.join(workdir, 'checkpoints'))
-    lost = [] if saved is None or not isinstance(written, dict) else sorted(_fields(saved[1]) - _fields(written))
+    saved = read_newest_progress(os.path.join(workdir, 'checkpoints'))
+    known = saved[1].get('config') if saved else None
+    lost = sorted(_fields(known) - _fields(written)) if isinstance(known, dict) and isinstance(written, dict) else []
     if lost:
         raise ConfigError(f'has no field {lost[0]}')
     return resolve_written(written)
@@ -297,8 +304,8 @@ def read_dataset_statistics(workdir: str, config: Config | None = None) -> tuple
     """
     path = dataset_statistics_path(workdir)
     try:
-        with np.load(path) as file:
-            arrays = dict(file)
+        with open(path, 'rb') as file, np.load(file) as opened:  # np.load(path) leaves corrupt files open
+            arrays = dict(opened)
         class_names = arrays.pop('class_names').tolist()
         _check_statistics(arrays, class_names, config)
     except Exception as error:  # NumPy and zipfile raise many types for a corrupt file

@@ -221,6 +221,8 @@ def _repair(directory: str) -> None:
 
     The files of the state are not read. A restore has found them intact, or will.
     """
+    if not os.path.isdir(directory):
+        return  # the first write reports that the folder is gone
     for name in os.listdir(directory):
         step, path = parse_step(name), os.path.join(directory, name)
         try:

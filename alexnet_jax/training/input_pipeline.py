@@ -69,7 +69,7 @@ def load_dataset_statistics(
       run: the progress in the checkpoint; None in a new run.
 
     Raises ConfigError: dataset_statistics.npz of a resumed run is corrupt, is not that of the run, or has the class
-      names in another order.
+      names in another order; or the file cannot be written.
     """
     statistics = data.statistics
     if run is not None:
@@ -89,7 +89,10 @@ def load_dataset_statistics(
                 ) from None
             log(f'{error}; it is written again from the prepared data set, which has the images of the run')
     if distributed.is_primary_process():
-        write_dataset_statistics(workdir, statistics, data.class_names)
+        try:
+            write_dataset_statistics(workdir, statistics, data.class_names)
+        except OSError as error:
+            raise ConfigError(f'--workdir: {workdir} cannot be used: {error}') from None
     return statistics
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import os
 import re
+import socket
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # launch.py imports this module before jax
     from alexnet_jax.parallel import Mesh
     from alexnet_jax.training.state import TrainState
 
+FLUSH_SECS = 10.0  # between flushes of event files
 NUM_SAMPLES, TOP_K = 8, 5  # number of sample images, and of top classes shown for each
 
 
@@ -36,18 +38,23 @@ class TensorBoard:
     """
 
     def __init__(self, workdir: str, step: int):
-        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX import RecordWriter
 
-        folder = os.path.join(workdir, 'tensorboard')
+        folder, self.flushed = os.path.join(workdir, 'tensorboard'), time.monotonic()
         os.makedirs(folder, exist_ok=True)
-        self.writer = EventsWriter(os.path.join(folder, 'events'))
+        name = f'events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}'
+        self.file = RecordWriter(os.path.join(folder, name))
+        self._write(0, file_version='brain.Event:2')
         if step:
             self._write(step + 1, session_log={'status': 'START'})
 
     def _write(self, step: int, **content: object) -> None:
         from tensorboardX.proto.event_pb2 import Event
 
-        self.writer.write_event(Event(wall_time=time.time(), step=step, **content))
+        self.file.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
+        if time.monotonic() - self.flushed > FLUSH_SECS:
+            self.file.flush()
+            self.flushed = time.monotonic()
 
     def log_scalars(self, step: int, values: dict[str, float]) -> None:
         """Logs numbers by name, such as 'train/loss'."""
@@ -55,18 +62,16 @@ class TensorBoard:
 
         for name, value in values.items():
             self._write(step, summary=summary.scalar(name, value))
-        self.writer.flush()
 
     def log_image(self, step: int, name: str, pixels: UInt8[np.ndarray, 'h w 3']) -> None:
         """Logs an image."""
         from tensorboardX import summary
 
         self._write(step, summary=summary.image(name, pixels, dataformats='HWC'))
-        self.writer.flush()
 
     def close(self) -> None:
-        """Flushes and closes the event files."""
-        self.writer.close()
+        """Flushes and closes the event file."""
+        self.file.close()
 
 
 class WeightsAndBiases:

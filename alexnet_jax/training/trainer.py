@@ -150,9 +150,9 @@ def restore_or_init(
             f'config.data: the prepared data set is not the one that {workdir} was started with; put that one back, or'
             ' use another --workdir'
         )
+    statistics = load_dataset_statistics(config, workdir, data, run if checkpoint else None)
     if checkpoint:
         log(f'resuming {workdir} at step {run.step} of {total_steps(config.train, len(data.train))}')
-    statistics = load_dataset_statistics(config, workdir, data, run if checkpoint else None)
     run = dataclasses.replace(
         run, dataset_fingerprint=data.fingerprint, statistics_digest=statistics_digest(statistics)
     )
