@@ -235,9 +235,11 @@ for i in range(20000):
 
 
 FULL_DISK = """
-import os, resource, sys
+import contextlib, os, resource, sys
 folder, limit = sys.argv[1], int(sys.argv[2])
 import jax, jax.numpy as jnp
+from absl import logging
+logging.set_verbosity(logging.FATAL)  # as launch.py does
 from alexnet_jax.training.checkpointing import Checkpointer, CheckpointError
 from alexnet_jax.training.run_state import RunState
 from alexnet_jax.training.state import TrainState
@@ -251,7 +253,8 @@ try:
     checkpoints.close()
 except CheckpointError as error:
     print(error, file=sys.stderr, flush=True)
-checkpoints.manager.close()  # waits for the threads, which print at the end
+with contextlib.suppress(Exception):
+    checkpoints.manager.close()  # waits for the threads, which print at the end
 os._exit(7)
 """
 

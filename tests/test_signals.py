@@ -16,6 +16,9 @@ from helpers import ROOT, config_flags, environment, read_result, run_command, s
 from PIL import Image
 from small_runs import make_run, small_config
 
+from alexnet_jax.data.open_or_prepare import open_or_prepare
+from alexnet_jax.inference import trained_model
+from alexnet_jax.inference.checkpoint_ref import parse_checkpoint_ref
 from alexnet_jax.runtime.preemption import PREEMPTION_SIGNALS
 
 pytestmark = pytest.mark.usefixtures('compiled_programs')
@@ -142,12 +145,16 @@ def many_images(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('number', [SIGINT, SIGHUP, SIGUSR1])
-def test_signal_while_data_are_prepared_ends_both_processes(many_images, tmp_path, number):
-    """The terminal sends the signal to launch.py and its child process alike."""
+@pytest.mark.parametrize(('number', 'begun'), [(SIGINT, False), (SIGINT, True), (SIGHUP, True), (SIGUSR1, True)])
+def test_signal_while_data_are_prepared_ends_both_processes(many_images, tmp_path, number, begun):
+    """The terminal sends the signal to launch.py and its child process, which imports modules or has begun."""
     data = [f'--config.data.source=folder:{many_images}', '--config.model.num_classes=2']
     run = start_command(*training(str(tmp_path), tmp_path / 'run', *data), start_new_session=True)
-    wait_for(lambda: list(tmp_path.glob('prepared/*.incomplete/plan.json')) or run.poll() is not None)
+    if begun:
+        wait_for(lambda: run.poll() is not None or list(tmp_path.glob('prepared/*.incomplete/plan.json')))
+    else:
+        listing = ['ps', '-o', 'args=', '--ppid', str(run.pid)]
+        wait_for(lambda: b'alexnet_jax.prepare' in subprocess.run(listing, capture_output=True).stdout)
     os.killpg(run.pid, number)
     log = run.communicate(timeout=60)[1]
     assert run.returncode == 75, log
@@ -242,14 +249,68 @@ def test_nohup_keeps_sighup_ignored():
     assert handler.end()[0] == 75
 
 
+@pytest.fixture(scope='module')
+def untrained(photos_dir, tmp_path_factory) -> str:
+    return make_run(tmp_path_factory.mktemp('untrained') / 'run', small_config(photos_dir))
+
+
 @pytest.mark.slow
-def test_ctrl_c_ends_predict_in_one_line(photos_dir, tmp_path):
+def test_ctrl_c_ends_predict_in_one_line(untrained, tmp_path):
     """One image is a named pipe, so that the command waits for its content."""
     os.mkfifo(tmp_path / 'image.png')
-    small = make_run(tmp_path / 'run', small_config(photos_dir))
-    process = start_command('-m', 'alexnet_jax', 'predict', small, tmp_path / 'image.png')
+    process = start_command('-m', 'alexnet_jax', 'predict', untrained, tmp_path / 'image.png')
     model = process.stderr.readline()
     assert '16 classes' in model
     process.send_signal(SIGINT)
     log = process.communicate(timeout=60)[1]
     assert (process.returncode, log) == (130, 'alexnet_jax: stopped\n')
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_an_existing_data_set_is_opened_is_not_lost(untrained, monkeypatch):
+    def interrupted(*arguments):
+        signal.raise_signal(SIGINT)
+        return open_or_prepare(*arguments)
+
+    signal.signal(SIGINT, signal.default_int_handler)  # SIGINT is ignored when tests run in the background.
+    monkeypatch.setattr(trained_model, 'open_or_prepare', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained_model.open_eval_dataset([parse_checkpoint_ref(untrained)], None)
+
+
+INTERRUPTED = """
+import signal
+from alexnet_jax import cli
+from alexnet_jax.runtime.console import begin_command
+class Destroyed:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+def raised():
+    signal.raise_signal(signal.SIGINT)
+def in_a_destructor():
+    Destroyed()
+    return 0
+def caught():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except BaseException:
+        return 0
+def converted():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except BaseException:
+        raise ValueError from None
+def not_interrupted():
+    return 3
+begin_command()
+cli.run(lambda argv: globals()[argv[1]](), max_arguments=1, interrupted='stopped here')
+"""
+
+
+@pytest.mark.parametrize(
+    ('case', 'code'),
+    [('raised', 130), ('in_a_destructor', 130), ('caught', 130), ('converted', 130), ('not_interrupted', 3)],
+)
+def test_ctrl_c_ends_commands_with_130_wherever_it_arrives(case, code):
+    run = run_command('-c', INTERRUPTED, case)
+    assert (run.returncode, run.stdout, run.stderr) == (code, '', 'alexnet_jax: stopped here\n' * (code == 130))

@@ -18,6 +18,7 @@ from helpers import ROOT, environment, read_json, read_result, refusal, run_comm
 
 from alexnet_jax.config import ConfigError, default_config, field_names, get_by_path, resolve
 from alexnet_jax.runtime.files import write_json
+from alexnet_jax.runtime.preemption import PREEMPTION_SIGNALS
 from alexnet_jax.runtime.workdir import check_resumable, is_finished, read_config
 from alexnet_jax.sweep.sweep import (
     _CHILD_BOOTSTRAP,
@@ -380,6 +381,18 @@ sys.exit(3 if number == 1 else 0)
 """
 
 
+def test_run_that_cannot_start_does_not_stop_other_runs(tmp_path, capfd):
+    variants = [Variant(name) for name in 'abc']
+    configs = [apply_variant(default_config(), variant) for variant in variants]
+    (tmp_path / 'b' / 'log.txt').mkdir(parents=True)
+    command = [sys.executable, '-ISc', f'open("{tmp_path}/record", "a").write(__import__("sys").argv[1])']
+    assert run_all(variants, configs, str(tmp_path), command, 1) == 1
+    assert (tmp_path / 'record').read_text() == '--sweep=0--sweep=2'
+    failed, summary = [line for line in capfd.readouterr().err.splitlines() if line.startswith('alexnet_jax: ')]
+    assert failed.startswith('alexnet_jax: b cannot be started: ')
+    assert '1 of 3 runs failed: b;' in summary
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('jobs', [1, 2, 3])
 def test_run_all_keeps_jobs_busy_and_survives_failures(tmp_path, capfd, monkeypatch, jobs):
@@ -408,24 +421,33 @@ def test_run_all_keeps_jobs_busy_and_survives_failures(tmp_path, capfd, monkeypa
     assert (tmp_path / 'sweep' / 'b' / 'log.txt').read_text() == 'something\nthe reason \n\n'
 
 
-def test_sigterm_starts_no_further_run(tmp_path, capfd):
+@pytest.mark.parametrize('number', PREEMPTION_SIGNALS)
+def test_signals_start_no_further_run(tmp_path, capfd, number):
+    """The sweep forwards several signals once. Run 1 ends only after the second signal."""
     variants = [Variant(name) for name in 'abcde']
     configs = [apply_variant(default_config(), variant) for variant in variants]
     record = tmp_path / 'record'
     record.write_text('')
-    command = [sys.executable, '-ISc', SLEEPER.replace('0.3', '60'), str(record)]
+    second = 'signal.signal(signal.SIGTERM, lambda *_: record("second"))'
+    wait = 'while number and not os.path.exists(sys.argv[1] + ".end"): time.sleep(0.01)'
+    sleeper = SLEEPER.replace('0.3', '60').replace('time.sleep(0.5 * number)', f'{second}\n    {wait}')
+    command = [sys.executable, '-ISc', sleeper, str(record)]
 
     def stop_when_two_have_begun():
         wait_for(lambda: record.read_text().count('begin') == 2, 60)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
+        wait_for(lambda: 'stop' in record.read_text(), 60)
+        os.kill(os.getpid(), number if number != signal.SIGINT else signal.SIGTERM)
+        Path(f'{record}.end').touch()
 
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = [signal.getsignal(each) for each in PREEMPTION_SIGNALS]
     threading.Thread(target=stop_when_two_have_begun, daemon=True).start()
     assert run_all(variants, configs, str(tmp_path / 'sweep'), command, 2) == 75
-    assert signal.getsignal(signal.SIGTERM) == handler
+    assert [signal.getsignal(each) for each in PREEMPTION_SIGNALS] == handlers
     events = record.read_text().splitlines()
     assert (sorted(events[:2]), events[2:]) == (['begin 0', 'begin 1'], ['stop 0', 'stop 1'])
     err = capfd.readouterr().err
+    assert f'{number.name}: saving before the exit' in err
     assert 'same command' in err
     assert 'alexnet_jax: ' not in err  # no error
 

@@ -63,7 +63,7 @@ def _protected(stream: Any, descriptor: int) -> io.TextIOWrapper:
     raw = _StandardStream(descriptor, 'w', closefd=False)
     unbuffered = getattr(stream, 'write_through', False)  # python -u
     return io.TextIOWrapper(
-        raw if unbuffered else io.BufferedWriter(raw),  # type: ignore[arg-type]
+        raw if unbuffered else io.BufferedWriter(raw),
         encoding=getattr(stream, 'encoding', 'utf-8'),
         errors='backslashreplace',
         line_buffering=True,  # an error then occurs in print(), not after the end of the command

@@ -252,6 +252,9 @@ def _start(command: list[str], folder: str, cpus: set[int]) -> subprocess.Popen:
 
 
 def _last_line(path: str) -> str:
-    with open(path, errors='replace') as file:
-        lines = [line.strip() for line in file if line.strip()]
+    try:
+        with open(path, errors='replace') as file:
+            lines = [line.strip() for line in file if line.strip()]
+    except OSError as error:
+        return str(error)
     return lines[-1] if lines else 'no output'
