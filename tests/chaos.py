@@ -54,6 +54,7 @@ SETTINGS = {
     'checkpoint.every': 4,
     'checkpoint.keep': 3,
 }
+READERS = {'evaluate': ('--views=1', '--json'), 'predict': ('--validation=4', '--views=1', '--json')}
 TIMED = {'images_per_second', 'input_wait'}  # differ between equal runs
 HALF = 12  # step of the last checkpoint of the half-way run
 
@@ -110,9 +111,11 @@ class Suite:
     limit: float = 300.0  # seconds after which a process counts as stuck
     cpu_seconds: float = 0.0  # of an uninterrupted run whose programs are compiled
     changes: int = 0  # how often the list of files changes in an uninterrupted run
-    answers: dict[str, str] = dataclasses.field(default_factory=dict)  # what evaluate and predict print for HALF
-
+    answers: dict[str, str] = dataclasses.field(default_factory=dict)  # what the READERS print for the half-way run
     kills: int = 5  # of one run
+
+    def __post_init__(self):
+        self.reference, self.halfway = self.root / 'reference', self.root / 'halfway'
 
     @property
     def environment(self) -> dict[str, str]:
@@ -124,14 +127,6 @@ class Suite:
             'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         }
 
-    @property
-    def reference(self) -> Path:
-        return self.root / 'reference'
-
-    @property
-    def halfway(self) -> Path:
-        return self.root / 'halfway'
-
     def command(self, workdir: Path, **settings: Any) -> list[str]:
         given = {key.replace('__', '.'): value for key, value in settings.items()}
         fields = SETTINGS | {'data.data_dir': self.data_dir} | given
@@ -142,7 +137,7 @@ class Suite:
         self.root.mkdir(parents=True, exist_ok=True)
         case = Case('setup', 0, 0, self)
         case.finish(self.root / 'first')
-        process, changed = case.start(self.reference), files_changed([self.reference])
+        process, changed = case.start(self.reference), files_changed(self.reference)
         while process.popen.poll() is None:
             with contextlib.suppress(OSError):
                 self.cpu_seconds = process.cpu_seconds()
@@ -156,16 +151,9 @@ class Suite:
         process.send(signal.SIGKILL)
         process.wait()
         assert steps_in(self.halfway)[-1] == HALF, steps_in(self.halfway)
-        for name, command in READERS.items():
+        for name in READERS:
             code, self.answers[name], errors = case.read(self.halfway, name)
             assert code == 0, errors
-            assert str(HALF) in self.answers[name] + errors, (command, errors)
-
-
-READERS = {
-    'evaluate': ('--views=1', '--json'),
-    'predict': ('--validation=4', '--views=1', '--json'),
-}
 
 
 @dataclasses.dataclass
@@ -184,7 +172,7 @@ class Case:
         self.name = f'{self.kind}/{self.seed}/{self.index}'
         self.random = random.Random(self.name)
         self.folder = self.suite.root / self.name.replace('/', '-')
-        self.workdir = self.folder / 'run'
+        self.workdir, self.data_dir = self.folder / 'run', self.folder / 'data'  # a data set of its own, if it has one
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
 
@@ -203,16 +191,14 @@ class Case:
         code = process.wait()
         return code, process.out.read_text().replace(str(workdir), 'RUN'), process.errors
 
-    def at_random_moment(self, process: Process, *folders: Path, extra: int = 0) -> bool:
+    def at_random_moment(self, process: Process, extra: int = 0) -> bool:
         """Waits for a random moment in the life of `process`; returns False if the process ends before that moment.
 
-        `folders` are those in which changes of the list of files count as progress; `extra` is the number of changes
-        that are expected besides those of the uninterrupted run.
+        `extra` is how many changes of the list of files are expected besides those of an uninterrupted run.
         """
         by_files, delay = self.random.random() < 0.5, self.random.uniform(0, 0.02)
         seconds = self.random.uniform(0, self.suite.cpu_seconds)
-        count = self.random.randint(1, self.suite.changes + extra)
-        changed = files_changed([self.workdir, *folders])
+        count, changed = self.random.randint(1, self.suite.changes + extra), files_changed(self.workdir, self.data_dir)
         with contextlib.suppress(OSError):  # the process has ended
             while process.popen.poll() is None and time.monotonic() < process.deadline:
                 if (changed() >= count) if by_files else (process.cpu_seconds() >= seconds):
@@ -301,7 +287,7 @@ def contents(workdir: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in files}
 
 
-def files_changed(folders: list[Path]) -> Callable[[], int]:
+def files_changed(*folders: Path) -> Callable[[], int]:
     """Returns a function that returns how often the list of files below `folders` was seen to change."""
     count, before = 0, None
 
@@ -358,26 +344,23 @@ def corrupt(chance: random.Random, files: list[Path]) -> tuple[Path, str]:
 
 def kill(case: Case) -> None:
     """kill -9 of one run, several times; a run that ends before its kill is compared and begun again."""
-    fresh_data = case.folder / 'data' if case.index == 0 else case.suite.data_dir
+    data_dir = case.suite.data_dir if case.index else case.data_dir  # the first run prepares its own data set
     while len(case.outcomes) < case.suite.kills:
-        newest = newest_step(case.workdir)
-        process = case.start(case.workdir, data__data_dir=fresh_data)
-        extra = 0 if fresh_data.exists() else 20
-        delivered = case.at_random_moment(process, *[fresh_data] * bool(extra), extra=extra)
-        if delivered:
+        newest, process = newest_step(case.workdir), case.start(case.workdir, data__data_dir=data_dir)
+        if case.at_random_moment(process, extra=0 if data_dir.exists() else 20):
             process.send(signal.SIGKILL, group=case.random.random() < 0.5)
         code = process.wait()
         if ' training and ' in process.errors:
             case.check_resumed(process, newest)
         if code == -signal.SIGKILL:
             check_files(case.workdir)
-            case.outcomes.append('recovered' if steps_in(case.workdir) else 'unaffected')
+            case.outcomes.append('recovered' if newest_step(case.workdir) else 'unaffected')
         elif code:
             raise LostError(f'exit code {code}: {process.errors[-300:]}')
         else:
             case.check_equal(case.workdir)
             shutil.rmtree(case.workdir)
-    case.finish(case.workdir, data__data_dir=fresh_data)
+    case.finish(case.workdir, data__data_dir=data_dir)
     case.check_equal(case.workdir)
 
 
@@ -418,15 +401,14 @@ def checkpoint(case: Case) -> None:
 
 def data(case: Case) -> None:
     """A file of the prepared data set is corrupt, missing or another one, for a new run or a resumed run."""
-    data_dir = case.folder / 'data'
-    shutil.copytree(case.suite.data_dir, data_dir, copy_function=os.link)
+    shutil.copytree(case.suite.data_dir, case.data_dir, copy_function=os.link)
     if case.index % 2:
         shutil.copytree(case.suite.halfway, case.workdir)
-    files = [path for path in files_below(data_dir / 'prepared') if path.suffix != '.lock']
+    files = [path for path in files_below(case.data_dir / 'prepared') if path.suffix != '.lock']
     metadata = [path for path in files if 'array_record' not in path.name]
     file, done = corrupt(case.random, metadata if case.index % 4 < 2 else files)
     case.detail = f'{file.name}: {done}'
-    before, process = contents(case.workdir), case.start(case.workdir, data__data_dir=data_dir)
+    before, process = contents(case.workdir), case.start(case.workdir, data__data_dir=case.data_dir)
     if code := process.wait():
         case.check_refused(process, case.workdir, before)
         case.outcomes.append('refused' if code == 2 else 'noticed')
@@ -471,7 +453,7 @@ def twice(case: Case) -> None:
     """The same command twice at once: one trains, the other is refused; of two preparations, one waits."""
     if case.index % 2:
         runs = [case.folder / 'run', case.folder / 'other']
-        both = [case.start(workdir, data__data_dir=case.folder / 'data') for workdir in runs]
+        both = [case.start(workdir, data__data_dir=case.data_dir) for workdir in runs]
         if [process.wait() for process in both] != [0, 0]:
             raise LostError(f'exit codes {[process.popen.returncode for process in both]}')
         if sum('prepared ' in process.errors for process in both) != 1:
