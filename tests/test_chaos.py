@@ -61,7 +61,7 @@ threading.Thread(target=lambda: 1 / 0).start()
         'stop/0/0',
         'Traceback',
     ),
-    'a run that hangs': ('time.sleep(1000)', 'stop/0/0', 'no end after 3 s'),
+    'a run that hangs': ('time.sleep(1000)', 'stop/0/0', 'no end in time'),
 }
 
 
