@@ -53,7 +53,10 @@ def parse_flags(argv: list[str], missing: str = '', max_arguments: float = 0) ->
             config = config_files.call(_find_config(argv), 'get_config')
             _check_overrides(argv, config)
             reset = _pop_none_overrides(argv)
-        arguments = flags.FLAGS(argv)
+        try:
+            arguments = flags.FLAGS(argv)
+        except ValueError as error:  # absl's error for --noNAME=VALUE
+            raise ConfigError(str(error)) from None
         if config is not None:
             apply_overrides(flags.FLAGS['config'].value, reset)
         if missing and len(arguments) == 1:

@@ -160,6 +160,8 @@ def _preview(config: Config) -> writer.Preview:
             return writer.preview(settings, data.data_dir, data.prepared_dir)
     except SourceError as error:
         raise ConfigError(str(error)) from None
+    except OSError as error:
+        raise ConfigError(f'config.data.source: {error.filename}: {error.strerror}') from None
 
 
 def _needed(found: writer.Preview, config: Config) -> str:

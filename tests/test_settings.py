@@ -303,6 +303,7 @@ def test_none_resets_a_field(flags, values):
         (['--config.data.source=None'], "config.data.source: None is not allowed; the default is 'tfds:imagenet2012'"),
         (['--config.data.color_until=None'], 'config.data.color_until was renamed to config.data.color_augmentation'),
         (['--config.train.stepz=None'], 'config.train.stepz: no such field; the nearest is config.train.steps'),
+        (['--noconfig.model.lrn=None'], '--noconfig.model.lrn=None does not take an argument'),
         (['--config.train.steps=none'], "config.train.steps: 'none' is not int"),
         (['--config.train.steps=x', '--config.train.steps=None'], "config.train.steps: 'x' is not int"),
     ],
