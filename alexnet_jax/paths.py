@@ -71,6 +71,8 @@ def check_path(field: str, path: str, suffix: str = '') -> str:
     try:
         os.lstat(path + suffix)
         os.stat(path)
+    except UnicodeEncodeError:
+        raise _encoding_error(field, path) from None
     except ValueError:
         raise ConfigError(f'{field}: {shown(path)} contains a NUL character; use another path') from None
     except (FileNotFoundError, PermissionError):
@@ -91,13 +93,17 @@ def check_text_path(field: str, path: str) -> str:
             return path
     except UnicodeEncodeError:
         pass
+    raise _encoding_error(field, path)
+
+
+def _encoding_error(field: str, path: str) -> ConfigError:
     encoding = sys.getfilesystemencoding()
     if encoding != 'utf-8':
-        raise ConfigError(
+        return ConfigError(
             f'{field}: {shown(path)} is not ASCII, and the encoding of file names is {encoding};'
             ' set a UTF-8 locale, such as LC_ALL=C.UTF-8, or PYTHONUTF8=1'
         )
-    raise ConfigError(
+    return ConfigError(
         f'{field}: {shown(path)} contains bytes that are not UTF-8; rename the folder or use another path'
     )
 

@@ -228,10 +228,10 @@ def dataset_dir(data_dir: str, settings: DatasetSettings, prepared_dir: str | No
     name = re.sub(r'\W+', '_', settings.source.removeprefix('tfds:')).strip('_')
     kind = '_grey' * (settings.channels == 1) + '_jpeg' * (settings.encoding == 'jpeg')
     ending = f'_{settings.image_size}px{kind}'
-    if len(os.fsencode(f'{name}{ending}.incomplete')) > MAX_NAME_BYTES:
-        digest = f'_{hashlib.sha256(os.fsencode(settings.source)).hexdigest()[:16]}'
+    if len(f'{name}{ending}.incomplete'.encode()) > MAX_NAME_BYTES:
+        digest = f'_{hashlib.sha256(settings.source.encode(errors="surrogatepass")).hexdigest()[:16]}'
         room = MAX_NAME_BYTES - len(f'{digest}{ending}.incomplete')
-        name = os.fsencode(name)[:room].decode(errors='ignore') + digest
+        name = name.encode()[:room].decode(errors='ignore') + digest
     directory = os.path.join(root, f'{name}{ending}')
     return directory if is_url(root) else check_folder(field, directory)
 

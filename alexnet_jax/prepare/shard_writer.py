@@ -58,9 +58,8 @@ def read_report(shard: Shard, folder: str, reports: str) -> ShardReport | None:
     try:
         whole = report['bytes'] == os.path.getsize(os.path.join(folder, shard.file))
         whole &= report['sums'] == file_digest(os.path.join(reports, shard.sums))
-        with contextlib.closing(ArrayRecordReader(os.path.join(folder, shard.file))) as reader:
-            whole &= report['examples'] == reader.num_records()
-    except (OSError, RuntimeError):  # RuntimeError: ArrayRecord cannot find the records
+        ArrayRecordReader(os.path.join(folder, shard.file)).close()  # reads the index of the records
+    except (OSError, RuntimeError):  # RuntimeError: the index is corrupt
         return None
     return cast('ShardReport', report) if whole else None
 
