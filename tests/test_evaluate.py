@@ -11,7 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import config_flags, largest_file, read_json, read_lines, read_result, refusal, run_command, usage_error
+from helpers import (
+    config_flags,
+    edit_progress,
+    largest_file,
+    read_json,
+    read_lines,
+    read_result,
+    refusal,
+    run_command,
+    usage_error,
+)
 from scipy.optimize import minimize  # type: ignore[import-untyped]
 
 from alexnet_jax import metrics
@@ -87,6 +97,9 @@ def runs(photos_dir, tmp_path_factory) -> dict[str, Path]:
     metrics = folder / 'a' / 'checkpoints' / '40' / 'metrics' / 'metrics'
     assert read_json(metrics).keys() == {'top1_error'}
     metrics.write_text('{"top1_error": 0.99}')
+    progress = read_json(folder / 'a' / 'checkpoints' / '40' / 'progress' / 'metadata')
+    evaluation = progress['last_evaluation'] | {'top1_error': 0.99}
+    edit_progress(folder / 'a' / 'checkpoints' / '40', last_evaluation=evaluation)
     return {name: folder / name for name in RUNS}
 
 
@@ -555,7 +568,7 @@ def test_unusable_runs_are_rejected_and_left_unchanged(runs, photos_dir, tmp_pat
     content[len(content) // 2] ^= 0xFF
     part.write_bytes(content)
     for run in (other, larger):
-        edit(run / last / 'progress' / 'metadata', dataset_fingerprint='0' * 64)
+        edit_progress(run / last, dataset_fingerprint='0' * 64)
     for run, values in ((larger, {'image_size': 80}), (gone, {'source': 'folder:/nowhere'})):
         edit(run / 'config.json', data=read_json(run / 'config.json')['data'] | values)
     shutil.copytree(os.path.join(photos_dir, 'prepared'), tmp_path / 'data' / 'prepared')

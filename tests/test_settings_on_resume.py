@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import config_flags, read_json, read_lines, read_result, refusal, run_command, usage_error
+from helpers import config_flags, edit_progress, read_json, read_lines, read_result, refusal, run_command, usage_error
 
 from alexnet_jax.config import apply_overrides, default_config, get_by_path, resolve
 from alexnet_jax.runtime.workdir import (
@@ -174,8 +174,8 @@ def test_statistics_are_written_again_only_if_they_are_those_of_the_run(trained,
         np.testing.assert_array_equal(read_dataset_statistics(str(workdir))[0][name], array)
     # Imported weights have a mean of their own, which the data set does not have.
     remove_settings(workdir)
-    for file in workdir.glob('checkpoints/*/progress/metadata'):
-        file.write_text(json.dumps(read_json(file) | {'dataset_fingerprint': None}))
+    for checkpoint in (workdir / 'checkpoints').iterdir():
+        edit_progress(checkpoint, dataset_fingerprint=None)
     path.unlink()
     message = usage_error(launch(photos_dir, workdir, train__steps=6))
     assert f'{path} cannot be read' in message
@@ -199,13 +199,12 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def save_settings(folder: Path, step: int, config: object) -> Path:
+def save_settings(folder: Path, step: int, config: object, **values: object) -> Path:
     """Writes the progress of a checkpoint with the settings `config`; returns the path of the file."""
-    progress = {'step': step, 'state_digest': '0', 'config': config}
-    progress['progress_digest'] = hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()
     file = progress_of(folder, step)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(progress))
+    file.write_text('{}')
+    edit_progress(folder / 'checkpoints' / str(step), step=step, state_digest='0', config=config, **values)
     return file
 
 
@@ -250,10 +249,7 @@ def test_the_newest_readable_checkpoint_decides(folder):
 
 
 def test_config_json_names_the_data_of_imported_weights(folder):
-    progress = {'step': 0, 'state_digest': '0', 'dataset_fingerprint': None, 'config': with_fields(seed=3).to_dict()}
-    progress['progress_digest'] = hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()
-    progress_of(folder, 7).parent.mkdir()
-    progress_of(folder, 7).write_text(json.dumps(progress))
+    save_settings(folder, 7, with_fields(seed=3).to_dict(), dataset_fingerprint=None)
     check_resumable(with_fields(), str(folder))
     (folder / 'config.json').unlink()
     check_resumable(with_fields(seed=3), str(folder))
@@ -270,8 +266,8 @@ def test_field_that_an_older_version_did_not_have_takes_its_default(folder):
     check_resumable(with_fields(data__flip=False), str(folder))
     assert 'config.model.dropout: 0.25' in refusal(check_resumable, with_fields(model__dropout=0.25), str(folder))
     # The settings in a checkpoint say that the field was there, so the file is corrupt.
-    save_settings(folder, 9, with_fields(model__dropout=0.25).to_dict())
-    assert read_config(str(folder)).model.dropout == 0.25
+    save_settings(folder, 9, with_fields(optimizer__poly_power=3.0).to_dict())
+    assert read_config(str(folder)).optimizer.poly_power == 3.0
 
 
 UNREADABLE = (b'', b'{"seed": ', b'\xff\xfe', b'[]', b'null', b'NaN', b'[' * 10**5, b'1' * 5000, b'{}', b'\x00' * 99)
