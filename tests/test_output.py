@@ -1,5 +1,6 @@
 """Standard output and standard error that are closed, full, lost or not UTF-8: real pipes, devices and terminals."""
 
+import fcntl
 import json
 import os
 import pty
@@ -12,7 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, config_flags, environment, read_lines, read_result, run_command
+from helpers import ROOT, config_flags, environment, read_lines, read_result, run_command, wait_for
 
 pytestmark = pytest.mark.usefixtures('compiled_programs')
 STEPS = 4
@@ -226,7 +227,8 @@ for i in range(20000):
             threading.Thread(target=lambda name=name: streams.update({name: getattr(process, name).read()}))
             for name in ('stdout', 'stderr')
         ]
-        for reader in readers:
+        wait_for(lambda: int.from_bytes(fcntl.ioctl(process.stdout, termios.FIONREAD, bytes(4)), sys.byteorder) > 60000)
+        for reader in readers:  # the pipe is full by now
             reader.start()
         for reader in readers:
             reader.join()

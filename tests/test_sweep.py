@@ -430,7 +430,9 @@ def test_signals_start_no_further_run(tmp_path, capfd, number):
     record.write_text('')
     second = 'signal.signal(signal.SIGTERM, lambda *_: record("second"))'
     wait = 'while number and not os.path.exists(sys.argv[1] + ".end"): time.sleep(0.01)'
-    sleeper = SLEEPER.replace('0.3', '60').replace('time.sleep(0.5 * number)', f'{second}\n    {wait}')
+    sleeper = SLEEPER.replace('0.3', '60').replace(
+        'time.sleep(0.5 * number)', f'{second}\n    {wait}\n    time.sleep(0.5)'
+    )
     command = [sys.executable, '-ISc', sleeper, str(record)]
 
     def stop_when_two_have_begun():
