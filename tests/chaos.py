@@ -218,13 +218,15 @@ class Case:
             raise LostError(f'resumed at step {step}, but checkpoint {newest} was complete')
         return step
 
-    def check_equal(self, workdir: Path, reference: Path | None = None) -> None:
-        """Raises LostError: the finished run in `workdir` has other results or metrics than the reference."""
+    def check_equal(self, workdir: Path, reference: Path | None = None, metrics: bool = True) -> None:
+        """Raises LostError: the finished run has another result than the reference, or other `metrics`."""
         reference = reference or self.suite.reference
         results = [read_json(folder / 'result.json') for folder in (workdir, reference)]
         for key in results[1].keys() - TIMED:
             if results[0].get(key) != results[1][key]:
                 raise LostError(f'result.json: {key} is {results[0].get(key)!r}, not {results[1][key]!r}')
+        if not metrics:
+            return
         if read_lines(workdir / 'metrics.jsonl') != read_lines(reference / 'metrics.jsonl'):
             raise LostError('metrics.jsonl differs from that of the uninterrupted run')
         expected, steps = read_lines(reference / 'layers.jsonl'), set()
@@ -393,6 +395,23 @@ def checkpoint(case: Case) -> None:
     case.check_equal(case.workdir)
     case.detail += f' [{named[0]}]' if named else ''
     case.outcomes.append('recovered' if named else 'unaffected')
+
+
+def files(case: Case) -> None:
+    """A file of the run besides its checkpoints is corrupt or missing."""
+    shutil.copytree(case.suite.halfway, case.workdir)
+    own = [path for path in files_below(case.workdir) if path.parent == case.workdir and path.suffix]
+    file, done = corrupt(case.random, own)
+    case.detail, before, process = f'{file.name}: {done}', contents(case.workdir), case.start(case.workdir)
+    if process.wait():
+        case.check_refused(process, case.workdir, before)
+        case.outcomes.append('refused')
+        return
+    case.check_resumed(process, HALF)
+    named = re.search(rf'.*{file.name}.*', process.errors)
+    case.check_equal(case.workdir, metrics=not named)  # corrupt lines cannot be recovered
+    case.detail += f' [{named[0]}]' if named else ''
+    case.outcomes.append('noticed' if named else 'unaffected')
 
 
 def data(case: Case) -> None:
@@ -571,6 +590,7 @@ def check_stopped(case: Case, process: Process, number: signal.Signals) -> None:
 KINDS: dict[str, tuple[Callable[[Case], None], int]] = {
     'kill': (kill, 4),
     'checkpoint': (checkpoint, 24),
+    'files': (files, 6),
     'data': (data, 8),
     'disk': (disk, 4),
     'twice': (twice, 2),
