@@ -5,8 +5,8 @@
 Each case breaks a small run in one way: kill -9, a signal, a suspended process, a closed pipe, a full disk, two
 processes at once, or a corrupt file in a checkpoint or in the prepared data set. Then the same command runs to the end.
 The result is compared with that of an uninterrupted run. The outcome of a fault is one of OUTCOMES; the exit code is 1
-if any outcome is LOST. --only repeats cases. Moments are drawn as CPU time or as number of changed files, so that they
-do not depend on the load of the machine.
+if any outcome is LOST. --only repeats cases. Moments are drawn as CPU time of the process or as number of files and lines
+that it has written, so that they depend little on the load of the machine.
 """
 
 import argparse
@@ -43,12 +43,12 @@ SETTINGS = {
     'model.widths': '(8,0,0,0,16,0,32)',  # few layers, because compiling takes most of the time
     'model.lrn': False,
     'model.towers': 1,
-    'train.batch_size': 64,
+    'train.batch_size': 256,  # almost one epoch, so that a run reads almost all records
     'train.steps': 24,
     'train.log_every': 1,
     'optimizer.schedule': 'plateau',
     'optimizer.patience': 1,
-    'eval.every': 8,
+    'eval.every': 6,
     'eval.views': 1,
     'eval.batch_size': 400,
     'checkpoint.every': 4,
@@ -56,7 +56,7 @@ SETTINGS = {
 }
 READERS = {'evaluate': ('--views=1', '--json'), 'predict': ('--validation=4', '--views=1', '--json')}
 TIMED = {'images_per_second', 'input_wait'}  # differ between equal runs
-HALF = 12  # step of the last checkpoint of the half-way run
+HALF = 12  # last step of the half-way run; the schedule does not depend on the number of steps
 
 
 class LostError(Exception):
@@ -110,7 +110,6 @@ class Suite:
     program: tuple[str, ...] = ('launch.py',)
     limit: float = 300.0  # seconds after which a process counts as stuck
     cpu_seconds: float = 0.0  # of an uninterrupted run whose programs are compiled
-    changes: int = 0  # how often the list of files changes in an uninterrupted run
     answers: dict[str, str] = dataclasses.field(default_factory=dict)  # what the READERS print for the half-way run
     kills: int = 5  # of one run
 
@@ -137,20 +136,15 @@ class Suite:
         self.root.mkdir(parents=True, exist_ok=True)
         case = Case('setup', 0, 0, self)
         case.finish(self.root / 'first')
-        process, changed = case.start(self.reference), files_changed(self.reference)
+        process = case.start(self.reference)
         while process.popen.poll() is None:
             with contextlib.suppress(OSError):
                 self.cpu_seconds = process.cpu_seconds()
-            self.changes = changed()
-            time.sleep(0.002)
+            time.sleep(0.01)
         assert process.wait() == 0, process.errors
         case.check_equal(self.root / 'first')
-        process = case.start(self.halfway)
-        while not (self.halfway / 'checkpoints' / str(HALF)).exists() and process.popen.poll() is None:
-            time.sleep(0.001)
-        process.send(signal.SIGKILL)
-        process.wait()
-        assert steps_in(self.halfway)[-1] == HALF, steps_in(self.halfway)
+        case.finish(self.halfway, train__steps=HALF)
+        assert len(steps_in(self.halfway)) >= 3, steps_in(self.halfway)
         for name in READERS:
             code, self.answers[name], errors = case.read(self.halfway, name)
             assert code == 0, errors
@@ -191,17 +185,17 @@ class Case:
         code = process.wait()
         return code, process.out.read_text().replace(str(workdir), 'RUN'), process.errors
 
-    def at_random_moment(self, process: Process, extra: int = 0) -> bool:
-        """Waits for a random moment in the life of `process`; returns False if the process ends before that moment.
-
-        `extra` is how many changes of the list of files are expected besides those of an uninterrupted run.
-        """
+    def at_random_moment(self, process: Process) -> bool:
+        """Waits for a random moment in the life of `process`; returns False if the process ends before that moment."""
         by_files, delay = self.random.random() < 0.5, self.random.uniform(0, 0.02)
         seconds = self.random.uniform(0, self.suite.cpu_seconds)
-        count, changed = self.random.randint(1, self.suite.changes + extra), files_changed(self.workdir, self.data_dir)
+        # The case's own data set has a dozen files.
+        before, total = progress(self.folder), progress(self.suite.reference) + len(self.processes) * 2
+        total += 12 if self.kind == 'kill' and self.index == 0 else 0
+        count = before + self.random.random() * (total - before)
         with contextlib.suppress(OSError):  # the process has ended
             while process.popen.poll() is None and time.monotonic() < process.deadline:
-                if (changed() >= count) if by_files else (process.cpu_seconds() >= seconds):
+                if (progress(self.folder) > count) if by_files else (process.cpu_seconds() >= seconds):
                     time.sleep(delay)
                     return True
                 time.sleep(0.002)
@@ -222,13 +216,15 @@ class Case:
             raise LostError(f'resumed at step {step}, but checkpoint {newest} was complete')
         return step
 
-    def check_equal(self, workdir: Path, reference: Path | None = None) -> None:
-        """Raises LostError: the finished run in `workdir` has other results or metrics than the reference."""
+    def check_equal(self, workdir: Path, reference: Path | None = None, metrics: bool = True) -> None:
+        """Raises LostError: the finished run has another result than the reference, or other `metrics`."""
         reference = reference or self.suite.reference
         results = [read_json(folder / 'result.json') for folder in (workdir, reference)]
         for key in results[1].keys() - TIMED:
             if results[0].get(key) != results[1][key]:
                 raise LostError(f'result.json: {key} is {results[0].get(key)!r}, not {results[1][key]!r}')
+        if not metrics:
+            return
         if read_lines(workdir / 'metrics.jsonl') != read_lines(reference / 'metrics.jsonl'):
             raise LostError('metrics.jsonl differs from that of the uninterrupted run')
         expected, steps = read_lines(reference / 'layers.jsonl'), set()
@@ -287,17 +283,16 @@ def contents(workdir: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in files}
 
 
-def files_changed(*folders: Path) -> Callable[[], int]:
-    """Returns a function that returns how often the list of files below `folders` was seen to change."""
-    count, before = 0, None
-
-    def look() -> int:
-        nonlocal count, before
-        names = {name for folder in folders for _, below, files in os.walk(folder) for name in (*below, *files)}
-        count, before = count + (names != before), names
-        return count - 1
-
-    return look
+def progress(folder: Path) -> int:
+    """Returns the number of files and of lines of metrics below `folder`, without checkpoints, which come and go."""
+    count = 0
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != 'checkpoints']
+        count += len(names)
+        if 'metrics.jsonl' in names:
+            with contextlib.suppress(OSError):
+                count += Path(parent, 'metrics.jsonl').read_bytes().count(b'\n')
+    return count
 
 
 def check_files(workdir: Path) -> None:
@@ -347,7 +342,7 @@ def kill(case: Case) -> None:
     data_dir = case.suite.data_dir if case.index else case.data_dir  # the first run prepares its own data set
     while len(case.outcomes) < case.suite.kills:
         newest, process = newest_step(case.workdir), case.start(case.workdir, data__data_dir=data_dir)
-        if case.at_random_moment(process, extra=0 if data_dir.exists() else 20):
+        if case.at_random_moment(process):
             process.send(signal.SIGKILL, group=case.random.random() < 0.5)
         code = process.wait()
         if ' training and ' in process.errors:
@@ -399,6 +394,23 @@ def checkpoint(case: Case) -> None:
     case.outcomes.append('recovered' if named else 'unaffected')
 
 
+def files(case: Case) -> None:
+    """A file of the run besides its checkpoints is corrupt or missing."""
+    shutil.copytree(case.suite.halfway, case.workdir)
+    own = [path for path in files_below(case.workdir) if path.parent == case.workdir and path.suffix]
+    file, done = corrupt(case.random, own)
+    case.detail, before, process = f'{file.name}: {done}', contents(case.workdir), case.start(case.workdir)
+    if process.wait():
+        case.check_refused(process, case.workdir, before)
+        case.outcomes.append('refused')
+        return
+    case.check_resumed(process, HALF)
+    named = re.search(rf'.*{file.name}.*', process.errors)
+    case.check_equal(case.workdir, metrics=not named)  # corrupt lines cannot be recovered
+    case.detail += f' [{named[0]}]' if named else ''
+    case.outcomes.append('noticed' if named else 'unaffected')
+
+
 def data(case: Case) -> None:
     """A file of the prepared data set is corrupt, missing or another one, for a new run or a resumed run."""
     shutil.copytree(case.suite.data_dir, case.data_dir, copy_function=os.link)
@@ -430,6 +442,7 @@ def disk(case: Case) -> None:
     mounted = os.geteuid() == 0 and not subprocess.call(
         ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', str(case.workdir)], stderr=subprocess.DEVNULL
     )
+    size //= 1 if mounted else 10  # the limit is for each file
     case.detail = f'{"tmpfs" if mounted else "RLIMIT_FSIZE"} of {size} bytes'
     try:
         command = case.suite.command(case.workdir, **settings)
@@ -574,6 +587,7 @@ def check_stopped(case: Case, process: Process, number: signal.Signals) -> None:
 KINDS: dict[str, tuple[Callable[[Case], None], int]] = {
     'kill': (kill, 4),
     'checkpoint': (checkpoint, 24),
+    'files': (files, 6),
     'data': (data, 8),
     'disk': (disk, 4),
     'twice': (twice, 2),
@@ -637,7 +651,7 @@ def main() -> int:
     root, start, ended = Path(tempfile.mkdtemp(prefix='chaos-')), time.monotonic(), []
     suite = Suite(root, root / 'data')
     suite.prepare()
-    print(f'a run takes {suite.cpu_seconds:.1f} s of CPU time and changes the list of files {suite.changes} times')
+    print(f'a run takes {suite.cpu_seconds:.1f} s of CPU time')
     seeds = [int(seed) for seed in given.seeds.split(',')]
     cases = [Case(kind, seed, i, suite) for seed in seeds for kind, (_, n) in KINDS.items() for i in range(n)]
     wanted = [f'{name}/' for name in given.only.split(',') if name]
