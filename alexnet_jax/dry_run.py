@@ -5,7 +5,6 @@ The plan makes the checks of the command at its start. Nothing is written, compi
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import io
 import math
@@ -19,8 +18,9 @@ from alexnet_jax.data import dataset
 from alexnet_jax.data.open_or_prepare import check_num_classes, is_prepared
 from alexnet_jax.prepare import writer
 from alexnet_jax.prepare.raw_sources import SourceError
-from alexnet_jax.runtime.files import JsonObject, free_bytes, nearest_existing, read_json
-from alexnet_jax.runtime.workdir import is_finished
+from alexnet_jax.runtime.checkpoint_files import checkpoint_steps, read_newest_progress
+from alexnet_jax.runtime.files import JsonObject, free_bytes
+from alexnet_jax.runtime.workdir import describe_changes, is_finished
 from alexnet_jax.schedules import Intervals, Schedule
 from alexnet_jax.shapes import DENSE, LayerShape, layer_table
 
@@ -58,7 +58,6 @@ def print_plan(config: Config, config_name: str, workdir: str, process_group: Js
         lines.append(('start', f'{workdir} is done; the command prints its result'))
     else:
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # a GPU may be in use by a run
-        _check_folder(workdir)
         data, model, mesh_line = _mesh(config, process_group)
         dataset_plan = _data(config)
         _check_unlocked(workdir)
@@ -68,21 +67,11 @@ def print_plan(config: Config, config_name: str, workdir: str, process_group: Js
             *(('steps', line) for line in _steps(config, dataset_plan.examples)),
             ('memory', _memory(config, data, model)),
             ('disk', _disk(config, workdir)),
-            ('start', _start(workdir, dataset_plan)),
+            *(('start', line) for line in _start(config, workdir, dataset_plan)),
         ]
     for i, (label, line) in enumerate(lines):
         print(f'{label if i == 0 or lines[i - 1][0] != label else "":<8}{line}')
     return 0
-
-
-def _check_folder(workdir: str) -> None:
-    """Raises ConfigError if `workdir` cannot be created or written."""
-    parent = nearest_existing(workdir)
-    code = 0 if os.access(parent, os.W_OK | os.X_OK) else errno.EACCES
-    if not os.path.isdir(parent):
-        code = errno.EEXIST if parent == os.path.abspath(workdir) else errno.ENOTDIR
-    if code:
-        raise ConfigError(f'--workdir: {workdir} cannot be used: {OSError(code, os.strerror(code), workdir)}')
 
 
 def _check_unlocked(workdir: str) -> None:
@@ -255,30 +244,27 @@ def _disk(config: Config, workdir: str) -> str:
     )
 
 
-def _start(workdir: str, data: _Data) -> str:
-    """Returns whether the command would start or resume the run, and at which step.
+def _start(config: Config, workdir: str, data: _Data) -> list[str]:
+    """Returns whether the command would start or resume the run, at which step, and with which changed settings.
 
     Raises ConfigError: the run was started with another data set, or no checkpoint can be read.
     """
     folder = os.path.join(workdir, 'checkpoints')
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    steps = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
-    for step in steps:
-        progress = read_json(os.path.join(folder, str(step), 'progress', 'metadata'))
-        if progress is None:
-            continue
-        started_with = progress.get('dataset_fingerprint', progress.get('store'))  # the key of version 0.1
-        if data.fingerprint is not None and started_with not in (data.fingerprint, None):
+    newest = read_newest_progress(folder)
+    if newest is None:
+        if checkpoint_steps(folder):
             raise ConfigError(
-                f'config.data: the prepared data set is not the one that {workdir} was started with; put that one back,'
-                ' or use another --workdir'
+                f'{folder}: no checkpoint can be read; remove the folder or use another --workdir to start over'
             )
-        return f'resumes {workdir} at step {step:,}'
-    if steps:
+        return [f'starts at step 0 in {workdir}']
+    step, progress = newest
+    started_with = progress.get('dataset_fingerprint', progress.get('store'))  # the key of version 0.1
+    if data.fingerprint is not None and started_with not in (data.fingerprint, None):
         raise ConfigError(
-            f'{folder}: no checkpoint can be read; remove the folder or use another --workdir to start over'
+            f'config.data: the prepared data set is not the one that {workdir} was started with; put that one back,'
+            ' or use another --workdir'
         )
-    return f'starts at step 0 in {workdir}'
+    return [f'resumes {workdir} at step {step:,}', *describe_changes(config, workdir)]
 
 
 def _size(size: float) -> str:

@@ -157,21 +157,27 @@ def _sweep(file: str, workdir: str, process_group: JsonObject | None) -> int:
     return run_all(variants, configs, workdir, command, _SWEEP_JOBS.value)
 
 
+def _workdir(file: str) -> str:
+    """Returns the folder of the run or sweep. Raises ConfigError: the folder cannot be used."""
+    name = os.path.basename(file).replace('.py', '').replace(':', '_')
+    workdir = os.path.expanduser(_WORKDIR.value or os.path.join('runs', name))
+    check_current_folder('train')
+    if is_url(workdir):
+        raise ConfigError(f'--workdir: {workdir} is a URL; runs are written to a local disk')
+    check_folder('--workdir', check_run_path('--workdir', workdir))
+    return workdir
+
+
 def main(argv: list[str]) -> int:
     """Checks the settings, trains, prints the result, and returns the exit code."""
     del argv
     logging.set_verbosity(logging.FATAL)  # Orbax logs pages for each error that it raises
     file = config_flags.get_config_filename(flags.FLAGS['config'])
-    name = os.path.basename(file).replace('.py', '').replace(':', '_')
-    workdir = os.path.expanduser(_WORKDIR.value or os.path.join('runs', name))
     try:
         if _HELP_CONFIG.value is not None:
             print('\n'.join(describe(field, CONFIG.value) for field in find_fields(_HELP_CONFIG.value)))
             return 0
-        check_current_folder('train')
-        if is_url(workdir):
-            raise ConfigError(f'--workdir: {workdir} is a URL; runs are written to a local disk')
-        check_folder('--workdir', check_run_path('--workdir', workdir))
+        workdir = _workdir(file)
         process_group = _process_group()
         check_wandb(_WANDB.value)
         tracking = TrackingConfig(_TENSORBOARD.value, _WANDB.value, parse_profile(_PROFILE.value))
@@ -181,19 +187,21 @@ def main(argv: list[str]) -> int:
         if _PRINT_CONFIG.value is not None:
             return _print_config(config)
         check_resumable(config, workdir, every_field=_SWEEP.value is not None, allow_changes=_ALLOW_CHANGES.value)
+        finished = is_finished(config, workdir)
+        if not finished:
+            check_writable('--workdir', check_folder('--workdir', os.path.join(workdir, 'checkpoints')))
         if _DRY_RUN.value:
             from alexnet_jax.dry_run import print_plan  # imports jax
 
             return print_plan(config, config_files.name_of(file), workdir, process_group)
         console.make_stdout_optional()
-        if is_finished(config, workdir):
+        if finished:
             if console.is_primary():
                 print(
                     f'{workdir} is done; use another --workdir to start over, or raise config.train.epochs to continue.'
                 )
             _print_result(workdir)
             return 0
-        check_writable('--workdir', check_folder('--workdir', os.path.join(workdir, 'checkpoints')))
         if config.cpu_tuning:
             backend.configure_cpu_backend()
         if process_group is None:

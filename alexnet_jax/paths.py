@@ -78,7 +78,7 @@ def check_path(field: str, path: str, suffix: str = '') -> str:
     except (FileNotFoundError, PermissionError):
         pass
     except NotADirectoryError:
-        file = _nearest(path)
+        file = nearest_existing(path)
         raise ConfigError(f'{field}: {shown(file)} is a file, not a folder; use another path') from None
     except OSError as error:
         raise ConfigError(f'{field}: {shown(path)}: {error.strerror}; use another path') from None
@@ -156,7 +156,7 @@ def check_writable(field: str, folder: str, remedy: str = 'use another folder') 
 
     `folder` is a result of check_folder(), and not a URL.
     """
-    parent = _nearest(folder)
+    parent = nearest_existing(folder)
     try:
         with tempfile.TemporaryFile(dir=parent):
             pass
@@ -164,8 +164,9 @@ def check_writable(field: str, folder: str, remedy: str = 'use another folder') 
         raise ConfigError(f'{field}: {shown(parent)} is not writable ({error.strerror}); {remedy}') from None
 
 
-def _nearest(path: str) -> str:
-    """Returns `path` or its nearest parent that exists."""
+def nearest_existing(path: str) -> str:
+    """Returns the absolute path of `path` or, if it is missing, of its nearest parent that exists."""
+    path = os.path.abspath(path)
     while not os.path.lexists(path):
         path = os.path.dirname(path)
     return path

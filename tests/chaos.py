@@ -5,8 +5,8 @@
 Each case breaks a small run in one way: kill -9, a signal, a suspended process, a closed pipe, a full disk, two
 processes at once, or a corrupt file in a checkpoint or in the prepared data set. Then the same command runs to the end.
 The result is compared with that of an uninterrupted run. The outcome of a fault is one of OUTCOMES; the exit code is 1
-if any outcome is LOST. --only repeats cases. Moments are drawn as CPU time of the process or as number of files and lines
-that it has written, so that they depend little on the load of the machine.
+if any outcome is LOST. --only repeats cases. Moments are drawn as CPU time of the process or as number of files and
+lines that it has written, so that they depend little on the load of the machine.
 """
 
 import argparse

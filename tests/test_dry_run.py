@@ -120,7 +120,7 @@ def test_plan_describes_the_run(run, home):
     assert new['start'] == f'starts at step 0 in {home}/new'
     assert list(done) == ['config', 'start']
     assert done['start'] == f'{run.workdir} is done; the command prints its result'
-    assert longer['start'] == f'resumes {run.workdir} at step 8'
+    assert longer['start'] == f'resumes {run.workdir} at step 8\nconfig.train.steps: 8 -> 20'
     # What the run did.
     assert read_result(run.workdir)['step'] == 8
     evaluated = [line['step'] for line in read_lines(run.workdir / 'metrics.jsonl') if line['split'] == 'validation']

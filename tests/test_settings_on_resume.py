@@ -296,10 +296,10 @@ def test_weights_are_used_with_the_settings_of_their_checkpoint(folder, capfd):
 
 def test_paths_are_logged_and_make_no_other_run(folder):
     (folder / 'result.json').write_text(json.dumps({'status': 'done', 'views': {}}))
-    other = with_fields(data__data_dir='elsewhere')
+    other = with_fields(data__data_dir='/elsewhere')
     check_resumable(other, str(folder), every_field=True)
     assert is_finished(other, str(folder))
-    assert get_by_path(other, 'data.data_dir') == 'elsewhere'
+    assert get_by_path(other, 'data.data_dir') == '/elsewhere'
 
 
 def test_checkpoints_that_are_no_folder_are_refused(tmp_path):

@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Iterator
 from typing import IO, Any
 
+from alexnet_jax.paths import nearest_existing
+
 JsonObject = dict[str, Any]
 
 
@@ -68,14 +70,6 @@ def read_json_lines(path: str) -> list[JsonObject]:
             with contextlib.suppress(ValueError, RecursionError):
                 lines.append(json.loads(text))
     return [line for line in lines if isinstance(line, dict)]
-
-
-def nearest_existing(path: str) -> str:
-    """Returns the absolute path of `path` or, if it is missing, of its nearest parent that exists."""
-    path = os.path.abspath(path)
-    while not os.path.lexists(path):
-        path = os.path.dirname(path)
-    return path
 
 
 def free_bytes(path: str) -> int:

@@ -116,10 +116,11 @@ def _shown(value: object) -> str:
     return text if len(text) <= 200 else f'{text[:200]}...'
 
 
-def log_changes(config: Config, workdir: str) -> None:
-    """Logs each field in which `config` differs from the settings with which the run in `workdir` was saved.
+def describe_changes(config: Config, workdir: str) -> list[str]:
+    """Returns a line for each field in which `config` differs from the settings with which the run was saved.
 
-    These are the settings in the newest checkpoint or, if an earlier version wrote it, those in config.json.
+    These are the settings in the newest checkpoint in `workdir` or, if an earlier version wrote it, those in
+    config.json. A further line names a config.json that cannot be read.
     """
     before, problem = _config_before(workdir), ''
     try:
@@ -127,15 +128,12 @@ def log_changes(config: Config, workdir: str) -> None:
     except ConfigError as error:
         problem = str(error)
     if before is None:
-        log(
+        return [
             f'{workdir}/config.json {problem}, and the checkpoints have no settings: the run resumes with the settings'
             ' of this command, and changes of settings are unknown'
-        )
-        return
-    if problem:
-        log(f'{workdir}/config.json {problem}; it is written again, and the checkpoint has the settings of the run')
-    for field in _changed(before, config):
-        log(_arrow(before, config, field))
+        ]
+    repaired = f'{workdir}/config.json {problem}; it is written again, and the checkpoint has the settings of the run'
+    return [repaired] * bool(problem) + [_arrow(before, config, field) for field in _changed(before, config)]
 
 
 def is_finished(config: Config, workdir: str) -> bool:

@@ -21,8 +21,8 @@ from alexnet_jax.runtime.preemption import PreemptionHandler, Watchdog
 from alexnet_jax.runtime.workdir import (
     PATH_FIELDS,
     append_history,
+    describe_changes,
     environment,
-    log_changes,
     set_aside_folders,
     statistics_digest,
 )
@@ -111,7 +111,8 @@ def _write_settings(config: Config, workdir: str, step: int, resumed: bool) -> N
     Raises ConfigError: the files cannot be written.
     """
     if resumed:
-        log_changes(config, workdir)
+        for line in describe_changes(config, workdir):
+            log(line)
     try:
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(workdir, 'result.json'))  # written by a shorter run that this run continues
