@@ -29,10 +29,10 @@ def is_url(path: str) -> bool:
 
 
 def shown(path: str) -> str:
-    """Returns `path` as printable text in quotes, with an ellipsis in a very long path."""
+    """Returns `path` in one line of printable text, with an ellipsis in a very long path."""
     if len(path) > _MAX_SHOWN:
         path = f'{path[: _MAX_SHOWN // 2]}...{path[-_MAX_SHOWN // 2 :]}'
-    return repr(path)
+    return path if path.isprintable() and path else repr(path)
 
 
 def absolute_path(field: str, path: str) -> str:
@@ -74,14 +74,13 @@ def check_path(field: str, path: str, suffix: str = '') -> str:
     except UnicodeEncodeError:
         raise _encoding_error(field, path) from None
     except ValueError:
-        raise ConfigError(f'{field}: {shown(path)} contains a NUL character; use another path') from None
+        raise _unusable(field, path, 'it contains a NUL character') from None
     except (FileNotFoundError, PermissionError):
         pass
     except NotADirectoryError:
-        file = nearest_existing(path)
-        raise ConfigError(f'{field}: {shown(file)} is a file, not a folder; use another path') from None
+        raise _unusable(field, path, f'{shown(nearest_existing(path))} is a file, not a folder') from None
     except OSError as error:
-        raise ConfigError(f'{field}: {shown(path)}: {error.strerror}; use another path') from None
+        raise _unusable(field, path, str(error.strerror)) from None
     return path
 
 
@@ -99,13 +98,13 @@ def check_text_path(field: str, path: str) -> str:
 def _encoding_error(field: str, path: str) -> ConfigError:
     encoding = sys.getfilesystemencoding()
     if encoding != 'utf-8':
-        return ConfigError(
-            f'{field}: {shown(path)} is not ASCII, and the encoding of file names is {encoding};'
-            ' set a UTF-8 locale, such as LC_ALL=C.UTF-8, or PYTHONUTF8=1'
-        )
-    return ConfigError(
-        f'{field}: {shown(path)} contains bytes that are not UTF-8; rename the folder or use another path'
-    )
+        problem = f'it is not ASCII, and the encoding of file names is {encoding}'
+        return _unusable(field, path, problem, 'set a UTF-8 locale, such as LC_ALL=C.UTF-8, or PYTHONUTF8=1')
+    return _unusable(field, path, 'it contains bytes that are not UTF-8', 'rename the folder or use another path')
+
+
+def _unusable(field: str, path: str, problem: str, remedy: str = 'use another path') -> ConfigError:
+    return ConfigError(f'{field}: {shown(path)} cannot be used: {problem}; {remedy}')
 
 
 def check_run_path(field: str, path: str) -> str:
@@ -116,19 +115,15 @@ def check_run_path(field: str, path: str) -> str:
     path = check_text_path(field, path)
     for part, meaning in _ORBAX_SYNTAX.items():
         if part in f'{path}/':
-            raise ConfigError(
-                f'{field}: {shown(path)} contains {part}, which Orbax takes for {meaning}; use another path'
-            )
+            raise _unusable(field, path, f'it contains {part}, which Orbax takes for {meaning}')
     _check_epath(field, path)
     return path
 
 
 def _check_epath(field: str, path: str) -> None:
     if path.startswith(_EPATH_URLS):
-        raise ConfigError(
-            f'{field}: {shown(path)} is taken for the URL {path[1:3]}://{path[4:]} by etils.epath; use another path,'
-            ' such as a bind mount of the folder'
-        )
+        url = f'{path[1:3]}://{path[4:]}'
+        raise _unusable(field, path, f'etils.epath takes it for {url}', 'use another path, such as a bind mount')
 
 
 def check_folder(field: str, path: str) -> str:
@@ -143,11 +138,10 @@ def check_folder(field: str, path: str) -> str:
     _check_epath(field, path)
     check_path(field, os.path.join(path, _LONGEST_NAME))
     if os.path.islink(path) and not os.path.exists(path):
-        raise ConfigError(
-            f'{field}: {shown(path)} is a link to {shown(os.readlink(path))}, which does not exist; create that folder'
-        )
+        problem = f'it is a link to {shown(os.readlink(path))}, which does not exist'
+        raise _unusable(field, path, problem, 'create that folder')
     if os.path.exists(path) and not os.path.isdir(path):
-        raise ConfigError(f'{field}: {shown(path)} is a file, not a folder; use another path')
+        raise _unusable(field, path, f'{shown(path)} is a file, not a folder')
     return path
 
 
@@ -161,7 +155,7 @@ def check_writable(field: str, folder: str, remedy: str = 'use another folder') 
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise ConfigError(f'{field}: {shown(parent)} is not writable ({error.strerror}); {remedy}') from None
+        raise _unusable(field, folder, f'{shown(parent)} is not writable ({error.strerror})', remedy) from None
 
 
 def nearest_existing(path: str) -> str:

@@ -128,6 +128,7 @@ def test_links_to_checkpoints(trained, tmp_path, monkeypatch):
 def refuse(path: str, check=paths.check_folder) -> str:
     message = refusal(check, '--workdir', path)
     assert message.startswith('--workdir: ')
+    assert ' cannot be used: ' in message
     assert not {'corrupt', 'remove'} & set(message.replace(';', ' ').split())
     return message
 
@@ -144,18 +145,18 @@ def test_paths_that_are_not_utf8(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ('path', 'reason'),
     [
-        ('file', "file' is a file, not a folder"),
-        ('file/run', "file' is a file, not a folder"),
-        ('file/a/b/c', "file' is a file, not a folder"),
-        ('dangling', "dangling' is a link to 'nowhere', which does not exist"),
+        ('file', 'file is a file, not a folder'),
+        ('file/run', 'file is a file, not a folder'),
+        ('file/a/b/c', 'file is a file, not a folder'),
+        ('dangling', 'dangling cannot be used: it is a link to nowhere, which does not exist'),
         ('loop', 'Too many levels of symbolic links'),
         ('loop/run', 'Too many levels of symbolic links'),
         ('x' * 256, 'File name too long'),
         ('ü' * 128, 'File name too long'),
         ('/'.join(['y' * 250] * 16), 'File name too long'),
         ('a\0b', 'contains a NUL character'),
-        ('/s3/runs', 'is taken for the URL s3://runs'),
-        ('/gs/bucket/x', 'is taken for the URL gs://bucket/x'),
+        ('/s3/runs', 'etils.epath takes it for s3://runs;'),
+        ('/gs/bucket/x', 'etils.epath takes it for gs://bucket/x;'),
     ],
 )
 def test_unusable_folders_are_refused(tmp_path, monkeypatch, path, reason):
@@ -210,7 +211,8 @@ def test_each_command_refuses_paths_that_are_not_utf8(tmp_path, arguments, reaso
     (tmp_path / NOT_UTF8).mkdir()
     arguments = [argument.format(NOT_UTF8) for argument in arguments]
     message = usage_error(alexnet(*arguments, cwd=tmp_path))
-    assert f"{reason}'{tmp_path}/caf\\udce9' contains bytes that are not UTF-8; rename the folder" in message
+    problem = 'cannot be used: it contains bytes that are not UTF-8; rename the folder or use another path'
+    assert message.endswith(f"{reason}'{tmp_path}/caf\\udce9' {problem}")
     assert os.listdir(tmp_path / NOT_UTF8) == []
 
 
@@ -330,12 +332,12 @@ def test_read_only_data_folder(tmp_path):
     read_only.mkdir(0o555)
     source = ['prepare', '--source=folder:pictures', '--image_size=72', '--validation_fraction=0.5', '--workers=1']
     remedy = 'is not writable (Permission denied); set config.data.prepared_dir to a folder for prepared data sets'
-    expected = f"config.data.data_dir: '{read_only}' {remedy}"
+    expected = f'config.data.data_dir: {read_only}/prepared cannot be used: {read_only} {remedy}'
     assert usage_error(unprivileged(*source, '--data_dir=ro', cwd=tmp_path)) == expected
     fields = {'data.source': 'folder:pictures', 'data.data_dir': 'ro'}
     assert usage_error(unprivileged('train', *config_flags(fields), cwd=tmp_path)) == expected
     assert usage_error(unprivileged('train', '--workdir=ro/run', cwd=tmp_path)).startswith(
-        f"--workdir: '{read_only}' is not writable"
+        f'--workdir: {read_only}/run/checkpoints cannot be used: {read_only} is not writable'
     )
     elsewhere = unprivileged(*source, '--data_dir=ro', '--prepared_dir=other', cwd=tmp_path)
     assert elsewhere.returncode == 0, elsewhere.stderr

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import ml_collections
 
 from alexnet_jax.config import Config, ConfigError, resolve
-from alexnet_jax.paths import check_folder, check_path, check_run_path, check_writable, is_url
+from alexnet_jax.paths import check_folder, check_path, check_run_path, check_writable, is_url, shown
 from alexnet_jax.runtime.workdir import read_config
 
 CHECKPOINT_HELP = "a run's folder WORKDIR, WORKDIR/best or WORKDIR/checkpoints/STEP"
@@ -38,10 +38,10 @@ def parse_checkpoint_ref(name: str) -> CheckpointRef:
     """Parses the CHECKPOINT argument `name`. Raises ConfigError: there is no run with a usable config.json."""
     if is_url(name):
         raise ConfigError(f'{name}: checkpoints are not read from URLs; copy the folder of the run to a local disk')
-    path = check_run_path(name, name)
+    path = check_run_path(shown(name), name)
     workdir, selector = _split(path)
     if not _is_run(workdir) and os.path.islink(path):
-        workdir, selector = _split(check_run_path(name, os.path.realpath(path)))
+        workdir, selector = _split(check_run_path(shown(name), os.path.realpath(path)))
     if not os.path.isdir(workdir):
         raise ConfigError(f'{name}: there is no folder {workdir}; name {CHECKPOINT_HELP}')
     if not _is_run(workdir):
