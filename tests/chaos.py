@@ -112,6 +112,7 @@ class Suite:
     cpu_seconds: float = 0.0  # of an uninterrupted run whose programs are compiled
     answers: dict[str, str] = dataclasses.field(default_factory=dict)  # what the READERS print for the half-way run
     kills: int = 5  # of one run
+    interrupted: bool = False
 
     def __post_init__(self):
         self.reference, self.halfway = self.root / 'reference', self.root / 'halfway'
@@ -175,9 +176,17 @@ class Case:
         return self.start_command([*self.suite.command(workdir, **settings), *flags], **options or {})
 
     def start_command(self, command: list[str], **options: Any) -> Process:
+        if self.suite.interrupted:
+            raise LostError('the suite was interrupted')
         path = self.folder / f'process{len(self.processes)}'
         self.processes.append(Process(path, command, self.suite.limit, env=self.suite.environment, **options))
         return self.processes[-1]
+
+    def kill_processes(self) -> None:
+        for process in self.processes:
+            if process.popen.poll() is None:
+                process.send(signal.SIGKILL, group=True)
+                process.popen.wait()
 
     def read(self, workdir: Path, name: str) -> tuple[int, str, str]:
         """Returns exit code, standard output and standard error of evaluate or predict on the newest checkpoint."""
@@ -606,10 +615,7 @@ def run_case(case: Case) -> Case:
         case.detail += f' {error}'
     finally:
         case.detail = case.detail.replace(f'{case.folder}/', '')
-        for process in case.processes:
-            if process.popen.poll() is None:
-                process.send(signal.SIGKILL, group=True)
-                process.popen.wait()
+        case.kill_processes()
     if 'LOST' not in case.outcomes:
         shutil.rmtree(case.folder)
     return case
@@ -618,15 +624,14 @@ def run_case(case: Case) -> Case:
 def run_cases(cases: list[Case], jobs: int) -> Iterator[Case]:
     """Yields the cases as they end; an interrupt ends their processes."""
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(run_case, case) for case in cases]
         try:
-            for future in as_completed(futures):
+            for future in as_completed([pool.submit(run_case, case) for case in cases]):
                 yield future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for case in cases:
-                for process in case.processes:
-                    process.send(signal.SIGKILL, group=True)
+                case.suite.interrupted = True
+                case.kill_processes()
             raise
 
 
