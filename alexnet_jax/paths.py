@@ -62,7 +62,7 @@ def check_path(field: str, path: str, suffix: str = '') -> str:
     Args:
       field: name of the setting at the beginning of the message.
       path: path of a file or folder.
-      suffix: text that is appended to the path of temporary files.
+      suffix: text after `path` in the longest path of a file that belongs to it.
 
     Raises ConfigError: the system accepts no file with this path, because the path contains a NUL character, a file in
       the place of a folder or a loop of links, or is too long.
@@ -136,7 +136,7 @@ def check_folder(field: str, path: str) -> str:
         return path
     path = check_text_path(field, path)
     _check_epath(field, path)
-    check_path(field, os.path.join(path, _LONGEST_NAME))
+    check_path(field, path, suffix=f'/{_LONGEST_NAME}')
     if os.path.islink(path) and not os.path.exists(path):
         problem = f'it is a link to {shown(os.readlink(path))}, which does not exist'
         raise _unusable(field, path, problem, 'create that folder')
