@@ -79,10 +79,10 @@ def restore(ref: CheckpointRef, abstract: TrainState | None) -> checkpointing.Ch
         step = resolve_step(ref)
         path = os.path.join(ref.workdir, 'checkpoints', str(step))
         restored, problem = checkpointing.restore_checkpoint(path, abstract)
-        if restored is not None:
-            if restored.run_state.step != step:
-                log(f'{ref.name}: {path} is a checkpoint of step {restored.run_state.step}')
+        if restored is not None and restored.run_state.step == step:
             return restored
+        if restored is not None:
+            problem = f'it is a copy of step {restored.run_state.step}'
         # A run that is still training may have replaced the checkpoint in the meantime.
         if resolve_step(ref) == step:
             raise CheckpointError(f'{ref.name}: checkpoint {path} is corrupt ({problem}); name another checkpoint')
