@@ -28,7 +28,6 @@ from alexnet_jax.inference.checkpoint_ref import (
     with_data_folders,
     with_overrides,
 )
-from alexnet_jax.runtime.console import log
 from alexnet_jax.runtime.files import write_json
 from alexnet_jax.runtime.preemption import PreemptionHandler
 from alexnet_jax.runtime.workdir import (
@@ -82,7 +81,7 @@ def restore(ref: CheckpointRef, abstract: TrainState | None) -> checkpointing.Ch
         if restored is not None and restored.run_state.step == step:
             return restored
         if restored is not None:
-            problem = f'it is a copy of step {restored.run_state.step}'
+            problem = f'it is a checkpoint of step {restored.run_state.step}'
         # A run that is still training may have replaced the checkpoint in the meantime.
         if resolve_step(ref) == step:
             raise CheckpointError(f'{ref.name}: checkpoint {path} is corrupt ({problem}); name another checkpoint')
