@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, config_flags, environment, read_lines, read_result, run_command, wait_for
+from helpers import ROOT, config_flags, environment, read_lines, read_result, run_command, usage_error, wait_for
 
 pytestmark = pytest.mark.usefixtures('compiled_programs')
 STEPS = 4
@@ -286,3 +286,8 @@ def test_model_is_loaded_without_a_warning(trained):
     program = 'import sys, alexnet_jax; print(alexnet_jax.load_model(sys.argv[1]).step)'
     run = run_command('-c', program, trained)
     assert (run.stdout, run.stderr) == (f'{STEPS}\n', '')
+
+
+def test_message_about_a_path_with_a_line_break_is_one_line(tmp_path):
+    run = run_command('-m', 'alexnet_jax.predict', tmp_path / 'two\nlines', 'image.png')
+    assert usage_error(run).startswith(f'{tmp_path}/two\\nlines: ')

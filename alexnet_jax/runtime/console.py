@@ -108,20 +108,25 @@ def is_primary() -> bool:
 def log_error(message: str) -> None:
     """Prints one line about an error to standard error, with the process index if there are several processes."""
     which = f'process {_process} of {_processes}: ' if _processes > 1 else ''
-    print(f'alexnet_jax: {which}{message}', file=sys.stderr, flush=True)
+    print(f'alexnet_jax: {which}{_in_one_line(message)}', file=sys.stderr, flush=True)
 
 
 def log(message: str) -> None:
     """Prints one line with the time of day to standard error, on the primary process only."""
     if not is_primary():
         return
-    line = f'{time.strftime("%H:%M:%S")} {message}'
+    line = f'{time.strftime("%H:%M:%S")} {_in_one_line(message)}'
     if sys.stderr.isatty():
         from tqdm import tqdm
 
         tqdm.write(line, file=sys.stderr)  # above the progress bar
     else:
         print(line, file=sys.stderr, flush=True)
+
+
+def _in_one_line(message: str) -> str:
+    """Returns `message` with escaped line breaks, which paths and messages of libraries may contain."""
+    return message.replace('\r', '\\r').replace('\n', '\\n')
 
 
 def summarize_exception(error: Exception) -> str:
