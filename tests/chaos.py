@@ -387,7 +387,7 @@ def checkpoint(case: Case) -> None:
         if code:
             case.check_refused(case.processes[-1], case.workdir, contents(case.workdir))
         elif answer != case.suite.answers[name] and not re.search('corrupt|cannot be read', errors):
-            raise LostError(f'{name} answers differently without a message: {answer}')
+            raise LostError(f'{name} answers differently without a message: {answer.strip()[:200]}')
     before, process = contents(case.workdir), case.start(case.workdir)
     if process.wait():
         case.check_refused(process, case.workdir, before)
