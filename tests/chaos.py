@@ -450,7 +450,6 @@ def disk(case: Case) -> None:
     mounted = os.geteuid() == 0 and not subprocess.call(
         ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', str(case.workdir)], stderr=subprocess.DEVNULL
     )
-    size //= 1 if mounted else 10  # the limit is for each file
     case.detail = f'{"tmpfs" if mounted else "RLIMIT_FSIZE"} of {size} bytes'
     try:
         command = case.suite.command(case.workdir, **settings)
