@@ -5,6 +5,7 @@
 In a checkout of the repository `python launch.py` is the same command.
 """
 
+import errno
 import json
 import os
 import re
@@ -27,6 +28,8 @@ from alexnet_jax.runtime.workdir import check_resumable, is_finished
 from alexnet_jax.sweep.sweep import Variant, apply_variant, load_sweep, print_runs, run_all, write_manifest
 from alexnet_jax.training.profiler import parse_profile
 from alexnet_jax.training.trackers import TrackingConfig, check_wandb
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 CONFIG = define_config_flag()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; by default runs/ and the name of the config.')
@@ -214,14 +217,14 @@ def main(argv: list[str]) -> int:
     try:
         code = train_and_evaluate(config, workdir, process_group, tracking)
     except Exception as error:
-        code = _report_failure(error)
+        code = _report_failure(error, workdir)
         distributed.hard_exit(code)
     if code == EXIT_DONE:
         _print_result(workdir)
     return code
 
 
-def _report_failure(error: Exception) -> int:
+def _report_failure(error: Exception, workdir: str) -> int:
     """Logs a known error in one line, or the traceback of an unexpected error; returns the exit code."""
     from alexnet_jax.data.dataset import DatasetError
     from alexnet_jax.runtime import distributed
@@ -236,6 +239,8 @@ def _report_failure(error: Exception) -> int:
         error, TrainingError | CheckpointError | DatasetError | distributed.DistributedInitError
     ):
         log_error(peer_failure or str(error))
+    elif isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        log_error(f'{error.filename or workdir}: {error.strerror}; run the same command again to resume')
     else:
         log_error('the run failed with an unexpected error:')
         traceback.print_exception(error)

@@ -26,6 +26,17 @@ runpy.run_path('launch.py', run_name='__main__')
 """
 # For each fault: code that is run before launch.py, the case that must find it, and a part of what the case reports.
 PLANTED = {
+    'a checkpoint restored without its digest check': (
+        """
+def restore_unchecked(path, abstract_state):
+    progress = checkpointing.read_progress(path)
+    state, run_state = checkpointing._read_state(path, abstract_state), checkpointing._run_state(progress)
+    return checkpointing.Checkpoint(state, run_state, progress['state_digest'], progress['config']), ''
+checkpointing.restore_checkpoint = restore_unchecked
+""",
+        'checkpoint/0/18',
+        'result.json: ',
+    ),
     'a checkpoint restored with other values': (
         """
 import dataclasses, jax

@@ -27,6 +27,7 @@ Batch = dict[str, np.ndarray]  # see loader.training_batches() and loader.valida
 MANIFEST_FIELDS = ('source', 'image_size', 'channels', 'encoding', 'validation_fraction', 'class_names')
 MANIFEST = 'prepared.json'  # name of the file with the Manifest
 MAX_NAME_BYTES = 255  # of a file name, on common file systems
+SAMPLE_BYTES = 1 << 16  # see sampled_digests()
 IN_MEMORY_LIMIT_BYTES = 1 << 28  # a split with more bytes of pixels is not cached in memory
 
 
@@ -81,7 +82,7 @@ class Manifest:
       class_names: one name per label.
       images: number of images by split.
       files: size in bytes of each other file of the data set, by name.
-      digests: SHA-256 of each of these files that is not a shard, by name; {} in data sets of earlier versions.
+      digests: sampled_digests() of each of these files, by name; {} in data sets of earlier versions.
     """
 
     source: str
@@ -93,7 +94,7 @@ class Manifest:
     class_names: list[str]
     images: dict[str, int]
     files: dict[str, int]
-    digests: dict[str, str] = dataclasses.field(default_factory=dict)
+    digests: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     def fingerprint_of_images(self) -> str:
         """Returns the SHA-256 of all fields but `digests`, which earlier versions do not have."""
@@ -323,15 +324,38 @@ def open_prepared(directory: str, settings: DatasetSettings) -> PreparedDataset:
     )
 
 
-def _check_file(path: epath.Path, size: int, digest: str | None) -> None:
-    """Raises ConfigError if the file does not have `size` bytes or, unless `digest` is None, this SHA-256."""
+def sampled_digests(path: epath.Path) -> list[str]:
+    """Returns the SHA-256 hex digests of the first bytes of each half of a file, at most SAMPLE_BYTES each.
+
+    Together they cover a small file. In a shard or an archive, checksums cover the other bytes. The end of a shard is
+    no sample, because it can be equal in shards of equally many images.
+    """
+    size = path.stat().length
+    count = min(SAMPLE_BYTES, (size + 1) // 2)
+    digests = []
+    with path.open('rb') as file:
+        for offset in (0, size // 2):
+            file.seek(offset)
+            digests.append(hashlib.sha256(file.read(count)).hexdigest())
+    return digests
+
+
+def _check_file(path: epath.Path, size: int, digests: list[str] | None) -> None:
+    """Raises ConfigError if the file does not have `size` bytes, or not the sampled_digests() `digests` unless None.
+
+    A shard may differ in one digest: the checksums of its records find a corrupt record, which training replaces. If
+    both differ, the file is another shard.
+    """
     try:
         found = path.stat().length
     except FileNotFoundError:
         raise _unusable(path, 'is missing') from None
     if found != size:
         raise _unusable(path, f'is {found} bytes, not {size} bytes')
-    if digest is not None and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+    if digests is None:
+        return
+    differs = [old != new for old, new in zip(digests, sampled_digests(path), strict=True)]
+    if all(differs) or (any(differs) and '.array_record' not in path.name):
         raise _unusable(path, 'is corrupt')
 
 

@@ -11,12 +11,13 @@ import time
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from alexnet_jax.config import ConfigError, check_class_names
-from alexnet_jax.data.dataset import DatasetError, Manifest, dataset_dir, read_manifest, write_manifest
+from alexnet_jax.data.dataset import DatasetError, Manifest, dataset_dir, read_manifest, sampled_digests, write_manifest
 from alexnet_jax.paths import check_folder, check_writable, is_url
 from alexnet_jax.prepare.raw_sources import Source, SourceError
-from alexnet_jax.prepare.shard_writer import ShardReport, SkippedImage, file_digest, read_report, write_shards
+from alexnet_jax.prepare.shard_writer import ShardReport, SkippedImage, read_report, write_shards
 from alexnet_jax.prepare.shards import ImageSpec, Shard, statistics
 from alexnet_jax.prepare.sources import is_local, missing_tfds_data, open_source
 from alexnet_jax.runtime.console import ProgressBar, log
@@ -336,8 +337,7 @@ def _write_metadata(
     _write_lines(os.path.join(folder, 'skipped.jsonl'), _skipped(reports))
     images = {split.name: split.num_examples for split in splits}
     files = {name: os.path.getsize(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
-    small = sorted(files.keys() - {shard.file for shard in shards})
-    digests = {name: file_digest(os.path.join(folder, name)) for name in small}
+    digests = {name: sampled_digests(epath.Path(folder) / name) for name in files}
     write_manifest(folder, Manifest(**description, images=images, files=files, digests=digests))
 
 
