@@ -322,10 +322,11 @@ def test_restore_retries_when_newest_checkpoint_disappears(runs, tmp_path, monke
         asked.append(os.path.basename(path))
         if len(asked) == 1:
             (folder / '40').rename(folder / '41')
+            edit_progress(folder / '41', step=41)
         return read(path, abstract_state)
 
     monkeypatch.setattr(checkpointing, 'restore_checkpoint', read_late)
-    assert trained_model.restore(trained_model.parse_checkpoint_ref(str(tmp_path / 'b')), None).run_state.step == 40
+    assert trained_model.restore(trained_model.parse_checkpoint_ref(str(tmp_path / 'b')), None).run_state.step == 41
     assert asked == ['40', '41']
     message = refusal(trained_model.restore, trained_model.parse_checkpoint_ref(str(folder / '40')), None)
     assert re.search('checkpoints/40: .*41', message)
@@ -573,7 +574,8 @@ def test_unusable_runs_are_rejected_and_left_unchanged(runs, photos_dir, tmp_pat
         edit(run / 'config.json', data=read_json(run / 'config.json')['data'] | values)
     shutil.copytree(os.path.join(photos_dir, 'prepared'), tmp_path / 'data' / 'prepared')
     description = next(tmp_path.glob('data/prepared/*/prepared.json'))
-    edit(description, fingerprint='0' + read_json(description)['fingerprint'])
+    manifest = {name: value for name, value in read_json(description).items() if name not in ('digest', 'digests')}
+    description.write_text(json.dumps(manifest | {'fingerprint': '0' + manifest['fingerprint']}))  # as before digests
 
     b, data = runs['b'], tmp_path / 'data'
     by_command = {

@@ -85,6 +85,8 @@ def main(argv: list[str]) -> int:
     if not is_sweep and not any(is_run):
         raise ReportError(f'{folder} contains neither a run nor a sweep; name the --workdir of one')
     cli.check_output('html', given.html, ('.html', '.htm'))
+    for name in ('markdown', 'csv'):
+        cli.check_output(name, given[name].value)
     command = _this_command(folder, given)
     if given.html or given.markdown or given.csv:
         make_stdout_optional()
