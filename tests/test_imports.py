@@ -37,6 +37,7 @@ LOADED_BY = {
         'report.model_section',
         'report.page',
         'runtime.distributed',
+        'runtime.environment',
         'training.checkpointing',
         'training.diagnostics',
         'training.eval_step',

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -53,3 +54,12 @@ def child_environment() -> dict[str, str]:
     """Returns this process's environment with this package's folder first in PYTHONPATH."""
     paths = [_PARENT, *filter(None, [os.environ.get('PYTHONPATH')])]
     return {**os.environ, 'PYTHONPATH': os.pathsep.join(paths)}
+
+
+def recorded_command() -> list[str]:
+    """Returns the command line of this process, with paths relative to the folder of this package's repository."""
+    root = re.escape(f'{_PARENT}{os.sep}')
+    return [
+        os.path.basename(sys.argv[0]),
+        *(re.sub(f'(^|=){root}', r'\1', argument) for argument in sys.argv[1:]),
+    ]

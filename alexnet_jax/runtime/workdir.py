@@ -4,19 +4,15 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import re
-import sys
-from pathlib import Path
 
 import ml_collections
 import numpy as np
 
 from alexnet_jax.config import Config, ConfigError, field_names, get_by_path, resolve, upgrade
 from alexnet_jax.runtime.checkpoint_files import read_newest_progress
+from alexnet_jax.runtime.commands import recorded_command
 from alexnet_jax.runtime.console import log, summarize_exception
 from alexnet_jax.runtime.files import JsonObject, atomic_write, read_json, set_aside
 from alexnet_jax.shapes import layer_table
@@ -249,10 +245,10 @@ def with_settings_of_weights(config: Config, saved: Config, checkpoint: str) -> 
 def append_history(workdir: str, step: int, config: Config) -> None:
     """Appends a start of the run at `step` to config_history.jsonl; logs an error if the file cannot be written.
 
-    The keys of a line are step, time (ISO 8601, UTC), command (see environment()) and config.
+    The keys of a line are step, time (ISO 8601, UTC), command and config.
     """
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-    line = json.dumps({'step': step, 'time': time, 'command': _command(), 'config': config.to_dict()})
+    line = json.dumps({'step': step, 'time': time, 'command': recorded_command(), 'config': config.to_dict()})
     path = os.path.join(workdir, 'config_history.jsonl')
     try:
         with open(path, 'ab+') as file:
@@ -364,42 +360,3 @@ def check_class_names(name: str, weights_names: list[str], data_names: list[str]
         f'{name}: its classes have other names than those of the data; the first is {weights_names[0]!r},'
         f' but {data_names[0]!r} in the data'
     )
-
-
-def environment() -> JsonObject:
-    """Returns the content of environment.json: software and hardware of the run. JAX must be initialized.
-
-    Keys: versions (by package), system, processor, devices (their kind), device_count (over all processes), processes,
-    command, folder (in which the command was called).
-    """
-    import jax
-
-    packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
-    versions = {package: importlib.metadata.version(package) for package in packages}
-    return {
-        'versions': {'python': platform.python_version(), **versions},
-        'system': platform.platform(),
-        'processor': _processor(),
-        'devices': jax.devices()[0].device_kind,
-        'device_count': jax.device_count(),
-        'processes': jax.process_count(),
-        'command': _command(),
-        'folder': os.getcwd(),
-    }
-
-
-def _command() -> list[str]:
-    """Returns the command line of this process, with paths relative to the folder of this package's repository."""
-    root = re.escape(f'{Path(__file__).resolve().parents[2]}{os.sep}')
-    return [
-        os.path.basename(sys.argv[0]),
-        *(re.sub(f'(^|=){root}', r'\1', argument) for argument in sys.argv[1:]),
-    ]
-
-
-def _processor() -> str:
-    """Returns the name of the processor and the number of its cores."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:  # exists on Linux
-        name = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), name)
-    return f'{name}, {os.cpu_count()} cores'

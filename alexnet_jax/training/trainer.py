@@ -16,13 +16,13 @@ from alexnet_jax.data import dataset
 from alexnet_jax.data.open_or_prepare import open_or_prepare
 from alexnet_jax.runtime import backend, distributed
 from alexnet_jax.runtime.console import log
+from alexnet_jax.runtime.environment import environment
 from alexnet_jax.runtime.files import JsonObject, write_json
 from alexnet_jax.runtime.preemption import PreemptionHandler, Watchdog
 from alexnet_jax.runtime.workdir import (
     PATH_FIELDS,
     append_history,
     describe_changes,
-    environment,
     set_aside_folders,
     statistics_digest,
 )
