@@ -311,9 +311,10 @@ def check_files(workdir: Path) -> None:
             read_json(path)
         elif path.suffix == '.npz' and not zipfile.is_zipfile(path):
             raise LostError(f'{path} is incomplete')
-    for step in steps_in(workdir):
-        if not all((workdir / 'checkpoints' / str(step) / part).is_dir() for part in ('state', 'progress')):
-            raise LostError(f'checkpoint {step} is incomplete')
+    steps = steps_in(workdir)
+    # Orbax removes older checkpoints file by file, so a kill may leave a part of one.
+    if steps and not all((workdir / 'checkpoints' / str(steps[-1]) / part).is_dir() for part in ('state', 'progress')):
+        raise LostError(f'checkpoint {steps[-1]} is incomplete')
 
 
 def corrupt(chance: random.Random, files: list[Path]) -> tuple[Path, str]:
