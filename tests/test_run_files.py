@@ -18,7 +18,7 @@ from alexnet_jax.inference.trained_model import parse_checkpoint_ref, resolve_st
 from alexnet_jax.plots import curves
 from alexnet_jax.report import page, run_files
 from alexnet_jax.runtime.checkpoint_files import read_progress
-from alexnet_jax.runtime.workdir import read_dataset_statistics, set_aside_folders, write_dataset_statistics
+from alexnet_jax.runtime.workdir import quarantine_folders, read_dataset_statistics, write_dataset_statistics
 from alexnet_jax.training.checkpointing import (
     Checkpointer,
     CheckpointError,
@@ -335,7 +335,7 @@ def test_folders_in_the_place_of_files_are_renamed(tmp_path):
     names = ('config.json', 'environment.json', 'metrics.jsonl', 'wandb.json')
     for name in names:
         (tmp_path / name).mkdir()
-    set_aside_folders(str(tmp_path))
+    quarantine_folders(str(tmp_path))
     left = [path.name for path in tmp_path.iterdir()]
     assert len(left) == len(names)
     assert all('.corrupt-' in name for name in left)

@@ -52,7 +52,7 @@ def read_json(path: str) -> JsonObject | None:
     return value if isinstance(value, dict) else None
 
 
-def set_aside(path: str) -> str:
+def quarantine(path: str) -> str:
     """Renames `path`, a corrupt file or folder, and returns the new name. Raises OSError: it cannot be renamed."""
     name = f'{os.path.basename(path)}.corrupt-{time.time_ns()}'
     os.rename(path, os.path.join(os.path.dirname(path), name))

@@ -14,7 +14,7 @@ from alexnet_jax.config import Config, ConfigError, field_names, get_by_path, re
 from alexnet_jax.runtime.checkpoint_files import read_newest_progress
 from alexnet_jax.runtime.commands import recorded_command
 from alexnet_jax.runtime.console import log, summarize_exception
-from alexnet_jax.runtime.files import JsonObject, atomic_write, read_json, set_aside
+from alexnet_jax.runtime.files import JsonObject, atomic_write, quarantine, read_json
 from alexnet_jax.shapes import layer_table
 
 # A run keeps these fields and those of `model`: the weights and the order of the data depend on them.
@@ -259,12 +259,12 @@ def append_history(workdir: str, step: int, config: Config) -> None:
         log(f'{path} is not written: {summarize_exception(error)}')
 
 
-def set_aside_folders(workdir: str) -> None:
+def quarantine_folders(workdir: str) -> None:
     """Renames each folder that has the name of a file of a run, so that the run can write the file; logs the names."""
     for name in RUN_FILES:
         path = os.path.join(workdir, name)
         if os.path.isdir(path):
-            log(f'{path} is a folder; moved to {set_aside(path)}')
+            log(f'{path} is a folder; moved to {quarantine(path)}')
 
 
 def read_result_json(workdir: str) -> JsonObject | None:

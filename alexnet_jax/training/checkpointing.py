@@ -217,7 +217,7 @@ def _open_manager(directory: str, keep: int) -> _Manager:
 
 
 def _repair(directory: str) -> None:
-    """Moves corrupt checkpoints aside whose progress or name Orbax cannot use, and restores metrics from the progress.
+    """Quarantines checkpoints whose progress or name Orbax cannot use, and restores metrics from the progress.
 
     The files of the state are not read. A restore has found them intact, or will.
     """
@@ -232,7 +232,7 @@ def _repair(directory: str) -> None:
                 continue
             read_progress(path)
         except (OSError, ValueError) as error:
-            _move_aside(directory, name, summarize_exception(error))
+            _quarantine_checkpoint(directory, name, summarize_exception(error))
             continue
         measured = _measured_error(path)
         try:
@@ -261,7 +261,7 @@ def _write_metrics(path: str, error: float | None) -> None:
     log(f'checkpoint {path}: its metrics are written again from the progress of the run')
 
 
-def _move_aside(directory: str, name: str, problem: str) -> None:
+def _quarantine_checkpoint(directory: str, name: str, problem: str) -> None:
     moved = f'corrupt-{name}-{time.time_ns()}'
     try:
         os.rename(os.path.join(directory, name), os.path.join(directory, moved))
@@ -398,7 +398,7 @@ class Checkpointer:
     def _quarantine(self, corrupt: list[tuple[int, str]]) -> None:
         for step, problem in corrupt:
             if distributed.is_primary_process():
-                _move_aside(self.directory, str(step), problem)
+                _quarantine_checkpoint(self.directory, str(step), problem)
         distributed.first_error_on_any_process()
         if 'manager' in self.__dict__:
             self.manager.reload()

@@ -15,7 +15,7 @@ from alexnet_jax.config import Config
 from alexnet_jax.data import dataset
 from alexnet_jax.runtime import distributed
 from alexnet_jax.runtime.console import ProgressBar, log, summarize_exception
-from alexnet_jax.runtime.files import JsonObject, atomic_write, set_aside, write_json
+from alexnet_jax.runtime.files import JsonObject, atomic_write, quarantine, write_json
 from alexnet_jax.training.diagnostics import TrainingError
 from alexnet_jax.training.run_state import RunState
 from alexnet_jax.training.state import TrainState
@@ -226,7 +226,7 @@ def _kept_lines(path: str, last: dict[str, int]) -> list[bytes]:
         return []
     except OSError as error:
         with contextlib.suppress(OSError):
-            log(f'{path} cannot be read ({summarize_exception(error)}); moved to {set_aside(path)}')
+            log(f'{path} cannot be read ({summarize_exception(error)}); moved to {quarantine(path)}')
         return []
     kept, unusable = [], 0
     for line in filter(None, lines):

@@ -23,7 +23,7 @@ from alexnet_jax.runtime.workdir import (
     PATH_FIELDS,
     append_history,
     describe_changes,
-    set_aside_folders,
+    quarantine_folders,
     statistics_digest,
 )
 from alexnet_jax.schedules import Intervals, Schedule
@@ -91,7 +91,7 @@ def train_and_evaluate(config: Config, workdir: str, process_group: JsonObject |
             mesh = parallel.make_mesh(config)
             _check_equal_on_all_processes(config, data)
             if distributed.is_primary_process():
-                set_aside_folders(workdir)
+                quarantine_folders(workdir)
             trainer = Trainer(config, workdir, mesh, data, preemption, watchdog, tracking)
             if distributed.is_primary_process():
                 _write_settings(config, workdir, trainer.run.step, trainer.resumed)
