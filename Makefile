@@ -1,6 +1,7 @@
 # make demo: train the quickstart.      make test: the whole suite.      make test-fast: the suite without slow tests.
 # make check: format, lint, types, import direction.      make wheel: build the package and test it on its own.
 # make lock: update requirements*.txt from the ranges in pyproject.toml.      make bench: all benchmarks.
+# make chaos: kill runs, corrupt files and fill disks at random; SEEDS=0,1,2 names the random numbers.
 # make slurm, make chromium: the Debian packages that tests/test_slurm.py and tests/test_page.py need (as root).
 #
 # PYTHON=/path/to/python names the interpreter of a new environment, VENV=folder another environment.
@@ -25,7 +26,7 @@ ifneq ($(and $(PYTHON),$(wildcard $(RUN))),)
   endif
 endif
 
-.PHONY: demo test test-fast check format lock wheel bench slurm chromium
+.PHONY: demo test test-fast chaos check format lock wheel bench slurm chromium
 
 demo: $(VENV)/runtime.installed
 	$(RUN) launch.py --config=configs/quickstart.py
@@ -35,6 +36,10 @@ test: $(VENV)/dev.installed
 
 test-fast: $(VENV)/dev.installed
 	$(RUN) -m pytest -m "not slow"
+
+SEEDS := 0,1,2
+chaos: $(VENV)/dev.installed
+	$(RUN) tests/chaos.py --seeds=$(SEEDS)
 
 check: $(VENV)/dev.installed
 	$(VENV)/bin/ruff format --check

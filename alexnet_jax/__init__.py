@@ -8,6 +8,19 @@ Importing this package imports no library. The first access to one of these name
     load_model      loads a checkpoint, as in load_model('runs/quickstart'), inference.trained_model.load_model
 """
 
+import sys
+
+# `python -m alexnet_jax.COMMAND` puts the current folder first in sys.path; a file there named like a module of Python
+# or of a library, such as random.py, would replace the module. While the interpreter looks for COMMAND, argv[0] is -m.
+if sys.argv[:1] == ['-m'] and not sys.flags.safe_path:
+    module = sys.orig_argv[-len(sys.argv)].removeprefix('-m')
+    if module.partition('.')[0] == __name__:
+        folder = sys.path.pop(0)
+        if __path__ == [f'{folder}/{__name__}']:  # in a checkout, spawned processes find this package there
+            sys.path.append(folder)
+        del folder
+    del module
+
 import importlib
 from typing import Any
 

@@ -5,7 +5,7 @@ import runpy
 import sys
 
 from alexnet_jax import __version__
-from alexnet_jax.runtime.console import log_error
+from alexnet_jax.runtime.console import begin_command, log_error
 
 COMMANDS = {
     'train': ('alexnet_jax.launch', 'train a network, or resume a run'),
@@ -21,6 +21,7 @@ COMMANDS = {
 
 def main() -> None:
     """Runs the subcommand that the command line names; exits with code 2 if there is no such subcommand."""
+    begin_command()
     name, *arguments = sys.argv[1:] or ['--help']
     if name in ('--help', '-h', 'help'):
         print('usage: alexnet COMMAND [ARGUMENT ...]\n')

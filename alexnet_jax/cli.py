@@ -4,9 +4,9 @@ This module imports neither jax nor matplotlib, so that a command answers --help
 """
 
 import functools
-import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 
@@ -14,12 +14,15 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax import config_files
-from alexnet_jax.config import ConfigError, field_names, unknown_field
+from alexnet_jax.config import ConfigError, apply_overrides, check_accepts_none, field_names, unknown_field
 from alexnet_jax.data.dataset import DatasetError
-from alexnet_jax.runtime.console import log_error
+from alexnet_jax.paths import check_path, check_writable, is_url
+from alexnet_jax.runtime.console import log_error, protect_output
 from alexnet_jax.runtime.workdir import CheckpointError
 
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 RENAMED_FLAGS = {'max_bad': 'max_corrupt_fraction', 'neighbours': 'neighbors'}  # names of version 0.1
+BARE_FLAGS = ('--help_config', '--print_config')  # flags of `train` that need no value
 
 flags.disclaim_key_flags()  # --config belongs to the command that calls define_config_flag(), and --help shows it
 
@@ -41,16 +44,21 @@ def parse_flags(argv: list[str], missing: str = '', max_arguments: float = 0) ->
       missing: error message if there is no positional argument; '' makes positional arguments optional.
       max_arguments: maximum number of positional arguments.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors='backslashreplace')  # file names may be invalid Unicode
+    protect_output()
     argv, config = list(argv), None  # sys.argv stays unchanged, because it is recorded and passed to child processes
+    argv = [f'{argument}=' if argument in BARE_FLAGS else argument for argument in argv]
     try:
         _check_renamed(argv)
         if 'config' in flags.FLAGS:
             config = config_files.call(_find_config(argv), 'get_config')
             _check_overrides(argv, config)
-        arguments = flags.FLAGS(argv)
+            reset = _pop_none_overrides(argv)
+        try:
+            arguments = flags.FLAGS(argv)
+        except ValueError as error:  # absl's error for --noNAME=VALUE
+            raise ConfigError(str(error)) from None
+        if config is not None:
+            apply_overrides(flags.FLAGS['config'].value, reset)
         if missing and len(arguments) == 1:
             raise ConfigError(missing)
         if len(arguments) - 1 > max_arguments:
@@ -97,6 +105,27 @@ def _check_overrides(argv: list[str], config: ConfigDict) -> None:
             raise unknown_field(override[1], known)
 
 
+def _pop_none_overrides(argv: list[str]) -> dict[str, None]:
+    """Removes the overrides with the value None, which absl cannot parse, from `argv`.
+
+    Returns the fields whose last override is None. Raises ConfigError: a field does not accept None.
+    """
+    last_is_none: dict[str, bool] = {}
+    i = 1
+    while i < len(argv) and argv[i] != '--':
+        override = re.fullmatch(r'--?(no)?config\.([^=]+)(=.*)?', argv[i], re.DOTALL)
+        is_pair = override is not None and not override[3] and argv[i + 1 : i + 2] == ['None']
+        is_none = override is not None and not override[1] and (is_pair or override[3] == '=None')
+        if override:
+            last_is_none[override[2]] = is_none
+        if override and is_none:
+            check_accepts_none(override[2])
+            del argv[i : i + 1 + is_pair]
+        else:
+            i += 1
+    return {field: None for field, is_none in last_is_none.items() if is_none}
+
+
 def _wrong_type(message: str, config: ConfigDict | None) -> str:
     """Returns absl's `message` about an invalid flag value as one line, with the expected type of a config field."""
     match = re.match(r'flag --(config\.([\w.]+))=(.*?): ', message)
@@ -116,11 +145,13 @@ def check_output(flag: str, path: str | None, endings: tuple[str, ...] = ()) -> 
     if path is None:
         return None
     path = os.path.expanduser(path)
-    folder = os.path.dirname(os.path.abspath(path))
     if endings and not path.lower().endswith(endings):
         raise ConfigError(f'--{flag}: {path!r} does not end with {" or ".join(endings)}')
-    if not path or os.path.isdir(path) or not os.access(folder, os.W_OK):
+    absolute = check_path(f'--{flag}', path)
+    is_other = os.path.lexists(absolute) and not os.path.isfile(absolute)  # such as a folder or a device
+    if not path or is_url(path) or is_other or not os.path.isdir(os.path.dirname(absolute)):
         raise ConfigError(f'--{flag}: {path!r} cannot be written; name a file in a writable folder')
+    check_writable(f'--{flag}', os.path.dirname(absolute), 'name a file in a writable folder')
     return path
 
 
@@ -150,10 +181,50 @@ def run(
       interrupted: message if the user interrupts the command.
     """
     logging.set_verbosity(logging.ERROR)
+    command = functools.partial(exit_code, main, usage_errors=usage_errors, failures=failures, interrupted=interrupted)
     app.run(
-        functools.partial(exit_code, main, usage_errors=usage_errors, failures=failures, interrupted=interrupted),
+        functools.partial(_interruptible, command, interrupted),
         flags_parser=functools.partial(parse_flags, missing=missing, max_arguments=max_arguments),
     )
+
+
+def _interruptible(command: Callable[[list[str]], int], interrupted: str, argv: list[str]) -> int:
+    """Returns command(argv), or 130 after Ctrl-C. A second Ctrl-C ends the process at once.
+
+    Ctrl-C raises KeyboardInterrupt, so that temporary files are removed. The code is also 130 if a library catches or
+    converts the exception. If Python cannot raise it, for example in a destructor, the process ends.
+    """
+    received = []
+    show = sys.unraisablehook
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if callable(signal.getsignal(signal.SIGTERM)):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # in prepare, where SIGTERM would interrupt the cleanup
+        received.append(number)
+        raise KeyboardInterrupt
+
+    def end_if_interrupted(unraisable: 'sys.UnraisableHookArgs') -> None:
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            show(unraisable)
+            return
+        log_error(interrupted)
+        os._exit(EXIT_INTERRUPTED)
+
+    sys.unraisablehook = end_if_interrupted
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        code = command(argv)
+    except Exception:
+        if not received:
+            raise
+        code = 1
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the end of the interpreter
+    if received and code != EXIT_INTERRUPTED:
+        log_error(interrupted)
+        return EXIT_INTERRUPTED
+    return code
 
 
 def exit_code(
@@ -179,7 +250,7 @@ def exit_code(
         return 1
     except KeyboardInterrupt:
         log_error(interrupted)
-        return 130
+        return EXIT_INTERRUPTED
 
 
 def _reason(error: Exception) -> str:

@@ -14,7 +14,13 @@ import ml_collections
 from ml_collections import config_dict
 
 # Other modules import all names of the configuration from this one.
-from alexnet_jax.config_checks import check, check_choice, check_class_names, check_mesh  # noqa: F401
+from alexnet_jax.config_checks import (  # noqa: F401
+    check,
+    check_accepts_none,
+    check_choice,
+    check_class_names,
+    check_mesh,
+)
 from alexnet_jax.config_schema import (  # noqa: F401
     RENAMED,
     RENAMED_VALUES,
@@ -30,6 +36,7 @@ from alexnet_jax.config_schema import (  # noqa: F401
     get_by_path,
     total_steps,
 )
+from alexnet_jax.paths import absolute_path
 from alexnet_jax.presets import PRESETS
 
 
@@ -73,6 +80,9 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     preset = PRESETS[values['model']['preset']].model
     values['model'] |= {name: value for name, value in preset.items() if values['model'][name] is None}
     values['data']['source'] = values['data']['source'].rstrip('/')  # shells complete folder names with a slash
+    for name in ('data_dir', 'prepared_dir'):  # absolute, so that other commands find the data from any folder
+        if values['data'][name] is not None:
+            values['data'][name] = absolute_path(f'config.data.{name}', values['data'][name])
     for name, kind in typing.get_type_hints(Config).items():
         if isinstance(values[name], dict):
             values[name] = kind(**{field: _as_tuple(value) for field, value in values[name].items()})
@@ -87,7 +97,11 @@ def _as_tuple(value: object) -> object:
 
 
 def upgrade(written: Mapping[str, object]) -> dict[str, object]:
-    """Returns the content of a config.json, with the field names and values of version 0.1 replaced by current ones."""
+    """Returns the content of a config.json with current field names and values.
+
+    The names and values of version 0.1 are replaced. Fields that the version of the file did not have take their
+    defaults.
+    """
     values = {name: dict(group) if isinstance(group, dict) else group for name, group in written.items()}
     for old, new in RENAMED.items():
         (group, old_name), new_name = old.split('.'), new.split('.')[1]
@@ -102,6 +116,11 @@ def upgrade(written: Mapping[str, object]) -> dict[str, object]:
     model = values.get('model')
     if isinstance(model, dict) and isinstance(model.get('conv_ops'), list):
         model['conv_ops'] = [str(text).replace('spatial_norm', 'spatial_lrn') for text in model['conv_ops']]
+    if isinstance(model, dict):
+        for name, default in default_config().to_dict().items():
+            written_group = values.setdefault(name, default)
+            if isinstance(default, dict) and isinstance(written_group, dict):
+                values[name] = default | written_group
     return values
 
 

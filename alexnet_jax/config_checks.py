@@ -3,35 +3,27 @@
 import difflib
 import math
 import re
+import typing
 from collections.abc import Sequence
 
-from alexnet_jax.config_schema import RENAMED_VALUES, Config, ConfigError, ModelConfig, duration_in_steps, get_by_path
-from alexnet_jax.presets import PRESETS
-from alexnet_jax.shapes import CONVOLUTIONS, DENSE, LAYERS, layer_specs, layer_table
-
-_CHOICES: dict[str, tuple[str | int, ...]] = {
-    'model.preset': tuple(PRESETS),
-    'model.activation': ('relu', 'tanh'),
-    'model.initializer': ('normal', 'glorot_uniform', 'he_normal', 'torch_default'),
-    'model.dtype': ('float32', 'bfloat16'),
-    'data.channels': (1, 3),
-    'data.encoding': ('raw', 'jpeg'),
-    'data.color': ('none', 'original', 'fb', 'paper'),
-    'data.mean': ('image', 'channel', 'none'),
-    'data.mean_crop': ('matching', 'center'),
-    'optimizer.schedule': ('plateau', 'steps', 'dexp', 'poly', 'constant'),
-    'optimizer.bias_schedule': ('same', 'dexp', 'constant'),
-    'train.stall_action': ('warn', 'stop'),
-    'eval.views': (1, 10),
-    'mesh.layout': ('towers', 'data', 'hybrid'),
-    'mesh.grad_allreduce_dtype': ('float32', 'bfloat16'),
-}
+from alexnet_jax.config_schema import (
+    DENSE,
+    RENAMED_VALUES,
+    SETTINGS,
+    Config,
+    ConfigError,
+    ModelConfig,
+    duration_in_steps,
+    get_by_path,
+)
+from alexnet_jax.shapes import LAYERS, layer_specs, layer_table
 
 
 def check(config: Config) -> None:
     """Raises ConfigError if a value is not allowed or contradicts another field."""
-    for field in _CHOICES:
-        check_choice(field, get_by_path(config, field))
+    for field, setting in SETTINGS.items():
+        if setting.about.choices and setting.kind in (str, int):
+            check_choice(field, get_by_path(config, field))
     _check_ranges(config)
     _check_model(config)
     _check_durations(config)
@@ -40,7 +32,7 @@ def check(config: Config) -> None:
 
 def check_choice(field: str, value: str | int) -> None:
     """Raises ConfigError if `value` is not allowed for `field`, which must have a fixed set of values."""
-    choices = _CHOICES[field]
+    choices = SETTINGS[field].about.choices
     if value in choices:
         return
     near: str | int
@@ -55,52 +47,21 @@ def check_choice(field: str, value: str | int) -> None:
     raise ConfigError(f'config.{field}: {value!r} is not one of {every}; the nearest is {near!r}')
 
 
+def check_accepts_none(field: str) -> None:
+    """Raises ConfigError if None is not allowed for `field`."""
+    setting = SETTINGS.get(field)  # None: resolve() refuses the field
+    if setting and not setting.accepts_none:
+        choices = ', '.join(map(str, setting.about.choices))
+        instead = f'the values are {choices}' if choices else f'the default is {setting.default!r}'
+        raise ConfigError(f'config.{field}: None is not allowed; {instead}')
+
+
 def _check_ranges(config: Config) -> None:
-    bounds = {  # field: (minimum, maximum)
-        'seed': (0, 2**32 - 1),
-        'model.dropout': (0, 0.95),
-        'model.towers': (1, 64),
-        'model.num_classes': (2, 10**6),
-        'model.conv1_stride': (1, 64),
-        'model.lrn_size': (1, 63),
-        'model.spatial_lrn_size': (1, 63),
-        'model.spatial_lrn_alpha': (0, 1e6),
-        'model.lrn_k': (1e-6, 1e6),  # at 0, LRN of a pixel with zero activations would be 0 / 0
-        'model.lrn_alpha': (0, 1e6),
-        'model.lrn_beta': (0, 10),
-        'data.image_size': (8, 4096),
-        'data.validation_fraction': (0, 1),
-        'data.max_corrupt_fraction': (0, 1),
-        'data.crop_group_size': (1, 2**20),
-        'data.reader_threads': (1, 256),
-        'optimizer.learning_rate': (0, 100),
-        'optimizer.momentum': (0, 0.9999),
-        'optimizer.weight_decay': (0, 1),
-        'optimizer.bias_lr_multiplier': (0, 100),
-        'optimizer.decay_factor': (1, 1e6),
-        'optimizer.patience': (1, 10**6),
-        'optimizer.max_decays': (0, 100),
-        'optimizer.poly_power': (0, 100),
-        'optimizer.trust_coefficient': (0, 10),
-        'optimizer.dexp_factor': (1, 1e9),
-        'optimizer.dexp_parts': (2, 1000),
-        'optimizer.bias_dexp_factor': (1, 1e9),
-        'optimizer.bias_dexp_parts': (2, 1000),
-        'train.batch_size': (1, 2**24),
-        'train.grad_accum_steps': (1, 2**24),
-        'train.epochs': (0, 10**6),
-        'train.target_error': (0, 1),
-        'eval.batch_size': (1, 2**24),
-        'checkpoint.keep': (1, 10**6),
-        'mesh.model': (1, 4096),
-        'distributed.initialization_timeout': (1, 10**6),
-        'distributed.heartbeat_timeout': (1, 10**6),
-        'distributed.watchdog_timeout': (1, 10**6),
-    }
-    if config.train.steps is not None:
-        bounds['train.steps'] = (0, 2**31 - 1)
-    for field, (least, greatest) in bounds.items():
+    for field, setting in SETTINGS.items():
         value = get_by_path(config, field)
+        if setting.about.bounds is None or setting.kind not in (int, float) or value is None:
+            continue
+        least, greatest = setting.about.bounds
         if not least <= value <= greatest:
             near = greatest if value > greatest else least
             raise ConfigError(f'config.{field}: {value} is outside {least} to {greatest}; the nearest is {near}')
@@ -157,41 +118,33 @@ def _smallest_side(config: Config, crop_size: int) -> int:
 
 def _check_lists(config: Config) -> None:
     """Validates the lists of numbers and of names: their lengths and items."""
-    whole, number = (int,), (int, float)
-    # By field: allowed lengths, item types, minimum.
-    lists: dict[str, tuple[tuple[int, ...], tuple[type[int | float], ...], float]] = {
-        'model.widths': ((7,), whole, 0),
-        'model.kernel_sizes': ((5,), whole, 1),
-        'model.conv1_padding': ((2,), whole, 0),
-        'model.kernel_std': ((8,), number, 0),
-        'model.bias_init': ((8,), number, -math.inf),
-        'data.std': ((1, config.data.channels), number, 1e-6),
-        'optimizer.layer_weight_decay': ((8,), number, 0),
-    }
-    for field, (lengths, kinds, least) in lists.items():
+    for field, setting in SETTINGS.items():
         values = get_by_path(config, field)
-        if values is None:
-            continue
-        if len(values) not in lengths:
-            per_layer = ', one a layer' if lengths[0] > 2 else ''
-            needed = ' or '.join(map(str, lengths))
-            raise ConfigError(f'config.{field}: {len(values)} values; {needed} are needed{per_layer}')
-        for value in values:
-            if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value < math.inf:
-                what = f'a whole number from {least}' if kinds is whole else f'a number from {least}'
-                raise ConfigError(f'config.{field}: {value!r} is not {what}')
-    names = {
-        'model.locally_connected': CONVOLUTIONS,
-        'model.cross_tower': LAYERS[1:],
-        'model.dropout_on_inputs_of': DENSE,
-    }
-    for field, known in names.items():
-        for name in get_by_path(config, field):
+        if setting.about.lengths and values is not None:
+            _check_numbers(field, values, (1, config.data.channels) if field == 'data.std' else setting.about.lengths)
+    for field, setting in SETTINGS.items():
+        known = setting.about.choices
+        for name in get_by_path(config, field) if known and setting.kind not in (str, int) else ():
             if name not in known:
-                raise ConfigError(f'config.{field}: {name!r} is not one of {", ".join(known)}')
+                raise ConfigError(f'config.{field}: {name!r} is not one of {", ".join(map(str, known))}')
     _check_ops(config.model)
     if not config.model.widths[0]:
         raise ConfigError('config.model.widths: conv1 cannot be left out, so its width must be at least 1')
+
+
+def _check_numbers(field: str, values: tuple[object, ...], lengths: tuple[int, ...]) -> None:
+    """Raises ConfigError if `values` has none of the `lengths`, or an item of another type or outside its bounds."""
+    if len(values) not in lengths:
+        per_layer = ', one a layer' if lengths[0] > 2 else ''
+        needed = ' or '.join(map(str, lengths))
+        raise ConfigError(f'config.{field}: {len(values)} values; {needed} are needed{per_layer}')
+    is_whole = int in typing.get_args(SETTINGS[field].kind)
+    least, greatest = SETTINGS[field].about.bounds or (-math.inf, math.inf)
+    for value in values:
+        is_number = isinstance(value, int) if is_whole else isinstance(value, int | float)
+        if not is_number or isinstance(value, bool) or not least <= typing.cast(float, value) < greatest:
+            what = f'a whole number from {least}' if is_whole else f'a number from {least}'
+            raise ConfigError(f'config.{field}: {value!r} is not {what}')
 
 
 _OPS = ('activation', 'lrn', 'spatial_lrn', 'batch_norm', 'pool')
@@ -214,16 +167,13 @@ def _check_divides(field: str, value: int, by_field: str, by: int) -> None:
 
 
 def _check_durations(config: Config) -> None:
-    durations = {
-        'train.log_every': config.train.log_every,
-        'train.stall_after': config.train.stall_after,
-        'eval.every': config.eval.every,
-        'checkpoint.every': config.checkpoint.every,
-        'optimizer.warmup': config.optimizer.warmup,
-    }
-    if config.data.color_augmentation_until is not None:
-        durations['data.color_augmentation_until'] = config.data.color_augmentation_until
-    durations |= {f'optimizer.milestones[{i}]': drop for i, drop in enumerate(config.optimizer.milestones)}
+    durations: dict[str, object] = {}
+    for field, setting in SETTINGS.items():
+        value = get_by_path(config, field)
+        if setting.about.is_duration and isinstance(value, tuple):
+            durations |= {f'{field}[{i}]': item for i, item in enumerate(value)}
+        elif setting.about.is_duration and value is not None:
+            durations[field] = value
     for i, entry in enumerate(config.optimizer.lr_overrides):
         names = [f'{layer}/{kind}' for layer in LAYERS for kind in ('kernel', 'bias')]
         is_entry = isinstance(entry, tuple | list) and len(entry) == 3 and entry[0] in names

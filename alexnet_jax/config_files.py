@@ -21,6 +21,8 @@ def find(config: str) -> str:
     file, *preset = config.split(':', 1)
     if os.path.isfile(file):
         return config
+    if preset and os.path.isfile(config):
+        raise ConfigError(f'--config: {config!r} contains a colon, which would begin the name of a preset; rename it')
     path = os.path.join(FOLDER, f'{file}.py')
     if os.path.basename(file) == file and os.path.isfile(path):
         return ':'.join([path, *preset])
@@ -31,10 +33,10 @@ def find(config: str) -> str:
 
 
 def name_of(config: str) -> str:
-    """Returns NAME[:PRESET] for `config`, PATH[:PRESET], if this package contains the file; otherwise `config`."""
+    """Returns NAME[:PRESET] for `config`, PATH[:PRESET], if this package has the file, otherwise the absolute path."""
     file, *preset = config.split(':', 1)
-    name = os.path.basename(file).removesuffix('.py')
-    return ':'.join([name, *preset]) if file == os.path.join(FOLDER, f'{name}.py') else config
+    file, name = os.path.abspath(file), os.path.basename(file).removesuffix('.py')
+    return ':'.join([name if file == os.path.join(FOLDER, f'{name}.py') else file, *preset])
 
 
 def call(config: str, function: str) -> Any:

@@ -35,12 +35,13 @@ class JittedFunction(Protocol[Arguments, Result]):
         """Returns the jax.stages.Lowered for `args`, which are arrays or jax.ShapeDtypeStructs."""
 
 
-def make_mesh(config: Config) -> Mesh:
-    """Returns the ('data', 'model') mesh of `config.mesh`; a `data` of -1 means the number of devices / `model`.
+def mesh_shape(config: Config, devices: int) -> tuple[int, int]:
+    """Returns the numbers of `devices` on the axes `data` and `model` of `config.mesh`.
 
-    Raises ConfigError: there are too few devices, or the mesh does not evenly divide the batch, towers or widths.
+    A `data` of -1 means `devices` / `model`. Raises ConfigError: there are too few devices, or the mesh does not evenly
+    divide the batch, towers or widths.
     """
-    data, model, devices = config.mesh.data, config.mesh.model, jax.device_count()
+    data, model = config.mesh.data, config.mesh.model
     if data == -1:
         data = max(1, devices // model)
     if data * model > devices:
@@ -50,6 +51,12 @@ def make_mesh(config: Config) -> Mesh:
             ' (on a CPU, JAX_NUM_CPU_DEVICES=8 simulates 8)'
         )
     check_mesh(config, data, model)
+    return data, model
+
+
+def make_mesh(config: Config) -> Mesh:
+    """Returns the ('data', 'model') mesh of `config.mesh` over all devices. Raises ConfigError: see mesh_shape()."""
+    data, model = mesh_shape(config, jax.device_count())
     return jax.make_mesh(
         (data, model), ('data', 'model'), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: data * model]
     )

@@ -4,12 +4,10 @@ import dataclasses
 import math
 from typing import Any
 
-from alexnet_jax.config_schema import ModelConfig
+from alexnet_jax.config_schema import CONVOLUTIONS, DENSE, ModelConfig
 
 Settings = dict[str, Any]  # values of configuration fields by name
 
-CONVOLUTIONS = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5')
-DENSE = ('fc6', 'fc7', 'fc8')
 LAYERS = CONVOLUTIONS + DENSE
 
 

@@ -21,7 +21,7 @@ if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
   export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 fi
 
-# When one task exits, the others have 60 s. --kill-on-bad-exit would send a second SIGTERM to a task that still writes.
+# When one task exits, the others have 60 s. --kill-on-bad-exit would kill a task that still writes.
 code=0
 srun --label --kill-on-bad-exit=0 --wait=60 \
   .venv/bin/python launch.py --distributed "${@//\%a/${SLURM_ARRAY_TASK_ID:-%a}}" || code=$?

@@ -1,5 +1,6 @@
 """Helpers for several test files: commands in child processes, the files of a workdir, and expected errors."""
 
+import hashlib
 import json
 import os
 import socket
@@ -77,6 +78,15 @@ def refusal(function: Callable, *arguments: Any, **options: Any) -> str:
 
 def read_json(path: Path) -> Any:
     return json.loads(Path(path).read_text())
+
+
+def edit_progress(checkpoint: Path, **values: Any) -> None:
+    """Replaces values of the progress in the folder of a checkpoint, with the digest that belongs to them."""
+    file = checkpoint / 'progress' / 'metadata'
+    progress = read_json(file) | values
+    progress.pop('progress_digest', None)
+    digest = hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps(progress | {'progress_digest': digest}))
 
 
 def read_lines(path: Path) -> list[dict]:

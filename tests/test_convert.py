@@ -383,7 +383,8 @@ def test_export_and_reimport_keep_the_digest(tmp_path):
 @pytest.mark.parametrize(
     ('changes', 'reason'),
     [
-        ({'config': '{"model": {}}'}, 'metadata .*config'),
+        ({'config': '{"model": 3}'}, 'metadata .*config'),
+        ({'config': '{"model": {}}'}, 'metadata .*3 .*1000 classes'),  # the defaults
         ({'config': '[1'}, 'metadata'),
         ({'class_names': '["ape"]'}, 'metadata .*1 .*3 classes'),
         ({'conv2_norm.var': np.ones(5, np.float32)}, r'conv2_norm.var .*\(5,\).*\(6,\)'),

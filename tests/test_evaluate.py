@@ -11,7 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import config_flags, largest_file, read_json, read_lines, read_result, refusal, run_command, usage_error
+from helpers import (
+    config_flags,
+    edit_progress,
+    largest_file,
+    read_json,
+    read_lines,
+    read_result,
+    refusal,
+    run_command,
+    usage_error,
+)
 from scipy.optimize import minimize  # type: ignore[import-untyped]
 
 from alexnet_jax import metrics
@@ -87,6 +97,9 @@ def runs(photos_dir, tmp_path_factory) -> dict[str, Path]:
     metrics = folder / 'a' / 'checkpoints' / '40' / 'metrics' / 'metrics'
     assert read_json(metrics).keys() == {'top1_error'}
     metrics.write_text('{"top1_error": 0.99}')
+    progress = read_json(folder / 'a' / 'checkpoints' / '40' / 'progress' / 'metadata')
+    evaluation = progress['last_evaluation'] | {'top1_error': 0.99}
+    edit_progress(folder / 'a' / 'checkpoints' / '40', last_evaluation=evaluation)
     return {name: folder / name for name in RUNS}
 
 
@@ -309,10 +322,11 @@ def test_restore_retries_when_newest_checkpoint_disappears(runs, tmp_path, monke
         asked.append(os.path.basename(path))
         if len(asked) == 1:
             (folder / '40').rename(folder / '41')
+            edit_progress(folder / '41', step=41)
         return read(path, abstract_state)
 
     monkeypatch.setattr(checkpointing, 'restore_checkpoint', read_late)
-    assert trained_model.restore(trained_model.parse_checkpoint_ref(str(tmp_path / 'b')), None).run_state.step == 40
+    assert trained_model.restore(trained_model.parse_checkpoint_ref(str(tmp_path / 'b')), None).run_state.step == 41
     assert asked == ['40', '41']
     message = refusal(trained_model.restore, trained_model.parse_checkpoint_ref(str(folder / '40')), None)
     assert re.search('checkpoints/40: .*41', message)
@@ -555,12 +569,13 @@ def test_unusable_runs_are_rejected_and_left_unchanged(runs, photos_dir, tmp_pat
     content[len(content) // 2] ^= 0xFF
     part.write_bytes(content)
     for run in (other, larger):
-        edit(run / last / 'progress' / 'metadata', dataset_fingerprint='0' * 64)
+        edit_progress(run / last, dataset_fingerprint='0' * 64)
     for run, values in ((larger, {'image_size': 80}), (gone, {'source': 'folder:/nowhere'})):
         edit(run / 'config.json', data=read_json(run / 'config.json')['data'] | values)
     shutil.copytree(os.path.join(photos_dir, 'prepared'), tmp_path / 'data' / 'prepared')
     description = next(tmp_path.glob('data/prepared/*/prepared.json'))
-    edit(description, fingerprint='0' + read_json(description)['fingerprint'])
+    manifest = {name: value for name, value in read_json(description).items() if name not in ('digest', 'digests')}
+    description.write_text(json.dumps(manifest | {'fingerprint': '0' + manifest['fingerprint']}))  # as before digests
 
     b, data = runs['b'], tmp_path / 'data'
     by_command = {

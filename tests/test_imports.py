@@ -23,6 +23,7 @@ LOADED_BY = {
     'jax': (
         'augment',
         'convert.onnx_graph',
+        'dry_run',
         'evaluate.predictions',
         'figures.from_model',
         'inference.feature_index',
@@ -36,6 +37,7 @@ LOADED_BY = {
         'report.model_section',
         'report.page',
         'runtime.distributed',
+        'runtime.environment',
         'training.checkpointing',
         'training.diagnostics',
         'training.eval_step',
@@ -50,7 +52,7 @@ LOADED_BY = {
     ),
     'grain': ('training.trainer',),
     'matplotlib': ('figures.from_*', 'plots.*', 'report.[!_]*'),
-    'tensorflow_datasets': ('prepare.*',),
+    'tensorflow_datasets': ('dry_run', 'prepare.*'),
     'tensorflow': (),
 }
 IMPORT_ALL = """

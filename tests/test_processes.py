@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -124,9 +125,21 @@ VARIABLES = {'XLA_FLAGS': '--xla_backend_optimization_level=0', 'PYTHONPATH': st
 
 
 class Group:
-    """The processes of one run of launch.py or `program`; process I writes to WORKDIR.I.out and WORKDIR.I.err."""
+    """The processes of one run of launch.py or `program`; process I writes to WORKDIR.I.out and WORKDIR.I.err.
 
-    def __init__(self, count: int, devices: int, data_dir: str, workdir: Path, *overrides: str, program=('launch.py',)):
+    Nobody reads the output of process `unread`, which is a pipe.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        devices: int,
+        data_dir: str,
+        workdir: Path,
+        *overrides: str,
+        program=('launch.py',),
+        unread: int | None = None,
+    ):
         settings = {
             'data.data_dir': data_dir,
             'model.widths': '(8,0,0,0,16,0,32)',  # few layers, because compiling takes most of the time
@@ -147,8 +160,14 @@ class Group:
             command = [sys.executable, *program, f'--workdir={workdir}', *config_flags(settings), *overrides]
             command += group if count > 1 else []
             variables = environment(JAX_NUM_CPU_DEVICES=str(devices), **VARIABLES)
+            read, pipe = os.pipe()
+            os.close(read)
             with open(self.file(index, 'out'), 'w') as out, open(self.file(index, 'err'), 'w') as err:
-                self.processes.append(subprocess.Popen(command, cwd=ROOT, env=variables, stdout=out, stderr=err))
+                streams = (pipe, pipe) if index == unread else (out, err)
+                self.processes.append(
+                    subprocess.Popen(command, cwd=ROOT, env=variables, stdout=streams[0], stderr=streams[1])
+                )
+            os.close(pipe)
 
     def __enter__(self) -> 'Group':
         return self
@@ -214,18 +233,24 @@ def together(photos_dir, tmp_path_factory) -> Group:
     return run(2, 4, photos_dir, tmp_path_factory.mktemp('together') / 'run', '--tensorboard')
 
 
-@pytest.fixture(scope='module')
-def preempted(photos_dir, tmp_path_factory) -> Path:
-    """Sends SIGTERM to one of two processes. JAX checks for it once a second, so the input is slow."""
-    folder = tmp_path_factory.mktemp('preempted')
+def preempt(data_dir: str, folder: Path, signals: list[tuple[int, signal.Signals]]) -> Path:
+    """Sends each signal to the given one of two processes. JAX looks for signals once a second: the input is slow."""
     (folder / 'faulty.py').write_text(FAULTY_INPUT)
     program = (str(folder / 'faulty.py'), 'slow 1')
-    with Group(2, 4, photos_dir, folder / 'run', '--config.data.reader_threads=1', program=program) as group:
+    with Group(2, 4, data_dir, folder / 'run', '--config.data.reader_threads=1', program=program) as group:
         group.wait_for_step(1)
-        group.processes[1].send_signal(signal.SIGTERM)
+        for index, number in signals:
+            group.processes[index].send_signal(number)
         assert group.wait(120) == [75, 75], group.output(0) + group.output(1)
     assert 'same command' in group.output(0)
+    assert 'Traceback' not in group.output(0) + group.output(1)
     return group.workdir
+
+
+@pytest.fixture(scope='module')
+def preempted(photos_dir, tmp_path_factory) -> Path:
+    """Sends SIGTERM to one of two processes."""
+    return preempt(photos_dir, tmp_path_factory.mktemp('preempted'), [(1, signal.SIGTERM)])
 
 
 def test_two_processes_match_one(together, alone):
@@ -251,6 +276,33 @@ def test_sigterm_to_one_process_stops_all_and_resumes(photos_dir, tmp_path, pree
     assert re.search(rf'{tmp_path}/run at step {step}\b', resumed.output(0))
     assert resumed.output(1) == ''
     assert read_result(resumed.workdir)['state_digest'] == read_result(together.workdir)['state_digest']
+
+
+@pytest.mark.parametrize(
+    'signals',
+    [
+        [(0, signal.SIGINT), (1, signal.SIGINT)],  # Ctrl-C on one terminal
+        [(1, signal.SIGHUP), (1, signal.SIGHUP), (1, signal.SIGTERM)],
+        [(0, signal.SIGUSR1), (0, signal.SIGUSR2)],
+        [(1, signal.SIGUSR2)],
+    ],
+    ids=str,
+)
+def test_each_signal_to_one_process_stops_all_and_resumes(photos_dir, tmp_path, together, signals):
+    workdir = preempt(photos_dir, tmp_path, signals)
+    step = read_result(workdir)['step']
+    assert 1 <= step < STEPS
+    assert (workdir / 'checkpoints' / str(step)).exists()
+    resumed = run(2, 4, photos_dir, workdir)
+    assert f'{workdir} at step {step} of {STEPS}' in resumed.output(0)
+    assert read_result(workdir)['state_digest'] == read_result(together.workdir)['state_digest']
+
+
+@pytest.mark.parametrize('unread', [0, 1])
+def test_closed_pipe_under_one_process_changes_nothing(photos_dir, tmp_path, together, unread):
+    with Group(2, 4, photos_dir, tmp_path / 'run', unread=unread) as group:
+        assert group.wait(300) == [0, 0], group.output(1 - unread)
+    assert read_result(tmp_path / 'run')['state_digest'] == read_result(together.workdir)['state_digest']
 
 
 def test_checkpoint_corrupt_for_one_process_is_skipped_by_all(photos_dir, tmp_path):

@@ -285,8 +285,8 @@ def test_files_contain_the_printed_table(finished, tmp_path):
 
 def test_unwritable_file_is_refused(finished, tmp_path):
     path = tmp_path / 'nowhere' / 'table.md'
-    assert refused(finished, f'--markdown={path}').startswith(f'--markdown: {path} cannot be written')
-    assert refused(finished, f'--csv={tmp_path}').startswith(f'--csv: {tmp_path} cannot be written')
+    assert refused(finished, f'--markdown={path}').startswith(f"--markdown: '{path}' cannot be written")
+    assert refused(finished, f'--csv={tmp_path}').startswith(f"--csv: '{tmp_path}' cannot be written")
 
 
 @pytest.mark.parametrize(

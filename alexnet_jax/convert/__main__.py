@@ -21,11 +21,13 @@ from alexnet_jax.convert.formats import FormatError
 from alexnet_jax.convert.importer import IMPORTABLE_PRESETS, MEAN_FORMS, check_arguments, import_file
 from alexnet_jax.inference.checkpoint_ref import CHECKPOINT_HELP
 from alexnet_jax.runtime import backend
+from alexnet_jax.runtime.console import make_stdout_optional
 
 
 def main(argv: list[str]) -> int:
     """Converts argv[1] to argv[2]; returns the exit code."""
     given = flags.FLAGS
+    make_stdout_optional()
     try:
         kind, member = check_arguments(argv, given)
         if member is None or member.config.cpu_tuning:

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float32
 
-from alexnet_jax.config import ConfigError, default_config
+from alexnet_jax.config import ConfigError, default_config, get_by_path
 from alexnet_jax.convert.weight_layouts import Parameters
-from alexnet_jax.inference.checkpoint_ref import with_overrides
 from alexnet_jax.runtime.files import atomic_write
-from alexnet_jax.runtime.workdir import read_config
+from alexnet_jax.runtime.workdir import PATH_FIELDS, read_config
 
 if TYPE_CHECKING:  # convert checks its flags before it imports jax
     from alexnet_jax.inference.trained_model import TrainedModel
@@ -85,9 +84,11 @@ def _safetensors(network: 'TrainedModel', params: Parameters, batch_statistics: 
         for group, members in groups.items()
         for name, array in members.items()
     }
-    # network.config has the mesh of this machine, and data_dir is meaningless on other machines.
-    config = with_overrides(read_config(network.workdir), {'data.data_dir': default_config().data.data_dir})
-    metadata = {'format': 'alexnet_jax', 'config': json.dumps(config.to_dict()), **_labels(network)}
+    config = read_config(network.workdir).to_dict()  # network.config has the mesh of this machine
+    for field in PATH_FIELDS:  # folders of this machine
+        group, name = field.split('.')
+        config[group][name] = get_by_path(default_config(), field)
+    metadata = {'format': 'alexnet_jax', 'config': json.dumps(config), **_labels(network)}
     return safetensors.numpy.save(arrays, metadata)
 
 

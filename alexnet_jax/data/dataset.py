@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import re
 import threading
 import zipfile
 from collections.abc import Sequence
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import simplejpeg
@@ -17,12 +18,16 @@ from etils import epath
 from jaxtyping import Bool, Integer, UInt8
 
 from alexnet_jax.config import ConfigError
-from alexnet_jax.runtime.console import log_error
+from alexnet_jax.paths import check_folder, is_url
+from alexnet_jax.runtime.console import log_error, summarize_exception
+from alexnet_jax.runtime.files import write_json
 
 Batch = dict[str, np.ndarray]  # see loader.training_batches() and loader.validation_batches()
 
 MANIFEST_FIELDS = ('source', 'image_size', 'channels', 'encoding', 'validation_fraction', 'class_names')
 MANIFEST = 'prepared.json'  # name of the file with the Manifest
+MAX_NAME_BYTES = 255  # of a file name, on common file systems
+SAMPLE_BYTES = 1 << 16  # see sampled_digests()
 IN_MEMORY_LIMIT_BYTES = 1 << 28  # a split with more bytes of pixels is not cached in memory
 
 
@@ -77,6 +82,7 @@ class Manifest:
       class_names: one name per label.
       images: number of images by split.
       files: size in bytes of each other file of the data set, by name.
+      digests: sampled_digests() of each of these files, by name; {} in data sets of earlier versions.
     """
 
     source: str
@@ -88,6 +94,22 @@ class Manifest:
     class_names: list[str]
     images: dict[str, int]
     files: dict[str, int]
+    digests: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    def fingerprint_of_images(self) -> str:
+        """Returns the SHA-256 of all fields but `digests`, which earlier versions do not have."""
+        return json_digest({name: value for name, value in dataclasses.asdict(self).items() if name != 'digests'})
+
+
+def json_digest(content: dict[str, Any]) -> str:
+    """Returns the SHA-256 hex digest of `content` as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder: str, manifest: Manifest) -> None:
+    """Writes prepared.json, with a digest of its content, to `folder`. Raises OSError: the file cannot be written."""
+    content = dataclasses.asdict(manifest)
+    write_json(os.path.join(folder, MANIFEST), content | {'digest': json_digest(content)})
 
 
 class SplitReader:
@@ -102,7 +124,7 @@ class SplitReader:
       shape: shape of an image, (S, S, C).
       encoding: encoding of the image in a record, 'raw' or 'jpeg'.
       name: name of the split in messages.
-      max_corrupt_fraction: maximum fraction of corrupt records. The read that exceeds it raises DatasetError.
+      max_corrupt_fraction: maximum fraction of corrupt records. If more are found, every read raises DatasetError.
     """
 
     def __init__(
@@ -138,6 +160,7 @@ class SplitReader:
     def __getitem__(self, index: int) -> Example | None:
         if not 0 <= index < len(self):
             raise IndexError(index)
+        self._check_corrupt()
         if self.cached[index]:
             return {'image': self.images[index], 'label': self.labels[index]}
         if index in self.corrupt:
@@ -165,6 +188,7 @@ class SplitReader:
 
         The function takes a quarter of the time of reading the records one by one.
         """
+        self._check_corrupt()
         if not self.cached[indices].all():
             return None
         images = aligned_empty((len(indices), *self.shape))
@@ -178,6 +202,9 @@ class SplitReader:
             self.corrupt.add(index)
         what = (str(error).splitlines() or [type(error).__name__])[0][:200]
         log_error(f'record {index} of {self.name} is corrupt and skipped: {what}')
+        self._check_corrupt()
+
+    def _check_corrupt(self) -> None:
         if len(self.corrupt) > self.max_corrupt_fraction * len(self):
             raise DatasetError(
                 f'{len(self.corrupt)} of {len(self)} records of {self.name} are corrupt, more than'
@@ -186,12 +213,28 @@ class SplitReader:
             ) from None
 
 
-def dataset_dir(data_dir: str, settings: DatasetSettings) -> str:
-    """Returns the folder of the prepared data set with these settings: a path, or a URL if `data_dir` is a URL."""
-    root = data_dir if '://' in data_dir else os.path.abspath(os.path.expanduser(data_dir))
+def dataset_dir(data_dir: str, settings: DatasetSettings, prepared_dir: str | None = None) -> str:
+    """Returns the folder of the prepared data set with these settings: a path, or a URL if its parent is a URL.
+
+    Args:
+      data_dir: path or URL of the folder that contains the folder `prepared`.
+      settings: the settings of the data set.
+      prepared_dir: path or URL that replaces `data_dir`/prepared.
+
+    Raises ConfigError: the path cannot be used, see paths.check_folder().
+    """
+    field = f'config.data.{"data_dir" if prepared_dir is None else "prepared_dir"}'
+    root = check_folder(field, prepared_dir or data_dir)
+    root = os.path.join(root, 'prepared') if prepared_dir is None else root
     name = re.sub(r'\W+', '_', settings.source.removeprefix('tfds:')).strip('_')
     kind = '_grey' * (settings.channels == 1) + '_jpeg' * (settings.encoding == 'jpeg')
-    return os.path.join(root, 'prepared', f'{name}_{settings.image_size}px{kind}')
+    ending = f'_{settings.image_size}px{kind}'
+    if len(f'{name}{ending}.incomplete'.encode()) > MAX_NAME_BYTES:
+        digest = f'_{hashlib.sha256(settings.source.encode(errors="surrogatepass")).hexdigest()[:16]}'
+        room = MAX_NAME_BYTES - len(f'{digest}{ending}.incomplete')
+        name = name.encode()[:room].decode(errors='ignore') + digest
+    directory = os.path.join(root, f'{name}{ending}')
+    return directory if is_url(root) else check_folder(field, directory)
 
 
 def read_manifest(directory: str, settings: DatasetSettings) -> Manifest:
@@ -199,14 +242,11 @@ def read_manifest(directory: str, settings: DatasetSettings) -> Manifest:
 
     Raises ConfigError: `directory` is not a complete data set, or the data set has other settings than `settings`.
     """
+    path = epath.Path(directory) / MANIFEST
     try:
-        content = json.loads((epath.Path(directory) / MANIFEST).read_text())
-        manifest = Manifest(**{field.name: content[field.name] for field in dataclasses.fields(Manifest)})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f'config.data.data_dir: {directory} is incomplete or of an older version ({error}); remove it to'
-            ' prepare it again'
-        ) from None
+        manifest = _parse_manifest(json.loads(path.read_text()))
+    except Exception as error:  # from the library that reads gs://, or from corrupt content
+        raise _unusable(path, f'is missing, corrupt or of another version ({summarize_exception(error)})') from None
     for name in MANIFEST_FIELDS:
         prepared, wanted = getattr(manifest, name), getattr(settings, name)
         if name == 'class_names':
@@ -217,6 +257,30 @@ def read_manifest(directory: str, settings: DatasetSettings) -> Manifest:
                 ' remove the folder, or choose another data_dir'
             )
     return manifest
+
+
+def _parse_manifest(content: dict[str, Any]) -> Manifest:
+    """Returns the content of prepared.json as a Manifest. Raises ValueError, TypeError, KeyError: it is corrupt."""
+    names = {field.name for field in dataclasses.fields(Manifest)}
+    digest = content.pop('digest', None)
+    if digest is None and 'digests' not in content:  # an earlier version
+        names.remove('digests')
+    elif digest != json_digest(content):
+        raise ValueError('its content does not match its digest')
+    manifest = Manifest(**{name: content[name] for name in names})
+    images, sizes, classes = manifest.images, manifest.files, manifest.class_names
+    if set(images) != {'train', 'validation'} or not all(isinstance(number, int) for number in images.values()):
+        raise ValueError(f'images: {images}')
+    if not all(isinstance(size, int) for size in sizes.values()) or not all(isinstance(name, str) for name in classes):
+        raise ValueError('files or class_names')
+    return manifest
+
+
+def _unusable(path: epath.Path, problem: str) -> ConfigError:
+    """Returns the error for the file `path` of a prepared data set."""
+    return ConfigError(
+        f'config.data.data_dir: {path} {problem}; copy the data set again, or remove {path.parent} to prepare it again'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,35 +309,101 @@ def open_prepared(directory: str, settings: DatasetSettings) -> PreparedDataset:
     manifest = read_manifest(directory, settings)
     folder = epath.Path(directory)
     for name, size in manifest.files.items():
-        path = folder / name
-        if not path.exists() or path.stat().length != size:
-            found = f'{path.stat().length} bytes' if path.exists() else 'missing'
-            raise ConfigError(
-                f'config.data.data_dir: {path} is {found}, not {size} bytes; copy the data set again, or remove it'
-            )
-    statistics = _read_statistics(folder / 'statistics.npz')
+        _check_file(folder / name, size, manifest.digests.get(name))
+    shape = (manifest.image_size, manifest.image_size, manifest.channels)
+    statistics = _read_statistics(folder / 'statistics.npz', shape, len(manifest.class_names))
+    splits = {
+        split: SplitReader(records, shape, manifest.encoding, f'{split} in {directory}', settings.max_corrupt_fraction)
+        for split, records in _open_records(folder, manifest).items()
+    }
+    return PreparedDataset(
+        **splits,
+        statistics=statistics,
+        class_names=manifest.class_names,
+        fingerprint=manifest.fingerprint_of_images(),
+    )
+
+
+def sampled_digests(path: epath.Path) -> list[str]:
+    """Returns the SHA-256 hex digests of the first bytes of each half of a file, at most SAMPLE_BYTES each.
+
+    Together they cover a small file. In a shard or an archive, checksums cover the other bytes. The end of a shard is
+    no sample, because it can be equal in shards of equally many images.
+    """
+    size = path.stat().length
+    count = min(SAMPLE_BYTES, (size + 1) // 2)
+    digests = []
+    with path.open('rb') as file:
+        for offset in (0, size // 2):
+            file.seek(offset)
+            digests.append(hashlib.sha256(file.read(count)).hexdigest())
+    return digests
+
+
+def _check_file(path: epath.Path, size: int, digests: list[str] | None) -> None:
+    """Raises ConfigError if the file does not have `size` bytes, or not the sampled_digests() `digests` unless None.
+
+    A shard may differ in one digest: the checksums of its records find a corrupt record, which training replaces. If
+    both differ, the file is another shard.
+    """
+    try:
+        found = path.stat().length
+    except FileNotFoundError:
+        raise _unusable(path, 'is missing') from None
+    if found != size:
+        raise _unusable(path, f'is {found} bytes, not {size} bytes')
+    if digests is None:
+        return
+    differs = [old != new for old, new in zip(digests, sampled_digests(path), strict=True)]
+    if all(differs) or (any(differs) and '.array_record' not in path.name):
+        raise _unusable(path, 'is corrupt')
+
+
+def _open_records(folder: epath.Path, manifest: Manifest) -> dict[str, Sequence[bytes]]:
+    """Returns the serialized examples of both splits. Raises ConfigError: the metadata of TFDS are corrupt."""
     import tensorflow_datasets as tfds
 
-    shape = (manifest.image_size, manifest.image_size, manifest.channels)
-    builder = tfds.builder_from_directory(directory)
-    splits = {}
-    for name in ('train', 'validation'):
-        records = builder.as_data_source(name, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-        splits[name] = SplitReader(
-            records, shape, manifest.encoding, f'{name} in {directory}', settings.max_corrupt_fraction
-        )
-    fingerprint = hashlib.sha256(json.dumps(dataclasses.asdict(manifest), sort_keys=True).encode()).hexdigest()
-    return PreparedDataset(**splits, statistics=statistics, class_names=manifest.class_names, fingerprint=fingerprint)
-
-
-def _read_statistics(path: epath.Path) -> dict[str, np.ndarray]:
+    info = folder / 'dataset_info.json'
     try:
-        with path.open('rb') as file, np.load(file) as arrays:
-            return dict(arrays)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise ConfigError(
-            f'config.data.data_dir: {path} is corrupt ({error}); copy the data set again, or remove it'
-        ) from None
+        builder = tfds.builder_from_directory(folder)
+        class_names = builder.info.features['label'].names
+        splits = {
+            split: builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+            for split in ('train', 'validation')
+        }
+    except Exception as error:  # TFDS raises many types for corrupt metadata
+        raise _unusable(info, f'or features.json is corrupt ({summarize_exception(error)})') from None
+    if class_names != manifest.class_names:
+        raise _unusable(folder / MANIFEST, 'and label.labels.txt have different class names, so one is corrupt')
+    for split, records in splits.items():
+        if len(records) != manifest.images[split]:
+            raise _unusable(
+                info, f'lists {len(records)} images of {split}, but {MANIFEST} {manifest.images[split]}; one is corrupt'
+            )
+    return splits
+
+
+def _read_statistics(path: epath.Path, shape: tuple[int, int, int], classes: int) -> dict[str, np.ndarray]:
+    """Returns the statistics of images of `shape` (S, S, C). Raises ConfigError: the file is corrupt."""
+    channels = shape[-1:]
+    shapes = {
+        'mean_image': shape,
+        'mean_rgb': channels,
+        'eigenvalues': channels,
+        'eigenvectors': channels * 2,
+        'class_counts': (classes,),
+    }
+    try:
+        content = path.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(content)) as file:
+            corrupt = file.testzip()  # np.load() does not verify the checksum of an array with a corrupt header
+        with np.load(io.BytesIO(content)) as file:
+            arrays = dict(file)
+    except Exception as error:  # zipfile and NumPy raise many types for corrupt content
+        raise _unusable(path, f'is corrupt ({summarize_exception(error)})') from None
+    if corrupt or {name: array.shape for name, array in arrays.items()} != shapes:
+        raise _unusable(path, 'is corrupt')
+    return arrays
 
 
 def evenly_spaced(split: SplitReader, count: int) -> list[tuple[int, Example]]:

@@ -12,6 +12,8 @@ range is unknown, and images of more than MAX_PIXELS pixels.
 """
 
 import io
+import os
+import stat
 import warnings
 
 import numpy as np
@@ -24,8 +26,38 @@ MAX_PIXELS = 1024**3 // 12
 MAX_ASPECT_RATIO = 16
 
 
+# Brands of the formats HEIC and AVIF, at byte 8 of a file; Pillow may read AVIF, and never reads HEIC.
+HEIF_BRANDS = (
+    b'heic',
+    b'heix',
+    b'heim',
+    b'heis',
+    b'hevc',
+    b'hevx',
+    b'hevm',
+    b'hevs',
+    b'mif1',
+    b'msf1',
+    b'avif',
+    b'avis',
+)
+
+
 class UnreadableImage(ValueError):
     """Raised for rejected content. The message is a short reason."""
+
+
+def read_file(path: str) -> bytes:
+    """Returns the content of a file.
+
+    Raises UnreadableImage: `path` is a pipe, a socket or a device. Raises OSError: the file cannot be read.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe would wait for a writer
+        kinds = {stat.S_IFIFO: 'a pipe', stat.S_IFSOCK: 'a socket'}
+        raise UnreadableImage(f'{kinds.get(stat.S_IFMT(mode), "a device")}, not an image file')
+    with open(path, 'rb') as file:
+        return file.read()
 
 
 def read_image(content: bytes | UInt8[np.ndarray, 'h w'] | UInt8[np.ndarray, 'h w 3']) -> Image.Image:
@@ -50,6 +82,8 @@ def read_image(content: bytes | UInt8[np.ndarray, 'h w'] | UInt8[np.ndarray, 'h 
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
+        if content[4:8] == b'ftyp' and content[8:12] in HEIF_BRANDS:
+            raise UnreadableImage('HEIC or AVIF, which Pillow does not read; convert it to JPEG or PNG') from None
         raise UnreadableImage('not an image, or in a format that Pillow does not read') from None
     except Image.DecompressionBombError:
         raise UnreadableImage(f'more than {MAX_PIXELS:,} pixels') from None

@@ -13,7 +13,7 @@ from alexnet_jax.config import Config, ConfigError
 from alexnet_jax.data import dataset
 from alexnet_jax.runtime.commands import child_command, child_environment
 from alexnet_jax.runtime.console import summarize_exception
-from alexnet_jax.runtime.preemption import PreemptionHandler
+from alexnet_jax.runtime.preemption import PreemptionHandler, preemption_signals_blocked
 
 
 def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.PreparedDataset | None:
@@ -27,8 +27,8 @@ def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.Pr
       SystemExit: the child process failed and printed the reason.
     """
     data = config.data
-    directory = dataset.dataset_dir(data.data_dir, data)
-    if not _exists(directory):
+    directory = dataset.dataset_dir(data.data_dir, data, data.prepared_dir)
+    if not is_prepared(directory):
         # Prepare in a child process, because TensorFlow should not share a process with JAX.
         names = (
             'source',
@@ -40,14 +40,18 @@ def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.Pr
             'max_corrupt_fraction',
         )
         command = child_command('prepare', *(f'--{name}={getattr(data, name)}' for name in names))
+        if data.prepared_dir is not None:
+            command.append(f'--prepared_dir={data.prepared_dir}')
         if data.class_names:
             line = io.StringIO()
             csv.writer(line, lineterminator='').writerow(data.class_names)  # a name may contain a comma
             command.append(f'--class_names={line.getvalue()}')
-        process = subprocess.Popen(command, env=child_environment())
+        with preemption_signals_blocked():
+            process = subprocess.Popen(command, env=child_environment())
         while process.poll() is None:
             if preemption.requested:
                 process.terminate()
+                process.wait()
             time.sleep(0.1)
         if preemption.requested:
             return None
@@ -57,16 +61,21 @@ def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.Pr
         if process.returncode:
             sys.exit(process.returncode)  # the child process printed the reason
     prepared = dataset.open_prepared(directory, data)
-    classes = len(prepared.class_names)
-    if classes != config.model.num_classes:
-        raise ConfigError(
-            f'config.model.num_classes: {config.model.num_classes}, but {data.source} has {classes} classes;'
-            f' the nearest is {classes}'
-        )
+    check_num_classes(config, len(prepared.class_names))
     return prepared
 
 
-def _exists(directory: str) -> bool:
+def check_num_classes(config: Config, classes: int) -> None:
+    """Raises ConfigError if the data have another number of classes than the network."""
+    if classes != config.model.num_classes:
+        raise ConfigError(
+            f'config.model.num_classes: {config.model.num_classes}, but {config.data.source} has {classes} classes;'
+            f' the nearest is {classes}'
+        )
+
+
+def is_prepared(directory: str) -> bool:
+    """Returns whether there is a prepared data set in `directory`. Raises ConfigError: a URL cannot be reached."""
     try:
         return epath.Path(directory).exists()
     except Exception as error:  # depends on the library that reads gs://

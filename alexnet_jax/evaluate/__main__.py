@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     from alexnet_jax.inference.trained_model import open_eval_dataset
 
     views = int(given.views)
-    prepared = open_eval_dataset(refs, given.data_dir)
+    prepared = open_eval_dataset(refs, given.data_dir, given.prepared_dir)
     steps, scores, labels = zip(*[predict(ref, prepared, views) for ref in refs], strict=True)
     checkpoints = [{'checkpoint': name, 'step': step} for name, step in zip(names, steps, strict=True)]
     report, mixed = summarize(checkpoints, scores, labels[0], prepared.class_names, weights, given.per_class)
@@ -51,6 +51,7 @@ if __name__ == '__main__':
         'views', '10', ['1', '10'], 'Views per image: its center, or ten, whose softmax outputs are averaged.'
     )
     flags.DEFINE_string('data_dir', None, "Folder of the prepared data sets. Default: the first run's data.data_dir.")
+    flags.DEFINE_string('prepared_dir', None, 'Folder of the prepared data sets. Default: `prepared` in data.data_dir.')
     flags.DEFINE_list('weights', None, 'Weights of the checkpoints, in their order. Default: equal weights.')
     flags.DEFINE_bool('fit_weights', False, 'Fit the weights on every second image and report errors on the others.')
     flags.DEFINE_bool('per_class', False, 'Also print a table of the classes.')

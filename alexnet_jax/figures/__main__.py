@@ -27,7 +27,7 @@ from alexnet_jax.inference.checkpoint_ref import CheckpointRef, parse_checkpoint
 from alexnet_jax.inference.images import ImageInput, expand_paths, load_images, sample_validation
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.runtime import backend
-from alexnet_jax.runtime.console import log, log_error
+from alexnet_jax.runtime.console import log, log_error, make_stdout_optional
 from alexnet_jax.shapes import layer_table
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 # By kind of figure: its arguments, their maximum number, and its flags besides --out.
 KINDS: dict[str, tuple[str, float, tuple[str, ...]]] = {
     'kernels': ('CHECKPOINT', 1, ()),
-    'maps': ('CHECKPOINT IMAGE...', math.inf, ('layer', 'validation', 'data_dir')),
-    'neighbors': ('CHECKPOINT IMAGE...', math.inf, ('validation', 'data_dir')),
-    'confusion': ('CHECKPOINT', 1, ('views', 'data_dir')),
+    'maps': ('CHECKPOINT IMAGE...', math.inf, ('layer', 'validation', 'data_dir', 'prepared_dir')),
+    'neighbors': ('CHECKPOINT IMAGE...', math.inf, ('validation', 'data_dir', 'prepared_dir')),
+    'confusion': ('CHECKPOINT', 1, ('views', 'data_dir', 'prepared_dir')),
     'network': ('PRESET|CHECKPOINT', 1, ()),
     'curves': ('WORKDIR...', math.inf, ()),
 }
@@ -53,7 +53,7 @@ def check_kind(kind: str, names: list[str], given: flags.FlagValues) -> None:
     arguments, maximum, own_flags = KINDS[kind]
     if not 1 <= len(names) <= maximum:
         raise ConfigError(f'{kind} takes other arguments: alexnet figures {kind} {arguments}')
-    for flag in ('layer', 'validation', 'views', 'data_dir'):
+    for flag in ('layer', 'validation', 'views', 'data_dir', 'prepared_dir'):
         if given[flag].present and flag not in own_flags:
             raise ConfigError(f'--{flag}: {kind} does not have this flag; leave it out')
     if 'validation' in own_flags and len(names) == 1 and not given.validation:
@@ -146,7 +146,8 @@ def draw_with_weights(kind: str, names: list[str], given: flags.FlagValues) -> i
         save([from_model.plot_kernels(load_model(ref))], path)
         return 0
     if kind == 'confusion':
-        save([from_model.plot_confusion(ref, open_eval_dataset([ref], given.data_dir), int(given.views))], path)
+        prepared = open_eval_dataset([ref], given.data_dir, given.prepared_dir)
+        save([from_model.plot_confusion(ref, prepared, int(given.views))], path)
         return 0
     return draw_images(kind, ref, files, path, given)
 
@@ -157,7 +158,8 @@ def draw_images(kind: str, ref: CheckpointRef, files: list[str], path: str, give
     from alexnet_jax.inference.trained_model import load_model, open_eval_dataset
     from alexnet_jax.plots import neighbors
 
-    prepared = open_eval_dataset([ref], given.data_dir) if given.validation or kind == 'neighbors' else None
+    folders = given.data_dir, given.prepared_dir
+    prepared = open_eval_dataset([ref], *folders) if given.validation or kind == 'neighbors' else None
     model = load_model(ref)
     sampled = sample_validation(prepared, given.validation) if prepared and given.validation else []
     unreadable: list[str] = []
@@ -175,6 +177,7 @@ def draw_images(kind: str, ref: CheckpointRef, files: list[str], path: str, give
 def main(argv: list[str]) -> int:
     """Draws the figure of kind argv[1] from the names argv[2:]; returns the exit code, 1 if an image is unreadable."""
     given, kind, names = flags.FLAGS, argv[1], argv[2:]
+    make_stdout_optional()
     check_kind(kind, names, given)
     if kind in ('network', 'curves'):
         draw_without_weights(kind, names, given.out)
@@ -190,6 +193,7 @@ if __name__ == '__main__':
     )
     flags.DEFINE_enum('views', '10', ['1', '10'], 'Views per image for `confusion`: its center, or ten.')
     flags.DEFINE_string('data_dir', None, "Folder of the prepared data sets. Default: the run's data.data_dir.")
+    flags.DEFINE_string('prepared_dir', None, 'Folder of the prepared data sets. Default: `prepared` in data.data_dir.')
     cli.run(
         main,
         missing=f'no figure is given; name {", ".join(KINDS)}: alexnet figures KIND ...',

@@ -84,6 +84,8 @@ def _compute(
     """Writes the missing features to the file `path`, and the number of finished images to the JSON file `state`."""
     images, units = shape
     done = (read_json(state) or {}).get('done', 0)
+    if not isinstance(done, int) or not 0 <= done <= images:
+        done = 0  # the file is corrupt
     features = _read(path, shape, 'r+') if done else _new(path, shape)
     batch_size = model.batch_size(images)
     output_step = make_activation_fn(model.config, model.mesh, layer)

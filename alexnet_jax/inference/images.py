@@ -9,16 +9,20 @@ from jaxtyping import UInt8
 
 from alexnet_jax.config import ConfigError, DataConfig
 from alexnet_jax.data.dataset import PreparedDataset, evenly_spaced
-from alexnet_jax.data.images import UnreadableImage, read_image, resize_and_center_crop
+from alexnet_jax.data.images import UnreadableImage, read_file, read_image, resize_and_center_crop
+from alexnet_jax.paths import is_url
 
 
 def expand_paths(names: Iterable[str]) -> list[str]:
     """Returns `names` with each folder replaced by all files below the folder, sorted, without hidden files.
 
-    Raises ConfigError: a folder has no files.
+    Raises ConfigError: a folder has no files, or a name is a URL or stands for standard input.
     """
     files = []
     for name in map(os.path.expanduser, names):
+        if (is_url(name) or name == '-') and not os.path.exists(name):
+            what = 'standard input' if name == '-' else 'a URL'
+            raise ConfigError(f'{name}: {what} is not read; save the image as a file and name the file')
         if not os.path.isdir(name):
             files.append(name)
             continue
@@ -44,8 +48,7 @@ def read_image_file(file: str, data: DataConfig) -> UInt8[np.ndarray, 's s c']:
     Raises UnreadableImage: the message gives the reason.
     """
     try:
-        with open(file, 'rb') as opened:
-            return resize_and_center_crop(read_image(opened.read()), data.image_size, data.channels)
+        return resize_and_center_crop(read_image(read_file(file)), data.image_size, data.channels)
     except OSError as error:
         raise UnreadableImage(error.strerror or type(error).__name__) from None
 

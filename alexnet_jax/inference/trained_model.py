@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -20,7 +21,13 @@ from alexnet_jax.augment import PreprocessParams, make_preprocess_params
 from alexnet_jax.config import Config, ConfigError
 from alexnet_jax.data.dataset import MANIFEST_FIELDS, PreparedDataset
 from alexnet_jax.data.open_or_prepare import open_or_prepare
-from alexnet_jax.inference.checkpoint_ref import CheckpointRef, check_new, parse_checkpoint_ref, with_overrides
+from alexnet_jax.inference.checkpoint_ref import (
+    CheckpointRef,
+    check_new,
+    parse_checkpoint_ref,
+    with_data_folders,
+    with_overrides,
+)
 from alexnet_jax.runtime.files import write_json
 from alexnet_jax.runtime.preemption import PreemptionHandler
 from alexnet_jax.runtime.workdir import (
@@ -28,6 +35,9 @@ from alexnet_jax.runtime.workdir import (
     check_class_names,
     dataset_statistics_path,
     read_dataset_statistics,
+    resolve_written,
+    statistics_digest,
+    with_settings_of_weights,
     write_dataset_statistics,
 )
 from alexnet_jax.training import checkpointing
@@ -68,8 +78,10 @@ def restore(ref: CheckpointRef, abstract: TrainState | None) -> checkpointing.Ch
         step = resolve_step(ref)
         path = os.path.join(ref.workdir, 'checkpoints', str(step))
         restored, problem = checkpointing.restore_checkpoint(path, abstract)
-        if restored is not None:
+        if restored is not None and restored.run_state.step == step:
             return restored
+        if restored is not None:
+            problem = f'it is a checkpoint of step {restored.run_state.step}'
         # A run that is still training may have replaced the checkpoint in the meantime.
         if resolve_step(ref) == step:
             raise CheckpointError(f'{ref.name}: checkpoint {path} is corrupt ({problem}); name another checkpoint')
@@ -85,21 +97,23 @@ def _with_mesh(config: Config) -> tuple[Config, parallel.Mesh]:
         return config, parallel.make_mesh(config)
 
 
-def open_eval_dataset(refs: Sequence[CheckpointRef], data_dir: str | None) -> PreparedDataset:
+def open_eval_dataset(
+    refs: Sequence[CheckpointRef], data_dir: str | None, prepared_dir: str | None = None
+) -> PreparedDataset:
     """Opens the data set on which all checkpoints were trained, after its preparation if it is missing.
 
     If all checkpoints have imported weights, the configuration of the first one names the data set.
 
     Args:
       refs: the checkpoints.
-      data_dir: folder that replaces data.data_dir of the configuration, unless None.
+      data_dir, prepared_dir: folders that replace those of the configuration, unless both are None.
 
     Raises:
       ConfigError: a checkpoint is missing, or the checkpoints were trained on different data or on other data than the
         prepared data.
       CheckpointError: a checkpoint cannot be read.
       DatasetError, SystemExit: see open_or_prepare().
-      KeyboardInterrupt: SIGTERM or SIGINT arrived during preparation.
+      KeyboardInterrupt: SIGINT arrived meanwhile. Other preemption signals then have their usual effect.
     """
     # A fingerprint covers the settings, class names and images of a data set; it is None for imported weights.
     fingerprints = [(ref, restore(ref, None).run_state.dataset_fingerprint) for ref in refs]
@@ -113,9 +127,11 @@ def open_eval_dataset(refs: Sequence[CheckpointRef], data_dir: str | None) -> Pr
                 f'{ref.name}: trained with other classes or images than {first.name}'
                 f' ({why or "the same settings, but other images"}); evaluate it separately'
             )
-    data_dir = data_dir or first.config.data.data_dir
+    config = with_data_folders(first.config, data_dir, prepared_dir)
     with PreemptionHandler() as preemption:
-        prepared = open_or_prepare(with_overrides(first.config, {'data.data_dir': data_dir}), preemption)
+        prepared = open_or_prepare(config, preemption)
+    if preemption.received is not None:
+        signal.raise_signal(preemption.received)
     if prepared is None:
         raise KeyboardInterrupt
     for ref, other in fingerprints:
@@ -123,8 +139,8 @@ def open_eval_dataset(refs: Sequence[CheckpointRef], data_dir: str | None) -> Pr
             check_class_names(ref.name, read_dataset_statistics(ref.workdir)[1], prepared.class_names)
     if fingerprint not in (prepared.fingerprint, None):
         raise ConfigError(
-            f'{first.name}: was trained with other images than those prepared in {data_dir};'
-            ' name their folder with --data_dir'
+            f'{first.name}: was trained with other images than those prepared in'
+            f' {config.data.prepared_dir or config.data.data_dir}; name their folder with --data_dir'
         )
     return prepared
 
@@ -202,11 +218,16 @@ def load_model(checkpoint: CheckpointRef | str, prepared: PreparedDataset | None
     if prepared is not None and not os.path.exists(dataset_statistics_path(ref.workdir)):
         statistics, class_names = prepared.statistics, prepared.class_names
     else:
-        statistics, class_names = read_dataset_statistics(ref.workdir)
+        statistics, class_names = read_dataset_statistics(ref.workdir, ref.config)
     config, mesh = _with_mesh(ref.config)
     # The velocities are restored too, because the digest that detects corruption covers them.
     restored = restore(ref, abstract_state(config, mesh))
     assert restored.state is not None
+    if restored.run_state.statistics_digest not in (statistics_digest(statistics), None):
+        raise ConfigError(f'{dataset_statistics_path(ref.workdir)} is of another run; copy that of this run again')
+    if restored.config is not None:
+        step = restored.run_state.step
+        config = with_settings_of_weights(config, resolve_written(restored.config), f'the checkpoint of step {step}')
     return TrainedModel(
         name=ref.name,
         workdir=ref.workdir,
@@ -250,8 +271,8 @@ def import_weights_as_run(
         state: TrainState = TrainState(jnp.zeros((), jnp.int32), params, velocities, batch_statistics)
         state = jax.tree.map(lambda leaf, at: jax.device_put(leaf, at.sharding), state, abstract)
         os.makedirs(staging_dir)
-        checkpoints = checkpointing.Checkpointer(os.path.join(staging_dir, 'checkpoints'), keep=1)
-        checkpoints.save(state, RunState(), None)
+        checkpoints = checkpointing.Checkpointer(os.path.join(staging_dir, 'checkpoints'), keep=1, config=config)
+        checkpoints.save(state, RunState(statistics_digest=statistics_digest(statistics)), None)
         checkpoints.close()
         write_dataset_statistics(staging_dir, statistics, class_names)
         write_json(os.path.join(staging_dir, 'config.json'), config.to_dict())

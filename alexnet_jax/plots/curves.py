@@ -22,11 +22,12 @@ PANELS = {
 }
 _DASHES = ('-', (0, (5, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (1, 1)))
 _MARKERS = 'osD^vPX*'
+_LARGEST = 1e30  # larger numbers overflow in Matplotlib
 _LEGEND_COLUMNS, _LEGEND_ROW = 3, 0.165  # inches
 
 
 def read_metrics(workdir: str) -> list[JsonObject]:
-    """Returns the lines of the run's metrics.jsonl in order, without incomplete lines.
+    """Returns the lines of the run's metrics.jsonl in order, without incomplete and corrupt lines.
 
     Raises ConfigError: metrics.jsonl cannot be read.
     """
@@ -35,7 +36,7 @@ def read_metrics(workdir: str) -> list[JsonObject]:
         lines = read_json_lines(path)
     except OSError as error:
         raise ConfigError(f'{path}: {error.strerror}; name the folder of a run, which has a metrics.jsonl') from None
-    return [line for line in lines if {'step', 'split'} <= set(line)]
+    return [line for line in lines if isinstance(line.get('split'), str) and not math.isnan(_number(line.get('step')))]
 
 
 def groups(names: list[str]) -> dict[str, list[str]]:
@@ -122,8 +123,10 @@ def _look(split: str, group: int, alone: bool) -> dict[str, Any]:
 
 
 def _number(value: object) -> float:
-    """Returns `value` if it is a finite number, otherwise NaN, which appears as a gap."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
+    """Returns `value` if it is a number that can be drawn, otherwise NaN, which appears as a gap."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST:
+        return float(value)
+    return math.nan
 
 
 def _legend(found: dict[str, list[str]]) -> list[Line2D]:

@@ -36,7 +36,8 @@ def main(argv: list[str]) -> int:
     from alexnet_jax.inference.trained_model import load_model, open_eval_dataset
     from alexnet_jax.predict.classify import classify
 
-    prepared = open_eval_dataset([ref], given.data_dir) if given.validation else None
+    folders = given.data_dir, given.prepared_dir
+    prepared = open_eval_dataset([ref], *folders) if given.validation else None
     sampled = sample_validation(prepared, given.validation) if prepared else []
     model = load_model(ref, prepared)
     log(f'{model.name}: step {model.step}, {len(model.class_names)} classes')
@@ -53,6 +54,7 @@ if __name__ == '__main__':
         'validation', 0, "Number of evenly spaced images of the run's validation data to classify too.", lower_bound=0
     )
     flags.DEFINE_string('data_dir', None, "Folder of the prepared data sets. Default: the run's data.data_dir.")
+    flags.DEFINE_string('prepared_dir', None, 'Folder of the prepared data sets. Default: `prepared` in data.data_dir.')
     flags.DEFINE_bool('json', False, 'Print one JSON object per image and line.')
     flags.DEFINE_string('figure', None, f'FILE.png or FILE.pdf for a figure of the first {MAX_FIGURE_IMAGES} images.')
     cli.run(

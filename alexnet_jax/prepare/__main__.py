@@ -18,30 +18,40 @@ import tensorflow_datasets as tfds
 from absl import flags
 
 from alexnet_jax import cli
+from alexnet_jax.paths import check_current_folder
 from alexnet_jax.prepare.raw_sources import SourceError
 from alexnet_jax.prepare.writer import PrepareConfig, prepare
+from alexnet_jax.runtime.console import make_stdout_optional
 
 
 def main(argv: list[str]) -> int:
     """Prepares the data set that the flags specify; returns the exit code."""
     del argv
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # scripts start background jobs with SIGINT ignored
+    check_current_folder('prepare')
+    make_stdout_optional()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background jobs of a script
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # data.open_or_prepare starts the command with a mask
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     given = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(PrepareConfig)}
     given['source'] = given['source'].rstrip('/')  # tab completion of a folder name adds a slash
     given['channels'], given['class_names'] = int(given['channels']), tuple(given['class_names'] or ())
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints unknown sizes
-        prepare(PrepareConfig(**given), flags.FLAGS.data_dir)
+        prepare(PrepareConfig(**given), flags.FLAGS.data_dir, flags.FLAGS.prepared_dir)
     return 0
 
 
 if __name__ == '__main__':
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+    os.environ['PYTHONSAFEPATH'] = '1'  # otherwise workers import modules of the current folder
     flags.DEFINE_string('source', 'photos', "'photos', 'tfds:NAME[:config]', 'folder:DIR' or 'idx:DIR'.")
     flags.DEFINE_string(
         'data_dir', '~/tensorflow_datasets', 'Folder of the data sets of TFDS and of prepared data sets.'
+    )
+    flags.DEFINE_string(
+        'prepared_dir', None, 'Folder of prepared data sets. Default: the folder `prepared` in --data_dir.'
     )
     flags.DEFINE_integer('image_size', 256, 'Side of the images in pixels.', lower_bound=8)
     flags.DEFINE_enum('channels', '3', ['1', '3'], 'Channels of the images: 3 for color, 1 for gray.')

@@ -14,6 +14,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Integer, UInt8
 
+from alexnet_jax.data.images import read_file
+
 Labels = Integer[np.ndarray, ' n']
 Indices = range | Integer[np.ndarray, ' m']
 RawExample = tuple[bytes | UInt8[np.ndarray, 'h w'], int]  # (content of a file or pixels, label)
@@ -79,8 +81,7 @@ class FileExamples:
         return len(self.names)
 
     def __getitem__(self, index: int) -> RawExample:
-        with open(os.path.join(self.root, self.names[index]), 'rb') as file:
-            return file.read(), int(self.labels[index])
+        return read_file(os.path.join(self.root, self.names[index])), int(self.labels[index])
 
     def name(self, index: int) -> str:
         """Returns the path of the file relative to `root`."""

@@ -4,6 +4,7 @@ The shards are byte-identical for any number of processes.
 """
 
 import contextlib
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -11,16 +12,16 @@ import threading
 from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from alexnet_jax.data.dataset import DatasetError
+from alexnet_jax.data.dataset import DatasetError, json_digest
 from alexnet_jax.data.images import UnreadableImage, read_image, resize_and_center_crop
 from alexnet_jax.prepare.shards import ImageSpec, RunningMoments, Shard
-from alexnet_jax.runtime.files import write_json
+from alexnet_jax.runtime.files import JsonObject, read_json, write_json
 
 
 class SkippedImage(TypedDict):
@@ -32,12 +33,35 @@ class SkippedImage(TypedDict):
 
 
 class ShardReport(TypedDict):
-    """The report of a complete shard: stored examples, file size, skipped images, and digest of the raw examples."""
+    """The report of a complete shard: stored examples, file size, skipped images, and SHA-256 digests.
+
+    `digest` is that of the raw examples, `sums` that of the file of sums, and `report` that of the other fields.
+    """
 
     examples: int
     bytes: int
     skipped: list[SkippedImage]
     digest: str
+    sums: str
+    report: str
+
+
+def read_report(shard: Shard, folder: str, reports: str) -> ShardReport | None:
+    """Returns the report of `shard`, or None if the shard is incomplete or contains other images, or a file is corrupt.
+
+    The function does not read the records; training detects corrupt ones.
+    """
+    report = read_json(os.path.join(reports, shard.report)) or {}
+    content = {name: value for name, value in report.items() if name != 'report'}
+    if report.get('report') != json_digest(content) or report['digest'] != shard.examples.digest():
+        return None
+    try:
+        whole = report['bytes'] == os.path.getsize(os.path.join(folder, shard.file))
+        whole &= report['sums'] == file_digest(os.path.join(reports, shard.sums))
+        ArrayRecordReader(os.path.join(folder, shard.file)).close()  # reads the index of the records
+    except (OSError, RuntimeError):  # RuntimeError: the index is corrupt
+        return None
+    return cast('ShardReport', report) if whole else None
 
 
 def write_shards(
@@ -146,14 +170,22 @@ def write_shard(shard: Shard, format: ImageSpec, folder: str, reports: str) -> S
     _fsync(temporary)
     os.replace(temporary, os.path.join(folder, shard.file))
     _save_npz(os.path.join(reports, shard.sums), vars(sums))
-    report: ShardReport = {
+    fields: JsonObject = {
         'examples': int(sums.class_counts.sum()),
         'bytes': os.path.getsize(os.path.join(folder, shard.file)),
         'skipped': skipped,
         'digest': shard.examples.digest(),
+        'sums': file_digest(os.path.join(reports, shard.sums)),
     }
+    report = fields | {'report': json_digest(fields)}
     write_json(os.path.join(reports, shard.report), report)
-    return report
+    return cast('ShardReport', report)
+
+
+def file_digest(path: str) -> str:
+    """Returns the SHA-256 hex digest of a file."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _fsync(path: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Bool, UInt8
 
+from alexnet_jax.paths import check_text_path, check_writable
 from alexnet_jax.prepare.raw_sources import (
     ArrayExamples,
     Examples,
@@ -22,6 +23,9 @@ from alexnet_jax.prepare.raw_sources import (
     digest,
 )
 from alexnet_jax.runtime.console import log
+
+# TFDS has disabled its bucket of metadata; each look-up would only leave an empty temporary folder.
+tfds.core.DatasetInfo.initialize_from_bucket = lambda info: None
 
 IMAGENET_TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
 VALIDATION_SPLIT_NAMES = ('validation', 'val', 'test', 't10k')  # the first existing one is used
@@ -42,8 +46,11 @@ def open_source(source: str, data_dir: str, validation_fraction: float) -> Sourc
       validation_fraction: fraction of the training images to hold out if the source has no validation split.
 
     Raises SourceError: the source does not exist, has a wrong format, or cannot be downloaded.
+    Raises ConfigError: the path of the source cannot be used, or TFDS would have to write to a read-only `data_dir`.
     """
     kind, _, location = source.partition(':')
+    if kind in ('folder', 'idx'):
+        check_text_path('config.data.source', location)
     if kind == 'folder':
         return _folder(Path(location).expanduser(), validation_fraction)
     if kind == 'idx':
@@ -267,16 +274,24 @@ def _builder(source: str, data_dir: str) -> tfds.core.DatasetBuilder:
     return builder
 
 
-def _download_and_prepare(builder: tfds.core.DatasetBuilder, source: str, data_dir: str) -> None:
-    """Downloads and converts the data of `builder` with TFDS, unless TFDS has already prepared the data."""
+def _download_and_prepare(
+    builder: tfds.core.DatasetBuilder, source: str, data_dir: str, check_only: bool = False
+) -> None:
+    """Downloads and converts the data of `builder` with TFDS, unless TFDS has already prepared the data.
+
+    Raises SourceError: TensorFlow or a file is missing or, without `check_only`, TFDS fails.
+    """
     if builder.is_prepared():
         return
+    check_writable('config.data.data_dir', data_dir, f'TFDS writes {source} to that folder, so use another folder')
     # Fail before a download of gigabytes. Builders that use TensorFlow import it lazily as `tf`.
     if 'tf' in vars(sys.modules[type(builder).__module__]) and importlib.util.find_spec('tensorflow') is None:
         raise _without_tensorflow(source)
     config = tfds.download.DownloadConfig()
     if builder.name == 'imagenet2012':
         config.manual_dir = imagenet_tars(data_dir)
+    if check_only:
+        return
     log(f'reading {source} with TFDS into {builder.data_dir}')
     try:
         builder.download_and_prepare(download_config=config)
@@ -284,6 +299,28 @@ def _download_and_prepare(builder: tfds.core.DatasetBuilder, source: str, data_d
         if isinstance(error, ModuleNotFoundError) and error.name == 'tensorflow':
             raise _without_tensorflow(source) from None
         raise SourceError(f'{source}: TFDS could not download or prepare the data: {_one_line(error)}') from None
+
+
+def missing_tfds_data(source: str, data_dir: str) -> tuple[list[str], dict[str, int], int] | None:
+    """Describes data that TFDS has not prepared yet; returns None if open_source() would only read files.
+
+    Returns the class names, the number of images by split ({} if unknown), and the bytes that TFDS would download.
+    Raises SourceError: TFDS has no such data set, or TensorFlow or a file is missing.
+    """
+    if source.partition(':')[0] in ('folder', 'idx'):
+        return None
+    builder = _builder(source, data_dir)
+    _, label = _image_and_label(builder)
+    if builder.is_prepared():
+        return None
+    _download_and_prepare(builder, source, data_dir, check_only=True)
+    names, images = list(builder.info.features[label].names), {}
+    if source == 'photos':
+        from alexnet_jax.prepare.photos import PATCHES_PER_IMAGE
+
+        images = {split: count * len(names) for split, count in PATCHES_PER_IMAGE.items()}
+    is_manual = builder.MANUAL_DOWNLOAD_INSTRUCTIONS is not None  # the user has downloaded the files
+    return names, images, 0 if is_manual else sum(int(info.size) for info in (builder.url_infos or {}).values())
 
 
 def _without_tensorflow(source: str) -> SourceError:

@@ -8,19 +8,20 @@ import json
 import os
 import shutil
 import time
-from typing import cast
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from alexnet_jax.config import ConfigError, check_class_names
-from alexnet_jax.data.dataset import MANIFEST, DatasetError, Manifest, dataset_dir, read_manifest
+from alexnet_jax.data.dataset import DatasetError, Manifest, dataset_dir, read_manifest, sampled_digests, write_manifest
+from alexnet_jax.paths import check_folder, check_writable, is_url
 from alexnet_jax.prepare.raw_sources import Source, SourceError
-from alexnet_jax.prepare.shard_writer import ShardReport, SkippedImage, write_shards
+from alexnet_jax.prepare.shard_writer import ShardReport, SkippedImage, read_report, write_shards
 from alexnet_jax.prepare.shards import ImageSpec, Shard, statistics
-from alexnet_jax.prepare.sources import is_local, open_source
+from alexnet_jax.prepare.sources import is_local, missing_tfds_data, open_source
 from alexnet_jax.runtime.console import ProgressBar, log
-from alexnet_jax.runtime.files import JsonObject, atomic_write, read_json, write_json
+from alexnet_jax.runtime.files import JsonObject, atomic_write, free_bytes, read_json, write_json
 
 SHARD_SIZE = 1024
 JPEG_SIZE_RATIO = 0.25  # assumed JPEG size relative to raw images, for the disk space check
@@ -49,21 +50,29 @@ class PrepareConfig:
     workers: int = 2
 
 
-def prepare(settings: PrepareConfig, data_dir: str) -> str:
-    """Prepares the data set for `settings` in `data_dir`, unless the data set exists, and returns its folder.
+def prepare(settings: PrepareConfig, data_dir: str, prepared_dir: str | None = None) -> str:
+    """Prepares the data set for `settings` unless it exists, and returns its folder, dataset.dataset_dir().
+
+    Args:
+      settings: the settings of the data set.
+      data_dir: folder of the data sets of TFDS and, in the folder `prepared`, of prepared data sets.
+      prepared_dir: folder that replaces `data_dir`/prepared.
 
     Raises:
-      SourceError: the source cannot be read (see sources.open_source()), the disk is too small, or `data_dir` is a URL.
-      ConfigError: the existing data set has other settings or images, or the class names do not fit the source.
+      SourceError: the source cannot be read (see sources.open_source()), the disk is too small, or a folder is a URL.
+      ConfigError: the existing data set has other settings or images, the class names do not fit the source, or a
+        folder cannot be used or is not writable.
       DatasetError: too many images are unreadable, a split has no usable image, or a process was killed.
       OSError: a file cannot be written.
     """
-    if '://' in data_dir:
-        raise SourceError(
-            f'{data_dir}: data sets are prepared on a local disk; prepare there, then copy the folder prepared/'
-        )
-    data_dir = os.path.abspath(os.path.expanduser(data_dir))
-    target = dataset_dir(data_dir, settings)
+    data_dir, target = _locate(settings, data_dir, prepared_dir)
+    try:
+        _check_writable(target, prepared_dir)
+    except ConfigError:
+        if not os.path.exists(target):
+            raise
+        _check_same(target, settings, data_dir)  # without a lock, because a data set gets its name when it is complete
+        return target
     os.makedirs(os.path.dirname(target), exist_ok=True)
     with open(f'{target}.lock', 'w') as lock:
         try:
@@ -79,6 +88,27 @@ def prepare(settings: PrepareConfig, data_dir: str) -> str:
     return target
 
 
+def _locate(settings: PrepareConfig, data_dir: str, prepared_dir: str | None) -> tuple[str, str]:
+    """Returns the absolute path of `data_dir`, and the folder of the data set.
+
+    Raises SourceError or ConfigError: a folder is a URL or cannot be used.
+    """
+    for folder in (data_dir, prepared_dir or ''):
+        if is_url(folder):
+            raise SourceError(
+                f'{folder}: data sets are prepared on a local disk; prepare there, then copy the folder prepared/'
+            )
+    data_dir = check_folder('config.data.data_dir', data_dir)
+    return data_dir, dataset_dir(data_dir, settings, prepared_dir)
+
+
+def _check_writable(target: str, prepared_dir: str | None) -> None:
+    """Raises ConfigError if the folder of prepared data sets is not writable."""
+    field = f'config.data.{"data_dir" if prepared_dir is None else "prepared_dir"}'
+    remedy = 'set config.data.prepared_dir to a folder for prepared data sets'
+    check_writable(field, os.path.dirname(target), remedy)
+
+
 def _check_same(target: str, settings: PrepareConfig, data_dir: str) -> None:
     """Raises ConfigError if the data set in `target` has other settings, or if its source folder has other images."""
     manifest = read_manifest(target, settings)
@@ -92,19 +122,73 @@ def _check_same(target: str, settings: PrepareConfig, data_dir: str) -> None:
         )
 
 
-def _prepare(settings: PrepareConfig, data_dir: str, target: str) -> None:
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """What prepare() would do.
+
+    Attributes:
+      class_names: one name per label.
+      images: number of images by split; {} if it is unknown until TFDS has downloaded the data.
+      complete: number of images in the shards that an interrupted preparation left.
+      bytes: estimated size of the data set, or of one image if `images` is {}.
+      download_bytes: bytes that TFDS would download.
+    """
+
+    class_names: tuple[str, ...]
+    images: dict[str, int]
+    complete: int
+    bytes: int
+    download_bytes: int
+
+
+def preview(settings: PrepareConfig, data_dir: str, prepared_dir: str | None) -> Preview:
+    """Returns what prepare() would do to write a data set that does not exist, without writing anything.
+
+    Raises SourceError or ConfigError: prepare() would refuse `data_dir`, the source, its class names or the size of the
+    disk.
+    """
+    data_dir, target = _locate(settings, data_dir, prepared_dir)
+    _check_writable(target, prepared_dir)
+    missing = missing_tfds_data(settings.source, data_dir)
+    if missing is not None:
+        class_names, images, download_bytes = missing
+        format = _image_spec(settings, Source({}, class_names, False))
+        size = _estimated_bytes(sum(images.values()) or 1, format)
+        return Preview(format.class_names, images, 0, round(size), download_bytes)
     source = open_source(settings.source, data_dir, settings.validation_fraction)
     format = _image_spec(settings, source)
-    description: JsonObject = {
+    shards, staging_dir = _shards(source), f'{target}.incomplete'
+    is_same_plan = read_json(os.path.join(staging_dir, 'plan.json')) == _plan(_description(settings, source, format))
+    complete = _read_reports(shards, staging_dir) if is_same_plan else {}
+    _check_disk(shards, complete, format, target)
+    images = {split: len(examples) for split, examples in source.splits.items()}
+    done = sum(len(shard.examples) for shard in shards if shard.report in complete)
+    return Preview(format.class_names, images, done, round(_estimated_bytes(sum(images.values()), format)), 0)
+
+
+def _description(settings: PrepareConfig, source: Source, format: ImageSpec) -> JsonObject:
+    """Returns the fields of the manifest that are known before the preparation."""
+    return {
         'source': settings.source,
         'fingerprint': source.fingerprint,
         'validation_fraction': settings.validation_fraction if source.holds_out_validation else None,
         **dataclasses.asdict(format),
         'class_names': list(format.class_names),
     }
-    staging_dir = f'{target}.incomplete'
+
+
+def _plan(description: JsonObject) -> JsonObject:
+    """Returns the content of plan.json, which tells whether an interrupted preparation had the same settings."""
     # The plan omits the fingerprint, because each shard report has a digest of the images of the shard.
-    plan = description | {'images_a_shard': SHARD_SIZE, 'fingerprint': None}
+    return description | {'images_a_shard': SHARD_SIZE, 'fingerprint': None}
+
+
+def _prepare(settings: PrepareConfig, data_dir: str, target: str) -> None:
+    source = open_source(settings.source, data_dir, settings.validation_fraction)
+    format = _image_spec(settings, source)
+    description = _description(settings, source, format)
+    staging_dir = f'{target}.incomplete'
+    plan = _plan(description)
     if read_json(os.path.join(staging_dir, 'plan.json')) != plan:
         shutil.rmtree(staging_dir, ignore_errors=True)  # started with other settings
     for folder in ('store', 'reports'):
@@ -147,28 +231,26 @@ def _read_reports(shards: list[Shard], staging_dir: str) -> dict[str, ShardRepor
 
     The function omits shards with skipped images, because the user may have repaired those images.
     """
-    reports: dict[str, ShardReport] = {}
-    for shard in shards:
-        report, file = (
-            read_json(os.path.join(staging_dir, 'reports', shard.report)),
-            os.path.join(staging_dir, 'store', shard.file),
-        )
-        whole = report and os.path.exists(file) and os.path.getsize(file) == report['bytes']
-        if report and whole and not report['skipped'] and report.get('digest') == shard.examples.digest():
-            reports[shard.report] = cast('ShardReport', report)
-    return reports
+    folders = os.path.join(staging_dir, 'store'), os.path.join(staging_dir, 'reports')
+    reports = {shard.report: read_report(shard, *folders) for shard in shards}
+    return {name: report for name, report in reports.items() if report and not report['skipped']}
 
 
 def _check_disk(shards: list[Shard], reports: dict[str, ShardReport], format: ImageSpec, target: str) -> None:
     """Raises SourceError if the missing shards do not fit on the disk."""
     images = sum(len(shard.examples) for shard in shards if shard.report not in reports)
-    needed = images * format.image_size**2 * format.channels * (1 if format.encoding == 'raw' else JPEG_SIZE_RATIO)
-    free = shutil.disk_usage(os.path.dirname(target)).free
+    needed = _estimated_bytes(images, format)
+    free = free_bytes(target)
     if needed > free:
         hint = ' or give --encoding=jpeg' if format.encoding == 'raw' else ''
         raise SourceError(
             f'{target} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: choose another data_dir{hint}'
         )
+
+
+def _estimated_bytes(images: int, format: ImageSpec) -> float:
+    """Returns the estimated size in bytes of `images` prepared images."""
+    return images * format.image_size**2 * format.channels * (1 if format.encoding == 'raw' else JPEG_SIZE_RATIO)
 
 
 def _write_shards(
@@ -255,8 +337,8 @@ def _write_metadata(
     _write_lines(os.path.join(folder, 'skipped.jsonl'), _skipped(reports))
     images = {split.name: split.num_examples for split in splits}
     files = {name: os.path.getsize(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
-    manifest = Manifest(**description, images=images, files=files)
-    write_json(os.path.join(folder, MANIFEST), dataclasses.asdict(manifest))
+    digests = {name: sampled_digests(epath.Path(folder) / name) for name in files}
+    write_manifest(folder, Manifest(**description, images=images, files=files, digests=digests))
 
 
 def _summarize(target: str, reports: dict[str, ShardReport], read: int, seconds: float, workers: int) -> None:

@@ -1,7 +1,7 @@
 """Report the results of a run or of a sweep, as text and as a self-contained HTML page.
 
     alexnet report SWEEP_DIR [--views=10] [--markdown=FILE] [--csv=FILE] [--html=FILE.html]
-    alexnet report WORKDIR [--html=FILE.html] [--data_dir=DIR] [--noneighbors]
+    alexnet report WORKDIR [--html=FILE.html] [--data_dir=DIR] [--prepared_dir=DIR] [--noneighbors]
 
 For a sweep, the command prints a Markdown table: the errors of each variant over its seeds, and the measured and
 published differences to the base. The command reads SWEEP_DIR/sweep.json and the result.json of each run; some runs may
@@ -12,18 +12,18 @@ creates the part.
 
 import os
 import shlex
-import sys
 
 from absl import flags
 
 from alexnet_jax import cli
+from alexnet_jax.paths import absolute_path
 from alexnet_jax.report.run_files import load_sweep, read_run, summary
-from alexnet_jax.runtime.console import log
+from alexnet_jax.runtime.console import log, make_stdout_optional
 from alexnet_jax.runtime.files import atomic_write
 from alexnet_jax.sweep.results import ReportError
 from alexnet_jax.sweep.table import as_csv, as_markdown
 
-_RUN_FILES = ('config.json', 'metrics.jsonl', 'result.json')  # a folder with one of them is a run
+_RUN_FILES = ('config.json', 'metrics.jsonl', 'result.json', 'checkpoints')  # a folder with one of them is a run
 
 
 def _write(flag: str, content: str | bytes) -> None:
@@ -41,7 +41,7 @@ def _write(flag: str, content: str | bytes) -> None:
 
 def _report_sweep(folder: str, given: flags.FlagValues, command: str) -> str:
     """Writes the requested files and returns the text to print. Raises ReportError."""
-    for name in ('data_dir', 'neighbors'):
+    for name in ('data_dir', 'prepared_dir', 'neighbors'):
         if given[name].present:
             raise ReportError(f'--{name} is a flag for runs, and {folder} is a sweep; omit the flag')
     sweep = load_sweep(folder, given.views)
@@ -63,18 +63,33 @@ def _report_run(workdir: str, given: flags.FlagValues, command: str) -> str:
     if given.html:
         from alexnet_jax.report.page import run_page  # takes a second to import
 
-        _write('html', run_page(workdir, given.data_dir, given.neighbors, command))
+        _write('html', run_page(workdir, given.data_dir, given.neighbors, command, given.prepared_dir))
     return summary(read_run(workdir))
+
+
+def _this_command(folder: str, given: flags.FlagValues) -> str:
+    """Returns the running command with absolute paths."""
+    arguments = [os.path.abspath(folder)]
+    for name in ('html', 'markdown', 'csv', 'data_dir', 'prepared_dir'):
+        if given[name].value is not None:
+            arguments.append(f'--{name}={absolute_path(f"--{name}", given[name].value)}')
+    arguments += [] if given.views is None else [f'--views={given.views}']
+    arguments += [] if given.neighbors else ['--noneighbors']
+    return shlex.join(['alexnet', 'report', *arguments])
 
 
 def main(argv: list[str]) -> int:
     """Reports the sweep or the run in the folder argv[1]; returns the exit code."""
     given, folder = flags.FLAGS, os.path.expanduser(argv[1])
-    command = shlex.join(['alexnet', 'report', *sys.argv[1:]])
     is_sweep, *is_run = (os.path.exists(os.path.join(folder, name)) for name in ('sweep.json', *_RUN_FILES))
     if not is_sweep and not any(is_run):
         raise ReportError(f'{folder} contains neither a run nor a sweep; name the --workdir of one')
     cli.check_output('html', given.html, ('.html', '.htm'))
+    for name in ('markdown', 'csv'):
+        cli.check_output(name, given[name].value)
+    command = _this_command(folder, given)
+    if given.html or given.markdown or given.csv:
+        make_stdout_optional()
     print((_report_sweep if is_sweep else _report_run)(folder, given, command), end='')
     if given.html:
         log(f'{given.html} is written')
@@ -87,6 +102,7 @@ if __name__ == '__main__':
     flags.DEFINE_string('csv', None, 'File to write the unrounded values to.')
     flags.DEFINE_string('html', None, 'FILE.html to write the page to.')
     flags.DEFINE_string('data_dir', None, "Folder of the prepared images; by default the run's data.data_dir.")
+    flags.DEFINE_string('prepared_dir', None, 'Folder of the prepared data sets. Default: `prepared` in data.data_dir.')
     flags.DEFINE_bool('neighbors', True, 'Show nearest training images, which needs the features of all of them.')
     wanted = 'no folder is named; write alexnet report WORKDIR for a run, or alexnet report SWEEP_DIR for a sweep'
     cli.run(main, missing=wanted, max_arguments=1, usage_errors=(ReportError,))

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from alexnet_jax.config import Config, field_names, get_by_path, preset_config, resolve, total_steps
 from alexnet_jax.presets import PRESETS
+from alexnet_jax.runtime.workdir import PATH_FIELDS
 from alexnet_jax.sweep.results import views_text
 
 # Published errors are comparable only if these settings, and those of `model`, equal the preset's.
@@ -22,8 +23,8 @@ def length(config: Config, examples: int) -> str:
 
 
 def differences(config: Config) -> list[list[str]]:
-    """Returns [name, preset's value, run's value] of each differing setting except seed and data_dir."""
-    return _differing(config, (field for field in field_names(config) if field not in ('seed', 'data.data_dir')))
+    """Returns [name, preset's value, run's value] of each differing setting except seed and PATH_FIELDS."""
+    return _differing(config, (field for field in field_names(config) if field not in ('seed', *PATH_FIELDS)))
 
 
 def _differing(config: Config, fields: Iterable[str]) -> list[list[str]]:

@@ -8,9 +8,10 @@ import numpy as np
 from alexnet_jax.config import ConfigError, default_config
 from alexnet_jax.data import dataset
 from alexnet_jax.inference import feature_index
-from alexnet_jax.inference.checkpoint_ref import parse_checkpoint_ref
+from alexnet_jax.inference.checkpoint_ref import parse_checkpoint_ref, with_data_folders
 from alexnet_jax.inference.trained_model import TrainedModel, load_model, open_eval_dataset
 from alexnet_jax.metrics import top_k
+from alexnet_jax.paths import is_url
 from alexnet_jax.plots import kernels
 from alexnet_jax.report.blocks import Block, Card, Figure, Section, pixel_picture
 from alexnet_jax.runtime import backend
@@ -29,14 +30,17 @@ _TITLES = ('Kernels of conv1', 'Predictions', 'Neighbors')
 Example = tuple[int, dataset.Example]  # index in the data set; its image and label
 
 
-def model_sections(workdir: str, train_command: str, data_dir: str | None, neighbors: bool) -> list[Section]:
+def model_sections(
+    workdir: str, train_command: str, data_dir: str | None, neighbors: bool, prepared_dir: str | None = None
+) -> list[Section]:
     """Returns the kernels, predictions and, if requested, neighbors. A sentence explains missing content.
 
     Args:
       workdir: the folder of the run.
       train_command: the command that trains in `workdir`.
-      data_dir: the folder of the prepared images; None selects data.data_dir of the run.
+      data_dir: the folder of the data sets.
       neighbors: whether to search for neighbors.
+      prepared_dir: the folder of the prepared data sets. If both folders are None, they are those of the run.
     """
     try:
         network = read_network(workdir)
@@ -45,15 +49,17 @@ def model_sections(workdir: str, train_command: str, data_dir: str | None, neigh
         return [(title, [('missing', why)]) for title in _TITLES]
     sections: list[Section] = [(_TITLES[0], [*kernel_figures(network), ABOUT_KERNELS])]
     try:
-        prepared = _open_dataset(network, data_dir)
+        prepared = _open_dataset(network, data_dir, prepared_dir)
         shown = choose(prepared.validation, PREDICTED)
         sections.append((_TITLES[1], predictions(network, shown)))
         if neighbors:
             sections.append((_TITLES[2], nearest(network, prepared, shown[:QUERIES])))
         else:
             sections.append((_TITLES[2], [('missing', 'Omitted because of `--noneighbors`.')]))
-    except (ConfigError, CheckpointError, dataset.DatasetError) as error:
-        sections += [(title, [('missing', f'{error}.')]) for title in _TITLES[len(sections) :]]
+    except (ConfigError, CheckpointError, dataset.DatasetError, SystemExit) as error:
+        exited = isinstance(error, SystemExit)
+        why = 'The images could not be prepared; the log has the reason' if exited else str(error)
+        sections += [(title, [('missing', f'{why}.')]) for title in _TITLES[len(sections) :]]
     return sections
 
 
@@ -88,26 +94,26 @@ def kernel_figures(network: TrainedModel) -> list[Block]:
     return figures
 
 
-def _open_dataset(network: TrainedModel, data_dir: str | None) -> dataset.PreparedDataset:
+def _open_dataset(network: TrainedModel, data_dir: str | None, prepared_dir: str | None) -> dataset.PreparedDataset:
     """Opens the run's prepared data set.
 
     Raises ConfigError: the data set is missing. Raises the errors of open_eval_dataset().
     """
-    data = network.config.data
-    folder = data_dir or data.data_dir
-    directory = dataset.dataset_dir(folder, data)
-    if '://' not in directory and not os.path.isdir(directory):
+    data = with_data_folders(network.config, data_dir, prepared_dir).data
+    directory = dataset.dataset_dir(data.data_dir, data, data.prepared_dir)
+    if not is_url(directory) and not os.path.isdir(directory):
         defaults = default_config().data
         names = [
             name for name in dataset.MANIFEST_FIELDS[:-1] if name == 'source' or getattr(data, name) != defaults[name]
         ]
-        settings = {name: getattr(data, name) for name in names} | {'data_dir': folder}
+        names += [name for name in ('data_dir', 'prepared_dir') if getattr(data, name) is not None]
+        settings = {name: getattr(data, name) for name in names}
         prepare = shlex.join(['alexnet', 'prepare', *(f'--{name}={value}' for name, value in settings.items())])
         raise ConfigError(
             f'The images are missing: {directory} does not exist. Prepare them with `{prepare}`, or name their folder'
             ' with `--data_dir`'
         )
-    return open_eval_dataset([parse_checkpoint_ref(network.workdir)], data_dir)
+    return open_eval_dataset([parse_checkpoint_ref(network.workdir)], data_dir, prepared_dir)
 
 
 def choose(split: dataset.SplitReader, count: int) -> list[Example]:

@@ -20,10 +20,12 @@ _DPI = 200  # of the drawings
 _MAX_NAMES = 20  # classes listed by name
 # By key of result.json.
 _EVENTS = {'stalled_step': 'The loss stalled', 'target_step': 'The training error reached its target'}
-_NOT_FACTS = ('versions', 'command')  # keys of environment.json that the page shows differently
+_NOT_FACTS = ('versions', 'command', 'folder')  # keys of environment.json that the page shows differently
 
 
-def run_page(workdir: str, data_dir: str | None, neighbors: bool, command: str) -> bytes:
+def run_page(
+    workdir: str, data_dir: str | None, neighbors: bool, command: str, prepared_dir: str | None = None
+) -> bytes:
     """Returns the page of the run in `workdir`. `command` is the running command. See model_sections()."""
     run = read_run(workdir)
     no_metrics = f'{run.metrics_problem}. `{run.train_command}` writes a line every `train.log_every`.'
@@ -31,7 +33,7 @@ def run_page(workdir: str, data_dir: str | None, neighbors: bool, command: str) 
         ('What was run', config_section(run)),
         ('Result', _result_section(run)),
         ('Curves', [_curves({run.name: run.metrics}) if run.metrics else ('missing', no_metrics)]),
-        *model_section.model_sections(workdir, run.train_command, data_dir, neighbors),
+        *model_section.model_sections(workdir, run.train_command, data_dir, neighbors, prepared_dir),
         ('Layers', _layer_section(run)),
         ('Throughput', _throughput_section(run)),
         ('Hardware and versions', environment_section(run.environment, run.train_command)),
@@ -168,7 +170,9 @@ def sweep_page(sweep: Sweep, command: str) -> bytes:
     done, planned = (sum(getattr(row, name) for row in sweep.rows) for name in ('runs_done', 'runs_planned'))
     config = sweep.plan['config']
     lead = f'A sweep of `{config}`: {len(sweep.rows)} variants, {done} of {planned} runs done.'
-    train = shlex.join(['alexnet', 'train', f'--config={config}', '--sweep=all', f'--workdir={sweep.folder}'])
+    train = shlex.join(
+        ['alexnet', 'train', f'--config={config}', '--sweep=all', f'--workdir={os.path.abspath(sweep.folder)}']
+    )
     sections: list[Section] = [
         ('Errors by variant', _variant_errors(sweep, train)),
         ('What was run', [('command', train), _variant_settings(sweep)]),

@@ -53,8 +53,11 @@ class Run:
         """The command that trains in the workdir: the original one or, if unknown, one with placeholders."""
         given = self.environment.get('command')
         if isinstance(given, list) and given and all(isinstance(part, str) for part in given):
-            return shlex.join(['alexnet', 'train', *given[1:]])
-        return f'alexnet train --config=... --workdir={shlex.quote(self.workdir)}'
+            folder = self.environment.get('folder')
+            where = f'cd {shlex.quote(folder)} && ' if isinstance(folder, str) else ''  # for relative paths
+            # Of a repeated flag the last value counts.
+            return where + shlex.join(['alexnet', 'train', *given[1:], f'--workdir={os.path.abspath(self.workdir)}'])
+        return f'alexnet train --config=... --workdir={shlex.quote(os.path.abspath(self.workdir))}'
 
     @property
     def state(self) -> str:
@@ -170,7 +173,7 @@ def summary(run: Run) -> str:
 
 def views_of(text: str) -> str:
     """Returns a readable name for a key of `views` in result.json."""
-    return sweep_results.views_text(int(text)) if text.isdecimal() else text
+    return sweep_results.views_text(int(text)) if text in ('1', '10') else text[:20]
 
 
 def read_layers(path: str) -> JsonObject:

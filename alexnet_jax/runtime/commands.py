@@ -3,28 +3,31 @@
 import importlib.metadata
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
+_RUN = ('-P', '-m')  # options that run a module; -P keeps Python from importing modules of the current folder
 _PARENT = str(Path(__file__).resolve().parents[2])  # the folder that contains this package
 
 
 def shell_command(*arguments: str) -> str:
     """Returns a shell command that runs `alexnet ARGUMENTS` with this package.
 
-    The command begins with `alexnet` if the shell finds the script that was installed with this package, and otherwise
-    with the path of the script. If the package is not installed, the command calls the interpreter with PYTHONPATH.
+    The command works from any folder if `arguments` contain only absolute paths. The command begins with `alexnet` if
+    the shell finds the script that was installed with this package, and otherwise with the path of the script. If the
+    package is not installed, the command calls the interpreter with PYTHONPATH.
     """
     script = _installed_script()
     if script is not None:
         found = shutil.which('alexnet')
         on_path = found is not None and os.path.samefile(found, script)
-        return shlex.join(['alexnet' if on_path else _short(script), *arguments])
-    python = 'python' if shutil.which('python') == sys.executable else _short(sys.executable or 'python')
-    paths = '' if os.getcwd() == _PARENT else f'PYTHONPATH={shlex.quote(_PARENT)}${{PYTHONPATH:+:$PYTHONPATH}} '
-    return paths + shlex.join([python, '-m', 'alexnet_jax', *arguments])
+        return shlex.join(['alexnet' if on_path else os.path.abspath(script), *arguments])
+    python = 'python' if shutil.which('python') == sys.executable else sys.executable or 'python'
+    paths = f'PYTHONPATH={shlex.quote(_PARENT)}${{PYTHONPATH:+:$PYTHONPATH}} '
+    return paths + shlex.join([python, *_RUN, 'alexnet_jax', *arguments])
 
 
 def _installed_script() -> str | None:
@@ -44,8 +47,7 @@ def _installed_script() -> str | None:
 
 def child_command(module: str, *arguments: str) -> list[str]:
     """Returns the command line of a child process that runs `module` of this package in child_environment()."""
-    # -P keeps Python from importing a package in the current folder.
-    return [sys.executable, '-P', '-m', f'alexnet_jax.{module}', *arguments]
+    return [sys.executable, *_RUN, f'alexnet_jax.{module}', *arguments]
 
 
 def child_environment() -> dict[str, str]:
@@ -54,9 +56,10 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, 'PYTHONPATH': os.pathsep.join(paths)}
 
 
-def _short(path: str) -> str:
-    """Returns `path` relative to the current folder if `path` is below that folder, and otherwise unchanged."""
-    relative = os.path.relpath(path)
-    if relative.startswith(os.pardir) or os.getcwd() == os.sep:
-        return path
-    return relative if os.sep in relative else os.path.join(os.curdir, relative)
+def recorded_command() -> list[str]:
+    """Returns the command line of this process, with paths relative to the folder of this package's repository."""
+    root = re.escape(f'{_PARENT}{os.sep}')
+    return [
+        os.path.basename(sys.argv[0]),
+        *(re.sub(f'(^|=){root}', r'\1', argument) for argument in sys.argv[1:]),
+    ]

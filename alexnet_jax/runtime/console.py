@@ -1,15 +1,97 @@
-"""Log lines, error lines and progress bars on standard error."""
+"""Standard streams that survive a lost terminal or pipe; log lines, error lines and progress bars on standard error."""
 
+import contextlib
+import io
+import os
+import select
+import signal
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 LOG_INTERVAL_SECS = 15.0
+EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 
 _process, _processes = 0, 1
+_stdout_required = True
+
+
+def begin_command() -> None:
+    """Prepares this process for a command, before its imports, which take seconds.
+
+    Calls protect_output(), and lets Ctrl-C end the process without a traceback until the command handles Ctrl-C.
+    """
+    protect_output()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def protect_output() -> None:
+    """Replaces Python's standard output and standard error by streams for which print() raises no exception.
+
+    Characters that the encoding lacks are written as backslash escapes. What cannot be written, for example to a closed
+    pipe, a full disk or a lost terminal, is dropped. For standard output, the command ends instead: silently with code
+    141 if the pipe is closed, otherwise with an error line and code 1; see make_stdout_optional().
+
+    Closed standard descriptors are opened on os.devnull, so that no other file gets their numbers.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for descriptor, name in ((1, 'stdout'), (2, 'stderr')):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f'__{name}__'):  # otherwise the caller of this process captures the stream
+            setattr(sys, name, _protected(stream, descriptor))
+
+
+def make_stdout_optional() -> None:
+    """Makes standard output drop what cannot be written, in a command whose results are files."""
+    global _stdout_required
+    _stdout_required = False
+
+
+def _protected(stream: Any, descriptor: int) -> io.TextIOWrapper:
+    """Returns a text stream to `descriptor` in place of `stream`, which is None if the descriptor was closed."""
+    if stream is not None:
+        with contextlib.suppress(OSError):
+            stream.flush()
+    raw = _StandardStream(descriptor, 'w', closefd=False)
+    unbuffered = getattr(stream, 'write_through', False)  # python -u
+    return io.TextIOWrapper(
+        raw if unbuffered else io.BufferedWriter(raw),
+        encoding=getattr(stream, 'encoding', 'utf-8'),
+        errors='backslashreplace',
+        line_buffering=True,  # an error then occurs in print(), not after the end of the command
+        write_through=unbuffered,
+    )
+
+
+class _StandardStream(io.FileIO):
+    """Standard output or standard error without buffer and encoding."""
+
+    def write(self, data: Any) -> int:
+        """Writes all bytes of `data` and returns their number; see protect_output() for errors."""
+        content = memoryview(data).cast('B')
+        done = 0
+        try:
+            while done < len(content):
+                written = super().write(content[done:])
+                if written is None:  # the descriptor is in non-blocking mode, and the pipe or terminal is full
+                    select.select([], [self], [])
+                done += written or 0
+        except OSError as error:
+            if self.fileno() == 1 and _stdout_required:
+                make_stdout_optional()
+                if isinstance(error, BrokenPipeError):
+                    sys.exit(EXIT_BROKEN_PIPE)
+                log_error(f'standard output cannot be written: {error.strerror}')
+                sys.exit(1)
+        return len(content)
 
 
 def set_process_index(process: int, processes: int) -> None:
@@ -26,20 +108,25 @@ def is_primary() -> bool:
 def log_error(message: str) -> None:
     """Prints one line about an error to standard error, with the process index if there are several processes."""
     which = f'process {_process} of {_processes}: ' if _processes > 1 else ''
-    print(f'alexnet_jax: {which}{message}', file=sys.stderr, flush=True)
+    print(f'alexnet_jax: {which}{_in_one_line(message)}', file=sys.stderr, flush=True)
 
 
 def log(message: str) -> None:
     """Prints one line with the time of day to standard error, on the primary process only."""
     if not is_primary():
         return
-    line = f'{time.strftime("%H:%M:%S")} {message}'
+    line = f'{time.strftime("%H:%M:%S")} {_in_one_line(message)}'
     if sys.stderr.isatty():
         from tqdm import tqdm
 
         tqdm.write(line, file=sys.stderr)  # above the progress bar
     else:
         print(line, file=sys.stderr, flush=True)
+
+
+def _in_one_line(message: str) -> str:
+    """Returns `message` with escaped line breaks, which paths and messages of libraries may contain."""
+    return message.replace('\r', '\\r').replace('\n', '\\n')
 
 
 def summarize_exception(error: Exception) -> str:

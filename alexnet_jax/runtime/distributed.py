@@ -39,7 +39,7 @@ def initialize(group: dict[str, Any] | None, config: DistributedConfig, preempti
       group: coordinator_address, num_processes and process_id; {} lets JAX detect SLURM, TPU or Kubernetes; None means
         a single process.
       config: `distributed` of a configuration.
-      preemption: checked while waiting; afterwards JAX handles SIGTERM.
+      preemption: checked while waiting; afterwards JAX handles SIGTERM, and the other signals become SIGTERM.
 
     Returns:
       True on success; False if preemption was requested meanwhile, in which case the caller must call hard_exit().
@@ -68,7 +68,7 @@ def initialize(group: dict[str, Any] | None, config: DistributedConfig, preempti
     deadline = time.monotonic() + config.initialization_timeout
     while not joined.done():
         time.sleep(0.05)
-        if preemption.requested:
+        if preemption.requested and not joined.done():
             return False
         if time.monotonic() > deadline:
             raise DistributedInitError(missed)
@@ -91,7 +91,7 @@ def initialize(group: dict[str, Any] | None, config: DistributedConfig, preempti
         # A barrier: if one process exited now, JAX would abort those that have not counted the devices yet.
         jax.distributed.shutdown()
         raise ConfigError(f'the processes have {devices} devices; all processes must have the same number')
-    return not preemption.requested
+    return True
 
 
 def _check_free(address: str) -> None:
@@ -209,7 +209,7 @@ def workdir_lock(workdir: str) -> Iterator[None]:
 def _holds(path: str, token: str) -> bool:
     """Returns whether the file `path` contains exactly `token`."""
     try:
-        with open(path) as file:
+        with open(path, errors='replace') as file:
             return file.read().strip() == token
     except OSError:
         return False

@@ -1,46 +1,89 @@
 """Preemption signals, and the watchdog that ends a stuck process."""
 
+import contextlib
 import faulthandler
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
-from alexnet_jax.runtime.console import log_error
+from alexnet_jax.runtime.console import log, log_error
+
+PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class PreemptionHandler:
-    """Context in which the first SIGTERM or Ctrl-C only sets `requested`; a second one has its usual effect."""
+    """Context in which a preemption signal only sets `requested`.
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    Schedulers and terminals may send several signals; the further ones have no effect. Only a second SIGINT (Ctrl-C)
+    ends the process at once. SIGHUP stays ignored if the parent process ignores it, as nohup does.
 
-    def __init__(self):
-        self.requested = False
+    Args:
+      ignore_afterwards: whether signals have no effect after the context, so that they cannot change the exit code of
+        an ended run; otherwise the context restores the previous handlers.
+    """
+
+    def __init__(self, ignore_afterwards: bool = False):
+        self.ignore_afterwards = ignore_afterwards
+        self.received: signal.Signals | None = None
+        self._logged = self._interrupted = self._delegated = False
 
     def __enter__(self) -> 'PreemptionHandler':
-        self.previous = {number: signal.signal(number, self._request) for number in self.SIGNALS}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        self._previous = {number: signal.signal(number, self._receive) for number in {*PREEMPTION_SIGNALS} - ignored}
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_IGN if self.ignore_afterwards else handler)
 
-    def _request(self, number: int, frame: object) -> None:
-        self.requested = True
-        for other, handler in self.previous.items():
-            signal.signal(other, handler)
-        os.write(
-            2, f'{signal.Signals(number).name}: saving before the exit; a second signal exits without saving\n'.encode()
-        )
+    @property
+    def requested(self) -> bool:
+        """Whether a signal was received; the first access after the signal logs its name."""
+        if self.received is None:
+            return False
+        if not self._logged:
+            self._logged = True
+            hint = '; a second Ctrl-C exits without saving' if self.received == signal.SIGINT else ''
+            log(f'{self.received.name}: saving before the exit{hint}')
+        return True
+
+    def _receive(self, number: int, frame: object) -> None:
+        # Nothing is printed here: the signal may interrupt a print() of the main thread.
+        if number == signal.SIGINT and self._interrupted:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+            os._exit(128 + number)  # the first process of a container survives the default action
+        self._interrupted |= number == signal.SIGINT
+        if self._delegated:
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif self.received is None:
+            self.received = signal.Signals(number)
 
     def delegate_to_jax(self) -> None:
-        """Leaves SIGTERM to JAX, whose own handler notifies all processes, and turns the first Ctrl-C into SIGTERM."""
-        signal.signal(signal.SIGINT, self._pass_on)
+        """Leaves SIGTERM to JAX, whose own handler notifies all processes, and turns the other signals into SIGTERM.
+
+        A signal that was received before is sent again as SIGTERM; from now on `requested` is False.
+        """
         # JAX logs why it aborts when the connection to another process breaks; a dump of all stacks would hide that.
         signal.signal(signal.SIGABRT, signal.SIG_DFL)
+        self._delegated = True
+        received, self.received = self.received, None
+        if received is not None:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    def _pass_on(self, number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
+
+@contextlib.contextmanager
+def preemption_signals_blocked() -> Iterator[None]:
+    """Blocks all preemption signals but SIGTERM. A child process that is started in the context keeps them blocked.
+
+    The child process shares the terminal and the process group of this process, which receives the same signals.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*PREEMPTION_SIGNALS} - {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Watchdog:

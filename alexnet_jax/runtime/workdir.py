@@ -1,31 +1,39 @@
 """Reads and writes the files of a workdir, and checks whether a run in the workdir can resume or is finished."""
 
 import contextlib
-import importlib.metadata
+import dataclasses
+import datetime
+import hashlib
 import json
 import os
-import platform
-import re
-import sys
-import zipfile
-from pathlib import Path
 
 import ml_collections
 import numpy as np
 
 from alexnet_jax.config import Config, ConfigError, field_names, get_by_path, resolve, upgrade
+from alexnet_jax.runtime.checkpoint_files import read_newest_progress
+from alexnet_jax.runtime.commands import recorded_command
 from alexnet_jax.runtime.console import log, summarize_exception
-from alexnet_jax.runtime.files import JsonObject, atomic_write, read_json
+from alexnet_jax.runtime.files import JsonObject, atomic_write, quarantine, read_json
+from alexnet_jax.shapes import layer_table
 
-# The weights and the order of the data depend on these fields; other fields may change when a run resumes.
-RESUME_INVARIANT_FIELDS = (
-    'seed',
-    'data.source',
-    'data.image_size',
-    'data.channels',
-    'data.encoding',
-    'data.crop_size',
-    'train.batch_size',
+# A run keeps these fields and those of `model`: the weights and the order of the data depend on them.
+FIXED_FIELDS = ('seed', 'data.source', 'data.image_size', 'data.encoding', 'train.batch_size')
+# These fields change what the network sees. A run keeps them too, except with --allow_changes.
+INPUT_FIELDS = ('data.channels', 'data.crop_size', 'data.crop', 'data.mean', 'data.mean_crop', 'data.std')
+# These fields say where the data are. A change of them makes no other run.
+PATH_FIELDS = ('data.data_dir', 'data.prepared_dir')
+
+# The files that a run writes, besides folders.
+RUN_FILES = (
+    'config.json',
+    'config_history.jsonl',
+    'environment.json',
+    'dataset_statistics.npz',
+    'metrics.jsonl',
+    'layers.jsonl',
+    'result.json',
+    'wandb.json',
 )
 
 # Keys of result.json in runs of version 0.1.
@@ -36,64 +44,227 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be read or written; the message is one line with the folder, the cause and the remedy."""
 
 
-def check_resumable(config: Config, workdir: str, every_field: bool = False) -> None:
+class DatasetStatisticsError(ConfigError):
+    """dataset_statistics.npz cannot be used; the message is one line with the file and the cause."""
+
+
+def check_resumable(config: Config, workdir: str, every_field: bool = False, allow_changes: bool = False) -> None:
     """Checks that a run with `config` can resume from the checkpoints in `workdir`, if there are any.
 
     Args:
       config: a resolved configuration.
       workdir: the folder of the run.
-      every_field: compare all fields except data.data_dir, as a sweep does, because the names of its runs state their
-        settings.
+      every_field: refuse a change of any field except PATH_FIELDS, as a sweep does, because the names of its runs state
+        their settings.
+      allow_changes: accept a change of INPUT_FIELDS if the weights still fit.
 
-    Raises ConfigError: the checkpoints belong to another network or another order of the data, or config.json is
-      unreadable or from an older version.
+    Raises ConfigError: the checkpoints belong to another network, another order of the data or, without
+      `allow_changes`, other INPUT_FIELDS; or WORKDIR/checkpoints is not a folder.
     """
     checkpoints = os.path.join(workdir, 'checkpoints')
-    if not os.path.isdir(checkpoints) or not os.listdir(checkpoints):
-        return
-    before = _read_settings(workdir)
+    if os.path.lexists(checkpoints) and not os.path.isdir(checkpoints):
+        raise ConfigError(f'--workdir: {checkpoints} is not a folder; remove it or use another --workdir')
+    before = _config_before(workdir) if _has_files(checkpoints) else None
     if before is None:
-        raise ConfigError(f'--workdir: {workdir} has checkpoints but no readable config.json; use another --workdir')
-    old = ml_collections.ConfigDict(before)
-    now = ml_collections.ConfigDict(json.loads(json.dumps(config.to_dict())))
-    fields = [field for field in field_names(now) if field in RESUME_INVARIANT_FIELDS or field.startswith('model.')]
-    if every_field:
-        fields = [field for field in field_names(now) if field != 'data.data_dir']
-    known = set(field_names(old))
-    for field in fields:
-        if field not in known:
-            raise ConfigError(f'--workdir: {workdir} was started with an older version; use another --workdir')
-        was, given = get_by_path(old, field), get_by_path(now, field)
-        if was != given:
+        return
+    changed = {field: (get_by_path(before, field), get_by_path(config, field)) for field in _changed(before, config)}
+    for field, (was, given) in changed.items():
+        is_fixed = field in FIXED_FIELDS or field.startswith('model.')
+        if is_fixed or (every_field and field not in PATH_FIELDS):
             raise ConfigError(
                 f'config.{field}: {given!r}, but {workdir} was started with {was!r}; use that or another --workdir'
             )
+    seen = [_arrow(before, config, field) for field in changed if field in INPUT_FIELDS]
+    if seen and not allow_changes:
+        raise ConfigError(
+            f'{", ".join(seen)}: the network in {workdir} would see other inputs; use the earlier settings, another'
+            ' --workdir or --allow_changes'
+        )
+    if _parameter_shapes(before) != _parameter_shapes(config):
+        field = next(field for field in ('data.channels', 'data.crop_size') if field in changed)
+        raise ConfigError(
+            f'{_arrow(before, config, field)}: the weights in {workdir} do not fit; use {changed[field][0]} or another'
+            ' --workdir'
+        )
+
+
+def _has_files(folder: str) -> bool:
+    return os.path.isdir(folder) and bool(os.listdir(folder))
+
+
+def _parameter_shapes(config: Config) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    rows = layer_table(config.model, config.data.crop_size, config.data.channels)
+    return [(row.name, row.kernel, row.bias) for row in rows]
+
+
+def _changed(before: Config, after: Config) -> list[str]:
+    """Returns the names of the fields that differ."""
+    return [field for field in field_names(after) if get_by_path(before, field) != get_by_path(after, field)]
+
+
+def _arrow(before: Config, after: Config, field: str) -> str:
+    return f'config.{field}: {_shown(get_by_path(before, field))} -> {_shown(get_by_path(after, field))}'
+
+
+def _shown(value: object) -> str:
+    """Returns `value` as text in one line, at most 200 characters of it."""
+    text = str(value) if str(value).isprintable() else repr(value)
+    return text if len(text) <= 200 else f'{text[:200]}...'
+
+
+def describe_changes(config: Config, workdir: str) -> list[str]:
+    """Returns a line for each field in which `config` differs from the settings with which the run was saved.
+
+    These are the settings in the newest checkpoint in `workdir` or, if an earlier version wrote it, those in
+    config.json. A further line names a config.json that cannot be read.
+    """
+    before, problem = _config_before(workdir), ''
+    try:
+        _read_config_json(workdir)
+    except ConfigError as error:
+        problem = str(error)
+    if before is None:
+        return [
+            f'{workdir}/config.json {problem}, and the checkpoints have no settings: the run resumes with the settings'
+            ' of this command, and changes of settings are unknown'
+        ]
+    repaired = f'{workdir}/config.json {problem}; it is written again, and the checkpoint has the settings of the run'
+    return [repaired] * bool(problem) + [_arrow(before, config, field) for field in _changed(before, config)]
 
 
 def is_finished(config: Config, workdir: str) -> bool:
-    """Returns whether `workdir` contains a finished run with the resolved `config`; data.data_dir may differ."""
-    result, before = read_result_json(workdir), _read_settings(workdir)
-    if result is None or before is None or result.get('status') != 'done':
+    """Returns whether `workdir` contains a finished run with the resolved `config`; PATH_FIELDS may differ."""
+    result = read_result_json(workdir)
+    if result is None or result.get('status') != 'done' or not _has_numbers(result.get('views', {})):
         return False
-    now = json.loads(json.dumps(config.to_dict()))
-    return before | {'data': before.get('data', {}) | {'data_dir': now['data']['data_dir']}} == now
+    try:
+        before = _read_config_json(workdir)
+    except ConfigError:
+        return False  # training reads the last checkpoint, and writes config.json and result.json again
+    return set(_changed(before, config)) <= set(PATH_FIELDS)
 
 
-def _read_settings(workdir: str) -> JsonObject | None:
-    """Returns the content of config.json with current field names, or None if the file is missing or unreadable."""
-    written = read_json(os.path.join(workdir, 'config.json'))
-    return None if written is None else upgrade(written)
+def _has_numbers(views: object) -> bool:
+    """Returns whether `views` of result.json has the numbers that a finished run prints."""
+    names = ('loss', 'top1_error', 'top5_error')
+    return isinstance(views, dict) and all(
+        isinstance(errors, dict) and all(isinstance(errors.get(name), int | float) for name in names)
+        for errors in views.values()
+    )
+
+
+def _config_before(workdir: str) -> Config | None:
+    """Returns the settings in the newest checkpoint or, without those, in config.json; None if neither is readable.
+
+    Before the first step of imported weights config.json decides, where users name the data of the weights.
+    """
+    saved = read_newest_progress(os.path.join(workdir, 'checkpoints'))
+    is_imported = saved is not None and saved[1].get('dataset_fingerprint', '') is None
+    from_checkpoint = _checkpoint_config(workdir)
+    if from_checkpoint is not None and not is_imported:
+        return from_checkpoint[1]
+    with contextlib.suppress(ConfigError):
+        return _read_config_json(workdir)
+    return from_checkpoint[1] if from_checkpoint else None
+
+
+def _checkpoint_config(workdir: str) -> tuple[str, Config] | None:
+    """Returns (folder, settings) of the newest readable checkpoint, or None if the checkpoint has no settings."""
+    directory = os.path.join(workdir, 'checkpoints')
+    if saved := read_newest_progress(directory):
+        with contextlib.suppress(ConfigError):
+            return os.path.join(directory, str(saved[0])), resolve_written(saved[1].get('config'))
+    return None
+
+
+def resolve_written(written: object) -> Config:
+    """Returns the resolved configuration from `written`, the content of a config.json of this or an older version.
+
+    Raises ConfigError: `written` has other content; the text continues a sentence about the file.
+    """
+    if not isinstance(written, dict):
+        raise ConfigError('is not a JSON object')
+    try:
+        return resolve(ml_collections.ConfigDict(upgrade(written)))
+    except Exception as error:  # a corrupt file may contain any JSON
+        raise ConfigError(f'has unusable settings ({summarize_exception(error)})') from None
+
+
+def _read_config_json(workdir: str) -> Config:
+    """Returns the resolved config.json. Raises ConfigError: see resolve_written(); or the file cannot be read."""
+    path = os.path.join(workdir, 'config.json')
+    try:
+        with open(path, encoding='utf-8') as file:
+            written = json.load(file)
+    except FileNotFoundError:
+        raise ConfigError('is missing') from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f'cannot be read ({summarize_exception(error)})') from None
+    saved = read_newest_progress(os.path.join(workdir, 'checkpoints'))
+    known = saved[1].get('config') if saved else None
+    lost = sorted(_fields(known) - _fields(written)) if isinstance(known, dict) and isinstance(written, dict) else []
+    if lost:
+        raise ConfigError(f'has no field {lost[0]}')
+    return resolve_written(written)
+
+
+def _fields(written: JsonObject) -> set[str]:
+    groups = {name: group for name, group in written.items() if isinstance(group, dict)}
+    return set(written) | {f'{name}.{field}' for name, group in groups.items() for field in group}
 
 
 def read_config(workdir: str) -> Config:
     """Returns the resolved configuration of the run in `workdir`.
 
-    Raises ConfigError: config.json is missing, unreadable or from an older version.
+    If config.json cannot be read, the settings are those in the newest checkpoint, and the log says so. The checkpoint
+    also decides about `model` and INPUT_FIELDS.
+
+    Raises ConfigError: config.json is missing or unreadable, and the checkpoints have no settings.
     """
-    written = _read_settings(workdir)
-    if written is None:
-        raise ConfigError(f'{workdir}: not a run, because it has no readable config.json')
-    return resolve(ml_collections.ConfigDict(written))
+    saved = _checkpoint_config(workdir)
+    try:
+        config = _read_config_json(workdir)
+    except ConfigError as error:
+        if saved is None:
+            raise ConfigError(f'{workdir}/config.json {error}') from None
+        log(f'{workdir}/config.json {error}; the settings are those of {saved[0]}')
+        return saved[1]
+    return with_settings_of_weights(config, saved[1], saved[0]) if saved else config
+
+
+def with_settings_of_weights(config: Config, saved: Config, checkpoint: str) -> Config:
+    """Returns `config` with `model` and INPUT_FIELDS of `saved`, the settings in `checkpoint`; logs the differences."""
+    changed = [field for field in _changed(config, saved) if field in INPUT_FIELDS or field.startswith('model.')]
+    for field in changed:
+        log(f'{_arrow(config, saved, field)}, as in {checkpoint} and not as in config.json')
+    names = [field.removeprefix('data.') for field in INPUT_FIELDS]
+    data = dataclasses.replace(config.data, **{name: getattr(saved.data, name) for name in names})
+    return dataclasses.replace(config, model=saved.model, data=data) if changed else config
+
+
+def append_history(workdir: str, step: int, config: Config) -> None:
+    """Appends a start of the run at `step` to config_history.jsonl; logs an error if the file cannot be written.
+
+    The keys of a line are step, time (ISO 8601, UTC), command and config.
+    """
+    time = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+    line = json.dumps({'step': step, 'time': time, 'command': recorded_command(), 'config': config.to_dict()})
+    path = os.path.join(workdir, 'config_history.jsonl')
+    try:
+        with open(path, 'ab+') as file:
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b'\n':
+                line = f'\n{line}'  # a killed process left the last line incomplete
+            file.write(f'{line}\n'.encode())
+    except OSError as error:
+        log(f'{path} is not written: {summarize_exception(error)}')
+
+
+def quarantine_folders(workdir: str) -> None:
+    """Renames each folder that has the name of a file of a run, so that the run can write the file; logs the names."""
+    for name in RUN_FILES:
+        path = os.path.join(workdir, name)
+        if os.path.isdir(path):
+            log(f'{path} is a folder; moved to {quarantine(path)}')
 
 
 def read_result_json(workdir: str) -> JsonObject | None:
@@ -120,20 +291,50 @@ def write_dataset_statistics(workdir: str, statistics: dict[str, np.ndarray], cl
         np.savez(file, allow_pickle=False, class_names=np.array(class_names), **statistics)
 
 
-def read_dataset_statistics(workdir: str) -> tuple[dict[str, np.ndarray], list[str]]:
+def read_dataset_statistics(workdir: str, config: Config | None = None) -> tuple[dict[str, np.ndarray], list[str]]:
     """Returns the statistics and class names that write_dataset_statistics() wrote.
 
-    Raises ConfigError: the file is missing or corrupt.
+    Raises DatasetStatisticsError: the file is missing or corrupt, or does not match `config`, if given.
     """
     path = dataset_statistics_path(workdir)
     try:
-        with np.load(path) as file:
-            arrays = dict(file)
-        return arrays, arrays.pop('class_names').tolist()
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ConfigError(
-            f'{path} cannot be read ({summarize_exception(error)}); training in that folder writes the file'
-        ) from None
+        with open(path, 'rb') as file, np.load(file) as opened:  # np.load(path) leaves corrupt files open
+            arrays = dict(opened)
+        class_names = arrays.pop('class_names').tolist()
+        _check_statistics(arrays, class_names, config)
+    except Exception as error:  # NumPy and zipfile raise many types for a corrupt file
+        raise DatasetStatisticsError(f'{path} cannot be read ({summarize_exception(error)})') from None
+    return arrays, class_names
+
+
+def _check_statistics(arrays: dict[str, np.ndarray], class_names: object, config: Config | None) -> None:
+    """Raises ValueError if shapes, dtypes or values are not those of prepare.shards.statistics()."""
+    size, _, channels = arrays['mean_image'].shape
+    classes = len(class_names) if isinstance(class_names, list) else 0
+    if config is not None:
+        size, channels, classes = config.data.image_size, config.data.channels, config.model.num_classes
+    shapes = {
+        'mean_image': (size, size, channels),
+        'mean_rgb': (channels,),
+        'eigenvalues': (channels,),
+        'eigenvectors': (channels, channels),
+        'class_counts': (classes,),
+    }
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape or arrays[name].dtype.kind not in 'fiu' or not np.isfinite(arrays[name]).all():
+            raise ValueError(f'{name} is not an array of {shape} finite numbers')
+    if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
+        raise ValueError('class_names is not a list of text')
+    if len(class_names) != classes:
+        raise ValueError(f'class_names has {len(class_names)} names and not {classes}')
+
+
+def statistics_digest(statistics: dict[str, np.ndarray]) -> str:
+    """Returns the sha256 hex digest of the statistics that preprocessing uses, as little-endian float64."""
+    digest = hashlib.sha256()
+    for name in ('mean_image', 'mean_rgb', 'eigenvalues', 'eigenvectors'):
+        digest.update(np.ascontiguousarray(statistics[name], dtype='<f8').data)
+    return digest.hexdigest()
 
 
 def check_class_names(name: str, weights_names: list[str], data_names: list[str]) -> None:
@@ -159,36 +360,3 @@ def check_class_names(name: str, weights_names: list[str], data_names: list[str]
         f'{name}: its classes have other names than those of the data; the first is {weights_names[0]!r},'
         f' but {data_names[0]!r} in the data'
     )
-
-
-def environment() -> JsonObject:
-    """Returns the content of environment.json: software and hardware of the run. JAX must be initialized.
-
-    Keys: versions (by package), system, processor, devices (their kind), device_count (over all processes), processes,
-    command.
-    """
-    import jax
-
-    root = re.escape(f'{Path(__file__).resolve().parents[2]}{os.sep}')
-    packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
-    versions = {package: importlib.metadata.version(package) for package in packages}
-    return {
-        'versions': {'python': platform.python_version(), **versions},
-        'system': platform.platform(),
-        'processor': _processor(),
-        'devices': jax.devices()[0].device_kind,
-        'device_count': jax.device_count(),
-        'processes': jax.process_count(),
-        'command': [
-            os.path.basename(sys.argv[0]),
-            *(re.sub(f'(^|=){root}', r'\1', argument) for argument in sys.argv[1:]),
-        ],
-    }
-
-
-def _processor() -> str:
-    """Returns the name of the processor and the number of its cores."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:  # exists on Linux
-        name = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), name)
-    return f'{name}, {os.cpu_count()} cores'

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import NotRequired, TypedDict, cast
@@ -58,7 +59,8 @@ def read_sweep(folder: str) -> SweepPlan:
     ):
         return cast(SweepPlan, sweep)
     wrong = 'is corrupt' if os.path.exists(path) else 'is missing'
-    raise ReportError(f'{path} {wrong}: run `alexnet train --config=... --sweep=all --workdir={folder}` first')
+    workdir = shlex.quote(os.path.abspath(folder))
+    raise ReportError(f'{path} {wrong}: run `alexnet train --config=... --sweep=all --workdir={workdir}` first')
 
 
 def _has(value: object, types: Mapping[str, type | UnionType]) -> bool:

@@ -168,8 +168,7 @@ def run_all(variants: list[Variant], configs: list[Config], workdir: str, comman
     Returns:
       0: All runs are done.
       1: Some runs failed; the log names these runs and their log files.
-      75: SIGTERM or Ctrl-C preempted the sweep. The active runs received SIGTERM and save; the same command
-        resumes them.
+      75: A signal preempted the sweep. The active runs received SIGTERM and save; the same command resumes them.
     """
     folders = [os.path.join(workdir, variant.directory) for variant in variants]
     waiting = [i for i, folder in enumerate(folders) if not is_finished(configs[i], folder)]
@@ -184,7 +183,11 @@ def run_all(variants: list[Variant], configs: list[Config], workdir: str, comman
             for slot, cpus in enumerate(slots):
                 if slot not in running and waiting and not preemption.requested:
                     i = waiting.pop(0)
-                    running[slot] = i, _start([*command, f'--sweep={i}'], folders[i], cpus)
+                    try:
+                        running[slot] = i, _start([*command, f'--sweep={i}'], folders[i], cpus)
+                    except OSError as error:  # a full disk, for example
+                        failed.append(i)
+                        log_error(f'{variants[i].directory} cannot be started: {error}')
             if preemption.requested and not forwarded:
                 forwarded = True
                 for _, process in running.values():
@@ -236,7 +239,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 def _start(command: list[str], folder: str, cpus: set[int]) -> subprocess.Popen:
     os.makedirs(folder, exist_ok=True)
     become = [sys.executable, '-ISc', _CHILD_BOOTSTRAP, str(os.getpid()), ','.join(map(str, sorted(cpus)))]
-    # In a new session the run does not receive Ctrl-C. The sweep forwards one signal; a second would abort the save.
+    # In a new session the run receives neither Ctrl-C nor the SIGHUP of a lost terminal; the sweep forwards one signal.
     with open(_log_of(folder), 'ab') as log_file:
         return subprocess.Popen(
             [*become, *command],
@@ -249,6 +252,9 @@ def _start(command: list[str], folder: str, cpus: set[int]) -> subprocess.Popen:
 
 
 def _last_line(path: str) -> str:
-    with open(path, errors='replace') as file:
-        lines = [line.strip() for line in file if line.strip()]
+    try:
+        with open(path, errors='replace') as file:
+            lines = [line.strip() for line in file if line.strip()]
+    except OSError as error:
+        return str(error)
     return lines[-1] if lines else 'no output'

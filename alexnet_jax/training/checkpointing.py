@@ -5,12 +5,13 @@ import dataclasses
 import functools
 import gc
 import hashlib
+import logging
 import os
+import shutil
 import sys
 import time
 import types
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,11 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint.options import MultiprocessingOptions
 
+from alexnet_jax.config import Config
 from alexnet_jax.runtime import distributed
+from alexnet_jax.runtime.checkpoint_files import checkpoint_steps, parse_step, progress_digest, read_progress
 from alexnet_jax.runtime.console import log, summarize_exception
+from alexnet_jax.runtime.files import JsonObject, read_json, write_json
 from alexnet_jax.runtime.workdir import CheckpointError
 from alexnet_jax.training.run_state import RunState
 from alexnet_jax.training.state import TrainState
@@ -48,11 +52,13 @@ class Checkpoint:
       state: the train state with the requested shardings, or None if only the rest was requested.
       run_state: the progress of the run at that step.
       state_digest: see state_digest().
+      config: the settings as JSON, see Config.to_dict(); None if an earlier version wrote the checkpoint.
     """
 
     state: TrainState | None
     run_state: RunState
     state_digest: str
+    config: JsonObject | None
 
 
 def restore_checkpoint(path: str, abstract_state: TrainState | None) -> tuple[Checkpoint | None, str]:
@@ -68,20 +74,13 @@ def restore_checkpoint(path: str, abstract_state: TrainState | None) -> tuple[Ch
     Raises:
       CheckpointError: the checkpoint is intact, but was written by another version of the program.
     """
-    # A CheckpointManager would end with a barrier that a process with a read error never reaches.
-    index = jax.process_index()
-    alone = MultiprocessingOptions(primary_host=index, active_processes={index}, barrier_sync_key_prefix=f'read{index}')
-    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
-    arguments: dict[str, ocp.args.CheckpointArgs] = {'progress': ocp.args.JsonRestore()}
-    if abstract_state is not None:
-        arguments['state'] = ocp.args.StandardRestore(abstract_state)
-    restored: Any = None
-    problem = ''
+    restored: TrainState | None = None
+    progress, problem = JsonObject(), ''
     _silence_orbax_teardown()
     try:
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
-            restored = reader.restore(path, args=ocp.args.Composite(**arguments))
-        written = restored.progress.pop('state_digest')
+        progress = read_progress(path)
+        if abstract_state is not None:
+            restored = _read_state(path, abstract_state)
     except Exception as error:  # Orbax raises many types; the caller handles all of them alike
         cause = error.__cause__  # names the file and the parameter; Orbax lists TensorStore settings
         problem = summarize_exception(cause if isinstance(cause, Exception) else error)
@@ -90,22 +89,43 @@ def restore_checkpoint(path: str, abstract_state: TrainState | None) -> tuple[Ch
     problem = distributed.first_error_on_any_process(problem)
     if problem:
         return None, problem
-    if abstract_state is not None and state_digest(restored.state) != written:
+    if restored is not None and state_digest(restored) != progress['state_digest']:
         return None, 'its values do not match its digest'
     try:
-        run_state = RunState.from_json(restored.progress)
+        run_state = _run_state(progress)
+    except TypeError as error:
+        return None, f'its progress is corrupt: {error}'
     except ValueError as error:
         raise CheckpointError(f'{path}: {error}; the checkpoint was written by another version') from None
-    return Checkpoint(None if abstract_state is None else restored.state, run_state, written), ''
+    if restored is not None and int(restored.step) != run_state.step:
+        return None, f'its state is of step {int(restored.step)}, and its progress of step {run_state.step}'
+    return Checkpoint(restored, run_state, progress['state_digest'], progress.get('config')), ''
+
+
+def _run_state(progress: JsonObject) -> RunState:
+    """Returns the RunState in `progress`, see read_progress(). Raises the errors of RunState.from_json()."""
+    others = ('state_digest', 'progress_digest', 'config')
+    return RunState.from_json({key: value for key, value in progress.items() if key not in others})
+
+
+def _read_state(path: str, abstract_state: TrainState) -> TrainState:
+    """Returns the state in the checkpoint folder `path`. Raises the errors of Orbax."""
+    # A CheckpointManager would end with a barrier that a process with a read error never reaches.
+    index = jax.process_index()
+    alone = MultiprocessingOptions(primary_host=index, active_processes={index}, barrier_sync_key_prefix=f'read{index}')
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        return reader.restore(path, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))).state
 
 
 @functools.cache
 def _silence_orbax_teardown() -> None:
-    """Suppresses the tracebacks that Orbax prints to standard error at some time after a failed restore.
+    """Suppresses the tracebacks that Orbax prints to standard error at some time after a failed save or restore.
 
-    Orbax's unfinished coroutines raise the error that was already reported, and TensorStore's threads call a closed
-    event loop.
+    When one array fails, Orbax closes its event loop without waiting for the others. Its unfinished coroutines then
+    raise the error that was already reported, and TensorStore's threads call the closed loop.
     """
+    logging.getLogger('asyncio').setLevel(logging.CRITICAL)
     previous_hook = sys.unraisablehook
 
     def hook(unraisable: 'sys.UnraisableHookArgs') -> None:
@@ -120,15 +140,45 @@ def _silence_orbax_teardown() -> None:
 def checkpoint_metrics(directory: str) -> dict[int, float | None]:
     """Returns the top-1 error (0 to 1, None if unmeasured) of each checkpoint in `directory`, by ascending step.
 
-    The function does not change the folder. Raises CheckpointError: the folder cannot be read.
+    The function does not change the folder. Raises CheckpointError: a metrics file is corrupt.
     """
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
-    try:
-        with ocp.CheckpointManager(directory, options=options) as manager:
-            metrics = {step: manager.metrics(step) for step in sorted(manager.all_steps())}
-            return {step: found['top1_error'] if found else None for step, found in metrics.items()}
-    except Exception as error:  # from the file system, or from a corrupt metrics file
-        raise CheckpointError(f'{directory}: the checkpoints cannot be listed: {summarize_exception(error)}') from None
+    metrics: dict[int, float | None] = {}
+    for step in checkpoint_steps(directory):
+        path = os.path.join(directory, str(step))
+        try:
+            if os.path.isdir(path):
+                metrics[step] = _read_metrics(path)
+        except ValueError as error:
+            raise CheckpointError(
+                f'{directory}: the checkpoints cannot be listed: {error}; resuming the run repairs the file'
+            ) from None
+    return metrics
+
+
+def _read_metrics(path: str) -> float | None:
+    """Returns the top-1 error in the metrics of the checkpoint folder `path`, or None if there are no metrics.
+
+    Raises ValueError: the file is corrupt, or is not what the progress in the same checkpoint says.
+    """
+    file = os.path.join(path, 'metrics', 'metrics')
+    if not os.path.lexists(os.path.dirname(file)):
+        return None
+    error, measured = (read_json(file) or {}).get('top1_error'), _measured_error(path)
+    if isinstance(error, bool) or not isinstance(error, int | float) or not 0 <= error <= 1:
+        raise ValueError(f'{file} has no top-1 error from 0 to 1')
+    if measured not in (error, None):
+        raise ValueError(f'{file} has the top-1 error {error}, and the progress of the run {measured}')
+    return error
+
+
+def _measured_error(path: str) -> float | None:
+    """Returns the top-1 error at the step of the checkpoint folder `path`, from the progress; None if unmeasured."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        run = _run_state(read_progress(path))
+        return (
+            run.last_evaluation['top1_error'] if run.last_evaluation and run.last_evaluated_step == run.step else None
+        )
+    return None
 
 
 class _Manager(ocp.CheckpointManager):
@@ -138,6 +188,86 @@ class _Manager(ocp.CheckpointManager):
         Orbax would pass the step, whereas the training loop passes its own counter; mixing the two loses a SIGTERM.
         """
         return False
+
+
+def _open_manager(directory: str, keep: int) -> _Manager:
+    """Returns a manager that keeps the newest `keep` checkpoints and the one with the lowest error."""
+
+    def top1_error(metrics):
+        return metrics['top1_error']
+
+    # With only best_fn and max_to_keep, Orbax would delete the newest checkpoint when it is not the best.
+    newest = checkpoint_managers.LatestN(n=keep)
+    best = checkpoint_managers.BestN(
+        get_metric_fn=top1_error, reverse=True, n=1, keep_checkpoints_without_metrics=False
+    )
+    # With active_processes, Orbax uses barriers that have a timeout instead of collectives that have none.
+    all_processes = MultiprocessingOptions(active_processes=set(range(jax.process_count())))
+    return _Manager(
+        directory,
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
+            best_fn=top1_error,
+            best_mode='min',
+            cleanup_tmp_directories=True,
+            create=False,
+            multiprocessing_options=all_processes,
+        ),
+    )
+
+
+def _repair(directory: str) -> None:
+    """Quarantines checkpoints whose progress or name Orbax cannot use, and restores metrics from the progress.
+
+    The files of the state are not read. A restore has found them intact, or will.
+    """
+    if not os.path.isdir(directory):
+        return  # the first write reports that the folder is gone
+    for name in os.listdir(directory):
+        step, path = parse_step(name), os.path.join(directory, name)
+        try:
+            if step is None:
+                if name.rstrip('\n').isdecimal() and name[0] != '0':  # a step to Orbax
+                    raise ValueError(f'{name!r} is no step')
+                continue
+            read_progress(path)
+        except (OSError, ValueError) as error:
+            _quarantine_checkpoint(directory, name, summarize_exception(error))
+            continue
+        measured = _measured_error(path)
+        try:
+            is_intact = _read_metrics(path) is not None or measured is None
+        except ValueError:
+            is_intact = False
+        if not is_intact:
+            _write_metrics(path, measured)
+    for metadata in ocp.path.step.standard_name_format().find_all(directory):
+        try:
+            _ = metadata.commit_timestamp
+        except Exception:  # depends on what is wrong in the file
+            os.remove(os.path.join(metadata.path, '_CHECKPOINT_METADATA'))  # Orbax works without this file
+
+
+def _write_metrics(path: str, error: float | None) -> None:
+    """Writes the metrics of the checkpoint folder `path` again; removes them if `error` is None."""
+    folder = os.path.join(path, 'metrics')
+    if os.path.isdir(folder):
+        shutil.rmtree(folder)
+    elif os.path.lexists(folder):
+        os.remove(folder)
+    if error is not None:
+        os.makedirs(folder)
+        write_json(os.path.join(folder, 'metrics'), {'top1_error': error})
+    log(f'checkpoint {path}: its metrics are written again from the progress of the run')
+
+
+def _quarantine_checkpoint(directory: str, name: str, problem: str) -> None:
+    moved = f'corrupt-{name}-{time.time_ns()}'
+    try:
+        os.rename(os.path.join(directory, name), os.path.join(directory, moved))
+    except OSError as error:
+        raise CheckpointError(f'checkpoint {directory}/{name} cannot be renamed: {error.strerror}') from None
+    log(f'checkpoint {directory}/{name} is corrupt ({problem}); moved to {moved}')
 
 
 @functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
@@ -155,35 +285,35 @@ class Checkpointer:
     Args:
       directory: the folder of the checkpoints, with one subfolder per step.
       keep: number of newest checkpoints to keep.
+      config: the settings of the run, which each checkpoint contains; None leaves them out.
+
+    Raises CheckpointError: the folder cannot be created.
     """
 
-    def __init__(self, directory: str, keep: int):
-        def top1_error(metrics):
-            return metrics['top1_error']
-
-        # With only best_fn and max_to_keep, Orbax would delete the newest checkpoint when it is not the best.
-        newest = checkpoint_managers.LatestN(n=keep)
-        best = checkpoint_managers.BestN(
-            get_metric_fn=top1_error, reverse=True, n=1, keep_checkpoints_without_metrics=False
-        )
-        self.directory = os.path.abspath(directory)
-        os.makedirs(self.directory, exist_ok=True)
-        # With active_processes, Orbax uses barriers that have a timeout instead of collectives that have none.
-        all_processes = MultiprocessingOptions(active_processes=set(range(jax.process_count())))
-        self.manager = _Manager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy([newest, best]),
-                best_fn=top1_error,
-                best_mode='min',
-                cleanup_tmp_directories=True,
-                create=False,
-                multiprocessing_options=all_processes,
-            ),
-        )
+    def __init__(self, directory: str, keep: int, config: Config | None = None):
+        self.directory, self.keep, self.config = os.path.abspath(directory), keep, config
+        try:
+            os.makedirs(self.directory, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f'{self.directory} cannot be used: {error.strerror}') from None
+        _silence_orbax_teardown()
         self.writer = ThreadPoolExecutor(1)
         self.writing: Future[None] | None = None
         self.snapshot: TrainState | None = None  # the last saved state, on the devices
+
+    @functools.cached_property
+    def manager(self) -> _Manager:
+        """Orbax's manager of the checkpoints, after the repair of what it cannot read. Collective."""
+        problem = ''
+        if distributed.is_primary_process():
+            try:
+                _repair(self.directory)
+            except OSError as error:
+                problem = summarize_exception(error)
+        problem = distributed.first_error_on_any_process(problem)
+        if problem:
+            raise CheckpointError(f'{self.directory} cannot be used: {problem}')
+        return _open_manager(self.directory, self.keep)
 
     def save(self, state: TrainState, run_state: RunState, error: float | None) -> None:
         """Starts to write a checkpoint in the background; does nothing if the step already has a checkpoint.
@@ -207,15 +337,26 @@ class Checkpointer:
         # All processes must run collectives in the same order, so the writer thread must not start one.
         needs_gather = any(distributed.needs_gather(leaf) for leaf in jax.tree.leaves(snapshot))
         digest = state_digest(snapshot) if needs_gather else None
-        self.writing = self.writer.submit(self._write, snapshot, run_state, digest, error)
+        manager = self.manager  # opens the manager in this thread, which is collective
+        self.writing = self.writer.submit(self._write, manager, snapshot, run_state, digest, error)
 
-    def _write(self, snapshot: TrainState, run_state: RunState, digest: str | None, error: float | None) -> None:
+    def _write(
+        self,
+        manager: _Manager,
+        snapshot: TrainState,
+        run_state: RunState,
+        digest: str | None,
+        error: float | None,
+    ) -> None:
         progress = run_state.to_json() | {'state_digest': digest or state_digest(snapshot)}
+        if self.config is not None:
+            progress['config'] = self.config.to_dict()
+        progress['progress_digest'] = progress_digest(progress)
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(snapshot), progress=ocp.args.JsonSave(progress))
         metrics = None if error is None else {'top1_error': error}
-        self.manager.save(run_state.step, args=arguments, metrics=metrics)
-        self.manager.wait_until_finished()
-        self.manager.check_for_errors()
+        manager.save(run_state.step, args=arguments, metrics=metrics)
+        manager.wait_until_finished()
+        manager.check_for_errors()
 
     def restore(self, abstract_state: TrainState) -> Checkpoint | None:
         """Returns the newest intact checkpoint, or None if there is no checkpoint. Collective.
@@ -227,7 +368,9 @@ class Checkpointer:
         corrupt: list[tuple[int, str]] = []
         for step in sorted(self._steps(), reverse=True):
             checkpoint, problem = restore_checkpoint(os.path.join(self.directory, str(step)), abstract_state)
-            if checkpoint is None:
+            if checkpoint is not None and checkpoint.run_state.step != step:
+                problem = f'it is a checkpoint of step {checkpoint.run_state.step}'
+            if problem:
                 corrupt.append((step, problem))
                 continue
             if corrupt:
@@ -240,26 +383,25 @@ class Checkpointer:
             )
         return None
 
-    def latest_step(self) -> int:
-        """Waits for the background write, which may fail, and returns the step of the newest checkpoint, or 0."""
+    def latest_step(self) -> int | None:
+        """Waits for the background write, which may fail, and returns the step of the newest checkpoint, if any."""
         with contextlib.suppress(CheckpointError):
             self.wait()
-        return self.manager.latest_step() or 0
+        return max(checkpoint_steps(self.directory), default=None)
 
     def _steps(self) -> list[int]:
         """Returns the checkpoint steps that process 0 sees; on a network disk, other processes may see others."""
-        steps = np.array(self.manager.all_steps(), np.int32)
+        steps = np.array(checkpoint_steps(self.directory), np.int32)
         count = int(distributed.broadcast_from_primary(np.int32(len(steps))))
         return distributed.broadcast_from_primary(np.resize(steps, count)).tolist()
 
     def _quarantine(self, corrupt: list[tuple[int, str]]) -> None:
         for step, problem in corrupt:
-            name = f'corrupt-{step}-{time.time_ns()}'
             if distributed.is_primary_process():
-                os.rename(os.path.join(self.directory, str(step)), os.path.join(self.directory, name))
-            log(f'checkpoint {self.directory}/{step} is corrupt ({problem}); moved to {name}')
+                _quarantine_checkpoint(self.directory, str(step), problem)
         distributed.first_error_on_any_process()
-        self.manager.reload()
+        if 'manager' in self.__dict__:
+            self.manager.reload()
 
     def wait(self) -> None:
         """Waits for the background write. Raises CheckpointError: the checkpoint could not be written."""
@@ -276,4 +418,5 @@ class Checkpointer:
         """Waits for the background write, then releases the thread and the manager. Raises as wait() does."""
         self.wait()
         self.writer.shutdown()
-        self.manager.close()
+        if 'manager' in self.__dict__:
+            self.manager.close()

@@ -57,11 +57,11 @@ class Diagnostics:
     def check_finite(self, value: float, step: int, learning_rate: float) -> None:
         """Raises TrainingError if `value`, the loss or a sum of weights after `step` steps, is infinite or NaN."""
         if not math.isfinite(value):
-            latest_step = self.checkpoints.latest_step()
+            latest_step, workdir = self.checkpoints.latest_step(), os.path.dirname(self.checkpoints.directory)
+            remedy = f'can be resumed from step {latest_step}' if latest_step is not None else 'has no checkpoint yet'
             raise TrainingError(
                 f'the loss or the weights are {value} at step {step}: lower config.optimizer.learning_rate'
-                f' ({learning_rate:g}) or raise config.optimizer.warmup; {os.path.dirname(self.checkpoints.directory)}'
-                f' can be resumed from step {latest_step}'
+                f' ({learning_rate:g}) or raise config.optimizer.warmup; {workdir} {remedy}'
             )
 
     def check_params_finite(self, params: PyTree[Array], step: int, learning_rate: float) -> None:

@@ -1,7 +1,6 @@
 """The inputs of the train step on the devices: batches, preprocessing constants and learning rates."""
 
 import collections
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,16 +9,20 @@ import numpy as np
 
 from alexnet_jax import parallel
 from alexnet_jax.augment import PreprocessParams, disable_color_augmentation, make_preprocess_params
-from alexnet_jax.config import Config
+from alexnet_jax.config import Config, ConfigError
 from alexnet_jax.data import dataset, loader
 from alexnet_jax.runtime import distributed
+from alexnet_jax.runtime.console import log
 from alexnet_jax.runtime.workdir import (
+    DatasetStatisticsError,
     check_class_names,
     dataset_statistics_path,
     read_dataset_statistics,
+    statistics_digest,
     write_dataset_statistics,
 )
 from alexnet_jax.schedules import Schedule
+from alexnet_jax.training.run_state import RunState
 from alexnet_jax.training.train_step import LearningRates, TrainBatch
 
 PREFETCH_SIZE = 3  # batches that are read and transferred ahead
@@ -51,19 +54,45 @@ def prefetch_to_device(
             ahead.append(reader.submit(fetch))
 
 
-def load_dataset_statistics(workdir: str, data: dataset.PreparedDataset, resumed: bool) -> dict[str, np.ndarray]:
-    """Returns the statistics for make_preprocess_params(): of the workdir if `resumed`, otherwise of the data set.
+def load_dataset_statistics(
+    config: Config, workdir: str, data: dataset.PreparedDataset, run: RunState | None
+) -> dict[str, np.ndarray]:
+    """Returns the statistics for make_preprocess_params(): of the workdir, or of the data set in a new run.
 
+    If dataset_statistics.npz cannot be read, and `run` has the statistics of the data set, the file is written again.
     The primary process writes the statistics and the class names of the data set to dataset_statistics.npz.
 
-    Raises ConfigError: dataset_statistics.npz of a resumed run is corrupt, or has the class names in another order.
+    Args:
+      config: the configuration.
+      workdir: the folder of the run.
+      data: the prepared data set.
+      run: the progress in the checkpoint; None in a new run.
+
+    Raises ConfigError: dataset_statistics.npz of a resumed run is corrupt, is not that of the run, or has the class
+      names in another order; or the file cannot be written.
     """
     statistics = data.statistics
-    if resumed and os.path.exists(dataset_statistics_path(workdir)):
-        statistics, class_names = read_dataset_statistics(workdir)
-        check_class_names(workdir, class_names, data.class_names)
+    if run is not None:
+        path = dataset_statistics_path(workdir)
+        try:
+            statistics, class_names = read_dataset_statistics(workdir, config)
+            if run.statistics_digest not in (statistics_digest(statistics), None):
+                raise DatasetStatisticsError(f'{path} is of another run')
+            check_class_names(workdir, class_names, data.class_names)
+        except DatasetStatisticsError as error:
+            # Earlier versions saved no digest. Imported weights have a mean of their own, and no fingerprint.
+            known = run.statistics_digest or (run.dataset_fingerprint and statistics_digest(data.statistics))
+            if known != statistics_digest(data.statistics):
+                raise ConfigError(
+                    f'{error}, and the prepared data set has other statistics; copy the file to the folder again, or'
+                    ' use another --workdir'
+                ) from None
+            log(f'{error}; it is written again from the prepared data set, which has the images of the run')
     if distributed.is_primary_process():
-        write_dataset_statistics(workdir, statistics, data.class_names)
+        try:
+            write_dataset_statistics(workdir, statistics, data.class_names)
+        except OSError as error:
+            raise ConfigError(f'--workdir: {workdir} cannot be used: {error}') from None
     return statistics
 
 

@@ -1,9 +1,11 @@
 """The outputs of a training run: metrics.jsonl, layers.jsonl, result.json, log lines and trackers."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import jax
 
@@ -12,8 +14,9 @@ from alexnet_jax.augment import PreprocessParams
 from alexnet_jax.config import Config
 from alexnet_jax.data import dataset
 from alexnet_jax.runtime import distributed
-from alexnet_jax.runtime.console import ProgressBar, log
-from alexnet_jax.runtime.files import JsonObject, atomic_write, write_json
+from alexnet_jax.runtime.console import ProgressBar, log, summarize_exception
+from alexnet_jax.runtime.files import JsonObject, atomic_write, quarantine, write_json
+from alexnet_jax.training.diagnostics import TrainingError
 from alexnet_jax.training.run_state import RunState
 from alexnet_jax.training.state import TrainState
 from alexnet_jax.training.trackers import CompositeTracker, SamplePredictions, TrackingConfig
@@ -150,9 +153,11 @@ class MetricsLogger:
 
 
 class JsonlWriter:
-    """Writer of metrics.jsonl and layers.jsonl: one JSON object per line, flushed line by line.
+    """Writer of metrics.jsonl and layers.jsonl: one JSON object per line, written line by line.
 
-    The constructor drops corrupt lines and lines after the resumed step, so that no step appears twice.
+    The constructor drops unusable lines, which the log counts, and lines after the resumed step, so that no step
+    appears twice. If a line cannot be written, for example because the disk is full, the log says so once, the file
+    ends with the last complete line, and the writer tries again with each further line.
 
     Args:
       path: path of the file, or None to write nothing and to call no trackers.
@@ -161,36 +166,88 @@ class JsonlWriter:
     """
 
     def __init__(self, path: str | None, last: dict[str, int], trackers: Sequence[Callable[[JsonObject], None]] = ()):
-        self.file, self.trackers = None, trackers
-        if path is None:
-            return
-        kept = []
-        if os.path.exists(path):
-            with open(path) as file:
-                kept = [line.rstrip('\n') + '\n' for line in file if _is_kept(line, last)]
-        with atomic_write(path) as file:
-            file.writelines(kept)
-        self.file = open(path, 'a', buffering=1)  # noqa: SIM115
+        self.path, self.trackers = path, trackers
+        self.file: io.FileIO | None = None  # None until the kept lines are written
+        self.size, self.pending, self.has_failed = 0, b'', False
+        if path is not None:
+            self.pending = b''.join(_kept_lines(path, last))
+            self._write_pending()
 
     def write(self, **values: object) -> None:
         """Appends one line and passes it to the trackers."""
-        if self.file:
-            self.file.write(json.dumps(values) + '\n')
+        if self.path is not None:
+            self.pending += f'{json.dumps(values)}\n'.encode()
+            self._write_pending()
             for tracker in self.trackers:
                 tracker(values)
 
+    def _write_pending(self) -> None:
+        """Writes the lines that are not in the file yet; after an error the file is as before."""
+        assert self.path is not None
+        try:
+            if self.file is None:
+                with atomic_write(self.path, 'wb') as file:
+                    file.write(self.pending)
+                self.file = open(self.path, 'ab', buffering=0)  # noqa: SIM115
+            else:
+                self.file.truncate(self.size)  # a failed write may have left a part of a line
+                rest = memoryview(self.pending)
+                while rest:
+                    rest = rest[self.file.write(rest) :]
+            self.size, self.pending = self.size + len(self.pending), b''
+        except OSError as error:
+            if self.file is not None:
+                with contextlib.suppress(OSError):
+                    self.file.truncate(self.size)
+            if not self.has_failed:
+                log(f'{self.path} cannot be written ({summarize_exception(error)}); training continues, and retries')
+            self.has_failed = True
+
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file; the log counts the lines that could not be written."""
+        if self.pending:
+            self._write_pending()
+        if self.pending:
+            lines = self.pending.count(b'\n')
+            log(f'{self.path}: {lines} lines could not be written')
         if self.file:
             self.file.close()
 
 
-def _is_kept(line: str, last: dict[str, int]) -> bool:
+def _kept_lines(path: str, last: dict[str, int]) -> list[bytes]:
+    """Returns the lines of the file `path` up to the steps `last`, and logs the number of unusable lines.
+
+    A file that cannot be read is renamed.
+    """
     try:
-        values = json.loads(line)
-        return values['step'] <= last[values['split']]
-    except (ValueError, KeyError, TypeError):  # for example an incomplete line of a killed run
-        return False
+        with open(path, 'rb') as file:
+            lines = file.read().split(b'\n')
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            log(f'{path} cannot be read ({summarize_exception(error)}); moved to {quarantine(path)}')
+        return []
+    kept, unusable = [], 0
+    for line in filter(None, lines):
+        values = _parse(line, last)
+        if values is None:
+            unusable += 1
+        elif values['step'] <= last[values['split']]:
+            kept.append(line + b'\n')
+    if unusable:
+        log(f'{path}: {unusable} unusable line{"s" * (unusable > 1)} dropped, for example of a killed process')
+    return kept
+
+
+def _parse(line: bytes, splits: Container[str]) -> JsonObject | None:
+    """Returns the values of a line, or None if the line has no step and none of the `splits`."""
+    try:
+        values = json.loads(line.decode())
+        usable = isinstance(values['step'], int) and values['step'] >= 0 and values['split'] in splits
+    except (ValueError, KeyError, TypeError, RecursionError):  # for example an incomplete line of a killed run
+        return None
+    return values if usable else None
 
 
 def log_start(config: Config, mesh: parallel.Mesh, data: dataset.PreparedDataset, total_steps: int) -> None:
@@ -221,6 +278,8 @@ def write_result(
       views: results of evaluations at the last step by number of views; the errors are those of eval.views.
       preempted: whether steps or the final evaluation are missing.
       digest: see state_digest().
+
+    Raises TrainingError: the file cannot be written.
     """
     errors = views.get(str(config.eval.views)) or run.last_evaluation or {}
     corrupt_records = (split.corrupt_mask() for split in (data.train, data.validation))
@@ -238,4 +297,11 @@ def write_result(
         'state_digest': digest,
     }
     if distributed.is_primary_process():
-        write_json(os.path.join(workdir, 'result.json'), result)
+        path = os.path.join(workdir, 'result.json')
+        try:
+            write_json(path, result)
+        except OSError as error:
+            raise TrainingError(
+                f'{path} cannot be written ({summarize_exception(error)}); the checkpoints are complete: free space and'
+                ' run the same command again'
+            ) from None

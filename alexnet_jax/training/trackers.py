@@ -1,11 +1,15 @@
 """Trackers of a run besides the log: TensorBoard, and Weights & Biases."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import io
 import os
+import re
+import socket
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +17,7 @@ from jaxtyping import Float32, UInt8
 
 from alexnet_jax.config import Config, ConfigError
 from alexnet_jax.metrics import Scores, top_k
-from alexnet_jax.runtime.console import summarize_exception
+from alexnet_jax.runtime.console import log, summarize_exception
 from alexnet_jax.runtime.files import JsonObject, read_json, write_json
 
 if TYPE_CHECKING:  # launch.py imports this module before jax
@@ -22,30 +26,52 @@ if TYPE_CHECKING:  # launch.py imports this module before jax
     from alexnet_jax.parallel import Mesh
     from alexnet_jax.training.state import TrainState
 
+FLUSH_SECS = 10.0  # between flushes of event files
 NUM_SAMPLES, TOP_K = 8, 5  # number of sample images, and of top classes shown for each
 
 
 class TensorBoard:
-    """Writes event files to WORKDIR/tensorboard without TensorFlow, and hides older events after `step`."""
+    """Writes event files to WORKDIR/tensorboard without TensorFlow, and hides older events after `step`.
+
+    The methods raise OSError if a file cannot be written. tensorboardX's SummaryWriter would raise the error in a
+    thread, and then wait forever for that thread.
+    """
 
     def __init__(self, workdir: str, step: int):
-        from tensorboardX import SummaryWriter
+        from tensorboardX import RecordWriter
 
-        folder = os.path.join(workdir, 'tensorboard')
-        self.writer = SummaryWriter(folder, purge_step=step + 1 if step else None, flush_secs=10)
+        folder, self.flushed = os.path.join(workdir, 'tensorboard'), time.monotonic()
+        os.makedirs(folder, exist_ok=True)
+        name = f'events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}'
+        self.file = RecordWriter(os.path.join(folder, name))
+        self._write(0, file_version='brain.Event:2')
+        if step:
+            self._write(step + 1, session_log={'status': 'START'})
+
+    def _write(self, step: int, **content: object) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self.file.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
+        if time.monotonic() - self.flushed > FLUSH_SECS:
+            self.file.flush()
+            self.flushed = time.monotonic()
 
     def log_scalars(self, step: int, values: dict[str, float]) -> None:
         """Logs numbers by name, such as 'train/loss'."""
+        from tensorboardX import summary
+
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+            self._write(step, summary=summary.scalar(name, value))
 
     def log_image(self, step: int, name: str, pixels: UInt8[np.ndarray, 'h w 3']) -> None:
         """Logs an image."""
-        self.writer.add_image(name, pixels, step, dataformats='HWC')
+        from tensorboardX import summary
+
+        self._write(step, summary=summary.image(name, pixels, dataformats='HWC'))
 
     def close(self) -> None:
-        """Flushes and closes the event files."""
-        self.writer.close()
+        """Flushes and closes the event file."""
+        self.file.close()
 
 
 class WeightsAndBiases:
@@ -58,7 +84,9 @@ class WeightsAndBiases:
         import wandb
 
         path = os.path.join(workdir, 'wandb.json')
-        identity = (read_json(path) or {}).get('id') or uuid.uuid4().hex[:12]
+        identity = (read_json(path) or {}).get('id')
+        if not isinstance(identity, str) or not re.fullmatch(r'[\w-]{1,64}', identity, re.ASCII):
+            identity = uuid.uuid4().hex[:12]
         write_json(path, {'id': identity})
         self.image = wandb.Image
         name = os.path.basename(os.path.abspath(workdir))
@@ -112,20 +140,38 @@ class TrackingConfig:
 class CompositeTracker:
     """The trackers of `tracking` on the primary process, and no trackers on other processes.
 
+    A tracker that fails is closed, and the log says so; training continues without that tracker.
+
     Raises ConfigError: see WeightsAndBiases.
     """
 
     def __init__(self, tracking: TrackingConfig, workdir: str, step: int, config: Config, is_primary: bool):
         self.trackers: list[TensorBoard | WeightsAndBiases] = []
+        opened: list[Callable[[], TensorBoard | WeightsAndBiases]] = []
         if is_primary and tracking.tensorboard:
-            self.trackers.append(TensorBoard(workdir, step))
-        if is_primary and tracking.wandb is not None:
-            self.trackers.append(WeightsAndBiases(workdir, tracking.wandb, config))
+            opened.append(lambda: TensorBoard(workdir, step))
+        if is_primary and (project := tracking.wandb) is not None:
+            opened.append(lambda: WeightsAndBiases(workdir, project, config))
+        for open_tracker in opened:
+            try:
+                self.trackers.append(open_tracker())
+            except OSError as error:
+                log(f'training continues without a tracker, which cannot be opened: {summarize_exception(error)}')
+
+    def _call(self, method: str, *arguments: object) -> None:
+        """Calls `method` of each tracker, and removes the trackers that raise an exception."""
+        for tracker in list(self.trackers):
+            try:
+                getattr(tracker, method)(*arguments)
+            except Exception as error:  # of any type: files, network, or the service
+                self.trackers.remove(tracker)
+                log(f'training continues without {type(tracker).__name__}: {summarize_exception(error)}')
+                with contextlib.suppress(Exception):
+                    tracker.close()
 
     def log(self, values: JsonObject) -> None:
         """Logs the numbers of a line of metrics.jsonl or layers.jsonl."""
-        for tracker in self.trackers:
-            tracker.log_scalars(values['step'], as_scalars(values))
+        self._call('log_scalars', values['step'], as_scalars(values))
 
     def log_images(
         self,
@@ -158,13 +204,11 @@ class CompositeTracker:
             figures['kernels'] = kernels.draw(kernel, towers)
         for name, figure in figures.items():
             pixels = as_pixels(style.as_png(figure))
-            for tracker in self.trackers:
-                tracker.log_image(step, name, pixels)
+            self._call('log_image', step, name, pixels)
 
     def close(self) -> None:
         """Closes all trackers."""
-        for tracker in self.trackers:
-            tracker.close()
+        self._call('close')
 
 
 class SamplePredictions:

@@ -7,17 +7,25 @@ import time
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
 from alexnet_jax import parallel
-from alexnet_jax.config import Config, ConfigError, field_names, get_by_path
+from alexnet_jax.config import Config, ConfigError, field_names, get_by_path, total_steps
 from alexnet_jax.data import dataset
 from alexnet_jax.data.open_or_prepare import open_or_prepare
 from alexnet_jax.runtime import backend, distributed
 from alexnet_jax.runtime.console import log
+from alexnet_jax.runtime.environment import environment
 from alexnet_jax.runtime.files import JsonObject, write_json
 from alexnet_jax.runtime.preemption import PreemptionHandler, Watchdog
-from alexnet_jax.runtime.workdir import environment
+from alexnet_jax.runtime.workdir import (
+    PATH_FIELDS,
+    append_history,
+    describe_changes,
+    quarantine_folders,
+    statistics_digest,
+)
 from alexnet_jax.schedules import Intervals, Schedule
 from alexnet_jax.training.checkpointing import Checkpointer, state_digest
 from alexnet_jax.training.diagnostics import Diagnostics
@@ -42,8 +50,8 @@ EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED = 0, 1, 75
 def train_and_evaluate(config: Config, workdir: str, process_group: JsonObject | None, tracking: TrackingConfig) -> int:
     """Trains the network of `config` to the end, from the newest checkpoint in `workdir` if there is one.
 
-    Writes config.json, environment.json, dataset_statistics.npz, metrics.jsonl, layers.jsonl, checkpoints/ and
-    result.json.
+    Writes config.json, config_history.jsonl, environment.json, dataset_statistics.npz, metrics.jsonl, layers.jsonl,
+    checkpoints/ and result.json.
 
     Args:
       config: the configuration.
@@ -53,7 +61,7 @@ def train_and_evaluate(config: Config, workdir: str, process_group: JsonObject |
       tracking: trackers and profile to write besides the log; the same on all processes.
 
     Returns:
-      The exit code: 0, or 75 after SIGTERM or Ctrl-C. With 75, a checkpoint was written if training had started. A
+      The exit code: 0, or 75 after a preemption signal. With 75, a checkpoint was written if training had started. A
       preemption before all processes have connected ends this process with 75 and does not return.
 
     Raises:
@@ -64,7 +72,7 @@ def train_and_evaluate(config: Config, workdir: str, process_group: JsonObject |
       DistributedInitError: the other processes did not connect.
       SystemExit: the preparation of the data set failed.
     """
-    with PreemptionHandler() as preemption:
+    with PreemptionHandler(ignore_afterwards=True) as preemption:
         try:
             os.makedirs(workdir, exist_ok=True)
         except OSError as error:
@@ -83,11 +91,10 @@ def train_and_evaluate(config: Config, workdir: str, process_group: JsonObject |
             mesh = parallel.make_mesh(config)
             _check_equal_on_all_processes(config, data)
             if distributed.is_primary_process():
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(workdir, 'result.json'))  # written by a shorter run that this run continues
-                write_json(os.path.join(workdir, 'config.json'), config.to_dict())
-                write_json(os.path.join(workdir, 'environment.json'), environment())
+                quarantine_folders(workdir)
             trainer = Trainer(config, workdir, mesh, data, preemption, watchdog, tracking)
+            if distributed.is_primary_process():
+                _write_settings(config, workdir, trainer.run.step, trainer.resumed)
             try:
                 code = trainer.fit()
             except Exception:
@@ -98,21 +105,43 @@ def train_and_evaluate(config: Config, workdir: str, process_group: JsonObject |
             return code
 
 
+def _write_settings(config: Config, workdir: str, step: int, resumed: bool) -> None:
+    """Logs the settings that differ from those of the resumed run, and writes the files of a start at `step`.
+
+    Raises ConfigError: the files cannot be written.
+    """
+    if resumed:
+        for line in describe_changes(config, workdir):
+            log(line)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(workdir, 'result.json'))  # written by a shorter run that this run continues
+        write_json(os.path.join(workdir, 'config.json'), config.to_dict())
+    except OSError as error:
+        raise ConfigError(f'--workdir: {workdir} cannot be used: {error}') from None
+    append_history(workdir, step, config)
+    try:
+        write_json(os.path.join(workdir, 'environment.json'), environment())
+    except OSError as error:
+        log(f'{workdir}/environment.json is not written: {error}')
+
+
 def _check_equal_on_all_processes(config: Config, data: dataset.PreparedDataset) -> None:
-    """Raises ConfigError if settings or data differ between processes; `data_dir` may differ between hosts."""
+    """Raises ConfigError if settings or data differ between processes; PATH_FIELDS may differ between hosts."""
     settings = {f'config.{field}': get_by_path(config, field) for field in field_names(config)}
-    del settings['config.data.data_dir']
+    for field in PATH_FIELDS:
+        settings.pop(f'config.{field}', None)
     settings['the images of the prepared data set'] = data.fingerprint
     distributed.assert_equal_across_processes(settings)
 
 
 def restore_or_init(
     config: Config, workdir: str, mesh: parallel.Mesh, data: dataset.PreparedDataset, checkpoints: Checkpointer
-) -> tuple[TrainState[Array], RunState, bool]:
-    """Returns the train state, the progress of the run, and whether they are from a checkpoint. Collective.
+) -> tuple[TrainState[Array], RunState, dict[str, np.ndarray], bool]:
+    """Returns the train state, the progress, the data set statistics, and whether the run resumes. Collective.
 
     Raises:
-      ConfigError: the run was started with another prepared data set.
+      ConfigError: the run was started with another prepared data set, or see load_dataset_statistics().
       CheckpointError: see Checkpointer.restore().
     """
     checkpoint = checkpoints.restore(abstract_state(config, mesh))
@@ -122,10 +151,15 @@ def restore_or_init(
             f'config.data: the prepared data set is not the one that {workdir} was started with; put that one back, or'
             ' use another --workdir'
         )
-    run = dataclasses.replace(run, dataset_fingerprint=data.fingerprint)
+    statistics = load_dataset_statistics(config, workdir, data, run if checkpoint else None)
+    if checkpoint:
+        log(f'resuming {workdir} at step {run.step} of {total_steps(config.train, len(data.train))}')
+    run = dataclasses.replace(
+        run, dataset_fingerprint=data.fingerprint, statistics_digest=statistics_digest(statistics)
+    )
     run = run.with_stopping_criteria((config.train.target_error, config.train.stall_after, config.train.stall_action))
     state = checkpoint.state if checkpoint else None
-    return init_state(config, mesh) if state is None else state, run, checkpoint is not None
+    return init_state(config, mesh) if state is None else state, run, statistics, checkpoint is not None
 
 
 class Trainer:
@@ -147,12 +181,9 @@ class Trainer:
         self.schedule = Schedule(config.optimizer, config.train, len(data.train))
         self.learning_rates = DeviceLearningRates(mesh, self.schedule)
         self.intervals = Intervals.from_config(config, len(data.train))
-        self.checkpoints = Checkpointer(os.path.join(workdir, 'checkpoints'), config.checkpoint.keep)
-        self.state, self.run, resumed = restore_or_init(config, workdir, mesh, data, self.checkpoints)
+        self.checkpoints = Checkpointer(os.path.join(workdir, 'checkpoints'), config.checkpoint.keep, config)
+        self.state, self.run, statistics, self.resumed = restore_or_init(config, workdir, mesh, data, self.checkpoints)
         self.first_step = self.run.step
-        if resumed:
-            log(f'resuming {workdir} at step {self.run.step} of {self.schedule.total_steps}')
-        statistics = load_dataset_statistics(workdir, data, resumed)
         self.preprocessing, self.preprocessing_without_color = preprocessing_on_devices(config, mesh, statistics)
         watchdog.reset('the initial state')
         self.train_step = make_train_step(config, mesh)
@@ -207,7 +238,7 @@ class Trainer:
         return self.run.step % self.intervals.checkpoint_every == 0 and self.run.step > self.first_step
 
     def should_stop(self) -> bool:
-        """Returns True once any process has received SIGTERM or SIGINT.
+        """Returns True once any process has received a preemption signal.
 
         Collective: all processes must call the method equally often. The method also resets the watchdog.
         """
@@ -318,9 +349,11 @@ class Trainer:
             preempted = errors is None
             if errors:
                 views[str(final_views)] = errors
-        self.checkpoints.close()
-        self.watchdog.reset('the last checkpoint')
-        self.logger.close()
+        try:
+            self.checkpoints.close()
+            self.watchdog.reset('the last checkpoint')
+        finally:
+            self.logger.close()
         write_result(self.config, self.workdir, self.data, run, views, preempted, state_digest(self.state))
         if preempted:
             log(f'stopped at step {run.step} of {self.schedule.total_steps}; run the same command again to resume')

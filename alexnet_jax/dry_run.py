@@ -1,0 +1,276 @@
+"""The plan of a training command, which `alexnet train --dry_run` prints.
+
+The plan makes the checks of the command at its start. Nothing is written, compiled or sent to another process.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import io
+import math
+import os
+
+import jax
+
+from alexnet_jax import parallel
+from alexnet_jax.config import Config, ConfigError, check_mesh
+from alexnet_jax.data import dataset
+from alexnet_jax.data.open_or_prepare import check_num_classes, is_prepared
+from alexnet_jax.prepare import writer
+from alexnet_jax.prepare.raw_sources import SourceError
+from alexnet_jax.runtime.checkpoint_files import checkpoint_steps, read_newest_progress
+from alexnet_jax.runtime.files import JsonObject, free_bytes
+from alexnet_jax.runtime.workdir import describe_changes, is_finished
+from alexnet_jax.schedules import Intervals, Schedule
+from alexnet_jax.shapes import DENSE, LayerShape, layer_table
+
+_SHOWN_CLASSES = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    """The data set of a run.
+
+    Attributes:
+      lines: the lines of the plan about the data set.
+      examples: number of training images; None if it is unknown until TFDS has downloaded the data.
+      fingerprint: see dataset.PreparedDataset; None if the data set is not prepared.
+    """
+
+    lines: list[str]
+    examples: int | None
+    fingerprint: str | None
+
+
+def print_plan(config: Config, config_name: str, workdir: str, process_group: JsonObject | None) -> int:
+    """Prints what a training command would do, and returns the exit code, 0.
+
+    Args:
+      config: the configuration.
+      config_name: its name in the plan.
+      workdir: the folder of the run.
+      process_group: the processes of the run, see distributed.initialize().
+
+    Raises ConfigError: the command would refuse to start, for the same reason.
+    """
+    lines = [('config', f'{config_name}, preset {config.model.preset}')]
+    if is_finished(config, workdir):  # the command then looks at nothing else
+        lines.append(('start', f'{workdir} is done; the command prints its result'))
+    else:
+        os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # a GPU may be in use by a run
+        data, model, mesh_line = _mesh(config, process_group)
+        dataset_plan = _data(config)
+        _check_unlocked(workdir)
+        lines += [
+            *(('data', line) for line in dataset_plan.lines),
+            ('mesh', mesh_line),
+            *(('steps', line) for line in _steps(config, dataset_plan.examples)),
+            ('memory', _memory(config, data, model)),
+            ('disk', _disk(config, workdir)),
+            *(('start', line) for line in _start(config, workdir, dataset_plan)),
+        ]
+    for i, (label, line) in enumerate(lines):
+        print(f'{label if i == 0 or lines[i - 1][0] != label else "":<8}{line}')
+    return 0
+
+
+def _check_unlocked(workdir: str) -> None:
+    """Raises ConfigError if another run uses `workdir`."""
+    try:
+        with open(os.path.join(workdir, 'lock')) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # until the file is closed
+    except BlockingIOError:
+        raise ConfigError(f'--workdir: another process is training in {workdir}; name another folder') from None
+    except OSError:
+        pass  # no run has started, or the file system has no locks
+
+
+def _mesh(config: Config, process_group: JsonObject | None) -> tuple[int, int, str]:
+    """Returns the numbers of devices on the axes, `data` and `model`, and the line of the plan.
+
+    The function counts the devices of this process and assumes that the other processes have as many. If JAX would
+    detect the processes, their number is unknown, and a `data` of -1 becomes that of one process.
+    """
+    local, kind = jax.local_device_count(), jax.local_devices()[0].device_kind
+    layout, model, here = config.mesh.layout, config.mesh.model, f'{local} device{"s" * (local > 1)} ({kind})'
+    if process_group == {}:
+        check_mesh(config, config.mesh.data, model)
+        data = max(1, local // model) if config.mesh.data == -1 else config.mesh.data
+        return data, model, f'layout {layout}, model {model}; JAX detects the processes; this process has {here}'
+    processes = process_group['num_processes'] if process_group else 1
+    data, model = parallel.mesh_shape(config, local * processes)
+    images = config.train.batch_size // (data * model if layout == 'hybrid' else data)
+    line = f'layout {layout}, data {data} x model {model}, {images:,} images per device; '
+    if process_group:
+        line += (
+            f'process {process_group["process_id"]} of {processes} has {here}, the others are assumed to have as many'
+        )
+    else:
+        line += f'this machine has {here}'
+    return data, model, line
+
+
+def _data(config: Config) -> _Data:
+    """Returns the data set, prepared or not. Raises ConfigError: it cannot be used or prepared."""
+    data = config.data
+    directory = dataset.dataset_dir(data.data_dir, data, data.prepared_dir)
+    if is_prepared(directory):
+        prepared = dataset.open_prepared(directory, data)
+        manifest = dataset.read_manifest(directory, data)
+        names, images, fingerprint = manifest.class_names, manifest.images, prepared.fingerprint
+        lines = [f'{directory}: prepared, {_size(sum(manifest.files.values()))}']
+    else:
+        found = _preview(config)
+        names, images, fingerprint = list(found.class_names), found.images, None
+        lines = [f'{directory}: not prepared yet; the command prepares it from {data.source}', _needed(found, config)]
+    check_num_classes(config, len(names))
+    if images:
+        counts = f'{images["train"]:,} training and {images["validation"]:,} validation images'
+    else:
+        counts = 'an unknown number of images'
+    more = ', ...' if len(names) > _SHOWN_CLASSES else ''
+    lines.append(f'{counts}, {len(names)} classes: {", ".join(names[:_SHOWN_CLASSES])}{more}')
+    return _Data(lines, images['train'] if images else None, fingerprint)
+
+
+def _preview(config: Config) -> writer.Preview:
+    data = config.data
+    settings = writer.PrepareConfig(
+        source=data.source,
+        image_size=data.image_size,
+        channels=data.channels,
+        encoding=data.encoding,
+        class_names=data.class_names or (),
+        validation_fraction=data.validation_fraction,
+        max_corrupt_fraction=data.max_corrupt_fraction,
+    )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints unknown sizes
+            return writer.preview(settings, data.data_dir, data.prepared_dir)
+    except SourceError as error:
+        raise ConfigError(str(error)) from None
+    except OSError as error:
+        raise ConfigError(f'config.data.source: {error.filename}: {error.strerror}') from None
+
+
+def _needed(found: writer.Preview, config: Config) -> str:
+    """Describes the space that the preparation needs."""
+    free = free_bytes(config.data.prepared_dir or config.data.data_dir)
+    parts = [f'TFDS downloads {_size(found.download_bytes)}'] if found.download_bytes else []
+    parts.append(f'the data set takes about {_size(found.bytes)}{"" if found.images else " per image"}')
+    if found.complete:
+        parts.append(f'{found.complete:,} images were prepared by an earlier run')
+    return f'{"; ".join(parts)}; {_size(free)} are free'
+
+
+def _steps(config: Config, examples: int | None) -> list[str]:
+    """Returns the lines about the length of the run, its evaluations and checkpoints, and the learning rate."""
+    optimizer, train = config.optimizer, config.train
+    if examples is None:
+        length = f'{train.epochs:g} epochs' if train.steps is None else f'{train.steps:,} steps'
+        every = f'evaluation every {config.eval.every}, checkpoint every {config.checkpoint.every}'
+        return [f'{length}, {every}', f'learning rate {optimizer.learning_rate:g}, schedule {optimizer.schedule}']
+    schedule, intervals = Schedule(optimizer, train, examples), Intervals.from_config(config, examples)
+    total = schedule.total_steps
+    counts = [max(1, math.ceil(total / every)) for every in (intervals.eval_every, intervals.checkpoint_every)]
+    at_the_end = f' and at the end with {config.eval.views} views' if config.eval.views > 1 else ''
+    return [
+        f'{total:,} steps of {train.batch_size:,} images, {total * train.batch_size / examples:,.1f} epochs;'
+        f' evaluation every {intervals.eval_every:,} steps ({counts[0]:,}){at_the_end},'
+        f' checkpoint every {intervals.checkpoint_every:,} steps ({counts[1]:,})',
+        f'learning rate {optimizer.learning_rate:g}, {_decays(schedule)}',
+    ]
+
+
+def _decays(schedule: Schedule) -> str:
+    """Describes the decays of the learning rate, and what differs for single parameters."""
+    config = schedule.config
+    milestones = ', '.join(f'{step:,}' for step in schedule.milestones)
+    text = {
+        'plateau': f'divided by {config.decay_factor:g} after {config.patience} evaluations without a lower error, at'
+        f' most {config.max_decays} times',
+        'steps': f'divided by {config.decay_factor:g} at steps {milestones}',
+        'dexp': f'divided by up to {config.dexp_factor:g} in {config.dexp_parts} equal parts of the run',
+        'poly': f'times (1 - step / {schedule.total_steps:,}) to the power {config.poly_power:g}',
+        'constant': 'constant',
+    }[config.schedule]
+    if schedule.warmup_steps:
+        text += f', after a linear warmup of {schedule.warmup_steps:,} steps'
+    if config.bias_lr_multiplier != 1 or config.bias_schedule != 'same':
+        text += f'; biases: {config.bias_lr_multiplier:g} times, schedule {config.bias_schedule}'
+    return text + ('; see optimizer.lr_overrides' if config.lr_overrides else '')
+
+
+def _memory(config: Config, data: int, model: int) -> str:
+    """Estimates the memory of a device. The activations are those of one micro-batch, without train.remat."""
+    table = layer_table(config.model, config.data.crop_size, config.data.channels)
+    devices = data * model
+    is_sharded = [config.mesh.layout == 'towers' or layer.name in DENSE for layer in table]
+    weights = sum(
+        4 * layer.parameters / (model if sharded else 1) for layer, sharded in zip(table, is_sharded, strict=True)
+    )
+    velocities = weights / (data if config.mesh.shard_optimizer else 1)
+    gradients = weights * (2 if config.train.grad_accum_steps > 1 else 1)
+    images, size, channels = config.train.batch_size / devices, config.data.image_size, config.data.channels
+    values = config.data.crop_size**2 * channels + sum(map(_activations, table))
+    activations = images / config.train.grad_accum_steps * values * (4 if config.model.dtype == 'float32' else 2)
+    parts = {
+        'weights': weights,
+        'velocities': velocities,
+        'gradients': gradients,
+        'copy for checkpoints': weights + velocities,
+        'activations and images': activations + images * size**2 * channels,
+    }
+    shown = ', '.join(f'{name} {_size(part)}' for name, part in parts.items())
+    return f'about {_size(sum(parts.values()))} per device, estimated: {shown}'
+
+
+def _activations(layer: LayerShape) -> int:
+    """Returns how many values of `layer` an image needs in the backward pass."""
+    ops = layer.spec.ops
+    normalized = sum(ops.count(op) for op in ('lrn', 'spatial_lrn', 'batch_norm'))
+    return math.prod(layer.output) * (1 + normalized) + ('pool' in ops) * math.prod(layer.pooled)
+
+
+def _disk(config: Config, workdir: str) -> str:
+    """Estimates the size of the checkpoints."""
+    table = layer_table(config.model, config.data.crop_size, config.data.channels)
+    size = 2 * 4 * sum(layer.parameters for layer in table)  # weights and velocities
+    kept = (config.checkpoint.keep + 2) * size  # the best too, and one while it is written
+    free = free_bytes(workdir)
+    return (
+        f'a checkpoint takes up to {_size(size)}, the newest {config.checkpoint.keep}, the best and the next'
+        f' {_size(kept)}; {_size(free)} are free{"" if free > kept else ", which is too little"}'
+    )
+
+
+def _start(config: Config, workdir: str, data: _Data) -> list[str]:
+    """Returns whether the command would start or resume the run, at which step, and with which changed settings.
+
+    Raises ConfigError: the run was started with another data set, or no checkpoint can be read.
+    """
+    folder = os.path.join(workdir, 'checkpoints')
+    newest = read_newest_progress(folder)
+    if newest is None:
+        if checkpoint_steps(folder):
+            raise ConfigError(
+                f'{folder}: no checkpoint can be read; remove the folder or use another --workdir to start over'
+            )
+        return [f'starts at step 0 in {workdir}']
+    step, progress = newest
+    started_with = progress.get('dataset_fingerprint', progress.get('store'))  # the key of version 0.1
+    if data.fingerprint is not None and started_with not in (data.fingerprint, None):
+        raise ConfigError(
+            f'config.data: the prepared data set is not the one that {workdir} was started with; put that one back,'
+            ' or use another --workdir'
+        )
+    return [f'resumes {workdir} at step {step:,}', *describe_changes(config, workdir)]
+
+
+def _size(size: float) -> str:
+    """Returns `size` bytes as text, such as '488 MB'."""
+    for unit, factor in (('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
+        if size >= factor:
+            number = size / factor
+            return f'{number:,.0f} {unit}' if number >= 10 else f'{number:.1f} {unit}'
+    return f'{size:.0f} bytes'
