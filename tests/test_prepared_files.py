@@ -150,6 +150,16 @@ def test_digests_are_those_of_the_files(prepared):
     assert digest == hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
+def test_digests_of_another_form_are_refused(prepared, settings, tmp_path):
+    copy = Path(shutil.copytree(prepared, tmp_path / 'copy'))
+    content = json.loads((copy / 'prepared.json').read_text())
+    del content['digest']
+    content['digests'] = dict.fromkeys(content['digests'], 'f' * 64)
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (copy / 'prepared.json').write_text(json.dumps(content | {'digest': digest}))
+    assert f'{copy}/prepared.json is missing, corrupt or of' in refusal(dataset.open_prepared, str(copy), settings)
+
+
 def test_shard_of_another_data_set_is_refused(photos_dir, tmp_path):
     settings = PrepareConfig('photos', image_size=72)
     copy = Path(shutil.copytree(Path(photos_dir) / 'prepared' / 'photos_72px', tmp_path / 'copy'))

@@ -273,6 +273,8 @@ def _parse_manifest(content: dict[str, Any]) -> Manifest:
         raise ValueError(f'images: {images}')
     if not all(isinstance(size, int) for size in sizes.values()) or not all(isinstance(name, str) for name in classes):
         raise ValueError('files or class_names')
+    if not all(isinstance(digests, list) and len(digests) == 2 for digests in manifest.digests.values()):
+        raise ValueError('digests')
     return manifest
 
 
