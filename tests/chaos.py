@@ -652,6 +652,8 @@ def main() -> int:
     parser.add_argument('--jobs', type=int, default=2, help='cases at the same time')
     parser.add_argument('--only', default='', help='KIND, KIND/SEED or KIND/SEED/INDEX, separated by commas')
     given = parser.parse_args()
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        signal.signal(number, handler)  # a background job or nohup ignores them, and all child processes would too
     root, start, ended = Path(tempfile.mkdtemp(prefix='chaos-')), time.monotonic(), []
     suite = Suite(root, root / 'data')
     suite.prepare()
