@@ -183,7 +183,8 @@ class Group:
     def output(self, index: int, kind: str = 'err') -> str:
         """Returns what a process has written, without the lines of the collectives library."""
         text = self.file(index, kind).read_text()
-        return ''.join(line for line in text.splitlines(keepends=True) if 'peer ranks' not in line)
+        # Two of its threads may print at the same time, so that line breaks follow later.
+        return ''.join(line for line in text.splitlines(keepends=True) if line.strip() and 'peer ranks' not in line)
 
     def wait(self, timeout: float) -> list[int]:
         """Returns all exit codes within `timeout` seconds."""
