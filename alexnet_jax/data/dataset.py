@@ -20,7 +20,7 @@ from jaxtyping import Bool, Integer, UInt8
 from alexnet_jax.config import ConfigError
 from alexnet_jax.paths import check_folder, is_url
 from alexnet_jax.runtime.console import log_error, summarize_exception
-from alexnet_jax.runtime.files import write_json
+from alexnet_jax.runtime.files import json_digest, write_json
 
 Batch = dict[str, np.ndarray]  # see loader.training_batches() and loader.validation_batches()
 
@@ -99,11 +99,6 @@ class Manifest:
     def fingerprint_of_images(self) -> str:
         """Returns the SHA-256 of all fields but `digests`, which earlier versions do not have."""
         return json_digest({name: value for name, value in dataclasses.asdict(self).items() if name != 'digests'})
-
-
-def json_digest(content: dict[str, Any]) -> str:
-    """Returns the SHA-256 hex digest of `content` as JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_manifest(folder: str, manifest: Manifest) -> None:

@@ -18,10 +18,10 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from alexnet_jax.data.dataset import DatasetError, json_digest
+from alexnet_jax.data.dataset import DatasetError
 from alexnet_jax.data.images import UnreadableImage, read_image, resize_and_center_crop
 from alexnet_jax.prepare.shards import ImageSpec, RunningMoments, Shard
-from alexnet_jax.runtime.files import JsonObject, read_json, write_json
+from alexnet_jax.runtime.files import JsonObject, json_digest, read_json, write_json
 
 
 class SkippedImage(TypedDict):

@@ -1,12 +1,11 @@
 """The files of checkpoints that can be read without jax: their steps, the progress of the run, and its settings."""
 
 import contextlib
-import hashlib
 import json
 import os
 import re
 
-from alexnet_jax.runtime.files import JsonObject
+from alexnet_jax.runtime.files import JsonObject, json_digest
 
 MAX_STEP = 2**31 - 1  # steps are int32
 _STEP_NAME = re.compile(r'0|[1-9][0-9]{0,9}')
@@ -29,8 +28,7 @@ def checkpoint_steps(directory: str) -> list[int]:
 
 def progress_digest(progress: JsonObject) -> str:
     """Returns the sha256 hex digest of `progress` without its own digest, as JSON with sorted keys."""
-    covered = {key: value for key, value in progress.items() if key != 'progress_digest'}
-    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
+    return json_digest({key: value for key, value in progress.items() if key != 'progress_digest'})
 
 
 def read_progress(checkpoint: str) -> JsonObject:

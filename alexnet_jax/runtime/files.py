@@ -1,6 +1,7 @@
 """Atomic file writes, JSON files and JSON Lines files."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -40,6 +41,11 @@ def write_json(path: str, value: object) -> None:
     with atomic_write(path) as file:
         json.dump(value, file, indent=1)
         file.write('\n')
+
+
+def json_digest(content: JsonObject) -> str:
+    """Returns the SHA-256 hex digest of `content` as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: str) -> JsonObject | None:
