@@ -60,6 +60,21 @@ def config_flags(fields: dict[str, Any]) -> list[str]:
     return [f'--config.{field}={value}' for field, value in fields.items()]
 
 
+def training_command(data_dir: str, workdir: Path, fields: dict[str, Any], *overrides: str) -> list[str]:
+    """Returns the command of a run of a small network, which compiles quickly, with the settings `fields`."""
+    settings = {
+        'data.data_dir': data_dir,
+        'model.widths': '(8,0,0,0,16,0,32)',
+        'model.lrn': False,
+        'model.towers': 1,
+        'train.batch_size': 32,
+        'train.log_every': 1,
+        'eval.views': 1,
+        'eval.batch_size': 400,
+    }
+    return ['launch.py', f'--workdir={workdir}', *config_flags(settings | fields), *overrides]
+
+
 def usage_error(run: subprocess.CompletedProcess) -> str:
     """Returns the single line that a command prints when it ends with exit code 2, without the name of the package."""
     assert (run.returncode, run.stdout) == (2, ''), run.stderr

@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, config_flags, environment, read_lines, read_result, run_command, usage_error, wait_for
+from helpers import ROOT, environment, read_lines, read_result, run_command, training_command, usage_error, wait_for
 
 pytestmark = pytest.mark.usefixtures('compiled_programs')
 STEPS = 4
@@ -23,19 +23,7 @@ SWEEP_LIST = ['launch.py', '--config=ablations:photos', '--sweep=list', '--workd
 
 def training(data_dir: str, workdir: Path, *overrides: str) -> list[str]:
     """Returns the command of a small run of a few steps."""
-    settings = {
-        'data.data_dir': data_dir,
-        'model.widths': '(8,0,0,0,16,0,32)',
-        'model.lrn': False,
-        'model.towers': 1,
-        'train.batch_size': 32,
-        'train.steps': STEPS,
-        'train.log_every': 1,
-        'eval.views': 1,
-        'eval.batch_size': 400,
-        'checkpoint.every': 2,
-    }
-    return ['launch.py', f'--workdir={workdir}', *config_flags(settings), *overrides]
+    return training_command(data_dir, workdir, {'train.steps': STEPS, 'checkpoint.every': 2}, *overrides)
 
 
 def shell(command: list[str], rest: str, **variables: str) -> subprocess.CompletedProcess:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, config_flags, environment, read_result, run_command, start_command, wait_for
+from helpers import ROOT, environment, read_result, run_command, start_command, training_command, wait_for
 from PIL import Image
 from small_runs import make_run, small_config
 
@@ -27,21 +27,8 @@ SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 = PREEMPTION_SIGNALS
 
 def training(data_dir: str, workdir: Path, *overrides: str) -> list[str]:
     """Returns the command of a run that does not end by itself, without evaluations and checkpoints."""
-    settings = {
-        'data.data_dir': data_dir,
-        'model.widths': '(8,0,0,0,16,0,32)',
-        'model.lrn': False,
-        'model.towers': 1,
-        'train.batch_size': 32,
-        'train.steps': 10**6,
-        'train.log_every': 1,
-        'optimizer.schedule': 'constant',
-        'eval.every': 10**6,
-        'eval.views': 1,
-        'eval.batch_size': 400,
-        'checkpoint.every': 10**6,
-    }
-    return ['launch.py', f'--workdir={workdir}', *config_flags(settings), *overrides]
+    endless = {'train.steps': 10**6, 'eval.every': 10**6, 'checkpoint.every': 10**6}
+    return training_command(data_dir, workdir, endless | {'optimizer.schedule': 'constant'}, *overrides)
 
 
 def wait_for_training(process: subprocess.Popen, workdir: Path) -> None:
@@ -256,9 +243,9 @@ def untrained(photos_dir, tmp_path_factory) -> str:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_predict_in_one_line(untrained, tmp_path):
-    """One image is a named pipe, so that the command waits for its content."""
-    os.mkfifo(tmp_path / 'image.png')
-    process = start_command('-m', 'alexnet_jax', 'predict', untrained, tmp_path / 'image.png')
+    """The signal arrives while the command classifies ten thousand images."""
+    Image.new('RGB', (400, 400)).save(tmp_path / 'image.png')
+    process = start_command('-m', 'alexnet_jax', 'predict', untrained, *[tmp_path / 'image.png'] * 10_000)
     model = process.stderr.readline()
     assert '16 classes' in model
     process.send_signal(SIGINT)
