@@ -163,7 +163,7 @@ class ModelConfig:
 class DataConfig:
     """The images, and their augmentation (section 4.1 of the paper)."""
 
-    source: str = setting('tfds:imagenet2012', 'photos, tfds:NAME[:config], folder:DIR or idx:DIR')
+    source: str = setting('tfds:imagenet2012', 'photos, tfds:NAME[:config], folder:DIR, idx:DIR, hf:DIR or wds:PATTERN')
     data_dir: str = setting(
         '~/tensorflow_datasets', 'folder of the prepared and TFDS data sets; gs://... can only be read'
     )
@@ -178,6 +178,9 @@ class DataConfig:
     class_names: tuple[str, ...] | None = setting(None, 'names that replace the class names of the source')
     validation_fraction: float = setting(
         0.1, 'fraction of the training images to hold out if the source has no validation split', bounds=(0, 1)
+    )
+    validation_split: str | None = setting(
+        None, 'split of the source to validate on, such as test; None: its validation split, never its test split'
     )
     max_corrupt_fraction: float = setting(
         0.001, 'maximum fraction of unreadable images in preparation, and of corrupt records in training', bounds=(0, 1)

@@ -142,6 +142,7 @@ def _preview(config: Config) -> writer.Preview:
         encoding=data.encoding,
         class_names=data.class_names or (),
         validation_fraction=data.validation_fraction,
+        validation_split=data.validation_split,
         max_corrupt_fraction=data.max_corrupt_fraction,
     )
     try:

@@ -22,8 +22,8 @@ def tree(root: Path, *paths: str) -> Path:
     return root
 
 
-def opened(source: str, fraction: float = 0.25) -> sources.Source:
-    return sources.open_source(source, '/nowhere', fraction)
+def opened(source: str, fraction: float = 0.25, validation_split: str | None = None) -> sources.Source:
+    return sources.open_source(source, '/nowhere', fraction, validation_split)
 
 
 def content(examples) -> list[tuple]:
@@ -102,7 +102,7 @@ def test_unusual_names_and_symbolic_links(tmp_path):
         (['a.jpg'], 'class'),
         (['train/a/.hidden'], 'empty'),
         (['train/a/1.jpg', 'val/b/1.jpg'], 'val/b .*train'),
-        (['train/a/1.jpg', 'test/b.jpg'], 'test .*images'),
+        (['train/a/1.jpg', 'val/b.jpg'], 'val .*images'),
         (['a/1.jpg'], r'data.validation_fraction=0.25 of .*1 training'),
     ],
 )
@@ -132,7 +132,7 @@ IMAGES, LABELS = GENERATOR.integers(0, 256, (20, 4, 5), np.uint8), np.arange(20,
 def test_idx_files_written_byte_by_byte(tmp_path, ending):
     write_idx(tmp_path, 'train', IMAGES, LABELS, ending)
     write_idx(tmp_path, 't10k', IMAGES[:4], LABELS[:4] + 1, ending)
-    source = opened(f'idx:{tmp_path}')
+    source = opened(f'idx:{tmp_path}', validation_split='test')
     assert source.class_names == ['0', '1', '2', '3']
     for split, start in (('train', 0), ('validation', 1)):
         for i, (name, pixels, label) in enumerate(content(source.splits[split].subset(range(1, 3)))):

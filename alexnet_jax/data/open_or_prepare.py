@@ -40,8 +40,9 @@ def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.Pr
             'max_corrupt_fraction',
         )
         command = child_command('prepare', *(f'--{name}={getattr(data, name)}' for name in names))
-        if data.prepared_dir is not None:
-            command.append(f'--prepared_dir={data.prepared_dir}')
+        for name in ('prepared_dir', 'validation_split'):
+            if getattr(data, name) is not None:
+                command.append(f'--{name}={getattr(data, name)}')
         if data.class_names:
             line = io.StringIO()
             csv.writer(line, lineterminator='').writerow(data.class_names)  # a name may contain a comma

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
 if __name__ == '__main__':
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     os.environ['PYTHONSAFEPATH'] = '1'  # otherwise workers import modules of the current folder
-    flags.DEFINE_string('source', 'photos', "'photos', 'tfds:NAME[:config]', 'folder:DIR' or 'idx:DIR'.")
+    flags.DEFINE_string('source', 'photos', 'photos, tfds:NAME[:config], folder:DIR, idx:DIR, hf:DIR or wds:PATTERN.')
     flags.DEFINE_string(
         'data_dir', '~/tensorflow_datasets', 'Folder of the data sets of TFDS and of prepared data sets.'
     )
@@ -59,6 +59,11 @@ if __name__ == '__main__':
     flags.DEFINE_list('class_names', None, 'Names of the classes. Default: the names of the source.')
     flags.DEFINE_float(
         'validation_fraction', 0.1, 'Fraction of the images to hold out if the source has no validation data.', 0.0, 1.0
+    )
+    flags.DEFINE_string(
+        'validation_split',
+        None,
+        'Split of the source to validate on, such as test. Default: its validation split.',
     )
     flags.DEFINE_float('max_corrupt_fraction', 0.001, 'Maximum fraction of unreadable images.', 0.0, 1.0)
     # The affinity contains only the cores that SLURM or a container assigns to this process.

@@ -19,7 +19,8 @@ from alexnet_jax.paths import check_folder, check_writable, is_url
 from alexnet_jax.prepare.raw_sources import Source, SourceError
 from alexnet_jax.prepare.shard_writer import ShardReport, SkippedImage, read_report, write_shards
 from alexnet_jax.prepare.shards import ImageSpec, Shard, statistics
-from alexnet_jax.prepare.sources import is_local, missing_tfds_data, open_source
+from alexnet_jax.prepare.sources import is_local, open_source
+from alexnet_jax.prepare.tfds_source import missing_tfds_data
 from alexnet_jax.runtime.console import ProgressBar, log
 from alexnet_jax.runtime.files import JsonObject, atomic_write, free_bytes, read_json, write_json
 
@@ -35,7 +36,7 @@ class PrepareConfig:
       source: see sources.open_source().
       image_size, channels, encoding: see shards.ImageSpec.
       class_names: names that replace those of the source, unless empty.
-      validation_fraction: see sources.open_source().
+      validation_fraction, validation_split: see sources.open_source().
       max_corrupt_fraction: maximum fraction of unreadable images.
       workers: number of processes.
     """
@@ -46,6 +47,7 @@ class PrepareConfig:
     encoding: str = 'raw'
     class_names: tuple[str, ...] = ()
     validation_fraction: float = 0.1
+    validation_split: str | None = None
     max_corrupt_fraction: float = 0.001
     workers: int = 2
 
@@ -114,7 +116,7 @@ def _check_same(target: str, settings: PrepareConfig, data_dir: str) -> None:
     manifest = read_manifest(target, settings)
     if not is_local(settings.source):
         return
-    source = open_source(settings.source, data_dir, settings.validation_fraction)
+    source = open_source(settings.source, data_dir, settings.validation_fraction, settings.validation_split)
     if source.fingerprint != manifest.fingerprint:
         raise ConfigError(
             f'{settings.source} differs from what {target} was prepared from: images were added, removed or changed;'
@@ -155,7 +157,7 @@ def preview(settings: PrepareConfig, data_dir: str, prepared_dir: str | None) ->
         format = _image_spec(settings, Source({}, class_names, False))
         size = _estimated_bytes(sum(images.values()) or 1, format)
         return Preview(format.class_names, images, 0, round(size), download_bytes)
-    source = open_source(settings.source, data_dir, settings.validation_fraction)
+    source = open_source(settings.source, data_dir, settings.validation_fraction, settings.validation_split)
     format = _image_spec(settings, source)
     shards, staging_dir = _shards(source), f'{target}.incomplete'
     is_same_plan = read_json(os.path.join(staging_dir, 'plan.json')) == _plan(_description(settings, source, format))
@@ -184,7 +186,7 @@ def _plan(description: JsonObject) -> JsonObject:
 
 
 def _prepare(settings: PrepareConfig, data_dir: str, target: str) -> None:
-    source = open_source(settings.source, data_dir, settings.validation_fraction)
+    source = open_source(settings.source, data_dir, settings.validation_fraction, settings.validation_split)
     format = _image_spec(settings, source)
     description = _description(settings, source, format)
     staging_dir = f'{target}.incomplete'
