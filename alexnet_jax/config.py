@@ -6,9 +6,10 @@ a command. This module does not import jax, so that a command reports an invalid
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import ml_collections
 from ml_collections import config_dict
@@ -20,10 +21,14 @@ from alexnet_jax.config_checks import (  # noqa: F401
     check_choice,
     check_class_names,
     check_mesh,
+    check_num_classes,
+    shown_classes,
 )
 from alexnet_jax.config_schema import (  # noqa: F401
     RENAMED,
     RENAMED_VALUES,
+    SETTINGS,
+    UNKNOWN,
     Config,
     ConfigError,
     DataConfig,
@@ -38,6 +43,8 @@ from alexnet_jax.config_schema import (  # noqa: F401
 )
 from alexnet_jax.paths import absolute_path
 from alexnet_jax.presets import PRESETS
+
+AUTO = 'auto'  # the editable form of UNKNOWN
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -55,6 +62,9 @@ def _editable(kind: object, default: object) -> object:
         kind = typing.get_args(kind)[0]
     if dataclasses.is_dataclass(kind):
         kinds = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            if 'about' in field.metadata and field.metadata['about'].accepts_auto:
+                kinds[field.name] = object  # a number or a text
         return {field.name: _editable(kinds[field.name], field.default) for field in dataclasses.fields(kind)}
     if default is None or default is dataclasses.MISSING:
         return config_dict.placeholder(typing.get_origin(kind) or kind)
@@ -79,6 +89,9 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     check_choice('model.preset', values['model']['preset'])
     preset = PRESETS[values['model']['preset']].model
     values['model'] |= {name: value for name, value in preset.items() if values['model'][name] is None}
+    if values['model']['num_classes'] == AUTO:
+        values['model']['num_classes'] = UNKNOWN
+    values['data']['class_names'] = read_class_names(values['data']['class_names'])
     values['data']['source'] = values['data']['source'].rstrip('/')  # shells complete folder names with a slash
     for name in ('data_dir', 'prepared_dir'):  # absolute, so that other commands find the data from any folder
         if values['data'][name] is not None:
@@ -89,6 +102,41 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     resolved = Config(**values)
     check(resolved)
     return resolved
+
+
+def with_num_classes(config: Config, num_classes: int) -> Config:
+    """Returns `config` with the number of classes of the data if model.num_classes is auto, otherwise `config`.
+
+    Raises ConfigError: the number is not allowed, or does not fit the mesh.
+    """
+    if config.model.num_classes != UNKNOWN:
+        return config
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=num_classes))
+    check(config)
+    return config
+
+
+def read_class_names(names: Sequence[str] | None) -> Sequence[str] | None:
+    """Returns the class names in FILE if `names` is ('@FILE',), otherwise `names`.
+
+    FILE is a text with one name per line, or dataset_statistics.npz of a run. Raises ConfigError: it cannot be read.
+    """
+    if names is None or len(names) != 1 or not str(names[0]).startswith('@'):
+        return names
+    path = os.path.expanduser(names[0][1:])
+    try:
+        if path.endswith('.npz'):
+            import numpy as np
+
+            with np.load(path) as arrays:
+                return tuple(map(str, arrays['class_names'].tolist()))
+        with open(path, encoding='utf-8') as file:
+            return tuple(line.strip() for line in file if line.strip())
+    except Exception as error:  # NumPy and zipfile raise many types for a corrupt file
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+        raise ConfigError(
+            f'config.data.class_names: {path} cannot be read ({reason}); name a text file with one class per line'
+        ) from None
 
 
 def _as_tuple(value: object) -> object:
@@ -173,6 +221,12 @@ def _check_fields(config: ml_collections.ConfigDict, schema: ml_collections.Conf
             _check_fields(value, schema[name], field + '.')
             continue
         missing_allowed = schema[name] is None
+        if SETTINGS[field].about.accepts_auto:
+            if value == AUTO:
+                continue
+            if value == UNKNOWN:
+                raise ConfigError(f'config.{field}: {value!r} is neither {AUTO} nor a number from 2')
+            expected = SETTINGS[field].kind
         accepted = (int, float) if expected is float else (tuple, list) if expected is tuple else expected
         is_bool_for_number = isinstance(value, bool) and expected is not bool
         if not (value is None and missing_allowed) and (not isinstance(value, accepted) or is_bool_for_number):

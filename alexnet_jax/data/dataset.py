@@ -83,6 +83,7 @@ class Manifest:
       images: number of images by split.
       files: size in bytes of each other file of the data set, by name.
       digests: sampled_digests() of each of these files, by name; {} in data sets of earlier versions.
+      origins: where the images of each split come from, see prepare.raw_sources.Source.
     """
 
     source: str
@@ -95,10 +96,12 @@ class Manifest:
     images: dict[str, int]
     files: dict[str, int]
     digests: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    origins: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def fingerprint_of_images(self) -> str:
-        """Returns the SHA-256 of all fields but `digests`, which earlier versions do not have."""
-        return json_digest({name: value for name, value in dataclasses.asdict(self).items() if name != 'digests'})
+        """Returns the SHA-256 of all fields but `digests` and `origins`, which earlier versions do not have."""
+        later = ('digests', 'origins')
+        return json_digest({name: value for name, value in dataclasses.asdict(self).items() if name not in later})
 
 
 def write_manifest(folder: str, manifest: Manifest) -> None:
@@ -258,6 +261,7 @@ def _parse_manifest(content: dict[str, Any]) -> Manifest:
     """Returns the content of prepared.json as a Manifest. Raises ValueError, TypeError, KeyError: it is corrupt."""
     names = {field.name for field in dataclasses.fields(Manifest)}
     digest = content.pop('digest', None)
+    names -= {'origins'} - content.keys()  # an earlier version
     if digest is None and 'digests' not in content:  # an earlier version
         names.remove('digests')
     elif digest != json_digest(content):
@@ -289,6 +293,7 @@ class PreparedDataset:
       statistics: statistics of the training images, see prepare.shards.statistics().
       class_names: one name per label.
       fingerprint: SHA-256 of the manifest.
+      origins: see Manifest.
     """
 
     train: SplitReader
@@ -296,6 +301,7 @@ class PreparedDataset:
     statistics: dict[str, np.ndarray]
     class_names: list[str]
     fingerprint: str
+    origins: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def open_prepared(directory: str, settings: DatasetSettings) -> PreparedDataset:
@@ -318,6 +324,7 @@ def open_prepared(directory: str, settings: DatasetSettings) -> PreparedDataset:
         statistics=statistics,
         class_names=manifest.class_names,
         fingerprint=manifest.fingerprint_of_images(),
+        origins=manifest.origins,
     )
 
 

@@ -9,7 +9,7 @@ import time
 
 from etils import epath
 
-from alexnet_jax.config import Config, ConfigError
+from alexnet_jax.config import UNKNOWN, Config, ConfigError, check_num_classes
 from alexnet_jax.data import dataset
 from alexnet_jax.runtime.commands import child_command, child_environment
 from alexnet_jax.runtime.console import summarize_exception
@@ -43,6 +43,8 @@ def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.Pr
         for name in ('prepared_dir', 'validation_split'):
             if getattr(data, name) is not None:
                 command.append(f'--{name}={getattr(data, name)}')
+        if config.model.num_classes != UNKNOWN:
+            command.append(f'--num_classes={config.model.num_classes}')
         if data.class_names:
             line = io.StringIO()
             csv.writer(line, lineterminator='').writerow(data.class_names)  # a name may contain a comma
@@ -62,17 +64,8 @@ def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.Pr
         if process.returncode:
             sys.exit(process.returncode)  # the child process printed the reason
     prepared = dataset.open_prepared(directory, data)
-    check_num_classes(config, len(prepared.class_names))
+    check_num_classes(config.model.num_classes, f'the data set prepared from {data.source}', prepared.class_names)
     return prepared
-
-
-def check_num_classes(config: Config, classes: int) -> None:
-    """Raises ConfigError if the data have another number of classes than the network."""
-    if classes != config.model.num_classes:
-        raise ConfigError(
-            f'config.model.num_classes: {config.model.num_classes}, but {config.data.source} has {classes} classes;'
-            f' the nearest is {classes}'
-        )
 
 
 def is_prepared(directory: str) -> bool:

@@ -136,7 +136,7 @@ def open_eval_dataset(
         raise KeyboardInterrupt
     for ref, other in fingerprints:
         if other is None:
-            check_class_names(ref.name, read_dataset_statistics(ref.workdir)[1], prepared.class_names)
+            check_class_names(ref.name, ref.workdir, read_dataset_statistics(ref.workdir)[1], prepared.class_names)
     if fingerprint not in (prepared.fingerprint, None):
         raise ConfigError(
             f'{first.name}: was trained with other images than those prepared in'

@@ -11,6 +11,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from alexnet_jax.paths import check_writable
+from alexnet_jax.prepare.classes import are_numbers
 from alexnet_jax.prepare.raw_sources import Examples, Indices, RawExample, Source, SourceError, digest
 from alexnet_jax.prepare.splits import choose_splits
 from alexnet_jax.runtime.console import log
@@ -100,7 +101,10 @@ def open_tfds(source: str, data_dir: str, fraction: float, validation_split: str
                 f'{info.full_name} has no validation split, and data.validation_fraction={fraction:g} of its'
                 f' {sizes[choice.train]} training images leaves no image for validation or none for training'
             )
-    return Source(splits, list(info.features[label].names), choice.validation is None, names, choice.notes)
+    class_names = list(info.features[label].names)
+    return Source(
+        splits, class_names, choice.validation is None, names, choice.notes, names_classes=not are_numbers(class_names)
+    )
 
 
 def _image_and_label(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
@@ -177,7 +181,7 @@ def missing_tfds_data(source: str, data_dir: str) -> tuple[list[str], dict[str, 
     Returns the class names, the number of images by split ({} if unknown), and the bytes that TFDS would download.
     Raises SourceError: TFDS has no such data set, or TensorFlow or a file is missing.
     """
-    if source.partition(':')[0] in ('folder', 'idx'):
+    if source != 'photos' and not source.startswith('tfds:'):
         return None
     builder = _builder(source, data_dir)
     _, label = _image_and_label(builder)

@@ -13,9 +13,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from alexnet_jax.config import ConfigError, check_class_names
+from alexnet_jax.config import UNKNOWN, ConfigError, check_num_classes
 from alexnet_jax.data.dataset import DatasetError, Manifest, dataset_dir, read_manifest, sampled_digests, write_manifest
 from alexnet_jax.paths import check_folder, check_writable, is_url
+from alexnet_jax.prepare.classes import are_numbers, order_classes
+from alexnet_jax.prepare.data_card import DataCard, card_of_source
 from alexnet_jax.prepare.raw_sources import Source, SourceError
 from alexnet_jax.prepare.shard_writer import ShardReport, SkippedImage, read_report, write_shards
 from alexnet_jax.prepare.shards import ImageSpec, Shard, statistics
@@ -30,14 +32,15 @@ JPEG_SIZE_RATIO = 0.25  # assumed JPEG size relative to raw images, for the disk
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
-    """Settings of a data set. All fields except `max_corrupt_fraction` and `workers` determine the contents.
+    """Settings of a data set. The fields to `validation_split` determine the contents.
 
     Attributes:
       source: see sources.open_source().
       image_size, channels, encoding: see shards.ImageSpec.
-      class_names: names that replace those of the source, unless empty.
+      class_names: the classes of the source in the order of their labels, see classes.order_classes(); or empty.
       validation_fraction, validation_split: see sources.open_source().
       max_corrupt_fraction: maximum fraction of unreadable images.
+      num_classes: the number of classes that the source must have; UNKNOWN accepts any number.
       workers: number of processes.
     """
 
@@ -49,6 +52,7 @@ class PrepareConfig:
     validation_fraction: float = 0.1
     validation_split: str | None = None
     max_corrupt_fraction: float = 0.001
+    num_classes: int = UNKNOWN
     workers: int = 2
 
 
@@ -116,7 +120,7 @@ def _check_same(target: str, settings: PrepareConfig, data_dir: str) -> None:
     manifest = read_manifest(target, settings)
     if not is_local(settings.source):
         return
-    source = open_source(settings.source, data_dir, settings.validation_fraction, settings.validation_split)
+    source = _open(settings, data_dir)
     if source.fingerprint != manifest.fingerprint:
         raise ConfigError(
             f'{settings.source} differs from what {target} was prepared from: images were added, removed or changed;'
@@ -129,15 +133,13 @@ class Preview:
     """What prepare() would do.
 
     Attributes:
-      class_names: one name per label.
-      images: number of images by split; {} if it is unknown until TFDS has downloaded the data.
+      card: what the data set would contain.
       complete: number of images in the shards that an interrupted preparation left.
-      bytes: estimated size of the data set, or of one image if `images` is {}.
+      bytes: estimated size of the data set, or of one image if `card.images` is {}.
       download_bytes: bytes that TFDS would download.
     """
 
-    class_names: tuple[str, ...]
-    images: dict[str, int]
+    card: DataCard
     complete: int
     bytes: int
     download_bytes: int
@@ -146,26 +148,59 @@ class Preview:
 def preview(settings: PrepareConfig, data_dir: str, prepared_dir: str | None) -> Preview:
     """Returns what prepare() would do to write a data set that does not exist, without writing anything.
 
-    Raises SourceError or ConfigError: prepare() would refuse `data_dir`, the source, its class names or the size of the
+    Raises SourceError or ConfigError: prepare() would refuse `data_dir`, the source, its classes or the size of the
     disk.
     """
     data_dir, target = _locate(settings, data_dir, prepared_dir)
     _check_writable(target, prepared_dir)
-    missing = missing_tfds_data(settings.source, data_dir)
+    missing = _missing_data(settings, data_dir)
     if missing is not None:
-        class_names, images, download_bytes = missing
-        format = _image_spec(settings, Source({}, class_names, False))
+        source, images, download_bytes = missing
+        format = _image_spec(settings, source)
         size = _estimated_bytes(sum(images.values()) or 1, format)
-        return Preview(format.class_names, images, 0, round(size), download_bytes)
-    source = open_source(settings.source, data_dir, settings.validation_fraction, settings.validation_split)
+        card = dataclasses.replace(card_of_source(settings.source, source, format.class_names), images=images)
+        return Preview(card, 0, round(size), download_bytes)
+    source = _open(settings, data_dir)
     format = _image_spec(settings, source)
     shards, staging_dir = _shards(source), f'{target}.incomplete'
     is_same_plan = read_json(os.path.join(staging_dir, 'plan.json')) == _plan(_description(settings, source, format))
     complete = _read_reports(shards, staging_dir) if is_same_plan else {}
     _check_disk(shards, complete, format, target)
-    images = {split: len(examples) for split, examples in source.splits.items()}
+    card = card_of_source(settings.source, source, format.class_names)
     done = sum(len(shard.examples) for shard in shards if shard.report in complete)
-    return Preview(format.class_names, images, done, round(_estimated_bytes(sum(images.values()), format)), 0)
+    return Preview(card, done, round(_estimated_bytes(sum(card.images.values()), format)), 0)
+
+
+def _missing_data(settings: PrepareConfig, data_dir: str) -> tuple[Source, dict[str, int], int] | None:
+    """Describes data that TFDS has not prepared yet; returns None if _open() would only read files.
+
+    Returns a source without splits, the number of images by split ({} if unknown), and the bytes that TFDS would
+    download. Raises the errors of _open() that are known before the download.
+    """
+    missing = missing_tfds_data(settings.source, data_dir)
+    if missing is None:
+        return None
+    names, images, download_bytes = missing
+    return (
+        _with_classes(settings, Source({}, names, False, names_classes=not are_numbers(names))),
+        images,
+        download_bytes,
+    )
+
+
+def _open(settings: PrepareConfig, data_dir: str) -> Source:
+    """Returns the source, with its classes in the order of the labels.
+
+    Raises SourceError or ConfigError: the source cannot be read, or does not have the classes of `settings`.
+    """
+    source = open_source(settings.source, data_dir, settings.validation_fraction, settings.validation_split)
+    return _with_classes(settings, source)
+
+
+def _with_classes(settings: PrepareConfig, source: Source) -> Source:
+    source = order_classes(source, settings.class_names, settings.source)
+    check_num_classes(settings.num_classes, settings.source, source.class_names)
+    return source
 
 
 def _description(settings: PrepareConfig, source: Source, format: ImageSpec) -> JsonObject:
@@ -174,6 +209,7 @@ def _description(settings: PrepareConfig, source: Source, format: ImageSpec) -> 
         'source': settings.source,
         'fingerprint': source.fingerprint,
         'validation_fraction': settings.validation_fraction if source.holds_out_validation else None,
+        'origins': dict(source.origins),
         **dataclasses.asdict(format),
         'class_names': list(format.class_names),
     }
@@ -182,12 +218,16 @@ def _description(settings: PrepareConfig, source: Source, format: ImageSpec) -> 
 def _plan(description: JsonObject) -> JsonObject:
     """Returns the content of plan.json, which tells whether an interrupted preparation had the same settings."""
     # The plan omits the fingerprint, because each shard report has a digest of the images of the shard.
-    return description | {'images_a_shard': SHARD_SIZE, 'fingerprint': None}
+    plan = description | {'images_a_shard': SHARD_SIZE, 'fingerprint': None}
+    return {name: value for name, value in plan.items() if name != 'origins'}
 
 
 def _prepare(settings: PrepareConfig, data_dir: str, target: str) -> None:
-    source = open_source(settings.source, data_dir, settings.validation_fraction, settings.validation_split)
+    _missing_data(settings, data_dir)  # raises errors before a download
+    source = _open(settings, data_dir)
     format = _image_spec(settings, source)
+    for line in card_of_source(settings.source, source, format.class_names).summary():
+        log(line)
     description = _description(settings, source, format)
     staging_dir = f'{target}.incomplete'
     plan = _plan(description)
@@ -209,11 +249,6 @@ def _prepare(settings: PrepareConfig, data_dir: str, target: str) -> None:
 
 def _image_spec(settings: PrepareConfig, source: Source) -> ImageSpec:
     names = settings.class_names or tuple(source.class_names)
-    check_class_names(names)
-    if len(names) != len(source.class_names):
-        raise ConfigError(
-            f'config.data.class_names: {len(names)} names, but {settings.source} has {len(source.class_names)} classes'
-        )
     return ImageSpec(settings.image_size, settings.channels, settings.encoding, names)
 
 
