@@ -12,7 +12,7 @@ from etils import epath
 from alexnet_jax.config import UNKNOWN, Config, ConfigError, check_num_classes
 from alexnet_jax.data import dataset
 from alexnet_jax.runtime.commands import child_command, child_environment
-from alexnet_jax.runtime.console import summarize_exception
+from alexnet_jax.runtime.console import log, summarize_exception
 from alexnet_jax.runtime.preemption import PreemptionHandler, preemption_signals_blocked
 
 
@@ -65,6 +65,8 @@ def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.Pr
             sys.exit(process.returncode)  # the child process printed the reason
     prepared = dataset.open_prepared(directory, data)
     check_num_classes(config.model.num_classes, f'the data set prepared from {data.source}', prepared.class_names)
+    if config.model.num_classes == UNKNOWN:
+        log(f'config.model.num_classes=auto: {len(prepared.class_names)} classes')
     return prepared
 
 

@@ -57,7 +57,10 @@ class DataCard:
             return ['training images per class: unknown before the preparation']
         least, most = int(np.argmin(self.class_counts)), int(np.argmax(self.class_counts))
         names, counts = self.class_names, self.class_counts
-        lines = [f'training images per class: {counts[least]:,} ({names[least]}) to {counts[most]:,} ({names[most]})']
+        lines = [
+            f'smallest class: {names[least]}, {counts[least]:,} training images;'
+            f' largest class: {names[most]}, {counts[most]:,}'
+        ]
         empty = [name for name, count in zip(names, counts, strict=True) if not count]
         return [*lines, f'classes without training images: {shown_classes(empty)}'] if empty else lines
 

@@ -103,7 +103,7 @@ def load_dataset_statistics(
 def _log_class_weights(class_counts: np.ndarray, class_names: list[str]) -> None:
     weights = balanced_class_weights(class_counts)
     used = np.flatnonzero(class_counts)
-    least, most = used[weights[used].argmin()], used[weights[used].argmax()]
+    least, most = used[np.argmin(weights[used])], used[np.argmax(weights[used])]
     log(
         f'config.data.class_weights=balanced: {weights[least]:.3g} ({class_names[least]}) to {weights[most]:.3g}'
         f' ({class_names[most]})'

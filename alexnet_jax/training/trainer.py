@@ -12,7 +12,6 @@ from jaxtyping import Array
 
 from alexnet_jax import parallel
 from alexnet_jax.config import (
-    UNKNOWN,
     Config,
     ConfigError,
     field_names,
@@ -92,9 +91,7 @@ def train_and_evaluate(config: Config, workdir: str, process_group: JsonObject |
         if data is None:
             log('stopped while preparing the data set; run the same command again to resume')
             return EXIT_PREEMPTED
-        if config.model.num_classes == UNKNOWN:
-            config = with_num_classes(config, len(data.class_names))
-            log(f'config.model.num_classes=auto: {config.model.num_classes} classes')
+        config = with_num_classes(config, len(data.class_names))
         if not distributed.initialize(process_group, config.distributed, preemption):
             log('stopped before all processes were connected; run the same command again')
             distributed.hard_exit(EXIT_PREEMPTED)
