@@ -119,10 +119,16 @@ def with_num_classes(config: Config, num_classes: int) -> Config:
 def read_class_names(names: Sequence[str] | None) -> Sequence[str] | None:
     """Returns the class names in FILE if `names` is ('@FILE',), otherwise `names`.
 
-    FILE is a text with one name per line, or dataset_statistics.npz of a run. Raises ConfigError: it cannot be read.
+    FILE is a text with one name per line, or dataset_statistics.npz of a run. Raises ConfigError: it cannot be read, or
+    `names` is any other single name.
     """
-    if names is None or len(names) != 1 or not str(names[0]).startswith('@'):
+    if names is None or len(names) != 1:
         return names
+    if not str(names[0]).startswith('@'):
+        raise ConfigError(
+            f"config.data.class_names: {names[0]!r} is one name, and at least 2 classes are needed; write ('cats','dogs'),"
+            ' or @FILE for a file with one name per line'
+        )
     path = os.path.expanduser(names[0][1:])
     try:
         if path.endswith('.npz'):
@@ -230,7 +236,8 @@ def _check_fields(config: ml_collections.ConfigDict, schema: ml_collections.Conf
         accepted = (int, float) if expected is float else (tuple, list) if expected is tuple else expected
         is_bool_for_number = isinstance(value, bool) and expected is not bool
         if not (value is None and missing_allowed) and (not isinstance(value, accepted) or is_bool_for_number):
-            raise ConfigError(f'config.{field}: {value!r} is {type(value).__name__}, not {expected.__name__}')
+            allowed = f'{expected.__name__}{f" or {AUTO}" * SETTINGS[field].about.accepts_auto}'
+            raise ConfigError(f'config.{field}: {value!r} is {type(value).__name__}, not {allowed}')
     for name in schema:
         if name not in config:
             raise ConfigError(f'config.{prefix}{name}: missing; start from alexnet_jax.config.default_config()')
