@@ -126,8 +126,8 @@ def read_class_names(names: Sequence[str] | None) -> Sequence[str] | None:
         return names
     if not str(names[0]).startswith('@'):
         raise ConfigError(
-            f"config.data.class_names: {names[0]!r} is one name, and at least 2 classes are needed; write ('cats','dogs'),"
-            ' or @FILE for a file with one name per line'
+            f'config.data.class_names: {names[0]!r} is one name, and at least 2 classes are needed; write'
+            " ('cats','dogs'), or @FILE for a file with one name per line"
         )
     path = os.path.expanduser(names[0][1:])
     try:
