@@ -93,25 +93,26 @@ class TFRecordFile:
     def __init__(self, path: str, count: int):
         self.path = path
         self._ends = array.array('q', [0])  # the start of the file, then the end of each record that was found
-        self._problem = ''  # of the record after the last one that was found
+        self._problems: tuple[str, ...] = ()  # of the record after the last one that was found, and of all later ones
         size = os.path.getsize(path)
         with open(path, 'rb', buffering=0) as file:
-            while len(self._ends) <= count and not self._problem:
+            while len(self._ends) <= count and not self._problems:
                 file.seek(self._ends[-1])
                 self._add(file.read(_HEADER.size), size)
-        if not self._problem and self._ends[-1] < size:
-            self._ends, self._problem = self._ends[:1], 'the file has more records than dataset_info.json lists'
+        if not self._problems and self._ends[-1] < size:
+            self._ends = self._ends[:1]
+            self._problems = ('the file has more records than dataset_info.json lists',)
 
     def _add(self, header: bytes, size: int) -> None:
-        """Adds the end of the record that begins with `header` at the end of the last record, or sets the problem."""
-        if len(header) < _HEADER.size:
-            self._problem = 'the file is truncated before the record'
-            return
-        length, _ = _HEADER.unpack(header)
-        if not _is_valid(header):
-            self._problem = 'the length of the record is corrupt'
-        elif length > size - self._ends[-1] - FRAMING_BYTES:
-            self._problem = 'the file is truncated in the record'
+        """Adds the end of the record that begins with `header` at the end of the last record, or sets the problems."""
+        room = size - self._ends[-1] - FRAMING_BYTES
+        truncated = 'the file is truncated before the record'
+        if len(header) == 0:
+            self._problems = (truncated,)
+        elif len(header) == _HEADER.size and not _is_valid(header):
+            self._problems = ('the length of the record is corrupt', 'the file is corrupt before the record')
+        elif len(header) < _HEADER.size or (length := _HEADER.unpack(header)[0]) > room:
+            self._problems = ('the file is truncated in the record', truncated)
         else:
             self._ends.append(self._ends[-1] + length + FRAMING_BYTES)
 
@@ -123,9 +124,7 @@ class TFRecordFile:
         """
         found = len(self._ends) - 1
         if index >= found:
-            raise UnreadableImage(
-                self._problem if index == found or not found else 'the file is corrupt before the record'
-            )
+            raise UnreadableImage(self._problems[0 if index == found else -1])
         start, end = self._ends[index], self._ends[index + 1]
         if end - start > MAX_RECORD_BYTES:
             raise UnreadableImage('a record of more than 1 GiB')
