@@ -70,7 +70,7 @@ def _find_version(name: TfdsName, data_dir: str) -> tuple[str | None, tuple[str,
         if config is None and configs:
             config = configs[0]
             notes.append(f'{config} is the only prepared configuration of {name.name}')
-    folder = os.path.join(folder, config or '')
+    folder = os.path.join(folder, config) if config else folder
     versions = [version for version in _versions(folder) if version.match(name.version or '*.*.*')]
     if not versions:
         return None, ()

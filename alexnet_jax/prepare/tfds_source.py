@@ -145,10 +145,9 @@ def _image_and_label(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
         raise SourceError(
             f'config.data.source: {builder.name} must have one image and one class label per example, but has {found}'
         )
-    if features[images[0]].np_dtype not in (np.uint8, np.uint16):
-        raise SourceError(
-            f'config.data.source: the pixels of {builder.name} are {features[images[0]].np_dtype}, not integers'
-        )
+    dtype = np.dtype(features[images[0]].np_dtype)
+    if dtype not in (np.uint8, np.uint16):
+        raise SourceError(f'config.data.source: the pixels of {builder.name} are {dtype}, not uint8 or uint16')
     if features[label].num_classes is None:
         raise SourceError(f'config.data.source: {builder.name} does not say how many classes {label} has')
     return images[0], label
