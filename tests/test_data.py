@@ -131,8 +131,8 @@ def test_run_waiting_for_data_stops_on_sigterm(tmp_path):
 def test_source_without_random_access_is_rejected(photos_dir, tmp_path):
     shutil.copytree(os.path.join(photos_dir, 'photos'), tmp_path / 'photos')
     info = tmp_path / 'photos' / '1.0.0' / 'dataset_info.json'
-    info.write_text(info.read_text().replace('array_record', 'tfrecord'))
-    with pytest.raises(SourceError, match='array_record'):
+    info.write_text(info.read_text().replace('array_record', 'riegeli'))
+    with pytest.raises(SourceError, match='riegeli'):
         prepare(PrepareConfig('photos', image_size=64), str(tmp_path))
 
 
