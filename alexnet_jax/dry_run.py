@@ -15,7 +15,7 @@ import jax
 from alexnet_jax import parallel
 from alexnet_jax.config import Config, ConfigError, check_mesh
 from alexnet_jax.data import dataset
-from alexnet_jax.data.open_or_prepare import check_num_classes, is_prepared
+from alexnet_jax.data.open_or_prepare import check_num_classes, find_prepared, open_verified
 from alexnet_jax.prepare import writer
 from alexnet_jax.prepare.raw_sources import SourceError
 from alexnet_jax.runtime.checkpoint_files import checkpoint_steps, read_newest_progress
@@ -113,14 +113,17 @@ def _mesh(config: Config, process_group: JsonObject | None) -> tuple[int, int, s
 def _data(config: Config) -> _Data:
     """Returns the data set, prepared or not. Raises ConfigError: it cannot be used or prepared."""
     data = config.data
-    directory = dataset.dataset_dir(data.data_dir, data, data.prepared_dir)
-    if is_prepared(directory):
-        prepared = dataset.open_prepared(directory, data)
+    directory = find_prepared(data)
+    found = _preview(config) if directory is None else None
+    directory = found.earlier if found else directory
+    if directory is not None:
+        prepared = open_verified(config, directory)
         manifest = dataset.read_manifest(directory, data)
         names, images, fingerprint = manifest.class_names, manifest.images, prepared.fingerprint
         lines = [f'{directory}: prepared, {_size(sum(manifest.files.values()))}']
     else:
-        found = _preview(config)
+        assert found is not None
+        directory = dataset.dataset_dir(data.data_dir, data, data.prepared_dir)
         names, images, fingerprint = list(found.class_names), found.images, None
         lines = [f'{directory}: not prepared yet; the command prepares it from {data.source}', _needed(found, config)]
     check_num_classes(config, len(names))
