@@ -41,7 +41,7 @@ from alexnet_jax.config_schema import (  # noqa: F401
     get_by_path,
     total_steps,
 )
-from alexnet_jax.paths import absolute_path
+from alexnet_jax.paths import absolute_path, absolute_source
 from alexnet_jax.presets import PRESETS
 
 AUTO = 'auto'  # the editable form of UNKNOWN
@@ -92,8 +92,9 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     if values['model']['num_classes'] == AUTO:
         values['model']['num_classes'] = UNKNOWN
     values['data']['class_names'] = read_class_names(values['data']['class_names'])
-    values['data']['source'] = values['data']['source'].rstrip('/')  # shells complete folder names with a slash
-    for name in ('data_dir', 'prepared_dir'):  # absolute, so that other commands find the data from any folder
+    # Absolute paths, so that other commands find the data from any folder, and different folders have different names.
+    values['data']['source'] = absolute_source('config.data.source', values['data']['source'])
+    for name in ('data_dir', 'prepared_dir'):
         if values['data'][name] is not None:
             values['data'][name] = absolute_path(f'config.data.{name}', values['data'][name])
     for name, kind in typing.get_type_hints(Config).items():

@@ -129,7 +129,7 @@ def open_eval_dataset(
             )
     config = with_data_folders(first.config, data_dir, prepared_dir)
     with PreemptionHandler() as preemption:
-        prepared = open_or_prepare(config, preemption)
+        prepared = open_or_prepare(config, preemption, fingerprint)
     if preemption.received is not None:
         signal.raise_signal(preemption.received)
     if prepared is None:

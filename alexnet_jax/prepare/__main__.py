@@ -39,7 +39,6 @@ def main(argv: list[str]) -> int:
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     given = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(PrepareConfig)}
-    given['source'] = given['source'].rstrip('/')  # tab completion of a folder name adds a slash
     given['channels'], given['num_classes'] = int(given['channels']), given['num_classes'] or UNKNOWN
     given['class_names'] = tuple(read_class_names(given['class_names']) or ())
     settings, folders = PrepareConfig(**given), (flags.FLAGS.data_dir, flags.FLAGS.prepared_dir)
@@ -50,7 +49,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(described.to_json()) if flags.FLAGS.json else '\n'.join(described.lines()))
         return 0
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints unknown sizes
-        prepare(settings, *folders)
+        prepare(settings, *folders, flags.FLAGS.replace)
     return 0
 
 
@@ -84,6 +83,9 @@ if __name__ == '__main__':
         'Split of the source to validate on, such as test. Default: its validation split.',
     )
     flags.DEFINE_float('max_corrupt_fraction', 0.001, 'Maximum fraction of unreadable images.', 0.0, 1.0)
+    flags.DEFINE_bool(
+        'replace', False, 'Prepare the data set anew, and remove the existing one when the new one is complete.'
+    )
     # The affinity contains only the cores that SLURM or a container assigns to this process.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     flags.DEFINE_integer('workers', cores, 'Number of processes.', lower_bound=1)

@@ -104,8 +104,8 @@ def card_of_source(described: str, source: Source, class_names: Sequence[str]) -
     )
 
 
-def card_of_prepared(manifest: Manifest, class_counts: Integer[np.ndarray, ' classes']) -> DataCard:
-    """Returns the card of a prepared data set; `class_counts` is that of its statistics."""
+def card_of_prepared(manifest: Manifest, class_counts: Integer[np.ndarray, ' classes'] | None) -> DataCard:
+    """Returns the card of a prepared data set; `class_counts` is that of its statistics, or None."""
     return DataCard(
         manifest.source,
         tuple(manifest.class_names),

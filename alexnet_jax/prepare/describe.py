@@ -4,9 +4,8 @@ import contextlib
 import dataclasses
 import io
 
-from alexnet_jax.config import check_num_classes
-from alexnet_jax.data.dataset import dataset_dir, open_prepared, read_manifest
-from alexnet_jax.data.open_or_prepare import is_prepared
+from alexnet_jax.data.dataset import dataset_dir, read_manifest
+from alexnet_jax.data.open_or_prepare import find_prepared, open_verified
 from alexnet_jax.prepare import writer
 from alexnet_jax.prepare.data_card import DataCard, card_of_prepared
 from alexnet_jax.runtime.files import JsonObject, free_bytes
@@ -41,15 +40,19 @@ def describe(settings: writer.PrepareConfig, data_dir: str, prepared_dir: str | 
     Raises SourceError, ConfigError or OSError: the data set is corrupt or cannot be prepared, or the source has other
     classes than `settings`.
     """
-    directory = dataset_dir(data_dir, settings, prepared_dir)
-    if is_prepared(directory):
-        prepared, manifest = open_prepared(directory, settings), read_manifest(directory, settings)
-        check_num_classes(settings.num_classes, f'the data set prepared from {settings.source}', manifest.class_names)
+    directory, found = find_prepared(settings, data_dir, prepared_dir), None
+    if directory is None:
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints unknown sizes
+            found = writer.preview(settings, data_dir, prepared_dir)
+        directory = found.earlier
+    if found is None or directory is not None:
+        assert directory is not None
+        prepared = open_verified(directory, settings, data_dir, prepared_dir, settings.num_classes)
+        manifest = read_manifest(directory, settings)
         card = card_of_prepared(manifest, prepared.statistics['class_counts'])
         state = [f'{directory}: prepared, {size_text(sum(manifest.files.values()))}']
         return Description(card, state, prepared.fingerprint)
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints unknown sizes
-        found = writer.preview(settings, data_dir, prepared_dir)
+    directory = dataset_dir(data_dir, settings, prepared_dir)
     parts = [f'TFDS downloads {size_text(found.download_bytes)}'] if found.download_bytes else []
     parts.append(f'the data set takes about {size_text(found.bytes)}{"" if found.card.images else " per image"}')
     if found.complete:
