@@ -10,8 +10,8 @@ import numpy as np
 
 from alexnet_jax.prepare.folder_layout import enter, find_split_folders, inside_split, is_flat
 from alexnet_jax.prepare.folder_reader import FolderReader
-from alexnet_jax.prepare.image_files import Files, describe_ignored, examples_of, list_folder, shortened
-from alexnet_jax.prepare.label_table import find_table, read_table
+from alexnet_jax.prepare.image_files import Files, describe_ignored, examples_of, images_below, list_folder, shortened
+from alexnet_jax.prepare.label_table import LabelTable, find_table, read_table
 from alexnet_jax.prepare.raw_sources import FileExamples, Source, SourceError, hold_out
 from alexnet_jax.prepare.splits import TEST, choose_splits, is_plain_split, split_kind
 
@@ -34,7 +34,9 @@ def open_folder(root: Path, fraction: float, validation_split: str | None) -> So
     inner = enter(root)
     reader = FolderReader(inner)
     if inner != root:
-        reader.notes.append(f'{inner} is used, the only folder of images in {root}')
+        reader.notes.append(f'the images are read from {inner}')
+        for folder in (root, *(parent for parent in inner.parents if root in parent.parents)):
+            list_folder(folder, reader.ignored)
     table = find_table(inner)
     if table is not None:
         return _open_table(reader, table, fraction, validation_split)
@@ -72,7 +74,7 @@ def _open_splits(reader: FolderReader, names: list[str], fraction: float, valida
         held_origin = _relative(part, root) + labels_from
     reader.notes += choice.notes
     reader.notes += [f'{name} is not used; it has no classes' for name in unlabeled if name not in usable]
-    others = [f'{name}/' for name in folders if name not in names]
+    others = [f'{name}/' for name in folders if name not in names and str(root / name) not in reader.label_file]
     if others:
         reader.notes.append(f'{shortened(others)} {"are" if len(others) > 1 else "is"} not used')
     return _source(reader, train, validation, (origin, held_origin), fraction, names_classes)
@@ -101,10 +103,7 @@ def _open_table(reader: FolderReader, path: Path, fraction: float, validation_sp
                     ' add training images, or remove the rows of the class'
                 )
         reader.notes += choice.notes
-    if list_folder(reader.root, reader.ignored)[0]:
-        reader.notes.append(
-            f'{path.name} gives the classes of the images; the names of folders are not used as classes'
-        )
+    reader.notes += _not_in_table(reader, table)
     return _source(reader, train, validation, origins, fraction, names_classes)
 
 
@@ -135,6 +134,19 @@ def _source(
     return Source(splits, classes, validation is None, named_origins, notes, names_classes, tuple(reader.roots))
 
 
+def _not_in_table(reader: FolderReader, table: LabelTable) -> list[str]:
+    """Returns lines about the folders and images that are not used because there is a table."""
+    notes, listed = [], set(table.paths)
+    if len(list_folder(reader.root, Counter())[0]) > 1:
+        notes.append(f'{table.file.name} gives the classes of the images; the names of the folders do not')
+    start = len(os.path.join(reader.root, ''))
+    found = (image.path[start:] for image in images_below(reader.root, reader.ignored))
+    unlisted = [path for path in found if path not in listed]
+    if unlisted:
+        notes.append(f'not used, because {table.file.name} does not list them: {shortened(sorted(unlisted), 1)}')
+    return notes
+
+
 def _siblings(root: Path) -> list[str]:
     """Returns a line about the splits next to `root` if `root` is itself a split."""
     if not is_plain_split(root.name):
@@ -149,7 +161,7 @@ def _siblings(root: Path) -> list[str]:
 def _classes_named_like_splits(classes: list[str]) -> list[str]:
     """Returns a line about the classes that have the name of a split."""
     names = [name for name in classes if is_plain_split(name)]
-    return [f'{shortened(names)} is a class, because its images are directly in its folder'] if names else []
+    return [f'{shortened(names)} is a class, because its folder contains no classes'] if names else []
 
 
 def _relative(folder: Path, root: Path) -> str:

@@ -24,24 +24,28 @@ def enter(root: Path) -> Path:
     """Returns the folder in `root` that contains the splits or classes: usually `root` itself.
 
     It is another folder if `root` contains Kaggle's tree of ImageNet, or only one folder, which contains splits,
-    several classes or a table. Raises SourceError: `root` has the folders of a data set for object detection.
+    several classes or a table, perhaps in another single folder. Raises SourceError: `root` has the folders of a data
+    set for object detection.
     """
+    chosen = folder = root
     for _ in range(_DEPTH):
-        if find_table(root):
+        folders, images = list_folder(folder, Counter())
+        if find_table(folder):
             break
-        folders, images = list_folder(root, Counter())
-        _check_annotations(root, folders)
-        kaggle = next((name for name in _KAGGLE if (root / name / 'train').is_dir()), None)
+        _check_annotations(folder, folders)
+        kaggle = next((name for name in _KAGGLE if (folder / name / 'train').is_dir()), None)
         if kaggle and not any(map(split_kind, folders)):
-            return root / kaggle
-        full = _first_two(root)
+            return folder / kaggle
+        full = _first_two(folder)
         if images or len(full) != 1:
             break
-        inner = root / full[0]
-        if find_split_folders(inner) is None and (split_kind(full[0]) or not _has_classes(inner)):
+        folder = folder / full[0]
+        has_splits = find_split_folders(folder) is not None
+        if split_kind(full[0]) and not has_splits:
             break
-        root = inner
-    return root
+        if has_splits or _has_classes(folder):
+            chosen = folder
+    return chosen
 
 
 def find_split_folders(root: Path) -> list[str] | None:
@@ -95,13 +99,15 @@ def is_flat(folder: Path) -> bool:
     )
 
 
-def check_classes(folder: Path, files: Mapping[str, Files], start: int) -> None:
-    """Raises SourceError if the folders in `folder` are no classes, because of the folders that they contain.
+def check_classes(folder: Path, files: Mapping[str, Files], start: int) -> list[str]:
+    """Returns the names of the folders inside the classes, except usual ones such as images/.
 
     Args:
       folder: the folder of the classes.
       files: the files of each class.
       start: position in a path at which the part relative to the folder of the classes begins.
+
+    Raises SourceError: the folders in `folder` are no classes, because they contain splits or the same folders.
     """
     owners: dict[str, str] = {}
     for name, of_class in files.items():
@@ -126,6 +132,7 @@ def check_classes(folder: Path, files: Mapping[str, Files], start: int) -> None:
                 )
         for inner in below:
             owners.setdefault(inner, name)
+    return list(owners)
 
 
 def flat_error(folder: Path, root: Path) -> SourceError:

@@ -5,7 +5,16 @@ from collections import Counter
 from pathlib import Path
 
 from alexnet_jax.prepare.folder_layout import check_classes, flat_error, is_flat
-from alexnet_jax.prepare.image_files import REMEDY, Files, files_below, has_other_files, list_folder, shortened, sized
+from alexnet_jax.prepare.image_files import (
+    REMEDY,
+    Files,
+    counted,
+    files_below,
+    has_other_files,
+    list_folder,
+    shortened,
+    sized,
+)
 from alexnet_jax.prepare.label_files import label_flat_folder
 from alexnet_jax.prepare.label_table import LabelTable, find_table, read_table, sorted_classes
 from alexnet_jax.prepare.raw_sources import SourceError
@@ -18,6 +27,7 @@ class FolderReader:
       root: the folder; the paths of the files are relative to it.
       notes: what was chosen or ignored, one line each.
       ignored: number of ignored files by kind, see image_files.entries_of().
+      label_file: path of the file with the labels of a flat folder; '' if there is none.
       roots: absolute paths of the folder and of label files elsewhere.
     """
 
@@ -25,6 +35,7 @@ class FolderReader:
         self.root = root
         self.notes: list[str] = []
         self.ignored = Counter[str]()
+        self.label_file = ''
         self.roots = [str(root)]
 
     def read_classes(self, folder: Path) -> tuple[dict[str, Files], bool]:
@@ -59,10 +70,12 @@ class FolderReader:
             raise SourceError(f'{folder}: the folders of its {len(classes)} classes are empty')
         if images:
             first = min(image.name for image in images)
-            self.notes.append(f'{len(images):,} files in {folder} are not used, because they have no class: {first}')
+            self.notes.append(f'{counted(images)} in {folder} without a class are not used: {first}')
         if others:
             self.notes.append(f'folders in {folder} without images are not used: {shortened(others)}')
-        check_classes(folder, classes, len(os.path.join(folder, '')) - len(os.path.join(self.root, '')))
+        inner = check_classes(folder, classes, len(os.path.join(folder, '')) - len(os.path.join(self.root, '')))
+        if inner:
+            self.notes.append(f'folders inside the folder of a class belong to the class: {shortened(sorted(inner))}')
         return classes, True
 
     def read_table(self, table: LabelTable, split: str | None = None) -> tuple[dict[str, Files], bool]:
@@ -111,7 +124,7 @@ class FolderReader:
                 files[label].append(file)
             else:
                 unknown.append(image.name)
-        of = f'of the {len(images):,} images of {folder}'
+        of = f'of {counted(images)} of {folder}'
         if not any(files.values()):
             raise SourceError(
                 f'config.data.source: the classes {of} are names such as {labels[unknown[0]]} in {label_file}, but'
@@ -127,6 +140,7 @@ class FolderReader:
                 f'{len(unknown):,} {of} are not used, because their class is missing from {train}: {first}'
                 f' ({labels[first]})'
             )
+        self.label_file = label_file
         if os.path.isabs(label_file) and not label_file.startswith(os.path.join(self.root, '')):
             self.roots.append(label_file)
         return files, f' with the labels of {label_file}'

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 
 import numpy as np
 
@@ -67,18 +67,26 @@ def entries_of(folder: str | os.PathLike[str], ignored: Counter[str]) -> Iterato
 
 def content_of(folder: str | os.PathLike[str]) -> str:
     """Returns IMAGES if there is an image in `folder` or below, EMPTY if there is no file at all, otherwise OTHER."""
-    pending, seen, others = [os.fspath(folder)], set(), Counter[str]()
+    others = Counter[str]()
+    if next(images_below(folder, others), None):
+        return IMAGES
+    return OTHER if has_other_files(others) else EMPTY
+
+
+def images_below(folder: str | os.PathLike[str], ignored: Counter[str]) -> Iterator[os.DirEntry[str]]:
+    """Yields the images in `folder` and below. A folder to which several links lead is read once."""
+    pending, seen = [os.fspath(folder)], set()
     while pending:
         current = pending.pop()
         real = os.path.realpath(current)
         if real in seen:
             continue
         seen.add(real)
-        for entry, is_folder in entries_of(current, others):
-            if not is_folder:
-                return IMAGES
-            pending.append(entry.path)
-    return OTHER if has_other_files(others) else EMPTY
+        for entry, is_folder in entries_of(current, ignored):
+            if is_folder:
+                pending.append(entry.path)
+            else:
+                yield entry
 
 
 def has_other_files(ignored: Counter[str]) -> bool:
@@ -133,6 +141,11 @@ def examples_of(root: str, files: Mapping[str, Files], class_names: list[str]) -
     return FileExamples(root, names, sizes, np.array(labels, np.int32))
 
 
+def counted(images: Sized) -> str:
+    """Returns the number of images as text."""
+    return f'{len(images):,} image{"" if len(images) == 1 else "s"}'
+
+
 def shortened(names: Iterable[str], most: int = 5) -> str:
     """Returns the first names of a list as text, and the number of those left out."""
     names = [name if name.isprintable() else repr(name) for name in names]
@@ -144,10 +157,10 @@ def shortened(names: Iterable[str], most: int = 5) -> str:
 def describe_ignored(ignored: Counter[str]) -> list[str]:
     """Returns at most two lines about the files and folders that `ignored` counts."""
     lines = []
-    for is_other, what in ((True, 'files that are not images by name'), (False, 'system files and hidden files')):
+    for is_other, what in ((True, 'not read as images'), (False, 'ignored as system files or hidden files')):
         counts = [(name, count) for name, count in ignored.most_common() if name.startswith('*') == is_other]
         if counts:
-            lines.append(f'{what} are ignored: {shortened([f"{count:,} {name}" for name, count in counts])}')
+            lines.append(f'{what}: {shortened([f"{count:,} {name}" for name, count in counts], 10)}')
     return lines
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alexnet_jax.prepare.image_files import REMEDY, shortened
+from alexnet_jax.prepare.image_files import REMEDY, counted, shortened
 from alexnet_jax.prepare.raw_sources import SourceError
 
 _DEVKIT = 'ILSVRC2012_devkit_t12'
@@ -55,10 +55,10 @@ def label_flat_folder(folder: Path, root: Path, names: Sequence[str], classes: S
     if any(re.match(r'ILSVRC2012_val_\d{8}\b', name) for name in names):
         labels = _of_images(_numbered(_imagenet_list('validation_labels.txt')), names)
         if labels:
-            return 'the list of labels in TFDS', labels
+            return 'validation_labels.txt in TFDS', labels
     reason = f' {shortened(tried)} has no label for them;' if tried else ''
     raise SourceError(
-        f'config.data.source: {folder} has {len(names):,} images, but no folder per class and no file of labels;'
+        f'config.data.source: {folder} has {counted(names)}, but no folder per class and no file of labels;'
         f'{reason} {REMEDY}'
     )
 
@@ -211,7 +211,7 @@ def numbered_rows(path: Path, delimiter: str = ',') -> Iterator[tuple[int, list[
             if any(cells):
                 yield reader.line_num, cells
     except csv.Error as error:
-        raise SourceError(f'{path}, line {reader.line_num}: {error}') from None
+        raise SourceError(f'{path}, line {reader.line_num}: not valid CSV: {error}') from None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -81,7 +81,7 @@ def read_table(path: Path) -> LabelTable:
     for line, cells in rows:
         where = f'{path}, line {line}'
         if len(cells) != len(header):
-            raise SourceError(f'{where}: {len(cells)} cells, but the header has {len(header)}')
+            raise SourceError(f'{where}: the number of cells is {len(cells)}, but the header has {len(header)}')
         image = _checked_path(cells[path_column], where)
         name = cells[class_column] if class_column is not None else _marked(header, cells, where)
         split = cells[split_column] if split_column is not None else ''
