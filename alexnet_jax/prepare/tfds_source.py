@@ -177,7 +177,7 @@ def missing_tfds_data(source: str, data_dir: str) -> tuple[list[str], dict[str, 
     Returns the class names, the number of images by split ({} if unknown), and the bytes that TFDS would download.
     Raises SourceError: TFDS has no such data set, or TensorFlow or a file is missing.
     """
-    if source.partition(':')[0] in ('folder', 'idx'):
+    if source.partition(':')[0] not in ('tfds', 'photos'):
         return None
     builder = _builder(source, data_dir)
     _, label = _image_and_label(builder)
