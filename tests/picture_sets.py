@@ -314,6 +314,28 @@ def tfrecord(content: bytes, length: int | None = None) -> bytes:
     return header + struct.pack('<I', masked_crc32c(header)) + content + struct.pack('<I', masked_crc32c(content))
 
 
+def tf_example(**features: list[bytes] | list[int]) -> bytes:
+    """Returns a serialized tf.train.Example, which is a message of protobuf, written by hand."""
+    entries = []
+    for name, values in features.items():
+        if values and isinstance(values[0], bytes):
+            feature = field_of(1, b''.join(field_of(1, value) for value in values))  # bytes_list
+        else:
+            feature = field_of(3, field_of(1, b''.join(varint(value) for value in values)))  # int64_list
+        entries.append(field_of(1, field_of(1, name.encode()) + field_of(2, feature)))
+    return field_of(1, b''.join(entries))
+
+
+def field_of(number: int, content: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+def varint(value: int) -> bytes:
+    value &= 2**64 - 1
+    septets = [value >> shift & 127 for shift in range(0, max(value.bit_length(), 1), 7)]
+    return bytes([*(septet | 128 for septet in septets[:-1]), septets[-1]])
+
+
 def masked_crc32c(content: bytes) -> int:
     """Returns the checksum of TFRecord: CRC-32C, rotated by 15 bits, plus a constant."""
     value = 0xFFFFFFFF
