@@ -43,8 +43,7 @@ def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.Pr
         for name in ('prepared_dir', 'validation_split'):
             if getattr(data, name) is not None:
                 command.append(f'--{name}={getattr(data, name)}')
-        if config.model.num_classes != UNKNOWN:
-            command.append(f'--num_classes={config.model.num_classes}')
+        command.append(f'--num_classes={config.model.num_classes}')
         if data.class_names:
             line = io.StringIO()
             csv.writer(line, lineterminator='').writerow(data.class_names)  # a name may contain a comma

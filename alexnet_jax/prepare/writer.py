@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from alexnet_jax.config import UNKNOWN, ConfigError, check_num_classes
+from alexnet_jax.config import ConfigError, check_num_classes
 from alexnet_jax.data.dataset import DatasetError, Manifest, dataset_dir, read_manifest, sampled_digests, write_manifest
 from alexnet_jax.paths import check_folder, check_writable, is_url
 from alexnet_jax.prepare.classes import are_numbers, order_classes
@@ -40,7 +40,7 @@ class PrepareConfig:
       class_names: the classes of the source in the order of their labels, see classes.order_classes(); or empty.
       validation_fraction, validation_split: see sources.open_source().
       max_corrupt_fraction: maximum fraction of unreadable images.
-      num_classes: the number of classes that the source must have; UNKNOWN accepts any number.
+      num_classes: the number of classes that the source must have, see config.check_num_classes().
       workers: number of processes.
     """
 
@@ -52,7 +52,7 @@ class PrepareConfig:
     validation_fraction: float = 0.1
     validation_split: str | None = None
     max_corrupt_fraction: float = 0.001
-    num_classes: int = UNKNOWN
+    num_classes: int | None = None
     workers: int = 2
 
 
