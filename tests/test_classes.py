@@ -15,7 +15,7 @@ from helpers import config_flags, read_json, refusal, run_command, usage_error
 from ml_collections.config_flags.tuple_parser import TupleParser
 from PIL import Image
 
-from alexnet_jax.config import default_config, preset_config, resolve
+from alexnet_jax.config import apply_overrides, default_config, preset_config, resolve
 from alexnet_jax.data import dataset
 from alexnet_jax.inference.trained_model import import_weights_as_run
 from alexnet_jax.prepare import tfds_source
@@ -201,13 +201,23 @@ def test_names_of_fashion_mnist_are_those_of_tfds():
     assert tuple(tfds.builder('fashion_mnist').info.features['label'].names) == CLASSES
 
 
+LEARNS = SMALL | {  # learns the colors in some seconds
+    'model.widths': (8, 0, 0, 0, 16, 0, 32),
+    'model.num_classes': 5,
+    'model.kernel_std': (0.05,) * 8,
+    'model.dropout': 0.0,
+    'train.steps': 150,
+    'optimizer.schedule': 'constant',
+    'optimizer.learning_rate': 0.02,
+    'data.color': 'none',
+    'data.std': (64.0,),
+}
+
+
 def imported_run(workdir: Path, source: Path, names: list[str]) -> None:
     """Writes a run at step 0 with random weights whose classes are `names`, on the images in `source`."""
     config = default_config()
-    fields = SMALL | {'data.source': f'folder:{source}', 'model.num_classes': len(names)}
-    for field, value in (fields | {'model.widths': (8, 0, 0, 0, 16, 0, 32), 'model.kernel_std': (0.05,) * 8}).items():
-        group, name = field.split('.')
-        config[group][name] = value
+    apply_overrides(config, LEARNS | {'data.source': f'folder:{source}'})
     resolved = resolve(config)
     params, batch_statistics = jax.device_get(build_model(resolved)[1](jax.random.key(0)))
     statistics = {
@@ -225,22 +235,13 @@ def test_advice_for_weights_with_another_order_is_right(pictures, tmp_path, comp
     """Follows the advice of the refusal to the letter; then stored labels and predictions are right."""
     names, workdir = ['eel', 'dog', 'cow', 'bee', 'ape'], tmp_path / 'im ported'
     imported_run(workdir, pictures, names)
-    fields = SMALL | {
-        'data.source': f'folder:{pictures}',
-        'model.num_classes': 5,
-        'model.kernel_std': (0.05,) * 8,
-        'train.steps': 60,
-        'optimizer.schedule': 'constant',
-        'optimizer.learning_rate': 0.02,
-        'data.color': 'none',
-        'data.std': '(64.0,)',
-    }
-    flags = ['--config=imagenet', *config_flags(fields), f'--workdir={workdir}', '--allow_changes']
-    message = run_command('launch.py', *flags, f'--config.data.data_dir={tmp_path}/d')
-    assert message.returncode == 2, message.stderr
-    last = message.stderr.splitlines()[-1]
-    assert "label 0 is 'eel', but 'ape' in the data" in last
-    advice = next(word for word in shlex.split(last.partition('another data_dir: ')[2]) if word.startswith('--config'))
+    fields = LEARNS | {'data.source': f'folder:{pictures}'}
+    flags = ['--config=imagenet', *config_flags(fields), f'--workdir={workdir}']
+    refused = run_command('launch.py', *flags, f'--config.data.data_dir={tmp_path}/d')
+    assert refused.returncode == 2, refused.stderr
+    message = refused.stderr.splitlines()[-1]
+    assert "label 0 is 'eel', but 'ape' in the data" in message
+    advice = next(word for word in shlex.split(message.partition('another data_dir: ')[2]) if word.startswith('--'))
     run = run_command('launch.py', *flags, f'--config.data.data_dir={tmp_path}/e', advice)
     assert run.returncode == 0, run.stderr
     assert read_json(workdir / 'config.json')['data']['class_names'] == names
@@ -248,11 +249,7 @@ def test_advice_for_weights_with_another_order_is_right(pictures, tmp_path, comp
     files = [pictures / 'val' / name / '0.png' for name in COLORS]
     shown = run_command('-m', 'alexnet_jax.predict', workdir, *files, '--json')
     assert shown.returncode == 0, shown.stderr
-    lines = [json.loads(line) for line in shown.stdout.splitlines()]
-    assert [line['top'][0]['class'] for line in lines] == list(COLORS)
-    other = shlex.split(last.partition('alexnet prepare ')[2])
-    again = [f'--source=folder:{pictures}', f'--data_dir={tmp_path}/e', '--image_size=72', *other]
-    assert run_command('-m', 'alexnet_jax.prepare', *again).returncode == 0  # the names of the same data set
+    assert [json.loads(line)['top'][0]['class'] for line in shown.stdout.splitlines()] == list(COLORS)
 
 
 @pytest.mark.parametrize('folder', ['/r/run_1', "/r/a run's", '/r/a,b'])
@@ -303,7 +300,6 @@ def test_auto_is_the_number_of_classes_of_the_data(pictures, tmp_path, compiled_
     assert 'is done' in finished.stdout
     resumed = run_command('launch.py', *flags, '--config.train.steps=4')
     assert (resumed.returncode, 'resuming' in resumed.stderr, 'num_classes' in resumed.stderr) == (0, True, False)
-    assert 'num_classes = 5' in run_command('launch.py', *flags, '--print_config').stdout
 
 
 def test_auto_needs_data_and_fits_the_mesh(tmp_path):
