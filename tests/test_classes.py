@@ -210,6 +210,7 @@ LEARNS = SMALL | {  # learns the colors in some seconds
     'optimizer.schedule': 'constant',
     'optimizer.learning_rate': 0.02,
     'data.color': 'none',
+    'data.class_weights': 'balanced',
     'data.std': (64.0,),
 }
 
@@ -244,6 +245,7 @@ def test_advice_for_weights_with_another_order_is_right(pictures, tmp_path, comp
     advice = next(word for word in shlex.split(message.partition('another data_dir: ')[2]) if word.startswith('--'))
     run = run_command('launch.py', *flags, f'--config.data.data_dir={tmp_path}/e', advice)
     assert run.returncode == 0, run.stderr
+    assert 'class_weights=balanced: 1 (eel) to 1 (eel)' in run.stderr  # the counts of the data, not of the weights
     assert read_json(workdir / 'config.json')['data']['class_names'] == names
     assert colors_by_label(tmp_path / 'e') == {label: rounded(name) for label, name in enumerate(names)}
     files = [pictures / 'val' / name / '0.png' for name in COLORS]
