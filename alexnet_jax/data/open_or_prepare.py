@@ -47,8 +47,7 @@ def open_or_prepare(
     if directory is None:
         # Prepare in a child process, because TensorFlow should not share a process with JAX.
         command = child_command('prepare', *prepare_flags(data, *folders))
-        if config.model.num_classes != UNKNOWN:
-            command.append(f'--num_classes={config.model.num_classes}')
+        command.append(f'--num_classes={config.model.num_classes}')
         with preemption_signals_blocked():
             process = subprocess.Popen(command, env=child_environment())
         while process.poll() is None:
