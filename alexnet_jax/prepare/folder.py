@@ -74,7 +74,7 @@ def _open_splits(reader: FolderReader, names: list[str], fraction: float, valida
         held_origin = _relative(part, root) + labels_from
     reader.notes += choice.notes
     reader.notes += [f'{name} is not used; it has no classes' for name in unlabeled if name not in usable]
-    others = [f'{name}/' for name in folders if name not in names and str(root / name) not in reader.label_file]
+    others = [f'{name}/' for name in folders if name not in names and not reader.is_label_folder(name)]
     if others:
         reader.notes.append(f'{shortened(others)} {"are" if len(others) > 1 else "is"} not used')
     return _source(reader, train, validation, (origin, held_origin), fraction, names_classes)

@@ -144,3 +144,7 @@ class FolderReader:
         if os.path.isabs(label_file) and not label_file.startswith(os.path.join(self.root, '')):
             self.roots.append(label_file)
         return files, f' with the labels of {label_file}'
+
+    def is_label_folder(self, name: str) -> bool:
+        """Returns whether the folder `name` contains the file with the labels of a flat folder."""
+        return self.label_file.startswith(os.path.join(self.root, name, ''))
