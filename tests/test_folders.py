@@ -122,6 +122,8 @@ def test_a_named_split_must_exist():
         (['train/1.jpg', 'val/1.jpg', 'samples/1.jpg'], 'the split .*train are in no folders of classes'),
         ([*images('train'), 'val/1.jpg', 'val/2.jpg'], 'val has 2 images, but no folder per class.*labels.csv'),
         ([*images('train'), *images('val', ('Cats', 'dogs'))], 'Cats is a class that is missing .*; rename it to cats'),
+        ([*images('train', ('K\xe4se',)), *images('val', ('Ka\u0308se',))], 'missing .*; rename it to K\xe4se'),
+        ([*images('train'), *images('val', ('cats', 'eels'))], 'eels is a class that is missing .*; remove it, or add'),
         (['1.jpg', '2.jpg'], 'has no folders of images; .*labels.csv'),
     ],
 )
@@ -165,6 +167,7 @@ def test_part_of_a_data_set_names_the_splits_next_to_it(tmp_path):
     source = opened(f'folder:{tmp_path}/train')
     assert source.holds_out_validation
     assert source.notes == (f'valid next to {tmp_path}/train is not used; folder:{tmp_path} uses all splits',)
+    assert f'folder:{tmp_path} uses all splits' in refusal(tmp_path / 'train', validation_split='valid')
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,9 @@ def open_folder(root: Path, fraction: float, validation_split: str | None) -> So
     if names is not None:
         return _open_splits(reader, names, fraction, validation_split)
     if validation_split is not None:
+        remedy = '; '.join(['its folders are classes', *_siblings(inner)])
         raise SourceError(
-            f'config.data.validation_split: {validation_split!r}, but {inner} has no folders of splits; its folders are'
-            ' classes'
+            f'config.data.validation_split: {validation_split!r}, but {inner} has no folders of splits; {remedy}'
         )
     classes, _ = reader.read_classes(inner)
     reader.notes += [*_siblings(inner), *_classes_named_like_splits(list(classes))]

@@ -1,6 +1,7 @@
 """Reads the files of each class in a folder of images, and notes what is ignored."""
 
 import os
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -100,7 +101,7 @@ class FolderReader:
         table = find_table(folder)
         unknown = sorted(name for name, of_class in files.items() if of_class and name not in classes)
         if unknown:
-            same = next((name for name in classes if name.lower() == unknown[0].lower()), None)
+            same = next((name for name in classes if _simplified(name) == _simplified(unknown[0])), None)
             remedy = f'rename it to {same}' if same else 'remove it, or add training images of the class'
             where = f'the class {unknown[0]} of {table}' if table else f'{folder / unknown[0]} is a class that'
             raise SourceError(f'{where} is missing from {train}; {remedy}')
@@ -142,3 +143,8 @@ class FolderReader:
     def is_label_folder(self, name: str) -> bool:
         """Returns whether the folder `name` contains the file with the labels of a flat folder."""
         return self.label_file.startswith(os.path.join(self.root, name, ''))
+
+
+def _simplified(name: str) -> str:
+    """Returns `name` without differences of case and of the encoding of accents, which depends on the system."""
+    return unicodedata.normalize('NFC', name).casefold()
