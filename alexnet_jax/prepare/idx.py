@@ -1,6 +1,7 @@
 """Files in the format of MNIST."""
 
 import gzip
+import os
 import zlib
 from pathlib import Path
 
@@ -16,6 +17,7 @@ def open_idx(folder: Path, fraction: float, validation_split: str | None) -> Sou
 
     `fraction` of the training images is held out, unless `validation_split` is t10k or test.
     """
+    folder = Path(os.path.abspath(folder))
     train = _idx_split(folder, 'train')
     classes = int(train.labels.max()) + 1
     found = {'train': 'train'} | {name: name for name in ('t10k', 'test') if list(folder.glob(f'*{name}*idx3*'))}
@@ -30,6 +32,7 @@ def open_idx(folder: Path, fraction: float, validation_split: str | None) -> Sou
         splits,
         [str(label) for label in range(classes)],
         choice.validation is None,
+        origins={'train': 'train', 'validation': choice.validation or f'{100 * fraction:g}% of each class of train'},
         notes=choice.notes,
         names_classes=False,
         roots=(str(folder),),
