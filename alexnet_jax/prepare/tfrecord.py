@@ -8,9 +8,10 @@ import array
 import functools
 import os
 import struct
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from jaxtyping import UInt32
 
 from alexnet_jax.data.images import UnreadableImage
 
@@ -36,7 +37,7 @@ _TABLE = _byte_table()
 
 
 @functools.cache
-def _position_table() -> NDArray[np.uint32]:
+def _position_table() -> UInt32[np.ndarray, ' n']:
     """Returns the remainders of each byte (256 per position) at the positions of the last _DEGREE bytes of the data."""
     table = np.empty((_DEGREE, 256), np.uint32)
     table[-1] = one_byte = np.array(_TABLE, np.uint32)
@@ -68,7 +69,8 @@ def crc32c(data: bytes) -> int:
                 rest[degree - exponent : degree - exponent + size] ^= rest[:size]
             rest = rest[size:]
     rows = 256 * np.arange(_DEGREE - len(rest), _DEGREE)
-    return int(np.bitwise_xor.reduce(_position_table().take(rows + rest))) ^ 0xFFFFFFFF
+    xor: Any = np.bitwise_xor  # the type stubs of NumPy 2.5 reject its reduce() for Python 3.11
+    return int(xor.reduce(_position_table().take(rows + rest))) ^ 0xFFFFFFFF
 
 
 def masked_crc32c(data: bytes) -> int:
