@@ -115,10 +115,11 @@ class _RowReader:
     def cell(self, row: int) -> Any:
         """Returns the value at `row`. Raises UnreadableImage: the row group is corrupt at or before `row`."""
         group = int(np.searchsorted(self.starts, row, 'right')) - 1
-        if group != self.group or row < self.first:
-            self.group, self.first, self.values = group, int(self.starts[group]), []
-            self.batches = self._decode(group)
         try:
+            if group != self.group or row < self.first:
+                self.group, self.first, self.values = group, int(self.starts[group]), []
+                self.batches = iter(())  # of no group, if the next line fails
+                self.batches = self._decode(group)
             while row >= self.first + len(self.values):
                 self.first += len(self.values)
                 self.values = []
@@ -131,12 +132,7 @@ class _RowReader:
 
     def _decode(self, group: int) -> Iterator[pa.RecordBatch]:
         description = self.file.metadata.row_group(group)
-        column_bytes = sum(
-            description.column(i).total_uncompressed_size
-            for i in range(description.num_columns)
-            if description.column(i).path_in_schema.split('.')[0] == self.column
-        )
-        mean_bytes = max(1, column_bytes // max(1, description.num_rows))
+        mean_bytes = max(1, description.total_byte_size // max(1, description.num_rows))
         batch = min(1024, max(1, _WINDOW_BYTES // mean_bytes))
         return self.file.iter_batches(batch, [group], [self.column], use_threads=False)
 

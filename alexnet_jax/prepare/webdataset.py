@@ -20,7 +20,7 @@ from alexnet_jax.data.images import UnreadableImage
 from alexnet_jax.paths import shown
 from alexnet_jax.prepare.raw_sources import Indices, Labels, RawExample, Source, SourceError
 from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, open_splits
-from alexnet_jax.prepare.tar_members import Member, read_members
+from alexnet_jax.prepare.tar_members import BLOCK_BYTES, Member, read_members
 
 _IMAGE_ENDINGS = ('jpg', 'jpeg', 'png', 'webp', 'ppm', 'pgm', 'bmp', 'tif', 'tiff', 'gif')
 _COMPRESSED_ENDINGS = ('.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.tar.zst')
@@ -276,6 +276,8 @@ class _Index:
                     key = folder + slash + stem
                     group = incomplete.pop(key, _Group())
                 self._put(file.fileno(), path, group, member, ending.lower())
+            if any(os.pread(file.fileno(), BLOCK_BYTES, max(0, os.path.getsize(path) - BLOCK_BYTES))):
+                self._count('tar files have no end mark, so they may be incomplete', os.path.basename(path))
             finish(key, group)
             for key, group in incomplete.items():
                 finish(key, group, is_last=True)
