@@ -22,7 +22,6 @@ from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, open_splits,
 from alexnet_jax.runtime.console import log
 
 _WINDOW_BYTES = 1 << 24  # of the images that a worker process decodes from a row group at once
-_BUFFER_BYTES = 1 << 20  # of reads; without a buffer, pyarrow reads a whole row group
 _CORRUPT = (pa.ArrowException, OSError, ValueError)  # what pyarrow raises for corrupt files
 
 
@@ -100,11 +99,16 @@ class ParquetExamples:
         return hashlib.sha256(described.encode() + arrays).hexdigest()
 
 
+def _open(path: str) -> pq.ParquetFile:
+    """Opens a file such that pyarrow reads a megabyte at once, not a whole row group."""
+    return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
+
+
 class _RowReader:
     """Reads cells of one column; the rows should increase, because the reader decodes a row group from its start."""
 
     def __init__(self, path: str, column: str):
-        self.file = pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
+        self.file = _open(path)
         self.column = column
         sizes = [self.file.metadata.row_group(i).num_rows for i in range(self.file.metadata.num_row_groups)]
         self.starts = np.cumsum([0, *sizes])
@@ -270,7 +274,7 @@ class _File:
 def _read_labels(path: str, label: str | None, location: str) -> _File:
     """Reads the footer and the label column. Raises SourceError: the file is corrupt or lacks a column."""
     try:
-        with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, page_checksum_verification=True) as file:
+        with _open(path) as file:
             columns = _choose_columns(path, file.schema_arrow, label, location)
             labels = file.read([columns[1]], use_threads=False).column(0)
             footer_bytes, rows = file.metadata.serialized_size, file.metadata.num_rows
