@@ -26,7 +26,7 @@ _IMAGE_ENDINGS = ('jpg', 'jpeg', 'png', 'webp', 'ppm', 'pgm', 'bmp', 'tif', 'tif
 _COMPRESSED_ENDINGS = ('.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.tar.zst')
 _CLASS_FILES = ('classes.txt', 'classnames.txt')  # beside the tar files, one name per line
 _LABEL_FIELDS = ('label', 'cls', 'class')  # of a member .json
-_MAX_FILES = 1_000_000
+_MAX_FILES = 100_000
 _MAX_LABEL_BYTES = 1000
 _MAX_TEXT_BYTES = 1 << 20  # of a member .json, or a file of class names
 _MAX_IMAGE_BYTES = 1 << 30
@@ -322,8 +322,11 @@ class _Index:
 
 
 def _read_text(descriptor: int, member: Member, limit: int) -> str | None:
-    """Returns the text in a member without blanks around it; None if it is no text or exceeds `limit` bytes."""
-    if member.problem is not None or member.size > limit:
+    """Returns the text in a member without blanks around it; None if it is no text or exceeds `limit` bytes.
+
+    A link has no content, so it is not followed.
+    """
+    if member.size > limit:
         return None
     try:
         return os.pread(descriptor, member.size, member.start).decode().strip()
