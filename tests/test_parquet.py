@@ -170,7 +170,7 @@ def test_rows_without_labels_are_named(tmp_path):
     write(tmp_path / 'val.parquet', range(4), pa.array([0, 1, 0, 1]))
     source = opened(tmp_path)
     assert [name for name, _ in content(source.splits['train'])] == [b'picture %d' % i for i in (0, 2, 4, 5)]
-    assert 'train: 2 images without a label are not used; the first is train.parquet row 1' in source.notes
+    assert 'images of train without a label: 2; the first is train.parquet row 1' in source.notes
 
 
 def saved(path: Path, numbers: list[int], cells: list) -> None:
@@ -255,10 +255,10 @@ def broken_file(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ('how', 'reason'),
     [
-        ('text', r'train.parquet cannot be read .*; download it again'),
-        ('empty', r'train.parquet cannot be read .*; download it again'),
-        ('truncated', r'train.parquet cannot be read .*; download it again'),
-        ('footer', r'train.parquet cannot be read .*; download it again'),
+        ('text', r'train.parquet cannot be read .*; if it is corrupt, download it again'),
+        ('empty', r'train.parquet cannot be read .*; if it is corrupt, download it again'),
+        ('truncated', r'train.parquet cannot be read .*; if it is corrupt, download it again'),
+        ('footer', r'train.parquet cannot be read .*; if it is corrupt, download it again'),
         ('names', r'train.parquet: the names of the classes of label are corrupt; download the file again'),
         ('metadata', r'train.parquet: the metadata of the schema, huggingface, are corrupt; download it again'),
         ('link', 'train.parquet is a link to a missing file, or no regular file'),

@@ -266,9 +266,9 @@ def test_hostile_members_are_named_and_nothing_is_written(tmp_path):
     for name, reason in reasons.items():
         assert reason in skipped[f'train.tar/{name}']
     notes = '\n'.join(opened(tmp_path / 'wds').notes)
-    assert '5 images without a label are not used; the first is train.tar/c/d.jpg' in notes
-    assert '2 images in train.tar repeat the key of an earlier image; the first is two.png' in notes
-    assert '1 labels in train.tar have no image; the first is alone' in notes
+    assert 'images of train without a label: 5; the first is train.tar/c/d.jpg' in notes
+    assert f'images with the key of an earlier image: 2; the first is {tmp_path}/wds/train.tar/two.png' in notes
+    assert f'labels without an image: 1; the first is {tmp_path}/wds/train.tar/alone' in notes
     assert read_json(store / 'prepared.json')['images'] == {'train': 4, 'validation': 3}
     outside = {
         path: path.stat().st_mtime_ns for path in tmp_path.rglob('*') if not path.is_relative_to(tmp_path / 'data')
@@ -329,7 +329,7 @@ def test_truncated_tar_files(tmp_path):
     assert 'is truncated or corrupt: 000011.cls claims 1 bytes, but the file ends after 0' in refused(path)
     path.write_bytes(data[: 1024 * 20])  # between two members
     assert len(everything(path)) == 10
-    assert any('no end mark' in note for note in opened(path).notes)
+    assert any('without an end mark' in note for note in opened(path).notes)
 
 
 def test_random_changes_never_end_in_another_error(tmp_path):

@@ -18,7 +18,7 @@ from jaxtyping import Integer
 from alexnet_jax.data.images import UnreadableImage, read_file
 from alexnet_jax.paths import check_text_path, shown
 from alexnet_jax.prepare.raw_sources import Indices, Labels, RawExample, Source, SourceError
-from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, open_splits, split_word
+from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, find_files, open_splits, split_word
 from alexnet_jax.runtime.console import log
 
 _WINDOW_BYTES = 1 << 24  # of the images that a worker process decodes from a row group at once
@@ -176,7 +176,7 @@ def open_parquet(location: str, fraction: float, validation_split: str | None) -
     path, label = find_parquet(location) or _download(location)
     path = check_text_path('config.data.source', path)
     if os.path.isdir(path):
-        root, files = path, _find_files(path)
+        root, files = path, _parquet_files(path)
     else:
         root, files = os.path.dirname(path), [os.path.basename(path)]
     open_split = functools.partial(_open_split, root, label, location)
@@ -212,26 +212,19 @@ def _download(location: str) -> tuple[str, str | None]:
     return folder, label or None
 
 
-def _find_files(root: str) -> list[str]:
+def _parquet_files(root: str) -> list[str]:
     """Returns the sorted paths, relative to `root`, of the parquet files in `root`.
 
     Raises SourceError: there is none, or the files belong to several configurations.
     """
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith('.')]  # such as .cache of `hf download`
-        files += [
-            os.path.relpath(os.path.join(folder, name), root)
-            for name in names
-            if name.lower().endswith('.parquet') and not name.startswith('.')
-        ]
+    files = find_files(root, ('.parquet',))
     if not files:
         raise SourceError(f'config.data.source: {root} has no parquet files')
     unusable = next((file for file in files if not os.path.isfile(os.path.join(root, file))), None)
     if unusable is not None:
         raise SourceError(f'{os.path.join(root, unusable)} is a link to a missing file, or no regular file')
     sets: dict[str, str] = {}  # folder by the part of its path that tells neither a split nor a usual folder
-    for file in sorted(files):
+    for file in files:
         parts = os.path.dirname(file).split(os.sep)
         named = [part for part in parts if part not in ('data', 'default') and not split_word(part)]
         sets.setdefault(os.sep.join(named), os.sep.join(parts[: parts.index(named[-1]) + 1] if named else ()))
@@ -240,7 +233,7 @@ def _find_files(root: str) -> list[str]:
             f'config.data.source: {root} has the parquet files of several data sets; choose the folder of one, such as'
             f' hf:{os.path.join(root, max(sets.values()))}; the folders are {", ".join(map(shown, sets.values()))}'
         )
-    return sorted(files)
+    return files
 
 
 def _open_split(root: str, label: str | None, location: str, files: Sequence[str]) -> RawSplit:
@@ -289,7 +282,9 @@ def _read_labels(path: str, label: str | None, location: str) -> _File:
     except SourceError:
         raise
     except _CORRUPT as error:
-        raise SourceError(f'{shown(path)} cannot be read ({_one_line(error)}); download it again') from None
+        raise SourceError(
+            f'{shown(path)} cannot be read ({_one_line(error)}); if it is corrupt, download it again'
+        ) from None
     if len(column.codes) != rows:
         raise SourceError(f'{path} is corrupt: {rows} rows, but {len(column.codes)} labels; download it again')
     return _File(columns, column, digest)
