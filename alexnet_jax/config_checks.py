@@ -10,6 +10,7 @@ from alexnet_jax.config_schema import (
     DENSE,
     RENAMED_VALUES,
     SETTINGS,
+    UNKNOWN,
     Config,
     ConfigError,
     ModelConfig,
@@ -61,6 +62,8 @@ def _check_ranges(config: Config) -> None:
         value = get_by_path(config, field)
         if setting.about.bounds is None or setting.kind not in (int, float) or value is None:
             continue
+        if setting.about.accepts_auto and value == UNKNOWN:
+            continue
         least, greatest = setting.about.bounds
         if not least <= value <= greatest:
             near = greatest if value > greatest else least
@@ -82,6 +85,31 @@ def check_class_names(names: Sequence[object]) -> None:
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
         raise ConfigError(f'config.data.class_names: {twice!r} occurs twice')
+
+
+def check_num_classes(num_classes: int, described: str, class_names: Sequence[str]) -> None:
+    """Raises ConfigError if the data have another number of classes than the network, or only one class.
+
+    Args:
+      num_classes: config.model.num_classes; UNKNOWN accepts any number from 2.
+      described: the data, for the message.
+      class_names: the names of the classes of the data.
+    """
+    count = len(class_names)
+    what = f'{described} has {count} class{"es" * (count != 1)} ({shown_classes(class_names)})'
+    if count < 2:
+        raise ConfigError(f'config.model.num_classes: {what}, but at least 2 are needed')
+    if num_classes not in (count, UNKNOWN):
+        raise ConfigError(
+            f'config.model.num_classes: {num_classes}, but {what}; the nearest is {count}, and'
+            ' --config.model.num_classes=auto takes the number of the data'
+        )
+
+
+def shown_classes(class_names: Sequence[str]) -> str:
+    """Returns the names separated by commas; of more than eight names, the first five and the last."""
+    names = class_names if len(class_names) <= 8 else [*class_names[:5], '...', class_names[-1]]
+    return ', '.join(names)
 
 
 def _check_model(config: Config) -> None:

@@ -9,7 +9,8 @@ second command reads the files of Debian's package dataset-fashion-mnist. Result
 
 from alexnet_jax.config import default_config
 
-CLASSES = ('T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'ankle boot')
+# The names in TFDS; the IDX files have only numbers.
+CLASSES = ('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
 
 
 def get_config():

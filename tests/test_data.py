@@ -1,6 +1,7 @@
 """Photographs, prepared data sets, and the batches that are read from them."""
 
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -131,8 +132,8 @@ def test_run_waiting_for_data_stops_on_sigterm(tmp_path):
 def test_source_without_random_access_is_rejected(photos_dir, tmp_path):
     shutil.copytree(os.path.join(photos_dir, 'photos'), tmp_path / 'photos')
     info = tmp_path / 'photos' / '1.0.0' / 'dataset_info.json'
-    info.write_text(info.read_text().replace('array_record', 'tfrecord'))
-    with pytest.raises(SourceError, match='array_record'):
+    info.write_text(info.read_text().replace('array_record', 'riegeli'))
+    with pytest.raises(SourceError, match='riegeli'):
         prepare(PrepareConfig('photos', image_size=64), str(tmp_path))
 
 
@@ -420,5 +421,6 @@ def test_dataset_dir_of_a_config():
     assert where('gs://bucket/d', data) == 'gs://bucket/d/prepared/imagenet2012_256px'  # not a local folder
     data.update(source='tfds:imagenette:320px-v2', channels=1, encoding='jpeg', image_size=64)
     assert where('/d', data) == '/d/prepared/imagenette_320px_v2_64px_grey_jpeg'
-    data.update(source='folder:/pets/2024')
-    assert where('/d', data) == '/d/prepared/folder_pets_2024_64px_grey_jpeg'
+    data.update(source='folder:/pets/of 2024/')
+    digest = hashlib.sha256(b'folder:/pets/of 2024').hexdigest()[:8]
+    assert where('/d', data) == f'/d/prepared/of_2024_{digest}_64px_grey_jpeg'

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import zoo
-from helpers import ROOT, read_json, read_lines, refusal, run_command, start_command, usage_error, wait_for
+from helpers import read_json, read_lines, refusal, run_command, start_command, usage_error, wait_for
 from PIL import Image
 
 from alexnet_jax.config import ConfigError
@@ -434,26 +434,6 @@ def test_interrupt_is_deferred_while_workers_start(another_thread):
     assert child.poll() is None
     child.terminate()
     assert child.wait() == -signal.SIGTERM
-
-
-@pytest.fixture
-def without_tensorflow(tmp_path_factory, monkeypatch):
-    """Child processes cannot import or find TensorFlow."""
-    folder = tmp_path_factory.mktemp('site')
-    (folder / 'sitecustomize.py').write_text(
-        """
-import sys
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition('.')[0] == 'tensorflow':
-            raise ModuleNotFoundError(f'No module named {name!r}', name=name)
-sys.meta_path.insert(0, Finder())
-import importlib.util
-find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name == 'tensorflow' else find_spec(name, package)
-"""
-    )
-    monkeypatch.setenv('PYTHONPATH', f'{folder}{os.pathsep}{ROOT}')
 
 
 def prepared_by(tmp_path, *flags: str) -> subprocess.CompletedProcess:

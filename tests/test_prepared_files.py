@@ -52,13 +52,16 @@ def prepared(settings, tmp_path_factory) -> Path:
     return Path(prepare(settings, str(tmp_path_factory.mktemp('data'))))
 
 
-@pytest.fixture(params=['new', 'without digests'])
+@pytest.fixture(params=['new', 'without digests', 'version 1'])
 def copy(request, prepared, tmp_path) -> Path:
     """A copy of the data set as prepared now, or as an earlier version prepared it."""
     folder = Path(shutil.copytree(prepared, tmp_path / 'copy'))
-    if request.param == 'without digests':
-        manifest = json.loads((folder / 'prepared.json').read_text())
-        old = {name: manifest[name] for name in MANIFEST_OF_0_1}
+    manifest = json.loads((folder / 'prepared.json').read_text())
+    old = {name: manifest[name] for name in MANIFEST_OF_0_1}
+    if request.param == 'version 1':
+        old['digests'] = manifest['digests']
+        old['digest'] = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()
+    if request.param != 'new':
         (folder / 'prepared.json').write_text(json.dumps(old, indent=1) + '\n')
     return folder
 
@@ -134,7 +137,8 @@ def test_fingerprint_is_that_of_earlier_versions(prepared, copy, settings):
     manifest = json.loads((prepared / 'prepared.json').read_text())
     old = {name: manifest[name] for name in MANIFEST_OF_0_1}
     expected = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()
-    assert dataset.open_prepared(str(copy), settings).fingerprint == expected
+    is_old = 'version' not in json.loads((copy / 'prepared.json').read_text())
+    assert (dataset.open_prepared(str(copy), settings).fingerprint == expected) == is_old
 
 
 def test_digests_are_those_of_the_files(prepared):

@@ -1,4 +1,4 @@
-"""Sources of raw images: folders, IDX files and TFDS data sets, and what is rejected."""
+"""Sources of raw images: folders and IDX files, and what is rejected."""
 
 import gzip
 import os
@@ -7,9 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
-import zoo
-from PIL import Image
 
 from alexnet_jax.prepare import sources
 
@@ -172,62 +169,3 @@ def test_invalid_idx_files_are_rejected(tmp_path, spoil, reason):
 
 def cut(path: Path, pack=bytes) -> None:
     path.write_bytes(pack(path.read_bytes())[:-5])
-
-
-class ZooPictures(tfds.core.GeneratorBasedBuilder):
-    """A data set of PNGs with one split and unusual feature names."""
-
-    VERSION = tfds.core.Version('1.0.0')
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in ('plain', 'boxes')]  # noqa: RUF012
-
-    def _info(self):
-        features = {
-            'photograph': tfds.features.Image(shape=(None, None, 3), encoding_format='png'),
-            'species': tfds.features.ClassLabel(names=['ape', 'bee']),
-            'mood': tfds.features.ClassLabel(names=['calm', 'wild', 'odd']),
-        }
-        if self.builder_config.name == 'boxes':
-            features['other'] = tfds.features.Image()
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=('photograph', 'species'),
-        )
-
-    def _split_generators(self, dl_manager):
-        return {'train': self._generate_examples()}
-
-    def _generate_examples(self):
-        for i in range(20):
-            pixels = np.full((8, 8, 3), i, np.uint8)
-            yield i, {'photograph': pixels, 'species': i % 2, 'mood': 2}
-
-
-def test_tfds_with_one_split_and_unusual_feature_names(tmp_path):
-    source = sources.open_source('tfds:zoo_pictures:plain', str(tmp_path), 0.25)
-    assert source.class_names == ['ape', 'bee']
-    assert source.holds_out_validation
-    assert {split: len(examples) for split, examples in source.splits.items()} == {'train': 15, 'validation': 5}
-    seen = []
-    for examples in source.splits.values():
-        for part in (examples.subset(range(0, 2)), examples.subset(range(2, len(examples)))):
-            for name, file, label in content(part):
-                assert name.startswith('record ')
-                value = int(np.asarray(Image.open(zoo.io.BytesIO(file)))[0, 0, 0])
-                assert label == value % 2
-                seen.append(value)
-    assert sorted(seen) == list(range(20))
-
-
-@pytest.mark.parametrize(
-    ('source', 'reason'),
-    [
-        ('tfds:zoo_pictures:boxes', 'other: Image'),
-        ('tfds:zoo_pictures:round', "'zoo_pictures/round': ValueError: .*BuilderConfig"),
-        ('tfds:imagenet2013', "'imagenet2013'"),
-    ],
-)
-def test_unsuitable_tfds_data_sets_are_rejected(tmp_path, source, reason):
-    with pytest.raises(sources.SourceError, match=reason) as caught:
-        sources.open_source(source, str(tmp_path), 0.25)
-    assert '\n' not in str(caught.value)

@@ -1,5 +1,6 @@
 """Reads prepared data sets, which are ArrayRecord files, without TensorFlow."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -10,6 +11,7 @@ import re
 import threading
 import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
@@ -17,15 +19,24 @@ import simplejpeg
 from etils import epath
 from jaxtyping import Bool, Integer, UInt8
 
-from alexnet_jax.config import ConfigError
-from alexnet_jax.paths import check_folder, is_url
+from alexnet_jax.config import ConfigError, DataConfig
+from alexnet_jax.paths import absolute_source, check_folder, is_url
 from alexnet_jax.runtime.console import log_error, summarize_exception
-from alexnet_jax.runtime.files import json_digest, write_json
+from alexnet_jax.runtime.files import JsonObject, json_digest, write_json
 
 Batch = dict[str, np.ndarray]  # see loader.training_batches() and loader.validation_batches()
 
-MANIFEST_FIELDS = ('source', 'image_size', 'channels', 'encoding', 'validation_fraction', 'class_names')
+MANIFEST_FIELDS = (
+    'source',
+    'image_size',
+    'channels',
+    'encoding',
+    'validation_fraction',
+    'validation_split',
+    'class_names',
+)
 MANIFEST = 'prepared.json'  # name of the file with the Manifest
+MANIFEST_VERSION = 2
 MAX_NAME_BYTES = 255  # of a file name, on common file systems
 SAMPLE_BYTES = 1 << 16  # see sampled_digests()
 IN_MEMORY_LIMIT_BYTES = 1 << 28  # a split with more bytes of pixels is not cached in memory
@@ -47,7 +58,7 @@ class DatasetSettings(Protocol):
 
     @property
     def source(self) -> str:
-        """Source of the raw images: photos, tfds:NAME[:config], folder:DIR or idx:DIR."""
+        """Source of the raw images: see DataConfig."""
 
     @property
     def image_size(self) -> int:
@@ -60,6 +71,10 @@ class DatasetSettings(Protocol):
     @property
     def encoding(self) -> str:
         """Encoding of the stored images, raw or jpeg."""
+
+    @property
+    def validation_split(self) -> str | None:
+        """Name of the split to validate on; None selects the validation split of the source."""
 
     @property
     def class_names(self) -> Sequence[str] | None:
@@ -75,14 +90,22 @@ class Manifest:
     """The content of prepared.json, which describes a prepared data set.
 
     Attributes:
-      source, image_size, channels, encoding: see DataConfig.
-      fingerprint: digest of the raw images, see prepare.raw_sources.Source.
+      source, image_size, channels, encoding: see DataConfig. Version 1 has the source as the user gave it, which may be
+        a relative path; version 2 has absolute paths.
+      fingerprint: digest of the stored images, their classes and splits, which depends neither on the source nor on the
+        order of the images; see prepare.shards.content_fingerprint(). In version 1, prepare.raw_sources.Source.
+        fingerprint.
       validation_fraction: fraction of the training images held out for validation; None if the source has a
         validation split.
       class_names: one name per label.
       images: number of images by split.
       files: size in bytes of each other file of the data set, by name.
-      digests: sampled_digests() of each of these files, by name; {} in data sets of earlier versions.
+      digests: sampled_digests() of each of these files, by name; {} in data sets of version 0.1.
+      version: version of this layout; 1 if the file has no version.
+      validation_split: see DataConfig; None in version 1.
+      order: digest of the images in the order of the records; '' in version 1.
+      inventory: the files of the source, see inventory.Inventory; None in version 1.
+      origins: where the images of each split come from, see prepare.raw_sources.Source; {} in version 1.
     """
 
     source: str
@@ -95,10 +118,21 @@ class Manifest:
     images: dict[str, int]
     files: dict[str, int]
     digests: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    version: int = 1
+    validation_split: str | None = None
+    order: str = ''
+    inventory: JsonObject | None = None
+    origins: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def fingerprint_of_images(self) -> str:
-        """Returns the SHA-256 of all fields but `digests`, which earlier versions do not have."""
-        return json_digest({name: value for name, value in dataclasses.asdict(self).items() if name != 'digests'})
+        """Returns a digest of images, order, classes and settings, which does not depend on the source.
+
+        The digest of a data set of version 1 is that of earlier versions of the program: the SHA-256 of all fields that
+        the manifest then had, but `digests`.
+        """
+        names = ['fingerprint', 'image_size', 'channels', 'encoding', 'class_names', 'images']
+        names += ['source', 'validation_fraction', 'files'] if self.version == 1 else ['order']
+        return json_digest({name: getattr(self, name) for name in names})
 
 
 def write_manifest(folder: str, manifest: Manifest) -> None:
@@ -221,15 +255,33 @@ def dataset_dir(data_dir: str, settings: DatasetSettings, prepared_dir: str | No
     field = f'config.data.{"data_dir" if prepared_dir is None else "prepared_dir"}'
     root = check_folder(field, prepared_dir or data_dir)
     root = os.path.join(root, 'prepared') if prepared_dir is None else root
-    name = re.sub(r'\W+', '_', settings.source.removeprefix('tfds:')).strip('_')
-    kind = '_grey' * (settings.channels == 1) + '_jpeg' * (settings.encoding == 'jpeg')
-    ending = f'_{settings.image_size}px{kind}'
-    if len(f'{name}{ending}.incomplete'.encode()) > MAX_NAME_BYTES:
-        digest = f'_{hashlib.sha256(settings.source.encode(errors="surrogatepass")).hexdigest()[:16]}'
-        room = MAX_NAME_BYTES - len(f'{digest}{ending}.incomplete')
-        name = name.encode()[:room].decode(errors='ignore') + digest
-    directory = os.path.join(root, f'{name}{ending}')
+    source = absolute_source('config.data.source', settings.source)
+    kind, _, location = source.partition(':')
+    if kind in ('photos', 'tfds'):
+        name = name_by_text(source, settings)
+    else:
+        digest = hashlib.sha256(source.encode(errors='surrogatepass')).hexdigest()
+        name = _name(os.path.basename(location) or kind, f'_{digest[:8]}', settings)
+    directory = os.path.join(root, name)
     return directory if is_url(root) else check_folder(field, directory)
+
+
+def name_by_text(source: str, settings: DatasetSettings) -> str:
+    """Returns the name of the folder of a prepared data set, which earlier versions used for all sources."""
+    digest = f'_{hashlib.sha256(source.encode(errors="surrogatepass")).hexdigest()[:16]}'
+    text = source.removeprefix('tfds:')
+    name = _name(text, '', settings)
+    return name if len(f'{name}.incomplete'.encode()) <= MAX_NAME_BYTES else _name(text, digest, settings)
+
+
+def _name(text: str, digest: str, settings: DatasetSettings) -> str:
+    """Returns a file name of `text`, `digest` and the format of the images; with a digest, `text` may be shortened."""
+    name = re.sub(r'\W+', '_', text).strip('_')
+    kind = '_grey' * (settings.channels == 1) + '_jpeg' * (settings.encoding == 'jpeg')
+    ending = f'{digest}_{settings.image_size}px{kind}'
+    if digest:
+        name = name.encode()[: MAX_NAME_BYTES - len(f'{ending}.incomplete')].decode(errors='ignore')
+    return f'{name}{ending}'
 
 
 def read_manifest(directory: str, settings: DatasetSettings) -> Manifest:
@@ -237,32 +289,84 @@ def read_manifest(directory: str, settings: DatasetSettings) -> Manifest:
 
     Raises ConfigError: `directory` is not a complete data set, or the data set has other settings than `settings`.
     """
+    manifest = load_manifest(directory)
+    problem = describe_difference(manifest, settings)
+    if problem is not None:
+        field, wanted, prepared = problem
+        raise ConfigError(
+            f'config.data.{field}: {wanted!r}, but {directory} was prepared with {prepared!r}: use that value, prepare'
+            ' the data set anew with `alexnet prepare --replace`, or choose another data_dir'
+        )
+    return manifest
+
+
+def load_manifest(directory: str) -> Manifest:
+    """Returns the manifest of the data set in `directory`. Raises ConfigError: it is not a complete data set."""
     path = epath.Path(directory) / MANIFEST
     try:
-        manifest = _parse_manifest(json.loads(path.read_text()))
+        return _parse_manifest(json.loads(path.read_text()))
     except Exception as error:  # from the library that reads gs://, or from corrupt content
         raise _unusable(path, f'is missing, corrupt or of another version ({summarize_exception(error)})') from None
+
+
+def describe_difference(manifest: Manifest, settings: DatasetSettings) -> tuple[str, object, object] | None:
+    """Returns the first field in which `manifest` differs from `settings`, with both values; None if there is none."""
     for name in MANIFEST_FIELDS:
         prepared, wanted = getattr(manifest, name), getattr(settings, name)
-        if name == 'class_names':
-            wanted = list(wanted or prepared)
-        if prepared not in (wanted, None):
-            raise ConfigError(
-                f'config.data.{name}: {wanted!r}, but {directory} was prepared with {prepared!r}: use that value,'
-                ' remove the folder, or choose another data_dir'
-            )
-    return manifest
+        if name == 'source':
+            wanted = absolute_source('config.data.source', wanted)
+            is_same = prepared == wanted or (manifest.version == 1 and match_earlier_source(prepared, wanted))
+        elif name == 'class_names':
+            is_same = prepared == list(wanted or prepared)
+        elif name == 'validation_split':
+            is_same = manifest.version == 1 or prepared == wanted
+        else:
+            is_same = prepared in (wanted, None)
+        if not is_same:
+            return name, wanted, prepared
+    return None
+
+
+def find_by_fingerprint(data: DataConfig, fingerprint: str) -> tuple[str, DataConfig] | None:
+    """Returns the folder of the prepared data set with `fingerprint`, see PreparedDataset, and its settings, or None.
+
+    The function looks at all data sets in the local folder of prepared data sets, whatever their source.
+    """
+    root = os.path.dirname(dataset_dir(data.data_dir, data, data.prepared_dir))
+    for path in sorted(Path(root).glob(f'*/{MANIFEST}')) if not is_url(root) else ():
+        with contextlib.suppress(ConfigError):  # corrupt, or being written
+            manifest = load_manifest(str(path.parent))
+            if manifest.fingerprint_of_images() == fingerprint:
+                return str(path.parent), dataclasses.replace(data, source=manifest.source)
+    return None
+
+
+def match_earlier_source(recorded: str, source: str) -> str | None:
+    """Compares `recorded`, the source as a user gave it to an earlier version, with the absolute `source`.
+
+    Returns 'absolute' if they are the same source, 'relative' if `source` may be what was meant by the relative path in
+    `recorded`, and otherwise None.
+    """
+    (kind, _, path), (wanted_kind, _, wanted) = recorded.partition(':'), source.partition(':')
+    if kind != wanted_kind or kind not in ('folder', 'idx'):
+        return None
+    path = os.path.expanduser(path)
+    if os.path.isabs(path):
+        return 'absolute' if absolute_source('config.data.source', f'{kind}:{path}') == source else None
+    parts = [part for part in os.path.normpath(path).split('/') if part not in ('..', '.')]
+    return 'relative' if wanted.split('/')[-len(parts) :] == parts or not parts else None
 
 
 def _parse_manifest(content: dict[str, Any]) -> Manifest:
     """Returns the content of prepared.json as a Manifest. Raises ValueError, TypeError, KeyError: it is corrupt."""
-    names = {field.name for field in dataclasses.fields(Manifest)}
     digest = content.pop('digest', None)
-    if digest is None and 'digests' not in content:  # an earlier version
-        names.remove('digests')
-    elif digest != json_digest(content):
+    is_of_0_1 = digest is None and 'digests' not in content
+    if not is_of_0_1 and digest != json_digest(content):
         raise ValueError('its content does not match its digest')
-    manifest = Manifest(**{name: content[name] for name in names})
+    names = {field.name for field in dataclasses.fields(Manifest)}
+    manifest = Manifest(**{name: value for name, value in content.items() if name in names})
+    if manifest.version not in range(1, MANIFEST_VERSION + 1):
+        raise ValueError(f'version {manifest.version} is not known')
     images, sizes, classes = manifest.images, manifest.files, manifest.class_names
     if set(images) != {'train', 'validation'} or not all(isinstance(number, int) for number in images.values()):
         raise ValueError(f'images: {images}')
@@ -288,7 +392,8 @@ class PreparedDataset:
       train, validation: see SplitReader.
       statistics: statistics of the training images, see prepare.shards.statistics().
       class_names: one name per label.
-      fingerprint: SHA-256 of the manifest.
+      fingerprint: see Manifest.fingerprint_of_images().
+      origins: see Manifest.
     """
 
     train: SplitReader
@@ -296,6 +401,7 @@ class PreparedDataset:
     statistics: dict[str, np.ndarray]
     class_names: list[str]
     fingerprint: str
+    origins: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def open_prepared(directory: str, settings: DatasetSettings) -> PreparedDataset:
@@ -318,6 +424,7 @@ def open_prepared(directory: str, settings: DatasetSettings) -> PreparedDataset:
         statistics=statistics,
         class_names=manifest.class_names,
         fingerprint=manifest.fingerprint_of_images(),
+        origins=manifest.origins,
     )
 
 

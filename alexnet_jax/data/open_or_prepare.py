@@ -1,7 +1,6 @@
 """Opens the prepared data set of a run; a child process prepares the data set if it is missing."""
 
-import csv
-import io
+import os
 import signal
 import subprocess
 import sys
@@ -9,17 +8,30 @@ import time
 
 from etils import epath
 
-from alexnet_jax.config import Config, ConfigError
+from alexnet_jax.config import UNKNOWN, Config, ConfigError, check_num_classes
 from alexnet_jax.data import dataset
+from alexnet_jax.data.earlier_versions import check_labels, find_earlier, validates_on_test
+from alexnet_jax.data.inventory import describe_change
+from alexnet_jax.data.prepare_command import PrepareSettings, prepare_flags, replace_command
+from alexnet_jax.paths import is_url
 from alexnet_jax.runtime.commands import child_command, child_environment
-from alexnet_jax.runtime.console import summarize_exception
+from alexnet_jax.runtime.console import is_primary, log, summarize_exception
 from alexnet_jax.runtime.preemption import PreemptionHandler, preemption_signals_blocked
 
 
-def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.PreparedDataset | None:
+def open_or_prepare(
+    config: Config, preemption: PreemptionHandler, trained_on: str | None = None
+) -> dataset.PreparedDataset | None:
     """Opens the data set of `config.data`, after its preparation if it is missing; returns None if preempted meanwhile.
 
-    If several processes share a disk, one prepares the data set and the others wait, see prepare.writer.prepare().
+    If several processes share a disk, one prepares the data set and the others wait, see prepare.writer.prepare(). One
+    line in the log says if the source has changed since the preparation.
+
+    Args:
+      config: the configuration of the run.
+      preemption: the handler of the signals.
+      trained_on: fingerprint of the data set on which the run was trained. If there is no data set of the source, which
+        may have been moved, a data set with this fingerprint is opened.
 
     Raises:
       ConfigError: the data set is unreachable or corrupt, or has other settings or another number of classes.
@@ -27,26 +39,16 @@ def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.Pr
       SystemExit: the child process failed and printed the reason.
     """
     data = config.data
-    directory = dataset.dataset_dir(data.data_dir, data, data.prepared_dir)
-    if not is_prepared(directory):
+    folders = data.data_dir, data.prepared_dir
+    directory = find_prepared(data, *folders)
+    moved = dataset.find_by_fingerprint(data, trained_on) if directory is None and trained_on else None
+    if moved is not None:
+        return dataset.open_prepared(*moved)
+    if directory is None:
         # Prepare in a child process, because TensorFlow should not share a process with JAX.
-        names = (
-            'source',
-            'data_dir',
-            'image_size',
-            'channels',
-            'encoding',
-            'validation_fraction',
-            'max_corrupt_fraction',
-        )
-        command = child_command('prepare', *(f'--{name}={getattr(data, name)}' for name in names))
-        for name in ('prepared_dir', 'validation_split'):
-            if getattr(data, name) is not None:
-                command.append(f'--{name}={getattr(data, name)}')
-        if data.class_names:
-            line = io.StringIO()
-            csv.writer(line, lineterminator='').writerow(data.class_names)  # a name may contain a comma
-            command.append(f'--class_names={line.getvalue()}')
+        command = child_command('prepare', *prepare_flags(data, *folders))
+        if config.model.num_classes != UNKNOWN:
+            command.append(f'--num_classes={config.model.num_classes}')
         with preemption_signals_blocked():
             process = subprocess.Popen(command, env=child_environment())
         while process.poll() is None:
@@ -61,18 +63,74 @@ def open_or_prepare(config: Config, preemption: PreemptionHandler) -> dataset.Pr
             raise dataset.DatasetError(f'preparing {data.source} was ended by {name}; rerun the same command to resume')
         if process.returncode:
             sys.exit(process.returncode)  # the child process printed the reason
-    prepared = dataset.open_prepared(directory, data)
-    check_num_classes(config, len(prepared.class_names))
+        directory = find_prepared(data, *folders, is_verified=True)
+        assert directory is not None
+    prepared = open_verified(directory, data, *folders, config.model.num_classes)
+    if config.model.num_classes == UNKNOWN:
+        log(f'config.model.num_classes=auto: {len(prepared.class_names)} classes')
     return prepared
 
 
-def check_num_classes(config: Config, classes: int) -> None:
-    """Raises ConfigError if the data have another number of classes than the network."""
-    if classes != config.model.num_classes:
-        raise ConfigError(
-            f'config.model.num_classes: {config.model.num_classes}, but {config.data.source} has {classes} classes;'
-            f' the nearest is {classes}'
+def find_prepared(
+    settings: PrepareSettings, data_dir: str, prepared_dir: str | None, is_verified: bool = False
+) -> str | None:
+    """Returns the folder of the prepared data set; None if the command `alexnet prepare` must look for it.
+
+    A data set of an earlier version is used where it is if it has the absolute path of the source or, with
+    `is_verified`, if the command has compared its relative path and its images with the source.
+
+    Raises ConfigError: a URL cannot be reached, or see earlier_versions.check_labels().
+    """
+    directory = dataset.dataset_dir(data_dir, settings, prepared_dir)
+    if is_prepared(directory):
+        return directory
+    earlier = find_earlier(settings, data_dir, prepared_dir)
+    if earlier is None or not (earlier.is_same_path or is_verified):
+        return None
+    check_labels(earlier, settings, data_dir, prepared_dir)
+    if validates_on_test(earlier, settings):
+        log(
+            f'{earlier.directory}: an earlier version prepared it and took the test images of {settings.source} for'
+            ' validation; --config.data.validation_split=test confirms that, and this command prepares it anew with'
+            f' held-out training images: {replace_command(settings, data_dir, prepared_dir)}'
         )
+    return earlier.directory
+
+
+def open_verified(
+    directory: str, settings: PrepareSettings, data_dir: str, prepared_dir: str | None, num_classes: int
+) -> dataset.PreparedDataset:
+    """Opens the data set in `directory`, and logs whether its source has changed since the preparation.
+
+    Raises ConfigError: see dataset.open_prepared(); or the number of classes is not `num_classes`, unless UNKNOWN.
+    """
+    prepared = dataset.open_prepared(directory, settings)
+    change = describe_source_change(directory, settings, data_dir, prepared_dir) if is_primary() else None
+    try:
+        check_num_classes(num_classes, f'the data set prepared from {settings.source}', prepared.class_names)
+    except ConfigError as error:
+        raise ConfigError(f'{error}; {change}' if change else str(error)) from None
+    if change:
+        log(change)
+    return prepared
+
+
+def describe_source_change(
+    directory: str, settings: PrepareSettings, data_dir: str, prepared_dir: str | None
+) -> str | None:
+    """Returns a line that says how the source has changed since the data set in `directory` was prepared.
+
+    Returns None if it has not changed or cannot be read.
+    """
+    manifest = dataset.load_manifest(directory)
+    change = None if is_url(directory) else describe_change(manifest.inventory, os.path.dirname(directory))
+    if change is None:
+        return None
+    command = replace_command(settings, data_dir, prepared_dir)
+    return (
+        f'{settings.source} has changed since {directory} was prepared from it ({change}); the data set is used as it'
+        f' was prepared, and this command prepares it anew: {command}'
+    )
 
 
 def is_prepared(directory: str) -> bool:

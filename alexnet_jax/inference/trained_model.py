@@ -129,14 +129,14 @@ def open_eval_dataset(
             )
     config = with_data_folders(first.config, data_dir, prepared_dir)
     with PreemptionHandler() as preemption:
-        prepared = open_or_prepare(config, preemption)
+        prepared = open_or_prepare(config, preemption, fingerprint)
     if preemption.received is not None:
         signal.raise_signal(preemption.received)
     if prepared is None:
         raise KeyboardInterrupt
     for ref, other in fingerprints:
         if other is None:
-            check_class_names(ref.name, read_dataset_statistics(ref.workdir)[1], prepared.class_names)
+            check_class_names(ref.name, ref.workdir, read_dataset_statistics(ref.workdir)[1], prepared.class_names)
     if fingerprint not in (prepared.fingerprint, None):
         raise ConfigError(
             f'{first.name}: was trained with other images than those prepared in'

@@ -1,8 +1,353 @@
-"""Parquet files of the Hugging Face Hub."""
+"""Parquet files, as the Hugging Face Hub has them: one row per image, with an image column and a label column."""
 
-from alexnet_jax.prepare.raw_sources import Source, SourceError
+import dataclasses
+import functools
+import hashlib
+import importlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Integer
+
+from alexnet_jax.data.images import UnreadableImage, read_file
+from alexnet_jax.paths import check_text_path, shown
+from alexnet_jax.prepare.raw_sources import Indices, Labels, RawExample, Source, SourceError
+from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, open_splits, split_word
+from alexnet_jax.runtime.console import log
+
+_WINDOW_BYTES = 1 << 24  # of the images that a worker process decodes from a row group at once
+_BUFFER_BYTES = 1 << 20  # of reads; without a buffer, pyarrow reads a whole row group
+_CORRUPT = (pa.ArrowException, OSError, ValueError)  # what pyarrow raises for corrupt files
+
+
+@dataclasses.dataclass(frozen=True)
+class ParquetExamples:
+    """Rows of parquet files.
+
+    Attributes:
+      root: folder of the data set.
+      files: paths relative to `root`.
+      starts: number of the first row of each file, and the number after the last row of the last file.
+      digests: digests of the footers of the files, which have the sizes and offsets of all columns.
+      image: name of the image column.
+      rows: numbers of the rows.
+      labels: one label per row.
+    """
+
+    root: str
+    files: tuple[str, ...]
+    starts: Integer[np.ndarray, ' f']
+    digests: tuple[str, ...]
+    image: str
+    rows: Integer[np.ndarray, ' n']
+    labels: Labels
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Returns the position of the file in `files`, and the number of the row in the file."""
+        row = self.rows[index]
+        file = int(np.searchsorted(self.starts, row, 'right')) - 1
+        return file, int(row - self.starts[file])
+
+    def __getitem__(self, index: int) -> RawExample:
+        file, row = self._locate(index)
+        cell = _row_reader(os.path.join(self.root, self.files[file]), self.digests[file], self.image).cell(row)
+        content, path = (cell.get('bytes'), cell.get('path')) if isinstance(cell, dict) else (cell, None)
+        if content is None:
+            content = self._read_path(path)
+        return content, int(self.labels[index])
+
+    def _read_path(self, path: str | None) -> bytes:
+        if not path:
+            raise UnreadableImage('its image cell is null')
+        root = os.path.realpath(self.root)
+        real = os.path.realpath(os.path.join(root, path))
+        if not real.startswith(os.path.join(root, '')):
+            raise UnreadableImage(f'the cell has only a path, {shown(path)}, that leads out of the data set')
+        return read_file(real)
+
+    def name(self, index: int) -> str:
+        """Returns the file and the row, counted from 0."""
+        file, row = self._locate(index)
+        return f'{self.files[file]} row {row}'
+
+    def subset(self, indices: Indices) -> 'ParquetExamples':
+        """Returns the examples at `indices`."""
+        rows, labels = self.rows[indices], self.labels[indices]
+        first, last = np.searchsorted(self.starts, (rows.min(), rows.max()), 'right') if len(rows) else (1, 1)
+        used = slice(first - 1, last)
+        return dataclasses.replace(
+            self,
+            files=self.files[used],
+            starts=self.starts[first - 1 : last + 1],
+            digests=self.digests[used],
+            rows=rows,
+            labels=labels,
+        )
+
+    def digest(self) -> str:
+        """Returns the digest of the names and footers of the files, the rows and the labels."""
+        arrays = self.starts.tobytes() + self.rows.tobytes() + self.labels.tobytes()
+        described = json.dumps([self.files, self.digests, self.image])
+        return hashlib.sha256(described.encode() + arrays).hexdigest()
+
+
+class _RowReader:
+    """Reads cells of one column; the rows should increase, because the reader decodes a row group from its start."""
+
+    def __init__(self, path: str, column: str):
+        self.file = pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
+        self.column = column
+        sizes = [self.file.metadata.row_group(i).num_rows for i in range(self.file.metadata.num_row_groups)]
+        self.starts = np.cumsum([0, *sizes])
+        self.group, self.first = -1, 0  # `first` is the row number of the first of the decoded `values`
+        self.values: Sequence[Any] = []
+        self.batches: Iterator[pa.RecordBatch] = iter(())
+
+    def cell(self, row: int) -> Any:
+        """Returns the value at `row`. Raises UnreadableImage: the row group is corrupt at or before `row`."""
+        group = int(np.searchsorted(self.starts, row, 'right')) - 1
+        if group != self.group or row < self.first:
+            self.group, self.first, self.values = group, int(self.starts[group]), []
+            self.batches = self._decode(group)
+        try:
+            while row >= self.first + len(self.values):
+                self.first += len(self.values)
+                self.values = []
+                self.values = next(self.batches).column(0)
+            return self.values[row - self.first].as_py()
+        except StopIteration:
+            raise UnreadableImage('its row group is corrupt at or before the row') from None
+        except _CORRUPT as error:
+            raise UnreadableImage(f'its row group is corrupt ({_one_line(error)})') from None
+
+    def _decode(self, group: int) -> Iterator[pa.RecordBatch]:
+        description = self.file.metadata.row_group(group)
+        column_bytes = sum(
+            description.column(i).total_uncompressed_size
+            for i in range(description.num_columns)
+            if description.column(i).path_in_schema.split('.')[0] == self.column
+        )
+        mean_bytes = max(1, column_bytes // max(1, description.num_rows))
+        batch = min(1024, max(1, _WINDOW_BYTES // mean_bytes))
+        return self.file.iter_batches(batch, [group], [self.column], use_threads=False)
+
+
+@functools.lru_cache(maxsize=1)
+def _row_reader(path: str, digest: str, column: str) -> _RowReader:
+    """Returns the reader of a file. `digest` is a part of the key of the cache, because the file may be replaced."""
+    try:
+        return _RowReader(path, column)
+    except _CORRUPT as error:
+        raise UnreadableImage(f'{path} is corrupt ({_one_line(error)})') from None
+
+
+def _one_line(error: BaseException) -> str:
+    return ' '.join(str(error).split())[:200] or type(error).__name__
+
+
+def find_parquet(location: str) -> tuple[str, str | None] | None:
+    """Returns the local path and the label column of DIR or DIR:COLUMN; None if neither path exists."""
+    path, _, column = location.rpartition(':')
+    for candidate, label in ((location, None), (path, column)):
+        if candidate and os.path.exists(os.path.expanduser(candidate)):
+            return os.path.abspath(os.path.expanduser(candidate)), label
+    return None
 
 
 def open_parquet(location: str, fraction: float, validation_split: str | None) -> Source:
-    """Opens the parquet files in the folder `location`."""
-    raise SourceError(f'hf:{location}: not implemented')
+    """Opens parquet files.
+
+    Args:
+      location: DIR, a folder with parquet files or one parquet file, or ORG/NAME, a data set of the Hugging Face Hub;
+        optionally with a colon and the name of the label column.
+      fraction, validation_split: see sources.open_source().
+
+    Raises SourceError: files are missing or corrupt, or have no image column or label column, or several.
+    """
+    path, label = find_parquet(location) or _download(location)
+    path = check_text_path('config.data.source', path)
+    if os.path.isdir(path):
+        root, files = path, _find_files(path)
+    else:
+        root, files = os.path.dirname(path), [os.path.basename(path)]
+    open_split = functools.partial(_open_split, root, label, location)
+    return open_splits(path, files, fraction, validation_split, open_split, (path,))
+
+
+def _download(location: str) -> tuple[str, str | None]:
+    """Returns the local folder of the parquet files of ORG/NAME[:COLUMN] on the Hugging Face Hub, and the column.
+
+    Raises SourceError: `location` has another form, huggingface_hub is not installed, or the download failed.
+    """
+    name, _, label = location.partition(':')
+    if not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', name, re.ASCII):
+        raise SourceError(
+            f'config.data.source: {shown(location)} does not exist; hf:DIR takes a folder with parquet files or one'
+            ' parquet file, and hf:ORG/NAME a data set of the Hugging Face Hub'
+        )
+    try:
+        hub = importlib.import_module('huggingface_hub')
+    except ModuleNotFoundError:
+        raise SourceError(
+            f'config.data.source: {name} does not exist; to read that data set of the Hugging Face Hub, pip install'
+            f' huggingface_hub, or download it, hf download {name} --repo-type=dataset --local-dir=DIR, and give hf:DIR'
+        ) from None
+    try:
+        log(f'reading the parquet files of {name} from the Hugging Face Hub')
+        folder = hub.snapshot_download(name, repo_type='dataset', allow_patterns='*.parquet')
+    except Exception as error:  # the library and its HTTP client raise many types
+        raise SourceError(
+            f'config.data.source: {name} is no local folder, and huggingface_hub could not download it:'
+            f' {type(error).__name__}: {_one_line(error)}'
+        ) from None
+    return folder, label or None
+
+
+def _find_files(root: str) -> list[str]:
+    """Returns the sorted paths, relative to `root`, of the parquet files in `root`.
+
+    Raises SourceError: there is none, or the files belong to several configurations.
+    """
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith('.')]  # such as .cache of `hf download`
+        files += [
+            os.path.relpath(os.path.join(folder, name), root)
+            for name in names
+            if name.lower().endswith('.parquet') and not name.startswith('.')
+        ]
+    if not files:
+        raise SourceError(f'config.data.source: {root} has no parquet files')
+    unusable = next((file for file in files if not os.path.isfile(os.path.join(root, file))), None)
+    if unusable is not None:
+        raise SourceError(f'{os.path.join(root, unusable)} is a link to a missing file, or no regular file')
+    sets: dict[str, str] = {}  # folder by the part of its path that tells neither a split nor a usual folder
+    for file in sorted(files):
+        parts = os.path.dirname(file).split(os.sep)
+        named = [part for part in parts if part not in ('data', 'default') and not split_word(part)]
+        sets.setdefault(os.sep.join(named), os.sep.join(parts[: parts.index(named[-1]) + 1] if named else ()))
+    if len(sets) > 1:
+        raise SourceError(
+            f'config.data.source: {root} has the parquet files of several data sets; choose the folder of one, such as'
+            f' hf:{os.path.join(root, max(sets.values()))}; the folders are {", ".join(map(shown, sets.values()))}'
+        )
+    return sorted(files)
+
+
+def _open_split(root: str, label: str | None, location: str, files: Sequence[str]) -> RawSplit:
+    """Reads the footers and the label columns of the files of a split."""
+    parts = [_read_labels(os.path.join(root, file), label, location) for file in files]
+    image, _, class_names = parts[0].columns
+    for file, part in zip(files, parts, strict=True):
+        if part.columns != parts[0].columns:
+            raise SourceError(f'{os.path.join(root, file)} has other columns or class names than {files[0]}')
+    values: dict[int | str, int] = {}
+    codes = []
+    for part in parts:
+        table = np.array([values.setdefault(value, len(values)) for value in part.labels.values] + [-1])
+        codes.append(table[part.labels.codes])
+    starts = np.cumsum([0, *(len(part.labels.codes) for part in parts)])
+    digests = tuple(part.digest for part in parts)
+    build = functools.partial(ParquetExamples, root, tuple(files), starts, digests, image)
+    everything = build(np.arange(starts[-1]), np.zeros(starts[-1], np.int32))
+    return RawSplit(LabelColumn(list(values), np.concatenate(codes)), build, everything.name, class_names)
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """A parquet file: image column, label column and class names; labels; digest of the footer."""
+
+    columns: tuple[str, str, list[str] | None]
+    labels: LabelColumn
+    digest: str
+
+
+def _read_labels(path: str, label: str | None, location: str) -> _File:
+    """Reads the footer and the label column. Raises SourceError: the file is corrupt or lacks a column."""
+    try:
+        with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, page_checksum_verification=True) as file:
+            columns = _choose_columns(path, file.schema_arrow, label, location)
+            labels = file.read([columns[1]], use_threads=False).column(0)
+            footer_bytes, rows = file.metadata.serialized_size, file.metadata.num_rows
+        labels = labels.combine_chunks()
+        if pa.types.is_dictionary(labels.type):
+            labels = labels.dictionary_decode()
+        encoded = labels.dictionary_encode()
+        column = LabelColumn(encoded.dictionary.to_pylist(), encoded.indices.fill_null(-1).to_numpy())
+        with open(path, 'rb') as raw:
+            raw.seek(-footer_bytes - 8, os.SEEK_END)
+            digest = hashlib.sha256(raw.read()).hexdigest()
+    except SourceError:
+        raise
+    except _CORRUPT as error:
+        raise SourceError(f'{shown(path)} cannot be read ({_one_line(error)}); download it again') from None
+    if len(column.codes) != rows:
+        raise SourceError(f'{path} is corrupt: {rows} rows, but {len(column.codes)} labels; download it again')
+    return _File(columns, column, digest)
+
+
+def _choose_columns(
+    path: str, schema: pa.Schema, label: str | None, location: str
+) -> tuple[str, str, list[str] | None]:
+    """Returns the names of the image column and of the label column, and the class names if the schema has them.
+
+    The image column is `image` or `img`, else the only one that can be one. The label column is `label` if not None,
+    else the column `label`, else the only column with class names, else the only column of integers or texts.
+
+    Raises SourceError: a column is missing, or there are several.
+    """
+    features = _features(path, schema)
+    images = [field.name for field in schema if _is_image(field.type)]
+    labels = [field.name for field in schema if field.name not in images and _is_label(field.type)]
+    classes = [name for name in labels if features.get(name, {}).get('_type') == 'ClassLabel']
+    image = _only(images, 'image', 'img')
+    chosen = label if label in labels else _only(labels, 'label') or _only(classes)
+    if image is None or not labels or (label and label != chosen):
+        what = 'one column of images' if image is None else f'a column of labels{f", {label}" if label else ""}'
+        columns = ', '.join(f'{field.name}: {field.type}' for field in schema)
+        raise SourceError(f'config.data.source: {path} must have {what}, but has {shown(columns)}')
+    if chosen is None:
+        found = classes or labels
+        raise SourceError(
+            f'config.data.source: {path} has several columns of labels, {", ".join(found)}; choose one, such as'
+            f' hf:{location}:{found[0]}'
+        )
+    names = features.get(chosen, {}).get('names')
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise SourceError(f'{path}: the names of the classes of {chosen} are corrupt; download the file again')
+    return image, chosen, names
+
+
+def _features(path: str, schema: pa.Schema) -> dict[str, dict[str, Any]]:
+    """Returns the description of the columns by the library `datasets`; {} without one."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b'huggingface', b'{}')).get('info', {}).get('features', {})
+        return {name: value for name, value in (features or {}).items() if isinstance(value, dict)}
+    except (ValueError, AttributeError, RecursionError):
+        raise SourceError(f'{path}: the metadata of the schema, huggingface, are corrupt; download it again') from None
+
+
+def _is_image(column: pa.DataType) -> bool:
+    if pa.types.is_struct(column):
+        return any(field.name == 'bytes' and _is_image(field.type) for field in column)
+    return pa.types.is_binary(column) or pa.types.is_large_binary(column) or pa.types.is_binary_view(column)
+
+
+def _is_label(column: pa.DataType) -> bool:
+    column = column.value_type if pa.types.is_dictionary(column) else column
+    return pa.types.is_integer(column) or pa.types.is_string(column) or pa.types.is_large_string(column)
+
+
+def _only(names: list[str], *preferred: str) -> str | None:
+    """Returns the first of `preferred` in `names`, else the only one of `names`, else None."""
+    found = [name for name in preferred if name in names]
+    return found[0] if found else names[0] if len(names) == 1 else None

@@ -10,18 +10,22 @@ TRAIN, VALIDATION, TEST = 'train', 'validation', 'test'
 _WORDS = {
     'train': TRAIN,
     'training': TRAIN,
+    'trainval': TRAIN,
+    'trn': TRAIN,
     'val': VALIDATION,
     'valid': VALIDATION,
     'validate': VALIDATION,
     'validation': VALIDATION,
     'dev': VALIDATION,
+    'development': VALIDATION,
     'eval': VALIDATION,
     'evaluation': VALIDATION,
     'test': TEST,
     'testing': TEST,
+    'tst': TEST,
     't10k': TEST,
 }
-_FILLERS = ('set', 'data', 'dataset', 'split', 'images', 'imgs', 'folder')
+_FILLERS = ('set', 'data', 'dataset', 'split', 'images', 'image', 'imgs', 'img', 'pictures', 'photos', 'folder')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,25 +44,38 @@ class SplitChoice:
 
 
 def split_kind(name: str) -> str | None:
-    """Returns 'train', 'validation' or 'test' if `name` is a usual name of such a split, otherwise None.
+    """Returns 'train', 'validation' or 'test' if one word of `name` says so, otherwise None.
 
-    Case and separators do not matter: 'Training_Set', 'test-images' and 'VAL' are names of splits.
+    Case, separators and numbers do not matter: 'Training_Set', 'test-images', 'VAL', 'train2017' and 'seg_train' are
+    names of splits, and 'train_test' is not.
     """
-    words = [word for word in re.split(r'[\W_]+', name.lower()) if word]
-    words = [word for word in words if word not in _FILLERS]
-    if len(words) != 1:
-        return None
-    word = words[0]
-    for filler in _FILLERS:
-        word = word.removesuffix(filler) if word.removesuffix(filler) in _WORDS else word
-    return _WORDS.get(word)
+    kinds = {_WORDS[word] for word in _words(name) if word in _WORDS}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def is_plain_split(name: str) -> bool:
+    """Returns whether `name` has no other word than those of a split: 'Training_Set', but not 'bullet_train'."""
+    return split_kind(name) is not None and len(_words(name)) == 1
+
+
+def _words(name: str) -> list[str]:
+    """Returns the words of `name` in lower case, without numbers and fillers such as 'set'."""
+    words = []
+    for word in re.split(r'(?<![a-z])(t10k)(?![a-z])|[\W\d_]+|(?<=[a-z])(?=[A-Z])', name):
+        word = (word or '').lower()
+        stems = [word.removesuffix(filler) for filler in _FILLERS] + [word.removeprefix(filler) for filler in _FILLERS]
+        word = next((stem for stem in stems if stem in _WORDS), word)
+        if word and word not in _FILLERS:
+            words.append(word)
+    return words
 
 
 def choose_splits(names: Iterable[str], validation_split: str | None, where: str) -> SplitChoice:
     """Chooses the training and the validation split among the splits of a source.
 
     The validation split is `validation_split` if it is not None, otherwise the split whose name says validation. A test
-    split is used only if `validation_split` names it.
+    split is used only if `validation_split` names it. A plain name such as 'train' precedes one with further words,
+    such as 'train_small'.
 
     Args:
       names: names of the splits.
@@ -71,16 +88,25 @@ def choose_splits(names: Iterable[str], validation_split: str | None, where: str
     kinds: dict[str | None, list[str]] = {}
     for name in names:
         kinds.setdefault(split_kind(name), []).append(name)
+    kinds = {kind: [name for name in found if is_plain_split(name)] or found for kind, found in kinds.items()}
     listed = ', '.join(names)
-    if len(kinds.get(TRAIN, [])) != 1:
-        problem = 'no training split' if TRAIN not in kinds else 'several training splits'
-        raise SourceError(f'config.data.source: {where} has {problem}; its splits are {listed}')
+    if TRAIN not in kinds:
+        raise SourceError(
+            f'config.data.source: {where} has no training split; its splits are {listed};'
+            ' the name of the training split must contain the word train or training'
+        )
+    if len(kinds[TRAIN]) > 1:
+        raise SourceError(
+            f'config.data.source: {where} has several training splits, {" and ".join(kinds[TRAIN])}; keep one of them,'
+            ' or rename the others'
+        )
     train = kinds[TRAIN][0]
     if validation_split is not None:
         same = [name for name in names if name == validation_split] or [
             name for name in names if name.lower() == validation_split.lower() and name != train
         ]
-        same = same or [name for name in kinds.get(split_kind(validation_split), []) if name != train]
+        kind = split_kind(validation_split)
+        same = same or [name for name in kinds.get(kind, []) if kind is not None and name != train]
         if len(same) != 1 or same[0] == train:
             raise SourceError(
                 f'config.data.validation_split: {validation_split!r} is not a validation split of {where}; its splits'

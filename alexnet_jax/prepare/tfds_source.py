@@ -1,113 +1,140 @@
-"""Data sets of TFDS, and the data set `photos`."""
+"""Data sets of TFDS in the file formats TFRecord and ArrayRecord, and the data set `photos`."""
 
 import dataclasses
-import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
-from alexnet_jax.paths import check_writable
-from alexnet_jax.prepare.raw_sources import Examples, Indices, RawExample, Source, SourceError, digest
+from alexnet_jax.config import ConfigError
+from alexnet_jax.paths import check_writable, shown
+from alexnet_jax.prepare.classes import are_numbers
+from alexnet_jax.prepare.raw_sources import Source, SourceError, digest
 from alexnet_jax.prepare.splits import choose_splits
+from alexnet_jax.prepare.tfds_folders import TfdsName, describe_rest, find_version, parse_name
+from alexnet_jax.prepare.tfds_records import TfdsExamples, TfdsShard
+from alexnet_jax.prepare.tfrecord import FRAMING_BYTES, is_gzip
 from alexnet_jax.runtime.console import log
 
 # TFDS has disabled its bucket of metadata; each look-up would only leave an empty temporary folder.
 tfds.core.DatasetInfo.initialize_from_bucket = lambda info: None
 
 IMAGENET_TARS = ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar')
-TfdsRecord = dict[str, Any]  # the value of each feature by name
-
-
-@dataclasses.dataclass(frozen=True)
-class TfdsExamples:
-    """Examples of a TFDS data set that is stored as ArrayRecord files.
-
-    Attributes:
-      directory: folder of the data set.
-      split: the split in the syntax of TFDS, such as 'train[10%:]'.
-      image, label: names of the features.
-      start, stop: range of records in the split.
-      metadata_digest: digest of the TFDS metadata of the data set.
-    """
-
-    directory: str
-    split: str
-    image: str
-    label: str
-    start: int
-    stop: int
-    metadata_digest: str
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def _record(self, index: int) -> TfdsRecord:
-        return _data_source(self.directory, self.split, self.image)[self.start + index]
-
-    def __getitem__(self, index: int) -> RawExample:
-        record = self._record(index)
-        return record[self.image], int(record[self.label])
-
-    def name(self, index: int) -> str:
-        """Returns the file name if the record contains one, as in ImageNet, otherwise the position in the split."""
-        position = f'record {self.start + index} of {self.split}'
-        try:
-            record = self._record(index)
-        except RuntimeError:  # corrupt record
-            return position
-        return record['file_name'].decode() if 'file_name' in record else position
-
-    def subset(self, indices: Indices) -> 'TfdsExamples':
-        """Returns the examples at `indices`, which must be contiguous and not empty."""
-        return dataclasses.replace(self, start=self.start + int(indices[0]), stop=self.start + int(indices[-1]) + 1)
-
-    def digest(self) -> str:
-        """Returns the digest of the TFDS metadata, the split and the range, which does not depend on `directory`."""
-        return digest(self.metadata_digest, self.split, self.start, self.stop)
-
-
-@functools.lru_cache(maxsize=4)
-def _data_source(directory: str, split: str, image: str) -> Sequence[TfdsRecord]:
-    builder = tfds.builder_from_directory(directory)
-    return builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
+FILE_FORMATS = ('tfrecord', 'array_record')
 
 
 def open_tfds(source: str, data_dir: str, fraction: float, validation_split: str | None) -> Source:
     """Opens a TFDS data set, which TFDS downloads and prepares if necessary; see sources.open_source()."""
-    builder = _builder(source, data_dir)
+    name = _name(source)
+    folder, notes = find_version(name, data_dir)
+    builder = _read_builder(folder or _download_and_prepare(name, source, data_dir), name, data_dir)
     image, label = _image_and_label(builder)
-    _download_and_prepare(builder, source, data_dir)
     info = builder.info
-    sizes = {name: split.num_examples for name, split in info.splits.items() if split.num_examples}
+    sizes = {split: part.num_examples for split, part in info.splits.items() if part.num_examples}
     choice = choose_splits(sizes, validation_split, info.full_name)
+    origins = {'train': choice.train, 'validation': choice.validation or f'the last {fraction:.0%} of {choice.train}'}
+    train = _open_split(builder, choice.train, image, label)
     if choice.validation is None:
-        kept = sizes[choice.train] - round(fraction * sizes[choice.train])
-        names = {'train': f'{choice.train}[:{kept}]', 'validation': f'{choice.train}[{kept}:]'}
-    else:
-        names = {'train': choice.train, 'validation': choice.validation}
-    described = [(name, split.num_examples, split.num_bytes) for name, split in info.splits.items()]
-    metadata_digest = digest(info.full_name, *described)
-    splits: dict[str, Examples] = {}
-    for split, name in names.items():
-        count = info.splits[name].num_examples
-        splits[split] = TfdsExamples(str(builder.data_dir), name, image, label, 0, count, metadata_digest)
-        if not count:
+        kept = len(train) - round(fraction * len(train))
+        if kept in (0, len(train)):
             raise SourceError(
                 f'{info.full_name} has no validation split, and data.validation_fraction={fraction:g} of its'
-                f' {sizes[choice.train]} training images leaves no image for validation or none for training'
+                f' {len(train)} training images leaves no image for validation or none for training'
             )
-    return Source(splits, list(info.features[label].names), choice.validation is None, names, choice.notes)
+        validation, train = train.subset(range(kept, len(train))), train.subset(range(kept))
+    else:
+        validation = _open_split(builder, choice.validation, image, label)
+    names = list(info.features[label].names)
+    return Source(
+        {'train': train, 'validation': validation},
+        names,
+        choice.validation is None,
+        origins,
+        (*notes, *choice.notes),
+        names_classes=not are_numbers(names),
+        roots=(str(builder.data_dir),),
+    )
+
+
+def _open_split(builder: tfds.core.DatasetBuilder, split: str, image: str, label: str) -> TfdsExamples:
+    """Returns all examples of a split. Raises SourceError: a file is missing, too short, compressed or elsewhere."""
+    info, folder = builder.info, str(builder.data_dir)
+    shards, first = [], 0
+    for path, count in zip(map(os.fspath, info.splits[split].filepaths), info.splits[split].shard_lengths, strict=True):
+        if count:
+            shards.append(TfdsShard(path, first, count, _checked_size(path, count, folder)))
+            first += count
+    file_format = _file_format(builder)
+    if file_format == 'tfrecord' and is_gzip(shards[0].path):
+        raise SourceError(f'{shards[0].path} is compressed with GZIP; only TFRecord files without compression are read')
+    file_name = 'file_name' if isinstance(dict(info.features).get('file_name'), tfds.features.Text) else None
+    described = [(name, part.num_examples, part.num_bytes) for name, part in info.splits.items()]
+    metadata_digest = digest(info.full_name, *described)
+    return TfdsExamples(tuple(shards), file_format, split, image, label, file_name, 0, first, metadata_digest)
+
+
+def _checked_size(path: str, count: int, folder: str) -> int:
+    """Returns the size of a file of `count` records in bytes. Raises SourceError: see _open_split()."""
+    remedy = f'copy {folder} again'
+    if os.path.relpath(path, folder).startswith(os.pardir) or count < 0:
+        raise SourceError(
+            f'{folder}: dataset_info.json is corrupt: it lists {count} records in {shown(path)}; {remedy}'
+        )
+    if not os.path.isfile(path):
+        raise SourceError(f'{shown(path)} is {"not a file" if os.path.exists(path) else "missing"}; {remedy}')
+    size = os.path.getsize(path)
+    if size < count * FRAMING_BYTES:
+        raise SourceError(f'{shown(path)} is truncated: it has {size} bytes and {count} records; {remedy}')
+    return size
+
+
+def _read_builder(folder: str, name: TfdsName, data_dir: str) -> tfds.core.DatasetBuilder:
+    """Returns a builder that reads the data set in `folder`.
+
+    Only data sets of TFDS 3, which lack features.json, need the code of the data set. Raises SourceError: a file is
+    missing or corrupt, or the file format is not in FILE_FORMATS.
+    """
+    has_features = os.path.exists(os.path.join(folder, 'features.json'))
+    try:
+        if has_features:
+            builder = tfds.builder_from_directory(folder)
+        else:
+            version = dataclasses.replace(name, version=os.path.basename(folder))
+            builder = tfds.builder(str(version), data_dir=data_dir)
+        for split in builder.info.splits.values():
+            split.filepaths  # noqa: B018  raises if the template of the file names is corrupt
+    except Exception as error:  # TFDS raises many types
+        problem = 'dataset_info.json or features.json is corrupt' if has_features else 'features.json is missing'
+        raise SourceError(f'{folder}: {problem} ({_one_line(error)}); copy or prepare the data set again') from None
+    file_format = _file_format(builder)
+    if file_format not in FILE_FORMATS:
+        raise SourceError(
+            f'{folder} has the file format {file_format}, but only {" and ".join(FILE_FORMATS)} are read;'
+            ' convert it with `tfds convert_format`, or choose another config.data.data_dir'
+        )
+    return builder
+
+
+def _file_format(builder: tfds.core.DatasetBuilder) -> str:
+    return builder.info.file_format.value if builder.info.file_format else 'tfrecord'  # of old versions of TFDS
+
+
+def _name(source: str) -> TfdsName:
+    """Returns the TFDS name of `source`. Raises SourceError: the name is malformed."""
+    if source != 'photos':
+        return parse_name(source)
+    from alexnet_jax.prepare.photos import Photos
+
+    return TfdsName('photos', version=str(Photos.VERSION))
 
 
 def _image_and_label(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
     """Returns the names of the only image feature and of the class feature.
 
     The class feature is `label`, else a supervised key, else the only ClassLabel. Raises SourceError: a feature is
-    missing or ambiguous.
+    missing, ambiguous or unusable.
     """
     features = dict(builder.info.features)
     images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
@@ -119,72 +146,82 @@ def _image_and_label(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
         raise SourceError(
             f'config.data.source: {builder.name} must have one image and one class label per example, but has {found}'
         )
+    dtype = np.dtype(features[images[0]].np_dtype)
+    if dtype not in (np.uint8, np.uint16):
+        raise SourceError(f'config.data.source: the pixels of {builder.name} are {dtype}, not uint8 or uint16')
+    if features[label].num_classes is None:
+        raise SourceError(f'config.data.source: {builder.name} does not say how many classes {label} has')
     return images[0], label
 
 
-def _builder(source: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """Returns the TFDS builder of `source` for ArrayRecord files, which have random access."""
-    name = source.removeprefix('tfds:').replace(':', '/')
+def _builder(name: TfdsName, data_dir: str) -> tfds.core.DatasetBuilder:
+    """Returns the TFDS builder that prepares a data set, as ArrayRecord files, with its code."""
     try:
-        if source == 'photos':
+        if name.name == 'photos':
             from alexnet_jax.prepare.photos import Photos
 
             builder: tfds.core.DatasetBuilder = Photos(data_dir=data_dir, file_format='array_record')
         else:
-            builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
+            builder = tfds.builder(str(name), data_dir=data_dir, file_format='array_record')
     except tfds.core.registered.DatasetNotFoundError:
-        raise SourceError(f"config.data.source: TFDS has no data set {name!r}; see 'tfds.list_builders()'") from None
-    except ValueError as error:
-        if 'File format is already set' in str(error):
-            raise SourceError(
-                f'{name} in {data_dir} already exists in a file format other than array_record, without random access:'
-                ' choose another config.data.data_dir, or remove the folder'
-            ) from None
-        raise SourceError(f'config.data.source: TFDS cannot build {name!r}: {_one_line(error)}') from None
+        raise SourceError(f"config.data.source: TFDS has no data set '{name}'; see 'tfds.list_builders()'") from None
+    except Exception as error:  # the code of a data set raises many types
+        raise SourceError(f"config.data.source: TFDS cannot build '{name}': {_one_line(error)}") from None
     return builder
 
 
-def _download_and_prepare(
-    builder: tfds.core.DatasetBuilder, source: str, data_dir: str, check_only: bool = False
-) -> None:
-    """Downloads and converts the data of `builder` with TFDS, unless TFDS has already prepared the data.
+def _builder_for_preparation(name: TfdsName, source: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    """Returns the TFDS builder that can prepare a data set in `data_dir`.
 
-    Raises SourceError: TensorFlow or a file is missing or, without `check_only`, TFDS fails.
+    Raises SourceError or ConfigError: TFDS has no such data set, TensorFlow or a file is missing, or the folder is not
+    writable. The message ends with what `data_dir` has of the data set.
     """
-    if builder.is_prepared():
-        return
-    check_writable('config.data.data_dir', data_dir, f'TFDS writes {source} to that folder, so use another folder')
-    # Fail before a download of gigabytes. Builders that use TensorFlow import it lazily as `tf`.
-    if 'tf' in vars(sys.modules[type(builder).__module__]) and importlib.util.find_spec('tensorflow') is None:
-        raise _without_tensorflow(source)
+    try:
+        builder = _builder(name, data_dir)
+        _image_and_label(builder)
+        check_writable('config.data.data_dir', data_dir, f'TFDS writes {source} to that folder, so use another folder')
+        # Fail before a download of gigabytes. Builders that use TensorFlow import it lazily as `tf`.
+        if 'tf' in vars(sys.modules[type(builder).__module__]) and importlib.util.find_spec('tensorflow') is None:
+            raise _without_tensorflow(source)
+        if builder.name == 'imagenet2012':
+            imagenet_tars(data_dir)
+    except (SourceError, ConfigError) as error:
+        raise type(error)(f'{error}{describe_rest(name, data_dir)}') from None
+    return builder
+
+
+def _download_and_prepare(name: TfdsName, source: str, data_dir: str) -> str:
+    """Downloads and converts a data set with TFDS, and returns the folder of the version.
+
+    Raises SourceError or ConfigError: see _builder_for_preparation(), or TFDS fails.
+    """
+    builder = _builder_for_preparation(name, source, data_dir)
     config = tfds.download.DownloadConfig()
     if builder.name == 'imagenet2012':
         config.manual_dir = imagenet_tars(data_dir)
-    if check_only:
-        return
-    log(f'reading {source} with TFDS into {builder.data_dir}')
+    log(f'reading {source} with TFDS into {builder.data_dir}{describe_rest(name, data_dir)}')
     try:
         builder.download_and_prepare(download_config=config)
     except Exception as error:  # TFDS, its builders and its downloader raise many types
         if isinstance(error, ModuleNotFoundError) and error.name == 'tensorflow':
             raise _without_tensorflow(source) from None
         raise SourceError(f'{source}: TFDS could not download or prepare the data: {_one_line(error)}') from None
+    return str(builder.data_dir)
 
 
 def missing_tfds_data(source: str, data_dir: str) -> tuple[list[str], dict[str, int], int] | None:
     """Describes data that TFDS has not prepared yet; returns None if open_source() would only read files.
 
     Returns the class names, the number of images by split ({} if unknown), and the bytes that TFDS would download.
-    Raises SourceError: TFDS has no such data set, or TensorFlow or a file is missing.
+    Raises SourceError or ConfigError: see _builder_for_preparation().
     """
-    if source.partition(':')[0] in ('folder', 'idx'):
+    if source != 'photos' and not source.startswith('tfds:'):
         return None
-    builder = _builder(source, data_dir)
-    _, label = _image_and_label(builder)
-    if builder.is_prepared():
+    name = _name(source)
+    if find_version(name, data_dir)[0]:
         return None
-    _download_and_prepare(builder, source, data_dir, check_only=True)
-    names, images = list(builder.info.features[label].names), {}
+    builder = _builder_for_preparation(name, source, data_dir)
+    names, images = list(builder.info.features[_image_and_label(builder)[1]].names), {}
     if source == 'photos':
         from alexnet_jax.prepare.photos import PATCHES_PER_IMAGE
 

@@ -1,8 +1,342 @@
-"""Tar files of WebDataset."""
+"""Tar files of WebDataset. Members with the same key, the path up to the first dot of the name, are one example."""
 
-from alexnet_jax.prepare.raw_sources import Source, SourceError
+import collections
+import contextlib
+import dataclasses
+import functools
+import glob
+import hashlib
+import itertools
+import json
+import os
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Integer
+
+from alexnet_jax.data.images import UnreadableImage
+from alexnet_jax.paths import shown
+from alexnet_jax.prepare.raw_sources import Indices, Labels, RawExample, Source, SourceError
+from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, open_splits
+from alexnet_jax.prepare.tar_members import Member, read_members
+
+_IMAGE_ENDINGS = ('jpg', 'jpeg', 'png', 'webp', 'ppm', 'pgm', 'bmp', 'tif', 'tiff', 'gif')
+_COMPRESSED_ENDINGS = ('.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.tar.zst')
+_CLASS_FILES = ('classes.txt', 'classnames.txt')  # beside the tar files, one name per line
+_LABEL_FIELDS = ('label', 'cls', 'class')  # of a member .json
+_MAX_FILES = 1_000_000
+_MAX_LABEL_BYTES = 1000
+_MAX_TEXT_BYTES = 1 << 20  # of a member .json, or a file of class names
+_MAX_IMAGE_BYTES = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class TarExamples:
+    """Images in tar files.
+
+    Attributes:
+      root: folder of the data set.
+      files: paths of the tar files relative to `root`.
+      lengths: sizes of the tar files in bytes.
+      numbers: position of the tar file of each image in `files`.
+      headers: position of the header of each image in its tar file.
+      labels: one label per image.
+    """
+
+    root: str
+    files: tuple[str, ...]
+    lengths: tuple[int, ...]
+    numbers: Integer[np.ndarray, ' n']
+    headers: Integer[np.ndarray, ' n']
+    labels: Labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> RawExample:
+        with self._open(index) as (descriptor, member):
+            if member.problem is not None:
+                raise UnreadableImage(f'{member.problem}, not an image file')
+            if member.size > _MAX_IMAGE_BYTES:
+                raise UnreadableImage(f'{member.size:,} bytes, more than an image has')
+            return os.pread(descriptor, member.size, member.start), int(self.labels[index])
+
+    @contextlib.contextmanager
+    def _open(self, index: int) -> Iterator[tuple[int, Member]]:
+        path = os.path.join(self.root, self.files[self.numbers[index]])
+        with open(path, 'rb', buffering=0) as file:
+            try:
+                yield file.fileno(), next(read_members(file.fileno(), path, int(self.headers[index])))
+            except (SourceError, StopIteration):
+                raise UnreadableImage('the tar file was changed during the preparation') from None
+
+    def name(self, index: int) -> str:
+        """Returns the paths of the tar file and of the member."""
+        with self._open(index) as (_, member):
+            return f'{self.files[self.numbers[index]]}/{member.name}'
+
+    def subset(self, indices: Indices) -> 'TarExamples':
+        """Returns the examples at `indices`."""
+        used, numbers = np.unique(self.numbers[indices], return_inverse=True)
+        files, lengths = tuple(self.files[i] for i in used), tuple(self.lengths[i] for i in used)
+        return TarExamples(
+            self.root, files, lengths, numbers.astype(np.int32), self.headers[indices], self.labels[indices]
+        )
+
+    def digest(self) -> str:
+        """Returns the digest of the names and sizes of the tar files, the positions and the labels."""
+        arrays = self.numbers.tobytes() + self.headers.tobytes() + self.labels.tobytes()
+        return hashlib.sha256(json.dumps([self.files, self.lengths]).encode() + arrays).hexdigest()
 
 
 def open_webdataset(pattern: str, fraction: float, validation_split: str | None) -> Source:
-    """Opens the tar files that match `pattern`."""
-    raise SourceError(f'wds:{pattern}: not implemented')
+    """Opens tar files.
+
+    Args:
+      pattern: a folder of tar files, or the path of one, which may contain lists {a,b}, ranges {000..146} and *.
+      fraction, validation_split: see sources.open_source().
+
+    Raises SourceError: files are missing, compressed, truncated or corrupt, or a split has no labels.
+    """
+    paths = find_tars(pattern)
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    files = [os.path.relpath(path, root) for path in paths]
+    names, notes = _read_class_names(root)
+    open_split = functools.partial(_open_split, root, names)
+    source = open_splits(pattern, files, fraction, validation_split, open_split, tuple(paths))
+    return dataclasses.replace(source, notes=(*source.notes, *notes))
+
+
+def find_tars(pattern: str) -> list[str]:
+    """Returns the absolute paths of the tar files that match `pattern`, sorted except for the order of lists.
+
+    Raises SourceError: there are none, or some are missing or compressed.
+    """
+    pattern = os.path.abspath(os.path.expanduser(pattern))
+    if os.path.isdir(pattern):
+        paths = [
+            os.path.join(folder, name)
+            for folder, _, names in os.walk(pattern)
+            for name in names
+            if name.lower().endswith(('.tar', *_COMPRESSED_ENDINGS)) and not name.startswith('.')
+        ]
+        if not paths:
+            raise SourceError(f'config.data.source: {pattern} has no tar files')
+        paths.sort()
+    else:
+        wanted = [pattern] if os.path.exists(pattern) else list(itertools.islice(_expand(pattern), _MAX_FILES + 1))
+        if len(wanted) > _MAX_FILES:
+            raise SourceError(f'config.data.source: {shown(pattern)} has more than {_MAX_FILES:,} files')
+        found = {path: [path] if os.path.exists(path) else sorted(glob.glob(path)) for path in wanted}
+        missing = [path for path, matches in found.items() if not matches]
+        if missing:
+            raise SourceError(
+                f'config.data.source: {len(missing)} of the {len(found)} tar files of wds:{shown(pattern)} are missing;'
+                f' the first is {shown(missing[0])}'
+            )
+        paths = list(dict.fromkeys(path for matches in found.values() for path in matches))
+    compressed = next((path for path in paths if path.lower().endswith(_COMPRESSED_ENDINGS)), None)
+    if compressed is not None:
+        raise SourceError(
+            f'config.data.source: {shown(compressed)} is compressed, without random access; decompress it (gunzip), or'
+            ' leave it out of the pattern'
+        )
+    other = next((path for path in paths if not os.path.isfile(path)), None)
+    if other is not None:
+        raise SourceError(f'config.data.source: {shown(other)} is not a file; wds:PATTERN takes tar files')
+    return paths
+
+
+def has_tars(pattern: str) -> bool:
+    """Returns whether all tar files of `pattern` exist."""
+    try:
+        return bool(find_tars(pattern))
+    except SourceError:
+        return False
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    """Yields the paths of a pattern with lists {a,b} and ranges {000..146}, which may be nested."""
+    braces = re.search(r'\{([^{}]*)\}', pattern)
+    if braces is None:
+        yield pattern
+        return
+    bounds = re.fullmatch(r'([0-9]{1,18})\.\.([0-9]{1,18})', braces[1])
+    if bounds is None and ',' not in braces[1]:
+        raise SourceError(
+            f'config.data.source: {shown(braces[0])} in wds:{shown(pattern)} is neither a list {{a,b}} nor a range'
+            ' {000..146}'
+        )
+    if bounds is None:
+        choices: Iterator[str] = iter(braces[1].split(','))
+    else:
+        width = max(map(len, bounds.groups())) if any(bound.startswith('0') for bound in bounds.groups()) else 0
+        choices = (f'{number:0{width}}' for number in range(int(bounds[1]), int(bounds[2]) + 1))
+    for choice in choices:
+        yield from _expand(pattern[: braces.start()] + choice + pattern[braces.end() :])
+
+
+def _read_class_names(root: str) -> tuple[list[str] | None, list[str]]:
+    """Returns the class names in a file in `root`, with a note; None without such a file."""
+    for name in _CLASS_FILES:
+        path = os.path.join(root, name)
+        if not os.path.isfile(path):
+            continue
+        try:
+            with open(path, encoding='utf-8') as file:
+                names = [line.strip() for line in file.read(_MAX_TEXT_BYTES).splitlines() if line.strip()]
+        except ValueError:
+            raise SourceError(f'{path} is not UTF-8 text with one class name per line') from None
+        return names, [f'{name} has the names of the {len(names)} classes']
+    return None, []
+
+
+def _open_split(root: str, class_names: list[str] | None, files: Sequence[str]) -> RawSplit:
+    """Indexes the tar files of a split."""
+    index = _Index()
+    lengths = []
+    for file in files:
+        index.add(os.path.join(root, file))
+        lengths.append(os.path.getsize(os.path.join(root, file)))
+    numbers = np.repeat(np.arange(len(files), dtype=np.int32), index.counts)
+    headers, codes = np.frombuffer(index.headers, np.int64), np.frombuffer(index.codes, np.int32)
+    if not np.any(codes >= 0):
+        endings = ', '.join(f'.{shown(ending)}' for ending, _ in index.endings.most_common(8)) or 'none'
+        raise SourceError(
+            f'config.data.source: {shown(files[0])} has no images with labels: images end in .jpg, .png and so on, and'
+            f' their labels in .cls, or .json with the field label; the endings of its members are {endings}'
+        )
+
+    def examples(positions: Integer[np.ndarray, ' m'], labels: Labels) -> TarExamples:
+        return TarExamples(root, tuple(files), tuple(lengths), numbers[positions], headers[positions], labels)
+
+    everything = examples(np.arange(len(codes)), np.zeros(len(codes), np.int32))
+    notes = tuple(
+        f'{count} {problem}; the first is {shown(first)}' for problem, (count, first) in index.problems.items()
+    )
+    return RawSplit(LabelColumn(index.values(), codes), examples, everything.name, class_names, notes)
+
+
+@dataclasses.dataclass(slots=True)
+class _Group:
+    """The members of one key: position of the header of the image, code of the label, and the member .json."""
+
+    image: int = -1
+    label: int = -1
+    json: Member | None = None
+
+
+class _Index:
+    """Positions and labels of the images in the tar files of a split, in the order of the images.
+
+    Attributes:
+      counts: images by tar file.
+      headers: position of the header of each image.
+      codes: code of the label of each image; -1 if the image has none.
+      texts: code of each label.
+      endings: number of members by ending.
+      problems: count and first name of the members that are not used, by problem.
+    """
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+        self.headers, self.codes = array('q'), array('i')
+        self.texts: dict[str, int] = {}
+        self.endings: collections.Counter[str] = collections.Counter()
+        self.problems: dict[str, tuple[int, str]] = {}
+
+    def add(self, path: str) -> None:
+        """Indexes a tar file. Raises SourceError: see tar_members.read_members()."""
+        headers, codes, keys = array('q'), array('i'), array('q')
+        incomplete: dict[str, _Group] = {}  # usually empty, because the members of a key are next to each other
+        key, group = '', _Group()
+
+        def finish(key: str, group: _Group, is_last: bool = False) -> None:
+            if group.image >= 0 and group.label < 0 and group.json is not None:
+                group.label = self._code(_json_label(file.fileno(), group.json))
+            if group.image >= 0 and (group.label >= 0 or is_last):
+                headers.append(group.image)
+                codes.append(group.label)
+                keys.append(hash(key))
+            elif is_last and group.label >= 0:
+                self._count(f'labels in {os.path.basename(path)} have no image', key)
+            elif not is_last and key:
+                incomplete[key] = group
+
+        with open(path, 'rb', buffering=0) as file:
+            for member in read_members(file.fileno(), path):
+                folder, slash, base = member.name.rpartition('/')
+                stem, _, ending = base.partition('.')
+                if not stem:  # a hidden file
+                    continue
+                if folder + slash + stem != key:
+                    finish(key, group)
+                    key = folder + slash + stem
+                    group = incomplete.pop(key, _Group())
+                self._put(file.fileno(), path, group, member, ending.lower())
+            finish(key, group)
+            for key, group in incomplete.items():
+                finish(key, group, is_last=True)
+        order = np.argsort(np.array(headers))
+        hashes = np.array(keys)[order]
+        first = np.zeros(len(order), bool)
+        first[np.unique(hashes, return_index=True)[1]] = True
+        for position in order[~first][:1]:
+            with open(path, 'rb', buffering=0) as file:
+                name = next(read_members(file.fileno(), path, headers[position])).name
+            self._count(
+                f'images in {os.path.basename(path)} repeat the key of an earlier image', name, int(np.sum(~first))
+            )
+        self.counts.append(int(first.sum()))
+        self.headers.extend(np.array(headers)[order[first]].tolist())
+        self.codes.extend(np.array(codes)[order[first]].tolist())
+
+    def _put(self, descriptor: int, path: str, group: _Group, member: Member, ending: str) -> None:
+        """Adds a member to its group."""
+        self.endings[ending] += 1
+        if ending in _IMAGE_ENDINGS and group.image < 0:
+            group.image = member.header
+        elif ending in _IMAGE_ENDINGS:
+            self._count(f'images in {os.path.basename(path)} repeat the key of an earlier image', member.name)
+        elif ending == 'cls':
+            group.label = self._code(_read_text(descriptor, member, _MAX_LABEL_BYTES))
+        elif ending == 'json':
+            group.json = member
+
+    def _code(self, text: str | None) -> int:
+        return -1 if not text else self.texts.setdefault(text, len(self.texts))
+
+    def _count(self, problem: str, name: str, count: int = 1) -> None:
+        counted, first = self.problems.get(problem, (0, name))
+        self.problems[problem] = (counted + count, first)
+
+    def values(self) -> Sequence[int | str]:
+        """Returns the labels by code: as numbers if all are numbers."""
+        if all(re.fullmatch(r'-?[0-9]+', text) for text in self.texts):
+            return [int(text) for text in self.texts]
+        return list(self.texts)
+
+
+def _read_text(descriptor: int, member: Member, limit: int) -> str | None:
+    """Returns the text in a member without blanks around it; None if it is no text or exceeds `limit` bytes."""
+    if member.problem is not None or member.size > limit:
+        return None
+    try:
+        return os.pread(descriptor, member.size, member.start).decode().strip()
+    except UnicodeDecodeError:
+        return None
+
+
+def _json_label(descriptor: int, member: Member) -> str | None:
+    """Returns the label in a member .json; None if it has none."""
+    try:
+        content = json.loads(_read_text(descriptor, member, _MAX_TEXT_BYTES) or '')
+    except (ValueError, RecursionError):
+        return None
+    labels = [content[field] for field in _LABEL_FIELDS if field in content] if isinstance(content, dict) else []
+    label = labels[0] if labels else None
+    if isinstance(label, bool) or not isinstance(label, int | str):
+        return None
+    return str(label).strip()[:_MAX_LABEL_BYTES]

@@ -6,11 +6,22 @@ import datetime
 import hashlib
 import json
 import os
+import re
+import shlex
 
 import ml_collections
 import numpy as np
 
-from alexnet_jax.config import Config, ConfigError, field_names, get_by_path, resolve, upgrade
+from alexnet_jax.config import (
+    UNKNOWN,
+    Config,
+    ConfigError,
+    field_names,
+    get_by_path,
+    resolve,
+    upgrade,
+    with_num_classes,
+)
 from alexnet_jax.runtime.checkpoint_files import read_newest_progress
 from alexnet_jax.runtime.commands import recorded_command
 from alexnet_jax.runtime.console import log, summarize_exception
@@ -86,6 +97,18 @@ def check_resumable(config: Config, workdir: str, every_field: bool = False, all
             f'{_arrow(before, config, field)}: the weights in {workdir} do not fit; use {changed[field][0]} or another'
             ' --workdir'
         )
+
+
+def with_num_classes_of_run(config: Config, workdir: str) -> Config:
+    """Returns `config` with the number of classes of the run in `workdir` if model.num_classes is auto.
+
+    Returns `config` if the number is given, or if `workdir` has neither checkpoints nor a result.
+    """
+    if config.model.num_classes != UNKNOWN:
+        return config
+    started = _has_files(os.path.join(workdir, 'checkpoints')) or read_result_json(workdir) is not None
+    before = _config_before(workdir) if started else None
+    return config if before is None else with_num_classes(config, before.model.num_classes)
 
 
 def _has_files(folder: str) -> bool:
@@ -337,13 +360,14 @@ def statistics_digest(statistics: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def check_class_names(name: str, weights_names: list[str], data_names: list[str]) -> None:
+def check_class_names(name: str, workdir: str, weights_names: list[str], data_names: list[str]) -> None:
     """Compares the class names of weights with those of the data, and logs a difference.
 
     Raises ConfigError: the names are the same but in another order, so predictions would get wrong labels.
 
     Args:
       name: name of the weights in the message.
+      workdir: the folder of the run with the weights.
       weights_names: class names of the weights, one per label.
       data_names: class names of the data, one per label.
     """
@@ -351,10 +375,13 @@ def check_class_names(name: str, weights_names: list[str], data_names: list[str]
         return
     if sorted(weights_names) == sorted(data_names):
         label = next(i for i, pair in enumerate(zip(weights_names, data_names, strict=True)) if pair[0] != pair[1])
+        file = f'@{os.path.abspath(dataset_statistics_path(workdir))}'
+        train = file if re.fullmatch(r'[\w@./-]+', file) else shlex.quote(repr(file))
+        prepare = file if train == file else shlex.quote(file)
         raise ConfigError(
             f'{name}: its classes are those of the data in another order: label {label} is {weights_names[label]!r},'
-            f' but {data_names[label]!r} in the data; prepare the data with config.data.class_names in the order of the'
-            ' weights'
+            f' but {data_names[label]!r} in the data; prepare the data in the order of the weights, in another'
+            f' data_dir: --config.data.class_names={train} for training, or alexnet prepare --class_names={prepare}'
         )
     log(
         f'{name}: its classes have other names than those of the data; the first is {weights_names[0]!r},'

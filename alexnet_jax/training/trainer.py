@@ -11,7 +11,14 @@ import numpy as np
 from jaxtyping import Array
 
 from alexnet_jax import parallel
-from alexnet_jax.config import Config, ConfigError, field_names, get_by_path, total_steps
+from alexnet_jax.config import (
+    Config,
+    ConfigError,
+    field_names,
+    get_by_path,
+    total_steps,
+    with_num_classes,
+)
 from alexnet_jax.data import dataset
 from alexnet_jax.data.open_or_prepare import open_or_prepare
 from alexnet_jax.runtime import backend, distributed
@@ -84,6 +91,7 @@ def train_and_evaluate(config: Config, workdir: str, process_group: JsonObject |
         if data is None:
             log('stopped while preparing the data set; run the same command again to resume')
             return EXIT_PREEMPTED
+        config = with_num_classes(config, len(data.class_names))
         if not distributed.initialize(process_group, config.distributed, preemption):
             log('stopped before all processes were connected; run the same command again')
             distributed.hard_exit(EXIT_PREEMPTED)

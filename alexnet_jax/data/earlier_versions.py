@@ -1,0 +1,87 @@
+"""Prepared data sets of earlier versions, whose names and manifests have the source as the user typed it."""
+
+import dataclasses
+import os
+
+from etils import epath
+
+from alexnet_jax.config import ConfigError
+from alexnet_jax.data.dataset import Manifest, dataset_dir, load_manifest, match_earlier_source, name_by_text
+from alexnet_jax.data.prepare_command import PrepareSettings, replace_command
+from alexnet_jax.paths import absolute_source
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlierDataset:
+    """A prepared data set of an earlier version.
+
+    Attributes:
+      directory: its folder.
+      manifest: its manifest.
+      is_same_path: whether the manifest has the absolute path of the source; otherwise the relative path in the
+        manifest may be that of another source.
+    """
+
+    directory: str
+    manifest: Manifest
+    is_same_path: bool
+
+
+def find_earlier(settings: PrepareSettings, data_dir: str, prepared_dir: str | None) -> EarlierDataset | None:
+    """Returns the data set that an earlier version may have prepared from the source of `settings`, or None."""
+    source = absolute_source('config.data.source', settings.source)
+    kind, _, location = source.partition(':')
+    if kind not in ('folder', 'idx'):
+        return None
+    root = os.path.dirname(dataset_dir(data_dir, settings, prepared_dir))
+    parts = location.split('/')[1:]
+    texts = [source, *(f'{kind}:{"/".join(parts[start:])}' for start in range(len(parts) + 1))]
+    found = []
+    for name in dict.fromkeys(name_by_text(text, settings) for text in texts):
+        directory = os.path.join(root, name)
+        try:
+            manifest = load_manifest(directory) if (epath.Path(directory) / 'prepared.json').exists() else None
+        except ConfigError:  # corrupt
+            continue
+        match = manifest and manifest.version == 1 and match_earlier_source(manifest.source, source)
+        if manifest and match:
+            found.append(EarlierDataset(directory, manifest, match == 'absolute'))
+    return next((one for one in found if one.is_same_path), found[0] if found else None)
+
+
+def check_labels(found: EarlierDataset, settings: PrepareSettings, data_dir: str, prepared_dir: str | None) -> None:
+    """Raises ConfigError if the labels of a data set of an earlier version may be swapped.
+
+    Earlier versions gave labels in the order of the folders, even if `class_names` were the names of the folders in
+    another order.
+    """
+    names = found.manifest.class_names
+    kind, _, root = absolute_source('config.data.source', settings.source).partition(':')
+    if kind != 'folder' or names == sorted(names):
+        return
+    folders = [_subfolders(os.path.join(root, 'train')), _subfolders(root)]
+    if any(folders) and sorted(names) not in folders:
+        return  # the names replace other names
+    raise ConfigError(
+        f'config.data.class_names: {found.directory} is not used, because an earlier version, which ignored the order'
+        f' of class_names, prepared it with {", ".join(names[:5])}{", ..." * (len(names) > 5)}, so its labels may be'
+        f' swapped; prepare it anew: {replace_command(settings, data_dir, prepared_dir)}'
+    )
+
+
+def validates_on_test(found: EarlierDataset, settings: PrepareSettings) -> bool:
+    """Returns whether an earlier version took the test split for validation, which `settings` do not ask for."""
+    if found.manifest.validation_fraction is not None or settings.validation_split is not None:
+        return False
+    kind, _, root = absolute_source('config.data.source', settings.source).partition(':')
+    folders = _subfolders(root)
+    return kind == 'idx' or ('test' in folders and not {'val', 'validation'} & set(folders))
+
+
+def _subfolders(folder: str) -> list[str]:
+    """Returns the sorted names of the folders in `folder`; [] if it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith('.'))
+    except OSError:
+        return []
