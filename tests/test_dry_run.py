@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, config_flags, read_lines, read_result, run_command, usage_error
+from helpers import ROOT, config_flags, edit_manifest, read_lines, read_result, run_command, usage_error
 from PIL import Image
 
 from alexnet_jax.prepare import writer
@@ -216,7 +216,8 @@ def test_plan_is_refused_as_the_command_is(flags, has_checkpoints, run, tmp_path
     if 'other' in flags[0]:  # the data set of other images
         picture = run.pictures / 'train' / 'cat' / 'new.png'
         shutil.copy(run.pictures / 'train' / 'dog' / '0.png', picture)
-        writer.prepare(writer.PrepareConfig(f'folder:{run.pictures}', image_size=72), str(tmp_path / 'other'))
+        given = writer.PrepareConfig(f'folder:{run.pictures}', image_size=72)
+        edit_manifest(writer.prepare(given, str(tmp_path / 'other')), inventory=None)  # so the commands see no change
         picture.unlink()
     command = [*run.flags, f'--workdir={workdir}', *(flag.format(folder=tmp_path) for flag in flags)]
     before = files_below(tmp_path)

@@ -119,7 +119,7 @@ def test_links_to_checkpoints(trained, tmp_path, monkeypatch):
     assert '"probability"' in expected
     assert alexnet('predict', 'step', picture, '--json', cwd=tmp_path).stdout == expected
     resumed = alexnet(
-        'train', *config_flags(SMALL | {'data.source': 'folder:pi ctures'}), '--workdir=whole', cwd=tmp_path
+        'train', *config_flags(SMALL | {'data.source': f'folder:{folder}/pi ctures'}), '--workdir=whole', cwd=tmp_path
     )
     assert resumed.stdout.startswith('whole is done'), resumed.stderr  # the link `latest` is no obstacle
 

@@ -317,7 +317,8 @@ def describe_difference(manifest: Manifest, settings: DatasetSettings) -> tuple[
             wanted = absolute_source('config.data.source', wanted)
             is_same = prepared == wanted or (manifest.version == 1 and match_earlier_source(prepared, wanted))
         elif name == 'class_names':
-            is_same = prepared == list(wanted or prepared)
+            wanted = list(wanted or prepared)
+            is_same = prepared == wanted
         elif name == 'validation_split':
             is_same = manifest.version == 1 or prepared == wanted
         else:

@@ -130,13 +130,17 @@ def _changes(before: Inventory, now: Inventory) -> list[str]:
     """Returns one text for each folder with changes: first new and missing folders, then the others."""
     texts = []
     for name in before.folders.keys() | now.folders.keys():
-        (old, old_digest), (new, new_digest) = (found.folders.get(name, (None, '')) for found in (before, now))
-        if old is None:
-            texts.append((0, name, f'new folder {shown(name)} ({new} files)'))
-        elif new is None:
-            texts.append((1, name, f'folder {shown(name)} is gone ({old} files)'))
+        (old, old_digest), (new, new_digest) = (found.folders.get(name, (0, '')) for found in (before, now))
+        if name not in before.folders:
+            texts.append((0, name, f'new folder {shown(name)} ({_files(new)})'))
+        elif name not in now.folders:
+            texts.append((1, name, f'folder {shown(name)} is gone ({_files(old)})'))
         elif new != old:
-            texts.append((2, name, f'{abs(new - old)} {"more" if new > old else "fewer"} files in {shown(name)}'))
+            texts.append((2, name, f'{_files(abs(new - old), "more" if new > old else "fewer")} in {shown(name)}'))
         elif new_digest != old_digest:
             texts.append((3, name, f'changed files in {shown(name)}'))
     return [text for _, _, text in sorted(texts)]
+
+
+def _files(count: int, adjective: str = '') -> str:
+    return ' '.join(filter(None, [f'{count:,}', adjective, 'file' if count == 1 else 'files']))

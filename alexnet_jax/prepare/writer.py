@@ -6,7 +6,6 @@ import dataclasses
 import fcntl
 import json
 import os
-import shlex
 import shutil
 import time
 
@@ -16,21 +15,22 @@ from etils import epath
 
 from alexnet_jax.config import UNKNOWN, ConfigError, check_num_classes
 from alexnet_jax.data.dataset import (
+    MANIFEST,
     MANIFEST_VERSION,
     DatasetError,
     Manifest,
     dataset_dir,
-    describe_difference,
     read_manifest,
     sampled_digests,
     write_manifest,
 )
-from alexnet_jax.data.earlier_versions import EarlierDataset, check_labels, find_earlier
+from alexnet_jax.data.earlier_versions import EarlierDataset, find_earlier
 from alexnet_jax.data.inventory import describe_change, take_inventory
 from alexnet_jax.data.prepare_command import replace_command
 from alexnet_jax.paths import absolute_source, check_folder, check_writable, is_url
 from alexnet_jax.prepare.classes import are_numbers, order_classes
 from alexnet_jax.prepare.data_card import DataCard, card_of_prepared, card_of_source
+from alexnet_jax.prepare.adoption import adopt, find_same_images
 from alexnet_jax.prepare.raw_sources import Source, SourceError
 from alexnet_jax.prepare.shard_writer import ShardReport, SkippedImage, read_report, write_shards
 from alexnet_jax.prepare.shards import ImageSpec, Shard, content_fingerprint, statistics
@@ -119,18 +119,17 @@ def prepare(settings: PrepareConfig, data_dir: str, prepared_dir: str | None = N
             return target
         earlier = _find_same_images(settings, data_dir, prepared_dir)
         if earlier is not None:
-            return _adopt(earlier, target)
+            return adopt(earlier, target)
         _prepare(settings, data_dir, target)
         return target
 
 
 def _finish_exchange(target: str) -> None:
-    """Removes or restores the data set that a killed process was about to replace."""
-    replaced = f'{target}.replaced'
-    if os.path.exists(target):
-        shutil.rmtree(replaced, ignore_errors=True)
-    elif os.path.exists(replaced):
-        os.rename(replaced, target)
+    """Gives the new data set its name and removes the one that it replaces, which a killed process may have left."""
+    replaced, new = f'{target}.replaced', os.path.join(f'{target}.incomplete', 'store')
+    if os.path.exists(replaced) and not os.path.exists(target):
+        os.rename(new if os.path.exists(os.path.join(new, MANIFEST)) else replaced, target)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _locate(settings: PrepareConfig, data_dir: str, prepared_dir: str | None) -> tuple[str, str]:
@@ -159,7 +158,7 @@ def _check_same(directory: str, settings: PrepareConfig, data_dir: str, prepared
     manifest = read_manifest(directory, settings)
     if manifest.version > 1:
         change = describe_change(manifest.inventory, os.path.dirname(directory))
-    elif is_local(settings.source) and _source_digest(settings, data_dir) != manifest.fingerprint:
+    elif is_local(settings.source) and _source(settings, data_dir).fingerprint != manifest.fingerprint:
         change = 'other names, sizes or labels of files, or another choice of validation images'
     else:
         change = None
@@ -170,53 +169,19 @@ def _check_same(directory: str, settings: PrepareConfig, data_dir: str, prepared
         )
 
 
-def _source_digest(settings: PrepareConfig, data_dir: str) -> str:
-    return open_source(settings.source, data_dir, settings.validation_fraction, settings.validation_split).fingerprint
+def _source(settings: PrepareConfig, data_dir: str) -> Source:
+    return open_source(settings.source, data_dir, settings.validation_fraction, settings.validation_split)
 
 
 def _find_same_images(settings: PrepareConfig, data_dir: str, prepared_dir: str | None) -> EarlierDataset | None:
-    """Returns a data set of an earlier version that was prepared from the images of the source, or None.
+    """Returns the data set of an earlier version that has the images of the source, or None.
 
-    The log names a data set that is not used, and why.
-
-    Raises:
-      SourceError: the source is missing.
-      ConfigError: the data set was prepared from the absolute path of the source but has other settings or images, or
-        its labels may be swapped.
+    Raises SourceError or ConfigError: see adoption.find_same_images() and _check_same().
     """
-    found = find_earlier(settings, data_dir, prepared_dir)
-    if found is None:
-        return None
-    if found.is_same_path:
-        check_labels(found, settings, data_dir, prepared_dir)
+    found = find_same_images(settings, data_dir, prepared_dir)
+    if found is not None and found.is_same_path:
         _check_same(found.directory, settings, data_dir, prepared_dir)
-        return found
-    target = dataset_dir(data_dir, settings, prepared_dir)
-    if not is_local(settings.source):
-        raise SourceError(
-            f'config.data.source: {settings.source.partition(":")[2]} is not a folder; {found.directory} was prepared'
-            f' from {found.manifest.source} by an earlier version; to use it for this source:'
-            f' {shlex.join(["mv", found.directory, target])}'
-        )
-    difference = describe_difference(found.manifest, settings)
-    if difference is None and _source_digest(settings, data_dir) == found.manifest.fingerprint:
-        check_labels(found, settings, data_dir, prepared_dir)
-        return found
-    why = 'other images' if difference is None else f'another {difference[0]}'
-    log(f'{found.directory}, prepared from {found.manifest.source} by an earlier version, has {why} and is not used')
-    return None
-
-
-def _adopt(found: EarlierDataset, target: str) -> str:
-    """Renames a data set of an earlier version to `target` if its manifest has a relative path; returns its folder."""
-    if found.is_same_path:
-        return found.directory
-    try:
-        os.rename(found.directory, target)
-    except OSError:  # the folder belongs to another user
-        return found.directory
-    log(f'adopted {found.directory}, which an earlier version prepared from the same images, as {target}')
-    return target
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,8 +255,7 @@ def _open(settings: PrepareConfig, data_dir: str) -> Source:
 
     Raises SourceError or ConfigError: the source cannot be read, or does not have the classes of `settings`.
     """
-    source = open_source(settings.source, data_dir, settings.validation_fraction, settings.validation_split)
-    return _with_classes(settings, source)
+    return _with_classes(settings, _source(settings, data_dir))
 
 
 def _with_classes(settings: PrepareConfig, source: Source) -> Source:
@@ -343,8 +307,8 @@ def _prepare(settings: PrepareConfig, data_dir: str, target: str) -> None:
     if os.path.exists(target):
         os.rename(target, f'{target}.replaced')
     os.rename(os.path.join(staging_dir, 'store'), target)
-    shutil.rmtree(staging_dir)
     _finish_exchange(target)
+    shutil.rmtree(staging_dir)
     read = sum(len(shard.examples) for shard in shards if shard.report not in complete)
     _summarize(target, reports, read, time.monotonic() - start, settings.workers)
 
