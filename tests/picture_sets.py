@@ -255,7 +255,7 @@ def corrupt_parquet(root: Path) -> str:
     examples = list(pictures('train'))
     examples[BAD] = dataclasses.replace(examples[BAD], content=bytes(99))
     write_tables(root, {'train': examples})
-    return examples[BAD].train_name
+    return f'data/train-00000-of-00003.parquet row {BAD}'
 
 
 def write_tables(root: Path, splits: dict[str, list[Picture]]) -> None:

@@ -41,7 +41,7 @@ def roots(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope='module')
 def expected(roots, tmp_path_factory) -> Path:
     """Returns the data set of the class folders, which the data sets of the other forms must equal."""
-    return prepared('folders', roots['folders'], tmp_path_factory.mktemp('expected'))
+    return prepared('folders', roots['folders'], tmp_path_factory.mktemp('expected'), workers=1)
 
 
 def start(form: str, root: Path, prepared_dir: Path, **settings) -> subprocess.Popen:
@@ -91,22 +91,22 @@ def test_class_folders_match_pillow(expected):
     assert read_json(expected / 'prepared.json')['class_names'] == list(picture_sets.CLASSES)
 
 
-@pytest.mark.parametrize('form', picture_sets.FORMS)
-@pytest.mark.parametrize('workers', [1, 3])
-def test_every_form_gives_the_same_bytes(form, workers, roots, expected, tmp_path):
-    check_equal(prepared(form, roots[form], tmp_path, workers=workers), expected)
+@pytest.mark.parametrize('form', [name for name in picture_sets.FORMS if name != 'folders'])
+def test_every_form_gives_the_same_bytes(form, roots, expected, tmp_path):
+    check_equal(prepared(form, roots[form], tmp_path, workers=1), expected)
 
 
 @pytest.mark.parametrize('form', picture_sets.FORMS)
 def test_every_form_resumes_after_a_kill(form, roots, expected, tmp_path):
-    chance, begun = random.Random(form), []
+    """Three processes write the shards, while one process has written those of the expected data set."""
+    chance, begun, workers = random.Random(form), [], {'workers': 3}
 
     def shards() -> int:
         return len(list(tmp_path.glob('*.incomplete/reports/*.json')))
 
     while not any(0 < count < SHARDS for count in begun):  # until a process was killed between two shards
         assert len(begun) < 20, begun
-        process, wanted = start(form, roots[form], tmp_path), shards() + chance.randint(1, 5)
+        process, wanted = start(form, roots[form], tmp_path, **workers), shards() + chance.randint(1, 5)
         wait_for(lambda process=process, wanted=wanted: shards() >= wanted or process.poll() is not None, every=0.001)
         time.sleep(chance.uniform(0, 0.02))
         process.kill()
@@ -115,7 +115,7 @@ def test_every_form_resumes_after_a_kill(form, roots, expected, tmp_path):
         for folder in tmp_path.iterdir():
             if folder.is_dir() and folder.suffix != '.incomplete':  # The process completed the data set.
                 shutil.rmtree(folder)
-    check_equal(prepared(form, roots[form], tmp_path), expected)
+    check_equal(prepared(form, roots[form], tmp_path, **workers), expected)
 
 
 @pytest.mark.parametrize('form', picture_sets.FORMS)
