@@ -36,7 +36,8 @@ def open_folder(root: Path, fraction: float, validation_split: str | None) -> So
     if inner != root:
         reader.notes.append(f'the images are read from {inner}')
         for folder in (root, *(parent for parent in inner.parents if root in parent.parents)):
-            list_folder(folder, reader.ignored)
+            _, images = list_folder(folder, reader.ignored)
+            reader.note_strays(folder, images)
     table = find_table(inner)
     if table is not None:
         return _open_table(reader, table, fraction, validation_split)

@@ -29,7 +29,7 @@ def enter(root: Path) -> Path:
     """
     chosen = folder = root
     for _ in range(_DEPTH):
-        folders, images = list_folder(folder, Counter())
+        folders, _ = list_folder(folder, Counter())
         if find_table(folder):
             break
         _check_annotations(folder, folders)
@@ -37,7 +37,7 @@ def enter(root: Path) -> Path:
         if kaggle and not any(map(split_kind, folders)):
             return folder / kaggle
         full = _first_two(folder)
-        if images or len(full) != 1:
+        if len(full) != 1:
             break
         folder = folder / full[0]
         has_splits = find_split_folders(folder) is not None
