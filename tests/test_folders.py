@@ -118,6 +118,11 @@ def test_a_named_split_must_exist():
         ([*images('2019'), *images('2020', ('cats', 'dogs', 'eels'))], '2019 and 2020, .* both contain cats and dogs'),
         ([*images('train/a'), *images('train/b')], 'train has the folders a and b'),
         (
+            [*images('train'), *images('train/val')],
+            'train/val is no class, .* contains cats and dogs, which are also next',
+        ),
+        ([*images(''), *images('backup')], 'backup is no class, .* contains cats and dogs, which are also next'),
+        (
             [*images('cats', ('train', 'val')), *images('dogs', ('train', 'val'))],
             'cats contains the splits train and val',
         ),
@@ -248,6 +253,12 @@ def test_classes_of_one_split_are_named(tmp_path):
     )
     tree(tmp_path, 'val/ant/1.jpg')
     assert opened(f'folder:{tmp_path}').notes[0] == 'a class has no training image: ant'
+
+
+def test_a_link_from_validation_to_training_images_is_refused(tmp_path):
+    tree(tmp_path, *images('train'))
+    os.symlink('train', tmp_path / 'val')
+    assert refusal(tmp_path).endswith(f'{tmp_path}/train and {tmp_path}/val are the same folder')
 
 
 def test_unreadable_links_are_skipped_later(tmp_path):

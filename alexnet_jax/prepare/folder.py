@@ -64,6 +64,10 @@ def _open_splits(reader: FolderReader, names: list[str], fraction: float, valida
     unlabeled = [name for name, part in parts.items() if split_kind(name) == TEST and is_flat(part)]
     usable = [name for name in names if name not in unlabeled or validation_split is not None]
     choice = choose_splits(usable, validation_split, str(root))
+    if choice.validation is not None and parts[choice.train].samefile(parts[choice.validation]):
+        raise SourceError(
+            f'config.data.source: {root / choice.train} and {root / choice.validation} are the same folder'
+        )
     train, names_classes = reader.read_classes(parts[choice.train])
     origin = _relative(parts[choice.train], root)
     validation, labels_from = None, ''
