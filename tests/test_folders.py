@@ -39,7 +39,10 @@ def refusal(root: Path, validation_split: str | None = None) -> str:
         (name, 'train')
         for name in ('train', 'Train', 'TRAIN', 'training_set', 'Training Images', 'trainset', 'train2017')
     ]
-    + [(name, 'train') for name in ('train_data', 'images_train', 'ImagesTrain', 'seg_train', 'imagenet1k-train')]
+    + [
+        (name, 'train')
+        for name in ('train_data', 'images_train', 'ImagesTrain', 'SegTrain', 'seg_train', 'imagenet1k-train')
+    ]
     + [(name, 'validation') for name in ('val', 'valid', 'Validation', 'val_set', 'dev', 'eval', 'val-2012', 'ValData')]
     + [(name, 'test') for name in ('test', 'TEST', 'test_set', 'testing', 'test1', 't10k', 'asl_alphabet_test')]
     + [
@@ -115,6 +118,11 @@ def test_a_named_split_must_exist():
         ([*images('2019'), *images('2020', ('cats', 'dogs', 'eels'))], '2019 and 2020, .* both contain cats and dogs'),
         ([*images('train/a'), *images('train/b')], 'train has the folders a and b'),
         (
+            [*images('train'), *images('train/val')],
+            'train/val is no class, .* contains cats and dogs, which are also next',
+        ),
+        ([*images(''), *images('backup')], 'backup is no class, .* contains cats and dogs, which are also next'),
+        (
             [*images('cats', ('train', 'val')), *images('dogs', ('train', 'val'))],
             'cats contains the splits train and val',
         ),
@@ -159,6 +167,11 @@ def test_a_class_may_have_the_name_of_a_split(tmp_path):
         source = opened(f'folder:{root}')
         assert source.class_names == [name.removesuffix('/images') for name in classes]
         assert sorted(names(source, 'train') + names(source, 'validation')) == images('', classes)
+    for i, folders in enumerate((('bullet_train/a', 'bus/b'), ('train', 'train/more', 'bus'))):
+        root = tree(tmp_path / f'more {i}', *images('', folders))
+        source = opened(f'folder:{root}')
+        assert source.class_names == sorted({name.split('/')[0] for name in folders})
+        assert sorted(names(source, 'train') + names(source, 'validation')) == sorted(images('', folders))
     assert "'test'" in refusal(tmp_path / '0', validation_split='test')  # there are no splits
 
 
@@ -182,11 +195,13 @@ def test_part_of_a_data_set_names_the_splits_next_to_it(tmp_path):
 def test_a_folder_around_the_data_set_is_entered(tmp_path, outer, splits):
     paths = [path for split in splits or ('',) for path in images(split)]
     tree(tmp_path, *(f'{outer}/{path}' for path in paths), '__MACOSX/dataset/._x.jpg', 'readme.md', '.git/config')
+    tree(tmp_path, 'cover.jpg')
     source = opened(f'folder:{tmp_path}')
     assert source.class_names == ['cats', 'dogs']
     assert sorted(names(source, 'train') + names(source, 'validation')) == sorted(paths)
     assert source.notes == (
         f'the images are read from {tmp_path}/{outer}',
+        f'images in {tmp_path}, but in no class folder, are not used: cover.jpg',
         'not read as images: 1 *.md',
         'ignored as system files or hidden files: 1 .git/ and 1 __MACOSX/',
     )
@@ -238,6 +253,12 @@ def test_classes_of_one_split_are_named(tmp_path):
     )
     tree(tmp_path, 'val/ant/1.jpg')
     assert opened(f'folder:{tmp_path}').notes[0] == 'a class has no training image: ant'
+
+
+def test_a_link_from_validation_to_training_images_is_refused(tmp_path):
+    tree(tmp_path, *images('train'))
+    os.symlink('train', tmp_path / 'val')
+    assert refusal(tmp_path).endswith(f'{tmp_path}/train and {tmp_path}/val are the same folder')
 
 
 def test_unreadable_links_are_skipped_later(tmp_path):
@@ -311,7 +332,8 @@ def test_integers_in_a_table_are_sorted_by_value(tmp_path):
     assert (source.class_names, source.names_classes) == (['2', '10'], False)
     assert sorted(labeled(source, 'train', 'validation')) == sorted((path, 1 - label) for path, label in expected())
     (tmp_path / 'labels.csv').write_text(text.replace(',2\n', ',02\n'))
-    assert opened(f'folder:{tmp_path}').class_names == ['02', '10']
+    source = opened(f'folder:{tmp_path}')
+    assert (source.class_names, source.names_classes) == (['02', '10'], True)
 
 
 def test_table_wins_over_folders_and_names_what_it_does_not_list(tmp_path):
@@ -322,6 +344,12 @@ def test_table_wins_over_folders_and_names_what_it_does_not_list(tmp_path):
     assert len(labeled(source, 'train', 'validation')) == 10
     assert 'labels.csv gives the classes of the images; the names of the folders do not' in source.notes
     assert 'not used, because labels.csv does not list them: a/9.jpg and 1 more' in source.notes
+
+
+def test_a_column_named_label_precedes_its_synonyms(tmp_path):
+    text = 'class,file,path,label\n' + ''.join(f'x,y.jpg,{path},{label}\n' for path, label, _ in ROWS)
+    source = opened(f'folder:{write_table(tmp_path, text)}')
+    assert sorted(labeled(source, 'train', 'validation')) == sorted(expected())
 
 
 def test_missing_files_of_a_table_are_skipped_by_name(tmp_path):

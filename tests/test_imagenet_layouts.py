@@ -80,7 +80,7 @@ def kaggle(tmp_path) -> Path:
     write_images(root / CLS_LOC)
     tree(root / CLS_LOC, *(f'test/ILSVRC2012_test_{i:08d}.JPEG' for i in range(1, 4)))
     tree(root / 'ILSVRC', f'Annotations/CLS-LOC/train/{CLASSES[0]}/{CLASSES[0]}_1.xml', 'ImageSets/CLS-LOC/val.txt')
-    tree(root, 'LOC_sample_submission.csv', 'LOC_synset_mapping.txt', 'LOC_train_solution.csv')
+    tree(root, 'samples/1.jpg', 'LOC_sample_submission.csv', 'LOC_synset_mapping.txt', 'LOC_train_solution.csv')
     return root
 
 
@@ -211,7 +211,8 @@ def write_archive(path: Path, files: dict[str, bytes]) -> Path:
 )
 def test_development_kit(tmp_path, place):
     root = write_images(tmp_path / 'images')
-    check(root, str(write_devkit(tmp_path / place, devkit_files())))
+    source = check(root, str(write_devkit(tmp_path / place, devkit_files())))
+    assert not any('is not used' in note for note in source.notes)
 
 
 @pytest.mark.parametrize('place', ['images', '.', 'images/val'])

@@ -36,7 +36,8 @@ def open_folder(root: Path, fraction: float, validation_split: str | None) -> So
     if inner != root:
         reader.notes.append(f'the images are read from {inner}')
         for folder in (root, *(parent for parent in inner.parents if root in parent.parents)):
-            list_folder(folder, reader.ignored)
+            _, images = list_folder(folder, reader.ignored)
+            reader.note_strays(folder, images)
     table = find_table(inner)
     if table is not None:
         return _open_table(reader, table, fraction, validation_split)
@@ -63,6 +64,10 @@ def _open_splits(reader: FolderReader, names: list[str], fraction: float, valida
     unlabeled = [name for name, part in parts.items() if split_kind(name) == TEST and is_flat(part)]
     usable = [name for name in names if name not in unlabeled or validation_split is not None]
     choice = choose_splits(usable, validation_split, str(root))
+    if choice.validation is not None and parts[choice.train].samefile(parts[choice.validation]):
+        raise SourceError(
+            f'config.data.source: {root / choice.train} and {root / choice.validation} are the same folder'
+        )
     train, names_classes = reader.read_classes(parts[choice.train])
     origin = _relative(parts[choice.train], root)
     validation, labels_from = None, ''

@@ -29,7 +29,7 @@ def enter(root: Path) -> Path:
     """
     chosen = folder = root
     for _ in range(_DEPTH):
-        folders, images = list_folder(folder, Counter())
+        folders, _ = list_folder(folder, Counter())
         if find_table(folder):
             break
         _check_annotations(folder, folders)
@@ -37,7 +37,7 @@ def enter(root: Path) -> Path:
         if kaggle and not any(map(split_kind, folders)):
             return folder / kaggle
         full = _first_two(folder)
-        if images or len(full) != 1:
+        if len(full) != 1:
             break
         folder = folder / full[0]
         has_splits = find_split_folders(folder) is not None
@@ -107,13 +107,20 @@ def check_classes(folder: Path, files: Mapping[str, Files], start: int) -> list[
       files: the files of each class.
       start: position in a path at which the part relative to the folder of the classes begins.
 
-    Raises SourceError: the folders in `folder` are no classes, because they contain splits or the same folders.
+    Raises SourceError: the folders in `folder` are no classes, because they contain splits, the same
+    folders or each other's names.
     """
     owners: dict[str, str] = {}
     for name, of_class in files.items():
         begin = start + len(name) + 1
         below = {path[begin:].split('/', 1)[0] for path, _ in of_class if '/' in path[begin:]}
         below = {inner for inner in below if inner.lower() not in (*_IMAGE_FOLDERS, *_ANNOTATIONS)}
+        twice = sorted(below & set(files))
+        if len(twice) > 1:
+            raise SourceError(
+                f'config.data.source: {folder / name} is no class, because it contains {shortened(twice)}, which are also'
+                f' next to it; move it out of {folder}'
+            )
         kinds = {split_kind(inner) for inner in below} - {None}
         if TRAIN in kinds and len(kinds) > 1:
             splits = shortened(sorted(filter(split_kind, below)))

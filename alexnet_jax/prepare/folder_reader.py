@@ -68,9 +68,7 @@ class FolderReader:
             raise SourceError(f'config.data.source: {folder} has no folders of images; {REMEDY}')
         if not any(classes.values()):
             raise SourceError(f'{folder}: the folders of its {len(classes)} classes are empty')
-        if images:
-            strays = sorted(image.name for image in images)
-            self.notes.append(f'images in {folder}, but in no class folder, are not used: {shortened(strays, 1)}')
+        self.note_strays(folder, images)
         if others:
             self.notes.append(f'folders in {folder} without images are not used: {shortened(others)}')
         inner = check_classes(folder, classes, len(os.path.join(folder, '')) - len(os.path.join(self.root, '')))
@@ -139,6 +137,12 @@ class FolderReader:
         if os.path.isabs(label_file) and not label_file.startswith(os.path.join(self.root, '')):
             self.roots.append(label_file)
         return files, f' with the labels of {label_file}'
+
+    def note_strays(self, folder: Path, images: list[os.DirEntry[str]]) -> None:
+        """Notes that `images`, which are directly in `folder`, have no class."""
+        if images:
+            names = sorted(image.name for image in images)
+            self.notes.append(f'images in {folder}, but in no class folder, are not used: {shortened(names, 1)}')
 
     def is_label_folder(self, name: str) -> bool:
         """Returns whether the folder `name` contains the file with the labels of a flat folder."""
