@@ -53,7 +53,7 @@ def open_tfds(source: str, data_dir: str, fraction: float, validation_split: str
         origins,
         (*notes, *choice.notes),
         names_classes=names != [str(number) for number in range(len(names))],
-        roots=(str(builder.data_dir),),
+        roots=(os.path.abspath(builder.data_dir),),
     )
 
 
