@@ -254,7 +254,7 @@ def test_corrupt_array_record_files(both, tmp_path):
     shutil.copy(first, second)  # 14 records in the place of 13
     third.write_bytes(third.read_bytes()[:-1])
     examples = opened(tmp_path / 'data').splits['train']
-    for index, reason in {14: '14 records, but dataset_info.json lists 13', 27: '', 40: ''}.items():
+    for index, reason in {14: '14 records, but dataset_info.json lists 13', 27: None, 40: None}.items():
         with pytest.raises((UnreadableImage, RuntimeError), match=reason):
             examples[index]
         assert examples.name(index) == f'record {index} of train in {(second if index == 14 else third).name}'
