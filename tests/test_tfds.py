@@ -248,6 +248,19 @@ def test_shard_of_another_data_set_is_not_read(copied):
     assert examples[27][0][:2] == b'\xff\xd8'
 
 
+def test_corrupt_array_record_files(both, tmp_path):
+    folder = Path(shutil.copytree(both['array_record'], tmp_path / 'data')) / 'named_pictures' / '2.1.0'
+    first, second, third = sorted(folder.glob('*-train.*'))
+    shutil.copy(first, second)  # 14 records in the place of 13
+    third.write_bytes(third.read_bytes()[:-1])
+    examples = opened(tmp_path / 'data').splits['train']
+    for index, reason in {14: '14 records, but dataset_info.json lists 13', 27: None, 40: None}.items():
+        with pytest.raises((UnreadableImage, RuntimeError), match=reason):
+            examples[index]
+        assert examples.name(index) == f'record {index} of train in {(second if index == 14 else third).name}'
+    assert examples[13][0][:2] == b'\xff\xd8'
+
+
 def test_records_that_are_no_images(copied):
     import tensorflow as tf
 
@@ -293,6 +306,7 @@ def test_newest_version_is_read_and_named(copied):
     (copied.parent / '9.0.0.bak').mkdir()
     for source, version in {
         'tfds:named_pictures': '2.1.0',
+        'tfds:NamedPictures': '2.1.0',
         'tfds:named_pictures:2.*.*': '2.1.0',
         'tfds:named_pictures:2.0.*': '2.0.10',
         'tfds:named_pictures/2.0.9': '2.0.9',

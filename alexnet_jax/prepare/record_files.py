@@ -10,7 +10,7 @@ from jaxtyping import Integer
 
 from alexnet_jax.paths import is_url, shown
 from alexnet_jax.prepare.raw_sources import LabeledExamples, Labels, Source, SourceError, hold_out
-from alexnet_jax.prepare.splits import TRAIN, choose_splits, split_kind
+from alexnet_jax.prepare.splits import TRAIN, choose_splits, is_plain_split, split_kind
 
 _SHARD_NUMBER = re.compile(r'(^|[-_.])(\d+-of-\d+(-[0-9a-f]+)?|\d+)$')  # Hub: train-00000-of-00002-4bcb11a4f1ba6de3
 
@@ -109,9 +109,9 @@ def files_by_split(files: Sequence[str]) -> dict[str, list[str]]:
 
 def split_word(name: str) -> str | None:
     """Returns the part of `name` that names a split, such as 'train' of 'imagenet-train-256'; None if it is unclear."""
-    if split_kind(name):
+    if is_plain_split(name):
         return name
-    words = [word for word in re.split(r'[\W_]+', name) if split_kind(word)]
+    words = [word for word in re.split(r'[\W_]+', name) if is_plain_split(word)]
     return words[0] if len({split_kind(word) for word in words}) == 1 else None
 
 

@@ -58,6 +58,8 @@ def find_version(name: TfdsName, data_dir: str) -> tuple[str | None, tuple[str, 
 
 def _find_version(name: TfdsName, data_dir: str) -> tuple[str | None, tuple[str, ...]]:
     folder, notes = os.path.join(data_dir, name.name), []
+    if not os.path.isdir(folder):  # TFDS also accepts the name of the class, such as MNIST
+        folder = os.path.join(data_dir, tfds.core.naming.camelcase_to_snakecase(name.name))
     config = name.config
     if config is None and not _versions(folder):
         configs = [config for config in _subfolders(folder) if _versions(os.path.join(folder, config))]

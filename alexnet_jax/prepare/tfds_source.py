@@ -54,7 +54,7 @@ def open_tfds(source: str, data_dir: str, fraction: float, validation_split: str
         origins,
         (*notes, *choice.notes),
         names_classes=not are_numbers(names),
-        roots=(str(builder.data_dir),),
+        roots=(os.path.abspath(builder.data_dir),),
     )
 
 
@@ -251,4 +251,7 @@ def imagenet_tars(data_dir: str) -> str:
             return folder
     missing = [tar for tar in IMAGENET_TARS if not any(os.path.exists(os.path.join(f, tar)) for f in folders)]
     what = ' and '.join(missing or IMAGENET_TARS)
-    raise SourceError(f'ImageNet: put {what} (ILSVRC2012, from image-net.org) into {folders[0]}')
+    raise SourceError(
+        f'ImageNet: put {what} (ILSVRC2012, from image-net.org) into {folders[0]}, or set config.data.data_dir to the'
+        ' folder in which TFDS has prepared imagenet2012'
+    )
