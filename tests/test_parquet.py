@@ -314,6 +314,7 @@ print(total, pa.default_memory_pool().max_memory())
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_row_group(tmp_path):
     random = np.random.default_rng(0)
     block = random.bytes(1 << 20)
@@ -388,6 +389,7 @@ def bucket(tmp_path, monkeypatch) -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_object_store(tmp_path, bucket):
     image = zoo.saved(Image.new('RGB', (9, 9), (200, 0, 0)), 'PNG')
     root = tmp_path / 'zoo' / 'animals'
