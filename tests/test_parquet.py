@@ -1,9 +1,13 @@
 """Parquet files as the Hugging Face Hub has them, written with pyarrow; the expected rows are those of plain lists."""
 
+import http.server
 import json
 import os
 import pickle
 import re
+import threading
+import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -310,6 +314,7 @@ print(total, pa.default_memory_pool().max_memory())
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_row_group(tmp_path):
     random = np.random.default_rng(0)
     block = random.bytes(1 << 20)
@@ -324,6 +329,85 @@ def test_memory_does_not_grow_with_the_row_group(tmp_path):
     total, peak = map(int, run.stdout.split())
     assert total == 120 << 20  # in a single row group
     assert peak < 60 << 20
+
+
+class ObjectStore(http.server.BaseHTTPRequestHandler):
+    """The part of the protocol of S3 that reading needs: lists of objects, and ranges of bytes."""
+
+    protocol_version, root = 'HTTP/1.1', Path()
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        url = urllib.parse.urlparse(self.path)
+        bucket, _, key = urllib.parse.unquote(url.path).strip('/').partition('/')
+        folder = self.root / bucket
+        if bucket == 'private':
+            self.answer(403)
+        elif key and (folder / key).is_file():
+            data = (folder / key).read_bytes()
+            if 'Range' in self.headers:
+                start, stop = map(int, self.headers['Range'].removeprefix('bytes=').split('-'))
+                headers = {'Content-Range': f'bytes {start}-{stop}/{len(data)}'}
+                self.answer(206, data[start : stop + 1], headers)
+            else:
+                self.answer(200, data)
+        elif key or not folder.is_dir():
+            self.answer(404)
+        else:
+            prefix = urllib.parse.parse_qs(url.query).get('prefix', [''])[0]
+            found = [path for path in sorted(folder.rglob('*')) if path.is_file()]
+            objects = ''.join(
+                f'<Contents><Key>{path.relative_to(folder)}</Key><Size>{path.stat().st_size}</Size></Contents>'
+                for path in found
+                if str(path.relative_to(folder)).startswith(prefix)
+            )
+            self.answer(200, f'<ListBucketResult>{objects}</ListBucketResult>'.encode())
+
+    def answer(self, status: int, body: bytes = b'', headers: dict[str, str] | None = None):
+        self.send_response(status)
+        for name, value in {'Content-Length': str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == 'GET':
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch) -> Iterator[str]:
+    """The address of an object store on this machine, whose buckets are the folders of tmp_path."""
+    monkeypatch.setenv('AWS_ACCESS_KEY_ID', 'name')
+    monkeypatch.setenv('AWS_SECRET_ACCESS_KEY', 'secret')
+    handler = type('Handler', (ObjectStore,), {'root': tmp_path})
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f'endpoint_override=127.0.0.1:{server.server_port}&scheme=http&region=us-east-1'
+        server.shutdown()
+
+
+@pytest.mark.slow
+def test_object_store(tmp_path, bucket):
+    image = zoo.saved(Image.new('RGB', (9, 9), (200, 0, 0)), 'PNG')
+    root = tmp_path / 'zoo' / 'animals'
+    (root / 'data').mkdir(parents=True)
+    saved(root / 'data' / 'train-00000-of-00001.parquet', [0, 1] * 10, [{'bytes': image, 'path': ''}] * 20)
+    cells = [{'bytes': b'no picture', 'path': ''}, {'bytes': None, 'path': 'a.png'}, {'bytes': image, 'path': ''}]
+    saved(root / 'data' / 'validation-00000-of-00001.parquet', [0, 0, 1], cells)
+    remote, local = opened(f's3://zoo/animals?{bucket}'), opened(root)
+    assert remote.class_names == ['red', 'blue']
+    assert content(remote.splits['train']) == content(local.splits['train'])
+    assert opened(f's3://zoo/animals?{bucket}:label').class_names == ['red', 'blue']
+    settings = PrepareConfig(f'hf:s3://zoo/animals?{bucket}', 8, max_corrupt_fraction=0.9, workers=1)
+    store = Path(prepare(settings, str(tmp_path / 'data')))
+    assert read_json(store / 'prepared.json')['images'] == {'train': 20, 'validation': 1}
+    names = [line['name'] for line in read_lines(store / 'skipped.jsonl')]
+    assert names == [f'data/validation-00000-of-00001.parquet row {i}' for i in range(2)]
+    assert 'cannot be read (' in refused(f's3://nothing/animals?{bucket}')
+    assert 'ACCESS_DENIED' in refused(f's3://private/animals?{bucket}')
 
 
 HUB = '''

@@ -139,6 +139,8 @@ def test_class_names_in_a_file_beside_the_tar_files(tmp_path):
     assert (source.class_names, source.names_classes) == (['cow', 'ape', 'bee', 'elk'], True)
     assert set(everything(tmp_path).values()) == set(expected(range(30)))
     assert any('classes.txt' in note for note in source.notes)
+    write(tmp_path / 'test' / '0.tar', pictures(range(30)))
+    assert opened(tmp_path / 'test' / '0.tar').class_names == ['cow', 'ape', 'bee', 'elk']
     (tmp_path / 'classes.txt').write_bytes(b'\xff\xfe')
     assert 'classes.txt is not UTF-8 text' in refused(tmp_path)
 
@@ -209,6 +211,8 @@ def test_missing_and_unsuitable_files_are_refused(tmp_path):
     assert re.search(r'train-0001.tar.gz is compressed.*gunzip', refused(tmp_path / 'd'))
     (tmp_path / 'd' / 'train-0001.tar.gz').rename(tmp_path / 'd' / 'train-0001.tar')
     assert 'train-0001.tar is no uncompressed tar file' in refused(tmp_path / 'd')
+    write(tmp_path / 'f' / 'test' / '0.tar', pictures(range(12)))
+    assert 'no training split; its splits are test' in refused(tmp_path / 'f')
     os.remove(path)
     os.mkfifo(path)
     assert 'train-0000.tar is not a file' in refused(path)

@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Integer
+from pyarrow import fs
 
 from alexnet_jax.data.images import UnreadableImage, read_file
-from alexnet_jax.paths import check_text_path, shown
+from alexnet_jax.paths import check_text_path, is_url, shown
 from alexnet_jax.prepare.raw_sources import Indices, Labels, RawExample, Source, SourceError
 from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, find_files, open_splits, split_word
 from alexnet_jax.runtime.console import log
@@ -30,7 +31,7 @@ class ParquetExamples:
     """Rows of parquet files.
 
     Attributes:
-      root: folder of the data set.
+      root: folder of the data set, a path or the URL of a bucket.
       files: paths relative to `root`.
       starts: number of the first row of each file, and the number after the last row of the last file.
       digests: digests of the footers of the files, which have the sizes and offsets of all columns.
@@ -58,7 +59,7 @@ class ParquetExamples:
 
     def __getitem__(self, index: int) -> RawExample:
         file, row = self._locate(index)
-        cell = _row_reader(os.path.join(self.root, self.files[file]), self.digests[file], self.image).cell(row)
+        cell = _row_reader(self.root, self.files[file], self.digests[file], self.image).cell(row)
         content, path = (cell.get('bytes'), cell.get('path')) if isinstance(cell, dict) else (cell, None)
         if content is None:
             content = self._read_path(path)
@@ -99,17 +100,29 @@ class ParquetExamples:
         return hashlib.sha256(described.encode() + arrays).hexdigest()
 
 
-def _open(path: str) -> pq.ParquetFile:
+@functools.cache
+def _filesystem(root: str) -> tuple[fs.FileSystem, str]:
+    """Returns the file system of a folder, and its path there. Raises OSError or ValueError: the URL is unusable."""
+    return fs.FileSystem.from_uri(root) if is_url(root) else (fs.LocalFileSystem(), root)
+
+
+def _open(root: str, file: str) -> pq.ParquetFile:
     """Opens a file such that pyarrow reads a megabyte at once, not a whole row group."""
-    return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
+    filesystem, folder = _filesystem(root)
+    return pq.ParquetFile(
+        os.path.join(folder, file),
+        filesystem=filesystem,
+        buffer_size=1 << 20,
+        pre_buffer=False,
+        page_checksum_verification=True,
+    )
 
 
 class _RowReader:
     """Reads cells of one column; the rows should increase, because the reader decodes a row group from its start."""
 
-    def __init__(self, path: str, column: str):
-        self.file = _open(path)
-        self.column = column
+    def __init__(self, file: pq.ParquetFile, column: str):
+        self.file, self.column = file, column
         sizes = [self.file.metadata.row_group(i).num_rows for i in range(self.file.metadata.num_row_groups)]
         self.starts = np.cumsum([0, *sizes])
         self.group, self.first = -1, 0  # `first` is the row number of the first of the decoded `values`
@@ -142,12 +155,12 @@ class _RowReader:
 
 
 @functools.lru_cache(maxsize=1)
-def _row_reader(path: str, digest: str, column: str) -> _RowReader:
+def _row_reader(root: str, file: str, digest: str, column: str) -> _RowReader:
     """Returns the reader of a file. `digest` is a part of the key of the cache, because the file may be replaced."""
     try:
-        return _RowReader(path, column)
+        return _RowReader(_open(root, file), column)
     except _CORRUPT as error:
-        raise UnreadableImage(f'{path} is corrupt ({_one_line(error)})') from None
+        raise UnreadableImage(f'{file} is corrupt ({_one_line(error)})') from None
 
 
 def _one_line(error: BaseException) -> str:
@@ -167,20 +180,30 @@ def open_parquet(location: str, fraction: float, validation_split: str | None) -
     """Opens parquet files.
 
     Args:
-      location: DIR, a folder with parquet files or one parquet file, or ORG/NAME, a data set of the Hugging Face Hub;
-        optionally with a colon and the name of the label column.
+      location: DIR, a folder with parquet files or one parquet file; s3://BUCKET/DIR; or ORG/NAME,
+        a data set of the Hugging Face Hub; optionally with a colon and the name of the label column.
       fraction, validation_split: see sources.open_source().
 
     Raises SourceError: files are missing or corrupt, or have no image column or label column, or several.
     """
-    path, label = find_parquet(location) or _download(location)
-    path = check_text_path('config.data.source', path)
-    if os.path.isdir(path):
+    path, label = _locate(location)
+    if is_url(path) or os.path.isdir(path):
         root, files = path, _parquet_files(path)
     else:
         root, files = os.path.dirname(path), [os.path.basename(path)]
     open_split = functools.partial(_open_split, root, label, location)
-    return open_splits(path, files, fraction, validation_split, open_split, (path,))
+    roots = () if is_url(path) else (path,)
+    return open_splits(path, files, fraction, validation_split, open_split, roots)
+
+
+def _locate(location: str) -> tuple[str, str | None]:
+    """Returns the URL, or the absolute local path after a download, and the label column of a source."""
+    if is_url(location):
+        url = re.fullmatch(r'(.+?)(?::([^\W\d]\w*))?', location)  # a number after a colon is a port
+        assert url is not None
+        return url[1], url[2]
+    path, label = find_parquet(location) or _download(location)
+    return check_text_path('config.data.source', path), label
 
 
 def _download(location: str) -> tuple[str, str | None]:
@@ -217,11 +240,11 @@ def _parquet_files(root: str) -> list[str]:
 
     Raises SourceError: there is none, or the files belong to several configurations.
     """
-    files = find_files(root, ('.parquet',))
+    files = _files_of_bucket(root) if is_url(root) else find_files(root, ('.parquet',))
     if not files:
         raise SourceError(f'config.data.source: {root} has no parquet files')
     unusable = next((file for file in files if not os.path.isfile(os.path.join(root, file))), None)
-    if unusable is not None:
+    if unusable is not None and not is_url(root):
         raise SourceError(f'{os.path.join(root, unusable)} is a link to a missing file, or no regular file')
     sets: dict[str, str] = {}  # folder by the part of its path that tells neither a split nor a usual folder
     for file in files:
@@ -236,9 +259,19 @@ def _parquet_files(root: str) -> list[str]:
     return files
 
 
+def _files_of_bucket(url: str) -> list[str]:
+    """Returns the sorted paths of the parquet files below `url`. Raises SourceError: the bucket cannot be read."""
+    try:
+        filesystem, folder = _filesystem(url)
+        found = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
+    except _CORRUPT as error:
+        raise SourceError(f'config.data.source: {shown(url)} cannot be read ({_one_line(error)})') from None
+    return sorted(os.path.relpath(info.path, folder) for info in found if info.path.lower().endswith('.parquet'))
+
+
 def _open_split(root: str, label: str | None, location: str, files: Sequence[str]) -> RawSplit:
     """Reads the footers and the label columns of the files of a split."""
-    parts = [_read_labels(os.path.join(root, file), label, location) for file in files]
+    parts = [_read_labels(root, file, label, location) for file in files]
     image, _, class_names = parts[0].columns
     for file, part in zip(files, parts, strict=True):
         if part.columns != parts[0].columns:
@@ -264,20 +297,22 @@ class _File:
     digest: str
 
 
-def _read_labels(path: str, label: str | None, location: str) -> _File:
+def _read_labels(root: str, file: str, label: str | None, location: str) -> _File:
     """Reads the footer and the label column. Raises SourceError: the file is corrupt or lacks a column."""
+    path = os.path.join(root, file)
     try:
-        with _open(path) as file:
-            columns = _choose_columns(path, file.schema_arrow, label, location)
-            labels = file.read([columns[1]], use_threads=False).column(0)
-            footer_bytes, rows = file.metadata.serialized_size, file.metadata.num_rows
+        with _open(root, file) as parquet:
+            columns = _choose_columns(path, parquet.schema_arrow, label, location)
+            labels = parquet.read([columns[1]], use_threads=False).column(0)
+            footer_bytes, rows = parquet.metadata.serialized_size, parquet.metadata.num_rows
         labels = labels.combine_chunks()
         if pa.types.is_dictionary(labels.type):
             labels = labels.dictionary_decode()
         encoded = labels.dictionary_encode()
         column = LabelColumn(encoded.dictionary.to_pylist(), encoded.indices.fill_null(-1).to_numpy())
-        with open(path, 'rb') as raw:
-            raw.seek(-footer_bytes - 8, os.SEEK_END)
+        filesystem, folder = _filesystem(root)
+        with filesystem.open_input_file(os.path.join(folder, file)) as raw:
+            raw.seek(raw.size() - footer_bytes - 8)
             digest = hashlib.sha256(raw.read()).hexdigest()
     except SourceError:
         raise

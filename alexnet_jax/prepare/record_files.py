@@ -51,11 +51,11 @@ class RawSplit:
 
 
 def check_local(source: str) -> None:
-    """Raises SourceError if `source` is in a bucket or at another URL."""
-    if is_url(source):
+    """Raises SourceError if `source` is a URL that open_source() cannot read."""
+    if is_url(source) and not source.startswith('hf:s3://'):
         raise SourceError(
-            f'config.data.source: {shown(source)} is a URL, but sources are read from a local path: mount the bucket'
-            ' (gcsfuse, mount-s3, rclone mount) or copy the files, then give the local path'
+            f'config.data.source: {shown(source)} is a URL; only parquet files are read from one, hf:s3://BUCKET/DIR:'
+            ' mount the bucket (gcsfuse, mount-s3, rclone mount) or copy the files, then give the local path'
         )
 
 

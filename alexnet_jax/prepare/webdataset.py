@@ -19,7 +19,7 @@ from jaxtyping import Integer
 from alexnet_jax.data.images import UnreadableImage
 from alexnet_jax.paths import shown
 from alexnet_jax.prepare.raw_sources import Indices, Labels, RawExample, Source, SourceError
-from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, find_files, open_splits
+from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, find_files, open_splits, split_word
 from alexnet_jax.prepare.tar_members import BLOCK_BYTES, Member, read_members
 
 _IMAGE_ENDINGS = ('jpg', 'jpeg', 'png', 'webp', 'ppm', 'pgm', 'bmp', 'tif', 'tiff', 'gif')
@@ -101,7 +101,8 @@ def open_webdataset(pattern: str, fraction: float, validation_split: str | None)
     Raises SourceError: files are missing, compressed, truncated or corrupt, or a split has no labels.
     """
     paths = find_tars(pattern)
-    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    folder = os.path.abspath(os.path.expanduser(pattern))
+    root = folder if os.path.isdir(folder) else os.path.commonpath([os.path.dirname(path) for path in paths])
     files = [os.path.relpath(path, root) for path in paths]
     names, notes = _read_class_names(root)
     open_split = functools.partial(_open_split, root, names)
@@ -173,9 +174,9 @@ def _expand(pattern: str) -> Iterator[str]:
 
 
 def _read_class_names(root: str) -> tuple[list[str] | None, list[str]]:
-    """Returns the class names in a file in `root`, with a note; None without such a file."""
-    for name in _CLASS_FILES:
-        path = os.path.join(root, name)
+    """Returns the class names in a file in `root`, or beside it if it is named like a split, with a note."""
+    folders = [root, os.path.dirname(root)] if split_word(os.path.basename(root)) else [root]
+    for path in (os.path.join(folder, name) for folder in folders for name in _CLASS_FILES):
         if not os.path.isfile(path):
             continue
         try:
@@ -183,7 +184,7 @@ def _read_class_names(root: str) -> tuple[list[str] | None, list[str]]:
                 names = [line.strip() for line in file.read(_MAX_TEXT_BYTES).splitlines() if line.strip()]
         except ValueError:
             raise SourceError(f'{path} is not UTF-8 text with one class name per line') from None
-        return names, [f'{name} has the names of the {len(names)} classes']
+        return names, [f'{path} has the names of the {len(names)} classes']
     return None, []
 
 
