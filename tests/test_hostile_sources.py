@@ -19,6 +19,7 @@ from picture_sets import CLASSES, add, pictures, tf_example, tfrecord, write
 from PIL import Image
 
 from alexnet_jax.config import ConfigError
+from alexnet_jax.data.dataset import DatasetError
 from alexnet_jax.prepare.raw_sources import SourceError
 from alexnet_jax.prepare.writer import PrepareConfig, prepare
 
@@ -70,7 +71,7 @@ def check_line(text: str, *words: str) -> None:
 def refused(place: Path, source: str, *words: str) -> None:
     """Checks that a source is refused in one line with one of `words`, and that nothing is written."""
     given = PrepareConfig(source=source, image_size=32, workers=1)
-    with nothing_is_written(place), pytest.raises((ConfigError, SourceError)) as error:
+    with nothing_is_written(place), pytest.raises((ConfigError, SourceError, DatasetError)) as error:
         prepare(given, str(place / 'in'), str(place / 'prepared'))
     check_line(str(error.value), *words)
     assert not list(place.glob('prepared/*/prepared.json'))
