@@ -70,7 +70,7 @@ def _check_ranges(config: Config) -> None:
             raise ConfigError(f'config.{field}: {value} is outside {least} to {greatest}; the nearest is {near}')
     check_class_names(config.data.class_names or ())
     source = config.data.source
-    if source != 'photos' and not re.fullmatch(r'tfds:[\w/]+(:[\w.-]+)?|(folder|idx):.+', source):
+    if source != 'photos' and not re.fullmatch(r'tfds:\w[\w/:.*+-]*|(folder|idx):.+', source):
         raise ConfigError(
             f"config.data.source: {source!r} is not 'photos', 'tfds:NAME[:config]', 'folder:DIR' or 'idx:DIR';"
             " for example 'tfds:imagenet2012'"
@@ -87,19 +87,19 @@ def check_class_names(names: Sequence[object]) -> None:
         raise ConfigError(f'config.data.class_names: {twice!r} occurs twice')
 
 
-def check_num_classes(num_classes: int, described: str, class_names: Sequence[str]) -> None:
-    """Raises ConfigError if the data have another number of classes than the network, or only one class.
+def check_num_classes(num_classes: int | None, described: str, class_names: Sequence[str]) -> None:
+    """Raises ConfigError if the data have another number of classes than the network.
 
     Args:
-      num_classes: config.model.num_classes; UNKNOWN accepts any number from 2.
+      num_classes: config.model.num_classes; UNKNOWN accepts any number from 2, and None any number.
       described: the data, for the message.
       class_names: the names of the classes of the data.
     """
     count = len(class_names)
     what = f'{described} has {count} class{"es" * (count != 1)} ({shown_classes(class_names)})'
-    if count < 2:
-        raise ConfigError(f'config.model.num_classes: {what}, but at least 2 are needed')
-    if num_classes not in (count, UNKNOWN):
+    if num_classes == UNKNOWN and count < 2:
+        raise ConfigError(f'config.model.num_classes: auto, but {what}; at least 2 are needed')
+    if num_classes not in (count, UNKNOWN, None):
         raise ConfigError(
             f'config.model.num_classes: {num_classes}, but {what}; the nearest is {count}, and'
             ' --config.model.num_classes=auto takes the number of the data'

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +40,11 @@ from configs.quickstart import get_config
 
 SIZE = 8
 RED, BLUE, GREEN, WHITE = (200, 0, 0), (0, 0, 200), (0, 200, 0), (200, 200, 200)
+
+
+def prepared_folder(config: Any) -> str | None:
+    """Returns find_prepared() for the data set of a configuration."""
+    return find_prepared(config.data, config.data.data_dir, config.data.prepared_dir)
 
 
 def write_pictures(root: Path, colors: dict[str, tuple[int, int, int]], train: int = 4, val: int = 2) -> Path:
@@ -74,7 +80,7 @@ def configuration(source: object, data_dir: Path, **fields):
 
 def opened(config) -> dataset.PreparedDataset:
     """Opens a prepared data set as a run does, without a child process."""
-    assert find_prepared(config.data) is not None
+    assert prepared_folder(config) is not None
     data = open_or_prepare(config, preemption=None)
     assert data is not None
     return data
@@ -109,7 +115,7 @@ def test_sources_of_the_same_name_do_not_share(tmp_path, monkeypatch):
         '~/pictures': 'a/pictures',
         f'{tmp_path}/b/Pictures/.': 'b/Pictures',
     }.items():
-        assert find_prepared(configuration(spelling, data_dir).data) == str(found[name])
+        assert prepared_folder(configuration(spelling, data_dir)) == str(found[name])
     for name, color in {**colors, 'b/link': GREEN}.items():
         statistics = np.load(found[name] / 'statistics.npz')
         expected = (np.array(color) + BLUE) / 2 * (1 - 1 / SIZE**2) + np.mean(range(4)) / SIZE**2
@@ -413,10 +419,10 @@ def test_new_class_is_said_with_the_command_that_prepares_it(changing, tmp_path)
     assert message.startswith('config.model.num_classes: 3, but the prepared data set has 2 classes; folder:')
     assert 'new folder pictures/train/eels (4 files), new folder pictures/val/eels (2 files)' in message
     command = message[message.index('anew: ') + 6 :]
-    old = find_prepared(config.data)
+    old = prepared_folder(config)
     done = subprocess.run(['sh', '-c', command], cwd='/', capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert find_prepared(config.data) == old
+    assert prepared_folder(config) == old
     assert opened(config).class_names == ['cats', 'dogs', 'eels']
     assert not list(Path(old).parent.glob('*.replaced')) + list(Path(old).parent.glob('*.incomplete'))
 
@@ -545,7 +551,7 @@ def test_data_set_with_the_absolute_path_is_used_where_it_is(earlier, tmp_path, 
     old = make(f'folder:{spelling.format(root=root)}')
     expected = earlier_fingerprint(old)
     config = configuration(root, tmp_path / 'd')
-    assert find_prepared(config.data) == str(old)
+    assert prepared_folder(config) == str(old)
     assert opened(config).fingerprint == expected
     assert prepare(given(root), str(tmp_path / 'd')) == str(old)
     shutil.rmtree(root)
@@ -560,7 +566,7 @@ def test_data_set_with_a_relative_path_is_adopted(earlier, tmp_path, capfd, sour
     old = make(f'folder:{source}')
     expected = earlier_fingerprint(old)
     config = configuration(root, tmp_path / 'd')
-    assert find_prepared(config.data) is None
+    assert prepared_folder(config) is None
     target = prepare(given(root), str(tmp_path / 'd'))
     assert target == dataset.dataset_dir(str(tmp_path / 'd'), given(root))
     log = capfd.readouterr().err
@@ -655,9 +661,9 @@ def test_validation_on_test_images_is_said(earlier, tmp_path, capfd):
     make, root = earlier
     old = make(f'folder:{root}')
     (root / 'val').rename(root / 'test')
-    assert find_prepared(configuration(root, tmp_path / 'd', data__validation_split='test').data) == str(old)
+    assert prepared_folder(configuration(root, tmp_path / 'd', data__validation_split='test')) == str(old)
     assert capfd.readouterr().err == ''
-    assert find_prepared(configuration(root, tmp_path / 'd').data) == str(old)
+    assert prepared_folder(configuration(root, tmp_path / 'd')) == str(old)
     log = capfd.readouterr().err
     assert log.count('\n') == 1
     assert '--config.data.validation_split=test' in log

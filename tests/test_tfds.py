@@ -16,7 +16,7 @@ from helpers import read_json, read_lines, run_command, start_command, usage_err
 from PIL import Image
 from test_paths import unprivileged
 
-from alexnet_jax.config import ConfigError
+from alexnet_jax.config import ConfigError, default_config, resolve
 from alexnet_jax.data import dataset
 from alexnet_jax.data.dataset import DatasetError
 from alexnet_jax.data.images import UnreadableImage
@@ -333,6 +333,9 @@ def test_names_configurations_and_versions(source, expected):
             parse_name(f'tfds:{source}')
     else:
         assert parse_name(f'tfds:{source}') == TfdsName(*expected)
+        config = default_config()
+        config.data.source = f'tfds:{source}'
+        assert resolve(config).data.source == f'tfds:{source}'
 
 
 def test_configurations(copied):

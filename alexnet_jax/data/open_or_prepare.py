@@ -47,8 +47,7 @@ def open_or_prepare(
     if directory is None:
         # Prepare in a child process, because TensorFlow should not share a process with JAX.
         command = child_command('prepare', *prepare_flags(data, *folders))
-        if config.model.num_classes != UNKNOWN:
-            command.append(f'--num_classes={config.model.num_classes}')
+        command.append(f'--num_classes={config.model.num_classes}')
         with preemption_signals_blocked():
             process = subprocess.Popen(command, env=child_environment())
         while process.poll() is None:
@@ -98,11 +97,11 @@ def find_prepared(
 
 
 def open_verified(
-    directory: str, settings: PrepareSettings, data_dir: str, prepared_dir: str | None, num_classes: int
+    directory: str, settings: PrepareSettings, data_dir: str, prepared_dir: str | None, num_classes: int | None
 ) -> dataset.PreparedDataset:
     """Opens the data set in `directory`, and logs whether its source has changed since the preparation.
 
-    Raises ConfigError: see dataset.open_prepared(); or the number of classes is not `num_classes`, unless UNKNOWN.
+    Raises ConfigError: see dataset.open_prepared() and config.check_num_classes().
     """
     prepared = dataset.open_prepared(directory, settings)
     change = describe_source_change(directory, settings, data_dir, prepared_dir) if is_primary() else None

@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 
 from alexnet_jax import cli
-from alexnet_jax.config import UNKNOWN, ConfigError, read_class_names
+from alexnet_jax.config import ConfigError, read_class_names
 from alexnet_jax.paths import check_current_folder
 from alexnet_jax.prepare.describe import describe
 from alexnet_jax.prepare.raw_sources import SourceError
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     given = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(PrepareConfig)}
-    given['channels'], given['num_classes'] = int(given['channels']), given['num_classes'] or UNKNOWN
+    given['channels'] = int(given['channels'])
     given['class_names'] = tuple(read_class_names(given['class_names']) or ())
     settings, folders = PrepareConfig(**given), (flags.FLAGS.data_dir, flags.FLAGS.prepared_dir)
     if flags.FLAGS.json and not flags.FLAGS.show:
@@ -72,7 +72,10 @@ if __name__ == '__main__':
         'Order of the classes, by name, or @FILE with one name per line. Default: the order of the source.',
     )
     flags.DEFINE_integer(
-        'num_classes', None, 'Number of classes that the source must have. Default: any number.', lower_bound=2
+        'num_classes',
+        None,
+        'Number of classes that the source must have; 0: two or more. Default: any number.',
+        lower_bound=0,
     )
     flags.DEFINE_float(
         'validation_fraction', 0.1, 'Fraction of the images to hold out if the source has no validation data.', 0.0, 1.0

@@ -44,9 +44,9 @@ def open_folder(root: Path, fraction: float, validation_split: str | None) -> So
     if names is not None:
         return _open_splits(reader, names, fraction, validation_split)
     if validation_split is not None:
+        remedy = '; '.join(['its folders are classes', *_siblings(inner)])
         raise SourceError(
-            f'config.data.validation_split: {validation_split!r}, but {inner} has no folders of splits; its folders are'
-            ' classes'
+            f'config.data.validation_split: {validation_split!r}, but {inner} has no folders of splits; {remedy}'
         )
     classes, _ = reader.read_classes(inner)
     reader.notes += [*_siblings(inner), *_classes_named_like_splits(list(classes))]
@@ -74,7 +74,7 @@ def _open_splits(reader: FolderReader, names: list[str], fraction: float, valida
         held_origin = _relative(part, root) + labels_from
     reader.notes += choice.notes
     reader.notes += [f'{name} is not used; it has no classes' for name in unlabeled if name not in usable]
-    others = [f'{name}/' for name in folders if name not in names and str(root / name) not in reader.label_file]
+    others = [f'{name}/' for name in folders if name not in names and not reader.is_label_folder(name)]
     if others:
         reader.notes.append(f'{shortened(others)} {"are" if len(others) > 1 else "is"} not used')
     return _source(reader, train, validation, (origin, held_origin), fraction, names_classes)

@@ -1,6 +1,7 @@
 """Reads the files of each class in a folder of images, and notes what is ignored."""
 
 import os
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +9,6 @@ from alexnet_jax.prepare.folder_layout import check_classes, flat_error, is_flat
 from alexnet_jax.prepare.image_files import (
     REMEDY,
     Files,
-    counted,
     files_below,
     has_other_files,
     list_folder,
@@ -69,8 +69,8 @@ class FolderReader:
         if not any(classes.values()):
             raise SourceError(f'{folder}: the folders of its {len(classes)} classes are empty')
         if images:
-            first = min(image.name for image in images)
-            self.notes.append(f'{counted(images)} in {folder} without a class are not used: {first}')
+            strays = sorted(image.name for image in images)
+            self.notes.append(f'images in {folder}, but in no class folder, are not used: {shortened(strays, 1)}')
         if others:
             self.notes.append(f'folders in {folder} without images are not used: {shortened(others)}')
         inner = check_classes(folder, classes, len(os.path.join(folder, '')) - len(os.path.join(self.root, '')))
@@ -101,7 +101,7 @@ class FolderReader:
         table = find_table(folder)
         unknown = sorted(name for name, of_class in files.items() if of_class and name not in classes)
         if unknown:
-            same = next((name for name in classes if name.lower() == unknown[0].lower()), None)
+            same = next((name for name in classes if _simplified(name) == _simplified(unknown[0])), None)
             remedy = f'rename it to {same}' if same else 'remove it, or add training images of the class'
             where = f'the class {unknown[0]} of {table}' if table else f'{folder / unknown[0]} is a class that'
             raise SourceError(f'{where} is missing from {train}; {remedy}')
@@ -124,23 +124,27 @@ class FolderReader:
                 files[label].append(file)
             else:
                 unknown.append(image.name)
-        of = f'of {counted(images)} of {folder}'
         if not any(files.values()):
             raise SourceError(
-                f'config.data.source: the classes {of} are names such as {labels[unknown[0]]} in {label_file}, but'
-                f' those of {train} are names such as {classes[0]}'
+                f'config.data.source: the classes of {folder} are names such as {labels[unknown[0]]} in {label_file},'
+                f' but those of {train} are names such as {classes[0]}'
             )
         if unlabeled:
-            self.notes.append(
-                f'{len(unlabeled):,} {of} are not used, because {label_file} has no label for them: {min(unlabeled)}'
-            )
+            listed = shortened(sorted(unlabeled), 1)
+            self.notes.append(f'images of {folder} without a label in {label_file} are not used: {listed}')
         if unknown:
-            first = min(unknown)
-            self.notes.append(
-                f'{len(unknown):,} {of} are not used, because their class is missing from {train}: {first}'
-                f' ({labels[first]})'
-            )
+            listed = shortened([f'{name} ({labels[name]})' for name in sorted(unknown)], 1)
+            self.notes.append(f'images of {folder} with a class that is missing from {train} are not used: {listed}')
         self.label_file = label_file
         if os.path.isabs(label_file) and not label_file.startswith(os.path.join(self.root, '')):
             self.roots.append(label_file)
         return files, f' with the labels of {label_file}'
+
+    def is_label_folder(self, name: str) -> bool:
+        """Returns whether the folder `name` contains the file with the labels of a flat folder."""
+        return self.label_file.startswith(os.path.join(self.root, name, ''))
+
+
+def _simplified(name: str) -> str:
+    """Returns `name` without differences of case and of the encoding of accents, which depends on the system."""
+    return unicodedata.normalize('NFC', name).casefold()

@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import os
 import zlib
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def open_idx(folder: Path, fraction: float, validation_split: str | None) -> Sou
 
     `fraction` of the training images is held out, unless `validation_split` is t10k or test.
     """
+    folder = Path(os.path.abspath(folder))
     train = _idx_split(folder, 'train')
     classes = int(train.labels.max()) + 1
     found = {'train': 'train'} | {name: name for name in ('t10k', 'test') if list(folder.glob(f'*{name}*idx3*'))}
@@ -33,6 +35,7 @@ def open_idx(folder: Path, fraction: float, validation_split: str | None) -> Sou
         splits,
         [str(label) for label in range(classes)],
         choice.validation is None,
+        origins={'train': 'train', 'validation': choice.validation or f'{100 * fraction:g}% of each class of train'},
         notes=choice.notes,
         names_classes=False,
         roots=(str(folder),),

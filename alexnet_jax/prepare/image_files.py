@@ -158,9 +158,9 @@ def describe_ignored(ignored: Counter[str]) -> list[str]:
     """Returns at most two lines about the files and folders that `ignored` counts."""
     lines = []
     for is_other, what in ((True, 'not read as images'), (False, 'ignored as system files or hidden files')):
-        counts = [(name, count) for name, count in ignored.most_common() if name.startswith('*') == is_other]
-        if counts:
-            lines.append(f'{what}: {shortened([f"{count:,} {name}" for name, count in counts], 10)}')
+        names = [name for name in sorted(ignored) if name.startswith('*') == is_other]
+        if names:
+            lines.append(f'{what}: {shortened([f"{ignored[name]:,} {name}" for name in names], 10)}')
     return lines
 
 

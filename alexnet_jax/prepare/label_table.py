@@ -148,7 +148,10 @@ def _column(path: Path, header: list[str], names: tuple[str, ...], last: tuple[s
         raise SourceError(
             f'{path}, line 1: the columns are separated by {delimiter}, but must be separated by {wanted}'
         )
-    raise SourceError(f'{path}, line 1: the header {listed!r} has no column {names[0]}; an example is {HEADER}')
+    raise SourceError(
+        f'{path}, line 1: the header {listed!r} has no column {names[0]}; an example of a header is {HEADER};'
+        ' rename the file if it is not a list of images'
+    )
 
 
 def _find_column(path: Path, header: list[str], names: tuple[str, ...], last: tuple[str, ...] = ()) -> int | None:

@@ -18,11 +18,10 @@ from jaxtyping import Integer
 from alexnet_jax.data.images import UnreadableImage, read_file
 from alexnet_jax.paths import check_text_path, shown
 from alexnet_jax.prepare.raw_sources import Indices, Labels, RawExample, Source, SourceError
-from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, open_splits, split_word
+from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, find_files, open_splits, split_word
 from alexnet_jax.runtime.console import log
 
 _WINDOW_BYTES = 1 << 24  # of the images that a worker process decodes from a row group at once
-_BUFFER_BYTES = 1 << 20  # of reads; without a buffer, pyarrow reads a whole row group
 _CORRUPT = (pa.ArrowException, OSError, ValueError)  # what pyarrow raises for corrupt files
 
 
@@ -100,11 +99,16 @@ class ParquetExamples:
         return hashlib.sha256(described.encode() + arrays).hexdigest()
 
 
+def _open(path: str) -> pq.ParquetFile:
+    """Opens a file such that pyarrow reads a megabyte at once, not a whole row group."""
+    return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
+
+
 class _RowReader:
     """Reads cells of one column; the rows should increase, because the reader decodes a row group from its start."""
 
     def __init__(self, path: str, column: str):
-        self.file = pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
+        self.file = _open(path)
         self.column = column
         sizes = [self.file.metadata.row_group(i).num_rows for i in range(self.file.metadata.num_row_groups)]
         self.starts = np.cumsum([0, *sizes])
@@ -115,10 +119,11 @@ class _RowReader:
     def cell(self, row: int) -> Any:
         """Returns the value at `row`. Raises UnreadableImage: the row group is corrupt at or before `row`."""
         group = int(np.searchsorted(self.starts, row, 'right')) - 1
-        if group != self.group or row < self.first:
-            self.group, self.first, self.values = group, int(self.starts[group]), []
-            self.batches = self._decode(group)
         try:
+            if group != self.group or row < self.first:
+                self.group, self.first, self.values = group, int(self.starts[group]), []
+                self.batches = iter(())  # of no group, if the next line fails
+                self.batches = self._decode(group)
             while row >= self.first + len(self.values):
                 self.first += len(self.values)
                 self.values = []
@@ -131,12 +136,7 @@ class _RowReader:
 
     def _decode(self, group: int) -> Iterator[pa.RecordBatch]:
         description = self.file.metadata.row_group(group)
-        column_bytes = sum(
-            description.column(i).total_uncompressed_size
-            for i in range(description.num_columns)
-            if description.column(i).path_in_schema.split('.')[0] == self.column
-        )
-        mean_bytes = max(1, column_bytes // max(1, description.num_rows))
+        mean_bytes = max(1, description.total_byte_size // max(1, description.num_rows))
         batch = min(1024, max(1, _WINDOW_BYTES // mean_bytes))
         return self.file.iter_batches(batch, [group], [self.column], use_threads=False)
 
@@ -176,7 +176,7 @@ def open_parquet(location: str, fraction: float, validation_split: str | None) -
     path, label = find_parquet(location) or _download(location)
     path = check_text_path('config.data.source', path)
     if os.path.isdir(path):
-        root, files = path, _find_files(path)
+        root, files = path, _parquet_files(path)
     else:
         root, files = os.path.dirname(path), [os.path.basename(path)]
     open_split = functools.partial(_open_split, root, label, location)
@@ -212,26 +212,19 @@ def _download(location: str) -> tuple[str, str | None]:
     return folder, label or None
 
 
-def _find_files(root: str) -> list[str]:
+def _parquet_files(root: str) -> list[str]:
     """Returns the sorted paths, relative to `root`, of the parquet files in `root`.
 
     Raises SourceError: there is none, or the files belong to several configurations.
     """
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith('.')]  # such as .cache of `hf download`
-        files += [
-            os.path.relpath(os.path.join(folder, name), root)
-            for name in names
-            if name.lower().endswith('.parquet') and not name.startswith('.')
-        ]
+    files = find_files(root, ('.parquet',))
     if not files:
         raise SourceError(f'config.data.source: {root} has no parquet files')
     unusable = next((file for file in files if not os.path.isfile(os.path.join(root, file))), None)
     if unusable is not None:
         raise SourceError(f'{os.path.join(root, unusable)} is a link to a missing file, or no regular file')
     sets: dict[str, str] = {}  # folder by the part of its path that tells neither a split nor a usual folder
-    for file in sorted(files):
+    for file in files:
         parts = os.path.dirname(file).split(os.sep)
         named = [part for part in parts if part not in ('data', 'default') and not split_word(part)]
         sets.setdefault(os.sep.join(named), os.sep.join(parts[: parts.index(named[-1]) + 1] if named else ()))
@@ -240,7 +233,7 @@ def _find_files(root: str) -> list[str]:
             f'config.data.source: {root} has the parquet files of several data sets; choose the folder of one, such as'
             f' hf:{os.path.join(root, max(sets.values()))}; the folders are {", ".join(map(shown, sets.values()))}'
         )
-    return sorted(files)
+    return files
 
 
 def _open_split(root: str, label: str | None, location: str, files: Sequence[str]) -> RawSplit:
@@ -274,7 +267,7 @@ class _File:
 def _read_labels(path: str, label: str | None, location: str) -> _File:
     """Reads the footer and the label column. Raises SourceError: the file is corrupt or lacks a column."""
     try:
-        with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, page_checksum_verification=True) as file:
+        with _open(path) as file:
             columns = _choose_columns(path, file.schema_arrow, label, location)
             labels = file.read([columns[1]], use_threads=False).column(0)
             footer_bytes, rows = file.metadata.serialized_size, file.metadata.num_rows
@@ -289,7 +282,9 @@ def _read_labels(path: str, label: str | None, location: str) -> _File:
     except SourceError:
         raise
     except _CORRUPT as error:
-        raise SourceError(f'{shown(path)} cannot be read ({_one_line(error)}); download it again') from None
+        raise SourceError(
+            f'{shown(path)} cannot be read ({_one_line(error)}); if it is corrupt, download it again'
+        ) from None
     if len(column.codes) != rows:
         raise SourceError(f'{path} is corrupt: {rows} rows, but {len(column.codes)} labels; download it again')
     return _File(columns, column, digest)

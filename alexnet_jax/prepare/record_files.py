@@ -59,6 +59,28 @@ def check_local(source: str) -> None:
         )
 
 
+def find_files(root: str, endings: tuple[str, ...]) -> list[str]:
+    """Returns the sorted paths, relative to `root`, of the files with `endings`, except those in hidden folders.
+
+    Links to folders are followed, and each folder is read once. Raises SourceError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise SourceError(f'{error.filename} cannot be read ({error.strerror})')
+
+    files: list[str] = []
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith('.')]
+        if real in seen:
+            continue
+        seen.add(real)
+        found = [name for name in names if name.lower().endswith(endings) and not name.startswith('.')]
+        files += [os.path.relpath(os.path.join(folder, name), root) for name in found]
+    return sorted(files)
+
+
 def files_by_split(files: Sequence[str]) -> dict[str, list[str]]:
     """Groups the relative paths `files` by split; the name of a file, otherwise its folders, tell the split.
 
@@ -162,7 +184,7 @@ def open_splits(
             raise SourceError(f'{field}: {used[split]} of {where} has no image with a label; choose another split')
         if not kept.all():
             first = part.name(int(np.argmin(kept)))
-            notes.append(f'{used[split]}: {np.sum(~kept)} images without a label are not used; the first is {first}')
+            notes.append(f'images of {used[split]} without a label: {np.sum(~kept)}; the first is {first}')
         splits[split] = part.examples(np.flatnonzero(kept), labels[split][kept])
     origins = {split: _described(groups[name]) for split, name in used.items()}
     held_out = choice.validation is None

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from alexnet_jax.paths import shown
 from alexnet_jax.prepare.raw_sources import SourceError
 
-_BLOCK_BYTES = 512
+BLOCK_BYTES = 512
 _MAX_EXTENSION_BYTES = 1 << 16  # of an extended header, such as a long name; Linux allows paths of 4,096 bytes
 _MAX_PADDING_BYTES = 1 << 20  # at the end of a tar file
 _PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
@@ -58,18 +58,21 @@ def read_members(descriptor: int, path: str, position: int = 0) -> Iterator[Memb
     header = position
     extension: dict[str, str] = {}
     while position < length:
-        block = os.pread(descriptor, _BLOCK_BYTES, position)
+        block = os.pread(descriptor, BLOCK_BYTES, position)
         if not any(block):  # the end of the archive
             if any(os.pread(descriptor, _MAX_PADDING_BYTES, position)):
-                raise SourceError(f'{path} has data after the end of the archive; join tar files with tar -A, not cat')
+                raise SourceError(
+                    f'{path} has data after the end of the archive at byte {position}; download it again if it is'
+                    ' corrupt, and join tar files with tar -A, not cat'
+                )
             return
         info = _parse_header(block, path, position)
         name, size = extension.get('path', info.name), int(extension.get('size', info.size))
-        start = position + _BLOCK_BYTES
+        start = position + BLOCK_BYTES
         is_extension = info.type in _EXTENSION_TYPES
         if not (is_extension or info.type in _REGULAR_TYPES):
             size = 0
-        position = start + -(-size // _BLOCK_BYTES) * _BLOCK_BYTES
+        position = start + -(-size // BLOCK_BYTES) * BLOCK_BYTES
         if start + size > length:
             raise SourceError(
                 f'{path} is truncated or corrupt: {shown(name)} claims {size:,} bytes, but the file ends after'

@@ -19,14 +19,14 @@ from jaxtyping import Integer
 from alexnet_jax.data.images import UnreadableImage
 from alexnet_jax.paths import shown
 from alexnet_jax.prepare.raw_sources import Indices, Labels, RawExample, Source, SourceError
-from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, open_splits
-from alexnet_jax.prepare.tar_members import Member, read_members
+from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, find_files, open_splits
+from alexnet_jax.prepare.tar_members import BLOCK_BYTES, Member, read_members
 
 _IMAGE_ENDINGS = ('jpg', 'jpeg', 'png', 'webp', 'ppm', 'pgm', 'bmp', 'tif', 'tiff', 'gif')
 _COMPRESSED_ENDINGS = ('.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.tar.zst')
 _CLASS_FILES = ('classes.txt', 'classnames.txt')  # beside the tar files, one name per line
 _LABEL_FIELDS = ('label', 'cls', 'class')  # of a member .json
-_MAX_FILES = 1_000_000
+_MAX_FILES = 100_000
 _MAX_LABEL_BYTES = 1000
 _MAX_TEXT_BYTES = 1 << 20  # of a member .json, or a file of class names
 _MAX_IMAGE_BYTES = 1 << 30
@@ -116,15 +116,9 @@ def find_tars(pattern: str) -> list[str]:
     """
     pattern = os.path.abspath(os.path.expanduser(pattern))
     if os.path.isdir(pattern):
-        paths = [
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(pattern)
-            for name in names
-            if name.lower().endswith(('.tar', *_COMPRESSED_ENDINGS)) and not name.startswith('.')
-        ]
+        paths = [os.path.join(pattern, file) for file in find_files(pattern, ('.tar', *_COMPRESSED_ENDINGS))]
         if not paths:
             raise SourceError(f'config.data.source: {pattern} has no tar files')
-        paths.sort()
     else:
         wanted = [pattern] if os.path.exists(pattern) else list(itertools.islice(_expand(pattern), _MAX_FILES + 1))
         if len(wanted) > _MAX_FILES:
@@ -198,8 +192,11 @@ def _open_split(root: str, class_names: list[str] | None, files: Sequence[str]) 
     index = _Index()
     lengths = []
     for file in files:
-        index.add(os.path.join(root, file))
-        lengths.append(os.path.getsize(os.path.join(root, file)))
+        try:
+            index.add(os.path.join(root, file))
+            lengths.append(os.path.getsize(os.path.join(root, file)))
+        except OSError as error:
+            raise SourceError(f'{os.path.join(root, file)} cannot be read ({error.strerror})') from None
     numbers = np.repeat(np.arange(len(files), dtype=np.int32), index.counts)
     headers, codes = np.frombuffer(index.headers, np.int64), np.frombuffer(index.codes, np.int32)
     if not np.any(codes >= 0):
@@ -212,11 +209,8 @@ def _open_split(root: str, class_names: list[str] | None, files: Sequence[str]) 
     def examples(positions: Integer[np.ndarray, ' m'], labels: Labels) -> TarExamples:
         return TarExamples(root, tuple(files), tuple(lengths), numbers[positions], headers[positions], labels)
 
-    everything = examples(np.arange(len(codes)), np.zeros(len(codes), np.int32))
-    notes = tuple(
-        f'{count} {problem}; the first is {shown(first)}' for problem, (count, first) in index.problems.items()
-    )
-    return RawSplit(LabelColumn(index.values(), codes), examples, everything.name, class_names, notes)
+    name = examples(np.arange(len(codes)), np.zeros(len(codes), np.int32)).name
+    return RawSplit(LabelColumn(index.values(), codes), examples, name, class_names, index.notes())
 
 
 @dataclasses.dataclass(slots=True)
@@ -237,7 +231,7 @@ class _Index:
       codes: code of the label of each image; -1 if the image has none.
       texts: code of each label.
       endings: number of members by ending.
-      problems: count and first name of the members that are not used, by problem.
+      problems: count and first name of what is not used, by problem.
     """
 
     def __init__(self) -> None:
@@ -248,69 +242,76 @@ class _Index:
         self.problems: dict[str, tuple[int, str]] = {}
 
     def add(self, path: str) -> None:
-        """Indexes a tar file. Raises SourceError: see tar_members.read_members()."""
-        headers, codes, keys = array('q'), array('i'), array('q')
-        incomplete: dict[str, _Group] = {}  # usually empty, because the members of a key are next to each other
-        key, group = '', _Group()
-
-        def finish(key: str, group: _Group, is_last: bool = False) -> None:
-            if group.image >= 0 and group.label < 0 and group.json is not None:
-                group.label = self._code(_json_label(file.fileno(), group.json))
-            if group.image >= 0 and (group.label >= 0 or is_last):
-                headers.append(group.image)
-                codes.append(group.label)
-                keys.append(hash(key))
-            elif is_last and group.label >= 0:
-                self._count(f'labels in {os.path.basename(path)} have no image', key)
-            elif not is_last and key:
-                incomplete[key] = group
-
+        """Indexes a tar file. Raises SourceError: see tar_members.read_members(). Raises OSError: it is unreadable."""
+        images, codes, hashes = array('q'), array('i'), array('q')
         with open(path, 'rb', buffering=0) as file:
-            for member in read_members(file.fileno(), path):
-                folder, slash, base = member.name.rpartition('/')
-                stem, _, ending = base.partition('.')
-                if not stem:  # a hidden file
-                    continue
-                if folder + slash + stem != key:
-                    finish(key, group)
-                    key = folder + slash + stem
-                    group = incomplete.pop(key, _Group())
-                self._put(file.fileno(), path, group, member, ending.lower())
-            finish(key, group)
-            for key, group in incomplete.items():
-                finish(key, group, is_last=True)
-        order = np.argsort(np.array(headers))
-        hashes = np.array(keys)[order]
-        first = np.zeros(len(order), bool)
-        first[np.unique(hashes, return_index=True)[1]] = True
-        for position in order[~first][:1]:
-            with open(path, 'rb', buffering=0) as file:
-                name = next(read_members(file.fileno(), path, headers[position])).name
-            self._count(
-                f'images in {os.path.basename(path)} repeat the key of an earlier image', name, int(np.sum(~first))
-            )
-        self.counts.append(int(first.sum()))
-        self.headers.extend(np.array(headers)[order[first]].tolist())
-        self.codes.extend(np.array(codes)[order[first]].tolist())
+            for key, group in self._groups(file.fileno(), path):
+                if group.image >= 0:
+                    images.append(group.image)
+                    codes.append(group.label)
+                    hashes.append(hash(key))
+                elif group.label >= 0:
+                    self._count('labels without an image', f'{path}/{key}')
+            order = np.argsort(np.array(images))
+            is_first = np.zeros(len(order), bool)
+            is_first[np.unique(np.array(hashes)[order], return_index=True)[1]] = True
+            for position in order[~is_first]:
+                name = next(read_members(file.fileno(), path, images[position])).name
+                self._count('images with the key of an earlier image', f'{path}/{name}')
+            if any(os.pread(file.fileno(), BLOCK_BYTES, max(0, os.path.getsize(path) - BLOCK_BYTES))):
+                self._count('tar files without an end mark, which may be incomplete', path)
+        self.counts.append(int(is_first.sum()))
+        self.headers.extend(np.array(images)[order[is_first]].tolist())
+        self.codes.extend(np.array(codes)[order[is_first]].tolist())
 
-    def _put(self, descriptor: int, path: str, group: _Group, member: Member, ending: str) -> None:
-        """Adds a member to its group."""
-        self.endings[ending] += 1
-        if ending in _IMAGE_ENDINGS and group.image < 0:
-            group.image = member.header
-        elif ending in _IMAGE_ENDINGS:
-            self._count(f'images in {os.path.basename(path)} repeat the key of an earlier image', member.name)
-        elif ending == 'cls':
-            group.label = self._code(_read_text(descriptor, member, _MAX_LABEL_BYTES))
-        elif ending == 'json':
-            group.json = member
+    def _groups(self, descriptor: int, path: str) -> Iterator[tuple[str, _Group]]:
+        """Yields the keys and their members: those with image and label, then the others."""
+        others: dict[str, _Group] = {}  # usually empty, because the members of a key are next to each other
+        key, group = '', _Group()
+        for member in read_members(descriptor, path):
+            folder, slash, base = member.name.rpartition('/')
+            stem, _, ending = base.partition('.')
+            if not stem:  # a hidden file
+                continue
+            if folder + slash + stem != key:
+                if self._is_complete(descriptor, group):
+                    yield key, group
+                else:
+                    others[key] = group
+                key = folder + slash + stem
+                group = others.pop(key, _Group())
+            ending = ending.lower()
+            self.endings[ending] += 1
+            if ending in _IMAGE_ENDINGS and group.image < 0:
+                group.image = member.header
+            elif ending in _IMAGE_ENDINGS:
+                self._count('images with the key of an earlier image', f'{path}/{member.name}')
+            elif ending == 'cls':
+                group.label = self._code(_read_text(descriptor, member, _MAX_LABEL_BYTES))
+            elif ending == 'json':
+                group.json = member
+        others[key] = group
+        for key, group in others.items():
+            self._is_complete(descriptor, group)
+            yield key, group
+
+    def _is_complete(self, descriptor: int, group: _Group) -> bool:
+        if group.image >= 0 and group.label < 0 and group.json is not None:
+            group.label = self._code(_json_label(descriptor, group.json))
+        return group.image >= 0 and group.label >= 0
 
     def _code(self, text: str | None) -> int:
         return -1 if not text else self.texts.setdefault(text, len(self.texts))
 
-    def _count(self, problem: str, name: str, count: int = 1) -> None:
-        counted, first = self.problems.get(problem, (0, name))
-        self.problems[problem] = (counted + count, first)
+    def _count(self, problem: str, name: str) -> None:
+        count, first = self.problems.get(problem, (0, name))
+        self.problems[problem] = (count + 1, first)
+
+    def notes(self) -> tuple[str, ...]:
+        """Returns what is not used, one line each."""
+        return tuple(
+            f'{problem}: {count}; the first is {shown(first)}' for problem, (count, first) in self.problems.items()
+        )
 
     def values(self) -> Sequence[int | str]:
         """Returns the labels by code: as numbers if all are numbers."""
@@ -320,8 +321,11 @@ class _Index:
 
 
 def _read_text(descriptor: int, member: Member, limit: int) -> str | None:
-    """Returns the text in a member without blanks around it; None if it is no text or exceeds `limit` bytes."""
-    if member.problem is not None or member.size > limit:
+    """Returns the text in a member without blanks around it; None if it is no text or exceeds `limit` bytes.
+
+    A link has no content, so it is not followed.
+    """
+    if member.size > limit:
         return None
     try:
         return os.pread(descriptor, member.size, member.start).decode().strip()

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from alexnet_jax.config import UNKNOWN, ConfigError, check_num_classes
+from alexnet_jax.config import ConfigError, check_num_classes
 from alexnet_jax.data.dataset import (
     MANIFEST,
     MANIFEST_VERSION,
@@ -28,9 +28,9 @@ from alexnet_jax.data.earlier_versions import EarlierDataset, find_earlier
 from alexnet_jax.data.inventory import describe_change, take_inventory
 from alexnet_jax.data.prepare_command import replace_command
 from alexnet_jax.paths import absolute_source, check_folder, check_writable, is_url
+from alexnet_jax.prepare.adoption import adopt, find_same_images
 from alexnet_jax.prepare.classes import are_numbers, order_classes
 from alexnet_jax.prepare.data_card import DataCard, card_of_prepared, card_of_source
-from alexnet_jax.prepare.adoption import adopt, find_same_images
 from alexnet_jax.prepare.raw_sources import Source, SourceError
 from alexnet_jax.prepare.shard_writer import ShardReport, SkippedImage, read_report, write_shards
 from alexnet_jax.prepare.shards import ImageSpec, Shard, content_fingerprint, statistics
@@ -53,7 +53,7 @@ class PrepareConfig:
       class_names: the classes of the source in the order of their labels, see classes.order_classes(); or empty.
       validation_fraction, validation_split: see sources.open_source().
       max_corrupt_fraction: maximum fraction of unreadable images.
-      num_classes: the number of classes that the source must have; UNKNOWN accepts any number.
+      num_classes: the number of classes that the source must have, see config.check_num_classes().
       workers: number of processes.
     """
 
@@ -65,7 +65,7 @@ class PrepareConfig:
     validation_fraction: float = 0.1
     validation_split: str | None = None
     max_corrupt_fraction: float = 0.001
-    num_classes: int = UNKNOWN
+    num_classes: int | None = None
     workers: int = 2
 
 
