@@ -68,8 +68,8 @@ def write_tfrecord(folder: str) -> None:
 
 def write_parquet(folder: str) -> None:
     """Writes parquet files like those of the Hugging Face Hub: the columns image and label, groups of 100 rows."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet
 
     features = {'image': {'_type': 'Image'}, 'label': {'_type': 'ClassLabel', 'names': class_names(folder)}}
     image = pa.struct([('bytes', pa.binary()), ('path', pa.string())])

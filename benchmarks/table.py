@@ -62,7 +62,8 @@ def layers_rows(result: dict[str, Any]) -> list[Row]:
 
 def input_rows(result: dict[str, Any]) -> list[Row]:
     """Images/s read from both kinds of prepared data sets, and images/s of their preparation from each source."""
-    speeds, rows = result['images_per_second'], []
+    speeds = result['images_per_second']
+    rows: list[Row] = []
     for side in ('raw', 'jpeg'):
         what = f'input from a prepared data set, {side}: images/s'
         for peer, title in INPUT_PEERS.items():

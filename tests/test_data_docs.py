@@ -83,7 +83,7 @@ FORMS: dict[str, Row] = {
     'a table `DIR/labels.csv`': (picture_sets.write_csv, WHOLE),
     'the tar files of ImageNet': (
         lambda root: write_tars(root.parent / 'D' / 'downloads' / 'manual'),
-        ('1000 classes', SYNSETS[0]),
+        ('1,000 classes', SYNSETS[0]),
     ),
     'a data set of TFDS in `D`': (write_tfds, WHOLE),
     f'no images yet; TFDS downloads them {NETWORK}': (nothing, ('n01440764', 'download')),
@@ -94,10 +94,10 @@ FORMS: dict[str, Row] = {
     'a folder `D` that is read-only': (write_tfds, WHOLE),
     'classes of very different sizes': (write_pictures, HELD_OUT),
     'a question: which splits': (write_pictures, HELD_OUT),
-    'a question: what would the training do?': (write_pictures, (*HELD_OUT, 'memory', '18 steps')),
+    'a question: what would the training do?': (write_pictures, (*HELD_OUT, 'memory  about', 'disk    a checkpoint')),
     'images to prepare now': (write_pictures, ('160 images',)),
 }
-TRAINED = ('class folders: ', 'a folder `D` that is read-only', 'classes of very different sizes', 'tar files of Web')
+TRAINED = ('a folder `D` that is read-only', 'classes of very different sizes', 'tar files of WebDataset')
 
 
 def form_of(what: str) -> Row:

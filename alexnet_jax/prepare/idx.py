@@ -1,6 +1,7 @@
 """Files in the format of MNIST."""
 
 import gzip
+import math
 import os
 import zlib
 from pathlib import Path
@@ -10,6 +11,8 @@ from jaxtyping import UInt8
 
 from alexnet_jax.prepare.raw_sources import ArrayExamples, Source, SourceError, hold_out
 from alexnet_jax.prepare.splits import choose_splits
+
+MAX_BYTES = 4 * 1024**3  # of an IDX file, which is read into memory; the largest EMNIST has 550 MB
 
 
 def open_idx(folder: Path, fraction: float, validation_split: str | None) -> Source:
@@ -57,12 +60,21 @@ def _idx_split(folder: Path, split: str) -> ArrayExamples:
 
 def _idx_array(path: Path, dimensions: int) -> UInt8[np.ndarray, '...']:
     """Reads a uint8 array from an IDX file: two zero bytes, 8 for uint8, rank, sizes (4 bytes, big-endian), data."""
-    content = path.read_bytes()
+    header_bytes = 4 + 4 * dimensions
     try:
-        content = gzip.decompress(content) if content[:2] == b'\x1f\x8b' else content
+        with open(path, 'rb') as raw:
+            is_compressed = raw.read(2) == b'\x1f\x8b'
+        with gzip.open(path) if is_compressed else open(path, 'rb') as file:
+            header = file.read(header_bytes)
+            shape = tuple(np.frombuffer(header[4:], '>u4').tolist()) if len(header) == header_bytes else ()
+            size = math.prod(shape)
+            if size > MAX_BYTES:  # the header is corrupt, or the file expands to more than fits into memory
+                raise SourceError(
+                    f'{path} claims {size:,} bytes, but at most {MAX_BYTES:,} are read; use folder:DIR for more images'
+                )
+            content = file.read(size + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise SourceError(f'{path} is corrupt: {error}; download it again') from None
-    shape = tuple(np.frombuffer(content[4 : 4 + 4 * dimensions], '>u4').tolist())
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != 4 + 4 * dimensions + np.prod(shape, dtype=int):
+    if header[:4] != bytes([0, 0, 8, dimensions]) or len(content) != size:
         raise SourceError(f'{path} is not a complete IDX file of bytes with {dimensions} dimensions; download it again')
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    return np.frombuffer(content, np.uint8).reshape(shape)
