@@ -416,7 +416,8 @@ def test_new_class_is_said_with_the_command_that_prepares_it(changing, tmp_path)
         shutil.copytree(changing / split / 'dogs', changing / split / 'eels')
     config = configuration(changing, tmp_path / 'd', model__num_classes=3)
     message = refusal(opened, config)
-    assert message.startswith('config.model.num_classes: 3, but the prepared data set has 2 classes; folder:')
+    assert message.startswith('config.model.num_classes: 3, but the data set prepared from folder:')
+    assert 'has 2 classes' in message
     assert 'new folder pictures/train/eels (4 files), new folder pictures/val/eels (2 files)' in message
     command = message[message.index('anew: ') + 6 :]
     old = prepared_folder(config)
