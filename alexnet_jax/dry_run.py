@@ -34,12 +34,12 @@ class _Data:
     Attributes:
       lines: the lines of the plan about the data set.
       examples: number of training images; None if it is unknown until TFDS has downloaded the data.
-      fingerprint: see dataset.PreparedDataset; None if the data set is not prepared.
+      prepared: the data set; None if it is not prepared.
     """
 
     lines: list[str]
     examples: int | None
-    fingerprint: str | None
+    prepared: dataset.PreparedDataset | None
 
 
 def print_plan(config: Config, config_name: str, workdir: str, process_group: JsonObject | None) -> int:
@@ -117,14 +117,14 @@ def _data(config: Config) -> _Data:
     found = _preview(config) if directory is None else None
     directory = found.earlier if found else directory
     if directory is not None:
-        prepared = open_verified(config, directory)
+        prepared: dataset.PreparedDataset | None = open_verified(config, directory)
         manifest = dataset.read_manifest(directory, data)
-        names, images, fingerprint = manifest.class_names, manifest.images, prepared.fingerprint
+        names, images = manifest.class_names, manifest.images
         lines = [f'{directory}: prepared, {_size(sum(manifest.files.values()))}']
     else:
         assert found is not None
         directory = dataset.dataset_dir(data.data_dir, data, data.prepared_dir)
-        names, images, fingerprint = list(found.class_names), found.images, None
+        names, images, prepared = list(found.class_names), found.images, None
         lines = [f'{directory}: not prepared yet; the command prepares it from {data.source}', _needed(found, config)]
     check_num_classes(config, len(names))
     if images:
@@ -133,7 +133,7 @@ def _data(config: Config) -> _Data:
         counts = 'an unknown number of images'
     more = ', ...' if len(names) > _SHOWN_CLASSES else ''
     lines.append(f'{counts}, {len(names)} classes: {", ".join(names[:_SHOWN_CLASSES])}{more}')
-    return _Data(lines, images['train'] if images else None, fingerprint)
+    return _Data(lines, images['train'] if images else None, prepared)
 
 
 def _preview(config: Config) -> writer.Preview:
@@ -263,7 +263,7 @@ def _start(config: Config, workdir: str, data: _Data) -> list[str]:
         return [f'starts at step 0 in {workdir}']
     step, progress = newest
     started_with = progress.get('dataset_fingerprint', progress.get('store'))  # the key of version 0.1
-    if data.fingerprint is not None and started_with not in (data.fingerprint, None):
+    if data.prepared is not None and started_with is not None and not data.prepared.has_fingerprint(started_with):
         raise ConfigError(
             f'config.data: the prepared data set is not the one that {workdir} was started with; put that one back,'
             ' or use another --workdir'

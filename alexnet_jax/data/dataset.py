@@ -105,6 +105,7 @@ class Manifest:
       validation_split: see DataConfig; None in version 1.
       order: digest of the images in the order of the records; '' in version 1.
       inventory: the files of the source, see inventory.Inventory; None in version 1.
+      source_digest: see prepare.raw_sources.Source.fingerprint; '' in version 1.
     """
 
     source: str
@@ -121,6 +122,7 @@ class Manifest:
     validation_split: str | None = None
     order: str = ''
     inventory: JsonObject | None = None
+    source_digest: str = ''
 
     def fingerprint_of_images(self) -> str:
         """Returns a digest of images, order, classes and settings, which does not depend on the source.
@@ -131,6 +133,30 @@ class Manifest:
         names = ['fingerprint', 'image_size', 'channels', 'encoding', 'class_names', 'images']
         names += ['source', 'validation_fraction', 'files'] if self.version == 1 else ['order']
         return json_digest({name: getattr(self, name) for name in names})
+
+    def earlier_fingerprints(self) -> list[str]:
+        """Returns fingerprint_of_images() of this data set if an earlier version had prepared it from the same source.
+
+        The digests are those for the absolute path of the source and for relative paths.
+        """
+        found = []
+        for text in earlier_texts(self.source) if self.version > 1 else ():
+            # The description in this file contained the source.
+            size = self.files['dataset_info.json'] + len(json.dumps(f'{text}, ')) - 2
+            files = self.files | {'dataset_info.json': size}
+            earlier = dataclasses.replace(self, version=1, source=text, fingerprint=self.source_digest, files=files)
+            found.append(earlier.fingerprint_of_images())
+        return found
+
+
+def earlier_texts(source: str) -> list[str]:
+    """Returns what a user may have typed for the absolute `source` in an earlier version, which kept relative paths."""
+    kind, _, location = source.partition(':')
+    if kind not in ('folder', 'idx'):
+        return [source]
+    parts = location.split('/')[1:]
+    relative = ['/'.join(parts[start:]) for start in range(len(parts))]
+    return [source, *(f'{kind}:{path}' for name in relative for path in (name, f'./{name}')), f'{kind}:.']
 
 
 def write_manifest(folder: str, manifest: Manifest) -> None:
@@ -335,7 +361,7 @@ def find_by_fingerprint(data: DataConfig, fingerprint: str) -> tuple[str, DataCo
     for path in sorted(Path(root).glob(f'*/{MANIFEST}')) if not is_url(root) else ():
         with contextlib.suppress(ConfigError):  # corrupt, or being written
             manifest = load_manifest(str(path.parent))
-            if manifest.fingerprint_of_images() == fingerprint:
+            if fingerprint in (manifest.fingerprint_of_images(), *manifest.earlier_fingerprints()):
                 return str(path.parent), dataclasses.replace(data, source=manifest.source)
     return None
 
@@ -392,6 +418,7 @@ class PreparedDataset:
       statistics: statistics of the training images, see prepare.shards.statistics().
       class_names: one name per label.
       fingerprint: see Manifest.fingerprint_of_images().
+      earlier_fingerprints: see Manifest.earlier_fingerprints().
     """
 
     train: SplitReader
@@ -399,6 +426,11 @@ class PreparedDataset:
     statistics: dict[str, np.ndarray]
     class_names: list[str]
     fingerprint: str
+    earlier_fingerprints: Sequence[str] = ()
+
+    def has_fingerprint(self, recorded: str) -> bool:
+        """Returns whether a run with the fingerprint `recorded` was trained on this data set."""
+        return recorded == self.fingerprint or recorded in self.earlier_fingerprints
 
 
 def open_prepared(directory: str, settings: DatasetSettings) -> PreparedDataset:
@@ -421,6 +453,7 @@ def open_prepared(directory: str, settings: DatasetSettings) -> PreparedDataset:
         statistics=statistics,
         class_names=manifest.class_names,
         fingerprint=manifest.fingerprint_of_images(),
+        earlier_fingerprints=manifest.earlier_fingerprints(),
     )
 
 

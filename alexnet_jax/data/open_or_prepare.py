@@ -98,7 +98,12 @@ def open_verified(config: Config, directory: str) -> dataset.PreparedDataset:
     change = describe_source_change(config.data, directory) if is_primary() else None
     try:
         check_num_classes(config, len(prepared.class_names))
-    except ConfigError:
+    except ConfigError as error:
+        if change is None and dataset.load_manifest(directory).version == 1:
+            command = replace_command(config.data, config.data.data_dir, config.data.prepared_dir)
+            raise ConfigError(
+                f'{error}; if the source has changed since {directory} was prepared, prepare it anew: {command}'
+            ) from None
         if change is None:
             raise
         raise ConfigError(
@@ -115,8 +120,8 @@ def describe_source_change(data: DataConfig, directory: str) -> str | None:
 
     Returns None if it has not changed or cannot be read.
     """
-    manifest = dataset.load_manifest(directory)
-    change = None if is_url(directory) else describe_change(manifest.inventory, os.path.dirname(directory))
+    recorded = None if is_url(directory) else dataset.load_manifest(directory).inventory
+    change = describe_change(recorded, os.path.dirname(directory))
     if change is None:
         return None
     command = replace_command(data, data.data_dir, data.prepared_dir)
