@@ -72,8 +72,8 @@ def _check_ranges(config: Config) -> None:
     source = config.data.source
     if source != 'photos' and not re.fullmatch(r'tfds:\w[\w/:.*+-]*|(folder|idx|hf|wds):.+', source):
         raise ConfigError(
-            f"config.data.source: {source!r} is not 'photos', 'tfds:NAME[:config]', 'folder:DIR', 'idx:DIR', 'hf:DIR' or"
-            " 'wds:PATTERN'; for example 'tfds:imagenet2012'"
+            f"config.data.source: {source!r} is not 'photos', 'tfds:NAME[:config]', 'folder:DIR', 'idx:DIR', 'hf:DIR'"
+            " or 'wds:PATTERN'; for example 'tfds:imagenet2012'"
         )
 
 
