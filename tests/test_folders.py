@@ -208,7 +208,7 @@ def test_a_folder_around_the_data_set_is_entered(tmp_path, outer, splits):
 
 
 def test_what_is_ignored_is_counted(tmp_path):
-    tree(tmp_path, *images('train'), *images('val'), 'docs/readme.md', 'train/stray.jpg', 'train/labels/1.txt')
+    tree(tmp_path, *images('train'), *images('val'), 'docs/readme.md', 'train/stray.jpg', 'train/labels/1.txt', 'a.jpg')
     tree(tmp_path, 'train/cats/Thumbs.db', 'train/cats/notes.txt', 'val/dogs/table.CSV', 'train/dogs/desktop.ini')
     tree(tmp_path, *(f'train/dogs/._{i}.jpg' for i in range(3)), 'val/dogs/.DS_Store', 'val/.ipynb_checkpoints/0.jpg')
     tree(tmp_path, 'train/cats/@eaDir/0.jpg/SYNOPHOTO_THUMB_M.jpg', '$RECYCLE.BIN/0.jpg', 'train/__pycache__/0.jpg')
@@ -217,6 +217,7 @@ def test_what_is_ignored_is_counted(tmp_path):
     assert (names(source, 'train'), names(source, 'validation')) == (images('train'), images('val'))
     *notes, others, litter = source.notes
     assert notes == [
+        f'images in {tmp_path}, but in no class folder, are not used: a.jpg',
         f'images in {tmp_path}/train, but in no class folder, are not used: stray.jpg',
         f'folders in {tmp_path}/train without images are not used: labels/',
         'docs/ is not used',

@@ -59,7 +59,8 @@ def open_folder(root: Path, fraction: float, validation_split: str | None) -> So
 def _open_splits(reader: FolderReader, names: list[str], fraction: float, validation_split: str | None) -> Source:
     """Opens the folders `names` as splits."""
     root = reader.root
-    folders, _ = list_folder(root, reader.ignored)
+    folders, images = list_folder(root, reader.ignored)
+    reader.note_strays(root, images)
     parts = {name: inside_split(root / name) for name in names}
     unlabeled = [name for name, part in parts.items() if split_kind(name) == TEST and is_flat(part)]
     usable = [name for name in names if name not in unlabeled or validation_split is not None]

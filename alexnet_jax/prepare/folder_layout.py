@@ -40,10 +40,10 @@ def enter(root: Path) -> Path:
         if len(full) != 1:
             break
         folder = folder / full[0]
-        has_splits = find_split_folders(folder) is not None
-        if split_kind(full[0]) and not has_splits:
+        splits = find_split_folders(folder)
+        if split_kind(full[0]) and TRAIN not in map(split_kind, splits or ()):
             break
-        if has_splits or _has_classes(folder):
+        if splits is not None or _has_classes(folder):
             chosen = folder
     return chosen
 
@@ -118,8 +118,8 @@ def check_classes(folder: Path, files: Mapping[str, Files], start: int) -> list[
         twice = sorted(below & set(files))
         if len(twice) > 1:
             raise SourceError(
-                f'config.data.source: {folder / name} is no class, because it contains {shortened(twice)}, which are also'
-                f' next to it; move it out of {folder}'
+                f'config.data.source: {folder / name} is no class, because it contains {shortened(twice)}, which are'
+                f' also next to it; move it out of {folder}'
             )
         kinds = {split_kind(inner) for inner in below} - {None}
         if TRAIN in kinds and len(kinds) > 1:

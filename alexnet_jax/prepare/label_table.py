@@ -1,6 +1,7 @@
 """Tables of images and their classes: labels.csv, labels.tsv, metadata.csv and _classes.csv."""
 
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -33,13 +34,14 @@ class LabelTable:
         A file that does not exist has the size -1. Raises SourceError: no file exists.
         """
         folder = self.file.parent
-        prefix = os.path.relpath(folder, root)
+        place = os.path.join(folder, '')
+        prefix = place.removeprefix(os.path.join(root, ''))
         files: dict[str, Files] = {}
         found = False
         for i, path in enumerate(self.paths):
             if split is None or self.splits is None or self.splits[i] == split:
-                size = size_of(os.path.join(folder, path))
-                files.setdefault(self.classes[i], []).append((os.path.normpath(os.path.join(prefix, path)), size))
+                size = size_of(place + path)
+                files.setdefault(self.classes[i], []).append((prefix + path, size))
                 found = found or size >= 0
         if not found:
             raise SourceError(
@@ -107,7 +109,8 @@ def _splits_of_paths(table: LabelTable) -> list[str] | None:
 
     Raises SourceError: only some of the paths have such a folder, and these folders are of several splits.
     """
-    splits = [next(filter(split_kind, path.split('/')[:-1]), '') for path in table.paths]
+    split_of = functools.cache(lambda folder: next(filter(split_kind, folder.split('/')), ''))
+    splits = [split_of(os.path.dirname(path)) for path in table.paths]
     if all(splits):
         return splits
     if len({split_kind(name) for name in splits if name}) > 1:
