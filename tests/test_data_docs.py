@@ -95,7 +95,9 @@ FORMS: dict[str, Row] = {
     'classes of very different sizes': (write_pictures, HELD_OUT),
     'a question: which splits': (write_pictures, HELD_OUT),
     'a question: what would the training do?': (write_pictures, (*HELD_OUT, 'memory  about', 'disk    a checkpoint')),
+    'an unknown number of classes': (write_pictures, HELD_OUT),
     'images to prepare now': (write_pictures, ('160 images',)),
+    'images that were changed': (write_pictures, ('161 images',)),
 }
 TRAINED = ('a folder `D` that is read-only', 'classes of very different sizes', 'tar files of WebDataset')
 
@@ -144,13 +146,16 @@ def test_row(what, command, tmp_path):
             flags.append('--config.model.num_classes=auto')  # the small ImageNet has five classes
     elif '--show' not in command:
         flags.append('--image_size=72')
+    if '--replace' in command:
+        assert run_command(*(flag for flag in flags if flag != '--replace')).returncode == 0
+        write(tmp_path / 'DIR' / CLASSES[0] / 'new.jpg', pictures('val')[0].content)
     run = run_command(*flags, HF_HUB_OFFLINE='1')
     text = usage_error(run) if 'ORG/NAME' in command else run.stdout + run.stderr
     assert run.returncode == (2 if 'ORG/NAME' in command else 0), run.stderr
     for words in said:
         assert words in text, text
     assert not (tmp_path / 'run').exists()
-    assert bool(list(tmp_path.glob('D/prepared/*'))) == ('to prepare' in what)
+    assert bool(list(tmp_path.glob('D/prepared/*'))) == ('prepar' in what)
 
 
 @pytest.mark.parametrize(('what', 'command'), [row for row in rows() if row[0].startswith(TRAINED)])
