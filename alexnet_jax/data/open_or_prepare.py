@@ -111,7 +111,7 @@ def open_verified(config: Config, directory: str) -> dataset.PreparedDataset:
             f' {len(prepared.class_names)} classes; {change}'
         ) from None
     if change:
-        log(change)
+        log(f'the prepared data set is used as it is, but {change}')
     return prepared
 
 
@@ -125,10 +125,7 @@ def describe_source_change(data: DataConfig, directory: str) -> str | None:
     if change is None:
         return None
     command = replace_command(data, data.data_dir, data.prepared_dir)
-    return (
-        f'{data.source} has changed since {directory} was prepared from it ({change}); the data set is used as it was'
-        f' prepared, and this command prepares it anew: {command}'
-    )
+    return f'{data.source} has changed since {directory} was prepared from it ({change}); to prepare it anew: {command}'
 
 
 def check_num_classes(config: Config, classes: int) -> None:
