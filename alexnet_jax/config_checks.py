@@ -87,16 +87,16 @@ def check_class_names(names: Sequence[object], where: str = 'config.data.class_n
     for name in names:
         if not isinstance(name, str) or not name.isprintable() or name != name.strip() or not name:
             raise ConfigError(
-                f'{where}: the class name {str(name)[:80]!r} is not a printable text without blanks around it'
+                f'{where}: {str(name)[:80]!r} is no class name: a printable text without blanks around it'
             )
         if len(name) > MAX_CLASS_NAME:
             raise ConfigError(
-                f'{where}: the class name {name[:80]!r}... has {len(name):,} characters, more than {MAX_CLASS_NAME}'
+                f'{where}: the class name {name[:80]!r}... has {len(name):,} characters; at most {MAX_CLASS_NAME} are allowed'
             )
     seen: set[object] = set()
     for name in names:
         if name in seen:
-            raise ConfigError(f'{where}: the class name {name!r} occurs twice')
+            raise ConfigError(f'{where}: {name!r} occurs twice')
         seen.add(name)
 
 

@@ -113,7 +113,7 @@ def open_verified(
             change = f'if the source has changed since {directory} was prepared, prepare it anew: {command}'
         raise ConfigError(f'{error}; {change}' if change else str(error)) from None
     if change:
-        log(change)
+        log(f'the prepared data set is used as it is, but {change}')
     return prepared
 
 
@@ -129,10 +129,7 @@ def describe_source_change(
     if change is None:
         return None
     command = replace_command(settings, data_dir, prepared_dir)
-    return (
-        f'{settings.source} has changed since {directory} was prepared from it ({change}); the data set is used as it'
-        f' was prepared, and this command prepares it anew: {command}'
-    )
+    return f'{settings.source} has changed since {directory} was prepared from it ({change}); to prepare it anew: {command}'
 
 
 def is_prepared(directory: str) -> bool:

@@ -116,18 +116,18 @@ def split_word(name: str) -> str | None:
 
 
 def number_classes(
-    columns: Mapping[str, LabelColumn], names: list[str] | None, where: str
+    splits: Mapping[str, RawSplit], names: list[str] | None, where: str
 ) -> tuple[list[str], dict[str, Labels]]:
     """Returns the class names, and the labels by split; the label of an example that belongs to no class is -1.
 
     Args:
-      columns: the labels by split, 'train' first.
-      names: the class names of the source. Without them, names in `columns` are sorted, and numbers remain.
+      splits: the splits by name, 'train' first.
+      names: the class names of the source. Without them, names in the columns are sorted, and numbers remain.
       where: name of the source at the beginning of messages.
 
     Raises SourceError: validation has a class that training has not, or the numbers are no labels of classes.
     """
-    values: dict[str, Sequence[int | str]] = {split: column.values for split, column in columns.items()}
+    values: dict[str, Sequence[int | str]] = {split: part.column.values for split, part in splits.items()}
     if names is None and any(isinstance(value, str) for column in values.values() for value in column):
         values = {split: [str(value) for value in column] for split, column in values.items()}
         names = sorted({str(value) for value in values['train']})
@@ -137,14 +137,19 @@ def number_classes(
     elif names is None:
         largest = max((int(value) for column in values.values() for value in column), default=-1)
         if largest >= _MAX_CLASSES:
-            raise SourceError(f'{where}: the label {shown(str(largest))} is no number of a class')
+            part = next(part for part in splits.values() if largest in part.column.values)
+            example = part.name(int(np.argmax(part.column.codes == list(part.column.values).index(largest))))
+            raise SourceError(
+                f'{where}: the label of {shown(example)} is {shown(str(largest))}, but the labels of classes are below'
+                f' {_MAX_CLASSES:,}'
+            )
         names = [str(label) for label in range(largest + 1)]
     positions: dict[int | str, int] = {str(label): label for label in range(len(names))}
     positions |= {label: label for label in range(len(names))} | {name: label for label, name in enumerate(names)}
     labels = {}
-    for split, column in columns.items():
+    for split, part in splits.items():
         table = np.array([positions.get(value, -1) for value in values[split]] + [-1], np.int32)
-        labels[split] = table[column.codes]  # a code of -1 selects the last entry
+        labels[split] = table[part.column.codes]  # a code of -1 selects the last entry
     return names, labels
 
 
@@ -174,7 +179,7 @@ def open_splits(
     given = raw['train'].class_names
     if any(part.class_names != given for part in raw.values()):
         raise SourceError(f'{where}: the class names of {used["train"]} and {used["validation"]} differ')
-    names, labels = number_classes({split: part.column for split, part in raw.items()}, given, where)
+    names, labels = number_classes(raw, given, where)
     notes, splits = list(choice.notes), {}
     for split, part in raw.items():
         notes += [*part.notes, *_missing_files(groups[used[split]], used[split])]
