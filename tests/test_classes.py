@@ -165,7 +165,7 @@ class Numbers(tfds.core.GeneratorBasedBuilder):
 
     def _info(self):
         features = {'image': tfds.features.Image(shape=(8, 8, 3)), 'label': self.LABEL}
-        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
         return {'train': self._generate_examples(), 'validation': self._generate_examples()}
