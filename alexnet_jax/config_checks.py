@@ -19,6 +19,8 @@ from alexnet_jax.config_schema import (
 )
 from alexnet_jax.shapes import LAYERS, layer_specs, layer_table
 
+MAX_CLASS_NAME = 255  # characters of a class name; a file name has no more
+
 
 def check(config: Config) -> None:
     """Raises ConfigError if a value is not allowed or contradicts another field."""
@@ -70,21 +72,32 @@ def _check_ranges(config: Config) -> None:
             raise ConfigError(f'config.{field}: {value} is outside {least} to {greatest}; the nearest is {near}')
     check_class_names(config.data.class_names or ())
     source = config.data.source
-    if source != 'photos' and not re.fullmatch(r'tfds:\w[\w/:.*+-]*|(folder|idx|hf|wds):.+', source):
+    if source != 'photos' and not re.fullmatch(r'tfds:\w[\w/:.*+-]*|(folder|idx|hf|wds):.+', source, re.DOTALL):
         raise ConfigError(
-            f"config.data.source: {source!r} is not 'photos', 'tfds:NAME[:config]', 'folder:DIR', 'idx:DIR', 'hf:DIR'"
-            " or 'wds:PATTERN'; for example 'tfds:imagenet2012'"
+            f'config.data.source: {source!r} is not photos, tfds:NAME[:config], folder:DIR, idx:DIR, hf:DIR or'
+            ' wds:PATTERN; for example tfds:imagenet2012'
         )
 
 
-def check_class_names(names: Sequence[object]) -> None:
-    """Raises ConfigError unless `names` are distinct, printable, nonempty strings without surrounding blanks."""
+def check_class_names(names: Sequence[object], where: str = 'config.data.class_names') -> None:
+    """Raises ConfigError unless `names` are distinct, nonempty, printable texts without surrounding blanks.
+
+    A name has at most MAX_CLASS_NAME characters. The message begins with `where`, which has the names.
+    """
     for name in names:
         if not isinstance(name, str) or not name.isprintable() or name != name.strip() or not name:
-            raise ConfigError(f'config.data.class_names: {name!r} is not a printable text without blanks around it')
-    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-    if twice is not None:
-        raise ConfigError(f'config.data.class_names: {twice!r} occurs twice')
+            raise ConfigError(
+                f'{where}: the class name {str(name)[:80]!r} is not a printable text without blanks around it'
+            )
+        if len(name) > MAX_CLASS_NAME:
+            raise ConfigError(
+                f'{where}: the class name {name[:80]!r}... has {len(name):,} characters, more than {MAX_CLASS_NAME}'
+            )
+    seen: set[object] = set()
+    for name in names:
+        if name in seen:
+            raise ConfigError(f'{where}: the class name {name!r} occurs twice')
+        seen.add(name)
 
 
 def check_num_classes(num_classes: int | None, described: str, class_names: Sequence[str]) -> None:

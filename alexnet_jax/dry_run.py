@@ -11,6 +11,7 @@ import jax
 
 from alexnet_jax import parallel
 from alexnet_jax.config import UNKNOWN, Config, ConfigError, check_mesh, with_num_classes
+from alexnet_jax.data.dataset import PreparedDataset
 from alexnet_jax.prepare.describe import Description, describe, size_text
 from alexnet_jax.prepare.raw_sources import SourceError
 from alexnet_jax.prepare.writer import PrepareConfig
@@ -50,7 +51,7 @@ def print_plan(config: Config, config_name: str, workdir: str, process_group: Js
             *(('steps', line) for line in _steps(config, examples)),
             ('memory', _memory(config, data, model)),
             ('disk', _disk(config, workdir)),
-            *(('start', line) for line in _start(config, workdir, described.fingerprint)),
+            *(('start', line) for line in _start(config, workdir, described.prepared)),
         ]
     for i, (label, line) in enumerate(lines):
         print(f'{label if i == 0 or lines[i - 1][0] != label else "":<8}{line}')
@@ -196,7 +197,7 @@ def _disk(config: Config, workdir: str) -> str:
     )
 
 
-def _start(config: Config, workdir: str, fingerprint: str | None) -> list[str]:
+def _start(config: Config, workdir: str, prepared: PreparedDataset | None) -> list[str]:
     """Returns whether the command would start or resume the run, at which step, and with which changed settings.
 
     Raises ConfigError: the run was started with another data set, or no checkpoint can be read.
@@ -211,7 +212,7 @@ def _start(config: Config, workdir: str, fingerprint: str | None) -> list[str]:
         return [f'starts at step 0 in {workdir}']
     step, progress = newest
     started_with = progress.get('dataset_fingerprint', progress.get('store'))  # the key of version 0.1
-    if fingerprint is not None and started_with not in (fingerprint, None):
+    if prepared is not None and started_with is not None and not prepared.has_fingerprint(started_with):
         raise ConfigError(
             f'config.data: the prepared data set is not the one that {workdir} was started with; put that one back,'
             ' or use another --workdir'

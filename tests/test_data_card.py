@@ -94,6 +94,7 @@ def test_many_classes_are_shortened():
     labels = np.repeat(np.arange(20, dtype=np.int32), 2)
     examples = FileExamples('/', ['x'] * 40, [1] * 40, labels)
     card = card_of_source('folder:X', Source({'train': examples, 'validation': examples}, names, False), names)
+    assert card.class_sizes() == ['2 training images in each class']
     assert card.classes() == '20 classes in this order: class 0, class 1, class 2, class 3, class 4, ..., class 19'
     assert len(card.to_json()['class_names']) == 20
 

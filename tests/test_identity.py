@@ -36,6 +36,7 @@ from alexnet_jax.data.open_or_prepare import find_prepared, open_or_prepare
 from alexnet_jax.prepare import writer
 from alexnet_jax.prepare.raw_sources import SourceError
 from alexnet_jax.prepare.writer import PrepareConfig, prepare
+from alexnet_jax.runtime.workdir import check_resumable, is_finished
 from configs.quickstart import get_config
 
 SIZE = 8
@@ -586,6 +587,43 @@ def repaint(root: Path) -> None:
         pixels = np.array(Image.open(path))
         Image.fromarray(pixels[..., [1, 0, 2]]).save(path)
         assert path.stat().st_size == size
+
+
+@pytest.mark.parametrize('typed', ['pictures', './pictures', 'x/pictures', '{root}'])
+def test_run_of_an_earlier_version_accepts_the_data_set_prepared_again(earlier, tmp_path, typed):
+    """The fingerprint in its checkpoints is that of the manifest that the earlier version would have written."""
+    make, root = earlier
+    old = make(f'folder:{typed.format(root=root)}')
+    text = read_json(old / 'prepared.json')['source']
+    info = (old / 'dataset_info.json').read_bytes()
+    described = info.replace(b'"description": "', f'"description": "{text}, '.encode())
+    assert len(described) == len(info) + len(text) + 2
+    files = read_json(old / 'prepared.json')['files'] | {'dataset_info.json': len(described)}
+    edit_manifest(old, files=files)
+    recorded = earlier_fingerprint(old)
+    shutil.rmtree(old)
+    prepared(root, tmp_path / 'd')
+    data = opened(configuration(root, tmp_path / 'd'))
+    assert data.fingerprint != recorded
+    assert data.has_fingerprint(recorded)
+    assert not data.has_fingerprint('0' * 64)
+
+
+def test_source_of_a_run_may_be_moved(tmp_path):
+    """The weights depend on the images, not on their place; another source that exists is refused at once."""
+    root = red_and_blue(tmp_path / 'pictures')
+    run = tmp_path / 'run'
+    (run / 'checkpoints' / '1').mkdir(parents=True)
+    (run / 'config.json').write_text(json.dumps(configuration(root, tmp_path / 'd').to_dict()))
+    (run / 'result.json').write_text('{"status": "done"}')
+    other = configuration(red_and_blue(tmp_path / 'other'), tmp_path / 'd')
+    assert refusal(check_resumable, other, str(run)).startswith('config.data.source: ')
+    root.rename(tmp_path / 'moved')
+    moved = configuration(tmp_path / 'moved', tmp_path / 'd')
+    check_resumable(moved, str(run))
+    assert is_finished(moved, str(run))
+    for source in (tmp_path / 'missing', f'{tmp_path}/pictures/../nothing'):
+        assert 'was started with' in refusal(check_resumable, configuration(source, tmp_path / 'd'), str(run))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import zoo
 from helpers import ROOT, read_json, read_lines, run_command
 from PIL import Image
 
+from alexnet_jax.prepare import parquet
 from alexnet_jax.prepare.raw_sources import Examples, Source, SourceError
 from alexnet_jax.prepare.sources import open_source
 from alexnet_jax.prepare.writer import PrepareConfig, prepare
@@ -94,7 +95,8 @@ def test_layouts_of_the_hub(tmp_path, layout):
     assert 'test of' in refused(tmp_path, 'test')  # It has no labels.
 
 
-def test_examples_in_any_order_and_in_other_processes(tmp_path):
+def test_examples_in_any_order_and_in_other_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, '_WINDOW_BYTES', 100)  # a row group is decoded in several parts
     write(tmp_path / 'train-00000-of-00002.parquet', range(20))
     write(tmp_path / 'train-00001-of-00002.parquet', range(20, 40))
     write(tmp_path / 'dev.parquet', range(40, 60))
@@ -108,7 +110,7 @@ def test_examples_in_any_order_and_in_other_processes(tmp_path):
     assert len(pickle.dumps(examples.subset(range(30, 32)))) < len(pickle.dumps(examples))
     assert examples.subset(range(30, 32)).files == ('train-00001-of-00002.parquet',)
     digests = {examples.digest(), part.digest(), examples.subset(range(10)).digest()}
-    write(tmp_path / 'train-00001-of-00002.parquet', range(21, 41))  # other pictures of the same size
+    write(tmp_path / 'train-00001-of-00002.parquet', range(23, 43))  # other pictures with the same labels
     digests.add(opened(tmp_path).splits['train'].digest())
     assert len(digests) == 4
 
@@ -120,6 +122,12 @@ def test_one_file_holds_out_a_part_of_each_class(tmp_path):
     assert sorted(content(source.splits['train']) + content(source.splits['validation'])) == sorted(expected(range(40)))
     assert np.bincount([label for _, label in content(source.splits['validation'])]).tolist() == [4, 3, 3]
     assert any('1 of 9 files' in note for note in source.notes)
+
+
+def test_files_of_a_split_must_have_the_same_columns_and_classes(tmp_path):
+    write(tmp_path / 'train-00000-of-00002.parquet', range(20))
+    write(tmp_path / 'train-00001-of-00002.parquet', range(20), pa.array([0, 1] * 10))
+    assert 'train-00001-of-00002.parquet has other columns or class names than train-00000' in refused(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -413,10 +421,13 @@ def test_object_store(tmp_path, bucket):
 HUB = '''
 import os
 
+class Refusal(Exception):
+    pass
+
 def snapshot_download(repo_id, repo_type=None, allow_patterns=None):
     """Stands for the Hub: a folder of links, as in the cache of the library."""
     if repo_id == "zoo/private":
-        raise PermissionError("401 Client Error.\\n\\nAccess to dataset zoo/private is restricted.")
+        raise Refusal("401 Client Error.\\n\\nAccess to dataset zoo/private is restricted.")
     assert (repo_id, repo_type, allow_patterns) == ("zoo/animals", "dataset", "*.parquet")
     return os.environ["SNAPSHOT"]
 '''
@@ -441,7 +452,7 @@ def test_data_set_of_the_hub(tmp_path):
     assert read_json(next((tmp_path / 'prepared').glob('*/prepared.json')))['images'] == {'train': 18, 'validation': 2}
     run = prepare_command('zoo/private', str(tmp_path / 'library'))
     assert run.returncode == 2
-    assert 'could not download it: PermissionError: 401 Client Error. Access to dataset' in run.stderr.splitlines()[-1]
+    assert 'could not download it: Refusal: 401 Client Error. Access to dataset' in run.stderr.splitlines()[-1]
     assert 'Traceback' not in run.stderr
     run = prepare_command('zoo/elephants', '/nowhere')
     assert run.returncode == 2

@@ -1,6 +1,7 @@
 """Unusual paths: they work, or a command refuses them at the start in one line."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -9,7 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, config_flags, environment, read_json, read_result, refusal, run_command, usage_error
+from helpers import (
+    ROOT,
+    as_earlier_version,
+    config_flags,
+    environment,
+    read_json,
+    read_result,
+    refusal,
+    run_command,
+    usage_error,
+)
 from PIL import Image
 
 from alexnet_jax import cli, config_files, paths
@@ -357,6 +368,18 @@ def test_read_only_data_folder(tmp_path):
     again = unprivileged(*source, '--data_dir=ro', cwd=tmp_path)
     assert (again.returncode, again.stderr) == (0, '')
     assert os.listdir(read_only / 'prepared') == [name]
+    # So is a data set of an earlier version, by `alexnet prepare` and in training.
+    for data_dir, typed in (('ro1', 'folder:pictures'), ('ro2', f'folder:{tmp_path}/pictures')):
+        copy = Path(shutil.copytree(read_only / 'prepared' / name, tmp_path / data_dir / 'prepared' / name))
+        earlier = re.sub(r'\W+', '_', typed) + '_72px'
+        as_earlier_version(copy, tmp_path / 'pictures', typed, earlier)
+        for folder in (copy.parent, copy.parent.parent):
+            folder.chmod(0o555)
+        again = unprivileged(*source, f'--data_dir={data_dir}', cwd=tmp_path)
+        assert (again.returncode, again.stderr) == (0, '')
+        assert os.listdir(copy.parent) == [earlier]
+    trained = unprivileged('train', *config_flags(SMALL | fields | {'data.data_dir': 'ro1'}), cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
 
 
 def test_prepared_dir_is_no_setting_of_a_run(tmp_path):

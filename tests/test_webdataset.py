@@ -325,6 +325,13 @@ def test_hostile_headers_are_refused(tmp_path, how):
     assert re.search(reason, refused(path))
 
 
+def test_link_with_a_size_has_no_content(tmp_path):
+    path = write(tmp_path / '0.tar', pictures(range(12)))
+    link = header_with(SIZE, b'00000004000\0' + b'0' * 11 + b'\0' + b' ' * 8 + tarfile.LNKTYPE)
+    path.write_bytes(link + path.read_bytes())
+    assert set(everything(path).values()) == set(expected(range(12)))
+
+
 def test_truncated_tar_files(tmp_path):
     path = write(tmp_path / '0.tar', pictures(range(12)))
     data = path.read_bytes()

@@ -106,6 +106,7 @@ class Manifest:
       order: digest of the images in the order of the records; '' in version 1.
       inventory: the files of the source, see inventory.Inventory; None in version 1.
       origins: where the images of each split come from, see prepare.raw_sources.Source; {} in version 1.
+      source_digest: see prepare.raw_sources.Source.fingerprint; '' in version 1.
     """
 
     source: str
@@ -123,6 +124,7 @@ class Manifest:
     order: str = ''
     inventory: JsonObject | None = None
     origins: dict[str, str] = dataclasses.field(default_factory=dict)
+    source_digest: str = ''
 
     def fingerprint_of_images(self) -> str:
         """Returns a digest of images, order, classes and settings, which does not depend on the source.
@@ -133,6 +135,30 @@ class Manifest:
         names = ['fingerprint', 'image_size', 'channels', 'encoding', 'class_names', 'images']
         names += ['source', 'validation_fraction', 'files'] if self.version == 1 else ['order']
         return json_digest({name: getattr(self, name) for name in names})
+
+    def earlier_fingerprints(self) -> list[str]:
+        """Returns fingerprint_of_images() of this data set if an earlier version had prepared it from the same source.
+
+        The digests are those for the absolute path of the source and for relative paths.
+        """
+        found = []
+        for text in earlier_texts(self.source) if self.version > 1 else ():
+            # The description in this file contained the source.
+            size = self.files['dataset_info.json'] + len(json.dumps(f'{text}, ')) - 2
+            files = self.files | {'dataset_info.json': size}
+            earlier = dataclasses.replace(self, version=1, source=text, fingerprint=self.source_digest, files=files)
+            found.append(earlier.fingerprint_of_images())
+        return found
+
+
+def earlier_texts(source: str) -> list[str]:
+    """Returns what a user may have typed for the absolute `source` in an earlier version, which kept relative paths."""
+    kind, _, location = source.partition(':')
+    if kind not in ('folder', 'idx'):
+        return [source]
+    parts = location.split('/')[1:]
+    relative = ['/'.join(parts[start:]) for start in range(len(parts))]
+    return [source, *(f'{kind}:{path}' for name in relative for path in (name, f'./{name}')), f'{kind}:.']
 
 
 def write_manifest(folder: str, manifest: Manifest) -> None:
@@ -337,7 +363,7 @@ def find_by_fingerprint(data: DataConfig, fingerprint: str) -> tuple[str, DataCo
     for path in sorted(Path(root).glob(f'*/{MANIFEST}')) if not is_url(root) else ():
         with contextlib.suppress(ConfigError):  # corrupt, or being written
             manifest = load_manifest(str(path.parent))
-            if manifest.fingerprint_of_images() == fingerprint:
+            if fingerprint in (manifest.fingerprint_of_images(), *manifest.earlier_fingerprints()):
                 return str(path.parent), dataclasses.replace(data, source=manifest.source)
     return None
 
@@ -395,6 +421,7 @@ class PreparedDataset:
       class_names: one name per label.
       fingerprint: see Manifest.fingerprint_of_images().
       origins: see Manifest.
+      earlier_fingerprints: see Manifest.earlier_fingerprints().
     """
 
     train: SplitReader
@@ -403,6 +430,11 @@ class PreparedDataset:
     class_names: list[str]
     fingerprint: str
     origins: dict[str, str] = dataclasses.field(default_factory=dict)
+    earlier_fingerprints: Sequence[str] = ()
+
+    def has_fingerprint(self, recorded: str) -> bool:
+        """Returns whether a run with the fingerprint `recorded` was trained on this data set."""
+        return recorded == self.fingerprint or recorded in self.earlier_fingerprints
 
 
 def open_prepared(directory: str, settings: DatasetSettings) -> PreparedDataset:
@@ -426,6 +458,7 @@ def open_prepared(directory: str, settings: DatasetSettings) -> PreparedDataset:
         class_names=manifest.class_names,
         fingerprint=manifest.fingerprint_of_images(),
         origins=manifest.origins,
+        earlier_fingerprints=manifest.earlier_fingerprints(),
     )
 
 

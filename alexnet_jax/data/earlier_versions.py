@@ -6,7 +6,14 @@ import os
 from etils import epath
 
 from alexnet_jax.config import ConfigError
-from alexnet_jax.data.dataset import Manifest, dataset_dir, load_manifest, match_earlier_source, name_by_text
+from alexnet_jax.data.dataset import (
+    Manifest,
+    dataset_dir,
+    earlier_texts,
+    load_manifest,
+    match_earlier_source,
+    name_by_text,
+)
 from alexnet_jax.data.prepare_command import PrepareSettings, replace_command
 from alexnet_jax.paths import absolute_source
 
@@ -30,14 +37,11 @@ class EarlierDataset:
 def find_earlier(settings: PrepareSettings, data_dir: str, prepared_dir: str | None) -> EarlierDataset | None:
     """Returns the data set that an earlier version may have prepared from the source of `settings`, or None."""
     source = absolute_source('config.data.source', settings.source)
-    kind, _, location = source.partition(':')
-    if kind not in ('folder', 'idx'):
+    if source.partition(':')[0] not in ('folder', 'idx'):
         return None
     root = os.path.dirname(dataset_dir(data_dir, settings, prepared_dir))
-    parts = location.split('/')[1:]
-    texts = [source, *(f'{kind}:{"/".join(parts[start:])}' for start in range(len(parts) + 1))]
     found = []
-    for name in dict.fromkeys(name_by_text(text, settings) for text in texts):
+    for name in dict.fromkeys(name_by_text(text, settings) for text in earlier_texts(source)):
         directory = os.path.join(root, name)
         try:
             manifest = load_manifest(directory) if (epath.Path(directory) / 'prepared.json').exists() else None

@@ -108,6 +108,9 @@ def open_verified(
     try:
         check_num_classes(num_classes, f'the data set prepared from {settings.source}', prepared.class_names)
     except ConfigError as error:
+        if change is None and dataset.load_manifest(directory).version == 1:
+            command = replace_command(settings, data_dir, prepared_dir)
+            change = f'if the source has changed since {directory} was prepared, prepare it anew: {command}'
         raise ConfigError(f'{error}; {change}' if change else str(error)) from None
     if change:
         log(change)
@@ -121,8 +124,8 @@ def describe_source_change(
 
     Returns None if it has not changed or cannot be read.
     """
-    manifest = dataset.load_manifest(directory)
-    change = None if is_url(directory) else describe_change(manifest.inventory, os.path.dirname(directory))
+    recorded = None if is_url(directory) else dataset.load_manifest(directory).inventory
+    change = describe_change(recorded, os.path.dirname(directory))
     if change is None:
         return None
     command = replace_command(settings, data_dir, prepared_dir)

@@ -137,7 +137,7 @@ def open_eval_dataset(
     for ref, other in fingerprints:
         if other is None:
             check_class_names(ref.name, ref.workdir, read_dataset_statistics(ref.workdir)[1], prepared.class_names)
-    if fingerprint not in (prepared.fingerprint, None):
+    if fingerprint is not None and not prepared.has_fingerprint(fingerprint):
         raise ConfigError(
             f'{first.name}: was trained with other images than those prepared in'
             f' {config.data.prepared_dir or config.data.data_dir}; name their folder with --data_dir'

@@ -67,7 +67,8 @@ def order_classes(source: Source, names: Sequence[str], described: str) -> Sourc
       and another number of classes.
     """
     own = list(source.class_names)
-    check_class_names(names or own)
+    check_class_names(names)
+    check_class_names(own, f'config.data.source: {described}')
     if not names:
         return source
     if not source.names_classes:

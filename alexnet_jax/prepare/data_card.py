@@ -57,6 +57,8 @@ class DataCard:
             return ['training images per class: unknown before the preparation']
         least, most = int(np.argmin(self.class_counts)), int(np.argmax(self.class_counts))
         names, counts = self.class_names, self.class_counts
+        if counts[least] == counts[most]:
+            return [f'{counts[least]:,} training images in each class']
         lines = [
             f'smallest class: {names[least]}, {counts[least]:,} training images;'
             f' largest class: {names[most]}, {counts[most]:,}'

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import io
 
-from alexnet_jax.data.dataset import dataset_dir, read_manifest
+from alexnet_jax.data.dataset import PreparedDataset, dataset_dir, read_manifest
 from alexnet_jax.data.open_or_prepare import find_prepared, open_verified
 from alexnet_jax.prepare import writer
 from alexnet_jax.prepare.data_card import DataCard, card_of_prepared
@@ -18,12 +18,12 @@ class Description:
     Attributes:
       card: its content.
       state: its folder, whether it is prepared, and its size, one line each.
-      fingerprint: see dataset.PreparedDataset; None if the data set is not prepared.
+      prepared: the data set; None if it is not prepared.
     """
 
     card: DataCard
     state: list[str]
-    fingerprint: str | None
+    prepared: PreparedDataset | None
 
     def lines(self) -> list[str]:
         """Returns the description, one fact per line."""
@@ -31,7 +31,7 @@ class Description:
 
     def to_json(self) -> JsonObject:
         """Returns the description as a JSON object."""
-        return self.card.to_json() | {'state': self.state, 'prepared': self.fingerprint is not None}
+        return self.card.to_json() | {'state': self.state, 'prepared': self.prepared is not None}
 
 
 def describe(settings: writer.PrepareConfig, data_dir: str, prepared_dir: str | None) -> Description:
@@ -51,7 +51,7 @@ def describe(settings: writer.PrepareConfig, data_dir: str, prepared_dir: str | 
         manifest = read_manifest(directory, settings)
         card = card_of_prepared(manifest, prepared.statistics['class_counts'])
         state = [f'{directory}: prepared, {size_text(sum(manifest.files.values()))}']
-        return Description(card, state, prepared.fingerprint)
+        return Description(card, state, prepared)
     directory = dataset_dir(data_dir, settings, prepared_dir)
     parts = [f'TFDS downloads {size_text(found.download_bytes)}'] if found.download_bytes else []
     parts.append(f'the data set takes about {size_text(found.bytes)}{"" if found.card.images else " per image"}')

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 
 import numpy as np
 
+from alexnet_jax.paths import shown
 from alexnet_jax.prepare.raw_sources import FileExamples, SourceError
 
 Files = list[tuple[str, int]]  # (path relative to the root of the source, size in bytes)
@@ -148,7 +149,7 @@ def counted(images: Sized) -> str:
 
 def shortened(names: Iterable[str], most: int = 5) -> str:
     """Returns the first names of a list as text, and the number of those left out."""
-    names = [name if name.isprintable() else repr(name) for name in names]
+    names = [shown(name) for name in names]
     more = [f'{len(names) - most:,} more'] if len(names) > most else []
     *first, last = [*names[:most], *more]
     return f'{", ".join(first)} and {last}' if first else last

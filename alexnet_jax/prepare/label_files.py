@@ -119,7 +119,7 @@ def _read_caffe(path: Path, classes: Sequence[str]) -> Labels:
         if not text.strip():
             continue
         name, _, digits = text.strip().rpartition(' ')
-        if not name or not digits.isdecimal():
+        if not name or not _is_number(digits):
             raise SourceError(
                 f'{path}, line {line}: expected a file name and the number of a class, found {text[:80]!r}'
             )
@@ -178,10 +178,14 @@ def _devkit_labels(truth: bytes, meta: bytes, path: Path) -> Labels:
         raise SourceError(f'{path}: meta.mat is corrupt ({type(error).__name__}: {message})') from None
     classes = []
     for line, text in enumerate(truth.decode(errors='replace').split(), 1):
-        if not text.isdecimal() or int(text) not in wnids:
+        if not _is_number(text) or int(text) not in wnids:
             raise SourceError(f'{path}: line {line} of the ground truth is {text[:80]!r}, which meta.mat does not have')
         classes.append(wnids[int(text)])
     return _numbered(classes)
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10  # int() refuses numbers of thousands of digits
 
 
 def _numbered(classes: Sequence[str]) -> Labels:

@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+from alexnet_jax.config import check_class_names
 from alexnet_jax.prepare.image_files import HEADER, Files, size_of
 from alexnet_jax.prepare.label_files import numbered_rows
 from alexnet_jax.prepare.raw_sources import SourceError
@@ -67,7 +68,7 @@ def read_table(path: Path) -> LabelTable:
     The paths are relative to the folder of the table. If there is no column of splits and each path contains a folder
     whose name says train, validation or test, those folders are the splits.
 
-    Raises SourceError: the message begins with the file and the line.
+    Raises SourceError or ConfigError: the message begins with the file and the line.
     """
     rows = numbered_rows(path, _delimiter(path))
     line, header = next(rows, (1, []))
@@ -80,6 +81,7 @@ def read_table(path: Path) -> LabelTable:
     table = LabelTable(path, [], [], [] if split_column is not None else None)
     lines: list[int] = []
     seen: dict[str, int] = {}
+    known: set[str] = set()
     for line, cells in rows:
         where = f'{path}, line {line}'
         if len(cells) != len(header):
@@ -89,6 +91,9 @@ def read_table(path: Path) -> LabelTable:
         split = cells[split_column] if split_column is not None else ''
         if not name or (split_column is not None and not split):
             raise SourceError(f'{where}: the {"split" if name else "class"} of {image} is missing')
+        if name not in known:
+            check_class_names([name], where)
+            known.add(name)
         first = seen.setdefault(image, len(lines))
         if first == len(lines):
             lines.append(line)

@@ -302,7 +302,7 @@ def _prepare(settings: PrepareConfig, data_dir: str, target: str) -> None:
     start, complete = time.monotonic(), _read_reports(shards, staging_dir)
     _check_disk(shards, complete, format, target)
     reports = _write_shards(shards, complete, format, staging_dir, settings)
-    description |= {'inventory': dataclasses.asdict(inventory)}
+    description |= {'inventory': dataclasses.asdict(inventory), 'source_digest': source.fingerprint}
     _write_metadata(shards, reports, format, description, staging_dir)
     if os.path.exists(target):
         os.rename(target, f'{target}.replaced')

@@ -78,7 +78,8 @@ def check_resumable(config: Config, workdir: str, every_field: bool = False, all
     before = _config_before(workdir) if _has_files(checkpoints) else None
     if before is None:
         return
-    changed = {field: (get_by_path(before, field), get_by_path(config, field)) for field in _changed(before, config)}
+    fields = [field for field in _changed(before, config) if not _is_moved(before, config, field)]
+    changed = {field: (get_by_path(before, field), get_by_path(config, field)) for field in fields}
     for field, (was, given) in changed.items():
         is_fixed = field in FIXED_FIELDS or field.startswith('model.')
         if is_fixed or (every_field and field not in PATH_FIELDS):
@@ -125,6 +126,14 @@ def _changed(before: Config, after: Config) -> list[str]:
     return [field for field in field_names(after) if get_by_path(before, field) != get_by_path(after, field)]
 
 
+def _is_moved(before: Config, after: Config, field: str) -> bool:
+    """Returns whether `field` is the source, which was moved; the fingerprint of its images decides."""
+    if field != 'data.source':
+        return False
+    (kind, _, path), (new_kind, _, new_path) = (config.data.source.partition(':') for config in (before, after))
+    return kind == new_kind and os.path.isabs(path) and not os.path.lexists(path) and os.path.lexists(new_path)
+
+
 def _arrow(before: Config, after: Config, field: str) -> str:
     return f'config.{field}: {_shown(get_by_path(before, field))} -> {_shown(get_by_path(after, field))}'
 
@@ -164,7 +173,8 @@ def is_finished(config: Config, workdir: str) -> bool:
         before = _read_config_json(workdir)
     except ConfigError:
         return False  # training reads the last checkpoint, and writes config.json and result.json again
-    return set(_changed(before, config)) <= set(PATH_FIELDS)
+    changed = [field for field in _changed(before, config) if not _is_moved(before, config, field)]
+    return set(changed) <= set(PATH_FIELDS)
 
 
 def _has_numbers(views: object) -> bool:

@@ -154,7 +154,8 @@ def restore_or_init(
     """
     checkpoint = checkpoints.restore(abstract_state(config, mesh))
     run = checkpoint.run_state if checkpoint else RunState()
-    if run.dataset_fingerprint not in (data.fingerprint, None):  # None: a new run, or imported weights
+    recorded = run.dataset_fingerprint  # None: a new run, or imported weights
+    if recorded is not None and not data.has_fingerprint(recorded):
         raise ConfigError(
             f'config.data: the prepared data set is not the one that {workdir} was started with; put that one back, or'
             ' use another --workdir'
