@@ -87,11 +87,11 @@ def check_class_names(names: Sequence[object], where: str = 'config.data.class_n
     for name in names:
         if not isinstance(name, str) or not name.isprintable() or name != name.strip() or not name:
             raise ConfigError(
-                f'{where}: {str(name)[:80]!r} is no class name: a printable text without blanks around it'
+                f'{where}: {str(name)[:80]!r} is not a printable text without blanks around it, as a class name must be'
             )
         if len(name) > MAX_CLASS_NAME:
             raise ConfigError(
-                f'{where}: the class name {name[:80]!r}... has {len(name):,} characters; at most {MAX_CLASS_NAME} are allowed'
+                f'{where}: the class name {name[:80]!r}... has {len(name):,} characters, more than {MAX_CLASS_NAME}'
             )
     seen: set[object] = set()
     for name in names:

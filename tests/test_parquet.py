@@ -301,7 +301,7 @@ def test_other_files_are_refused(tmp_path):
     assert 'elk is a class of the validation split only' in refused(tmp_path / 'fr')
     write(tmp_path / 'fr' / 'train.parquet', range(12), pa.array([2**60, 1] * 6))
     os.remove(tmp_path / 'fr' / 'val.parquet')
-    assert f'the label {2**60} is no number of a class' in refused(tmp_path / 'fr')
+    assert f'the label of train.parquet row 0 is {2**60}' in refused(tmp_path / 'fr')
     write(tmp_path / 'fr' / 'train.parquet', range(12), pa.array([1.5, 1] * 6))
     assert 'a column of labels, but has image: struct' in refused(tmp_path / 'fr')
     write(tmp_path / 'fr' / 'train_extra.parquet', range(12))

@@ -219,7 +219,7 @@ def test_missing_and_unsuitable_files_are_refused(tmp_path):
     assert 'endings of its members are .txt' in refused(write(tmp_path / '0.tar', [member('a.txt', b'')]))
     assert 'has no images with labels' in refused(write(tmp_path / '1.tar', pictures(range(9))[::2]))
     large = [member('a.jpg', b'x'), member('a.cls', b'9' * 900), *pictures(range(9))]
-    assert re.search('label 9+[.]{3}9+ is no number', refused(write(tmp_path / '2.tar', large)))
+    assert re.search('label of 2.tar/a.jpg is 9+[.]{3}9+, but', refused(write(tmp_path / '2.tar', large)))
     for url in ('wds:s3://bucket/{0..9}.tar', 'hf:gs://bucket/d', 'folder:gs://bucket/d', 'idx:https://host/d'):
         with pytest.raises(SourceError, match=re.escape(url) + r' is a URL.*gcsfuse'):
             open_source(url, '/nowhere', 0.25)
