@@ -129,8 +129,10 @@ def describe_source_change(
     if change is None:
         return None
     command = replace_command(settings, data_dir, prepared_dir)
-    return f'{settings.source} has changed since {directory} was prepared from it ({change});'
+    return (
+        f'{settings.source} has changed since {directory} was prepared from it ({change});'
         f' to prepare it anew: {command}'
+    )
 
 
 def is_prepared(directory: str) -> bool:
