@@ -155,8 +155,9 @@ def hold_out(examples: LabeledExamples, fraction: float, where: str) -> dict[str
     chosen = holdout_mask(examples.labels, fraction)
     if not chosen.any() or chosen.all():
         raise SourceError(
-            f'{where} has no validation split, and'
-            f' data.validation_fraction={fraction:g} of its {len(chosen)} training images'
-            ' leaves no image for validation or none for training'
+            f'config.data.validation_fraction: {fraction:g}, but this fraction of each class of {where}, which has'
+            f' {len(chosen)} images and {len(np.unique(examples.labels))} classes, is {np.sum(chosen)} images, so'
+            f' {"training" if chosen.any() else "validation"} would have none; change the fraction, or add a validation'
+            ' split'
         )
     return {'train': examples.subset(np.flatnonzero(~chosen)), 'validation': examples.subset(np.flatnonzero(chosen))}

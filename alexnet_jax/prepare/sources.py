@@ -1,9 +1,11 @@
 """Opens sources of raw images."""
 
+import dataclasses
 import os
 from pathlib import Path
 
 from alexnet_jax.paths import check_text_path
+from alexnet_jax.prepare.classes import describe_empty_classes
 from alexnet_jax.prepare.folder import open_folder
 from alexnet_jax.prepare.idx import open_idx
 from alexnet_jax.prepare.raw_sources import Source, SourceError
@@ -36,8 +38,15 @@ def open_source(source: str, data_dir: str, validation_fraction: float, validati
     Raises SourceError: the source does not exist, has a wrong format, or cannot be downloaded.
     Raises ConfigError: the path of the source cannot be used, or TFDS would have to write to a read-only `data_dir`.
     """
+    source = _open_source(source, data_dir, validation_fraction, validation_split)
+    return dataclasses.replace(source, notes=(*source.notes, *describe_empty_classes(source)))
+
+
+def _open_source(source: str, data_dir: str, validation_fraction: float, validation_split: str | None) -> Source:
     kind, _, location = source.partition(':')
     check_local(source)
+    if kind in ('folder', 'idx', 'hf', 'wds') and not location:
+        raise SourceError(f'config.data.source: {source!r} names no folder; write {kind}:DIR')
     if kind in ('folder', 'idx'):
         check_text_path('config.data.source', location)
     if kind == 'folder':
@@ -52,6 +61,8 @@ def open_source(source: str, data_dir: str, validation_fraction: float, validati
         return open_webdataset(location, validation_fraction, validation_split)
     if kind == 'tfds' or source == 'photos':
         return open_tfds(source, data_dir, validation_fraction, validation_split)
+    hint = f'; for the folder {source}, write folder:{source}' if os.path.isdir(os.path.expanduser(source)) else ''
     raise SourceError(
-        f'config.data.source: {source!r} is not photos, tfds:NAME[:config], folder:DIR, idx:DIR, hf:DIR or wds:PATTERN'
+        f'config.data.source: {source!r} is not photos, tfds:NAME[:config], folder:DIR, idx:DIR, hf:DIR or'
+        f' wds:PATTERN{hint}'
     )
