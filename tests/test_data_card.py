@@ -78,7 +78,7 @@ def test_card_names_what_is_odd(tmp_path):
     assert any(line.startswith('45 training images') for line in lines)
     assert any(line.startswith(f'5 validation images (held out, {share:.1%} of all images') for line in lines)
     assert 'smallest class: c, 0 training images; largest class: a, 36' in lines
-    assert 'classes without training images: c' in lines
+    assert 'a class has no training image: c' in lines
 
 
 def test_classes_are_sorted_as_text_and_class_names_change_the_order(tmp_path):

@@ -107,6 +107,7 @@ class Manifest:
       inventory: the files of the source, see inventory.Inventory; None in version 1.
       origins: where the images of each split come from, see prepare.raw_sources.Source; {} in version 1.
       source_digest: see prepare.raw_sources.Source.fingerprint; '' in version 1.
+      notes: what was chosen or is ignored in the source, see prepare.raw_sources.Source; [] in version 1.
     """
 
     source: str
@@ -125,6 +126,7 @@ class Manifest:
     inventory: JsonObject | None = None
     origins: dict[str, str] = dataclasses.field(default_factory=dict)
     source_digest: str = ''
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def fingerprint_of_images(self) -> str:
         """Returns a digest of images, order, classes and settings, which does not depend on the source.
@@ -310,8 +312,10 @@ def _name(text: str, digest: str, settings: DatasetSettings) -> str:
     return f'{name}{ending}'
 
 
-def read_manifest(directory: str, settings: DatasetSettings) -> Manifest:
-    """Returns the manifest of the data set in `directory`.
+def read_manifest(
+    directory: str, settings: DatasetSettings, replace: str = 'the command `alexnet prepare` of the data set, --replace'
+) -> Manifest:
+    """Returns the manifest of the data set in `directory`; `replace` is the command that prepares it anew.
 
     Raises ConfigError: `directory` is not a complete data set, or the data set has other settings than `settings`.
     """
@@ -320,8 +324,8 @@ def read_manifest(directory: str, settings: DatasetSettings) -> Manifest:
     if problem is not None:
         field, wanted, prepared = problem
         raise ConfigError(
-            f'config.data.{field}: {wanted!r}, but {directory} was prepared with {prepared!r}: use that value, prepare'
-            ' the data set anew with `alexnet prepare --replace`, or choose another data_dir'
+            f'config.data.{field}: {wanted!r}, but {directory} was prepared with {prepared!r}: use that value, or'
+            f' another data_dir, or prepare the data set anew: {replace}'
         )
     return manifest
 

@@ -155,7 +155,8 @@ def _check_writable(target: str, prepared_dir: str | None) -> None:
 
 def _check_same(directory: str, settings: PrepareConfig, data_dir: str, prepared_dir: str | None) -> None:
     """Raises ConfigError if the data set in `directory` has other settings, or if its source has changed since."""
-    manifest = read_manifest(directory, settings)
+    replace = replace_command(settings, data_dir, prepared_dir)
+    manifest = read_manifest(directory, settings, replace)
     if manifest.version > 1:
         change = describe_change(manifest.inventory, os.path.dirname(directory))
     elif is_local(settings.source) and _source(settings, data_dir).fingerprint != manifest.fingerprint:
@@ -165,7 +166,7 @@ def _check_same(directory: str, settings: PrepareConfig, data_dir: str, prepared
     if change:
         raise ConfigError(
             f'{settings.source} has changed since {directory} was prepared from it ({change}); use another data_dir, or'
-            f' replace the data set: {replace_command(settings, data_dir, prepared_dir)}'
+            f' replace the data set: {replace}'
         )
 
 
@@ -271,6 +272,7 @@ def _description(settings: PrepareConfig, source: Source, format: ImageSpec) -> 
         'source': settings.source,
         'validation_fraction': settings.validation_fraction if source.holds_out_validation else None,
         'origins': dict(source.origins),
+        'notes': list(source.notes),
         'validation_split': settings.validation_split,
         **dataclasses.asdict(format),
         'class_names': list(format.class_names),
@@ -280,7 +282,7 @@ def _description(settings: PrepareConfig, source: Source, format: ImageSpec) -> 
 def _plan(description: JsonObject) -> JsonObject:
     """Returns the content of plan.json, which tells whether an interrupted preparation had the same settings."""
     plan = description | {'images_a_shard': SHARD_SIZE}
-    return {name: value for name, value in plan.items() if name != 'origins'}
+    return {name: value for name, value in plan.items() if name not in ('origins', 'notes')}
 
 
 def _prepare(settings: PrepareConfig, data_dir: str, target: str) -> None:
