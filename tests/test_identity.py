@@ -396,9 +396,12 @@ def test_large_source_is_compared_by_its_folders_first(changing, tmp_path, capfd
     assert '12 files before, 13 now: 1 more file in pictures/train/cats' in capfd.readouterr().err
 
 
-def test_data_set_in_the_folder_of_its_source_is_no_change(tmp_path, capfd):
+def test_data_set_and_runs_in_the_folder_of_the_source_are_no_change(tmp_path, capfd):
     root = red_and_blue(tmp_path / 'pictures')
     prepared(root, root)
+    for run in ('runs/quickstart', 'run'):
+        (root / run / 'checkpoints' / '3').mkdir(parents=True)
+        (root / run / 'config.json').touch()
     capfd.readouterr()
     opened(configuration(root, root))
     assert capfd.readouterr().err == ''

@@ -68,7 +68,10 @@ def _base(roots: Sequence[str]) -> str:
 
 
 def _walk(folder: str, excluded: str, parents: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int, list[str]]]:
-    """Yields each folder with its time and the names of its files. `parents` has device and inode of the parents."""
+    """Yields each folder with its time and the names of its files. `parents` has device and inode of the parents.
+
+    Folders of runs, and folders that contain nothing else, are no part of a source.
+    """
     if not os.path.isdir(folder) or folder == excluded:
         return
     status = os.stat(folder)
@@ -77,10 +80,17 @@ def _walk(folder: str, excluded: str, parents: tuple[tuple[int, int], ...]) -> I
         return
     with os.scandir(folder) as iterator:
         entries = [entry for entry in iterator if not entry.name.startswith('.') and entry.name not in LITTER]
-    subfolders = {entry.name for entry in entries if entry.is_dir()}
-    yield folder, status.st_mtime_ns, [entry.name for entry in entries if entry.name not in subfolders]
-    for name in sorted(subfolders):
+    folders = {entry.name for entry in entries if entry.is_dir()}
+    runs = {name for name in folders if _is_run(os.path.join(folder, name))}
+    if runs and len(runs) == len(entries):
+        return
+    yield folder, status.st_mtime_ns, [entry.name for entry in entries if entry.name not in folders]
+    for name in sorted(folders - runs):
         yield from _walk(os.path.join(folder, name), excluded, (*parents, identity))
+
+
+def _is_run(folder: str) -> bool:
+    return all(os.path.exists(os.path.join(folder, name)) for name in ('checkpoints', 'config.json'))
 
 
 def _digest(paths: list[str]) -> str:
