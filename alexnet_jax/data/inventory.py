@@ -11,7 +11,16 @@ from collections.abc import Iterator, Sequence
 from alexnet_jax.paths import shown
 from alexnet_jax.runtime.files import JsonObject, json_digest
 
-LITTER = frozenset({'Thumbs.db', 'ehthumbs.db', 'desktop.ini', '__MACOSX', '@eaDir', '$RECYCLE.BIN'})
+# Files and folders that operating systems, file servers and programs create, in lower case.
+LITTER = frozenset(
+    ('__macosx', '__pycache__', '@eadir', '#recycle', '$recycle.bin', 'lost+found', 'system volume information')
+) | {'thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r'}
+# Endings of texts and programs, which are no data. A file with the labels of a source is a root of its own.
+_TEXTS = (
+    'txt csv tsv json jsonl xml md rst pdf html htm css js yaml yml toml ini cfg conf log lst py pyc ipynb sh bat'
+    ' doc docx xls xlsx ppt pptx odt rtf lnk url lock tmp part crdownload md5 sha256'
+)
+_TEXT_ENDINGS = tuple(f'.{ending}' for ending in _TEXTS.split())
 MANY_FILES = 100_000  # in larger sources, the files are looked at only if a folder has changed
 MANY_FOLDERS = 10_000  # an inventory with more folders does not list them
 SHOWN_FOLDERS = 3
@@ -19,7 +28,7 @@ SHOWN_FOLDERS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Inventory:
-    """The files of a source without hidden files and litter of operating systems.
+    """The files of a source without hidden files, texts, programs, and litter of operating systems.
 
     Attributes:
       roots: absolute paths of the files and folders of the source.
@@ -79,7 +88,7 @@ def _walk(folder: str, excluded: str, parents: tuple[tuple[int, int], ...]) -> I
     if identity in parents:  # a link to a folder that contains the link
         return
     with os.scandir(folder) as iterator:
-        entries = [entry for entry in iterator if not entry.name.startswith('.') and entry.name not in LITTER]
+        entries = [entry for entry in iterator if _counts(entry.name)]
     folders = {entry.name for entry in entries if entry.is_dir()}
     runs = {name for name in folders if _is_run(os.path.join(folder, name))}
     if runs and len(runs) == len(entries):
@@ -87,6 +96,10 @@ def _walk(folder: str, excluded: str, parents: tuple[tuple[int, int], ...]) -> I
     yield folder, status.st_mtime_ns, [entry.name for entry in entries if entry.name not in folders]
     for name in sorted(folders - runs):
         yield from _walk(os.path.join(folder, name), excluded, (*parents, identity))
+
+
+def _counts(name: str) -> bool:
+    return not (name.startswith('.') or name.lower() in LITTER or name.lower().endswith(_TEXT_ENDINGS))
 
 
 def _is_run(folder: str) -> bool:

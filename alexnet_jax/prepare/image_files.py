@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 
 import numpy as np
 
+from alexnet_jax.data.inventory import LITTER
 from alexnet_jax.paths import shown
 from alexnet_jax.prepare.raw_sources import FileExamples, SourceError
 
@@ -14,10 +15,6 @@ Files = list[tuple[str, int]]  # (path relative to the root of the source, size 
 HEADER = 'path,label[,split]'  # of labels.csv
 REMEDY = f'make a folder for each class, or list the images in labels.csv with the header {HEADER}'
 IMAGES, EMPTY, OTHER = 'images', 'empty', 'other'  # contents of a folder, see content_of()
-# Files and folders that operating systems, file servers and programs create; all hidden ones are ignored as well.
-_LITTER = frozenset(
-    ('__macosx', '__pycache__', '@eadir', '#recycle', '$recycle.bin', 'lost+found', 'system volume information')
-) | {'thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r'}
 _OTHER_ENDINGS = frozenset(
     f'.{ending}'
     for endings in (
@@ -54,7 +51,7 @@ def entries_of(folder: str | os.PathLike[str], ignored: Counter[str]) -> Iterato
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = entry.name
-                if name.startswith('.') or name.lower() in _LITTER:
+                if name.startswith('.') or name.lower() in LITTER:
                     ignored[_kind_of_litter(entry)] += 1
                 elif _is_folder(entry):
                     yield entry, True
