@@ -93,7 +93,7 @@ def test_many_classes_are_shortened():
     names = [f'class {i}' for i in range(20)]
     labels = np.repeat(np.arange(20, dtype=np.int32), 2)
     examples = FileExamples('/', ['x'] * 40, [1] * 40, labels)
-    card = card_of_source('folder:X', Source({'train': examples, 'validation': examples}, names, False), names)
+    card = card_of_source('folder:X', Source({'train': examples, 'validation': examples}, names, False))
     assert card.class_sizes() == ['2 training images in each class']
     assert card.classes() == '20 classes in this order: class 0, class 1, class 2, class 3, class 4, ..., class 19'
     assert len(card.to_json()['class_names']) == 20
@@ -101,7 +101,7 @@ def test_many_classes_are_shortened():
 
 def test_labels_that_are_no_class_do_not_count():
     examples = ArrayExamples(np.zeros((4, 8, 8), np.uint8), np.array([0, -1, 1, 7], np.int32), np.arange(4))
-    card = card_of_source('idx:X', Source({'train': examples, 'validation': examples}, ['0', '1'], False), ['a', 'b'])
+    card = card_of_source('idx:X', Source({'train': examples, 'validation': examples}, ['a', 'b'], False))
     assert card.to_json()['class_counts'] == [1, 1]
     assert card.class_names == ('a', 'b')
 

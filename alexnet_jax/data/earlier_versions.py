@@ -5,7 +5,7 @@ import os
 
 from etils import epath
 
-from alexnet_jax.config import ConfigError
+from alexnet_jax.config import ConfigError, shown_classes
 from alexnet_jax.data.dataset import (
     Manifest,
     dataset_dir,
@@ -68,8 +68,8 @@ def check_labels(found: EarlierDataset, settings: PrepareSettings, data_dir: str
         return  # the names replace other names
     raise ConfigError(
         f'config.data.class_names: {found.directory} is not used, because an earlier version, which ignored the order'
-        f' of class_names, prepared it with {", ".join(names[:5])}{", ..." * (len(names) > 5)}, so its labels may be'
-        f' swapped; prepare it anew: {replace_command(settings, data_dir, prepared_dir)}'
+        f' of class_names, prepared it with {shown_classes(names)}, so its labels may be swapped; prepare it anew:'
+        f' {replace_command(settings, data_dir, prepared_dir)}'
     )
 
 

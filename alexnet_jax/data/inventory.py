@@ -11,7 +11,10 @@ from collections.abc import Iterator, Sequence
 from alexnet_jax.paths import shown
 from alexnet_jax.runtime.files import JsonObject, json_digest
 
-LITTER = frozenset({'Thumbs.db', 'ehthumbs.db', 'desktop.ini', '__MACOSX', '@eaDir', '$RECYCLE.BIN'})
+# Files and folders that operating systems, file servers and programs create, in lower case.
+_LITTER = frozenset(
+    ('__macosx', '__pycache__', '@eadir', '#recycle', '$recycle.bin', 'lost+found', 'system volume information')
+) | {'thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r'}
 MANY_FILES = 100_000  # in larger sources, the files are looked at only if a folder has changed
 MANY_FOLDERS = 10_000  # an inventory with more folders does not list them
 SHOWN_FOLDERS = 3
@@ -19,7 +22,7 @@ SHOWN_FOLDERS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Inventory:
-    """The files of a source without hidden files and litter of operating systems.
+    """The files of a source without hidden files and system files.
 
     Attributes:
       roots: absolute paths of the files and folders of the source.
@@ -35,6 +38,19 @@ class Inventory:
     digest: str
     folder_digest: str
     folders: dict[str, tuple[int, str]]
+
+
+def is_litter(name: str) -> bool:
+    """Returns whether a file or folder is no part of a source, because it is hidden or a system file."""
+    return name.startswith('.') or name.lower() in _LITTER
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Returns whether `entry` is a folder or a link to one; a link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def take_inventory(roots: Sequence[str], excluded: str) -> Inventory:
@@ -78,9 +94,12 @@ def _walk(folder: str, excluded: str, parents: tuple[tuple[int, int], ...]) -> I
     identity = status.st_dev, status.st_ino
     if identity in parents:  # a link to a folder that contains the link
         return
-    with os.scandir(folder) as iterator:
-        entries = [entry for entry in iterator if not entry.name.startswith('.') and entry.name not in LITTER]
-    folders = {entry.name for entry in entries if entry.is_dir()}
+    try:
+        with os.scandir(folder) as iterator:
+            entries = [entry for entry in iterator if not is_litter(entry.name)]
+    except PermissionError:  # the preparation refuses it if it has images of the source
+        return
+    folders = {entry.name for entry in entries if is_folder(entry)}
     runs = {name for name in folders if _is_run(os.path.join(folder, name))}
     if runs and len(runs) == len(entries):
         return

@@ -9,7 +9,7 @@ import time
 from etils import epath
 
 from alexnet_jax.config import UNKNOWN, Config, ConfigError, check_num_classes
-from alexnet_jax.data import dataset
+from alexnet_jax.data import dataset, split_reader
 from alexnet_jax.data.earlier_versions import check_labels, find_earlier, validates_on_test
 from alexnet_jax.data.inventory import describe_change
 from alexnet_jax.data.prepare_command import PrepareSettings, prepare_flags, replace_command
@@ -59,7 +59,9 @@ def open_or_prepare(
             return None
         if process.returncode < 0:
             name = signal.Signals(-process.returncode).name
-            raise dataset.DatasetError(f'preparing {data.source} was ended by {name}; rerun the same command to resume')
+            raise split_reader.DatasetError(
+                f'preparing {data.source} was ended by {name}; rerun the same command to resume'
+            )
         if process.returncode:
             sys.exit(process.returncode)  # the child process printed the reason
         directory = find_prepared(data, *folders, is_verified=True)

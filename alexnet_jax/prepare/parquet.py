@@ -19,7 +19,8 @@ from pyarrow import fs
 from alexnet_jax.data.images import UnreadableImage, read_file
 from alexnet_jax.paths import check_text_path, is_url, shown
 from alexnet_jax.prepare.raw_sources import Indices, Labels, RawExample, Source, SourceError
-from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, find_files, open_splits, split_word
+from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, find_files, open_splits
+from alexnet_jax.prepare.splits import split_word
 from alexnet_jax.runtime.console import log
 
 _WINDOW_BYTES = 1 << 24  # of the images that a worker process decodes from a row group at once

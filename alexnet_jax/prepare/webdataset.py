@@ -19,7 +19,8 @@ from jaxtyping import Integer
 from alexnet_jax.data.images import UnreadableImage
 from alexnet_jax.paths import shown
 from alexnet_jax.prepare.raw_sources import Indices, Labels, RawExample, Source, SourceError
-from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, find_files, open_splits, split_word
+from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, find_files, open_splits
+from alexnet_jax.prepare.splits import split_word
 from alexnet_jax.prepare.tar_members import BLOCK_BYTES, Member, read_members
 
 _IMAGE_ENDINGS = ('jpg', 'jpeg', 'png', 'webp', 'ppm', 'pgm', 'bmp', 'tif', 'tiff', 'gif')
@@ -73,9 +74,13 @@ class TarExamples:
                 raise UnreadableImage('the tar file was changed during the preparation') from None
 
     def name(self, index: int) -> str:
-        """Returns the paths of the tar file and of the member."""
-        with self._open(index) as (_, member):
-            return f'{self.files[self.numbers[index]]}/{member.name}'
+        """Returns the paths of the tar file and of the member, or its position if it cannot be read."""
+        file = self.files[self.numbers[index]]
+        try:
+            with self._open(index) as (_, member):
+                return f'{file}/{member.name}'
+        except (UnreadableImage, OSError):
+            return f'{file} byte {self.headers[index]}'
 
     def subset(self, indices: Indices) -> 'TarExamples':
         """Returns the examples at `indices`."""
@@ -104,9 +109,14 @@ def open_webdataset(pattern: str, fraction: float, validation_split: str | None)
     folder = os.path.abspath(os.path.expanduser(pattern))
     root = folder if os.path.isdir(folder) else os.path.commonpath([os.path.dirname(path) for path in paths])
     files = [os.path.relpath(path, root) for path in paths]
-    names, notes = _read_class_names(root)
+    class_file = _find_class_file(root)
+    names = _read_class_names(class_file) if class_file else None
     open_split = functools.partial(_open_split, root, names)
-    source = open_splits(pattern, files, fraction, validation_split, open_split, tuple(paths))
+    roots = [folder] if os.path.isdir(folder) else paths
+    if class_file and not class_file.startswith(os.path.join(roots[0], '')):
+        roots.append(class_file)
+    source = open_splits(pattern, files, fraction, validation_split, open_split, tuple(roots))
+    notes = [f'{class_file} has the names of the {len(names)} classes'] if names is not None else []
     return dataclasses.replace(source, notes=(*source.notes, *notes))
 
 
@@ -144,14 +154,6 @@ def find_tars(pattern: str) -> list[str]:
     return paths
 
 
-def has_tars(pattern: str) -> bool:
-    """Returns whether all tar files of `pattern` exist."""
-    try:
-        return bool(find_tars(pattern))
-    except SourceError:
-        return False
-
-
 def _expand(pattern: str) -> Iterator[str]:
     """Yields the paths of a pattern with lists {a,b} and ranges {000..146}, which may be nested."""
     braces = re.search(r'\{([^{}]*)\}', pattern)
@@ -173,19 +175,20 @@ def _expand(pattern: str) -> Iterator[str]:
         yield from _expand(pattern[: braces.start()] + choice + pattern[braces.end() :])
 
 
-def _read_class_names(root: str) -> tuple[list[str] | None, list[str]]:
-    """Returns the class names in a file in `root`, or beside it if it is named like a split, with a note."""
+def _find_class_file(root: str) -> str | None:
+    """Returns the file with the class names in `root`, or beside `root` if it is named like a split, or None."""
     folders = [root, os.path.dirname(root)] if split_word(os.path.basename(root)) else [root]
-    for path in (os.path.join(folder, name) for folder in folders for name in _CLASS_FILES):
-        if not os.path.isfile(path):
-            continue
-        try:
-            with open(path, encoding='utf-8') as file:
-                names = [line.strip() for line in file.read(_MAX_TEXT_BYTES).splitlines() if line.strip()]
-        except ValueError:
-            raise SourceError(f'{path} is not UTF-8 text with one class name per line') from None
-        return names, [f'{path} has the names of the {len(names)} classes']
-    return None, []
+    paths = (os.path.join(folder, name) for folder in folders for name in _CLASS_FILES)
+    return next(filter(os.path.isfile, paths), None)
+
+
+def _read_class_names(path: str) -> list[str]:
+    """Returns the class names in a file. Raises SourceError: it is no text."""
+    try:
+        with open(path, encoding='utf-8-sig') as file:
+            return [line.strip() for line in file.read(_MAX_TEXT_BYTES).splitlines() if line.strip()]
+    except ValueError:
+        raise SourceError(f'{path} is not UTF-8 text with one class name per line') from None
 
 
 def _open_split(root: str, class_names: list[str] | None, files: Sequence[str]) -> RawSplit:
