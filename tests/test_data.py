@@ -222,7 +222,7 @@ backend.configure_cpu_backend()
 import jax, numpy as np
 from alexnet_jax.augment import augment, example_keys, make_preprocess_params
 from alexnet_jax.config import default_config
-from alexnet_jax.data import dataset, loader, split_reader
+from alexnet_jax.data import dataset, loader
 first_step, share, shares = map(int, sys.argv[2:])
 config = default_config()
 config.data.update(source='photos', image_size=72, crop_size=64)
@@ -265,7 +265,7 @@ def test_training_does_not_import_tensorflow(photos_dir):
 import sys
 from alexnet_jax.training import trainer
 from alexnet_jax.config import default_config
-from alexnet_jax.data import dataset, loader, split_reader
+from alexnet_jax.data import dataset, loader
 config = default_config().data
 config.update(source='photos', image_size=72)
 data = dataset.open_prepared(dataset.dataset_dir({photos_dir!r}, config), config)

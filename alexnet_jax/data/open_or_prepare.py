@@ -9,10 +9,11 @@ import time
 from etils import epath
 
 from alexnet_jax.config import UNKNOWN, Config, ConfigError, check_num_classes
-from alexnet_jax.data import dataset, split_reader
+from alexnet_jax.data import dataset
 from alexnet_jax.data.earlier_versions import check_labels, find_earlier, validates_on_test
 from alexnet_jax.data.inventory import describe_change
 from alexnet_jax.data.prepare_command import PrepareSettings, prepare_flags, replace_command
+from alexnet_jax.data.split_reader import DatasetError
 from alexnet_jax.paths import is_url
 from alexnet_jax.runtime.commands import child_command, child_environment
 from alexnet_jax.runtime.console import is_primary, log, summarize_exception

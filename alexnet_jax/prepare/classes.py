@@ -101,8 +101,8 @@ def _check_same_names(names: Sequence[str], own: Sequence[str], described: str) 
     missing = [name for name in own if name not in given]
     if missing:
         raise ConfigError(
-            f'config.data.class_names: {shown_classes(list(map(repr, missing)))} of {described} is missing; name all of its'
-            f' {len(own)} classes, or leave class_names out'
+            f'config.data.class_names: {shown_classes(list(map(repr, missing)))} of {described} is missing; name all of'
+            f' its {len(own)} classes, or leave class_names out'
         )
 
 
