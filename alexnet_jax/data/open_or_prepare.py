@@ -60,9 +60,7 @@ def open_or_prepare(
             return None
         if process.returncode < 0:
             name = signal.Signals(-process.returncode).name
-            raise split_reader.DatasetError(
-                f'preparing {data.source} was ended by {name}; rerun the same command to resume'
-            )
+            raise DatasetError(f'preparing {data.source} was ended by {name}; rerun the same command to resume')
         if process.returncode:
             sys.exit(process.returncode)  # the child process printed the reason
         directory = find_prepared(data, *folders, is_verified=True)
