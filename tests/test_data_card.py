@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from helpers import config_flags, read_json, refusal, run_command, usage_error
 from PIL import Image
 
 from alexnet_jax.data import dataset
+from alexnet_jax.prepare import writer
 from alexnet_jax.prepare.data_card import card_of_source
+from alexnet_jax.prepare.describe import describe
 from alexnet_jax.prepare.raw_sources import ArrayExamples, FileExamples, Source
 from alexnet_jax.prepare.writer import PrepareConfig, prepare
 
@@ -87,6 +90,16 @@ def test_classes_are_sorted_as_text_and_class_names_change_the_order(tmp_path):
     flags = [f'--source={source}', f'--data_dir={tmp_path}/d']
     assert '3 classes in this order: 1, 10, 2' in show(*flags)
     assert '3 classes in this order: 1, 2, 10' in show(*flags, '--class_names=1,2,10')
+
+
+def test_interrupted_preparation_of_a_relative_path_is_found(tmp_path, monkeypatch):
+    write_pictures(tmp_path / 'pets', {'cat': 10, 'dog': 10})
+    monkeypatch.chdir(tmp_path)
+    settings = PrepareConfig('folder:pets', image_size=32, workers=1)
+    monkeypatch.setattr(writer, '_write_metadata', lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(settings, 'd')
+    assert '20 images were prepared by an earlier run' in describe(settings, 'd', None).state[1]
 
 
 def test_many_classes_are_shortened():

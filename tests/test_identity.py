@@ -414,6 +414,17 @@ def test_links_that_lead_to_their_parent_end_the_walk(tmp_path):
     assert inventory.take_inventory([str(root)], '').files == before.files == 12
 
 
+def test_links_to_themselves_and_system_files_are_no_part_of_a_source(tmp_path):
+    root = red_and_blue(tmp_path / 'pictures')
+    before = inventory.take_inventory([str(root)], '')
+    for name in ('lost+found/1', 'System Volume Information/1', 'train/cats/THUMBS.DB'):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).touch()
+    assert inventory.take_inventory([str(root)], '').digest == before.digest
+    (root / 'train' / 'cats' / 'loop.png').symlink_to('loop.png')
+    assert inventory.take_inventory([str(root)], '').files == before.files + 1
+
+
 def test_new_class_is_said_with_the_command_that_prepares_it(changing, tmp_path):
     """The command is run as the user would run it. Training with three classes then works."""
     for split in ('train', 'val'):

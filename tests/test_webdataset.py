@@ -132,6 +132,26 @@ def test_forms_of_labels(tmp_path, form):
     assert not source.notes
 
 
+def test_roots_are_the_folder_or_the_files(tmp_path):
+    """A tar file that is added to a folder is a change of the source, and so are other class names."""
+    write(tmp_path / 'train' / '0.tar', pictures(range(30)))
+    assert opened(tmp_path / 'train').roots == (str(tmp_path / 'train'),)
+    (tmp_path / 'classes.txt').write_text('cow\nape\nbee\nelk\n')
+    assert opened(tmp_path).roots == (str(tmp_path),)
+    assert opened(tmp_path / 'train').roots == (str(tmp_path / 'train'), str(tmp_path / 'classes.txt'))
+    assert opened(tmp_path / 'train' / '*.tar').roots == (
+        str(tmp_path / 'train' / '0.tar'),
+        str(tmp_path / 'classes.txt'),
+    )
+
+
+def test_name_of_an_image_whose_tar_file_is_gone(tmp_path):
+    write(tmp_path / 'train.tar', pictures(range(30)))
+    examples = opened(tmp_path / 'train.tar').splits['train']
+    (tmp_path / 'train.tar').unlink()
+    assert examples.name(0).startswith('train.tar byte ')
+
+
 def test_class_names_in_a_file_beside_the_tar_files(tmp_path):
     write(tmp_path / 'train.tar', pictures(range(30)))
     (tmp_path / 'classes.txt').write_text('cow\nape\nbee\nelk\n')
