@@ -85,7 +85,7 @@ def _download(location: str) -> tuple[str, str | None]:
     except Exception as error:  # the library and its HTTP client raise many types
         raise SourceError(
             f'config.data.source: {name} is no local folder, and huggingface_hub could not download it:'
-            f' {type(error).__name__}: {summarize_exception(error)}'
+            f' {type(error).__name__}: {" ".join(str(error).split())[:200]}'
         ) from None
     return folder, label or None
 
