@@ -32,6 +32,7 @@ from PIL import Image
 
 from alexnet_jax.config import apply_overrides, resolve
 from alexnet_jax.data import dataset, inventory
+from alexnet_jax.data.manifest import load_manifest
 from alexnet_jax.data.open_or_prepare import find_prepared, open_or_prepare
 from alexnet_jax.prepare import writer
 from alexnet_jax.prepare.raw_sources import SourceError
@@ -236,7 +237,7 @@ def base_set(base) -> Path:
 
 def fingerprints(folder: Path) -> tuple[str, str]:
     """Returns the fingerprint of the images, and that of the images in their order."""
-    manifest = dataset.load_manifest(str(folder))
+    manifest = load_manifest(str(folder))
     return manifest.fingerprint, manifest.fingerprint_of_images()
 
 

@@ -6,14 +6,8 @@ import os
 from etils import epath
 
 from alexnet_jax.config import ConfigError, shown_classes
-from alexnet_jax.data.dataset import (
-    Manifest,
-    dataset_dir,
-    earlier_texts,
-    load_manifest,
-    match_earlier_source,
-    name_by_text,
-)
+from alexnet_jax.data.dataset import dataset_dir, name_by_text
+from alexnet_jax.data.manifest import MANIFEST, Manifest, earlier_texts, load_manifest, match_earlier_source
 from alexnet_jax.data.prepare_command import PrepareSettings, replace_command
 from alexnet_jax.paths import absolute_source
 
@@ -44,7 +38,7 @@ def find_earlier(settings: PrepareSettings, data_dir: str, prepared_dir: str | N
     for name in dict.fromkeys(name_by_text(text, settings) for text in earlier_texts(source)):
         directory = os.path.join(root, name)
         try:
-            manifest = load_manifest(directory) if (epath.Path(directory) / 'prepared.json').exists() else None
+            manifest = load_manifest(directory) if (epath.Path(directory) / MANIFEST).exists() else None
         except ConfigError:  # corrupt
             continue
         match = manifest and manifest.version == 1 and match_earlier_source(manifest.source, source)

@@ -59,19 +59,20 @@ def take_inventory(roots: Sequence[str], excluded: str) -> Inventory:
     Raises OSError: a folder cannot be read.
     """
     base = _base(roots)
-    files: dict[str, list[str]] = {}  # paths by folder
+    folders: dict[str, tuple[int, str]] = {}
     times: dict[str, int] = {}
+    single: dict[str, list[str]] = {}  # roots that are files, by folder
     for root in roots:
         if not os.path.isdir(root) and os.path.lexists(root):
-            files.setdefault(os.path.relpath(os.path.dirname(root), base), []).append(root)
+            single.setdefault(os.path.relpath(os.path.dirname(root), base), []).append(root)
         for folder, time, names in _walk(root, excluded, ()):
             name = os.path.relpath(folder, base)
             times[name] = time
-            files.setdefault(name, []).extend(os.path.join(folder, file) for file in names)
-    folders = {name: (len(paths), _digest(paths)) for name, paths in files.items()}
+            folders[name] = len(names), _digest([os.path.join(folder, file) for file in names])
+    folders |= {name: (len(paths), _digest(paths)) for name, paths in single.items()}
     return Inventory(
         roots=list(roots),
-        files=sum(map(len, files.values())),
+        files=sum(count for count, _ in folders.values()),
         digest=json_digest(folders),
         folder_digest=json_digest(times),
         folders=folders if len(folders) <= MANY_FOLDERS else {},

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from alexnet_jax.config import shown_classes
-from alexnet_jax.data.dataset import Manifest
+from alexnet_jax.data.manifest import Manifest
 from alexnet_jax.prepare.classes import labels_of
 from alexnet_jax.prepare.raw_sources import Source
 from alexnet_jax.runtime.files import JsonObject

@@ -15,16 +15,13 @@ from etils import epath
 
 from alexnet_jax.config import ConfigError, check_num_classes
 from alexnet_jax.data.dataset import (
-    MANIFEST,
-    MANIFEST_VERSION,
-    Manifest,
     dataset_dir,
     read_manifest,
     sampled_digests,
-    write_manifest,
 )
 from alexnet_jax.data.earlier_versions import EarlierDataset, find_earlier
 from alexnet_jax.data.inventory import describe_change, take_inventory
+from alexnet_jax.data.manifest import MANIFEST, MANIFEST_VERSION, Manifest, write_manifest
 from alexnet_jax.data.prepare_command import replace_command
 from alexnet_jax.data.split_reader import DatasetError
 from alexnet_jax.paths import absolute_source, check_folder, check_writable, is_url
