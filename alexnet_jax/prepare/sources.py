@@ -3,24 +3,17 @@
 import os
 from pathlib import Path
 
-from alexnet_jax.paths import check_text_path
+from alexnet_jax.paths import check_text_path, is_url, shown
 from alexnet_jax.prepare.folder import open_folder
 from alexnet_jax.prepare.idx import open_idx
 from alexnet_jax.prepare.raw_sources import Source, SourceError
-from alexnet_jax.prepare.record_files import check_local
 from alexnet_jax.prepare.tfds_source import open_tfds
-from alexnet_jax.prepare.webdataset import has_tars, open_webdataset
+from alexnet_jax.prepare.webdataset import open_webdataset
 
 
 def is_local(source: str) -> bool:
-    """Returns whether `source` is an existing folder, which open_source() opens without a download or conversion."""
+    """Returns whether `source` is an existing folder of images or of IDX files."""
     kind, _, location = source.partition(':')
-    if kind == 'hf':
-        from alexnet_jax.prepare.parquet import find_parquet  # imports pyarrow
-
-        return find_parquet(location) is not None
-    if kind == 'wds':
-        return has_tars(location)
     return kind in ('folder', 'idx') and os.path.isdir(os.path.expanduser(location))
 
 
@@ -46,7 +39,11 @@ def open_source(source: str, data_dir: str, validation_fraction: float, validati
     Raises ConfigError: the path of the source cannot be used, or TFDS would have to write to a read-only `data_dir`.
     """
     kind, _, location = source.partition(':')
-    check_local(source)
+    if is_url(source) and not source.startswith('hf:s3://'):
+        raise SourceError(
+            f'config.data.source: {shown(source)} is a URL; only parquet files are read from one, hf:s3://BUCKET/DIR:'
+            ' mount the bucket (gcsfuse, mount-s3, rclone mount) or copy the files, then give the local path'
+        )
     if kind in ('folder', 'idx'):
         check_text_path('config.data.source', location)
     if kind == 'folder':
