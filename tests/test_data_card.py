@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,11 @@ import pytest
 from helpers import config_flags, read_json, refusal, run_command, usage_error
 from PIL import Image
 
+from alexnet_jax.config import shown_classes
 from alexnet_jax.data import dataset
+from alexnet_jax.prepare import writer
 from alexnet_jax.prepare.data_card import card_of_source
+from alexnet_jax.prepare.describe import describe
 from alexnet_jax.prepare.raw_sources import ArrayExamples, FileExamples, Source
 from alexnet_jax.prepare.writer import PrepareConfig, prepare
 
@@ -71,6 +76,17 @@ def test_card_before_and_after_the_preparation(tmp_path):
     assert json.loads(show(*flags, '--json')[0])['class_counts'] == [30, 12, 5]
 
 
+def test_one_class_is_refused_before_the_preparation(tmp_path):
+    source = f'folder:{write_pictures(tmp_path / "one", {"all": 9})}'
+    for flags in ([], ['--show']):
+        run = run_command('-m', 'alexnet_jax.prepare', f'--source={source}', f'--data_dir={tmp_path}/d', *flags)
+        assert usage_error(run) == f'config.data.source: {source} has 1 class (all); at least 2 are needed'
+
+
+def test_names_with_a_comma_are_in_quotation_marks():
+    assert shown_classes(['tench, Tinca tinca', 'eel']) == '"tench, Tinca tinca", eel'
+
+
 def test_card_names_what_is_odd(tmp_path):
     source = f'folder:{write_pictures(tmp_path / "odd", {"a": 40, "b": 10, "c": 0})}'
     lines = show(f'--source={source}', f'--data_dir={tmp_path}/d')
@@ -89,11 +105,21 @@ def test_classes_are_sorted_as_text_and_class_names_change_the_order(tmp_path):
     assert '3 classes in this order: 1, 2, 10' in show(*flags, '--class_names=1,2,10')
 
 
+def test_interrupted_preparation_of_a_relative_path_is_found(tmp_path, monkeypatch):
+    write_pictures(tmp_path / 'pets', {'cat': 10, 'dog': 10})
+    monkeypatch.chdir(tmp_path)
+    settings = PrepareConfig('folder:pets', image_size=32, workers=1)
+    monkeypatch.setattr(writer, '_write_metadata', lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(settings, 'd')
+    assert '20 images were prepared by an earlier run' in describe(settings, 'd', None).state[1]
+
+
 def test_many_classes_are_shortened():
     names = [f'class {i}' for i in range(20)]
     labels = np.repeat(np.arange(20, dtype=np.int32), 2)
     examples = FileExamples('/', ['x'] * 40, [1] * 40, labels)
-    card = card_of_source('folder:X', Source({'train': examples, 'validation': examples}, names, False), names)
+    card = card_of_source('folder:X', Source({'train': examples, 'validation': examples}, names, False))
     assert card.class_sizes() == ['2 training images in each class']
     assert card.classes() == '20 classes in this order: class 0, class 1, class 2, class 3, class 4, ..., class 19'
     assert len(card.to_json()['class_names']) == 20
@@ -101,7 +127,7 @@ def test_many_classes_are_shortened():
 
 def test_labels_that_are_no_class_do_not_count():
     examples = ArrayExamples(np.zeros((4, 8, 8), np.uint8), np.array([0, -1, 1, 7], np.int32), np.arange(4))
-    card = card_of_source('idx:X', Source({'train': examples, 'validation': examples}, ['0', '1'], False), ['a', 'b'])
+    card = card_of_source('idx:X', Source({'train': examples, 'validation': examples}, ['a', 'b'], False))
     assert card.to_json()['class_counts'] == [1, 1]
     assert card.class_names == ('a', 'b')
 
@@ -127,7 +153,7 @@ def test_show_refuses_what_prepare_refuses(tmp_path):
 
 @pytest.mark.slow
 def test_training_says_where_the_validation_images_come_from(tmp_path):
-    root = write_pictures(tmp_path / 'p', {'train/a': 4, 'train/b': 4, 'valid/a': 2, 'valid/b': 2})
+    root = write_pictures(tmp_path / 'p', {'train/a': 4, 'train/b': 4, 'valid/a': 2, 'valid/b': 2, 'test/a': 1})
     fields = {
         'data.source': f'folder:{root}',
         'data.data_dir': tmp_path / 'd',
@@ -146,11 +172,23 @@ def test_training_says_where_the_validation_images_come_from(tmp_path):
     run = run_command('launch.py', *config_flags(fields), f'--workdir={tmp_path}/w')  # finds the data set prepared
     assert run.returncode == 0, run.stderr
     assert f'folder:{root}: 8 training and 4 validation images (valid/); ' in run.stderr
+    for line in (
+        '2 classes in this order: a, b',
+        'test is not used; config.data.validation_split=test validates on it',
+    ):
+        assert run.stderr.count(f'folder:{root}: {line}\n') == 1
+    # The advice names the command that the user must give.
+    fields['data.validation_split'] = 'test'
+    message = usage_error(run_command('launch.py', *config_flags(fields), f'--workdir={tmp_path}/w2'))
+    command = message.partition('prepare the data set anew: ')[2]
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert read_json(Path(folder) / 'prepared.json')['images'] == {'train': 8, 'validation': 1}
+    prepare(settings, str(tmp_path / 'd'), replace=True)
     # Data sets of earlier versions do not have the field, and their runs resume: the fingerprint is the same.
     data = dataset.open_prepared(folder, settings)
     file = Path(folder) / 'prepared.json'
     content = read_json(file)
-    del content['origins'], content['digest']
+    del content['origins'], content['notes'], content['digest']
     text = json.dumps(content, sort_keys=True)
     file.write_text(json.dumps(content | {'digest': hashlib.sha256(text.encode()).hexdigest()}))
     old = dataset.open_prepared(folder, settings)

@@ -1,5 +1,6 @@
 """Opens the prepared data set of a run; a child process prepares the data set if it is missing."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -12,7 +13,9 @@ from alexnet_jax.config import UNKNOWN, Config, ConfigError, check_num_classes, 
 from alexnet_jax.data import dataset
 from alexnet_jax.data.earlier_versions import check_labels, find_earlier, validates_on_test
 from alexnet_jax.data.inventory import describe_change
+from alexnet_jax.data.manifest import load_manifest
 from alexnet_jax.data.prepare_command import PrepareSettings, prepare_flags, replace_command
+from alexnet_jax.data.split_reader import DatasetError
 from alexnet_jax.paths import is_url
 from alexnet_jax.runtime.commands import child_command, child_environment
 from alexnet_jax.runtime.console import is_primary, log, summarize_exception
@@ -59,26 +62,27 @@ def open_or_prepare(
             return None
         if process.returncode < 0:
             name = signal.Signals(-process.returncode).name
-            raise dataset.DatasetError(f'preparing {data.source} was ended by {name}; rerun the same command to resume')
+            raise DatasetError(f'preparing {data.source} was ended by {name}; rerun the same command to resume')
         if process.returncode:
             sys.exit(process.returncode)  # the child process printed the reason
         directory = find_prepared(data, *folders, is_verified=True)
         assert directory is not None
-    elif trained_on is None:
-        for line in _describe(dataset.read_manifest(directory, data, replace_command(data, *folders))):
-            log(f'{data.source}: {line}')
+        choices = []  # the child process logged them
+    else:
+        choices = _choices(directory)
     # The number of classes of a trained network differs only if the data set was replaced, which the caller reports.
     prepared = open_verified(directory, data, *folders, None if trained_on else config.model.num_classes)
     if config.model.num_classes == UNKNOWN:
         log(f'config.model.num_classes=auto: {len(prepared.class_names)} classes')
-    return prepared
+    return dataclasses.replace(prepared, choices=choices)
 
 
-def _describe(manifest: dataset.Manifest) -> list[str]:
-    """Returns the choices that `alexnet prepare` logged when it prepared the data set of `manifest`."""
+def _choices(directory: str) -> list[str]:
+    """Returns the choices that `alexnet prepare` logged when it prepared the data set in `directory`."""
+    manifest = load_manifest(directory)
     lines = [f'{len(manifest.class_names):,} classes in this order: {shown_classes(manifest.class_names)}']
     if manifest.validation_fraction is not None:
-        lines.append(f'the validation images are held out, {manifest.validation_fraction:g} of the training images')
+        lines.append(f'the validation images are held out, {manifest.validation_fraction:.1%} of the training images')
     return lines + manifest.notes
 
 
@@ -121,7 +125,7 @@ def open_verified(
     try:
         check_num_classes(num_classes, f'the data set prepared from {settings.source}', prepared.class_names)
     except ConfigError as error:
-        if change is None and dataset.load_manifest(directory).version == 1:
+        if change is None and load_manifest(directory).version == 1:
             command = replace_command(settings, data_dir, prepared_dir)
             change = f'if the source has changed since {directory} was prepared, prepare it anew: {command}'
         raise ConfigError(f'{error}; {change}' if change else str(error)) from None
@@ -137,7 +141,7 @@ def describe_source_change(
 
     Returns None if it has not changed or cannot be read.
     """
-    recorded = None if is_url(directory) else dataset.load_manifest(directory).inventory
+    recorded = None if is_url(directory) else load_manifest(directory).inventory
     change = describe_change(recorded, os.path.dirname(directory))
     if change is None:
         return None

@@ -18,7 +18,7 @@ from alexnet_jax.prepare.image_files import (
     shortened,
 )
 from alexnet_jax.prepare.label_table import LabelTable, find_table, read_table
-from alexnet_jax.prepare.raw_sources import FileExamples, Source, SourceError, hold_out
+from alexnet_jax.prepare.raw_sources import FileExamples, Source, SourceError, held_out_share, hold_out
 from alexnet_jax.prepare.splits import TEST, choose_splits, is_plain_split, split_kind
 
 
@@ -60,7 +60,8 @@ def open_folder(root: Path, fraction: float, validation_split: str | None) -> So
     if len(classes) == 1 and tables:
         raise SourceError(
             f'config.data.source: {inner} has one folder of images, {next(iter(classes))}/, and a table'
-            f' ({tables[0]}) that is not read; to read the classes from it, name it labels.csv, with the header {HEADER}'
+            f' ({tables[0]}) that is not read; to read the classes from it, name it labels.csv, with the header'
+            f' {HEADER}'
         )
     reader.notes += [*_siblings(inner), *_classes_named_like_splits(list(classes))]
     return _source(
@@ -85,7 +86,7 @@ def _open_splits(reader: FolderReader, names: list[str], fraction: float, valida
     origin = _relative(parts[choice.train], root)
     validation, labels_from = None, ''
     if choice.validation is None:
-        held_origin = f'{100 * fraction:g}% of each class of {origin}'
+        held_origin = held_out_share(fraction, origin)
     else:
         part = parts[choice.validation]
         validation, labels_from = reader.read_labeled(part, parts[choice.train], list(train))
@@ -106,11 +107,11 @@ def _open_table(reader: FolderReader, path: Path, fraction: float, validation_sp
         if validation_split is not None:
             raise SourceError(f'config.data.validation_split: {validation_split!r}, but {path} has no column split')
         train, names_classes = reader.read_table(table)
-        origins = path.name, f'{100 * fraction:g}% of each class of {path.name}'
+        origins = path.name, held_out_share(fraction, path.name)
     else:
         choice = choose_splits(set(table.splits), validation_split, str(path))
         train, names_classes = reader.read_table(table, choice.train)
-        origins = f'{choice.train} in {path.name}', f'{100 * fraction:g}% of each class of {choice.train}'
+        origins = f'{choice.train} in {path.name}', held_out_share(fraction, choice.train)
         if choice.validation is not None:
             validation, _ = reader.read_table(table, choice.validation)
             origins = origins[0], f'{choice.validation} in {path.name}'
