@@ -132,6 +132,8 @@ def find_tars(pattern: str) -> list[str]:
             raise SourceError(f'config.data.source: {shown(pattern)} has more than {_MAX_FILES:,} files')
         found = {path: [path] if os.path.exists(path) else sorted(glob.glob(path)) for path in wanted}
         missing = [path for path, matches in found.items() if not matches]
+        if missing == [pattern]:
+            raise SourceError(f'config.data.source: no tar file matches wds:{shown(pattern)}')
         if missing:
             raise SourceError(
                 f'config.data.source: {len(missing)} of the {len(found)} tar files of wds:{shown(pattern)} are missing;'
