@@ -87,7 +87,7 @@ def check_class_names(names: Sequence[object], where: str = 'config.data.class_n
     for name in names:
         if not isinstance(name, str) or not name.isprintable() or name != name.strip() or not name:
             raise ConfigError(
-                f'{where}: the class name {str(name)[:80]!r} is not a printable text without blanks around it'
+                f'{where}: {str(name)[:80]!r} is not a printable text without blanks around it, as a class name must be'
             )
         if len(name) > MAX_CLASS_NAME:
             raise ConfigError(
@@ -96,7 +96,7 @@ def check_class_names(names: Sequence[object], where: str = 'config.data.class_n
     seen: set[object] = set()
     for name in names:
         if name in seen:
-            raise ConfigError(f'{where}: the class name {name!r} occurs twice')
+            raise ConfigError(f'{where}: {name!r} occurs twice')
         seen.add(name)
 
 

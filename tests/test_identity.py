@@ -32,6 +32,7 @@ from PIL import Image
 
 from alexnet_jax.config import apply_overrides, resolve
 from alexnet_jax.data import dataset, inventory
+from alexnet_jax.data.manifest import load_manifest
 from alexnet_jax.data.open_or_prepare import find_prepared, open_or_prepare
 from alexnet_jax.prepare import writer
 from alexnet_jax.prepare.raw_sources import SourceError
@@ -236,7 +237,7 @@ def base_set(base) -> Path:
 
 def fingerprints(folder: Path) -> tuple[str, str]:
     """Returns the fingerprint of the images, and that of the images in their order."""
-    manifest = dataset.load_manifest(str(folder))
+    manifest = load_manifest(str(folder))
     return manifest.fingerprint, manifest.fingerprint_of_images()
 
 
@@ -346,6 +347,8 @@ def rewrite(path: Path) -> None:
         (lambda root: None, None),
         (lambda root: (root / 'train' / 'cats' / '.DS_Store').touch(), None),
         (lambda root: (root / 'train' / 'cats' / 'Thumbs.db').touch(), None),
+        (lambda root: (root / 'notes.txt').touch(), None),
+        (lambda root: (root / 'train' / 'cats' / 'LABELS.CSV').touch(), None),
         (lambda root: shutil.rmtree(root), None),
         (lambda root: root.rename(root.with_name('elsewhere')), None),
         (
@@ -386,6 +389,21 @@ def test_change_of_the_source_is_said_in_one_line(changing, tmp_path, capfd, cha
     assert log.endswith(' --replace\n')
 
 
+def test_change_of_a_table_is_said(base, tmp_path, capfd):
+    root = Path(shutil.copytree(base / 'pictures', tmp_path / 'pictures'))
+    files = sorted(root.glob('train/*/*'))
+    rows = [f'{path.relative_to(root)},{path.parent.name}' for path in files]
+    (root / 'labels.csv').write_text('\n'.join(['path,label', *rows]))
+    prepare(given(root, validation_fraction=0.5), str(tmp_path / 'd'))
+    config = configuration(root, tmp_path / 'd', data__validation_fraction=0.5)
+    capfd.readouterr()
+    opened(config)
+    assert capfd.readouterr().err == ''
+    (root / 'labels.csv').write_text('\n'.join(['path,label', *rows[:-1], rows[-1].replace(',dogs', ',cats')]))
+    opened(config)
+    assert 'has changed since' in capfd.readouterr().err
+
+
 def test_large_source_is_compared_by_its_folders_first(changing, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(inventory, 'MANY_FILES', 11)
     (changing / 'train' / 'cats' / '0.bmp').write_bytes(b'in place')
@@ -396,9 +414,12 @@ def test_large_source_is_compared_by_its_folders_first(changing, tmp_path, capfd
     assert '12 files before, 13 now: 1 more file in pictures/train/cats' in capfd.readouterr().err
 
 
-def test_data_set_in_the_folder_of_its_source_is_no_change(tmp_path, capfd):
+def test_data_set_and_runs_in_the_folder_of_the_source_are_no_change(tmp_path, capfd):
     root = red_and_blue(tmp_path / 'pictures')
     prepared(root, root)
+    for run in ('runs/quickstart', 'run'):
+        (root / run / 'checkpoints' / '3').mkdir(parents=True)
+        (root / run / 'config.json').touch()
     capfd.readouterr()
     opened(configuration(root, root))
     assert capfd.readouterr().err == ''
@@ -409,6 +430,17 @@ def test_links_that_lead_to_their_parent_end_the_walk(tmp_path):
     before = inventory.take_inventory([str(root)], '')
     (root / 'train' / 'cats' / 'loop').symlink_to('..')
     assert inventory.take_inventory([str(root)], '').files == before.files == 12
+
+
+def test_links_to_themselves_and_system_files_are_no_part_of_a_source(tmp_path):
+    root = red_and_blue(tmp_path / 'pictures')
+    before = inventory.take_inventory([str(root)], '')
+    for name in ('lost+found/1', 'System Volume Information/1', 'train/cats/THUMBS.DB'):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).touch()
+    assert inventory.take_inventory([str(root)], '').digest == before.digest
+    (root / 'train' / 'cats' / 'loop.png').symlink_to('loop.png')
+    assert inventory.take_inventory([str(root)], '').files == before.files + 1
 
 
 def test_new_class_is_said_with_the_command_that_prepares_it(changing, tmp_path):

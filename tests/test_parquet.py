@@ -18,7 +18,7 @@ import zoo
 from helpers import ROOT, read_json, read_lines, run_command
 from PIL import Image
 
-from alexnet_jax.prepare import parquet
+from alexnet_jax.prepare import parquet_rows
 from alexnet_jax.prepare.raw_sources import Examples, Source, SourceError
 from alexnet_jax.prepare.sources import open_source
 from alexnet_jax.prepare.writer import PrepareConfig, prepare
@@ -96,7 +96,7 @@ def test_layouts_of_the_hub(tmp_path, layout):
 
 
 def test_examples_in_any_order_and_in_other_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, '_WINDOW_BYTES', 100)  # a row group is decoded in several parts
+    monkeypatch.setattr(parquet_rows, '_WINDOW_BYTES', 100)  # a row group is decoded in several parts
     write(tmp_path / 'train-00000-of-00002.parquet', range(20))
     write(tmp_path / 'train-00001-of-00002.parquet', range(20, 40))
     write(tmp_path / 'dev.parquet', range(40, 60))
@@ -301,7 +301,7 @@ def test_other_files_are_refused(tmp_path):
     assert 'elk is a class of the validation split only' in refused(tmp_path / 'fr')
     write(tmp_path / 'fr' / 'train.parquet', range(12), pa.array([2**60, 1] * 6))
     os.remove(tmp_path / 'fr' / 'val.parquet')
-    assert f'the label {2**60} is no number of a class' in refused(tmp_path / 'fr')
+    assert f'the label of train.parquet row 0 is {2**60}' in refused(tmp_path / 'fr')
     write(tmp_path / 'fr' / 'train.parquet', range(12), pa.array([1.5, 1] * 6))
     assert 'a column of labels, but has image: struct' in refused(tmp_path / 'fr')
     write(tmp_path / 'fr' / 'train_extra.parquet', range(12))
@@ -424,11 +424,15 @@ import os
 class Refusal(Exception):
     pass
 
-def snapshot_download(repo_id, repo_type=None, allow_patterns=None):
+def snapshot_download(repo_id, repo_type=None, allow_patterns=None, local_files_only=False):
     """Stands for the Hub: a folder of links, as in the cache of the library."""
     if repo_id == "zoo/private":
         raise Refusal("401 Client Error.\\n\\nAccess to dataset zoo/private is restricted.")
     assert (repo_id, repo_type, allow_patterns) == ("zoo/animals", "dataset", "*.parquet")
+    if local_files_only and not os.path.exists(os.environ["SNAPSHOT"] + ".cached"):
+        raise Refusal("LocalEntryNotFound")
+    assert local_files_only or not os.path.exists(os.environ["SNAPSHOT"] + ".cached")
+    open(os.environ["SNAPSHOT"] + ".cached", "w").close()
     return os.environ["SNAPSHOT"]
 '''
 
@@ -442,11 +446,14 @@ def test_data_set_of_the_hub(tmp_path):
     saved(tmp_path / 'blob', [0, 1] * 10, [{'bytes': image, 'path': ''}] * 20)
     os.symlink(tmp_path / 'blob', tmp_path / 'snapshot' / 'train-00000-of-00001.parquet')
 
-    def prepare_command(name: str, path: str):
-        flags = [f'--source=hf:{name}', f'--data_dir={tmp_path}', '--image_size=8', '--workers=1']
+    def prepare_command(name: str, path: str, *more: str):
+        flags = [*more, f'--source=hf:{name}', f'--data_dir={tmp_path}', '--image_size=8', '--workers=1']
         variables = {'PYTHONPATH': f'{path}:{ROOT}', 'SNAPSHOT': str(tmp_path / 'snapshot')}
         return run_command('-m', 'alexnet_jax.prepare', *flags, **variables)
 
+    run = prepare_command('zoo/animals', str(tmp_path / 'library'), '--show')
+    assert run.returncode == 2  # nothing is downloaded only to look at it
+    assert 'prepare --source=hf:zoo/animals downloads it' in run.stderr
     run = prepare_command('zoo/animals', str(tmp_path / 'library'))
     assert run.returncode == 0, run.stderr
     assert read_json(next((tmp_path / 'prepared').glob('*/prepared.json')))['images'] == {'train': 18, 'validation': 2}

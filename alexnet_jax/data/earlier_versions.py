@@ -5,15 +5,9 @@ import os
 
 from etils import epath
 
-from alexnet_jax.config import ConfigError
-from alexnet_jax.data.dataset import (
-    Manifest,
-    dataset_dir,
-    earlier_texts,
-    load_manifest,
-    match_earlier_source,
-    name_by_text,
-)
+from alexnet_jax.config import ConfigError, shown_classes
+from alexnet_jax.data.dataset import dataset_dir, name_by_text
+from alexnet_jax.data.manifest import MANIFEST, Manifest, earlier_texts, load_manifest, match_earlier_source
 from alexnet_jax.data.prepare_command import PrepareSettings, replace_command
 from alexnet_jax.paths import absolute_source
 
@@ -44,7 +38,7 @@ def find_earlier(settings: PrepareSettings, data_dir: str, prepared_dir: str | N
     for name in dict.fromkeys(name_by_text(text, settings) for text in earlier_texts(source)):
         directory = os.path.join(root, name)
         try:
-            manifest = load_manifest(directory) if (epath.Path(directory) / 'prepared.json').exists() else None
+            manifest = load_manifest(directory) if (epath.Path(directory) / MANIFEST).exists() else None
         except ConfigError:  # corrupt
             continue
         match = manifest and manifest.version == 1 and match_earlier_source(manifest.source, source)
@@ -68,8 +62,8 @@ def check_labels(found: EarlierDataset, settings: PrepareSettings, data_dir: str
         return  # the names replace other names
     raise ConfigError(
         f'config.data.class_names: {found.directory} is not used, because an earlier version, which ignored the order'
-        f' of class_names, prepared it with {", ".join(names[:5])}{", ..." * (len(names) > 5)}, so its labels may be'
-        f' swapped; prepare it anew: {replace_command(settings, data_dir, prepared_dir)}'
+        f' of class_names, prepared it with {shown_classes(names)}, so its labels may be swapped; prepare it anew:'
+        f' {replace_command(settings, data_dir, prepared_dir)}'
     )
 
 

@@ -11,7 +11,16 @@ from collections.abc import Iterator, Sequence
 from alexnet_jax.paths import shown
 from alexnet_jax.runtime.files import JsonObject, json_digest
 
-LITTER = frozenset({'Thumbs.db', 'ehthumbs.db', 'desktop.ini', '__MACOSX', '@eaDir', '$RECYCLE.BIN'})
+# Files and folders that operating systems, file servers and programs create, in lower case.
+_LITTER = frozenset(
+    ('__macosx', '__pycache__', '@eadir', '#recycle', '$recycle.bin', 'lost+found', 'system volume information')
+) | {'thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r'}
+# Endings of texts and programs, which are no data. A file with the labels of a source is a root of its own.
+_TEXTS = (
+    'txt csv tsv json jsonl xml md rst pdf html htm css js yaml yml toml ini cfg conf log lst py pyc ipynb sh bat'
+    ' doc docx xls xlsx ppt pptx odt rtf lnk url lock tmp part crdownload md5 sha256'
+)
+_TEXT_ENDINGS = tuple(f'.{ending}' for ending in _TEXTS.split())
 MANY_FILES = 100_000  # in larger sources, the files are looked at only if a folder has changed
 MANY_FOLDERS = 10_000  # an inventory with more folders does not list them
 SHOWN_FOLDERS = 3
@@ -19,7 +28,7 @@ SHOWN_FOLDERS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Inventory:
-    """The files of a source without hidden files and litter of operating systems.
+    """The files of a source without hidden files, system files, texts and programs.
 
     Attributes:
       roots: absolute paths of the files and folders of the source.
@@ -37,25 +46,39 @@ class Inventory:
     folders: dict[str, tuple[int, str]]
 
 
+def is_litter(name: str) -> bool:
+    """Returns whether a file or folder is no part of a source, because it is hidden or a system file."""
+    return name.startswith('.') or name.lower() in _LITTER
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Returns whether `entry` is a folder or a link to one; a link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def take_inventory(roots: Sequence[str], excluded: str) -> Inventory:
     """Returns the inventory of the files and folders `roots`, without the folder `excluded`.
 
     Raises OSError: a folder cannot be read.
     """
     base = _base(roots)
-    files: dict[str, list[str]] = {}  # paths by folder
+    folders: dict[str, tuple[int, str]] = {}
     times: dict[str, int] = {}
+    single: dict[str, list[str]] = {}  # roots that are files, by folder
     for root in roots:
         if not os.path.isdir(root) and os.path.lexists(root):
-            files.setdefault(os.path.relpath(os.path.dirname(root), base), []).append(root)
+            single.setdefault(os.path.relpath(os.path.dirname(root), base), []).append(root)
         for folder, time, names in _walk(root, excluded, ()):
             name = os.path.relpath(folder, base)
             times[name] = time
-            files.setdefault(name, []).extend(os.path.join(folder, file) for file in names)
-    folders = {name: (len(paths), _digest(paths)) for name, paths in files.items()}
+            folders[name] = len(names), _digest([os.path.join(folder, file) for file in names])
+    folders |= {name: (len(paths), _digest(paths)) for name, paths in single.items()}
     return Inventory(
         roots=list(roots),
-        files=sum(map(len, files.values())),
+        files=sum(count for count, _ in folders.values()),
         digest=json_digest(folders),
         folder_digest=json_digest(times),
         folders=folders if len(folders) <= MANY_FOLDERS else {},
@@ -68,19 +91,36 @@ def _base(roots: Sequence[str]) -> str:
 
 
 def _walk(folder: str, excluded: str, parents: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int, list[str]]]:
-    """Yields each folder with its time and the names of its files. `parents` has device and inode of the parents."""
+    """Yields each folder with its time and the names of its files. `parents` has device and inode of the parents.
+
+    Folders of runs, and folders that contain nothing else, are no part of a source.
+    """
     if not os.path.isdir(folder) or folder == excluded:
         return
     status = os.stat(folder)
     identity = status.st_dev, status.st_ino
     if identity in parents:  # a link to a folder that contains the link
         return
-    with os.scandir(folder) as iterator:
-        entries = [entry for entry in iterator if not entry.name.startswith('.') and entry.name not in LITTER]
-    subfolders = {entry.name for entry in entries if entry.is_dir()}
-    yield folder, status.st_mtime_ns, [entry.name for entry in entries if entry.name not in subfolders]
-    for name in sorted(subfolders):
+    try:
+        with os.scandir(folder) as iterator:
+            entries = [entry for entry in iterator if _counts(entry.name)]
+    except PermissionError:  # the preparation refuses it if it has images of the source
+        return
+    folders = {entry.name for entry in entries if is_folder(entry)}
+    runs = {name for name in folders if _is_run(os.path.join(folder, name))}
+    if runs and len(runs) == len(entries):
+        return
+    yield folder, status.st_mtime_ns, [entry.name for entry in entries if entry.name not in folders]
+    for name in sorted(folders - runs):
         yield from _walk(os.path.join(folder, name), excluded, (*parents, identity))
+
+
+def _counts(name: str) -> bool:
+    return not (is_litter(name) or name.lower().endswith(_TEXT_ENDINGS))
+
+
+def _is_run(folder: str) -> bool:
+    return all(os.path.exists(os.path.join(folder, name)) for name in ('checkpoints', 'config.json'))
 
 
 def _digest(paths: list[str]) -> str:

@@ -12,7 +12,9 @@ from alexnet_jax.config import UNKNOWN, Config, ConfigError, check_num_classes
 from alexnet_jax.data import dataset
 from alexnet_jax.data.earlier_versions import check_labels, find_earlier, validates_on_test
 from alexnet_jax.data.inventory import describe_change
+from alexnet_jax.data.manifest import load_manifest
 from alexnet_jax.data.prepare_command import PrepareSettings, prepare_flags, replace_command
+from alexnet_jax.data.split_reader import DatasetError
 from alexnet_jax.paths import is_url
 from alexnet_jax.runtime.commands import child_command, child_environment
 from alexnet_jax.runtime.console import is_primary, log, summarize_exception
@@ -59,7 +61,7 @@ def open_or_prepare(
             return None
         if process.returncode < 0:
             name = signal.Signals(-process.returncode).name
-            raise dataset.DatasetError(f'preparing {data.source} was ended by {name}; rerun the same command to resume')
+            raise DatasetError(f'preparing {data.source} was ended by {name}; rerun the same command to resume')
         if process.returncode:
             sys.exit(process.returncode)  # the child process printed the reason
         directory = find_prepared(data, *folders, is_verified=True)
@@ -108,12 +110,12 @@ def open_verified(
     try:
         check_num_classes(num_classes, f'the data set prepared from {settings.source}', prepared.class_names)
     except ConfigError as error:
-        if change is None and dataset.load_manifest(directory).version == 1:
+        if change is None and load_manifest(directory).version == 1:
             command = replace_command(settings, data_dir, prepared_dir)
             change = f'if the source has changed since {directory} was prepared, prepare it anew: {command}'
         raise ConfigError(f'{error}; {change}' if change else str(error)) from None
     if change:
-        log(change)
+        log(f'the prepared data set is used as it is, but {change}')
     return prepared
 
 
@@ -124,14 +126,14 @@ def describe_source_change(
 
     Returns None if it has not changed or cannot be read.
     """
-    recorded = None if is_url(directory) else dataset.load_manifest(directory).inventory
+    recorded = None if is_url(directory) else load_manifest(directory).inventory
     change = describe_change(recorded, os.path.dirname(directory))
     if change is None:
         return None
     command = replace_command(settings, data_dir, prepared_dir)
     return (
-        f'{settings.source} has changed since {directory} was prepared from it ({change}); the data set is used as it'
-        f' was prepared, and this command prepares it anew: {command}'
+        f'{settings.source} has changed since {directory} was prepared from it ({change});'
+        f' to prepare it anew: {command}'
     )
 
 

@@ -8,13 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Integer
 
-from alexnet_jax.paths import is_url, shown
-from alexnet_jax.prepare.raw_sources import LabeledExamples, Labels, Source, SourceError, hold_out
-from alexnet_jax.prepare.splits import TRAIN, choose_splits, is_plain_split, split_kind
+from alexnet_jax.paths import shown
+from alexnet_jax.prepare.raw_sources import LabeledExamples, Labels, Source, SourceError, held_out_share, hold_out
+from alexnet_jax.prepare.splits import TRAIN, choose_splits, split_kind, split_word
 
 _SHARD_NUMBER = re.compile(r'(^|[-_.])(\d+-of-\d+(-[0-9a-f]+)?|\d+)$')  # Hub: train-00000-of-00002-4bcb11a4f1ba6de3
-
-
 _MAX_CLASSES = 100_000  # if classes are numbered without names
 
 
@@ -48,15 +46,6 @@ class RawSplit:
     name: Callable[[int], str]
     class_names: list[str] | None = None
     notes: tuple[str, ...] = ()
-
-
-def check_local(source: str) -> None:
-    """Raises SourceError if `source` is a URL that open_source() cannot read."""
-    if is_url(source) and not source.startswith('hf:s3://'):
-        raise SourceError(
-            f'config.data.source: {shown(source)} is a URL; only parquet files are read from one, hf:s3://BUCKET/DIR:'
-            ' mount the bucket (gcsfuse, mount-s3, rclone mount) or copy the files, then give the local path'
-        )
 
 
 def find_files(root: str, endings: tuple[str, ...]) -> list[str]:
@@ -107,27 +96,19 @@ def files_by_split(files: Sequence[str]) -> dict[str, list[str]]:
     return named
 
 
-def split_word(name: str) -> str | None:
-    """Returns the part of `name` that names a split, such as 'train' of 'imagenet-train-256'; None if it is unclear."""
-    if is_plain_split(name):
-        return name
-    words = [word for word in re.split(r'[\W_]+', name) if is_plain_split(word)]
-    return words[0] if len({split_kind(word) for word in words}) == 1 else None
-
-
 def number_classes(
-    columns: Mapping[str, LabelColumn], names: list[str] | None, where: str
+    splits: Mapping[str, RawSplit], names: list[str] | None, where: str
 ) -> tuple[list[str], dict[str, Labels]]:
     """Returns the class names, and the labels by split; the label of an example that belongs to no class is -1.
 
     Args:
-      columns: the labels by split, 'train' first.
-      names: the class names of the source. Without them, names in `columns` are sorted, and numbers remain.
+      splits: the splits by name, 'train' first.
+      names: the class names of the source. Without them, names in the columns are sorted, and numbers remain.
       where: name of the source at the beginning of messages.
 
     Raises SourceError: validation has a class that training has not, or the numbers are no labels of classes.
     """
-    values: dict[str, Sequence[int | str]] = {split: column.values for split, column in columns.items()}
+    values: dict[str, Sequence[int | str]] = {split: part.column.values for split, part in splits.items()}
     if names is None and any(isinstance(value, str) for column in values.values() for value in column):
         values = {split: [str(value) for value in column] for split, column in values.items()}
         names = sorted({str(value) for value in values['train']})
@@ -137,14 +118,19 @@ def number_classes(
     elif names is None:
         largest = max((int(value) for column in values.values() for value in column), default=-1)
         if largest >= _MAX_CLASSES:
-            raise SourceError(f'{where}: the label {shown(str(largest))} is no number of a class')
+            part = next(part for part in splits.values() if largest in part.column.values)
+            example = part.name(int(np.argmax(part.column.codes == list(part.column.values).index(largest))))
+            raise SourceError(
+                f'{where}: the label of {shown(example)} is {shown(str(largest))}, but the labels of classes are below'
+                f' {_MAX_CLASSES:,}'
+            )
         names = [str(label) for label in range(largest + 1)]
     positions: dict[int | str, int] = {str(label): label for label in range(len(names))}
     positions |= {label: label for label in range(len(names))} | {name: label for label, name in enumerate(names)}
     labels = {}
-    for split, column in columns.items():
+    for split, part in splits.items():
         table = np.array([positions.get(value, -1) for value in values[split]] + [-1], np.int32)
-        labels[split] = table[column.codes]  # a code of -1 selects the last entry
+        labels[split] = table[part.column.codes]  # a code of -1 selects the last entry
     return names, labels
 
 
@@ -174,7 +160,7 @@ def open_splits(
     given = raw['train'].class_names
     if any(part.class_names != given for part in raw.values()):
         raise SourceError(f'{where}: the class names of {used["train"]} and {used["validation"]} differ')
-    names, labels = number_classes({split: part.column for split, part in raw.items()}, given, where)
+    names, labels = number_classes(raw, given, where)
     notes, splits = list(choice.notes), {}
     for split, part in raw.items():
         notes += [*part.notes, *_missing_files(groups[used[split]], used[split])]
@@ -189,7 +175,7 @@ def open_splits(
     origins = {split: _described(groups[name]) for split, name in used.items()}
     held_out = choice.validation is None
     if held_out:
-        origins['validation'] = f'{fraction:.0%} of each class of {origins["train"]}'
+        origins['validation'] = held_out_share(fraction, origins['train'])
     named = given is not None or any(isinstance(value, str) for part in raw.values() for value in part.column.values)
     return Source(
         hold_out(splits['train'], fraction, where) if held_out else splits,

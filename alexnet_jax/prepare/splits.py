@@ -58,6 +58,14 @@ def is_plain_split(name: str) -> bool:
     return split_kind(name) is not None and len(_words(name)) == 1
 
 
+def split_word(name: str) -> str | None:
+    """Returns the part of `name` that names a split, such as 'train' of 'imagenet-train-256'; None if it is unclear."""
+    if is_plain_split(name):
+        return name
+    words = [word for word in re.split(r'[\W_]+', name) if is_plain_split(word)]
+    return words[0] if len({split_kind(word) for word in words}) == 1 else None
+
+
 def _words(name: str) -> list[str]:
     """Returns the words of `name` in lower case, without numbers and fillers such as 'set'."""
     words = []
