@@ -347,6 +347,8 @@ def rewrite(path: Path) -> None:
         (lambda root: None, None),
         (lambda root: (root / 'train' / 'cats' / '.DS_Store').touch(), None),
         (lambda root: (root / 'train' / 'cats' / 'Thumbs.db').touch(), None),
+        (lambda root: (root / 'notes.txt').touch(), None),
+        (lambda root: (root / 'train' / 'cats' / 'LABELS.CSV').touch(), None),
         (lambda root: shutil.rmtree(root), None),
         (lambda root: root.rename(root.with_name('elsewhere')), None),
         (
@@ -385,6 +387,21 @@ def test_change_of_the_source_is_said_in_one_line(changing, tmp_path, capfd, cha
     assert re.search(rf'folder:{changing} has changed since {tmp_path}/d/prepared/\w+ was prepared .*{expected}\)', log)
     assert ' prepare ' in log
     assert log.endswith(' --replace\n')
+
+
+def test_change_of_a_table_is_said(base, tmp_path, capfd):
+    root = Path(shutil.copytree(base / 'pictures', tmp_path / 'pictures'))
+    files = sorted(root.glob('train/*/*'))
+    rows = [f'{path.relative_to(root)},{path.parent.name}' for path in files]
+    (root / 'labels.csv').write_text('\n'.join(['path,label', *rows]))
+    prepare(given(root, validation_fraction=0.5), str(tmp_path / 'd'))
+    config = configuration(root, tmp_path / 'd', data__validation_fraction=0.5)
+    capfd.readouterr()
+    opened(config)
+    assert capfd.readouterr().err == ''
+    (root / 'labels.csv').write_text('\n'.join(['path,label', *rows[:-1], rows[-1].replace(',dogs', ',cats')]))
+    opened(config)
+    assert 'has changed since' in capfd.readouterr().err
 
 
 def test_large_source_is_compared_by_its_folders_first(changing, tmp_path, capfd, monkeypatch):

@@ -424,11 +424,15 @@ import os
 class Refusal(Exception):
     pass
 
-def snapshot_download(repo_id, repo_type=None, allow_patterns=None):
+def snapshot_download(repo_id, repo_type=None, allow_patterns=None, local_files_only=False):
     """Stands for the Hub: a folder of links, as in the cache of the library."""
     if repo_id == "zoo/private":
         raise Refusal("401 Client Error.\\n\\nAccess to dataset zoo/private is restricted.")
     assert (repo_id, repo_type, allow_patterns) == ("zoo/animals", "dataset", "*.parquet")
+    if local_files_only and not os.path.exists(os.environ["SNAPSHOT"] + ".cached"):
+        raise Refusal("LocalEntryNotFound")
+    assert local_files_only or not os.path.exists(os.environ["SNAPSHOT"] + ".cached")
+    open(os.environ["SNAPSHOT"] + ".cached", "w").close()
     return os.environ["SNAPSHOT"]
 '''
 
@@ -442,11 +446,14 @@ def test_data_set_of_the_hub(tmp_path):
     saved(tmp_path / 'blob', [0, 1] * 10, [{'bytes': image, 'path': ''}] * 20)
     os.symlink(tmp_path / 'blob', tmp_path / 'snapshot' / 'train-00000-of-00001.parquet')
 
-    def prepare_command(name: str, path: str):
-        flags = [f'--source=hf:{name}', f'--data_dir={tmp_path}', '--image_size=8', '--workers=1']
+    def prepare_command(name: str, path: str, *more: str):
+        flags = [*more, f'--source=hf:{name}', f'--data_dir={tmp_path}', '--image_size=8', '--workers=1']
         variables = {'PYTHONPATH': f'{path}:{ROOT}', 'SNAPSHOT': str(tmp_path / 'snapshot')}
         return run_command('-m', 'alexnet_jax.prepare', *flags, **variables)
 
+    run = prepare_command('zoo/animals', str(tmp_path / 'library'), '--show')
+    assert run.returncode == 2  # nothing is downloaded only to look at it
+    assert 'prepare --source=hf:zoo/animals downloads it' in run.stderr
     run = prepare_command('zoo/animals', str(tmp_path / 'library'))
     assert run.returncode == 0, run.stderr
     assert read_json(next((tmp_path / 'prepared').glob('*/prepared.json')))['images'] == {'train': 18, 'validation': 2}

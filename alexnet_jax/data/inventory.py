@@ -15,6 +15,12 @@ from alexnet_jax.runtime.files import JsonObject, json_digest
 _LITTER = frozenset(
     ('__macosx', '__pycache__', '@eadir', '#recycle', '$recycle.bin', 'lost+found', 'system volume information')
 ) | {'thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r'}
+# Endings of texts and programs, which are no data. A file with the labels of a source is a root of its own.
+_TEXTS = (
+    'txt csv tsv json jsonl xml md rst pdf html htm css js yaml yml toml ini cfg conf log lst py pyc ipynb sh bat'
+    ' doc docx xls xlsx ppt pptx odt rtf lnk url lock tmp part crdownload md5 sha256'
+)
+_TEXT_ENDINGS = tuple(f'.{ending}' for ending in _TEXTS.split())
 MANY_FILES = 100_000  # in larger sources, the files are looked at only if a folder has changed
 MANY_FOLDERS = 10_000  # an inventory with more folders does not list them
 SHOWN_FOLDERS = 3
@@ -22,7 +28,7 @@ SHOWN_FOLDERS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Inventory:
-    """The files of a source without hidden files and system files.
+    """The files of a source without hidden files, system files, texts and programs.
 
     Attributes:
       roots: absolute paths of the files and folders of the source.
@@ -97,7 +103,7 @@ def _walk(folder: str, excluded: str, parents: tuple[tuple[int, int], ...]) -> I
         return
     try:
         with os.scandir(folder) as iterator:
-            entries = [entry for entry in iterator if not is_litter(entry.name)]
+            entries = [entry for entry in iterator if _counts(entry.name)]
     except PermissionError:  # the preparation refuses it if it has images of the source
         return
     folders = {entry.name for entry in entries if is_folder(entry)}
@@ -107,6 +113,10 @@ def _walk(folder: str, excluded: str, parents: tuple[tuple[int, int], ...]) -> I
     yield folder, status.st_mtime_ns, [entry.name for entry in entries if entry.name not in folders]
     for name in sorted(folders - runs):
         yield from _walk(os.path.join(folder, name), excluded, (*parents, identity))
+
+
+def _counts(name: str) -> bool:
+    return not (is_litter(name) or name.lower().endswith(_TEXT_ENDINGS))
 
 
 def _is_run(folder: str) -> bool:

@@ -28,7 +28,7 @@ class FolderReader:
       notes: what was chosen or ignored, one line each.
       ignored: number of ignored files by kind, see image_files.entries_of().
       label_file: path of the file with the labels of a flat folder; '' if there is none.
-      roots: absolute paths of the folder and of label files elsewhere.
+      roots: absolute paths of the folder and of the files with labels.
     """
 
     def __init__(self, root: Path) -> None:
@@ -82,6 +82,8 @@ class FolderReader:
         Raises SourceError: no file exists.
         """
         files = table.files(str(self.root), split)
+        if str(table.file) not in self.roots:
+            self.roots.append(str(table.file))
         missing = [path for part in files.values() for path, size in part if size < 0]
         if missing:
             self.notes.append(f'{table.file.name} names files that do not exist: {shortened(missing, 1)}')
@@ -134,7 +136,7 @@ class FolderReader:
             listed = shortened([f'{name} ({labels[name]})' for name in sorted(unknown)], 1)
             self.notes.append(f'images of {folder} with a class that is missing from {train} are not used: {listed}')
         self.label_file = label_file
-        if os.path.isabs(label_file) and not label_file.startswith(os.path.join(self.root, '')):
+        if os.path.isabs(label_file):
             self.roots.append(label_file)
         return files, f' with the labels of {label_file}'
 

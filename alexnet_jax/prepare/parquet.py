@@ -61,8 +61,16 @@ def _locate(location: str) -> tuple[str, str | None]:
     return check_text_path('config.data.source', path), label
 
 
-def _download(location: str) -> tuple[str, str | None]:
+def check_downloaded(location: str) -> None:
+    """Raises SourceError if open_parquet() would download the data set `location`, or could not."""
+    if not is_url(location) and _find_local(location) is None:
+        _download(location, only_from_cache=True)
+
+
+def _download(location: str, only_from_cache: bool = False) -> tuple[str, str | None]:
     """Returns the local folder of the parquet files of ORG/NAME[:COLUMN] on the Hugging Face Hub, and the column.
+
+    With `only_from_cache`, nothing is downloaded.
 
     Raises SourceError: `location` has another form, huggingface_hub is not installed, or the download failed.
     """
@@ -79,10 +87,18 @@ def _download(location: str) -> tuple[str, str | None]:
             f'config.data.source: {name} does not exist; to read that data set of the Hugging Face Hub, pip install'
             f' huggingface_hub, or download it, hf download {name} --repo-type=dataset --local-dir=DIR, and give hf:DIR'
         ) from None
-    try:
+    if not only_from_cache:
         log(f'reading the parquet files of {name} from the Hugging Face Hub')
-        folder = hub.snapshot_download(name, repo_type='dataset', allow_patterns='*.parquet')
+    try:
+        folder = hub.snapshot_download(
+            name, repo_type='dataset', allow_patterns='*.parquet', local_files_only=only_from_cache
+        )
     except Exception as error:  # the library and its HTTP client raise many types
+        if only_from_cache:
+            raise SourceError(
+                f'config.data.source: {name} is no local folder, and is not in the cache of huggingface_hub; alexnet'
+                f' prepare --source=hf:{location} downloads it'
+            ) from None
         raise SourceError(
             f'config.data.source: {name} is no local folder, and huggingface_hub could not download it:'
             f' {type(error).__name__}: {" ".join(str(error).split())[:200]}'

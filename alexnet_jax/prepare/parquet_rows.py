@@ -65,6 +65,8 @@ class ParquetExamples:
     def _read_path(self, path: str | None) -> bytes:
         if not path:
             raise UnreadableImage('its image cell is null')
+        if '\0' in path:
+            raise UnreadableImage('the cell has only a path, which contains a zero byte')
         root = os.path.realpath(self.root)
         real = os.path.realpath(os.path.join(root, path))
         if not real.startswith(os.path.join(root, '')):

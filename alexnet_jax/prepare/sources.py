@@ -17,6 +17,15 @@ def is_local(source: str) -> bool:
     return kind in ('folder', 'idx') and os.path.isdir(os.path.expanduser(location))
 
 
+def check_downloaded(source: str) -> None:
+    """Raises SourceError if open_source() would download parquet files of the Hugging Face Hub."""
+    kind, _, location = source.partition(':')
+    if kind == 'hf':
+        from alexnet_jax.prepare import parquet
+
+        parquet.check_downloaded(location)
+
+
 def open_source(source: str, data_dir: str, validation_fraction: float, validation_split: str | None = None) -> Source:
     """Opens a source.
 

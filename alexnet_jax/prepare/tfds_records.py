@@ -89,9 +89,8 @@ class TfdsExamples:
         return dataclasses.replace(self, shards=shards, start=start, stop=stop)
 
     def digest(self) -> str:
-        """Returns the digest of the TFDS metadata, the file sizes, the split and the range, not of the folder."""
-        sizes = [(os.path.basename(shard.path), shard.size) for shard in self.shards]
-        return digest(self.metadata_digest, self.split, self.start, self.stop, *sizes)
+        """Returns the digest of the TFDS metadata, the split and the range, which does not depend on the folder."""
+        return digest(self.metadata_digest, self.split, self.start, self.stop)
 
 
 @functools.lru_cache(maxsize=4)

@@ -5,77 +5,21 @@ length (uint32), the data, and the masked CRC-32C of the data (uint32).
 """
 
 import array
-import functools
 import os
 import struct
-from typing import Any
 
-import numpy as np
-from jaxtyping import UInt32
+import google_crc32c
 
 from alexnet_jax.data.images import UnreadableImage
 
 FRAMING_BYTES = 16  # of a record besides its data
 MAX_RECORD_BYTES = 2**30
 _HEADER = struct.Struct('<QI')
-_POLYNOMIAL = 0x82F63B78  # of CRC-32C; the highest power of x is the lowest bit
-# This sparse polynomial over GF(2), x^5685 + x^1362 + x^426 + 1, is divisible by the polynomial of CRC-32C.
-_DEGREE, *_LOWER_EXPONENTS = 5685, 1362, 426, 0
-
-
-def _byte_table() -> list[int]:
-    """Returns the remainder of each byte after division by the polynomial."""
-    table = []
-    for remainder in range(256):
-        for _ in range(8):
-            remainder = remainder >> 1 ^ (remainder & 1) * _POLYNOMIAL
-        table.append(remainder)
-    return table
-
-
-_TABLE = _byte_table()
-
-
-@functools.cache
-def _position_table() -> UInt32[np.ndarray, ' n']:
-    """Returns the remainders of each byte (256 per position) at the positions of the last _DEGREE bytes of the data."""
-    table = np.empty((_DEGREE, 256), np.uint32)
-    table[-1] = one_byte = np.array(_TABLE, np.uint32)
-    for position in range(_DEGREE - 2, -1, -1):
-        later = table[position + 1]
-        table[position] = later >> 8 ^ one_byte[later & 0xFF]
-    return table.reshape(-1)
-
-
-def crc32c(data: bytes) -> int:
-    """Returns the CRC-32C (Castagnoli) of `data`, computed by NumPy at about 1 GB/s for a photograph.
-
-    The CRC is the remainder of `data`, a polynomial over GF(2), after division by the polynomial of CRC-32C. A division
-    by a sparse multiple of that polynomial does not change the remainder, and only needs XORs of long blocks. If
-    x^a + x^b + ... is such a multiple, x^(a 2^k) + x^(b 2^k) + ... is another; with k >= 3, the blocks are whole bytes.
-    """
-    if len(data) < 64:
-        crc = 0xFFFFFFFF
-        for byte in data:
-            crc = crc >> 8 ^ _TABLE[(crc ^ byte) & 0xFF]
-        return crc ^ 0xFFFFFFFF
-    rest = np.frombuffer(data, np.uint8).copy()
-    rest[:4] ^= 0xFF  # the initial value of the CRC
-    for doublings in range((len(rest) // _DEGREE).bit_length(), -1, -1):
-        degree, *exponents = (exponent << doublings for exponent in (_DEGREE, *_LOWER_EXPONENTS))  # in bytes
-        while (excess := len(rest) - degree) > 0:
-            size = min(excess, degree - exponents[0])
-            for exponent in exponents:
-                rest[degree - exponent : degree - exponent + size] ^= rest[:size]
-            rest = rest[size:]
-    rows = 256 * np.arange(_DEGREE - len(rest), _DEGREE)
-    xor: Any = np.bitwise_xor  # the type stubs of NumPy 2.5 reject its reduce() for Python 3.11
-    return int(xor.reduce(_position_table().take(rows + rest))) ^ 0xFFFFFFFF
 
 
 def masked_crc32c(data: bytes) -> int:
     """Returns the checksum that TFRecord stores for `data`: the rotated CRC-32C plus a constant, modulo 2^32."""
-    crc = crc32c(data)
+    crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 

@@ -31,7 +31,7 @@ from alexnet_jax.prepare.data_card import DataCard, card_of_source
 from alexnet_jax.prepare.raw_sources import Source, SourceError
 from alexnet_jax.prepare.shard_writer import ShardReport, SkippedImage, read_report, write_shards
 from alexnet_jax.prepare.shards import ImageSpec, Shard, content_fingerprint, statistics
-from alexnet_jax.prepare.sources import is_local, open_source
+from alexnet_jax.prepare.sources import check_downloaded, is_local, open_source
 from alexnet_jax.prepare.tfds_source import missing_tfds_data
 from alexnet_jax.runtime.console import ProgressBar, log
 from alexnet_jax.runtime.files import JsonObject, atomic_write, free_bytes, json_digest, read_json, write_json
@@ -218,6 +218,7 @@ def preview(settings: PrepareConfig, data_dir: str, prepared_dir: str | None) ->
         size = _estimated_bytes(sum(images.values()) or 1, format)
         card = dataclasses.replace(card_of_source(settings.source, source), images=images)
         return Preview(card, 0, round(size), download_bytes)
+    check_downloaded(settings.source)
     source = _open(settings, data_dir)
     format = _image_spec(settings, source)
     shards, staging_dir = _shards(source), f'{target}.incomplete'
