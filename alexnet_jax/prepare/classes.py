@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from alexnet_jax.config import ConfigError, check_class_names, shown_classes
+from alexnet_jax.prepare.image_files import shortened
 from alexnet_jax.prepare.raw_sources import Examples, Indices, Labels, RawExample, Source, digest
 
 
@@ -49,6 +50,19 @@ class RelabeledExamples:
 def labels_of(examples: Examples) -> Labels | None:
     """Returns the label of each example, or None if the labels are unknown before the images are read."""
     return getattr(examples, 'labels', None)
+
+
+def describe_empty_classes(source: Source) -> list[str]:
+    """Returns a line for each split whose labels are known and that has no image of some classes."""
+    lines, names = [], source.class_names
+    for split, what in (('train', 'training'), ('validation', 'validation')):
+        labels = labels_of(source.splits[split]) if split in source.splits else None
+        present = set(range(len(names)) if labels is None else np.unique(labels).tolist())
+        without = [name for label, name in enumerate(names) if label not in present]
+        if without:
+            number = f'{len(without)} of {len(names)} classes have' if len(without) > 1 else 'a class has'
+            lines.append(f'{number} no {what} image: {shortened(without)}')
+    return lines
 
 
 def order_classes(source: Source, names: Sequence[str], described: str) -> Source:

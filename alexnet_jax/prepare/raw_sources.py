@@ -148,11 +148,12 @@ def holdout_mask(labels: Labels, fraction: float) -> Bool[np.ndarray, ' n']:
 
 
 def check_held_out(held_out: int, images: int, fraction: float, where: str) -> None:
-    """Raises SourceError if none or all of the images are held out; the message begins with `where`."""
+    """Raises SourceError if none or all of the `images` of the source `where` are held out for validation."""
     if held_out in (0, images):
+        empty = 'validation' if held_out == 0 else 'training'
         raise SourceError(
-            f'{where} has no validation split, and data.validation_fraction={fraction:g} of its {images} training'
-            ' images leaves no image for validation or none for training'
+            f'config.data.validation_fraction: {fraction:g} of the {images:,} images of {where}, which has no'
+            f' validation split, leaves no image for {empty}; change the fraction, or add a validation split'
         )
 
 
