@@ -139,7 +139,7 @@ def test_roots_are_the_folder_or_the_files(tmp_path):
     write(tmp_path / 'train' / '0.tar', pictures(range(30)))
     assert opened(tmp_path / 'train').roots == (str(tmp_path / 'train'),)
     (tmp_path / 'classes.txt').write_text('cow\nape\nbee\nelk\n')
-    assert opened(tmp_path).roots == (str(tmp_path),)
+    assert opened(tmp_path).roots == (str(tmp_path), str(tmp_path / 'classes.txt'))
     assert opened(tmp_path / 'train').roots == (str(tmp_path / 'train'), str(tmp_path / 'classes.txt'))
     assert opened(tmp_path / 'train' / '*.tar').roots == (
         str(tmp_path / 'train' / '0.tar'),

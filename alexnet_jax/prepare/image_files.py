@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 
 import numpy as np
 
-from alexnet_jax.data.inventory import is_folder, is_litter
+from alexnet_jax.data.inventory import TEXT_ENDINGS, is_folder, is_litter
 from alexnet_jax.paths import shown
 from alexnet_jax.prepare.raw_sources import FileExamples, SourceError
 
@@ -15,17 +15,15 @@ Files = list[tuple[str, int]]  # (path relative to the root of the source, size 
 HEADER = 'path,label[,split]'  # of labels.csv
 REMEDY = f'make a folder for each class, or list the images in labels.csv with the header {HEADER}'
 IMAGES, EMPTY, OTHER = 'images', 'empty', 'other'  # contents of a folder, see content_of()
-_OTHER_ENDINGS = frozenset(
+_OTHER_ENDINGS = frozenset(TEXT_ENDINGS) | {
     f'.{ending}'
     for endings in (
-        'txt csv tsv json jsonl xml md rst pdf html htm css js yaml yml toml ini cfg conf log lst names labels',
-        'npy npz pkl pickle mat h5 hdf5 parquet arrow feather tfrecord record rec idx db sqlite',
-        'pt pth ckpt onnx safetensors zip tar gz tgz bz2 xz 7z rar py pyc ipynb sh bat exe dll so',
-        'mp4 avi mov mkv webm wmv mpg mpeg wav mp3 flac doc docx xls xlsx ppt pptx odt rtf',
-        'lnk url lock tmp part crdownload md5 sha256',
+        'names labels npz npy pkl pickle mat h5 hdf5 parquet arrow feather tfrecord record rec idx db sqlite',
+        'pt pth ckpt onnx safetensors zip tar gz tgz bz2 xz 7z rar exe dll so',
+        'mp4 avi mov mkv webm wmv mpg mpeg wav mp3 flac',
     )
     for ending in endings.split()
-)
+}
 
 
 def list_folder(folder: str | os.PathLike[str], ignored: Counter[str]) -> tuple[list[str], list[os.DirEntry[str]]]:
