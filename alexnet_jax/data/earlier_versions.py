@@ -54,28 +54,39 @@ def find_earlier(settings: PrepareSettings, data_dir: str, prepared_dir: str | N
 
 
 def check_labels(found: EarlierDataset, settings: PrepareSettings, data_dir: str, prepared_dir: str | None) -> None:
-    """Raises ConfigError if the labels of a data set of an earlier version may be swapped.
+    """Raises ConfigError if the labels of a data set of an earlier version may be swapped, see has_swapped_labels()."""
+    if not has_swapped_labels(found.manifest, settings):
+        return
+    raise ConfigError(
+        f'config.data.class_names: {found.directory} is not used, because its labels may be swapped:'
+        f' {describe_swap(found.manifest)}; prepare it anew: {replace_command(settings, data_dir, prepared_dir)}'
+    )
+
+
+def describe_swap(manifest: Manifest) -> str:
+    """Returns why the labels of a data set may be swapped."""
+    names = manifest.class_names
+    shown = ', '.join(names[:5]) + ', ...' * (len(names) > 5)
+    return f'an earlier version, which ignored the order of class_names, prepared it with {shown}'
+
+
+def has_swapped_labels(manifest: Manifest, settings: PrepareSettings) -> bool:
+    """Returns whether the labels of a data set of an earlier version may be swapped.
 
     Earlier versions gave labels in the order of the folders, even if `class_names` were the names of the folders in
     another order.
     """
-    names = found.manifest.class_names
+    names = manifest.class_names
     kind, _, root = absolute_source('config.data.source', settings.source).partition(':')
     if kind != 'folder' or names == sorted(names):
-        return
+        return False
     folders = [_subfolders(os.path.join(root, 'train')), _subfolders(root)]
-    if any(folders) and sorted(names) not in folders:
-        return  # the names replace other names
-    raise ConfigError(
-        f'config.data.class_names: {found.directory} is not used, because an earlier version, which ignored the order'
-        f' of class_names, prepared it with {", ".join(names[:5])}{", ..." * (len(names) > 5)}, so its labels may be'
-        f' swapped; prepare it anew: {replace_command(settings, data_dir, prepared_dir)}'
-    )
+    return sorted(names) in folders or not any(folders)  # otherwise the names replace other names
 
 
-def validates_on_test(found: EarlierDataset, settings: PrepareSettings) -> bool:
+def validates_on_test(manifest: Manifest, settings: PrepareSettings) -> bool:
     """Returns whether an earlier version took the test split for validation, which `settings` do not ask for."""
-    if found.manifest.validation_fraction is not None or settings.validation_split is not None:
+    if manifest.validation_fraction is not None or settings.validation_split is not None:
         return False
     kind, _, root = absolute_source('config.data.source', settings.source).partition(':')
     folders = _subfolders(root)
