@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax import config_files
 from alexnet_jax.config import ConfigError, apply_overrides, check_accepts_none, field_names, unknown_field
-from alexnet_jax.data.dataset import DatasetError
+from alexnet_jax.data.split_reader import DatasetError
 from alexnet_jax.paths import check_path, check_writable, is_url
 from alexnet_jax.runtime.console import log_error, protect_output
 from alexnet_jax.runtime.workdir import CheckpointError

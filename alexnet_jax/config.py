@@ -137,7 +137,7 @@ def read_class_names(names: Sequence[str] | None) -> Sequence[str] | None:
 
             with np.load(path) as arrays:
                 return tuple(map(str, arrays['class_names'].tolist()))
-        with open(path, encoding='utf-8') as file:
+        with open(path, encoding='utf-8-sig') as file:
             return tuple(line.strip() for line in file if line.strip())
     except Exception as error:  # NumPy and zipfile raise many types for a corrupt file
         reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__

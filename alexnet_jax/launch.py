@@ -230,7 +230,7 @@ def main(argv: list[str]) -> int:
 
 def _report_failure(error: Exception, workdir: str) -> int:
     """Logs a known error in one line, or the traceback of an unexpected error; returns the exit code."""
-    from alexnet_jax.data.dataset import DatasetError
+    from alexnet_jax.data.split_reader import DatasetError
     from alexnet_jax.runtime import distributed
     from alexnet_jax.training.checkpointing import CheckpointError
     from alexnet_jax.training.diagnostics import TrainingError

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from helpers import config_flags, read_json, refusal, run_command, usage_error
 from PIL import Image
 
 from alexnet_jax.data import dataset
+from alexnet_jax.prepare import writer
 from alexnet_jax.prepare.data_card import card_of_source
+from alexnet_jax.prepare.describe import describe
 from alexnet_jax.prepare.raw_sources import ArrayExamples, FileExamples, Source
 from alexnet_jax.prepare.writer import PrepareConfig, prepare
 
@@ -89,11 +92,21 @@ def test_classes_are_sorted_as_text_and_class_names_change_the_order(tmp_path):
     assert '3 classes in this order: 1, 2, 10' in show(*flags, '--class_names=1,2,10')
 
 
+def test_interrupted_preparation_of_a_relative_path_is_found(tmp_path, monkeypatch):
+    write_pictures(tmp_path / 'pets', {'cat': 10, 'dog': 10})
+    monkeypatch.chdir(tmp_path)
+    settings = PrepareConfig('folder:pets', image_size=32, workers=1)
+    monkeypatch.setattr(writer, '_write_metadata', lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(settings, 'd')
+    assert '20 images were prepared by an earlier run' in describe(settings, 'd', None).state[1]
+
+
 def test_many_classes_are_shortened():
     names = [f'class {i}' for i in range(20)]
     labels = np.repeat(np.arange(20, dtype=np.int32), 2)
     examples = FileExamples('/', ['x'] * 40, [1] * 40, labels)
-    card = card_of_source('folder:X', Source({'train': examples, 'validation': examples}, names, False), names)
+    card = card_of_source('folder:X', Source({'train': examples, 'validation': examples}, names, False))
     assert card.class_sizes() == ['2 training images in each class']
     assert card.classes() == '20 classes in this order: class 0, class 1, class 2, class 3, class 4, ..., class 19'
     assert len(card.to_json()['class_names']) == 20
@@ -101,7 +114,7 @@ def test_many_classes_are_shortened():
 
 def test_labels_that_are_no_class_do_not_count():
     examples = ArrayExamples(np.zeros((4, 8, 8), np.uint8), np.array([0, -1, 1, 7], np.int32), np.arange(4))
-    card = card_of_source('idx:X', Source({'train': examples, 'validation': examples}, ['0', '1'], False), ['a', 'b'])
+    card = card_of_source('idx:X', Source({'train': examples, 'validation': examples}, ['a', 'b'], False))
     assert card.to_json()['class_counts'] == [1, 1]
     assert card.class_names == ('a', 'b')
 

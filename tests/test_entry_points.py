@@ -17,7 +17,7 @@ import alexnet_jax
 from alexnet_jax import __version__, cli, config_files
 from alexnet_jax.__main__ import COMMANDS
 from alexnet_jax.config import ConfigError, default_config
-from alexnet_jax.data.dataset import DatasetError
+from alexnet_jax.data.split_reader import DatasetError
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.runtime import commands
 from alexnet_jax.runtime.workdir import CheckpointError

@@ -10,8 +10,9 @@ from helpers import read_lines
 from PIL import Image
 from test_sources import content, opened, tree
 
+from alexnet_jax.data.split_names import split_kind
 from alexnet_jax.prepare.raw_sources import Source, SourceError
-from alexnet_jax.prepare.splits import choose_splits, split_kind
+from alexnet_jax.prepare.splits import choose_splits
 from alexnet_jax.prepare.writer import PrepareConfig, prepare
 
 
@@ -124,8 +125,13 @@ def test_a_named_split_must_exist():
         ([*images(''), *images('backup')], 'backup is no class, .* contains cats and dogs, which are also next'),
         (
             [*images('cats', ('train', 'val')), *images('dogs', ('train', 'val'))],
-            'cats contains the splits train and val',
+            r'cats contains the splits train and val .*; move .*, such as \S*/cats/train to \S*/train/cats$',
         ),
+        (
+            [*images('zoo/train'), *images('zoo/test'), 'farm/1.jpg'],
+            r'zoo contains the splits test and train .*; choose folder:\S*/zoo$',
+        ),
+        (['imgs/1.jpg', 'imgs/2.jpg', 'train.csv'], r'one folder of images, imgs/, .*\*.csv.*; .* name it labels.csv'),
         (['train/1.jpg', 'train/2.jpg', 'test/1.jpg'], 'the split .*train are in no folders of classes; .*labels.csv'),
         (['train/1.jpg', 'val/1.jpg', 'samples/1.jpg'], 'the split .*train are in no folders of classes'),
         ([*images('train'), 'val/1.jpg', 'val/2.jpg'], 'val has 2 images, but no folder per class.*labels.csv'),
@@ -423,10 +429,10 @@ def test_captions_are_no_labels(tmp_path):
         ('path,label,split\na/1.jpg,cats,\n', 'line 2: the split of a/1.jpg is missing'),
         ('path,label\n,cats\n', 'line 2: the path .* is not that of a file'),
         ('path,label\na/1\0.jpg,cats\n', 'line 2: the path .* is not that of a file'),
-        ('path,label\n/etc/passwd,cats\n', "line 2: the path '/etc/passwd' leads out"),
+        ('path,label\n/etc/passwd,cats\n', "line 2: the path '/etc/passwd' is absolute"),
         ('path,label\na/../../b.jpg,cats\n', 'line 2: .* leads out'),
         ('path,label\n..\\b.jpg,cats\n', 'line 2: .* leads out'),
-        ('path,label\nC:\\pets\\b.jpg,cats\n', 'line 2: .* leads out'),
+        ('path,label\nC:\\pets\\b.jpg,cats\n', 'line 2: .* is absolute'),
         ('path,label\n"a/1.jpg,cats\na/2.jpg,dogs\n', 'labels.csv, line 3: not valid CSV'),
         (f'path,label\na/1.jpg,{"x" * 200000}\n', 'line 2: not valid CSV: field larger'),
         ('path,label\nc/1.jpg,cats\nc/2.jpg,dogs\n', 'none of its images exist; the first is c/1.jpg'),
@@ -438,6 +444,31 @@ def test_invalid_tables_are_refused(tmp_path, text, reason):
     message = refusal(write_table(tmp_path, text))
     assert 'labels.csv' in message
     assert re.search(reason, message), message
+
+
+def test_table_with_a_name_in_another_case_names_the_columns_that_are_not_read(tmp_path):
+    tree(tmp_path, *images('imgs', ('a',), 4))
+    rows = ''.join(f'imgs/a/{i}.jpg,{"cat" if i % 2 else "dog"},{i > 2}\n' for i in range(4))
+    (tmp_path / 'Labels.CSV').write_text(f'path,label,is_valid\n{rows}')
+    source = opened(f'folder:{tmp_path}', 0.5)
+    assert source.class_names == ['cat', 'dog']
+    assert 'Labels.CSV has columns that are not read: is_valid' in source.notes
+    assert not any('*.csv' in note for note in source.notes)
+
+
+def test_empty_folder_of_annotations_is_no_class(tmp_path):
+    tree(tmp_path, *images('train/images'), *images('valid/images'))
+    (tmp_path / 'train/labels').mkdir()
+    assert opened(f'folder:{tmp_path}').origins == {'train': 'train/images/', 'validation': 'valid/images/'}
+
+
+@pytest.mark.parametrize('fraction', [0, 0.1, 1])
+def test_fraction_that_leaves_a_split_empty_names_the_field(tmp_path, fraction):
+    tree(tmp_path, *images('', ('cats', 'dogs'), 2))
+    with pytest.raises(
+        SourceError, match=r'^config.data.validation_fraction: .* of the 4 images of .* leaves no image for '
+    ):
+        opened(f'folder:{tmp_path}', fraction)
 
 
 def test_tables_in_other_encodings_or_twice_are_refused(tmp_path):

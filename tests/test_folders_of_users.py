@@ -1,7 +1,7 @@
 """Folders as users have them, through the commands: which pictures are trained on, under which names.
 
-Version 0.1 took the folders of splits for classes, did not see `valid/`, validated on `test/`, counted files that are no
-images as corrupt images, and used a data set without a word after its source had changed.
+Version 0.1 took the folders of splits for classes, did not see `valid/`, validated on `test/`, counted files that are
+no images as corrupt images, and used a data set without a word after its source had changed.
 """
 
 import re
@@ -58,7 +58,7 @@ def prepare(root: Path, data_dir: Path, *flags: str) -> str:
         ('training_set', 'test_set'),
         ('Train', 'Test'),
         ('seg_train/seg_train', 'seg_test/seg_test'),
-        ('data/TRAIN', 'data/EVAL_TEST'),
+        ('data/TRAIN', 'data/TEST_IMAGES'),
     ],
 )
 def test_folders_of_splits_are_no_classes(tmp_path, train, test):

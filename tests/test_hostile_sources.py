@@ -19,7 +19,7 @@ from picture_sets import CLASSES, add, pictures, tf_example, tfrecord, write
 from PIL import Image
 
 from alexnet_jax.config import ConfigError
-from alexnet_jax.data.dataset import DatasetError
+from alexnet_jax.data.split_reader import DatasetError
 from alexnet_jax.prepare.raw_sources import SourceError
 from alexnet_jax.prepare.writer import PrepareConfig, prepare
 

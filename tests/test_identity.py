@@ -33,6 +33,7 @@ from PIL import Image
 
 from alexnet_jax.config import apply_overrides, resolve
 from alexnet_jax.data import dataset, inventory
+from alexnet_jax.data.manifest import load_manifest
 from alexnet_jax.data.open_or_prepare import find_prepared, open_or_prepare
 from alexnet_jax.prepare import writer
 from alexnet_jax.prepare.raw_sources import SourceError
@@ -247,7 +248,7 @@ def base_set(base) -> Path:
 
 def fingerprints(folder: Path) -> tuple[str, str]:
     """Returns the fingerprint of the images, and that of the images in their order."""
-    manifest = dataset.load_manifest(str(folder))
+    manifest = load_manifest(str(folder))
     return manifest.fingerprint, manifest.fingerprint_of_images()
 
 
@@ -440,6 +441,17 @@ def test_links_that_lead_to_their_parent_end_the_walk(tmp_path):
     before = inventory.take_inventory([str(root)], '')
     (root / 'train' / 'cats' / 'loop').symlink_to('..')
     assert inventory.take_inventory([str(root)], '').files == before.files == 12
+
+
+def test_links_to_themselves_and_system_files_are_no_part_of_a_source(tmp_path):
+    root = red_and_blue(tmp_path / 'pictures')
+    before = inventory.take_inventory([str(root)], '')
+    for name in ('lost+found/1', 'System Volume Information/1', 'train/cats/THUMBS.DB'):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).touch()
+    assert inventory.take_inventory([str(root)], '').digest == before.digest
+    (root / 'train' / 'cats' / 'loop.png').symlink_to('loop.png')
+    assert inventory.take_inventory([str(root)], '').files == before.files + 1
 
 
 def test_new_class_is_said_with_the_command_that_prepares_it(changing, tmp_path):
@@ -704,7 +716,7 @@ def test_swapped_labels_are_refused(earlier, tmp_path, source, is_missing):
     with pytest.raises((SourceError, ValueError)) as error:
         prepare(given(root, class_names=('dogs', 'cats')), str(tmp_path / 'd'))
     if source == 'folder:{root}' or not is_missing:
-        assert str(error.value).startswith('config.data.class_names: ')
+        assert str(error.value).startswith('config.data: ')
         assert str(error.value).endswith(' --class_names=dogs,cats --replace')
     if source == 'folder:{root}':
         names = {'data__class_names': ('dogs', 'cats')}

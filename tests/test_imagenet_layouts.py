@@ -104,7 +104,7 @@ def test_solution_next_to_the_folders_and_a_folder_above(kaggle):
 def test_training_folder_of_kaggle_alone(kaggle):
     source = opened(f'folder:{kaggle / CLS_LOC}/train', 0.34)
     assert source.holds_out_validation
-    assert any(note.startswith(f'test and val next to {kaggle / CLS_LOC}/train is not used') for note in source.notes)
+    assert any(note.startswith(f'test and val next to {kaggle / CLS_LOC}/train are not used') for note in source.notes)
 
 
 def test_images_without_a_usable_label_are_named(kaggle):

@@ -18,7 +18,7 @@ import zoo
 from helpers import ROOT, read_json, read_lines, run_command
 from PIL import Image
 
-from alexnet_jax.prepare import parquet
+from alexnet_jax.prepare import parquet_rows
 from alexnet_jax.prepare.raw_sources import Examples, Source, SourceError
 from alexnet_jax.prepare.sources import open_source
 from alexnet_jax.prepare.writer import PrepareConfig, prepare
@@ -96,7 +96,7 @@ def test_layouts_of_the_hub(tmp_path, layout):
 
 
 def test_examples_in_any_order_and_in_other_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, '_WINDOW_BYTES', 100)  # a row group is decoded in several parts
+    monkeypatch.setattr(parquet_rows, '_WINDOW_BYTES', 100)  # a row group is decoded in several parts
     write(tmp_path / 'train-00000-of-00002.parquet', range(20))
     write(tmp_path / 'train-00001-of-00002.parquet', range(20, 40))
     write(tmp_path / 'dev.parquet', range(40, 60))

@@ -21,7 +21,7 @@ from PIL import Image
 
 from alexnet_jax.config import ConfigError
 from alexnet_jax.data import dataset
-from alexnet_jax.data.dataset import DatasetError
+from alexnet_jax.data.split_reader import DatasetError
 from alexnet_jax.prepare.raw_sources import ArrayExamples, SourceError
 from alexnet_jax.prepare.shard_writer import _interrupts_blocked, write_shard
 from alexnet_jax.prepare.shards import ImageSpec, Shard

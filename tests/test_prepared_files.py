@@ -12,7 +12,7 @@ from helpers import config_flags, refusal, run_command
 from PIL import Image
 
 from alexnet_jax.config import ConfigError
-from alexnet_jax.data import dataset, loader
+from alexnet_jax.data import dataset, loader, split_reader
 from alexnet_jax.prepare import writer
 from alexnet_jax.prepare.writer import PrepareConfig, prepare
 
@@ -202,11 +202,11 @@ def test_too_many_corrupt_records_stop_every_read(prepared, settings, tmp_path, 
     split = dataset.open_prepared(str(copy), strict).train
     assert [index for index in range(5) if split[index] is None] == [2]
     for index in (5, 5, 0, 2, 7):
-        with pytest.raises(dataset.DatasetError, match=r'^2 of 12 records of train in .* are corrupt, more than'):
+        with pytest.raises(split_reader.DatasetError, match=r'^2 of 12 records of train in .* are corrupt, more than'):
             split[index]
-    with pytest.raises(dataset.DatasetError, match=r'^2 of 12'):
+    with pytest.raises(split_reader.DatasetError, match=r'^2 of 12'):
         split.take_cached(np.array([0, 1]))
-    with pytest.raises(dataset.DatasetError, match=r'^2 of 12'):
+    with pytest.raises(split_reader.DatasetError, match=r'^2 of 12'):
         next(loader.training_batches(split, seed=0, batch_size=2, first_step=0, threads=1))
     assert capfd.readouterr().err.count(' is corrupt and skipped') == 2
 

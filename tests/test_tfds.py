@@ -18,8 +18,8 @@ from test_paths import unprivileged
 
 from alexnet_jax.config import ConfigError, default_config, resolve
 from alexnet_jax.data import dataset
-from alexnet_jax.data.dataset import DatasetError
 from alexnet_jax.data.images import UnreadableImage
+from alexnet_jax.data.split_reader import DatasetError
 from alexnet_jax.prepare import sources
 from alexnet_jax.prepare.tfds_folders import TfdsName, parse_name
 from alexnet_jax.prepare.tfds_records import TfdsExamples, TfdsShard

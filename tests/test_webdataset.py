@@ -81,7 +81,7 @@ def test_folder_of_tar_files_with_splits(tmp_path):
     assert content(opened(tmp_path, 'test').splits['validation']) == expected(range(42, 50))
     assert source.splits['train'].name(11) == 'imagenet1k-train-0001.tar/000011.jpg'
     assert [note.partition(';')[0] for note in source.notes] == ['test is not used']
-    assert set(source.roots) == {str(path) for path in tmp_path.iterdir()}
+    assert source.roots == (str(tmp_path),)
 
 
 def test_examples_in_any_order_and_in_other_processes(tmp_path):
@@ -130,6 +130,26 @@ def test_forms_of_labels(tmp_path, form):
     assert source.splits['train'][0] == (b'picture', label)
     assert len(source.splits['train']) == 16
     assert not source.notes
+
+
+def test_roots_are_the_folder_or_the_files(tmp_path):
+    """A tar file that is added to a folder is a change of the source, and so are other class names."""
+    write(tmp_path / 'train' / '0.tar', pictures(range(30)))
+    assert opened(tmp_path / 'train').roots == (str(tmp_path / 'train'),)
+    (tmp_path / 'classes.txt').write_text('cow\nape\nbee\nelk\n')
+    assert opened(tmp_path).roots == (str(tmp_path),)
+    assert opened(tmp_path / 'train').roots == (str(tmp_path / 'train'), str(tmp_path / 'classes.txt'))
+    assert opened(tmp_path / 'train' / '*.tar').roots == (
+        str(tmp_path / 'train' / '0.tar'),
+        str(tmp_path / 'classes.txt'),
+    )
+
+
+def test_name_of_an_image_whose_tar_file_is_gone(tmp_path):
+    write(tmp_path / 'train.tar', pictures(range(30)))
+    examples = opened(tmp_path / 'train.tar').splits['train']
+    (tmp_path / 'train.tar').unlink()
+    assert examples.name(0).startswith('train.tar byte ')
 
 
 def test_class_names_in_a_file_beside_the_tar_files(tmp_path):

@@ -12,7 +12,7 @@ from alexnet_jax.paths import shown
 from alexnet_jax.runtime.files import JsonObject, json_digest
 
 # Files and folders that operating systems, file servers and programs create, in lower case.
-LITTER = frozenset(
+_LITTER = frozenset(
     ('__macosx', '__pycache__', '@eadir', '#recycle', '$recycle.bin', 'lost+found', 'system volume information')
 ) | {'thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r'}
 # Endings of texts and programs, which are no data. A file with the labels of a source is a root of its own.
@@ -28,7 +28,7 @@ SHOWN_FOLDERS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Inventory:
-    """The files of a source without hidden files, texts, programs, and litter of operating systems.
+    """The files of a source without hidden files, system files, texts and programs.
 
     Attributes:
       roots: absolute paths of the files and folders of the source.
@@ -46,25 +46,39 @@ class Inventory:
     folders: dict[str, tuple[int, str]]
 
 
+def is_litter(name: str) -> bool:
+    """Returns whether a file or folder is no part of a source, because it is hidden or a system file."""
+    return name.startswith('.') or name.lower() in _LITTER
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Returns whether `entry` is a folder or a link to one; a link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def take_inventory(roots: Sequence[str], excluded: str) -> Inventory:
     """Returns the inventory of the files and folders `roots`, without the folder `excluded`.
 
     Raises OSError: a folder cannot be read.
     """
     base = _base(roots)
-    files: dict[str, list[str]] = {}  # paths by folder
+    folders: dict[str, tuple[int, str]] = {}
     times: dict[str, int] = {}
+    single: dict[str, list[str]] = {}  # roots that are files, by folder
     for root in roots:
         if not os.path.isdir(root) and os.path.lexists(root):
-            files.setdefault(os.path.relpath(os.path.dirname(root), base), []).append(root)
+            single.setdefault(os.path.relpath(os.path.dirname(root), base), []).append(root)
         for folder, time, names in _walk(root, excluded, ()):
             name = os.path.relpath(folder, base)
             times[name] = time
-            files.setdefault(name, []).extend(os.path.join(folder, file) for file in names)
-    folders = {name: (len(paths), _digest(paths)) for name, paths in files.items()}
+            folders[name] = len(names), _digest([os.path.join(folder, file) for file in names])
+    folders |= {name: (len(paths), _digest(paths)) for name, paths in single.items()}
     return Inventory(
         roots=list(roots),
-        files=sum(map(len, files.values())),
+        files=sum(count for count, _ in folders.values()),
         digest=json_digest(folders),
         folder_digest=json_digest(times),
         folders=folders if len(folders) <= MANY_FOLDERS else {},
@@ -87,9 +101,12 @@ def _walk(folder: str, excluded: str, parents: tuple[tuple[int, int], ...]) -> I
     identity = status.st_dev, status.st_ino
     if identity in parents:  # a link to a folder that contains the link
         return
-    with os.scandir(folder) as iterator:
-        entries = [entry for entry in iterator if _counts(entry.name)]
-    folders = {entry.name for entry in entries if entry.is_dir()}
+    try:
+        with os.scandir(folder) as iterator:
+            entries = [entry for entry in iterator if _counts(entry.name)]
+    except PermissionError:  # the preparation refuses it if it has images of the source
+        return
+    folders = {entry.name for entry in entries if is_folder(entry)}
     runs = {name for name in folders if _is_run(os.path.join(folder, name))}
     if runs and len(runs) == len(entries):
         return
@@ -99,7 +116,7 @@ def _walk(folder: str, excluded: str, parents: tuple[tuple[int, int], ...]) -> I
 
 
 def _counts(name: str) -> bool:
-    return not (name.startswith('.') or name.lower() in LITTER or name.lower().endswith(_TEXT_ENDINGS))
+    return not (is_litter(name) or name.lower().endswith(_TEXT_ENDINGS))
 
 
 def _is_run(folder: str) -> bool:

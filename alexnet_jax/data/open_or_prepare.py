@@ -11,15 +11,11 @@ from etils import epath
 
 from alexnet_jax.config import UNKNOWN, Config, ConfigError, check_num_classes
 from alexnet_jax.data import dataset
-from alexnet_jax.data.earlier_versions import (
-    check_labels,
-    describe_swap,
-    find_earlier,
-    has_swapped_labels,
-    validates_on_test,
-)
+from alexnet_jax.data.earlier_versions import check_labels, doubt_of_labels, doubt_of_validation, find_earlier
 from alexnet_jax.data.inventory import describe_change
+from alexnet_jax.data.manifest import Manifest, load_manifest
 from alexnet_jax.data.prepare_command import PrepareSettings, prepare_flags, replace_command
+from alexnet_jax.data.split_reader import DatasetError
 from alexnet_jax.paths import is_url
 from alexnet_jax.runtime.commands import child_command, child_environment
 from alexnet_jax.runtime.console import is_primary, log, summarize_exception
@@ -67,7 +63,7 @@ def open_or_prepare(
             return None
         if process.returncode < 0:
             name = signal.Signals(-process.returncode).name
-            raise dataset.DatasetError(f'preparing {data.source} was ended by {name}; rerun the same command to resume')
+            raise DatasetError(f'preparing {data.source} was ended by {name}; rerun the same command to resume')
         if process.returncode:
             sys.exit(process.returncode)  # the child process printed the reason
         directory = find_prepared(data, *folders, is_verified=True)
@@ -89,23 +85,22 @@ def find_trained_on(
     if found is None:
         return None
     directory, manifest = found
-    if manifest.version == 1:
-        if has_swapped_labels(manifest, settings):
-            log(
-                f'the run was trained on {directory}, whose labels may be swapped: {describe_swap(manifest)}; to train'
-                f' anew, use another --workdir, after: {replace_command(settings, data_dir, prepared_dir)}'
-            )
-        if validates_on_test(manifest, settings):
-            _log_test_split(directory, settings, data_dir, prepared_dir)
+    doubt = doubt_of_labels(manifest, settings) if manifest.version == 1 else None
+    if doubt is not None:
+        command = replace_command(settings, data_dir, prepared_dir)
+        log(f'the run was trained on {directory}, but {doubt}; to train anew, use another --workdir, after: {command}')
+    _log_validation(directory, manifest, settings, data_dir, prepared_dir)
     return directory, manifest.source
 
 
-def _log_test_split(directory: str, settings: PrepareSettings, data_dir: str, prepared_dir: str | None) -> None:
-    log(
-        f'{directory}: an earlier version prepared it and took the test images of {settings.source} for'
-        ' validation; --config.data.validation_split=test confirms that, and for a new run this command prepares it'
-        f' anew with held-out training images: {replace_command(settings, data_dir, prepared_dir)}'
-    )
+def _log_validation(
+    directory: str, manifest: Manifest, settings: PrepareSettings, data_dir: str, prepared_dir: str | None
+) -> None:
+    """Logs if an earlier version chose the validation images of a data set in another way."""
+    doubt = doubt_of_validation(manifest, settings) if manifest.version == 1 else None
+    if doubt is not None:
+        command = replace_command(settings, data_dir, prepared_dir)
+        log(f'{directory}: an earlier version {doubt}; for a new run this command prepares it anew: {command}')
 
 
 def find_prepared(
@@ -125,8 +120,7 @@ def find_prepared(
     if earlier is None or not (earlier.is_same_path or is_verified):
         return None
     check_labels(earlier, settings, data_dir, prepared_dir)
-    if validates_on_test(earlier.manifest, settings):
-        _log_test_split(earlier.directory, settings, data_dir, prepared_dir)
+    _log_validation(earlier.directory, earlier.manifest, settings, data_dir, prepared_dir)
     return earlier.directory
 
 
@@ -142,7 +136,7 @@ def open_verified(
     try:
         check_num_classes(num_classes, f'the data set prepared from {settings.source}', prepared.class_names)
     except ConfigError as error:
-        if change is None and dataset.load_manifest(directory).version == 1:
+        if change is None and load_manifest(directory).version == 1:
             command = replace_command(settings, data_dir, prepared_dir)
             change = f'if the source has changed since {directory} was prepared, prepare it anew: {command}'
         raise ConfigError(f'{error}; {change}' if change else str(error)) from None
@@ -158,7 +152,7 @@ def describe_source_change(
 
     Returns None if it has not changed or cannot be read.
     """
-    recorded = None if is_url(directory) else dataset.load_manifest(directory).inventory
+    recorded = None if is_url(directory) else load_manifest(directory).inventory
     change = describe_change(recorded, os.path.dirname(directory))
     if change is None:
         return None

@@ -5,10 +5,11 @@ import shlex
 
 import numpy as np
 
-from alexnet_jax.data.dataset import dataset_dir, describe_difference, evenly_spaced, open_prepared
+from alexnet_jax.data.dataset import dataset_dir, describe_difference, open_prepared
 from alexnet_jax.data.earlier_versions import EarlierDataset, check_labels, find_earlier
 from alexnet_jax.data.images import UnreadableImage, read_image, resize_and_center_crop
 from alexnet_jax.data.prepare_command import PrepareSettings
+from alexnet_jax.data.split_reader import evenly_spaced
 from alexnet_jax.prepare.raw_sources import SourceError
 from alexnet_jax.prepare.sources import is_local, open_source
 from alexnet_jax.runtime.console import log

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from alexnet_jax.config import ConfigError, check_class_names
+from alexnet_jax.config import ConfigError, check_class_names, shown_classes
+from alexnet_jax.prepare.image_files import shortened
 from alexnet_jax.prepare.raw_sources import Examples, Indices, Labels, RawExample, Source, digest
-
-_SHOWN = 5  # of the names of many classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +52,23 @@ def labels_of(examples: Examples) -> Labels | None:
     return getattr(examples, 'labels', None)
 
 
+def describe_empty_classes(source: Source) -> list[str]:
+    """Returns a line for each split whose labels are known and that has no image of some classes."""
+    lines, names = [], source.class_names
+    for split, what in (('train', 'training'), ('validation', 'validation')):
+        labels = labels_of(source.splits[split]) if split in source.splits else None
+        present = set(range(len(names)) if labels is None else np.unique(labels).tolist())
+        without = [name for label, name in enumerate(names) if label not in present]
+        if without:
+            number = f'{len(without)} of {len(names)} classes have' if len(without) > 1 else 'a class has'
+            lines.append(f'{number} no {what} image: {shortened(without)}')
+    return lines
+
+
 def order_classes(source: Source, names: Sequence[str], described: str) -> Source:
     """Returns `source` with its classes in the order of `names`: the label of a class is the position of its name.
 
-    If the source only numbers its classes, the function returns it as it is, and `names` are the names of the numbers.
+    If the source only numbers its classes, `names` become the names of the numbers.
 
     Args:
       source: the source.
@@ -77,11 +89,12 @@ def order_classes(source: Source, names: Sequence[str], described: str) -> Sourc
                 f'config.data.class_names: {len(names)} names, but {described} has {len(own)} classes, which have only'
                 ' numbers'
             )
-        return source
+        return dataclasses.replace(source, class_names=list(names))
     _check_same_names(names, own, described)
     if list(names) == own:
         return source
-    new_labels = tuple(names.index(name) for name in own)
+    positions = {name: label for label, name in enumerate(names)}
+    new_labels = tuple(positions[name] for name in own)
     splits = {split: RelabeledExamples(examples, new_labels) for split, examples in source.splits.items()}
     return dataclasses.replace(source, splits=splits, class_names=list(names))
 
@@ -102,8 +115,8 @@ def _check_same_names(names: Sequence[str], own: Sequence[str], described: str) 
     missing = [name for name in own if name not in given]
     if missing:
         raise ConfigError(
-            f'config.data.class_names: {", ".join(map(repr, missing[:_SHOWN]))}{", ..." * (len(missing) > _SHOWN)} of'
-            f' {described} is missing; name all of its {len(own)} classes, or leave class_names out'
+            f'config.data.class_names: {shown_classes(list(map(repr, missing)))} of {described} is missing; name all of'
+            f' its {len(own)} classes, or leave class_names out'
         )
 
 

@@ -1,13 +1,12 @@
 """The data card: what a data set contains and where it comes from, before or after its preparation."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Integer
 
 from alexnet_jax.config import shown_classes
-from alexnet_jax.data.dataset import Manifest
+from alexnet_jax.data.manifest import Manifest
 from alexnet_jax.prepare.classes import labels_of
 from alexnet_jax.prepare.raw_sources import Source
 from alexnet_jax.runtime.files import JsonObject
@@ -81,23 +80,17 @@ class DataCard:
         return dataclasses.asdict(self) | {'class_counts': counts}
 
 
-def card_of_source(described: str, source: Source, class_names: Sequence[str]) -> DataCard:
-    """Returns the card of a source that is not prepared.
-
-    Args:
-      described: config.data.source.
-      source: the source.
-      class_names: one name per label.
-    """
+def card_of_source(described: str, source: Source) -> DataCard:
+    """Returns the card of a source that is not prepared; `described` is config.data.source."""
     images = {split: len(examples) for split, examples in source.splits.items()}
     labels = labels_of(source.splits['train']) if source.splits else None
     counts = None
     if labels is not None:
-        classes = len(class_names)
+        classes = len(source.class_names)
         counts = np.bincount(labels[(labels >= 0) & (labels < classes)], minlength=classes)
     return DataCard(
         described,
-        tuple(class_names),
+        tuple(source.class_names),
         images,
         dict(source.origins),
         source.holds_out_validation,
@@ -106,8 +99,8 @@ def card_of_source(described: str, source: Source, class_names: Sequence[str]) -
     )
 
 
-def card_of_prepared(manifest: Manifest, class_counts: Integer[np.ndarray, ' classes'] | None) -> DataCard:
-    """Returns the card of a prepared data set; `class_counts` is that of its statistics, or None."""
+def card_of_prepared(manifest: Manifest, class_counts: Integer[np.ndarray, ' classes']) -> DataCard:
+    """Returns the card of a prepared data set; `class_counts` is that of its statistics."""
     return DataCard(
         manifest.source,
         tuple(manifest.class_names),

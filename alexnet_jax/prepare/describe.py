@@ -43,20 +43,24 @@ def describe(
     classes than `settings`.
     """
     of_run = find_trained_on(settings, data_dir, prepared_dir, trained_on) if trained_on else None
-    directory, found = of_run[0] if of_run else find_prepared(settings, data_dir, prepared_dir), None
+    directory = of_run[0] if of_run else find_prepared(settings, data_dir, prepared_dir)
     if of_run:
         settings = dataclasses.replace(settings, source=of_run[1])
     if directory is None:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints unknown sizes
             found = writer.preview(settings, data_dir, prepared_dir)
-        directory = found.earlier
-    if found is None or directory is not None:
-        assert directory is not None
-        prepared = open_verified(directory, settings, data_dir, prepared_dir, settings.num_classes)
-        manifest = read_manifest(directory, settings)
-        card = card_of_prepared(manifest, prepared.statistics['class_counts'])
-        state = [f'{directory}: prepared, {size_text(sum(manifest.files.values()))}']
-        return Description(card, state, prepared)
+        if isinstance(found, writer.Preview):
+            return _describe_preview(found, settings, data_dir, prepared_dir)
+        directory = found
+    prepared = open_verified(directory, settings, data_dir, prepared_dir, settings.num_classes)
+    manifest = read_manifest(directory, settings)
+    card = card_of_prepared(manifest, prepared.statistics['class_counts'])
+    return Description(card, [f'{directory}: prepared, {size_text(sum(manifest.files.values()))}'], prepared)
+
+
+def _describe_preview(
+    found: writer.Preview, settings: writer.PrepareConfig, data_dir: str, prepared_dir: str | None
+) -> Description:
     directory = dataset_dir(data_dir, settings, prepared_dir)
     parts = [f'TFDS downloads {size_text(found.download_bytes)}'] if found.download_bytes else []
     parts.append(f'the data set takes about {size_text(found.bytes)}{"" if found.card.images else " per image"}')

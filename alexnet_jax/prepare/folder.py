@@ -6,14 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-import numpy as np
-
+from alexnet_jax.data.split_names import TEST, is_plain_split, split_kind
 from alexnet_jax.prepare.folder_layout import enter, find_split_folders, inside_split, is_flat
 from alexnet_jax.prepare.folder_reader import FolderReader
-from alexnet_jax.prepare.image_files import Files, describe_ignored, examples_of, images_below, list_folder, shortened
+from alexnet_jax.prepare.image_files import (
+    HEADER,
+    Files,
+    describe_ignored,
+    examples_of,
+    images_below,
+    list_folder,
+    shortened,
+)
 from alexnet_jax.prepare.label_table import LabelTable, find_table, read_table
-from alexnet_jax.prepare.raw_sources import FileExamples, Source, SourceError, hold_out
-from alexnet_jax.prepare.splits import TEST, choose_splits, is_plain_split, split_kind
+from alexnet_jax.prepare.raw_sources import FileExamples, Source, SourceError, held_out_share, hold_out
+from alexnet_jax.prepare.splits import choose_splits
 
 
 def open_folder(root: Path, fraction: float, validation_split: str | None) -> Source:
@@ -50,6 +57,13 @@ def open_folder(root: Path, fraction: float, validation_split: str | None) -> So
             f'config.data.validation_split: {validation_split!r}, but {inner} has no folders of splits; {remedy}'
         )
     classes, _ = reader.read_classes(inner)
+    tables = [f'*{ending}' for ending in ('.csv', '.tsv') if reader.ignored[f'*{ending}']]
+    if len(classes) == 1 and tables:
+        raise SourceError(
+            f'config.data.source: {inner} has one folder of images, {next(iter(classes))}/, and a table'
+            f' ({tables[0]}) that is not read; to read the classes from it, name it labels.csv, with the header'
+            f' {HEADER}'
+        )
     reader.notes += [*_siblings(inner), *_classes_named_like_splits(list(classes))]
     return _source(
         reader, classes, None, ('the folders of the classes', f'{100 * fraction:g}% of each class'), fraction
@@ -73,7 +87,7 @@ def _open_splits(reader: FolderReader, names: list[str], fraction: float, valida
     origin = _relative(parts[choice.train], root)
     validation, labels_from = None, ''
     if choice.validation is None:
-        held_origin = f'{100 * fraction:g}% of each class of {origin}'
+        held_origin = held_out_share(fraction, origin)
     else:
         part = parts[choice.validation]
         validation, labels_from = reader.read_labeled(part, parts[choice.train], list(train))
@@ -94,11 +108,11 @@ def _open_table(reader: FolderReader, path: Path, fraction: float, validation_sp
         if validation_split is not None:
             raise SourceError(f'config.data.validation_split: {validation_split!r}, but {path} has no column split')
         train, names_classes = reader.read_table(table)
-        origins = path.name, f'{100 * fraction:g}% of each class of {path.name}'
+        origins = path.name, held_out_share(fraction, path.name)
     else:
         choice = choose_splits(set(table.splits), validation_split, str(path))
         train, names_classes = reader.read_table(table, choice.train)
-        origins = f'{choice.train} in {path.name}', f'{100 * fraction:g}% of each class of {choice.train}'
+        origins = f'{choice.train} in {path.name}', held_out_share(fraction, choice.train)
         if choice.validation is not None:
             validation, _ = reader.read_table(table, choice.validation)
             origins = origins[0], f'{choice.validation} in {path.name}'
@@ -129,12 +143,6 @@ def _source(
         splits = cast(dict[str, FileExamples], hold_out(examples, fraction, root))
     else:
         splits = {'train': examples, 'validation': examples_of(root, validation, classes)}
-    for split, what in (('train', 'training'), ('validation', 'validation')):
-        counts = np.bincount(splits[split].labels, minlength=len(classes))
-        without = [name for name, count in zip(classes, counts, strict=True) if not count]
-        if without:
-            number = f'{len(without)} of {len(classes)} classes have' if len(without) > 1 else 'a class has'
-            reader.notes.append(f'{number} no {what} image: {shortened(without)}')
     notes = tuple(reader.notes + describe_ignored(reader.ignored))
     named_origins = dict(zip(('train', 'validation'), origins, strict=True))
     return Source(splits, classes, validation is None, named_origins, notes, names_classes, tuple(reader.roots))
@@ -148,6 +156,7 @@ def _not_in_table(reader: FolderReader, table: LabelTable) -> list[str]:
     start = len(os.path.join(reader.root, ''))
     found = (image.path[start:] for image in images_below(reader.root, reader.ignored))
     unlisted = [path for path in found if path not in listed]
+    reader.ignored -= Counter([f'*{table.file.suffix.lower()}'])  # the table itself, which is read
     if unlisted:
         notes.append(f'not used, because {table.file.name} does not list them: {shortened(sorted(unlisted), 1)}')
     return notes
@@ -161,7 +170,8 @@ def _siblings(root: Path) -> list[str]:
     others = [name for name in siblings if is_plain_split(name) and name != root.name]
     if not others:
         return []
-    return [f'{shortened(others)} next to {root} is not used; folder:{root.parent} uses all splits']
+    verb = 'are' if len(others) > 1 else 'is'
+    return [f'{shortened(others)} next to {root} {verb} not used; folder:{root.parent} uses all splits']
 
 
 def _classes_named_like_splits(classes: list[str]) -> list[str]:

@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from alexnet_jax.data.split_names import TRAIN, is_plain_split, split_kind
 from alexnet_jax.prepare.image_files import EMPTY, IMAGES, OTHER, REMEDY, Files, content_of, list_folder, shortened
 from alexnet_jax.prepare.label_table import find_table
 from alexnet_jax.prepare.raw_sources import SourceError
-from alexnet_jax.prepare.splits import TRAIN, is_plain_split, split_kind
 
 _KAGGLE = ('ILSVRC/Data/CLS-LOC', 'Data/CLS-LOC', 'CLS-LOC')  # in the tree of Kaggle's ImageNet
 _DEPTH = 4  # folders that enter() opens at most
@@ -124,9 +124,17 @@ def check_classes(folder: Path, files: Mapping[str, Files], start: int) -> list[
         kinds = {split_kind(inner) for inner in below} - {None}
         if TRAIN in kinds and len(kinds) > 1:
             splits = shortened(sorted(filter(split_kind, below)))
+            has_classes = any(path[begin:].count('/') > 1 for path, _ in of_class)
+            first = min(filter(split_kind, below))
+            remedy = (
+                f'choose folder:{folder / name}'
+                if has_classes
+                else 'move the folders of the classes into those of the splits, such as'
+                f' {folder / name / first} to {folder / first / name}'
+            )
             raise SourceError(
                 f'config.data.source: {folder / name} contains the splits {splits} instead of the images of a class;'
-                f' choose folder:{folder / name}, or move the classes into the folders of the splits'
+                f' {remedy}'
             )
         shared = Counter(owners[inner] for inner in below if inner in owners)
         for other, count in shared.items():
@@ -185,7 +193,12 @@ def _has_classes(folder: Path) -> bool:
 
 
 def _first_two(folder: Path) -> list[str]:
-    """Returns the names of at most two folders in `folder` that are empty or contain images."""
+    """Returns the names of at most two folders in `folder` that are empty or contain images.
+
+    An empty folder for annotations next to a folder of images, as in images/ and labels/, does not count.
+    """
     folders, _ = list_folder(folder, Counter())
+    if any(name.lower() in _IMAGE_FOLDERS for name in folders):
+        folders = [name for name in folders if name.lower() not in _ANNOTATIONS or content_of(folder / name) != EMPTY]
     found = (name for name in folders if content_of(folder / name) != OTHER)
     return list(itertools.islice(found, 2))

@@ -87,6 +87,9 @@ class FolderReader:
         missing = [path for part in files.values() for path, size in part if size < 0]
         if missing:
             self.notes.append(f'{table.file.name} names files that do not exist: {shortened(missing, 1)}')
+        note = f'{table.file.name} has columns that are not read: {shortened(table.unused)}' if table.unused else None
+        if note and note not in self.notes:
+            self.notes.append(note)
         names, are_names = sorted_classes(set(files))
         return {name: files[name] for name in names}, are_names
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from alexnet_jax.prepare.raw_sources import ArrayExamples, Source, SourceError, hold_out
+from alexnet_jax.prepare.raw_sources import ArrayExamples, Source, SourceError, held_out_share, hold_out
 from alexnet_jax.prepare.splits import choose_splits
 
 MAX_BYTES = 4 * 1024**3  # of an IDX file, which is read into memory; the largest EMNIST has 550 MB
@@ -35,7 +35,7 @@ def open_idx(folder: Path, fraction: float, validation_split: str | None) -> Sou
         splits,
         [str(label) for label in range(classes)],
         choice.validation is None,
-        origins={'train': 'train', 'validation': choice.validation or f'{100 * fraction:g}% of each class of train'},
+        origins={'train': 'train', 'validation': choice.validation or held_out_share(fraction, 'train')},
         notes=choice.notes,
         names_classes=False,
         roots=(str(folder),),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 
 import numpy as np
 
-from alexnet_jax.data.inventory import LITTER
+from alexnet_jax.data.inventory import is_folder, is_litter
 from alexnet_jax.paths import shown
 from alexnet_jax.prepare.raw_sources import FileExamples, SourceError
 
@@ -31,8 +31,8 @@ _OTHER_ENDINGS = frozenset(
 def list_folder(folder: str | os.PathLike[str], ignored: Counter[str]) -> tuple[list[str], list[os.DirEntry[str]]]:
     """Returns the sorted names of the folders in `folder`, and its image files in any order; see entries_of()."""
     folders, images = [], []
-    for entry, is_folder in entries_of(folder, ignored):
-        if is_folder:
+    for entry, is_dir in entries_of(folder, ignored):
+        if is_dir:
             folders.append(entry.name)
         else:
             images.append(entry)
@@ -51,9 +51,9 @@ def entries_of(folder: str | os.PathLike[str], ignored: Counter[str]) -> Iterato
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = entry.name
-                if name.startswith('.') or name.lower() in LITTER:
+                if is_litter(name):
                     ignored[_kind_of_litter(entry)] += 1
-                elif _is_folder(entry):
+                elif is_folder(entry):
                     yield entry, True
                 elif (ending := os.path.splitext(name)[1].lower()) in _OTHER_ENDINGS:
                     ignored[f'*{ending}'] += 1
@@ -80,8 +80,8 @@ def images_below(folder: str | os.PathLike[str], ignored: Counter[str]) -> Itera
         if real in seen:
             continue
         seen.add(real)
-        for entry, is_folder in entries_of(current, ignored):
-            if is_folder:
+        for entry, is_dir in entries_of(current, ignored):
+            if is_dir:
                 pending.append(entry.path)
             else:
                 yield entry
@@ -162,16 +162,9 @@ def describe_ignored(ignored: Counter[str]) -> list[str]:
     return lines
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself; the preparation skips and reports it
-        return False
-
-
 def _kind_of_litter(entry: os.DirEntry[str]) -> str:
     """Returns the name under which a system file or hidden file is counted."""
-    if _is_folder(entry):
+    if is_folder(entry):
         return f'{entry.name}/'
     if entry.name.startswith('._'):
         return '._*'  # AppleDouble files: one per file

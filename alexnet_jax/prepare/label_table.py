@@ -1,5 +1,6 @@
 """Tables of images and their classes: labels.csv, labels.tsv, metadata.csv and _classes.csv."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -8,12 +9,13 @@ import sys
 from pathlib import Path
 
 from alexnet_jax.config import check_class_names
+from alexnet_jax.data.split_names import split_kind
 from alexnet_jax.prepare.image_files import HEADER, Files, size_of
 from alexnet_jax.prepare.label_files import numbered_rows
 from alexnet_jax.prepare.raw_sources import SourceError
-from alexnet_jax.prepare.splits import split_kind
 
 _EXPLICIT, _HUGGING_FACE, _ROBOFLOW = ('labels.csv', 'labels.tsv'), 'metadata.csv', '_classes.csv'
+_TABLES = (*_EXPLICIT, _HUGGING_FACE, _ROBOFLOW)
 # The first name precedes the others, which must be unambiguous.
 _PATHS = ('path', 'filepath', 'file_path', 'filename', 'file_name', 'file', 'image', 'image_path')
 _LABELS = ('label', 'class', 'category', 'target')
@@ -22,12 +24,20 @@ _SPLITS = ('split', 'set', 'subset', 'partition')
 
 @dataclasses.dataclass(frozen=True)
 class LabelTable:
-    """The rows of a table: one path, class and split per image. `splits` is None if the table has no splits."""
+    """The rows of a table: one path, class and split per image.
+
+    Attributes:
+      file: the table.
+      paths, classes: one per image; the paths are relative to the folder of the table.
+      splits: one per image; None if the table has no splits.
+      unused: the names of the columns that are not read.
+    """
 
     file: Path
     paths: list[str]
     classes: list[str]
     splits: list[str] | None
+    unused: tuple[str, ...] = ()
 
     def files(self, root: str, split: str | None = None) -> dict[str, Files]:
         """Returns the files of each class in `split`, or in the whole table, with paths relative to `root`.
@@ -53,12 +63,18 @@ class LabelTable:
 
 
 def find_table(folder: Path) -> Path | None:
-    """Returns the table in `folder`, or None. Raises SourceError: there are two tables."""
-    explicit = [folder / name for name in _EXPLICIT if (folder / name).is_file()]
-    if len(explicit) > 1:
-        raise SourceError(f'config.data.source: {folder} has labels.csv and labels.tsv; keep one of them')
-    found = [*explicit, *(folder / name for name in (_HUGGING_FACE, _ROBOFLOW) if (folder / name).is_file())]
-    return next((path for path in found if path.name != _HUGGING_FACE or _has_labels(path)), None)
+    """Returns the table in `folder`, whose name may have any case, or None.
+
+    Raises SourceError: there are two tables.
+    """
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.name.lower() in _TABLES and entry.is_file())
+        explicit = [name for name in names if name.lower() in _EXPLICIT]
+        if len(explicit) > 1:
+            raise SourceError(f'config.data.source: {folder} has {" and ".join(explicit)}; keep one of them')
+        found = [folder / name for name in sorted(names, key=lambda name: _TABLES.index(name.lower()))]
+        return next((path for path in found if path.name.lower() != _HUGGING_FACE or _has_labels(path)), None)
+    return None
 
 
 def read_table(path: Path) -> LabelTable:
@@ -74,11 +90,13 @@ def read_table(path: Path) -> LabelTable:
     line, header = next(rows, (1, []))
     if not header:
         raise SourceError(f'{path} is empty; its first line must be a header such as {HEADER}')
-    is_one_hot = path.name == _ROBOFLOW  # one column per class after the path
+    is_one_hot = path.name.lower() == _ROBOFLOW  # one column per class after the path
     path_column = 0 if is_one_hot else _column(path, header, _PATHS, ('id',))
     class_column = None if is_one_hot else _column(path, header, _LABELS)
     split_column = None if is_one_hot else _find_column(path, header, _SPLITS)
-    table = LabelTable(path, [], [], [] if split_column is not None else None)
+    used = (path_column, class_column, split_column)
+    unused = () if is_one_hot else tuple(name for i, name in enumerate(header) if name and i not in used)
+    table = LabelTable(path, [], [], [] if split_column is not None else None, unused)
     lines: list[int] = []
     seen: dict[str, int] = {}
     known: set[str] = set()
@@ -134,7 +152,7 @@ def sorted_classes(names: set[str]) -> tuple[list[str], bool]:
 
 
 def _delimiter(path: Path) -> str:
-    return '\t' if path.suffix == '.tsv' else ','
+    return '\t' if path.suffix.lower() == '.tsv' else ','
 
 
 def _has_labels(path: Path) -> bool:
@@ -152,7 +170,7 @@ def _column(path: Path, header: list[str], names: tuple[str, ...], last: tuple[s
     signs = ((';', 'semicolons'), ('\t', 'tabs'), (',', 'commas'))
     delimiter = next((what for sign, what in signs if sign in listed and len(header) == 1), None)
     if delimiter:
-        wanted = 'tabs' if path.suffix == '.tsv' else 'commas'
+        wanted = 'tabs' if path.suffix.lower() == '.tsv' else 'commas'
         raise SourceError(
             f'{path}, line 1: the columns are separated by {delimiter}, but must be separated by {wanted}'
         )
@@ -190,6 +208,8 @@ def _checked_path(path: str, where: str) -> str:
     normalized = os.path.normpath(path.replace('\\', '/')) if path else '.'
     if normalized == '.' or '\0' in path:
         raise SourceError(f'{where}: the path {path!r} is not that of a file')
-    if normalized.startswith('/') or normalized.split('/')[0] == '..' or re.match('[A-Za-z]:/', normalized):
+    if normalized.startswith('/') or re.match('[A-Za-z]:/', normalized):
+        raise SourceError(f'{where}: the path {path!r} is absolute; give the path relative to the folder of the table')
+    if normalized.split('/')[0] == '..':
         raise SourceError(f'{where}: the path {path!r} leads out of the folder of the table; give a path below it')
     return normalized

@@ -7,169 +7,22 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from jaxtyping import Integer
 from pyarrow import fs
 
-from alexnet_jax.data.images import UnreadableImage, read_file
+from alexnet_jax.data.split_names import split_word
 from alexnet_jax.paths import check_text_path, is_url, shown
-from alexnet_jax.prepare.raw_sources import Indices, Labels, RawExample, Source, SourceError
-from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, find_files, open_splits, split_word
-from alexnet_jax.runtime.console import log
-
-_WINDOW_BYTES = 1 << 24  # of the images that a worker process decodes from a row group at once
-_CORRUPT = (pa.ArrowException, OSError, ValueError)  # what pyarrow raises for corrupt files
+from alexnet_jax.prepare.parquet_rows import PARQUET_ERRORS, ParquetExamples, filesystem_of, open_file
+from alexnet_jax.prepare.raw_sources import Source, SourceError
+from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, find_files, open_splits
+from alexnet_jax.runtime.console import log, summarize_exception
 
 
-@dataclasses.dataclass(frozen=True)
-class ParquetExamples:
-    """Rows of parquet files.
-
-    Attributes:
-      root: folder of the data set, a path or the URL of a bucket.
-      files: paths relative to `root`.
-      starts: number of the first row of each file, and the number after the last row of the last file.
-      digests: digests of the footers of the files, which have the sizes and offsets of all columns.
-      image: name of the image column.
-      rows: numbers of the rows.
-      labels: one label per row.
-    """
-
-    root: str
-    files: tuple[str, ...]
-    starts: Integer[np.ndarray, ' f']
-    digests: tuple[str, ...]
-    image: str
-    rows: Integer[np.ndarray, ' n']
-    labels: Labels
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def _locate(self, index: int) -> tuple[int, int]:
-        """Returns the position of the file in `files`, and the number of the row in the file."""
-        row = self.rows[index]
-        file = int(np.searchsorted(self.starts, row, 'right')) - 1
-        return file, int(row - self.starts[file])
-
-    def __getitem__(self, index: int) -> RawExample:
-        file, row = self._locate(index)
-        cell = _row_reader(self.root, self.files[file], self.digests[file], self.image).cell(row)
-        content, path = (cell.get('bytes'), cell.get('path')) if isinstance(cell, dict) else (cell, None)
-        if content is None:
-            content = self._read_path(path)
-        return content, int(self.labels[index])
-
-    def _read_path(self, path: str | None) -> bytes:
-        if not path:
-            raise UnreadableImage('its image cell is null')
-        if '\0' in path:
-            raise UnreadableImage('the cell has only a path, which contains a zero byte')
-        root = os.path.realpath(self.root)
-        real = os.path.realpath(os.path.join(root, path))
-        if not real.startswith(os.path.join(root, '')):
-            raise UnreadableImage(f'the cell has only a path, {shown(path)}, that leads out of the data set')
-        return read_file(real)
-
-    def name(self, index: int) -> str:
-        """Returns the file and the row, counted from 0."""
-        file, row = self._locate(index)
-        return f'{self.files[file]} row {row}'
-
-    def subset(self, indices: Indices) -> 'ParquetExamples':
-        """Returns the examples at `indices`."""
-        rows, labels = self.rows[indices], self.labels[indices]
-        first, last = np.searchsorted(self.starts, (rows.min(), rows.max()), 'right') if len(rows) else (1, 1)
-        used = slice(first - 1, last)
-        return dataclasses.replace(
-            self,
-            files=self.files[used],
-            starts=self.starts[first - 1 : last + 1],
-            digests=self.digests[used],
-            rows=rows,
-            labels=labels,
-        )
-
-    def digest(self) -> str:
-        """Returns the digest of the names and footers of the files, the rows and the labels."""
-        arrays = self.starts.tobytes() + self.rows.tobytes() + self.labels.tobytes()
-        described = json.dumps([self.files, self.digests, self.image])
-        return hashlib.sha256(described.encode() + arrays).hexdigest()
-
-
-@functools.cache
-def _filesystem(root: str) -> tuple[fs.FileSystem, str]:
-    """Returns the file system of a folder, and its path there. Raises OSError or ValueError: the URL is unusable."""
-    return fs.FileSystem.from_uri(root) if is_url(root) else (fs.LocalFileSystem(), root)
-
-
-def _open(root: str, file: str) -> pq.ParquetFile:
-    """Opens a file such that pyarrow reads a megabyte at once, not a whole row group."""
-    filesystem, folder = _filesystem(root)
-    return pq.ParquetFile(
-        os.path.join(folder, file),
-        filesystem=filesystem,
-        buffer_size=1 << 20,
-        pre_buffer=False,
-        page_checksum_verification=True,
-    )
-
-
-class _RowReader:
-    """Reads cells of one column; the rows should increase, because the reader decodes a row group from its start."""
-
-    def __init__(self, file: pq.ParquetFile, column: str):
-        self.file, self.column = file, column
-        sizes = [self.file.metadata.row_group(i).num_rows for i in range(self.file.metadata.num_row_groups)]
-        self.starts = np.cumsum([0, *sizes])
-        self.group, self.first = -1, 0  # `first` is the row number of the first of the decoded `values`
-        self.values: Sequence[Any] = []
-        self.batches: Iterator[pa.RecordBatch] = iter(())
-
-    def cell(self, row: int) -> Any:
-        """Returns the value at `row`. Raises UnreadableImage: the row group is corrupt at or before `row`."""
-        group = int(np.searchsorted(self.starts, row, 'right')) - 1
-        try:
-            if group != self.group or row < self.first:
-                self.group, self.first, self.values = group, int(self.starts[group]), []
-                self.batches = iter(())  # of no group, if the next line fails
-                self.batches = self._decode(group)
-            while row >= self.first + len(self.values):
-                self.first += len(self.values)
-                self.values = []
-                self.values = next(self.batches).column(0)
-            return self.values[row - self.first].as_py()
-        except StopIteration:
-            raise UnreadableImage('its row group is corrupt at or before the row') from None
-        except _CORRUPT as error:
-            raise UnreadableImage(f'its row group is corrupt ({_one_line(error)})') from None
-
-    def _decode(self, group: int) -> Iterator[pa.RecordBatch]:
-        description = self.file.metadata.row_group(group)
-        mean_bytes = max(1, description.total_byte_size // max(1, description.num_rows))
-        batch = min(1024, max(1, _WINDOW_BYTES // mean_bytes))
-        return self.file.iter_batches(batch, [group], [self.column], use_threads=False)
-
-
-@functools.lru_cache(maxsize=1)
-def _row_reader(root: str, file: str, digest: str, column: str) -> _RowReader:
-    """Returns the reader of a file. `digest` is a part of the key of the cache, because the file may be replaced."""
-    try:
-        return _RowReader(_open(root, file), column)
-    except _CORRUPT as error:
-        raise UnreadableImage(f'{file} is corrupt ({_one_line(error)})') from None
-
-
-def _one_line(error: BaseException) -> str:
-    return ' '.join(str(error).split())[:200] or type(error).__name__
-
-
-def find_parquet(location: str) -> tuple[str, str | None] | None:
+def _find_local(location: str) -> tuple[str, str | None] | None:
     """Returns the local path and the label column of DIR or DIR:COLUMN; None if neither path exists."""
     path, _, column = location.rpartition(':')
     for candidate, label in ((location, None), (path, column)):
@@ -204,13 +57,13 @@ def _locate(location: str) -> tuple[str, str | None]:
         url = re.fullmatch(r'(.+?)(?::([^\W\d]\w*))?', location)  # a number after a colon is a port
         assert url is not None
         return url[1], url[2]
-    path, label = find_parquet(location) or _download(location)
+    path, label = _find_local(location) or _download(location)
     return check_text_path('config.data.source', path), label
 
 
 def check_downloaded(location: str) -> None:
     """Raises SourceError if open_parquet() would download the data set `location`, or could not."""
-    if not is_url(location) and find_parquet(location) is None:
+    if not is_url(location) and _find_local(location) is None:
         _download(location, only_from_cache=True)
 
 
@@ -248,7 +101,7 @@ def _download(location: str, only_from_cache: bool = False) -> tuple[str, str | 
             ) from None
         raise SourceError(
             f'config.data.source: {name} is no local folder, and huggingface_hub could not download it:'
-            f' {type(error).__name__}: {_one_line(error)}'
+            f' {type(error).__name__}: {" ".join(str(error).split())[:200]}'
         ) from None
     return folder, label or None
 
@@ -280,10 +133,10 @@ def _parquet_files(root: str) -> list[str]:
 def _files_of_bucket(url: str) -> list[str]:
     """Returns the sorted paths of the parquet files below `url`. Raises SourceError: the bucket cannot be read."""
     try:
-        filesystem, folder = _filesystem(url)
+        filesystem, folder = filesystem_of(url)
         found = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
-    except _CORRUPT as error:
-        raise SourceError(f'config.data.source: {shown(url)} cannot be read ({_one_line(error)})') from None
+    except PARQUET_ERRORS as error:
+        raise SourceError(f'config.data.source: {shown(url)} cannot be read ({summarize_exception(error)})') from None
     return sorted(os.path.relpath(info.path, folder) for info in found if info.path.lower().endswith('.parquet'))
 
 
@@ -319,7 +172,7 @@ def _read_labels(root: str, file: str, label: str | None, location: str) -> _Fil
     """Reads the footer and the label column. Raises SourceError: the file is corrupt or lacks a column."""
     path = os.path.join(root, file)
     try:
-        with _open(root, file) as parquet:
+        with open_file(root, file) as parquet:
             columns = _choose_columns(path, parquet.schema_arrow, label, location)
             labels = parquet.read([columns[1]], use_threads=False).column(0)
             footer_bytes, rows = parquet.metadata.serialized_size, parquet.metadata.num_rows
@@ -328,15 +181,15 @@ def _read_labels(root: str, file: str, label: str | None, location: str) -> _Fil
             labels = labels.dictionary_decode()
         encoded = labels.dictionary_encode()
         column = LabelColumn(encoded.dictionary.to_pylist(), encoded.indices.fill_null(-1).to_numpy())
-        filesystem, folder = _filesystem(root)
+        filesystem, folder = filesystem_of(root)
         with filesystem.open_input_file(os.path.join(folder, file)) as raw:
             raw.seek(raw.size() - footer_bytes - 8)
             digest = hashlib.sha256(raw.read()).hexdigest()
     except SourceError:
         raise
-    except _CORRUPT as error:
+    except PARQUET_ERRORS as error:
         raise SourceError(
-            f'{shown(path)} cannot be read ({_one_line(error)}); if it is corrupt, download it again'
+            f'{shown(path)} cannot be read ({summarize_exception(error)}); if it is corrupt, download it again'
         ) from None
     if len(column.codes) != rows:
         raise SourceError(f'{path} is corrupt: {rows} rows, but {len(column.codes)} labels; download it again')

@@ -147,16 +147,26 @@ def holdout_mask(labels: Labels, fraction: float) -> Bool[np.ndarray, ' n']:
     return chosen
 
 
+def check_held_out(held_out: int, images: int, fraction: float, where: str) -> None:
+    """Raises SourceError if none or all of the `images` of the source `where` are held out for validation."""
+    if held_out in (0, images):
+        empty = 'validation' if held_out == 0 else 'training'
+        raise SourceError(
+            f'config.data.validation_fraction: {fraction:g} of the {images:,} images of {where}, which has no'
+            f' validation split, leaves no image for {empty}; change the fraction, or add a validation split'
+        )
+
+
+def held_out_share(fraction: float, origin: str) -> str:
+    """Returns the origin of the images that hold_out() takes from those of `origin`, see Source."""
+    return f'{100 * fraction:g}% of each class of {origin}'
+
+
 def hold_out(examples: LabeledExamples, fraction: float, where: str) -> dict[str, Examples]:
     """Returns the splits after `fraction` of each class of `examples` is held out for validation.
 
     Raises SourceError: a split would be empty; the message begins with `where`.
     """
     chosen = holdout_mask(examples.labels, fraction)
-    if not chosen.any() or chosen.all():
-        raise SourceError(
-            f'{where} has no validation split, and'
-            f' data.validation_fraction={fraction:g} of its {len(chosen)} training images'
-            ' leaves no image for validation or none for training'
-        )
+    check_held_out(int(chosen.sum()), len(chosen), fraction, where)
     return {'train': examples.subset(np.flatnonzero(~chosen)), 'validation': examples.subset(np.flatnonzero(chosen))}

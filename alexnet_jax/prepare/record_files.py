@@ -8,13 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Integer
 
-from alexnet_jax.paths import is_url, shown
-from alexnet_jax.prepare.raw_sources import LabeledExamples, Labels, Source, SourceError, hold_out
-from alexnet_jax.prepare.splits import TRAIN, choose_splits, is_plain_split, split_kind
+from alexnet_jax.data.split_names import TRAIN, split_kind, split_word
+from alexnet_jax.paths import shown
+from alexnet_jax.prepare.raw_sources import LabeledExamples, Labels, Source, SourceError, held_out_share, hold_out
+from alexnet_jax.prepare.splits import choose_splits
 
 _SHARD_NUMBER = re.compile(r'(^|[-_.])(\d+-of-\d+(-[0-9a-f]+)?|\d+)$')  # Hub: train-00000-of-00002-4bcb11a4f1ba6de3
-
-
 _MAX_CLASSES = 100_000  # if classes are numbered without names
 
 
@@ -48,15 +47,6 @@ class RawSplit:
     name: Callable[[int], str]
     class_names: list[str] | None = None
     notes: tuple[str, ...] = ()
-
-
-def check_local(source: str) -> None:
-    """Raises SourceError if `source` is a URL that open_source() cannot read."""
-    if is_url(source) and not source.startswith('hf:s3://'):
-        raise SourceError(
-            f'config.data.source: {shown(source)} is a URL; only parquet files are read from one, hf:s3://BUCKET/DIR:'
-            ' mount the bucket (gcsfuse, mount-s3, rclone mount) or copy the files, then give the local path'
-        )
 
 
 def find_files(root: str, endings: tuple[str, ...]) -> list[str]:
@@ -105,14 +95,6 @@ def files_by_split(files: Sequence[str]) -> dict[str, list[str]]:
         same = [other for other in groups if word and split_kind(words[other] or '') == split_kind(word)]
         named[word if word and len(same) == 1 else name] = group  # train and train_extra are two splits
     return named
-
-
-def split_word(name: str) -> str | None:
-    """Returns the part of `name` that names a split, such as 'train' of 'imagenet-train-256'; None if it is unclear."""
-    if is_plain_split(name):
-        return name
-    words = [word for word in re.split(r'[\W_]+', name) if is_plain_split(word)]
-    return words[0] if len({split_kind(word) for word in words}) == 1 else None
 
 
 def number_classes(
@@ -194,7 +176,7 @@ def open_splits(
     origins = {split: _described(groups[name]) for split, name in used.items()}
     held_out = choice.validation is None
     if held_out:
-        origins['validation'] = f'{fraction:.0%} of each class of {origins["train"]}'
+        origins['validation'] = held_out_share(fraction, origins['train'])
     named = given is not None or any(isinstance(value, str) for part in raw.values() for value in part.column.values)
     return Source(
         hold_out(splits['train'], fraction, where) if held_out else splits,

@@ -18,8 +18,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from alexnet_jax.data.dataset import DatasetError
 from alexnet_jax.data.images import UnreadableImage, read_image, resize_and_center_crop
+from alexnet_jax.data.split_reader import DatasetError
 from alexnet_jax.prepare.shards import ContentDigest, ImageSpec, RunningMoments, Shard
 from alexnet_jax.runtime.files import JsonObject, json_digest, read_json, write_json
 

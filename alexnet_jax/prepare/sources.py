@@ -1,26 +1,21 @@
 """Opens sources of raw images."""
 
+import dataclasses
 import os
 from pathlib import Path
 
-from alexnet_jax.paths import check_text_path
+from alexnet_jax.paths import check_text_path, is_url, shown
+from alexnet_jax.prepare.classes import describe_empty_classes
 from alexnet_jax.prepare.folder import open_folder
 from alexnet_jax.prepare.idx import open_idx
 from alexnet_jax.prepare.raw_sources import Source, SourceError
-from alexnet_jax.prepare.record_files import check_local
 from alexnet_jax.prepare.tfds_source import open_tfds
-from alexnet_jax.prepare.webdataset import has_tars, open_webdataset
+from alexnet_jax.prepare.webdataset import open_webdataset
 
 
 def is_local(source: str) -> bool:
-    """Returns whether `source` is an existing folder, which open_source() opens without a download or conversion."""
+    """Returns whether `source` is an existing folder of images or of IDX files."""
     kind, _, location = source.partition(':')
-    if kind == 'hf':
-        from alexnet_jax.prepare.parquet import find_parquet  # imports pyarrow
-
-        return find_parquet(location) is not None
-    if kind == 'wds':
-        return has_tars(location)
     return kind in ('folder', 'idx') and os.path.isdir(os.path.expanduser(location))
 
 
@@ -45,8 +40,19 @@ def open_source(source: str, data_dir: str, validation_fraction: float, validati
     Raises SourceError: the source does not exist, has a wrong format, or cannot be downloaded.
     Raises ConfigError: the path of the source cannot be used, or TFDS would have to write to a read-only `data_dir`.
     """
+    opened = _open_source(source, data_dir, validation_fraction, validation_split)
+    return dataclasses.replace(opened, notes=(*opened.notes, *describe_empty_classes(opened)))
+
+
+def _open_source(source: str, data_dir: str, validation_fraction: float, validation_split: str | None) -> Source:
     kind, _, location = source.partition(':')
-    check_local(source)
+    if is_url(source) and not source.startswith('hf:s3://'):
+        raise SourceError(
+            f'config.data.source: {shown(source)} is a URL; only parquet files are read from one, hf:s3://BUCKET/DIR:'
+            ' mount the bucket (gcsfuse, mount-s3, rclone mount) or copy the files, then give the local path'
+        )
+    if kind in ('folder', 'idx', 'hf', 'wds') and not location:
+        raise SourceError(f'config.data.source: {source!r} names no folder; write {kind}:DIR')
     if kind in ('folder', 'idx'):
         check_text_path('config.data.source', location)
     if kind == 'folder':
@@ -61,6 +67,8 @@ def open_source(source: str, data_dir: str, validation_fraction: float, validati
         return open_webdataset(location, validation_fraction, validation_split)
     if kind == 'tfds' or source == 'photos':
         return open_tfds(source, data_dir, validation_fraction, validation_split)
+    hint = f'; for the folder {source}, write folder:{source}' if os.path.isdir(os.path.expanduser(source)) else ''
     raise SourceError(
-        f'config.data.source: {source!r} is not photos, tfds:NAME[:config], folder:DIR, idx:DIR, hf:DIR or wds:PATTERN'
+        f'config.data.source: {source!r} is not photos, tfds:NAME[:config], folder:DIR, idx:DIR, hf:DIR or'
+        f' wds:PATTERN{hint}'
     )

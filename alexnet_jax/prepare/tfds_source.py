@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from alexnet_jax.config import ConfigError
 from alexnet_jax.paths import check_writable, shown
 from alexnet_jax.prepare.classes import are_numbers
-from alexnet_jax.prepare.raw_sources import Source, SourceError, digest
+from alexnet_jax.prepare.raw_sources import Source, SourceError, check_held_out, digest
 from alexnet_jax.prepare.splits import choose_splits
 from alexnet_jax.prepare.tfds_folders import TfdsName, describe_rest, find_version, parse_name
 from alexnet_jax.prepare.tfds_records import TfdsExamples, TfdsShard
@@ -34,15 +34,14 @@ def open_tfds(source: str, data_dir: str, fraction: float, validation_split: str
     info = builder.info
     sizes = {split: part.num_examples for split, part in info.splits.items() if part.num_examples}
     choice = choose_splits(sizes, validation_split, info.full_name)
-    origins = {'train': choice.train, 'validation': choice.validation or f'the last {fraction:.0%} of {choice.train}'}
+    origins = {
+        'train': choice.train,
+        'validation': choice.validation or f'the last {100 * fraction:g}% of {choice.train}',
+    }
     train = _open_split(builder, choice.train, image, label)
     if choice.validation is None:
         kept = len(train) - round(fraction * len(train))
-        if kept in (0, len(train)):
-            raise SourceError(
-                f'{info.full_name} has no validation split, and data.validation_fraction={fraction:g} of its'
-                f' {len(train)} training images leaves no image for validation or none for training'
-            )
+        check_held_out(len(train) - kept, len(train), fraction, info.full_name)
         validation, train = train.subset(range(kept, len(train))), train.subset(range(kept))
     else:
         validation = _open_split(builder, choice.validation, image, label)

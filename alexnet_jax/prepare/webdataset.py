@@ -1,6 +1,5 @@
 """Tar files of WebDataset. Members with the same key, the path up to the first dot of the name, are one example."""
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -10,25 +9,23 @@ import itertools
 import json
 import os
 import re
-from array import array
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Integer
 
 from alexnet_jax.data.images import UnreadableImage
+from alexnet_jax.data.split_names import split_word
 from alexnet_jax.paths import shown
 from alexnet_jax.prepare.raw_sources import Indices, Labels, RawExample, Source, SourceError
-from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, find_files, open_splits, split_word
-from alexnet_jax.prepare.tar_members import BLOCK_BYTES, Member, read_members
+from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, find_files, open_splits
+from alexnet_jax.prepare.tar_index import TarIndex
+from alexnet_jax.prepare.tar_members import Member, read_members
 
-_IMAGE_ENDINGS = ('jpg', 'jpeg', 'png', 'webp', 'ppm', 'pgm', 'bmp', 'tif', 'tiff', 'gif')
 _COMPRESSED_ENDINGS = ('.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.tar.zst')
 _CLASS_FILES = ('classes.txt', 'classnames.txt')  # beside the tar files, one name per line
-_LABEL_FIELDS = ('label', 'cls', 'class')  # of a member .json
 _MAX_FILES = 100_000
-_MAX_LABEL_BYTES = 1000
-_MAX_TEXT_BYTES = 1 << 20  # of a member .json, or a file of class names
+_MAX_TEXT_BYTES = 1 << 20  # of a file of class names
 _MAX_IMAGE_BYTES = 1 << 30
 
 
@@ -73,9 +70,13 @@ class TarExamples:
                 raise UnreadableImage('the tar file was changed during the preparation') from None
 
     def name(self, index: int) -> str:
-        """Returns the paths of the tar file and of the member."""
-        with self._open(index) as (_, member):
-            return f'{self.files[self.numbers[index]]}/{member.name}'
+        """Returns the paths of the tar file and of the member, or its position if it cannot be read."""
+        file = self.files[self.numbers[index]]
+        try:
+            with self._open(index) as (_, member):
+                return f'{file}/{member.name}'
+        except (UnreadableImage, OSError):
+            return f'{file} byte {self.headers[index]}'
 
     def subset(self, indices: Indices) -> 'TarExamples':
         """Returns the examples at `indices`."""
@@ -104,9 +105,14 @@ def open_webdataset(pattern: str, fraction: float, validation_split: str | None)
     folder = os.path.abspath(os.path.expanduser(pattern))
     root = folder if os.path.isdir(folder) else os.path.commonpath([os.path.dirname(path) for path in paths])
     files = [os.path.relpath(path, root) for path in paths]
-    names, notes = _read_class_names(root)
+    class_file = _find_class_file(root)
+    names = _read_class_names(class_file) if class_file else None
     open_split = functools.partial(_open_split, root, names)
-    source = open_splits(pattern, files, fraction, validation_split, open_split, tuple(paths))
+    roots = [folder] if os.path.isdir(folder) else paths
+    if class_file and not class_file.startswith(os.path.join(roots[0], '')):
+        roots.append(class_file)
+    source = open_splits(pattern, files, fraction, validation_split, open_split, tuple(roots))
+    notes = [f'{class_file} has the names of the {len(names)} classes'] if names is not None else []
     return dataclasses.replace(source, notes=(*source.notes, *notes))
 
 
@@ -144,14 +150,6 @@ def find_tars(pattern: str) -> list[str]:
     return paths
 
 
-def has_tars(pattern: str) -> bool:
-    """Returns whether all tar files of `pattern` exist."""
-    try:
-        return bool(find_tars(pattern))
-    except SourceError:
-        return False
-
-
 def _expand(pattern: str) -> Iterator[str]:
     """Yields the paths of a pattern with lists {a,b} and ranges {000..146}, which may be nested."""
     braces = re.search(r'\{([^{}]*)\}', pattern)
@@ -173,24 +171,25 @@ def _expand(pattern: str) -> Iterator[str]:
         yield from _expand(pattern[: braces.start()] + choice + pattern[braces.end() :])
 
 
-def _read_class_names(root: str) -> tuple[list[str] | None, list[str]]:
-    """Returns the class names in a file in `root`, or beside it if it is named like a split, with a note."""
+def _find_class_file(root: str) -> str | None:
+    """Returns the file with the class names in `root`, or beside `root` if it is named like a split, or None."""
     folders = [root, os.path.dirname(root)] if split_word(os.path.basename(root)) else [root]
-    for path in (os.path.join(folder, name) for folder in folders for name in _CLASS_FILES):
-        if not os.path.isfile(path):
-            continue
-        try:
-            with open(path, encoding='utf-8') as file:
-                names = [line.strip() for line in file.read(_MAX_TEXT_BYTES).splitlines() if line.strip()]
-        except ValueError:
-            raise SourceError(f'{path} is not UTF-8 text with one class name per line') from None
-        return names, [f'{path} has the names of the {len(names)} classes']
-    return None, []
+    paths = (os.path.join(folder, name) for folder in folders for name in _CLASS_FILES)
+    return next(filter(os.path.isfile, paths), None)
+
+
+def _read_class_names(path: str) -> list[str]:
+    """Returns the class names in a file. Raises SourceError: it is no text."""
+    try:
+        with open(path, encoding='utf-8-sig') as file:
+            return [line.strip() for line in file.read(_MAX_TEXT_BYTES).splitlines() if line.strip()]
+    except ValueError:
+        raise SourceError(f'{path} is not UTF-8 text with one class name per line') from None
 
 
 def _open_split(root: str, class_names: list[str] | None, files: Sequence[str]) -> RawSplit:
     """Indexes the tar files of a split."""
-    index = _Index()
+    index = TarIndex()
     lengths = []
     for file in files:
         try:
@@ -212,136 +211,3 @@ def _open_split(root: str, class_names: list[str] | None, files: Sequence[str]) 
 
     name = examples(np.arange(len(codes)), np.zeros(len(codes), np.int32)).name
     return RawSplit(LabelColumn(index.values(), codes), examples, name, class_names, index.notes())
-
-
-@dataclasses.dataclass(slots=True)
-class _Group:
-    """The members of one key: position of the header of the image, code of the label, and the member .json."""
-
-    image: int = -1
-    label: int = -1
-    json: Member | None = None
-
-
-class _Index:
-    """Positions and labels of the images in the tar files of a split, in the order of the images.
-
-    Attributes:
-      counts: images by tar file.
-      headers: position of the header of each image.
-      codes: code of the label of each image; -1 if the image has none.
-      texts: code of each label.
-      endings: number of members by ending.
-      problems: count and first name of what is not used, by problem.
-    """
-
-    def __init__(self) -> None:
-        self.counts: list[int] = []
-        self.headers, self.codes = array('q'), array('i')
-        self.texts: dict[str, int] = {}
-        self.endings: collections.Counter[str] = collections.Counter()
-        self.problems: dict[str, tuple[int, str]] = {}
-
-    def add(self, path: str) -> None:
-        """Indexes a tar file. Raises SourceError: see tar_members.read_members(). Raises OSError: it is unreadable."""
-        images, codes, hashes = array('q'), array('i'), array('q')
-        with open(path, 'rb', buffering=0) as file:
-            for key, group in self._groups(file.fileno(), path):
-                if group.image >= 0:
-                    images.append(group.image)
-                    codes.append(group.label)
-                    hashes.append(hash(key))
-                elif group.label >= 0:
-                    self._count('labels without an image', f'{path}/{key}')
-            order = np.argsort(np.array(images))
-            is_first = np.zeros(len(order), bool)
-            is_first[np.unique(np.array(hashes)[order], return_index=True)[1]] = True
-            for position in order[~is_first]:
-                name = next(read_members(file.fileno(), path, images[position])).name
-                self._count('images with the key of an earlier image', f'{path}/{name}')
-            if any(os.pread(file.fileno(), BLOCK_BYTES, max(0, os.path.getsize(path) - BLOCK_BYTES))):
-                self._count('tar files without an end mark, which may be incomplete', path)
-        self.counts.append(int(is_first.sum()))
-        self.headers.extend(np.array(images)[order[is_first]].tolist())
-        self.codes.extend(np.array(codes)[order[is_first]].tolist())
-
-    def _groups(self, descriptor: int, path: str) -> Iterator[tuple[str, _Group]]:
-        """Yields the keys and their members: those with image and label, then the others."""
-        others: dict[str, _Group] = {}  # usually empty, because the members of a key are next to each other
-        key, group = '', _Group()
-        for member in read_members(descriptor, path):
-            folder, slash, base = member.name.rpartition('/')
-            stem, _, ending = base.partition('.')
-            if not stem:  # a hidden file
-                continue
-            if folder + slash + stem != key:
-                if self._is_complete(descriptor, group):
-                    yield key, group
-                else:
-                    others[key] = group
-                key = folder + slash + stem
-                group = others.pop(key, _Group())
-            ending = ending.lower()
-            self.endings[ending] += 1
-            if ending in _IMAGE_ENDINGS and group.image < 0:
-                group.image = member.header
-            elif ending in _IMAGE_ENDINGS:
-                self._count('images with the key of an earlier image', f'{path}/{member.name}')
-            elif ending == 'cls':
-                group.label = self._code(_read_text(descriptor, member, _MAX_LABEL_BYTES))
-            elif ending == 'json':
-                group.json = member
-        others[key] = group
-        for key, group in others.items():
-            self._is_complete(descriptor, group)
-            yield key, group
-
-    def _is_complete(self, descriptor: int, group: _Group) -> bool:
-        if group.image >= 0 and group.label < 0 and group.json is not None:
-            group.label = self._code(_json_label(descriptor, group.json))
-        return group.image >= 0 and group.label >= 0
-
-    def _code(self, text: str | None) -> int:
-        return -1 if not text else self.texts.setdefault(text, len(self.texts))
-
-    def _count(self, problem: str, name: str) -> None:
-        count, first = self.problems.get(problem, (0, name))
-        self.problems[problem] = (count + 1, first)
-
-    def notes(self) -> tuple[str, ...]:
-        """Returns what is not used, one line each."""
-        return tuple(
-            f'{problem}: {count}; the first is {shown(first)}' for problem, (count, first) in self.problems.items()
-        )
-
-    def values(self) -> Sequence[int | str]:
-        """Returns the labels by code: as numbers if all are numbers."""
-        if all(re.fullmatch(r'-?[0-9]+', text) for text in self.texts):
-            return [int(text) for text in self.texts]
-        return list(self.texts)
-
-
-def _read_text(descriptor: int, member: Member, limit: int) -> str | None:
-    """Returns the text in a member without blanks around it; None if it is no text or exceeds `limit` bytes.
-
-    A link has no content, so it is not followed.
-    """
-    if member.size > limit:
-        return None
-    try:
-        return os.pread(descriptor, member.size, member.start).decode().strip()
-    except UnicodeDecodeError:
-        return None
-
-
-def _json_label(descriptor: int, member: Member) -> str | None:
-    """Returns the label in a member .json; None if it has none."""
-    try:
-        content = json.loads(_read_text(descriptor, member, _MAX_TEXT_BYTES) or '')
-    except (ValueError, RecursionError):
-        return None
-    labels = [content[field] for field in _LABEL_FIELDS if field in content] if isinstance(content, dict) else []
-    label = labels[0] if labels else None
-    if isinstance(label, bool) or not isinstance(label, int | str):
-        return None
-    return str(label).strip()[:_MAX_LABEL_BYTES]

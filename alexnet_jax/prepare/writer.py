@@ -15,22 +15,19 @@ from etils import epath
 
 from alexnet_jax.config import ConfigError, check_num_classes
 from alexnet_jax.data.dataset import (
-    MANIFEST,
-    MANIFEST_VERSION,
-    DatasetError,
-    Manifest,
     dataset_dir,
     read_manifest,
     sampled_digests,
-    write_manifest,
 )
 from alexnet_jax.data.earlier_versions import EarlierDataset, find_earlier
 from alexnet_jax.data.inventory import describe_change, take_inventory
+from alexnet_jax.data.manifest import MANIFEST, MANIFEST_VERSION, Manifest, write_manifest
 from alexnet_jax.data.prepare_command import replace_command
+from alexnet_jax.data.split_reader import DatasetError
 from alexnet_jax.paths import absolute_source, check_folder, check_writable, is_url
 from alexnet_jax.prepare.adoption import adopt, find_same_images
 from alexnet_jax.prepare.classes import are_numbers, order_classes
-from alexnet_jax.prepare.data_card import DataCard, card_of_prepared, card_of_source
+from alexnet_jax.prepare.data_card import DataCard, card_of_source
 from alexnet_jax.prepare.raw_sources import Source, SourceError
 from alexnet_jax.prepare.shard_writer import ShardReport, SkippedImage, read_report, write_shards
 from alexnet_jax.prepare.shards import ImageSpec, Shard, content_fingerprint, statistics
@@ -87,8 +84,7 @@ def prepare(settings: PrepareConfig, data_dir: str, prepared_dir: str | None = N
       DatasetError: too many images are unreadable, a split has no usable image, or a process was killed.
       OSError: a file cannot be written.
     """
-    settings = dataclasses.replace(settings, source=absolute_source('config.data.source', settings.source))
-    data_dir, target = _locate(settings, data_dir, prepared_dir)
+    settings, data_dir, target = _locate(settings, data_dir, prepared_dir)
     try:
         _check_writable(target, prepared_dir)
     except ConfigError:
@@ -132,8 +128,8 @@ def _finish_exchange(target: str) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _locate(settings: PrepareConfig, data_dir: str, prepared_dir: str | None) -> tuple[str, str]:
-    """Returns the absolute path of `data_dir`, and the folder of the data set.
+def _locate(settings: PrepareConfig, data_dir: str, prepared_dir: str | None) -> tuple[PrepareConfig, str, str]:
+    """Returns `settings` and `data_dir` with absolute paths, and the folder of the data set.
 
     Raises SourceError or ConfigError: a folder is a URL or cannot be used.
     """
@@ -143,7 +139,8 @@ def _locate(settings: PrepareConfig, data_dir: str, prepared_dir: str | None) ->
                 f'{folder}: data sets are prepared on a local disk; prepare there, then copy the folder prepared/'
             )
     data_dir = check_folder('config.data.data_dir', data_dir)
-    return data_dir, dataset_dir(data_dir, settings, prepared_dir)
+    settings = dataclasses.replace(settings, source=absolute_source('config.data.source', settings.source))
+    return settings, data_dir, dataset_dir(data_dir, settings, prepared_dir)
 
 
 def _check_writable(target: str, prepared_dir: str | None) -> None:
@@ -193,43 +190,42 @@ class Preview:
       complete: number of images in the shards that an interrupted preparation left.
       bytes: estimated size of the data set, or of one image if `card.images` is {}.
       download_bytes: bytes that TFDS would download.
-      earlier: folder of a data set of an earlier version that prepare() would use instead; None if there is none.
     """
 
     card: DataCard
     complete: int
     bytes: int
     download_bytes: int
-    earlier: str | None = None
 
 
-def preview(settings: PrepareConfig, data_dir: str, prepared_dir: str | None) -> Preview:
+def preview(settings: PrepareConfig, data_dir: str, prepared_dir: str | None) -> Preview | str:
     """Returns what prepare() would do to write a data set that does not exist, without writing anything.
+
+    If prepare() would use a data set of an earlier version instead, the function returns its folder.
 
     Raises SourceError or ConfigError: prepare() would refuse `data_dir`, the source, its classes or the size of the
     disk.
     """
-    data_dir, target = _locate(settings, data_dir, prepared_dir)
+    settings, data_dir, target = _locate(settings, data_dir, prepared_dir)
     earlier = _find_same_images(settings, data_dir, prepared_dir)
     if earlier is not None:
-        manifest = earlier.manifest
-        return Preview(card_of_prepared(manifest, None), 0, 0, 0, earlier.directory)
+        return earlier.directory
     _check_writable(target, prepared_dir)
     missing = _missing_data(settings, data_dir)
     if missing is not None:
         source, images, download_bytes = missing
         format = _image_spec(settings, source)
         size = _estimated_bytes(sum(images.values()) or 1, format)
-        card = dataclasses.replace(card_of_source(settings.source, source, format.class_names), images=images)
+        card = dataclasses.replace(card_of_source(settings.source, source), images=images)
         return Preview(card, 0, round(size), download_bytes)
     check_downloaded(settings.source)
     source = _open(settings, data_dir)
     format = _image_spec(settings, source)
     shards, staging_dir = _shards(source), f'{target}.incomplete'
-    is_same_plan = read_json(os.path.join(staging_dir, 'plan.json')) == _plan(_description(settings, source, format))
+    is_same_plan = read_json(os.path.join(staging_dir, 'plan.json')) == _plan(settings, source, format)
     complete = _read_reports(shards, staging_dir) if is_same_plan else {}
     _check_disk(shards, complete, format, target)
-    card = card_of_source(settings.source, source, format.class_names)
+    card = card_of_source(settings.source, source)
     done = sum(len(shard.examples) for shard in shards if shard.report in complete)
     return Preview(card, done, round(_estimated_bytes(sum(card.images.values()), format)), 0)
 
@@ -266,34 +262,31 @@ def _with_classes(settings: PrepareConfig, source: Source) -> Source:
 
 
 def _description(settings: PrepareConfig, source: Source, format: ImageSpec) -> JsonObject:
-    """Returns the fields of the manifest that are known before the preparation."""
+    """Returns the fields of the manifest that the settings determine."""
     return {
         'version': MANIFEST_VERSION,
         'source': settings.source,
         'validation_fraction': settings.validation_fraction if source.holds_out_validation else None,
-        'origins': dict(source.origins),
         'validation_split': settings.validation_split,
         **dataclasses.asdict(format),
         'class_names': list(format.class_names),
     }
 
 
-def _plan(description: JsonObject) -> JsonObject:
+def _plan(settings: PrepareConfig, source: Source, format: ImageSpec) -> JsonObject:
     """Returns the content of plan.json, which tells whether an interrupted preparation had the same settings."""
-    plan = description | {'images_a_shard': SHARD_SIZE}
-    return {name: value for name, value in plan.items() if name != 'origins'}
+    return _description(settings, source, format) | {'images_a_shard': SHARD_SIZE}
 
 
 def _prepare(settings: PrepareConfig, data_dir: str, target: str) -> None:
     _missing_data(settings, data_dir)  # raises errors before a download
     source = _open(settings, data_dir)
     format = _image_spec(settings, source)
-    for line in card_of_source(settings.source, source, format.class_names).summary():
+    for line in card_of_source(settings.source, source).summary():
         log(line)
     inventory = take_inventory(source.roots, os.path.dirname(target))  # before the images are read
-    description = _description(settings, source, format)
     staging_dir = f'{target}.incomplete'
-    plan = _plan(description)
+    plan = _plan(settings, source, format)
     if read_json(os.path.join(staging_dir, 'plan.json')) != plan:
         shutil.rmtree(staging_dir, ignore_errors=True)  # started with other settings
     for folder in ('store', 'reports'):
@@ -303,7 +296,11 @@ def _prepare(settings: PrepareConfig, data_dir: str, target: str) -> None:
     start, complete = time.monotonic(), _read_reports(shards, staging_dir)
     _check_disk(shards, complete, format, target)
     reports = _write_shards(shards, complete, format, staging_dir, settings)
-    description |= {'inventory': dataclasses.asdict(inventory), 'source_digest': source.fingerprint}
+    description = _description(settings, source, format) | {
+        'origins': dict(source.origins),
+        'source_digest': source.fingerprint,
+        'inventory': dataclasses.asdict(inventory),
+    }
     _write_metadata(shards, reports, format, description, staging_dir)
     if os.path.exists(target):
         os.rename(target, f'{target}.replaced')
@@ -315,8 +312,7 @@ def _prepare(settings: PrepareConfig, data_dir: str, target: str) -> None:
 
 
 def _image_spec(settings: PrepareConfig, source: Source) -> ImageSpec:
-    names = settings.class_names or tuple(source.class_names)
-    return ImageSpec(settings.image_size, settings.channels, settings.encoding, names)
+    return ImageSpec(settings.image_size, settings.channels, settings.encoding, tuple(source.class_names))
 
 
 def _shards(source: Source) -> list[Shard]:

@@ -10,7 +10,7 @@ import numpy as np
 from alexnet_jax import parallel
 from alexnet_jax.augment import PreprocessParams, disable_color_augmentation, make_preprocess_params
 from alexnet_jax.config import Config, ConfigError, shown_classes
-from alexnet_jax.data import dataset, loader
+from alexnet_jax.data import dataset, loader, split_reader
 from alexnet_jax.runtime import distributed
 from alexnet_jax.runtime.console import log
 from alexnet_jax.runtime.workdir import (
@@ -29,7 +29,7 @@ PREFETCH_SIZE = 3  # batches that are read and transferred ahead
 
 
 def prefetch_to_device(
-    config: Config, mesh: parallel.Mesh, split: dataset.SplitReader, first_step: int
+    config: Config, mesh: parallel.Mesh, split: split_reader.SplitReader, first_step: int
 ) -> Iterator[TrainBatch]:
     """Yields batches on the devices from `first_step` on; a thread prefetches PREFETCH_SIZE batches."""
     sharding = parallel.batch_sharding(mesh, config.mesh.layout)
