@@ -10,8 +10,9 @@ from helpers import read_lines
 from PIL import Image
 from test_sources import content, opened, tree
 
+from alexnet_jax.data.split_names import split_kind
 from alexnet_jax.prepare.raw_sources import Source, SourceError
-from alexnet_jax.prepare.splits import choose_splits, split_kind
+from alexnet_jax.prepare.splits import choose_splits
 from alexnet_jax.prepare.writer import PrepareConfig, prepare
 
 

@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Integer
 
 from alexnet_jax.data.images import UnreadableImage
+from alexnet_jax.data.split_names import split_word
 from alexnet_jax.paths import shown
 from alexnet_jax.prepare.raw_sources import Indices, Labels, RawExample, Source, SourceError
 from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, find_files, open_splits
-from alexnet_jax.prepare.splits import split_word
 from alexnet_jax.prepare.tar_index import TarIndex
 from alexnet_jax.prepare.tar_members import Member, read_members
 

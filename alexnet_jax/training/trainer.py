@@ -32,6 +32,7 @@ from alexnet_jax.runtime.workdir import (
     describe_changes,
     quarantine_folders,
     statistics_digest,
+    trained_on,
 )
 from alexnet_jax.schedules import Intervals, Schedule
 from alexnet_jax.training.checkpointing import Checkpointer, state_digest
@@ -87,7 +88,7 @@ def train_and_evaluate(config: Config, workdir: str, process_group: JsonObject |
         if process_group is None:
             parallel.make_mesh(config)  # raises ConfigError for an invalid mesh before the data are prepared
         # The data set is prepared before the processes connect, because connected processes should not wait for hours.
-        data = open_or_prepare(config, preemption)
+        data = open_or_prepare(config, preemption, trained_on(workdir))
         if data is None:
             log('stopped while preparing the data set; run the same command again to resume')
             return EXIT_PREEMPTED
