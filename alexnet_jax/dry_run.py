@@ -17,7 +17,7 @@ from alexnet_jax.prepare.raw_sources import SourceError
 from alexnet_jax.prepare.writer import PrepareConfig
 from alexnet_jax.runtime.checkpoint_files import checkpoint_steps, read_newest_progress
 from alexnet_jax.runtime.files import JsonObject, free_bytes
-from alexnet_jax.runtime.workdir import describe_changes, is_finished
+from alexnet_jax.runtime.workdir import describe_changes, is_finished, trained_on
 from alexnet_jax.schedules import Intervals, Schedule
 from alexnet_jax.shapes import DENSE, LayerShape, layer_table
 
@@ -39,7 +39,7 @@ def print_plan(config: Config, config_name: str, workdir: str, process_group: Js
     else:
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # a GPU may be in use by a run
         data, model, mesh_line = _mesh(config, process_group)
-        described = _data(config)
+        described = _data(config, trained_on(workdir))
         if config.model.num_classes == UNKNOWN:
             config = with_num_classes(config, len(described.card.class_names))
             data, model, mesh_line = _mesh(config, process_group)  # the mesh may not divide the number of classes
@@ -94,8 +94,8 @@ def _mesh(config: Config, process_group: JsonObject | None) -> tuple[int, int, s
     return data, model, line
 
 
-def _data(config: Config) -> Description:
-    """Returns the description of the data set. Raises ConfigError: it cannot be used or prepared."""
+def _data(config: Config, fingerprint: str | None) -> Description:
+    """Returns the description of the data set, see describe(). Raises ConfigError: it cannot be used or prepared."""
     data = config.data
     settings = PrepareConfig(
         source=data.source,
@@ -109,7 +109,7 @@ def _data(config: Config) -> Description:
         num_classes=config.model.num_classes,
     )
     try:
-        return describe(settings, data.data_dir, data.prepared_dir)
+        return describe(settings, data.data_dir, data.prepared_dir, fingerprint)
     except SourceError as error:
         raise ConfigError(str(error)) from None
     except OSError as error:
@@ -210,8 +210,8 @@ def _start(config: Config, workdir: str, prepared: PreparedDataset | None) -> li
                 f'{folder}: no checkpoint can be read; remove the folder or use another --workdir to start over'
             )
         return [f'starts at step 0 in {workdir}']
-    step, progress = newest
-    started_with = progress.get('dataset_fingerprint', progress.get('store'))  # the key of version 0.1
+    step, _ = newest
+    started_with = trained_on(workdir)
     if prepared is not None and started_with is not None and not prepared.has_fingerprint(started_with):
         raise ConfigError(
             f'config.data: the prepared data set is not the one that {workdir} was started with; put that one back,'

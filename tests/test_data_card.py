@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -177,6 +178,17 @@ def test_training_says_where_the_validation_images_come_from(tmp_path):
         'test is not used; config.data.validation_split=test validates on it',
     ):
         assert run.stderr.count(f'folder:{root}: {line}\n') == 1
+    # Training inside the folder of the classes does not make a class of the folder of the run.
+    inner = fields | {
+        'data.source': f'folder:{root}/train',
+        'data.data_dir': root / 'train',
+        'data.validation_fraction': 0.5,
+    }
+    run = run_command('launch.py', *config_flags(inner), f'--workdir={root}/train/w')
+    assert run.returncode == 0, run.stderr
+    assert '; 2 classes in this order: a, b' in run.stderr
+    shutil.rmtree(root / 'train/w')
+    shutil.rmtree(root / 'train/prepared')
     # The advice names the command that the user must give.
     fields['data.validation_split'] = 'test'
     message = usage_error(run_command('launch.py', *config_flags(fields), f'--workdir={tmp_path}/w2'))

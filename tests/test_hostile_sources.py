@@ -535,6 +535,11 @@ def test_bomb_of_idx(place):
     assert file.name in text
 
 
+def test_pipe_in_place_of_idx(place):
+    os.mkfifo(place / 'in' / 'train-images-idx3-ubyte')
+    refused(place, f'idx:{place}/in', 'train-images-idx3-ubyte is not a file')
+
+
 @pytest.mark.slow
 def test_links_and_pipes_in_a_folder(place):
     for i, content in enumerate(GOOD):

@@ -27,6 +27,7 @@ from helpers import (
     run_command,
     start_command,
     training_command,
+    usage_error,
 )
 from PIL import Image
 
@@ -155,10 +156,10 @@ def projects(tmp_path_factory) -> Path:
     return folder
 
 
-def train(project: Path, steps: int) -> subprocess.CompletedProcess:
+def train(project: Path, steps: int, *more: str) -> subprocess.CompletedProcess:
     fields = {'data.source': 'folder:pictures', 'model.num_classes': 2, 'train.steps': steps, 'train.batch_size': 4}
     fields |= {'data.image_size': 72, 'data.crop_size': 64}
-    _, *flags = training_command('../d', Path('run'), fields)
+    _, *flags = training_command('../d', Path('run'), fields, *more)
     return run_command(ROOT / 'launch.py', *flags, cwd=project)
 
 
@@ -169,8 +170,13 @@ def test_projects_train_on_their_own_pictures(projects):
         np.testing.assert_allclose(mean, (np.array(color) + BLUE) / 2, atol=4)
 
 
-def evaluate(run: Path) -> dict:
-    done = run_command('-m', 'alexnet_jax', 'evaluate', run, '--views=1', '--json', cwd='/', PYTHONPATH=str(ROOT))
+def start_evaluation(run: Path, *flags: str, cwd: str | Path = '/') -> subprocess.CompletedProcess:
+    command = ('-m', 'alexnet_jax', 'evaluate', run, '--views=1', '--json', *flags)
+    return run_command(*command, cwd=cwd, PYTHONPATH=str(ROOT))
+
+
+def evaluate(run: Path, *flags: str) -> dict:
+    done = start_evaluation(run, *flags)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[0])
 
@@ -185,7 +191,7 @@ def test_run_is_evaluated_from_another_folder_without_its_source(projects):
 
 @pytest.mark.slow
 def test_run_of_an_earlier_version_is_evaluated_and_resumes(projects, tmp_path):
-    """The settings and the data set have the relative path of the source."""
+    """The settings and the data set have the relative path of the source, which has changed since."""
     folder = Path(shutil.copytree(projects / 'a', tmp_path / 'a'))
     (data_set,) = (path for path in (projects / 'd' / 'prepared').iterdir() if has_source(path, projects / 'a'))
     (tmp_path / 'd' / 'prepared').mkdir(parents=True)
@@ -200,18 +206,23 @@ def test_run_of_an_earlier_version_is_evaluated_and_resumes(projects, tmp_path):
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     run = folder / 'run'
     settings = read_json(run / 'config.json')
-    settings['data'] |= {'source': 'folder:pictures', 'data_dir': str(tmp_path / 'd')}
+    settings['data'] |= {'source': 'folder:pictures', 'data_dir': '../d'}
     (run / 'config.json').write_text(json.dumps(settings))
     for checkpoint in (run / 'checkpoints').iterdir():
         edit_progress(checkpoint, dataset_fingerprint=fingerprint, config=settings)
-    assert evaluate(run)
-    assert old.exists()
+    expected = f"{run}: its data_dir is the relative path '../d', which does not exist in {run}; change to the folder "
+    assert usage_error(start_evaluation(run, cwd=run)).startswith(expected)
+    assert evaluate(run, f'--data_dir={tmp_path}/d')
+    for name in ('cats', 'dogs'):
+        (folder / 'pictures' / 'train' / name / '0.bmp').unlink()
+    plan = train(folder, 5, '--dry_run')
+    assert f'{old}: prepared, ' in plan.stdout
+    assert 'resumes run at step 3' in plan.stdout
     resumed = train(folder, 5)
     assert resumed.returncode == 0, resumed.stderr
-    assert len(re.findall(rf'adopted {old}.* as .*/pictures_\w{{8}}_72px\n', resumed.stderr)) == 1
     assert 'resuming run at step 3 of 5' in resumed.stderr
-    assert not old.exists()
-    assert evaluate(run)
+    assert f'folder:{folder}/pictures: 8 training and 4 validation images' in resumed.stderr
+    assert os.listdir(old.parent) == [old.name]
 
 
 def has_source(data_set: Path, project: Path) -> bool:
@@ -430,6 +441,20 @@ def test_links_that_lead_to_their_parent_end_the_walk(tmp_path):
     before = inventory.take_inventory([str(root)], '')
     (root / 'train' / 'cats' / 'loop').symlink_to('..')
     assert inventory.take_inventory([str(root)], '').files == before.files == 12
+
+
+def test_files_in_the_folder_of_another_root_count_with_it(tmp_path):
+    for name in ('1.jpg', 'labels.csv'):
+        (tmp_path / name).touch()
+    roots = [str(tmp_path), str(tmp_path / 'labels.csv')]
+    before = inventory.take_inventory(roots, '')
+    assert before.files == 2
+    (tmp_path / '2.jpg').touch()
+    assert inventory.take_inventory(roots, '').files == 3
+    (tmp_path / '2.jpg').unlink()
+    os.utime(tmp_path / 'labels.csv', (1, 1))
+    after = inventory.take_inventory(roots, '')
+    assert (after.files, after.digest != before.digest) == (2, True)
 
 
 def test_links_to_themselves_and_system_files_are_no_part_of_a_source(tmp_path):
@@ -705,7 +730,7 @@ def test_swapped_labels_are_refused(earlier, tmp_path, source, is_missing):
     with pytest.raises((SourceError, ValueError)) as error:
         prepare(given(root, class_names=('dogs', 'cats')), str(tmp_path / 'd'))
     if source == 'folder:{root}' or not is_missing:
-        assert str(error.value).startswith('config.data.class_names: ')
+        assert str(error.value).startswith('config.data: ')
         assert str(error.value).endswith(' --class_names=dogs,cats --replace')
     if source == 'folder:{root}':
         names = {'data__class_names': ('dogs', 'cats')}
@@ -739,6 +764,32 @@ def test_validation_on_test_images_is_said(earlier, tmp_path, capfd):
     assert log.count('\n') == 1
     assert '--config.data.validation_split=test' in log
     assert log.endswith(' --replace\n')
+
+
+@pytest.mark.parametrize('source', ['folder:pictures', 'folder:{root}'])
+def test_run_uses_the_data_set_on_which_it_was_trained(earlier, tmp_path, capfd, source):
+    """Whatever a new run would use: the pictures have changed, or the labels may be swapped, which a line says."""
+    make, root = earlier
+    names = {'data__class_names': ('dogs', 'cats')}
+    for class_names, fields in ((['cats', 'dogs'], {}), (['dogs', 'cats'], names)):
+        old = make(source.format(root=root), class_names=class_names)
+        config = configuration(root, tmp_path / 'd', **fields)
+        recorded = earlier_fingerprint(old)
+        (root / 'train' / 'cats' / '0.bmp').unlink(missing_ok=True)
+        capfd.readouterr()
+        data = open_or_prepare(config, preemption=None, trained_on=recorded)
+        assert (data.fingerprint, data.class_names, len(data.train)) == (recorded, class_names, 8)
+        log = capfd.readouterr().err
+        assert log.count('\n') == bool(fields)
+        assert not fields or re.search(r'may be swapped: .*with dogs, cats; .* --class_names=dogs,cats --replace', log)
+        # A data set of the changed pictures does not hide it.
+        new = prepare(given(root, class_names=tuple(class_names)), str(tmp_path / 'd'), replace=True)
+        if not old.exists():
+            continue
+        assert opened(config).fingerprint != recorded
+        assert open_or_prepare(config, preemption=None, trained_on=recorded).fingerprint == recorded
+        shutil.rmtree(old)
+        shutil.rmtree(new)
 
 
 def test_replaced_data_set_of_an_earlier_version_is_removed(earlier, tmp_path):

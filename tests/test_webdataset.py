@@ -129,7 +129,9 @@ def test_forms_of_labels(tmp_path, form):
     assert (source.class_names, source.names_classes) == (classes, named)
     assert source.splits['train'][0] == (b'picture', label)
     assert len(source.splits['train']) == 16
-    assert all('has no' in note for note in source.notes)  # the classes without images
+    assert source.notes == tuple(
+        f'a class has no {split} image: 1' for split in ('training', 'validation') if form == 'json'
+    )
 
 
 def test_roots_are_the_folder_or_the_files(tmp_path):
@@ -137,7 +139,7 @@ def test_roots_are_the_folder_or_the_files(tmp_path):
     write(tmp_path / 'train' / '0.tar', pictures(range(30)))
     assert opened(tmp_path / 'train').roots == (str(tmp_path / 'train'),)
     (tmp_path / 'classes.txt').write_text('cow\nape\nbee\nelk\n')
-    assert opened(tmp_path).roots == (str(tmp_path),)
+    assert opened(tmp_path).roots == (str(tmp_path), str(tmp_path / 'classes.txt'))
     assert opened(tmp_path / 'train').roots == (str(tmp_path / 'train'), str(tmp_path / 'classes.txt'))
     assert opened(tmp_path / 'train' / '*.tar').roots == (
         str(tmp_path / 'train' / '0.tar'),

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from etils import epath
 
-from alexnet_jax.config import ConfigError, DataConfig
+from alexnet_jax.config import ConfigError
 from alexnet_jax.data.manifest import MANIFEST, Manifest, load_manifest, match_earlier_source, unusable
 from alexnet_jax.data.split_reader import SplitReader
 from alexnet_jax.paths import absolute_source, check_folder, is_url
@@ -142,17 +142,20 @@ def describe_difference(manifest: Manifest, settings: DatasetSettings) -> tuple[
     return None
 
 
-def find_by_fingerprint(data: DataConfig, fingerprint: str) -> tuple[str, DataConfig] | None:
-    """Returns the folder of the prepared data set with `fingerprint`, see PreparedDataset, and its settings, or None.
+def find_by_fingerprint(
+    settings: DatasetSettings, data_dir: str, prepared_dir: str | None, fingerprint: str
+) -> tuple[str, Manifest] | None:
+    """Returns the folder of the prepared data set with `fingerprint`, see PreparedDataset, and its manifest, or None.
 
-    The function looks at all data sets in the local folder of prepared data sets, whatever their source.
+    The function looks first at the data set of the source, then at all others in the same folder, unless it is a URL.
     """
-    root = os.path.dirname(dataset_dir(data.data_dir, data, data.prepared_dir))
-    for path in sorted(Path(root).glob(f'*/{MANIFEST}')) if not is_url(root) else ():
+    own = dataset_dir(data_dir, settings, prepared_dir)
+    folders = sorted(Path(own).parent.glob(f'*/{MANIFEST}')) if not is_url(own) else []
+    for path in sorted(folders, key=lambda path: str(path.parent) != own):
         with contextlib.suppress(ConfigError):  # corrupt, or being written
             manifest = load_manifest(str(path.parent))
             if fingerprint in (manifest.fingerprint_of_images(), *manifest.earlier_fingerprints()):
-                return str(path.parent), dataclasses.replace(data, source=manifest.source)
+                return str(path.parent), manifest
     return None
 
 
@@ -200,7 +203,8 @@ def open_prepared(directory: str, settings: DatasetSettings) -> PreparedDataset:
         for split, records in _open_records(folder, manifest).items()
     }
     return PreparedDataset(
-        **splits,
+        train=splits['train'],
+        validation=splits['validation'],
         statistics=statistics,
         class_names=manifest.class_names,
         fingerprint=manifest.fingerprint_of_images(),

@@ -9,6 +9,7 @@ from alexnet_jax.config import ConfigError, shown_classes
 from alexnet_jax.data.dataset import dataset_dir, name_by_text
 from alexnet_jax.data.manifest import MANIFEST, Manifest, earlier_texts, load_manifest, match_earlier_source
 from alexnet_jax.data.prepare_command import PrepareSettings, replace_command
+from alexnet_jax.data.split_names import TRAIN, VALIDATION, split_kind
 from alexnet_jax.paths import absolute_source
 
 
@@ -48,32 +49,47 @@ def find_earlier(settings: PrepareSettings, data_dir: str, prepared_dir: str | N
 
 
 def check_labels(found: EarlierDataset, settings: PrepareSettings, data_dir: str, prepared_dir: str | None) -> None:
-    """Raises ConfigError if the labels of a data set of an earlier version may be swapped.
+    """Raises ConfigError if the labels of a data set of an earlier version may be wrong, see doubt_of_labels()."""
+    doubt = doubt_of_labels(found.manifest, settings)
+    if doubt is not None:
+        command = replace_command(settings, data_dir, prepared_dir)
+        raise ConfigError(f'config.data: {found.directory} is not used, because {doubt}; prepare it anew: {command}')
+
+
+def doubt_of_labels(manifest: Manifest, settings: PrepareSettings) -> str | None:
+    """Returns why the labels of a data set of an earlier version may be wrong, or None.
 
     Earlier versions gave labels in the order of the folders, even if `class_names` were the names of the folders in
-    another order.
+    another order, and took folders such as Train and Val for classes.
     """
-    names = found.manifest.class_names
+    names = manifest.class_names
     kind, _, root = absolute_source('config.data.source', settings.source).partition(':')
-    if kind != 'folder' or names == sorted(names):
-        return
+    if kind != 'folder':
+        return None
+    kinds = [split_kind(name) for name in names]
+    if TRAIN in kinds and all(kinds):
+        return f'an earlier version took the splits {shown_classes(names)} for classes'
     folders = [_subfolders(os.path.join(root, 'train')), _subfolders(root)]
-    if any(folders) and sorted(names) not in folders:
-        return  # the names replace other names
-    raise ConfigError(
-        f'config.data.class_names: {found.directory} is not used, because an earlier version, which ignored the order'
-        f' of class_names, prepared it with {shown_classes(names)}, so its labels may be swapped; prepare it anew:'
-        f' {replace_command(settings, data_dir, prepared_dir)}'
+    if names == sorted(names) or (any(folders) and sorted(names) not in folders):  # the names replace other names
+        return None
+    return (
+        'an earlier version, which ignored the order of class_names, prepared it with'
+        f' {shown_classes(names)}, so its labels may be swapped'
     )
 
 
-def validates_on_test(found: EarlierDataset, settings: PrepareSettings) -> bool:
-    """Returns whether an earlier version took the test split for validation, which `settings` do not ask for."""
-    if found.manifest.validation_fraction is not None or settings.validation_split is not None:
-        return False
+def doubt_of_validation(manifest: Manifest, settings: PrepareSettings) -> str | None:
+    """Returns how an earlier version chose the validation images if this version chooses others, or None."""
     kind, _, root = absolute_source('config.data.source', settings.source).partition(':')
-    folders = _subfolders(root)
-    return kind == 'idx' or ('test' in folders and not {'val', 'validation'} & set(folders))
+    if kind not in ('folder', 'idx') or settings.validation_split is not None:
+        return None
+    folders = _subfolders(root) if kind == 'folder' else []
+    if manifest.validation_fraction is None:
+        if kind == 'idx' or ('test' in folders and not {'val', 'validation'} & set(folders)):
+            return 'took the test images for validation, which --config.data.validation_split=test confirms'
+        return None
+    ignored = [name for name in folders if split_kind(name) == VALIDATION]
+    return f'held out training images and ignored {ignored[0]}/' if 'train' in folders and ignored else None
 
 
 def _subfolders(folder: str) -> list[str]:

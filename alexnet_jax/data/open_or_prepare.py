@@ -11,9 +11,9 @@ from etils import epath
 
 from alexnet_jax.config import UNKNOWN, Config, ConfigError, check_num_classes, shown_classes
 from alexnet_jax.data import dataset
-from alexnet_jax.data.earlier_versions import check_labels, find_earlier, validates_on_test
+from alexnet_jax.data.earlier_versions import check_labels, doubt_of_labels, doubt_of_validation, find_earlier
 from alexnet_jax.data.inventory import describe_change
-from alexnet_jax.data.manifest import load_manifest
+from alexnet_jax.data.manifest import Manifest, load_manifest
 from alexnet_jax.data.prepare_command import PrepareSettings, prepare_flags, replace_command
 from alexnet_jax.data.split_reader import DatasetError
 from alexnet_jax.paths import is_url
@@ -33,8 +33,8 @@ def open_or_prepare(
     Args:
       config: the configuration of the run.
       preemption: the handler of the signals.
-      trained_on: fingerprint of the data set on which the run was trained. If there is no data set of the source, which
-        may have been moved, a data set with this fingerprint is opened.
+      trained_on: fingerprint of the data set on which the run was trained. A data set with this fingerprint is opened
+        whatever its source, which may have been moved or changed since.
 
     Raises:
       ConfigError: the data set is unreachable or corrupt, or has other settings or another number of classes.
@@ -43,10 +43,11 @@ def open_or_prepare(
     """
     data = config.data
     folders = data.data_dir, data.prepared_dir
+    of_run = find_trained_on(data, *folders, trained_on) if trained_on else None
+    if of_run is not None:
+        settings = dataclasses.replace(data, source=of_run[1])
+        return open_verified(of_run[0], settings, *folders, config.model.num_classes)
     directory = find_prepared(data, *folders)
-    moved = dataset.find_by_fingerprint(data, trained_on) if directory is None and trained_on else None
-    if moved is not None:
-        return dataset.open_prepared(*moved)
     if directory is None:
         # Prepare in a child process, because TensorFlow should not share a process with JAX.
         command = child_command('prepare', *prepare_flags(data, *folders))
@@ -86,6 +87,35 @@ def _choices(directory: str) -> list[str]:
     return lines + manifest.notes
 
 
+def find_trained_on(
+    settings: PrepareSettings, data_dir: str, prepared_dir: str | None, fingerprint: str
+) -> tuple[str, str] | None:
+    """Returns the folder of the data set with `fingerprint`, on which a run was trained, and its source, or None.
+
+    The log says if an earlier version prepared it in a way that this version refuses.
+    """
+    found = dataset.find_by_fingerprint(settings, data_dir, prepared_dir, fingerprint)
+    if found is None:
+        return None
+    directory, manifest = found
+    doubt = doubt_of_labels(manifest, settings) if manifest.version == 1 else None
+    if doubt is not None:
+        command = replace_command(settings, data_dir, prepared_dir)
+        log(f'the run was trained on {directory}, but {doubt}; to train anew, use another --workdir, after: {command}')
+    _log_validation(directory, manifest, settings, data_dir, prepared_dir)
+    return directory, manifest.source
+
+
+def _log_validation(
+    directory: str, manifest: Manifest, settings: PrepareSettings, data_dir: str, prepared_dir: str | None
+) -> None:
+    """Logs if an earlier version chose the validation images of a data set in another way."""
+    doubt = doubt_of_validation(manifest, settings) if manifest.version == 1 else None
+    if doubt is not None:
+        command = replace_command(settings, data_dir, prepared_dir)
+        log(f'{directory}: an earlier version {doubt}; for a new run this command prepares it anew: {command}')
+
+
 def find_prepared(
     settings: PrepareSettings, data_dir: str, prepared_dir: str | None, is_verified: bool = False
 ) -> str | None:
@@ -103,12 +133,7 @@ def find_prepared(
     if earlier is None or not (earlier.is_same_path or is_verified):
         return None
     check_labels(earlier, settings, data_dir, prepared_dir)
-    if validates_on_test(earlier, settings):
-        log(
-            f'{earlier.directory}: an earlier version prepared it and took the test images of {settings.source} for'
-            ' validation; --config.data.validation_split=test confirms that, and this command prepares it anew with'
-            f' held-out training images: {replace_command(settings, data_dir, prepared_dir)}'
-        )
+    _log_validation(earlier.directory, earlier.manifest, settings, data_dir, prepared_dir)
     return earlier.directory
 
 

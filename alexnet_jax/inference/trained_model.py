@@ -28,7 +28,8 @@ from alexnet_jax.inference.checkpoint_ref import (
     with_data_folders,
     with_overrides,
 )
-from alexnet_jax.runtime.files import write_json
+from alexnet_jax.paths import is_url
+from alexnet_jax.runtime.files import read_json, write_json
 from alexnet_jax.runtime.preemption import PreemptionHandler
 from alexnet_jax.runtime.workdir import (
     CheckpointError,
@@ -128,6 +129,8 @@ def open_eval_dataset(
                 f' ({why or "the same settings, but other images"}); evaluate it separately'
             )
     config = with_data_folders(first.config, data_dir, prepared_dir)
+    if config is first.config:
+        _check_relative_data_dir(first)
     with PreemptionHandler() as preemption:
         prepared = open_or_prepare(config, preemption, fingerprint)
     if preemption.received is not None:
@@ -143,6 +146,18 @@ def open_eval_dataset(
             f' {config.data.prepared_dir or config.data.data_dir}; name their folder with --data_dir'
         )
     return prepared
+
+
+def _check_relative_data_dir(ref: CheckpointRef) -> None:
+    """Raises ConfigError if the data_dir of a run of version 0.1, which kept relative paths, is not there."""
+    written = (read_json(os.path.join(ref.workdir, 'config.json')) or {}).get('data')
+    recorded = os.path.expanduser(str(written.get('data_dir', '/') if isinstance(written, dict) else '/'))
+    if os.path.isabs(recorded) or is_url(recorded) or os.path.isdir(recorded):
+        return
+    raise ConfigError(
+        f'{ref.name}: its data_dir is the relative path {recorded!r}, which does not exist in {os.getcwd()};'
+        ' change to the folder where the run was started, or name the folder of the data with --data_dir'
+    )
 
 
 @dataclasses.dataclass(frozen=True)

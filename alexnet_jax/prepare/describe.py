@@ -5,7 +5,7 @@ import dataclasses
 import io
 
 from alexnet_jax.data.dataset import PreparedDataset, dataset_dir, read_manifest
-from alexnet_jax.data.open_or_prepare import find_prepared, open_verified
+from alexnet_jax.data.open_or_prepare import find_prepared, find_trained_on, open_verified
 from alexnet_jax.prepare import writer
 from alexnet_jax.prepare.data_card import DataCard, card_of_prepared
 from alexnet_jax.runtime.files import JsonObject, free_bytes
@@ -34,13 +34,18 @@ class Description:
         return self.card.to_json() | {'state': self.state, 'prepared': self.prepared is not None}
 
 
-def describe(settings: writer.PrepareConfig, data_dir: str, prepared_dir: str | None) -> Description:
-    """Returns the description of the data set with `settings`; see writer.prepare() for the arguments.
+def describe(
+    settings: writer.PrepareConfig, data_dir: str, prepared_dir: str | None, trained_on: str | None = None
+) -> Description:
+    """Returns the description of the data set with `settings`; see writer.prepare() and open_or_prepare().
 
     Raises SourceError, ConfigError or OSError: the data set is corrupt or cannot be prepared, or the source has other
     classes than `settings`.
     """
-    directory = find_prepared(settings, data_dir, prepared_dir)
+    of_run = find_trained_on(settings, data_dir, prepared_dir, trained_on) if trained_on else None
+    directory = of_run[0] if of_run else find_prepared(settings, data_dir, prepared_dir)
+    if of_run:
+        settings = dataclasses.replace(settings, source=of_run[1])
     if directory is None:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints unknown sizes
             found = writer.preview(settings, data_dir, prepared_dir)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
+from alexnet_jax.data.split_names import TEST, is_plain_split, split_kind
 from alexnet_jax.prepare.folder_layout import enter, find_split_folders, inside_split, is_flat
 from alexnet_jax.prepare.folder_reader import FolderReader
 from alexnet_jax.prepare.image_files import (
@@ -19,7 +20,7 @@ from alexnet_jax.prepare.image_files import (
 )
 from alexnet_jax.prepare.label_table import LabelTable, find_table, read_table
 from alexnet_jax.prepare.raw_sources import FileExamples, Source, SourceError, held_out_share, hold_out
-from alexnet_jax.prepare.splits import TEST, choose_splits, is_plain_split, split_kind
+from alexnet_jax.prepare.splits import choose_splits
 
 
 def open_folder(root: Path, fraction: float, validation_split: str | None) -> Source:

@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from alexnet_jax.data.split_names import TRAIN, is_plain_split, split_kind
 from alexnet_jax.prepare.image_files import EMPTY, IMAGES, OTHER, REMEDY, Files, content_of, list_folder, shortened
 from alexnet_jax.prepare.label_table import find_table
 from alexnet_jax.prepare.raw_sources import SourceError
-from alexnet_jax.prepare.splits import TRAIN, is_plain_split, split_kind
 
 _KAGGLE = ('ILSVRC/Data/CLS-LOC', 'Data/CLS-LOC', 'CLS-LOC')  # in the tree of Kaggle's ImageNet
 _DEPTH = 4  # folders that enter() opens at most

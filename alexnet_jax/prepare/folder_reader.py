@@ -65,9 +65,9 @@ class FolderReader:
             else:
                 others.append(f'{name}/')
         if not classes:
-            others = Counter[str]()
-            files_below(str(self.root), str(folder), others)
-            kind = 'hf' if others['*.parquet'] else 'wds' if others['*.tar'] else None
+            found = Counter[str]()
+            files_below(str(self.root), str(folder), found)
+            kind = 'hf' if found['*.parquet'] else 'wds' if found['*.tar'] else None
             remedy = f'{kind}:{folder} reads the *.{"parquet" if kind == "hf" else "tar"} files' if kind else REMEDY
             raise SourceError(f'config.data.source: {folder} has no folders of images; {remedy}')
         if not any(classes.values()):

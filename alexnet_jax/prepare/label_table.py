@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 from alexnet_jax.config import check_class_names
+from alexnet_jax.data.split_names import split_kind
 from alexnet_jax.prepare.image_files import HEADER, Files, size_of
 from alexnet_jax.prepare.label_files import numbered_rows
 from alexnet_jax.prepare.raw_sources import SourceError
-from alexnet_jax.prepare.splits import split_kind
 
 _EXPLICIT, _HUGGING_FACE, _ROBOFLOW = ('labels.csv', 'labels.tsv'), 'metadata.csv', '_classes.csv'
 _TABLES = (*_EXPLICIT, _HUGGING_FACE, _ROBOFLOW)

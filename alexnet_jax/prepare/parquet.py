@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
+from alexnet_jax.data.split_names import split_word
 from alexnet_jax.paths import check_text_path, is_url, shown
 from alexnet_jax.prepare.parquet_rows import PARQUET_ERRORS, ParquetExamples, filesystem_of, open_file
 from alexnet_jax.prepare.raw_sources import Source, SourceError
 from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, find_files, open_splits
-from alexnet_jax.prepare.splits import split_word
 from alexnet_jax.runtime.console import log, summarize_exception
 
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Integer
 
+from alexnet_jax.data.split_names import TRAIN, split_kind, split_word
 from alexnet_jax.paths import shown
 from alexnet_jax.prepare.raw_sources import LabeledExamples, Labels, Source, SourceError, held_out_share, hold_out
-from alexnet_jax.prepare.splits import TRAIN, choose_splits, split_kind, split_word
+from alexnet_jax.prepare.splits import choose_splits
 
 _SHARD_NUMBER = re.compile(r'(^|[-_.])(\d+-of-\d+(-[0-9a-f]+)?|\d+)$')  # Hub: train-00000-of-00002-4bcb11a4f1ba6de3
 _MAX_CLASSES = 100_000  # if classes are numbered without names

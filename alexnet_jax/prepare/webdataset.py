@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Integer
 
 from alexnet_jax.data.images import UnreadableImage
+from alexnet_jax.data.split_names import split_word
 from alexnet_jax.paths import shown
 from alexnet_jax.prepare.raw_sources import Indices, Labels, RawExample, Source, SourceError
 from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, find_files, open_splits
-from alexnet_jax.prepare.splits import split_word
 from alexnet_jax.prepare.tar_index import TarIndex
 from alexnet_jax.prepare.tar_members import Member, read_members
 
@@ -109,8 +109,7 @@ def open_webdataset(pattern: str, fraction: float, validation_split: str | None)
     names = _read_class_names(class_file) if class_file else None
     open_split = functools.partial(_open_split, root, names)
     roots = [folder] if os.path.isdir(folder) else paths
-    if class_file and not class_file.startswith(os.path.join(roots[0], '')):
-        roots.append(class_file)
+    roots += [class_file] if class_file else []
     source = open_splits(pattern, files, fraction, validation_split, open_split, tuple(roots))
     notes = [f'{class_file} has the names of the {len(names)} classes'] if names is not None else []
     return dataclasses.replace(source, notes=(*source.notes, *notes))

@@ -26,7 +26,7 @@ from alexnet_jax.data.prepare_command import replace_command
 from alexnet_jax.data.split_reader import DatasetError
 from alexnet_jax.paths import absolute_source, check_folder, check_writable, is_url
 from alexnet_jax.prepare.adoption import adopt, find_same_images
-from alexnet_jax.prepare.classes import are_numbers, order_classes
+from alexnet_jax.prepare.classes import order_classes
 from alexnet_jax.prepare.data_card import DataCard, card_of_source
 from alexnet_jax.prepare.raw_sources import Source, SourceError
 from alexnet_jax.prepare.shard_writer import ShardReport, SkippedImage, read_report, write_shards
@@ -234,18 +234,15 @@ def preview(settings: PrepareConfig, data_dir: str, prepared_dir: str | None) ->
 def _missing_data(settings: PrepareConfig, data_dir: str) -> tuple[Source, dict[str, int], int] | None:
     """Describes data that TFDS has not prepared yet; returns None if _open() would only read files.
 
-    Returns a source without splits, the number of images by split ({} if unknown), and the bytes that TFDS would
-    download. Raises the errors of _open() that are known before the download.
+    Returns the result of missing_tfds_data(), with the classes in the order of the labels.
+
+    Raises the errors of _open() that are known before the download.
     """
     missing = missing_tfds_data(settings.source, data_dir)
     if missing is None:
         return None
-    names, images, download_bytes = missing
-    return (
-        _with_classes(settings, Source({}, names, False, names_classes=not are_numbers(names))),
-        images,
-        download_bytes,
-    )
+    source, images, download_bytes = missing
+    return _with_classes(settings, source), images, download_bytes
 
 
 def _open(settings: PrepareConfig, data_dir: str) -> Source:

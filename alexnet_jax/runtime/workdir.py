@@ -112,6 +112,14 @@ def with_num_classes_of_run(config: Config, workdir: str) -> Config:
     return config if before is None else with_num_classes(config, before.model.num_classes)
 
 
+def trained_on(workdir: str) -> str | None:
+    """Returns the fingerprint of the data set in the newest checkpoint of `workdir`; None for a new run."""
+    newest = read_newest_progress(os.path.join(workdir, 'checkpoints'))
+    if newest is None:
+        return None
+    return newest[1].get('dataset_fingerprint', newest[1].get('store'))  # the key of version 0.1
+
+
 def _has_files(folder: str) -> bool:
     return os.path.isdir(folder) and bool(os.listdir(folder))
 
