@@ -781,7 +781,9 @@ def test_run_uses_the_data_set_on_which_it_was_trained(earlier, tmp_path, capfd,
         assert (data.fingerprint, data.class_names, len(data.train)) == (recorded, class_names, 8)
         log = capfd.readouterr().err
         assert log.count('\n') == bool(fields)
-        assert not fields or re.search(r'may be swapped: .*with dogs, cats; .* --class_names=dogs,cats --replace', log)
+        assert not fields or re.search(
+            r'with dogs, cats, so .* may be swapped; .* --class_names=dogs,cats --replace', log
+        )
         # A data set of the changed pictures does not hide it.
         new = prepare(given(root, class_names=tuple(class_names)), str(tmp_path / 'd'), replace=True)
         if not old.exists():
