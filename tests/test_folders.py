@@ -475,7 +475,9 @@ def test_empty_folder_of_annotations_is_no_class(tmp_path):
 @pytest.mark.parametrize('fraction', [0, 0.1, 1])
 def test_fraction_that_leaves_a_split_empty_names_the_field(tmp_path, fraction):
     tree(tmp_path, *images('', ('cats', 'dogs'), 2))
-    with pytest.raises(SourceError, match=r'^config.data.validation_fraction: .* 4 images .* leaves no image for '):
+    with pytest.raises(
+        SourceError, match=r'^config.data.validation_fraction: .* of each class of the 4 images .* leaves no image for '
+    ):
         opened(f'folder:{tmp_path}', fraction)
 
 

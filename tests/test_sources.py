@@ -117,7 +117,7 @@ def test_unusual_names_and_symbolic_links(tmp_path):
         (['train/a/.hidden'], 'empty'),
         (['train/a/1.jpg', 'val/b/1.jpg'], 'val/b .*train'),
         (['train/a/1.jpg', 'val/b.jpg'], 'val .*images'),
-        (['a/1.jpg'], r'data.validation_fraction: 0.25 of the 1 images'),
+        (['a/1.jpg'], r'data.validation_fraction: 0.25 of each class of the 1 images'),
     ],
 )
 def test_invalid_folders_are_rejected(tmp_path, paths, reason):

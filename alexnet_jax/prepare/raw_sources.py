@@ -147,12 +147,15 @@ def holdout_mask(labels: Labels, fraction: float) -> Bool[np.ndarray, ' n']:
     return chosen
 
 
-def check_held_out(held_out: int, images: int, fraction: float, where: str) -> None:
-    """Raises SourceError if none or all of the `images` of the source `where` are held out for validation."""
+def check_held_out(held_out: int, images: int, fraction: float, where: str, part: str = '') -> None:
+    """Raises SourceError if none or all of the `images` of the source `where` are held out for validation.
+
+    `part` says of what `fraction` is held out, if not of all images.
+    """
     if held_out in (0, images):
         empty = 'validation' if held_out == 0 else 'training'
         raise SourceError(
-            f'config.data.validation_fraction: {fraction:g} of the {images:,} images of {where}, which has no'
+            f'config.data.validation_fraction: {fraction:g} of {part}the {images:,} images of {where}, which has no'
             f' validation split, leaves no image for {empty}; change the fraction, or add a validation split'
         )
 
@@ -168,5 +171,5 @@ def hold_out(examples: LabeledExamples, fraction: float, where: str) -> dict[str
     Raises SourceError: a split would be empty; the message begins with `where`.
     """
     chosen = holdout_mask(examples.labels, fraction)
-    check_held_out(int(chosen.sum()), len(chosen), fraction, where)
+    check_held_out(int(chosen.sum()), len(chosen), fraction, where, 'each class of ')
     return {'train': examples.subset(np.flatnonzero(~chosen)), 'validation': examples.subset(np.flatnonzero(chosen))}
