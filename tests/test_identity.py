@@ -731,10 +731,12 @@ def test_splits_that_an_earlier_version_took_for_classes_are_refused(earlier, tm
     old = make(f'folder:{root}', class_names=names)
     for name, split in zip(sorted(names, key=lambda name: 'rain' not in name), ('train', 'val'), strict=True):
         (root / split).rename(root / name)
-    message = refusal(prepared_folder, configuration(root, tmp_path / 'd'))
+    config = configuration(root, tmp_path / 'd', data__validation_fraction=0.5)
+    message = refusal(prepared_folder, config)
     assert message.startswith(f'config.data: {old} is not used, because an earlier version took the splits {names[0]}')
-    subprocess.run(['sh', '-c', message[message.index('anew: ') + 6 :]], check=True, capture_output=True)
-    assert opened(configuration(root, tmp_path / 'd')).class_names == ['cats', 'dogs']
+    done = subprocess.run(['sh', '-c', message[message.index('anew: ') + 6 :]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert opened(config).class_names == ['cats', 'dogs']
 
 
 @pytest.mark.parametrize('name', ['valid', 'Val', 'dev', 'val_set'])
