@@ -737,6 +737,34 @@ def test_swapped_labels_are_refused(earlier, tmp_path, source, is_missing):
         assert 'may be swapped' in refusal(opened, configuration(root, tmp_path / 'd', **names))
 
 
+@pytest.mark.parametrize(
+    'names', [['test_set', 'training_set'], ['Train', 'Val'], ['TEST', 'train2017'], ['images_train', 'valid']]
+)
+def test_splits_that_an_earlier_version_took_for_classes_are_refused(earlier, tmp_path, names):
+    make, root = earlier
+    old = make(f'folder:{root}', class_names=names)
+    for name, split in zip(sorted(names, key=lambda name: 'rain' not in name), ('train', 'val'), strict=True):
+        (root / split).rename(root / name)
+    config = configuration(root, tmp_path / 'd', data__validation_fraction=0.5)
+    message = refusal(prepared_folder, config)
+    assert message.startswith(f'config.data: {old} is not used, because an earlier version took the splits {names[0]}')
+    done = subprocess.run(['sh', '-c', message[message.index('anew: ') + 6 :]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert opened(config).class_names == ['cats', 'dogs']
+
+
+@pytest.mark.parametrize('name', ['valid', 'Val', 'dev', 'val_set'])
+def test_validation_images_that_an_earlier_version_ignored_are_said(earlier, tmp_path, capfd, name):
+    make, root = earlier
+    old = make(f'folder:{root}', validation_fraction=0.1)
+    (root / 'val').rename(root / name)
+    assert prepared_folder(configuration(root, tmp_path / 'd')) == str(old)
+    log = capfd.readouterr().err
+    assert log.count('\n') == 1
+    assert f'{old}: an earlier version held out training images and ignored {name}/; for a new run ' in log
+    assert log.endswith(' --replace\n')
+
+
 @pytest.mark.parametrize('source', ['folder:pictures', 'folder:{root}'])
 def test_names_that_replace_other_names_are_no_swap(earlier, tmp_path, source):
     make, root = earlier
@@ -781,9 +809,7 @@ def test_run_uses_the_data_set_on_which_it_was_trained(earlier, tmp_path, capfd,
         assert (data.fingerprint, data.class_names, len(data.train)) == (recorded, class_names, 8)
         log = capfd.readouterr().err
         assert log.count('\n') == bool(fields)
-        assert not fields or re.search(
-            r'with dogs, cats, so .* may be swapped; .* --class_names=dogs,cats --replace', log
-        )
+        assert not fields or re.search(r'with dogs, cats, so .* swapped; .* --class_names=dogs,cats --replace', log)
         # A data set of the changed pictures does not hide it.
         new = prepare(given(root, class_names=tuple(class_names)), str(tmp_path / 'd'), replace=True)
         if not old.exists():
