@@ -406,6 +406,17 @@ def test_description_of_tfds(info, place):
     refused(place, 'tfds:fishes', 'fishes')
 
 
+@pytest.mark.parametrize('name', ['dataset_info.json', 'features.json', 'label.labels.txt'])
+@pytest.mark.parametrize('replace', [os.mkfifo, lambda path: path.symlink_to('/dev/zero')])
+def test_pipe_or_device_in_the_place_of_a_description_of_tfds(name, replace, place):
+    """Reading them would not end."""
+    write_tfrecord(place)
+    path = next(place.glob(f'in/**/{name}'))
+    path.unlink()
+    replace(path)
+    refused(place, 'tfds:fishes', name, 'not a regular file')
+
+
 @pytest.mark.parametrize('content', [b'', b'{', b'[' * 100_000, b'\xff\xfe', b'{"featuresDict": 3}'])
 @pytest.mark.parametrize('name', ['dataset_info.json', 'features.json'])
 def test_corrupt_description_of_tfds(name, content, place):
