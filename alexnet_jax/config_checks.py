@@ -104,14 +104,15 @@ def check_num_classes(num_classes: int | None, described: str, class_names: Sequ
     """Raises ConfigError if the data have another number of classes than the network.
 
     Args:
-      num_classes: config.model.num_classes; UNKNOWN accepts any number from 2, and None any number.
+      num_classes: config.model.num_classes; UNKNOWN and None accept any number from 2.
       described: the data, for the message.
       class_names: the names of the classes of the data.
     """
     count = len(class_names)
     what = f'{described} has {count} class{"es" * (count != 1)} ({shown_classes(class_names)})'
-    if num_classes == UNKNOWN and count < 2:
-        raise ConfigError(f'config.model.num_classes: auto, but {what}; at least 2 are needed')
+    if num_classes in (UNKNOWN, None) and count < 2:
+        field = 'config.data.source:' if num_classes is None else 'config.model.num_classes: auto, but'
+        raise ConfigError(f'{field} {what}; at least 2 are needed')
     if num_classes not in (count, UNKNOWN, None):
         raise ConfigError(
             f'config.model.num_classes: {num_classes}, but {what}; the nearest is {count}, and'
@@ -120,9 +121,12 @@ def check_num_classes(num_classes: int | None, described: str, class_names: Sequ
 
 
 def shown_classes(class_names: Sequence[str]) -> str:
-    """Returns the names separated by commas; of more than eight names, the first five and the last."""
+    """Returns the names separated by commas; of more than eight names, the first five and the last.
+
+    Names that contain a comma are in quotation marks.
+    """
     names = class_names if len(class_names) <= 8 else [*class_names[:5], '...', class_names[-1]]
-    return ', '.join(names)
+    return ', '.join(f'"{name}"' if ',' in name else name for name in names)
 
 
 def _check_model(config: Config) -> None:

@@ -127,7 +127,7 @@ def as_earlier_version(folder: Path, root: Path, source: str, name: str, **value
         digest = _sha256('\n'.join(map(str, rows)).encode())
         lines.append(f'{split} {digest}')
     manifest = read_json(folder / 'prepared.json')
-    for added in ('version', 'validation_split', 'order', 'inventory', 'origins', 'source_digest'):
+    for added in ('version', 'validation_split', 'order', 'inventory', 'origins', 'source_digest', 'notes'):
         del manifest[added]
     if 'class_names' in values:
         content = ''.join(f'{each}\n' for each in values['class_names']).encode()

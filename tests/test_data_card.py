@@ -3,7 +3,9 @@
 import hashlib
 import json
 import re
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from helpers import config_flags, read_json, refusal, run_command, usage_error
 from PIL import Image
 
+from alexnet_jax.config import shown_classes
 from alexnet_jax.data import dataset
 from alexnet_jax.prepare import writer
 from alexnet_jax.prepare.data_card import card_of_source
@@ -74,6 +77,17 @@ def test_card_before_and_after_the_preparation(tmp_path):
     assert json.loads(show(*flags, '--json')[0])['class_counts'] == [30, 12, 5]
 
 
+def test_one_class_is_refused_before_the_preparation(tmp_path):
+    source = f'folder:{write_pictures(tmp_path / "one", {"all": 9})}'
+    for flags in ([], ['--show']):
+        run = run_command('-m', 'alexnet_jax.prepare', f'--source={source}', f'--data_dir={tmp_path}/d', *flags)
+        assert usage_error(run) == f'config.data.source: {source} has 1 class (all); at least 2 are needed'
+
+
+def test_names_with_a_comma_are_in_quotation_marks():
+    assert shown_classes(['tench, Tinca tinca', 'eel']) == '"tench, Tinca tinca", eel'
+
+
 def test_card_names_what_is_odd(tmp_path):
     source = f'folder:{write_pictures(tmp_path / "odd", {"a": 40, "b": 10, "c": 0})}'
     lines = show(f'--source={source}', f'--data_dir={tmp_path}/d')
@@ -81,7 +95,7 @@ def test_card_names_what_is_odd(tmp_path):
     assert any(line.startswith('45 training images') for line in lines)
     assert any(line.startswith(f'5 validation images (held out, {share:.1%} of all images') for line in lines)
     assert 'smallest class: c, 0 training images; largest class: a, 36' in lines
-    assert 'classes without training images: c' in lines
+    assert 'a class has no training image: c' in lines
 
 
 def test_classes_are_sorted_as_text_and_class_names_change_the_order(tmp_path):
@@ -140,7 +154,7 @@ def test_show_refuses_what_prepare_refuses(tmp_path):
 
 @pytest.mark.slow
 def test_training_says_where_the_validation_images_come_from(tmp_path):
-    root = write_pictures(tmp_path / 'p', {'train/a': 4, 'train/b': 4, 'valid/a': 2, 'valid/b': 2})
+    root = write_pictures(tmp_path / 'p', {'train/a': 4, 'train/b': 4, 'valid/a': 2, 'valid/b': 2, 'test/a': 1})
     fields = {
         'data.source': f'folder:{root}',
         'data.data_dir': tmp_path / 'd',
@@ -159,11 +173,34 @@ def test_training_says_where_the_validation_images_come_from(tmp_path):
     run = run_command('launch.py', *config_flags(fields), f'--workdir={tmp_path}/w')  # finds the data set prepared
     assert run.returncode == 0, run.stderr
     assert f'folder:{root}: 8 training and 4 validation images (valid/); ' in run.stderr
+    for line in (
+        '2 classes in this order: a, b',
+        'test is not used; config.data.validation_split=test validates on it',
+    ):
+        assert run.stderr.count(f'folder:{root}: {line}\n') == 1
+    # Training inside the folder of the classes does not make a class of the folder of the run.
+    inner = fields | {
+        'data.source': f'folder:{root}/train',
+        'data.data_dir': root / 'train',
+        'data.validation_fraction': 0.5,
+    }
+    run = run_command('launch.py', *config_flags(inner), f'--workdir={root}/train/w')
+    assert run.returncode == 0, run.stderr
+    assert '; 2 classes in this order: a, b' in run.stderr
+    shutil.rmtree(root / 'train/w')
+    shutil.rmtree(root / 'train/prepared')
+    # The advice names the command that the user must give.
+    fields['data.validation_split'] = 'test'
+    message = usage_error(run_command('launch.py', *config_flags(fields), f'--workdir={tmp_path}/w2'))
+    command = message.partition('prepare the data set anew: ')[2]
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert read_json(Path(folder) / 'prepared.json')['images'] == {'train': 8, 'validation': 1}
+    prepare(settings, str(tmp_path / 'd'), replace=True)
     # Data sets of earlier versions do not have the field, and their runs resume: the fingerprint is the same.
     data = dataset.open_prepared(folder, settings)
     file = Path(folder) / 'prepared.json'
     content = read_json(file)
-    del content['origins'], content['digest']
+    del content['origins'], content['notes'], content['digest']
     text = json.dumps(content, sort_keys=True)
     file.write_text(json.dumps(content | {'digest': hashlib.sha256(text.encode()).hexdigest()}))
     old = dataset.open_prepared(folder, settings)

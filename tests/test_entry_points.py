@@ -120,6 +120,16 @@ def test_old_names_are_refused_with_the_new_name(tmp_path, arguments, message):
     assert usage_error(alexnet(*arguments, cwd=tmp_path)) == message
 
 
+def test_several_sources_are_refused(tmp_path):
+    for file in ('train-0.tar', 'train-1.tar'):
+        (tmp_path / file).touch()
+    for command, flag in (('prepare', '--source'), ('train', '--config.data.source')):
+        sources = [f'{flag}=wds:{tmp_path}/train-{i}.tar' for i in (0, 1)]  # what a shell makes of train-{0..1}.tar
+        message = usage_error(run_command('-m', 'alexnet_jax', command, *sources))
+        assert 'several sources' in message
+        assert 'quotation marks' in message
+
+
 def test_old_names_of_switches_are_refused_too(monkeypatch, capsys):
     values = flags.FlagValues()
     flags.DEFINE_bool('neighbors', True, 'Help.', flag_values=values)

@@ -235,6 +235,16 @@ def test_what_is_ignored_is_counted(tmp_path):
     }
 
 
+def test_run_among_the_images_is_no_class(tmp_path):
+    tree(tmp_path, *images(''), 'runs/first/figures/1.png', 'runs/first/config.json', 'dogs/second/config.json')
+    for folder in ('runs/first', 'dogs/second'):
+        (tmp_path / folder / 'checkpoints').mkdir()
+    source = opened(f'folder:{tmp_path}')
+    assert source.class_names == ['cats', 'dogs']
+    assert f'folders in {tmp_path} without images are not used: runs/' in source.notes
+    assert 'not read as images: 1 folders of runs' in source.notes
+
+
 def test_files_that_are_no_images_by_name_are_not_corrupt_images(tmp_path):
     for name, color in (('cats', 'red'), ('dogs', 'blue')):
         (tmp_path / 'pets' / name).mkdir(parents=True)
@@ -465,9 +475,7 @@ def test_empty_folder_of_annotations_is_no_class(tmp_path):
 @pytest.mark.parametrize('fraction', [0, 0.1, 1])
 def test_fraction_that_leaves_a_split_empty_names_the_field(tmp_path, fraction):
     tree(tmp_path, *images('', ('cats', 'dogs'), 2))
-    with pytest.raises(
-        SourceError, match=r'^config.data.validation_fraction: .* of the 4 images of .* leaves no image for '
-    ):
+    with pytest.raises(SourceError, match=r'^config.data.validation_fraction: .* 4 images .* leaves no image for '):
         opened(f'folder:{tmp_path}', fraction)
 
 

@@ -174,7 +174,7 @@ def test_members_of_tars(place):
     wanted |= {'/pipe.jpg': 'a pipe', '/device.jpg': 'a device', '/disk.jpg': 'a device', '/bomb.jpg': 'pixels'}
     wanted |= {'/red\x1b[31m.jpg': 'not an image', '/../../outside/new.jpg': 'leads out', '/new2.jpg': 'leads out'}
     check_skipped(skipped, wanted)
-    assert f'without a label: {len(labels) + 1}; the first is train-0.tar/negative.jpg' in log
+    assert f'without the label of a class: {len(labels) + 1}; the first is train-0.tar/negative.jpg' in log
     assert ': 24 images' in log
 
 
@@ -466,7 +466,7 @@ def test_cells_of_parquet(place):
     labels = [({'bytes': GOOD[0], 'path': LONG}, label) for label in (10**9, -5, None)]
     source = write_parquet(place, [cell[:2] for cell in cells] + labels)
     log, skipped = run_prepare(place, source)
-    assert f'without a label: 3; the first is train-00000-of-00001.parquet row {16 + len(cells)}' in log
+    assert f'without the label of a class: 3; the first is train-00000-of-00001.parquet row {16 + len(cells)}' in log
     assert ': 24 images' in log
     check_skipped(skipped, {f' row {16 + i}': reason for i, (*_, reason) in enumerate(cells)})
 
@@ -533,6 +533,11 @@ def test_bomb_of_idx(place):
     write(file, gzip.compress(struct.pack('>IIII', 0x803, 2**20, 128, 64)) + gzip.compress(bytes(2**25), 9) * 256)
     text, _ = run_prepare(place, f'idx:{place}/in')
     assert file.name in text
+
+
+def test_pipe_in_place_of_idx(place):
+    os.mkfifo(place / 'in' / 'train-images-idx3-ubyte')
+    refused(place, f'idx:{place}/in', 'train-images-idx3-ubyte is not a file')
 
 
 @pytest.mark.slow

@@ -443,6 +443,20 @@ def test_links_that_lead_to_their_parent_end_the_walk(tmp_path):
     assert inventory.take_inventory([str(root)], '').files == before.files == 12
 
 
+def test_files_in_the_folder_of_another_root_count_with_it(tmp_path):
+    for name in ('1.jpg', 'labels.csv'):
+        (tmp_path / name).touch()
+    roots = [str(tmp_path), str(tmp_path / 'labels.csv')]
+    before = inventory.take_inventory(roots, '')
+    assert before.files == 2
+    (tmp_path / '2.jpg').touch()
+    assert inventory.take_inventory(roots, '').files == 3
+    (tmp_path / '2.jpg').unlink()
+    os.utime(tmp_path / 'labels.csv', (1, 1))
+    after = inventory.take_inventory(roots, '')
+    assert (after.files, after.digest != before.digest) == (2, True)
+
+
 def test_links_to_themselves_and_system_files_are_no_part_of_a_source(tmp_path):
     root = red_and_blue(tmp_path / 'pictures')
     before = inventory.take_inventory([str(root)], '')
@@ -795,7 +809,9 @@ def test_run_uses_the_data_set_on_which_it_was_trained(earlier, tmp_path, capfd,
         assert (data.fingerprint, data.class_names, len(data.train)) == (recorded, class_names, 8)
         log = capfd.readouterr().err
         assert log.count('\n') == bool(fields)
-        assert not fields or re.search(r'with dogs, cats, so .* swapped; .* --class_names=dogs,cats --replace', log)
+        assert not fields or re.search(
+            r'with dogs, cats, so .* may be swapped; .* --class_names=dogs,cats --replace', log
+        )
         # A data set of the changed pictures does not hide it.
         new = prepare(given(root, class_names=tuple(class_names)), str(tmp_path / 'd'), replace=True)
         if not old.exists():

@@ -121,7 +121,7 @@ def test_one_file_holds_out_a_part_of_each_class(tmp_path):
     assert source.holds_out_validation
     assert sorted(content(source.splits['train']) + content(source.splits['validation'])) == sorted(expected(range(40)))
     assert np.bincount([label for _, label in content(source.splits['validation'])]).tolist() == [4, 3, 3]
-    assert any('1 of 9 files' in note for note in source.notes)
+    assert any('only 1 of its 9 files' in note for note in source.notes)
 
 
 def test_files_of_a_split_must_have_the_same_columns_and_classes(tmp_path):
@@ -160,6 +160,7 @@ def test_column_of_labels_is_never_guessed(tmp_path):
     assert advised
     source = opened(advised[1])
     assert source.class_names == ['ape', 'bee', 'cow', 'dog']
+    assert any('not read: id, coarse_label;' in note for note in source.notes)
     assert opened(f'{path}:coarse_label').class_names == ['wild', 'tame']
     assert 'a column of labels, medium' in refused(f'{path}:medium')
     described = metadata(coarse_label=['wild', 'tame'])  # the only column with names of classes

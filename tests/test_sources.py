@@ -27,6 +27,23 @@ def content(examples) -> list[tuple]:
     return [(examples.name(i), *examples[i]) for i in range(len(examples))]
 
 
+@pytest.mark.parametrize(
+    ('source', 'reason'),
+    [
+        ('folder:', "'folder:' names no folder; write folder:DIR"),
+        ('hf:', "'hf:' names no folder"),
+        ('{root}', 'for the folder {root}, write folder:{root}'),
+        ('folder:{root}/rows', '{root}/rows has no folders of images; hf:{root}/rows reads the *.parquet files'),
+        ('folder:{root}/tars', '{root}/tars has no folders of images; wds:{root}/tars reads the *.tar files'),
+    ],
+)
+def test_message_names_the_source_that_was_meant(tmp_path, source, reason):
+    tree(tmp_path, 'rows/data/train.parquet', 'tars/0.tar')
+    with pytest.raises(sources.SourceError) as caught:
+        opened(source.format(root=tmp_path))
+    assert reason.format(root=tmp_path) in str(caught.value)
+
+
 def test_folder_with_train_and_val(tmp_path):
     tree(tmp_path, 'train/dog/b.jpg', 'train/dog/a.jpg', 'train/cat/deep/c.jpg', 'train/dog/.hidden', 'train/x.txt')
     tree(tmp_path, 'val/dog/d.jpg', '.git/e')

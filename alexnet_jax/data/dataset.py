@@ -107,8 +107,8 @@ def _name(text: str, digest: str, settings: DatasetSettings) -> str:
     return f'{name}{ending}'
 
 
-def read_manifest(directory: str, settings: DatasetSettings) -> Manifest:
-    """Returns the manifest of the data set in `directory`.
+def read_manifest(directory: str, settings: DatasetSettings, replace: str = 'alexnet prepare') -> Manifest:
+    """Returns the manifest of the data set in `directory`; `replace` is the command that prepares it anew.
 
     Raises ConfigError: `directory` is not a complete data set, or the data set has other settings than `settings`.
     """
@@ -117,8 +117,8 @@ def read_manifest(directory: str, settings: DatasetSettings) -> Manifest:
     if problem is not None:
         field, wanted, prepared = problem
         raise ConfigError(
-            f'config.data.{field}: {wanted!r}, but {directory} was prepared with {prepared!r}: use that value, prepare'
-            ' the data set anew with `alexnet prepare --replace`, or choose another data_dir'
+            f'config.data.{field}: {wanted!r}, but {directory} was prepared with {prepared!r}: use that value or'
+            f' another data_dir, or prepare the data set anew: {replace}'
         )
     return manifest
 
@@ -170,6 +170,7 @@ class PreparedDataset:
       fingerprint: see Manifest.fingerprint_of_images().
       origins: see Manifest.
       earlier_fingerprints: see Manifest.earlier_fingerprints().
+      choices: what was chosen when the data set was prepared and is not in the log of this process, one line each.
     """
 
     train: SplitReader
@@ -179,6 +180,7 @@ class PreparedDataset:
     fingerprint: str
     origins: dict[str, str] = dataclasses.field(default_factory=dict)
     earlier_fingerprints: Sequence[str] = ()
+    choices: Sequence[str] = ()
 
     def has_fingerprint(self, recorded: str) -> bool:
         """Returns whether a run with the fingerprint `recorded` was trained on this data set."""
@@ -201,7 +203,8 @@ def open_prepared(directory: str, settings: DatasetSettings) -> PreparedDataset:
         for split, records in _open_records(folder, manifest).items()
     }
     return PreparedDataset(
-        **splits,
+        train=splits['train'],
+        validation=splits['validation'],
         statistics=statistics,
         class_names=manifest.class_names,
         fingerprint=manifest.fingerprint_of_images(),

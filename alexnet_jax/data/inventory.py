@@ -20,7 +20,7 @@ _TEXTS = (
     'txt csv tsv json jsonl xml md rst pdf html htm css js yaml yml toml ini cfg conf log lst py pyc ipynb sh bat'
     ' doc docx xls xlsx ppt pptx odt rtf lnk url lock tmp part crdownload md5 sha256'
 )
-_TEXT_ENDINGS = tuple(f'.{ending}' for ending in _TEXTS.split())
+TEXT_ENDINGS = tuple(f'.{ending}' for ending in _TEXTS.split())
 MANY_FILES = 100_000  # in larger sources, the files are looked at only if a folder has changed
 MANY_FOLDERS = 10_000  # an inventory with more folders does not list them
 SHOWN_FOLDERS = 3
@@ -71,10 +71,12 @@ def take_inventory(roots: Sequence[str], excluded: str) -> Inventory:
     for root in roots:
         if not os.path.isdir(root) and os.path.lexists(root):
             single.setdefault(os.path.relpath(os.path.dirname(root), base), []).append(root)
+    for root in roots:
         for folder, time, names in _walk(root, excluded, ()):
             name = os.path.relpath(folder, base)
             times[name] = time
-            folders[name] = len(names), _digest([os.path.join(folder, file) for file in names])
+            paths = [os.path.join(folder, file) for file in names] + single.pop(name, [])
+            folders[name] = len(paths), _digest(paths)
     folders |= {name: (len(paths), _digest(paths)) for name, paths in single.items()}
     return Inventory(
         roots=list(roots),
@@ -107,7 +109,7 @@ def _walk(folder: str, excluded: str, parents: tuple[tuple[int, int], ...]) -> I
     except PermissionError:  # the preparation refuses it if it has images of the source
         return
     folders = {entry.name for entry in entries if is_folder(entry)}
-    runs = {name for name in folders if _is_run(os.path.join(folder, name))}
+    runs = {name for name in folders if is_run(os.path.join(folder, name))}
     if runs and len(runs) == len(entries):
         return
     yield folder, status.st_mtime_ns, [entry.name for entry in entries if entry.name not in folders]
@@ -116,10 +118,11 @@ def _walk(folder: str, excluded: str, parents: tuple[tuple[int, int], ...]) -> I
 
 
 def _counts(name: str) -> bool:
-    return not (is_litter(name) or name.lower().endswith(_TEXT_ENDINGS))
+    return not (is_litter(name) or name.lower().endswith(TEXT_ENDINGS))
 
 
-def _is_run(folder: str) -> bool:
+def is_run(folder: str) -> bool:
+    """Returns whether `folder` is that of a run, whose files are no part of a source."""
     return all(os.path.exists(os.path.join(folder, name)) for name in ('checkpoints', 'config.json'))
 
 

@@ -38,6 +38,7 @@ class Manifest:
       inventory: the files of the source, see inventory.Inventory; None in version 1.
       origins: where the images of each split come from, see prepare.raw_sources.Source; {} in version 1.
       source_digest: see prepare.raw_sources.Source.fingerprint; '' in version 1.
+      notes: what was chosen and what is ignored, see prepare.raw_sources.Source; [] in version 1.
     """
 
     source: str
@@ -56,6 +57,7 @@ class Manifest:
     inventory: JsonObject | None = None
     origins: dict[str, str] = dataclasses.field(default_factory=dict)
     source_digest: str = ''
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def fingerprint_of_images(self) -> str:
         """Returns a digest of images, order, classes and settings, which does not depend on the source.

@@ -9,7 +9,7 @@ import time
 
 from etils import epath
 
-from alexnet_jax.config import UNKNOWN, Config, ConfigError, check_num_classes
+from alexnet_jax.config import UNKNOWN, Config, ConfigError, check_num_classes, shown_classes
 from alexnet_jax.data import dataset
 from alexnet_jax.data.earlier_versions import check_labels, doubt_of_labels, doubt_of_validation, find_earlier
 from alexnet_jax.data.inventory import describe_change
@@ -68,10 +68,23 @@ def open_or_prepare(
             sys.exit(process.returncode)  # the child process printed the reason
         directory = find_prepared(data, *folders, is_verified=True)
         assert directory is not None
-    prepared = open_verified(directory, data, *folders, config.model.num_classes)
+        choices = []  # the child process logged them
+    else:
+        choices = _choices(directory)
+    # The number of classes of a trained network differs only if the data set was replaced, which the caller reports.
+    prepared = open_verified(directory, data, *folders, None if trained_on else config.model.num_classes)
     if config.model.num_classes == UNKNOWN:
         log(f'config.model.num_classes=auto: {len(prepared.class_names)} classes')
-    return prepared
+    return dataclasses.replace(prepared, choices=choices)
+
+
+def _choices(directory: str) -> list[str]:
+    """Returns the choices that `alexnet prepare` logged when it prepared the data set in `directory`."""
+    manifest = load_manifest(directory)
+    lines = [f'{len(manifest.class_names):,} classes in this order: {shown_classes(manifest.class_names)}']
+    if manifest.validation_fraction is not None:
+        lines.append(f'the validation images are held out, {manifest.validation_fraction:.1%} of the training images')
+    return lines + manifest.notes
 
 
 def find_trained_on(
@@ -131,6 +144,7 @@ def open_verified(
 
     Raises ConfigError: see dataset.open_prepared() and config.check_num_classes().
     """
+    dataset.read_manifest(directory, settings, replace_command(settings, data_dir, prepared_dir))
     prepared = dataset.open_prepared(directory, settings)
     change = describe_source_change(directory, settings, data_dir, prepared_dir) if is_primary() else None
     try:

@@ -118,8 +118,3 @@ def _check_same_names(names: Sequence[str], own: Sequence[str], described: str) 
             f'config.data.class_names: {shown_classes(list(map(repr, missing)))} of {described} is missing; name all of'
             f' its {len(own)} classes, or leave class_names out'
         )
-
-
-def are_numbers(names: Sequence[str]) -> bool:
-    """Returns whether `names` are '0', '1', ..., as a source has that only numbers its classes."""
-    return list(names) == [str(label) for label in range(len(names))]

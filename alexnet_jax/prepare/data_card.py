@@ -51,19 +51,17 @@ class DataCard:
         return f'{len(self.class_names):,} classes in this order: {shown_classes(self.class_names)}'
 
     def class_sizes(self) -> list[str]:
-        """Returns the smallest and the largest class, and the classes without training images."""
+        """Returns the smallest and the largest class."""
         if self.class_counts is None:
             return ['training images per class: unknown before the preparation']
         least, most = int(np.argmin(self.class_counts)), int(np.argmax(self.class_counts))
         names, counts = self.class_names, self.class_counts
         if counts[least] == counts[most]:
             return [f'{counts[least]:,} training images in each class']
-        lines = [
+        return [
             f'smallest class: {names[least]}, {counts[least]:,} training images;'
             f' largest class: {names[most]}, {counts[most]:,}'
         ]
-        empty = [name for name, count in zip(names, counts, strict=True) if not count]
-        return [*lines, f'classes without training images: {shown_classes(empty)}'] if empty else lines
 
     def lines(self) -> list[str]:
         """Returns all that the card says, one fact per line."""
@@ -108,4 +106,5 @@ def card_of_prepared(manifest: Manifest, class_counts: Integer[np.ndarray, ' cla
         manifest.origins,
         manifest.validation_fraction is not None,
         class_counts,
+        tuple(manifest.notes),
     )

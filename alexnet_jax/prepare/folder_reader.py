@@ -65,7 +65,11 @@ class FolderReader:
             else:
                 others.append(f'{name}/')
         if not classes:
-            raise SourceError(f'config.data.source: {folder} has no folders of images; {REMEDY}')
+            found = Counter[str]()
+            files_below(str(self.root), str(folder), found)
+            kind = 'hf' if found['*.parquet'] else 'wds' if found['*.tar'] else None
+            remedy = f'{kind}:{folder} reads the *.{"parquet" if kind == "hf" else "tar"} files' if kind else REMEDY
+            raise SourceError(f'config.data.source: {folder} has no folders of images; {remedy}')
         if not any(classes.values()):
             raise SourceError(f'{folder}: the folders of its {len(classes)} classes are empty')
         self.note_strays(folder, images)

@@ -60,6 +60,8 @@ def _idx_split(folder: Path, split: str) -> ArrayExamples:
 
 def _idx_array(path: Path, dimensions: int) -> UInt8[np.ndarray, '...']:
     """Reads a uint8 array from an IDX file: two zero bytes, 8 for uint8, rank, sizes (4 bytes, big-endian), data."""
+    if not path.is_file():  # opening a pipe would wait for a writer
+        raise SourceError(f'{path} is not a file; download it again')
     header_bytes = 4 + 4 * dimensions
     try:
         with open(path, 'rb') as raw:

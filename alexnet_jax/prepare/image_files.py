@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 
 import numpy as np
 
-from alexnet_jax.data.inventory import is_folder, is_litter
+from alexnet_jax.data.inventory import TEXT_ENDINGS, is_folder, is_litter, is_run
 from alexnet_jax.paths import shown
 from alexnet_jax.prepare.raw_sources import FileExamples, SourceError
 
@@ -15,17 +15,16 @@ Files = list[tuple[str, int]]  # (path relative to the root of the source, size 
 HEADER = 'path,label[,split]'  # of labels.csv
 REMEDY = f'make a folder for each class, or list the images in labels.csv with the header {HEADER}'
 IMAGES, EMPTY, OTHER = 'images', 'empty', 'other'  # contents of a folder, see content_of()
-_OTHER_ENDINGS = frozenset(
+_SHOWN = {'*run': 'folders of runs'}  # by the kind of what is ignored
+_OTHER_ENDINGS = frozenset(TEXT_ENDINGS) | {
     f'.{ending}'
     for endings in (
-        'txt csv tsv json jsonl xml md rst pdf html htm css js yaml yml toml ini cfg conf log lst names labels',
-        'npy npz pkl pickle mat h5 hdf5 parquet arrow feather tfrecord record rec idx db sqlite',
-        'pt pth ckpt onnx safetensors zip tar gz tgz bz2 xz 7z rar py pyc ipynb sh bat exe dll so',
-        'mp4 avi mov mkv webm wmv mpg mpeg wav mp3 flac doc docx xls xlsx ppt pptx odt rtf',
-        'lnk url lock tmp part crdownload md5 sha256',
+        'names labels npz npy pkl pickle mat h5 hdf5 parquet arrow feather tfrecord record rec idx db sqlite',
+        'pt pth ckpt onnx safetensors zip tar gz tgz bz2 xz 7z rar exe dll so',
+        'mp4 avi mov mkv webm wmv mpg mpeg wav mp3 flac',
     )
     for ending in endings.split()
-)
+}
 
 
 def list_folder(folder: str | os.PathLike[str], ignored: Counter[str]) -> tuple[list[str], list[os.DirEntry[str]]]:
@@ -43,7 +42,7 @@ def entries_of(folder: str | os.PathLike[str], ignored: Counter[str]) -> Iterato
     """Yields the folders and the image files in `folder`, each with whether it is a folder.
 
     A file counts as an image unless its ending says otherwise. The function counts in `ignored` what is ignored:
-    '*.txt' for other files, and names such as '.git/' or 'Thumbs.db' for system files.
+    '*.txt' for other files, '*run' for folders of runs, and names such as '.git/' or 'Thumbs.db' for system files.
 
     Raises SourceError: the folder cannot be read.
     """
@@ -54,7 +53,10 @@ def entries_of(folder: str | os.PathLike[str], ignored: Counter[str]) -> Iterato
                 if is_litter(name):
                     ignored[_kind_of_litter(entry)] += 1
                 elif is_folder(entry):
-                    yield entry, True
+                    if is_run(entry.path):
+                        ignored['*run'] += 1
+                    else:
+                        yield entry, True
                 elif (ending := os.path.splitext(name)[1].lower()) in _OTHER_ENDINGS:
                     ignored[f'*{ending}'] += 1
                 else:
@@ -158,7 +160,7 @@ def describe_ignored(ignored: Counter[str]) -> list[str]:
     for is_other, what in ((True, 'not read as images'), (False, 'ignored as system files or hidden files')):
         names = [name for name in sorted(ignored) if name.startswith('*') == is_other]
         if names:
-            lines.append(f'{what}: {shortened([f"{ignored[name]:,} {name}" for name in names], 10)}')
+            lines.append(f'{what}: {shortened([f"{ignored[name]:,} {_SHOWN.get(name, name)}" for name in names], 10)}')
     return lines
 
 

@@ -156,16 +156,19 @@ def _open_split(root: str, label: str | None, location: str, files: Sequence[str
     digests = tuple(part.digest for part in parts)
     build = functools.partial(ParquetExamples, root, tuple(files), starts, digests, image)
     everything = build(np.arange(starts[-1]), np.zeros(starts[-1], np.int32))
-    return RawSplit(LabelColumn(list(values), np.concatenate(codes)), build, everything.name, class_names)
+    others = parts[0].others
+    notes = (f'columns that are not read: {", ".join(others)}; hf:DIR:COLUMN chooses the labels',) if others else ()
+    return RawSplit(LabelColumn(list(values), np.concatenate(codes)), build, everything.name, class_names, notes)
 
 
 @dataclasses.dataclass(frozen=True)
 class _File:
-    """A parquet file: image column, label column and class names; labels; digest of the footer."""
+    """A parquet file: image column, label column and class names; labels; digest of the footer; other columns."""
 
     columns: tuple[str, str, list[str] | None]
     labels: LabelColumn
     digest: str
+    others: tuple[str, ...]
 
 
 def _read_labels(root: str, file: str, label: str | None, location: str) -> _File:
@@ -174,6 +177,7 @@ def _read_labels(root: str, file: str, label: str | None, location: str) -> _Fil
     try:
         with open_file(root, file) as parquet:
             columns = _choose_columns(path, parquet.schema_arrow, label, location)
+            others = tuple(name for name in parquet.schema_arrow.names if name not in columns[:2])
             labels = parquet.read([columns[1]], use_threads=False).column(0)
             footer_bytes, rows = parquet.metadata.serialized_size, parquet.metadata.num_rows
         labels = labels.combine_chunks()
@@ -193,7 +197,7 @@ def _read_labels(root: str, file: str, label: str | None, location: str) -> _Fil
         ) from None
     if len(column.codes) != rows:
         raise SourceError(f'{path} is corrupt: {rows} rows, but {len(column.codes)} labels; download it again')
-    return _File(columns, column, digest)
+    return _File(columns, column, digest, others)
 
 
 def _choose_columns(

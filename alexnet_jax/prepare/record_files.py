@@ -171,7 +171,9 @@ def open_splits(
             raise SourceError(f'{field}: {used[split]} of {where} has no image with a label; choose another split')
         if not kept.all():
             first = part.name(int(np.argmin(kept)))
-            notes.append(f'images of {used[split]} without a label: {np.sum(~kept)}; the first is {first}')
+            values = np.array([*(value != -1 for value in part.column.values), False])
+            what = 'the label of a class' if values[part.column.codes[~kept]].any() else 'a label'
+            notes.append(f'images of {used[split]} without {what}: {np.sum(~kept)}; the first is {first}')
         splits[split] = part.examples(np.flatnonzero(kept), labels[split][kept])
     origins = {split: _described(groups[name]) for split, name in used.items()}
     held_out = choice.validation is None
@@ -193,7 +195,7 @@ def _missing_files(files: Sequence[str], split: str) -> list[str]:
     """Returns a note if the names of the files, such as train-00000-of-00005.parquet, say that files are missing."""
     numbers = [match for file in files for match in re.findall(r'(\d+)-of-(\d+)', os.path.basename(file))]
     total = max((int(total) for _, total in numbers), default=0)
-    return [f'{split}: {len(files)} of {total} files are used'] if len(numbers) < total else []
+    return [f'{split} has only {len(files)} of its {total} files'] if len(numbers) < total else []
 
 
 def _described(files: Sequence[str]) -> str:

@@ -10,7 +10,6 @@ import tensorflow_datasets as tfds
 
 from alexnet_jax.config import ConfigError
 from alexnet_jax.paths import check_writable, shown
-from alexnet_jax.prepare.classes import are_numbers
 from alexnet_jax.prepare.raw_sources import Source, SourceError, check_held_out, digest
 from alexnet_jax.prepare.splits import choose_splits
 from alexnet_jax.prepare.tfds_folders import TfdsName, describe_rest, find_version, parse_name
@@ -52,7 +51,7 @@ def open_tfds(source: str, data_dir: str, fraction: float, validation_split: str
         choice.validation is None,
         origins,
         (*notes, *choice.notes),
-        names_classes=not are_numbers(names),
+        names_classes=not _are_numbers(names),
         roots=(os.path.abspath(builder.data_dir),),
     )
 
@@ -72,6 +71,11 @@ def _open_split(builder: tfds.core.DatasetBuilder, split: str, image: str, label
     described = [(name, part.num_examples, part.num_bytes) for name, part in info.splits.items()]
     metadata_digest = digest(info.full_name, *described)
     return TfdsExamples(tuple(shards), file_format, split, image, label, file_name, 0, first, metadata_digest)
+
+
+def _are_numbers(names: list[str]) -> bool:
+    """Returns whether `names` are '0', '1', ..., as a source has that only numbers its classes."""
+    return names == [str(label) for label in range(len(names))]
 
 
 def _checked_size(path: str, count: int, folder: str) -> int:
@@ -208,10 +212,12 @@ def _download_and_prepare(name: TfdsName, source: str, data_dir: str) -> str:
     return str(builder.data_dir)
 
 
-def missing_tfds_data(source: str, data_dir: str) -> tuple[list[str], dict[str, int], int] | None:
+def missing_tfds_data(source: str, data_dir: str) -> tuple[Source, dict[str, int], int] | None:
     """Describes data that TFDS has not prepared yet; returns None if open_source() would only read files.
 
-    Returns the class names, the number of images by split ({} if unknown), and the bytes that TFDS would download.
+    Returns a source without splits, the number of images by split ({} if unknown), and the bytes that TFDS would
+    download.
+
     Raises SourceError or ConfigError: see _builder_for_preparation().
     """
     if source != 'photos' and not source.startswith('tfds:'):
@@ -226,7 +232,8 @@ def missing_tfds_data(source: str, data_dir: str) -> tuple[list[str], dict[str, 
 
         images = {split: count * len(names) for split, count in PATCHES_PER_IMAGE.items()}
     is_manual = builder.MANUAL_DOWNLOAD_INSTRUCTIONS is not None  # the user has downloaded the files
-    return names, images, 0 if is_manual else sum(int(info.size) for info in (builder.url_infos or {}).values())
+    download_bytes = 0 if is_manual else sum(int(info.size) for info in (builder.url_infos or {}).values())
+    return Source({}, names, False, names_classes=not _are_numbers(names)), images, download_bytes
 
 
 def _without_tensorflow(source: str) -> SourceError:

@@ -109,8 +109,7 @@ def open_webdataset(pattern: str, fraction: float, validation_split: str | None)
     names = _read_class_names(class_file) if class_file else None
     open_split = functools.partial(_open_split, root, names)
     roots = [folder] if os.path.isdir(folder) else paths
-    if class_file and not class_file.startswith(os.path.join(roots[0], '')):
-        roots.append(class_file)
+    roots += [class_file] if class_file else []
     source = open_splits(pattern, files, fraction, validation_split, open_split, tuple(roots))
     notes = [f'{class_file} has the names of the {len(names)} classes'] if names is not None else []
     return dataclasses.replace(source, notes=(*source.notes, *notes))
@@ -132,6 +131,8 @@ def find_tars(pattern: str) -> list[str]:
             raise SourceError(f'config.data.source: {shown(pattern)} has more than {_MAX_FILES:,} files')
         found = {path: [path] if os.path.exists(path) else sorted(glob.glob(path)) for path in wanted}
         missing = [path for path, matches in found.items() if not matches]
+        if missing == [pattern]:
+            raise SourceError(f'config.data.source: no tar file matches wds:{shown(pattern)}')
         if missing:
             raise SourceError(
                 f'config.data.source: {len(missing)} of the {len(found)} tar files of wds:{shown(pattern)} are missing;'

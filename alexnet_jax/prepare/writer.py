@@ -26,7 +26,7 @@ from alexnet_jax.data.prepare_command import replace_command
 from alexnet_jax.data.split_reader import DatasetError
 from alexnet_jax.paths import absolute_source, check_folder, check_writable, is_url
 from alexnet_jax.prepare.adoption import adopt, find_same_images
-from alexnet_jax.prepare.classes import are_numbers, order_classes
+from alexnet_jax.prepare.classes import order_classes
 from alexnet_jax.prepare.data_card import DataCard, card_of_source
 from alexnet_jax.prepare.raw_sources import Source, SourceError
 from alexnet_jax.prepare.shard_writer import ShardReport, SkippedImage, read_report, write_shards
@@ -152,7 +152,8 @@ def _check_writable(target: str, prepared_dir: str | None) -> None:
 
 def _check_same(directory: str, settings: PrepareConfig, data_dir: str, prepared_dir: str | None) -> None:
     """Raises ConfigError if the data set in `directory` has other settings, or if its source has changed since."""
-    manifest = read_manifest(directory, settings)
+    replace = replace_command(settings, data_dir, prepared_dir)
+    manifest = read_manifest(directory, settings, replace)
     if manifest.version > 1:
         change = describe_change(manifest.inventory, os.path.dirname(directory))
     elif is_local(settings.source) and _source(settings, data_dir).fingerprint != manifest.fingerprint:
@@ -162,7 +163,7 @@ def _check_same(directory: str, settings: PrepareConfig, data_dir: str, prepared
     if change:
         raise ConfigError(
             f'{settings.source} has changed since {directory} was prepared from it ({change}); use another data_dir, or'
-            f' replace the data set: {replace_command(settings, data_dir, prepared_dir)}'
+            f' replace the data set: {replace}'
         )
 
 
@@ -233,18 +234,15 @@ def preview(settings: PrepareConfig, data_dir: str, prepared_dir: str | None) ->
 def _missing_data(settings: PrepareConfig, data_dir: str) -> tuple[Source, dict[str, int], int] | None:
     """Describes data that TFDS has not prepared yet; returns None if _open() would only read files.
 
-    Returns a source without splits, the number of images by split ({} if unknown), and the bytes that TFDS would
-    download. Raises the errors of _open() that are known before the download.
+    Returns the result of missing_tfds_data(), with the classes in the order of the labels.
+
+    Raises the errors of _open() that are known before the download.
     """
     missing = missing_tfds_data(settings.source, data_dir)
     if missing is None:
         return None
-    names, images, download_bytes = missing
-    return (
-        _with_classes(settings, Source({}, names, False, names_classes=not are_numbers(names))),
-        images,
-        download_bytes,
-    )
+    source, images, download_bytes = missing
+    return _with_classes(settings, source), images, download_bytes
 
 
 def _open(settings: PrepareConfig, data_dir: str) -> Source:
@@ -298,6 +296,7 @@ def _prepare(settings: PrepareConfig, data_dir: str, target: str) -> None:
     reports = _write_shards(shards, complete, format, staging_dir, settings)
     description = _description(settings, source, format) | {
         'origins': dict(source.origins),
+        'notes': list(source.notes),
         'source_digest': source.fingerprint,
         'inventory': dataclasses.asdict(inventory),
     }

@@ -258,6 +258,8 @@ def log_start(config: Config, mesh: parallel.Mesh, data: dataset.PreparedDataset
         f' {jax.process_count()} processes, mesh data={mesh.shape["data"]}, model={mesh.shape["model"]};'
         f' {total_steps} steps of {config.train.batch_size} images'
     )
+    for line in data.choices:
+        log(f'{config.data.source}: {line}')
 
 
 def write_result(

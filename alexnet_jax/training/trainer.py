@@ -21,6 +21,7 @@ from alexnet_jax.config import (
 )
 from alexnet_jax.data import dataset
 from alexnet_jax.data.open_or_prepare import open_or_prepare
+from alexnet_jax.paths import check_writable
 from alexnet_jax.runtime import backend, distributed
 from alexnet_jax.runtime.console import log
 from alexnet_jax.runtime.environment import environment
@@ -81,10 +82,7 @@ def train_and_evaluate(config: Config, workdir: str, process_group: JsonObject |
       SystemExit: the preparation of the data set failed.
     """
     with PreemptionHandler(ignore_afterwards=True) as preemption:
-        try:
-            os.makedirs(workdir, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f'--workdir: {workdir} cannot be used: {error}') from None
+        check_writable('--workdir', workdir)  # without creating it: an empty folder among the images is a class
         if process_group is None:
             parallel.make_mesh(config)  # raises ConfigError for an invalid mesh before the data are prepared
         # The data set is prepared before the processes connect, because connected processes should not wait for hours.
@@ -92,6 +90,10 @@ def train_and_evaluate(config: Config, workdir: str, process_group: JsonObject |
         if data is None:
             log('stopped while preparing the data set; run the same command again to resume')
             return EXIT_PREEMPTED
+        try:
+            os.makedirs(workdir, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f'--workdir: {workdir} cannot be used: {error}') from None
         config = with_num_classes(config, len(data.class_names))
         if not distributed.initialize(process_group, config.distributed, preemption):
             log('stopped before all processes were connected; run the same command again')
