@@ -94,7 +94,7 @@ def _versions(folder: str) -> list[tfds.core.Version]:
 
 def is_prepared(folder: str) -> bool:
     """Returns whether `folder` has the file that TFDS writes last."""
-    return os.path.isfile(os.path.join(folder, 'dataset_info.json'))
+    return os.path.exists(os.path.join(folder, 'dataset_info.json'))
 
 
 def describe_rest(name: TfdsName, data_dir: str) -> str:
