@@ -99,10 +99,10 @@ def _read_builder(folder: str, name: TfdsName, data_dir: str) -> tfds.core.Datas
     Only data sets of TFDS 3, which lack features.json, need the code of the data set. Raises SourceError: a file is
     missing or corrupt, or the file format is not in FILE_FORMATS.
     """
-    for entry in os.scandir(folder):
+    for path in (os.path.join(folder, entry) for entry in sorted(os.listdir(folder))):
         # A pipe would block TFDS, and a device has no end.
-        if entry.name.endswith(('.json', '.txt')) and not (entry.is_file() or entry.is_dir()):
-            raise SourceError(f'{entry.path} is not a regular file; copy {folder} again')
+        if path.endswith(('.json', '.txt')) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise SourceError(f'{path} is not a regular file; copy {folder} again')
     has_features = os.path.exists(os.path.join(folder, 'features.json'))
     try:
         if has_features:
