@@ -98,12 +98,23 @@ def test_card_names_what_is_odd(tmp_path):
     assert 'a class has no training image: c' in lines
 
 
-def test_classes_are_sorted_as_text_and_class_names_change_the_order(tmp_path):
-    counts = {f'train/{name}': 3 for name in ('1', '2', '10')} | {f'val/{name}': 1 for name in ('1', '2', '10')}
-    source = f'folder:{write_pictures(tmp_path / "numbers", counts)}'
+@pytest.mark.parametrize(
+    ('names', 'sorted_names'),
+    [
+        (('1', '2', '10'), '1, 10, 2'),
+        (('class_9', 'class_10', 'class_11'), 'class_10, class_11, class_9'),
+        (('apple', 'Banana', 'cherry'), 'Banana, apple, cherry'),
+        (('ant', 'zebra', 'ähre'), 'ant, zebra, ähre'),
+        (('-1', '0', '01'), '-1, 0, 01'),
+    ],
+)
+def test_classes_are_sorted_as_text_and_class_names_change_the_order(tmp_path, names, sorted_names):
+    counts = {f'train/{name}': 3 for name in names} | {f'val/{name}': 1 for name in names}
+    source = f'folder:{write_pictures(tmp_path / "classes", counts)}'
     flags = [f'--source={source}', f'--data_dir={tmp_path}/d']
-    assert '3 classes in this order: 1, 10, 2' in show(*flags)
-    assert '3 classes in this order: 1, 2, 10' in show(*flags, '--class_names=1,2,10')
+    assert f'3 classes in this order: {sorted_names}' in show(*flags)
+    given = names[2], names[0], names[1]
+    assert f'3 classes in this order: {", ".join(given)}' in show(*flags, f'--class_names={",".join(given)}')
 
 
 def test_interrupted_preparation_of_a_relative_path_is_found(tmp_path, monkeypatch):

@@ -12,8 +12,10 @@ import numpy as np
 import picture_sets
 import pytest
 import tensorflow_datasets as tfds
-from helpers import read_json, read_lines, start_command, wait_for
+from helpers import read_json, read_lines, refusal, start_command, wait_for
 from PIL import Image
+
+from alexnet_jax.prepare.writer import PrepareConfig, prepare
 
 pytestmark = pytest.mark.slow
 
@@ -131,3 +133,20 @@ def test_a_corrupt_picture_of_every_form_is_named(form, roots, expected, tmp_pat
     rest = examples(expected, 'train')
     del rest[picture_sets.BAD]
     assert examples(folder, 'train') == rest
+
+
+@pytest.mark.parametrize('form', picture_sets.FORMS)
+def test_every_form_refuses_another_number_of_classes_before_the_preparation(form, roots, tmp_path):
+    given = PrepareConfig(**picture_sets.FORMS[form].settings_of(roots[form]), image_size=SIZE, num_classes=7)
+    message = refusal(prepare, given, str(roots[form]), str(tmp_path / 'prepared'))
+    assert message.startswith('config.model.num_classes: 7, but ')
+    assert f'has 5 classes ({", ".join(picture_sets.CLASSES)}); the nearest is 5' in message
+    assert not [path for path in (tmp_path / 'prepared').iterdir() if path.suffix != '.lock']
+
+
+@pytest.mark.parametrize('form', ['folders', 'csv', 'tfrecord', 'parquet', 'tars'])
+def test_every_form_names_prepared_dir_if_its_folder_is_read_only(form, roots, tmp_path):
+    read_only = tmp_path / 'file'
+    read_only.touch()  # no folder can be created below a file, also not by root
+    given = PrepareConfig(**picture_sets.FORMS[form].settings_of(roots[form]), image_size=SIZE)
+    assert 'config.data.prepared_dir: ' in refusal(prepare, given, str(roots[form]), str(read_only / 'prepared'))
