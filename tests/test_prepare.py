@@ -232,6 +232,8 @@ def test_every_kind_of_image_file_in_a_folder(tmp_path):
         for name, (content, _) in animals.items():
             if split == 'train' or not isinstance(animals[name][1], str):
                 (tmp_path / 'zoo' / split / 'all' / name).write_bytes(content)
+        (tmp_path / 'zoo' / split / 'other').mkdir()  # a data set has at least two classes
+        (tmp_path / 'zoo' / split / 'other' / 'plain.jpg').write_bytes(animals['plain.jpg'][0])
     os.symlink('/nowhere', tmp_path / 'zoo' / 'train' / 'all' / 'zz_link_to_nothing.jpg')
     given = PrepareConfig(source=f'folder:{tmp_path}/zoo', image_size=32, max_corrupt_fraction=0.5)
     folder = prepare(given, str(tmp_path))
@@ -243,7 +245,7 @@ def test_every_kind_of_image_file_in_a_folder(tmp_path):
     assert {line['split'] for line in skipped} == {'train'}
     data = dataset.open_prepared(folder, given)
     colors = [color for _, (_, color) in sorted(animals.items()) if not isinstance(color, str)]
-    assert len(data.train) == len(data.validation) == len(colors)
+    assert len(data.train) == len(data.validation) == len(colors) + 1
     for index, color in enumerate(colors):
         np.testing.assert_allclose(data.train[index]['image'].mean((0, 1)), color, atol=3)
 
