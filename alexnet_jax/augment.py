@@ -4,7 +4,7 @@ The crop, flip and noise of an image are a pure function of its keys, and do not
 """
 
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,16 @@ def example_keys(seed: int, number: UInt32[Array, ' b'], purpose: int) -> Key[Ar
 
 
 class PreprocessParams(TypedDict):
-    """The constants of augment() and eval_crop(), see make_preprocess_params()."""
+    """The constants of augment() and eval_crop(), see make_preprocess_params().
+
+    In training with config.class_weights, `class_weights` are the factors of the loss by label.
+    """
 
     mean: Float32[Array | np.ndarray, 's s c']
     color: Float32[Array | np.ndarray, 'c c']
     divisor: Float32[Array | np.ndarray | np.float32, '']
     scale: Float32[Array | np.ndarray, ' c']
+    class_weights: NotRequired[Float32[Array | np.ndarray, ' classes']]
 
 
 def make_preprocess_params(statistics: Mapping[str, np.ndarray], config: DataConfig) -> PreprocessParams:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from alexnet_jax import config_files
 from alexnet_jax.config import ConfigError, apply_overrides, check_accepts_none, field_names, unknown_field
-from alexnet_jax.data.dataset import DatasetError
+from alexnet_jax.data.split_reader import DatasetError
 from alexnet_jax.paths import check_path, check_writable, is_url
 from alexnet_jax.runtime.console import log_error, protect_output
 from alexnet_jax.runtime.workdir import CheckpointError
@@ -49,6 +49,7 @@ def parse_flags(argv: list[str], missing: str = '', max_arguments: float = 0) ->
     argv = [f'{argument}=' if argument in BARE_FLAGS else argument for argument in argv]
     try:
         _check_renamed(argv)
+        _check_source(argv)
         if 'config' in flags.FLAGS:
             config = config_files.call(_find_config(argv), 'get_config')
             _check_overrides(argv, config)
@@ -78,6 +79,16 @@ def _check_renamed(argv: list[str]) -> None:
         if flag and (new := RENAMED_FLAGS.get(flag[2])) and new in flags.FLAGS:
             prefix = f'--{flag[1] or ""}'
             raise ConfigError(f'{prefix}{flag[2]} was renamed to {prefix}{new}')
+
+
+def _check_source(argv: list[str]) -> None:
+    """Raises ConfigError if `argv` has several sources, as it has if a shell expands the braces of a pattern."""
+    sources = dict.fromkeys(re.findall(r'^--?(?:config\.data\.)?source=(.*)$', '\n'.join(argv[1:]), re.MULTILINE))
+    if len(sources) > 1:
+        raise ConfigError(
+            f'config.data.source: the command line has several sources, {" and ".join(list(sources)[:2])}; give one,'
+            ' and put a pattern with braces in quotation marks'
+        )
 
 
 def _find_config(argv: list[str]) -> str:

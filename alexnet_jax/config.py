@@ -6,9 +6,10 @@ a command. This module does not import jax, so that a command reports an invalid
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import ml_collections
 from ml_collections import config_dict
@@ -20,10 +21,14 @@ from alexnet_jax.config_checks import (  # noqa: F401
     check_choice,
     check_class_names,
     check_mesh,
+    check_num_classes,
+    shown_classes,
 )
 from alexnet_jax.config_schema import (  # noqa: F401
     RENAMED,
     RENAMED_VALUES,
+    SETTINGS,
+    UNKNOWN,
     Config,
     ConfigError,
     DataConfig,
@@ -36,8 +41,10 @@ from alexnet_jax.config_schema import (  # noqa: F401
     get_by_path,
     total_steps,
 )
-from alexnet_jax.paths import absolute_path
+from alexnet_jax.paths import absolute_path, absolute_source
 from alexnet_jax.presets import PRESETS
+
+AUTO = 'auto'  # the editable form of UNKNOWN
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -55,6 +62,9 @@ def _editable(kind: object, default: object) -> object:
         kind = typing.get_args(kind)[0]
     if dataclasses.is_dataclass(kind):
         kinds = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            if 'about' in field.metadata and field.metadata['about'].accepts_auto:
+                kinds[field.name] = object  # a number or a text
         return {field.name: _editable(kinds[field.name], field.default) for field in dataclasses.fields(kind)}
     if default is None or default is dataclasses.MISSING:
         return config_dict.placeholder(typing.get_origin(kind) or kind)
@@ -79,8 +89,12 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     check_choice('model.preset', values['model']['preset'])
     preset = PRESETS[values['model']['preset']].model
     values['model'] |= {name: value for name, value in preset.items() if values['model'][name] is None}
-    values['data']['source'] = values['data']['source'].rstrip('/')  # shells complete folder names with a slash
-    for name in ('data_dir', 'prepared_dir'):  # absolute, so that other commands find the data from any folder
+    if values['model']['num_classes'] == AUTO:
+        values['model']['num_classes'] = UNKNOWN
+    values['data']['class_names'] = read_class_names(values['data']['class_names'])
+    # Absolute paths, so that other commands find the data from any folder, and different folders have different names.
+    values['data']['source'] = absolute_source('config.data.source', values['data']['source'])
+    for name in ('data_dir', 'prepared_dir'):
         if values['data'][name] is not None:
             values['data'][name] = absolute_path(f'config.data.{name}', values['data'][name])
     for name, kind in typing.get_type_hints(Config).items():
@@ -89,6 +103,47 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     resolved = Config(**values)
     check(resolved)
     return resolved
+
+
+def with_num_classes(config: Config, num_classes: int) -> Config:
+    """Returns `config` with the number of classes of the data if model.num_classes is auto, otherwise `config`.
+
+    Raises ConfigError: the number is not allowed, or does not fit the mesh.
+    """
+    if config.model.num_classes != UNKNOWN:
+        return config
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=num_classes))
+    check(config)
+    return config
+
+
+def read_class_names(names: Sequence[str] | None) -> Sequence[str] | None:
+    """Returns the class names in FILE if `names` is ('@FILE',), otherwise `names`.
+
+    FILE is a text with one name per line, or dataset_statistics.npz of a run. Raises ConfigError: it cannot be read, or
+    `names` is any other single name.
+    """
+    if names is None or len(names) != 1:
+        return names
+    if not str(names[0]).startswith('@'):
+        raise ConfigError(
+            f'config.data.class_names: {names[0]!r} is one name, and at least 2 classes are needed; write'
+            " ('cats','dogs'), or @FILE for a file with one name per line"
+        )
+    path = os.path.expanduser(names[0][1:])
+    try:
+        if path.endswith('.npz'):
+            import numpy as np
+
+            with np.load(path) as arrays:
+                return tuple(map(str, arrays['class_names'].tolist()))
+        with open(path, encoding='utf-8-sig') as file:
+            return tuple(line.strip() for line in file if line.strip())
+    except Exception as error:  # NumPy and zipfile raise many types for a corrupt file
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+        raise ConfigError(
+            f'config.data.class_names: {path} cannot be read ({reason}); name a text file with one class per line'
+        ) from None
 
 
 def _as_tuple(value: object) -> object:
@@ -173,10 +228,17 @@ def _check_fields(config: ml_collections.ConfigDict, schema: ml_collections.Conf
             _check_fields(value, schema[name], field + '.')
             continue
         missing_allowed = schema[name] is None
+        if SETTINGS[field].about.accepts_auto:
+            if value == AUTO:
+                continue
+            if value == UNKNOWN:
+                raise ConfigError(f'config.{field}: {value!r} is neither {AUTO} nor a number from 2')
+            expected = SETTINGS[field].kind
         accepted = (int, float) if expected is float else (tuple, list) if expected is tuple else expected
         is_bool_for_number = isinstance(value, bool) and expected is not bool
         if not (value is None and missing_allowed) and (not isinstance(value, accepted) or is_bool_for_number):
-            raise ConfigError(f'config.{field}: {value!r} is {type(value).__name__}, not {expected.__name__}')
+            allowed = f'{expected.__name__}{f" or {AUTO}" * SETTINGS[field].about.accepts_auto}'
+            raise ConfigError(f'config.{field}: {value!r} is {type(value).__name__}, not {allowed}')
     for name in schema:
         if name not in config:
             raise ConfigError(f'config.{prefix}{name}: missing; start from alexnet_jax.config.default_config()')

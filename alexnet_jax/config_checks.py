@@ -10,6 +10,7 @@ from alexnet_jax.config_schema import (
     DENSE,
     RENAMED_VALUES,
     SETTINGS,
+    UNKNOWN,
     Config,
     ConfigError,
     ModelConfig,
@@ -17,6 +18,8 @@ from alexnet_jax.config_schema import (
     get_by_path,
 )
 from alexnet_jax.shapes import LAYERS, layer_specs, layer_table
+
+MAX_CLASS_NAME = 255  # characters of a class name; a file name has no more
 
 
 def check(config: Config) -> None:
@@ -61,27 +64,69 @@ def _check_ranges(config: Config) -> None:
         value = get_by_path(config, field)
         if setting.about.bounds is None or setting.kind not in (int, float) or value is None:
             continue
+        if setting.about.accepts_auto and value == UNKNOWN:
+            continue
         least, greatest = setting.about.bounds
         if not least <= value <= greatest:
             near = greatest if value > greatest else least
             raise ConfigError(f'config.{field}: {value} is outside {least} to {greatest}; the nearest is {near}')
     check_class_names(config.data.class_names or ())
     source = config.data.source
-    if source != 'photos' and not re.fullmatch(r'tfds:[\w/]+(:[\w.-]+)?|(folder|idx):.+', source):
+    if source != 'photos' and not re.fullmatch(r'tfds:\w[\w/:.*+-]*|(folder|idx|hf|wds):.+', source, re.DOTALL):
         raise ConfigError(
-            f"config.data.source: {source!r} is not 'photos', 'tfds:NAME[:config]', 'folder:DIR' or 'idx:DIR';"
-            " for example 'tfds:imagenet2012'"
+            f'config.data.source: {source!r} is not photos, tfds:NAME[:config], folder:DIR, idx:DIR, hf:DIR or'
+            ' wds:PATTERN; for example tfds:imagenet2012'
         )
 
 
-def check_class_names(names: Sequence[object]) -> None:
-    """Raises ConfigError unless `names` are distinct, printable, nonempty strings without surrounding blanks."""
+def check_class_names(names: Sequence[object], where: str = 'config.data.class_names') -> None:
+    """Raises ConfigError unless `names` are distinct, nonempty, printable texts without surrounding blanks.
+
+    A name has at most MAX_CLASS_NAME characters. The message begins with `where`, which has the names.
+    """
     for name in names:
         if not isinstance(name, str) or not name.isprintable() or name != name.strip() or not name:
-            raise ConfigError(f'config.data.class_names: {name!r} is not a printable text without blanks around it')
-    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-    if twice is not None:
-        raise ConfigError(f'config.data.class_names: {twice!r} occurs twice')
+            raise ConfigError(
+                f'{where}: {str(name)[:80]!r} is not a printable text without blanks around it, as a class name must be'
+            )
+        if len(name) > MAX_CLASS_NAME:
+            raise ConfigError(
+                f'{where}: the class name {name[:80]!r}... has {len(name):,} characters, more than {MAX_CLASS_NAME}'
+            )
+    seen: set[object] = set()
+    for name in names:
+        if name in seen:
+            raise ConfigError(f'{where}: {name!r} occurs twice')
+        seen.add(name)
+
+
+def check_num_classes(num_classes: int | None, described: str, class_names: Sequence[str]) -> None:
+    """Raises ConfigError if the data have another number of classes than the network.
+
+    Args:
+      num_classes: config.model.num_classes; UNKNOWN and None accept any number from 2.
+      described: the data, for the message.
+      class_names: the names of the classes of the data.
+    """
+    count = len(class_names)
+    what = f'{described} has {count} class{"es" * (count != 1)} ({shown_classes(class_names)})'
+    if num_classes in (UNKNOWN, None) and count < 2:
+        field = 'config.data.source:' if num_classes is None else 'config.model.num_classes: auto, but'
+        raise ConfigError(f'{field} {what}; at least 2 are needed')
+    if num_classes not in (count, UNKNOWN, None):
+        raise ConfigError(
+            f'config.model.num_classes: {num_classes}, but {what}; the nearest is {count}, and'
+            ' --config.model.num_classes=auto takes the number of the data'
+        )
+
+
+def shown_classes(class_names: Sequence[str]) -> str:
+    """Returns the names separated by commas; of more than eight names, the first five and the last.
+
+    Names that contain a comma are in quotation marks.
+    """
+    names = class_names if len(class_names) <= 8 else [*class_names[:5], '...', class_names[-1]]
+    return ', '.join(f'"{name}"' if ',' in name else name for name in names)
 
 
 def _check_model(config: Config) -> None:

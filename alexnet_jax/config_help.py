@@ -13,8 +13,8 @@ import typing
 
 import ml_collections
 
-from alexnet_jax.config import Config, ConfigError, default_config, get_by_path, resolve
-from alexnet_jax.config_schema import RENAMED, SETTINGS, Setting
+from alexnet_jax.config import AUTO, Config, ConfigError, default_config, get_by_path, resolve
+from alexnet_jax.config_schema import RENAMED, SETTINGS, UNKNOWN, Setting
 from alexnet_jax.presets import PRESETS
 
 _DOCUMENT = """\
@@ -96,6 +96,7 @@ def type_name(setting: Setting) -> str:
         name = item.__name__
     if items:
         name = ' '.join(['tuple of', *filter(None, [' or '.join(map(str, setting.about.lengths))]), name])
+    name = f'{name} or {AUTO}' if setting.about.accepts_auto else name
     return f'{name} or None' if setting.accepts_none and not setting.is_from_preset else name
 
 
@@ -113,7 +114,13 @@ def allowed_values(setting: Setting) -> str:
 
 def values_of(config: Config) -> list[str]:
     """Returns one line per field of `config`, in the form of a config file: config.group.field = value."""
-    return [f'config.{field} = {get_by_path(config, field)!r}' for field in SETTINGS]
+    return [f'config.{field} = {_value(config, field)!r}' for field in SETTINGS]
+
+
+def _value(config: Config, field: str) -> object:
+    """Returns the value of `field` in the form of a config file."""
+    value = get_by_path(config, field)
+    return AUTO if SETTINGS[field].about.accepts_auto and value == UNKNOWN else value
 
 
 def changes_of(config: Config) -> list[str]:
@@ -127,7 +134,7 @@ def changes_of(config: Config) -> list[str]:
     lines = []
     for field, setting in SETTINGS.items():
         old = setting.default if field == 'model.preset' else get_by_path(before, field)
-        new = get_by_path(config, field)
+        new = _value(config, field)
         if new != old:
             lines.append(f'config.{field}: {old!r} -> {new!r}')
     return lines

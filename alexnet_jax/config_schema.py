@@ -20,6 +20,8 @@ class ConfigError(ValueError):
     """A setting is invalid; the message is one line with the field, its value and the nearest valid value."""
 
 
+UNKNOWN = 0  # model.num_classes if it is auto, until the number of classes of the data is known
+
 CONVOLUTIONS = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5')
 DENSE = ('fc6', 'fc7', 'fc8')
 
@@ -54,6 +56,7 @@ class About:
       bounds: minimum and maximum; for a tuple, of each item.
       lengths: allowed numbers of items of a tuple; empty if there is no limit.
       is_duration: whether the text, or each item of the tuple, is a duration; see duration_in_steps().
+      accepts_auto: whether the text 'auto' is allowed, which stands for UNKNOWN.
     """
 
     meaning: str
@@ -61,6 +64,7 @@ class About:
     bounds: Bounds | None = None
     lengths: tuple[int, ...] = ()
     is_duration: bool = False
+    accepts_auto: bool = False
 
 
 def about(
@@ -69,9 +73,10 @@ def about(
     bounds: Bounds | None = None,
     lengths: tuple[int, ...] = (),
     is_duration: bool = False,
+    accepts_auto: bool = False,
 ) -> Mapping[str, About]:
     """Returns the metadata of a dataclass field; see About for the arguments."""
-    return {'about': About(meaning, choices, bounds, lengths, is_duration)}
+    return {'about': About(meaning, choices, bounds, lengths, is_duration, accepts_auto)}
 
 
 def setting(
@@ -118,7 +123,11 @@ class ModelConfig:
             'layers that read the features of all towers; the others read only their own', (*CONVOLUTIONS[1:], *DENSE)
         )
     )
-    num_classes: int = field(metadata=about('number of classes, the width of fc8', bounds=(2, 10**6)))
+    num_classes: int = field(
+        metadata=about(
+            'number of classes, the width of fc8; auto: that of the data', bounds=(2, 10**6), accepts_auto=True
+        )
+    )
     activation: str = field(metadata=about('the nonlinearity', ('relu', 'tanh')))
     conv_ops: tuple[str, ...] = field(
         metadata=about(
@@ -163,7 +172,7 @@ class ModelConfig:
 class DataConfig:
     """The images, and their augmentation (section 4.1 of the paper)."""
 
-    source: str = setting('tfds:imagenet2012', 'photos, tfds:NAME[:config], folder:DIR or idx:DIR')
+    source: str = setting('tfds:imagenet2012', 'photos, tfds:NAME[:config], folder:DIR, idx:DIR, hf:DIR or wds:PATTERN')
     data_dir: str = setting(
         '~/tensorflow_datasets', 'folder of the prepared and TFDS data sets; gs://... can only be read'
     )
@@ -175,9 +184,15 @@ class DataConfig:
     encoding: str = setting(
         'raw', 'encoding of the prepared images; jpeg takes an eighth to a sixth of the space', ('raw', 'jpeg')
     )
-    class_names: tuple[str, ...] | None = setting(None, 'names that replace the class names of the source')
+    class_names: tuple[str, ...] | None = setting(
+        None,
+        'order of the classes of the source, by name, or names for classes that are only numbered; @FILE: one a line',
+    )
     validation_fraction: float = setting(
         0.1, 'fraction of the training images to hold out if the source has no validation split', bounds=(0, 1)
+    )
+    validation_split: str | None = setting(
+        None, 'split of the source to validate on, such as test; None: its validation split, never its test split'
     )
     max_corrupt_fraction: float = setting(
         0.001, 'maximum fraction of unreadable images in preparation, and of corrupt records in training', bounds=(0, 1)
@@ -201,6 +216,11 @@ class DataConfig:
         'inputs are (pixels - mean) / std; one number, or one per channel',
         bounds=(1e-6, math.inf),
         lengths=(1, 3),
+    )
+    class_weights: str = setting(
+        'none',
+        'factors of the training loss; balanced: images / (classes * images of the class)',
+        ('none', 'balanced'),
     )
     reader_threads: int = setting(2, 'number of threads that read and decode images', bounds=(1, 256))
 

@@ -3,43 +3,23 @@
 The plan makes the checks of the command at its start. Nothing is written, compiled or sent to another process.
 """
 
-import contextlib
-import dataclasses
 import fcntl
-import io
 import math
 import os
 
 import jax
 
 from alexnet_jax import parallel
-from alexnet_jax.config import Config, ConfigError, check_mesh
-from alexnet_jax.data import dataset
-from alexnet_jax.data.open_or_prepare import check_num_classes, is_prepared
-from alexnet_jax.prepare import writer
+from alexnet_jax.config import UNKNOWN, Config, ConfigError, check_mesh, with_num_classes
+from alexnet_jax.data.dataset import PreparedDataset
+from alexnet_jax.prepare.describe import Description, describe, size_text
 from alexnet_jax.prepare.raw_sources import SourceError
+from alexnet_jax.prepare.writer import PrepareConfig
 from alexnet_jax.runtime.checkpoint_files import checkpoint_steps, read_newest_progress
 from alexnet_jax.runtime.files import JsonObject, free_bytes
-from alexnet_jax.runtime.workdir import describe_changes, is_finished
+from alexnet_jax.runtime.workdir import describe_changes, is_finished, trained_on
 from alexnet_jax.schedules import Intervals, Schedule
 from alexnet_jax.shapes import DENSE, LayerShape, layer_table
-
-_SHOWN_CLASSES = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class _Data:
-    """The data set of a run.
-
-    Attributes:
-      lines: the lines of the plan about the data set.
-      examples: number of training images; None if it is unknown until TFDS has downloaded the data.
-      fingerprint: see dataset.PreparedDataset; None if the data set is not prepared.
-    """
-
-    lines: list[str]
-    examples: int | None
-    fingerprint: str | None
 
 
 def print_plan(config: Config, config_name: str, workdir: str, process_group: JsonObject | None) -> int:
@@ -59,15 +39,19 @@ def print_plan(config: Config, config_name: str, workdir: str, process_group: Js
     else:
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # a GPU may be in use by a run
         data, model, mesh_line = _mesh(config, process_group)
-        dataset_plan = _data(config)
+        described = _data(config, trained_on(workdir))
+        if config.model.num_classes == UNKNOWN:
+            config = with_num_classes(config, len(described.card.class_names))
+            data, model, mesh_line = _mesh(config, process_group)  # the mesh may not divide the number of classes
+        examples = described.card.images.get('train')
         _check_unlocked(workdir)
         lines += [
-            *(('data', line) for line in dataset_plan.lines),
+            *(('data', line) for line in described.lines()),
             ('mesh', mesh_line),
-            *(('steps', line) for line in _steps(config, dataset_plan.examples)),
+            *(('steps', line) for line in _steps(config, examples)),
             ('memory', _memory(config, data, model)),
             ('disk', _disk(config, workdir)),
-            *(('start', line) for line in _start(config, workdir, dataset_plan)),
+            *(('start', line) for line in _start(config, workdir, described.prepared)),
         ]
     for i, (label, line) in enumerate(lines):
         print(f'{label if i == 0 or lines[i - 1][0] != label else "":<8}{line}')
@@ -110,57 +94,26 @@ def _mesh(config: Config, process_group: JsonObject | None) -> tuple[int, int, s
     return data, model, line
 
 
-def _data(config: Config) -> _Data:
-    """Returns the data set, prepared or not. Raises ConfigError: it cannot be used or prepared."""
+def _data(config: Config, fingerprint: str | None) -> Description:
+    """Returns the description of the data set, see describe(). Raises ConfigError: it cannot be used or prepared."""
     data = config.data
-    directory = dataset.dataset_dir(data.data_dir, data, data.prepared_dir)
-    if is_prepared(directory):
-        prepared = dataset.open_prepared(directory, data)
-        manifest = dataset.read_manifest(directory, data)
-        names, images, fingerprint = manifest.class_names, manifest.images, prepared.fingerprint
-        lines = [f'{directory}: prepared, {_size(sum(manifest.files.values()))}']
-    else:
-        found = _preview(config)
-        names, images, fingerprint = list(found.class_names), found.images, None
-        lines = [f'{directory}: not prepared yet; the command prepares it from {data.source}', _needed(found, config)]
-    check_num_classes(config, len(names))
-    if images:
-        counts = f'{images["train"]:,} training and {images["validation"]:,} validation images'
-    else:
-        counts = 'an unknown number of images'
-    more = ', ...' if len(names) > _SHOWN_CLASSES else ''
-    lines.append(f'{counts}, {len(names)} classes: {", ".join(names[:_SHOWN_CLASSES])}{more}')
-    return _Data(lines, images['train'] if images else None, fingerprint)
-
-
-def _preview(config: Config) -> writer.Preview:
-    data = config.data
-    settings = writer.PrepareConfig(
+    settings = PrepareConfig(
         source=data.source,
         image_size=data.image_size,
         channels=data.channels,
         encoding=data.encoding,
         class_names=data.class_names or (),
         validation_fraction=data.validation_fraction,
+        validation_split=data.validation_split,
         max_corrupt_fraction=data.max_corrupt_fraction,
+        num_classes=config.model.num_classes,
     )
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints unknown sizes
-            return writer.preview(settings, data.data_dir, data.prepared_dir)
+        return describe(settings, data.data_dir, data.prepared_dir, fingerprint)
     except SourceError as error:
         raise ConfigError(str(error)) from None
     except OSError as error:
         raise ConfigError(f'config.data.source: {error.filename}: {error.strerror}') from None
-
-
-def _needed(found: writer.Preview, config: Config) -> str:
-    """Describes the space that the preparation needs."""
-    free = free_bytes(config.data.prepared_dir or config.data.data_dir)
-    parts = [f'TFDS downloads {_size(found.download_bytes)}'] if found.download_bytes else []
-    parts.append(f'the data set takes about {_size(found.bytes)}{"" if found.images else " per image"}')
-    if found.complete:
-        parts.append(f'{found.complete:,} images were prepared by an earlier run')
-    return f'{"; ".join(parts)}; {_size(free)} are free'
 
 
 def _steps(config: Config, examples: int | None) -> list[str]:
@@ -221,8 +174,8 @@ def _memory(config: Config, data: int, model: int) -> str:
         'copy for checkpoints': weights + velocities,
         'activations and images': activations + images * size**2 * channels,
     }
-    shown = ', '.join(f'{name} {_size(part)}' for name, part in parts.items())
-    return f'about {_size(sum(parts.values()))} per device, estimated: {shown}'
+    shown = ', '.join(f'{name} {size_text(part)}' for name, part in parts.items())
+    return f'about {size_text(sum(parts.values()))} per device, estimated: {shown}'
 
 
 def _activations(layer: LayerShape) -> int:
@@ -239,12 +192,12 @@ def _disk(config: Config, workdir: str) -> str:
     kept = (config.checkpoint.keep + 2) * size  # the best too, and one while it is written
     free = free_bytes(workdir)
     return (
-        f'a checkpoint takes up to {_size(size)}, the newest {config.checkpoint.keep}, the best and the next'
-        f' {_size(kept)}; {_size(free)} are free{"" if free > kept else ", which is too little"}'
+        f'a checkpoint takes up to {size_text(size)}, the newest {config.checkpoint.keep}, the best and the next'
+        f' {size_text(kept)}; {size_text(free)} are free{"" if free > kept else ", which is too little"}'
     )
 
 
-def _start(config: Config, workdir: str, data: _Data) -> list[str]:
+def _start(config: Config, workdir: str, prepared: PreparedDataset | None) -> list[str]:
     """Returns whether the command would start or resume the run, at which step, and with which changed settings.
 
     Raises ConfigError: the run was started with another data set, or no checkpoint can be read.
@@ -257,20 +210,11 @@ def _start(config: Config, workdir: str, data: _Data) -> list[str]:
                 f'{folder}: no checkpoint can be read; remove the folder or use another --workdir to start over'
             )
         return [f'starts at step 0 in {workdir}']
-    step, progress = newest
-    started_with = progress.get('dataset_fingerprint', progress.get('store'))  # the key of version 0.1
-    if data.fingerprint is not None and started_with not in (data.fingerprint, None):
+    step, _ = newest
+    started_with = trained_on(workdir)
+    if prepared is not None and started_with is not None and not prepared.has_fingerprint(started_with):
         raise ConfigError(
             f'config.data: the prepared data set is not the one that {workdir} was started with; put that one back,'
             ' or use another --workdir'
         )
     return [f'resumes {workdir} at step {step:,}', *describe_changes(config, workdir)]
-
-
-def _size(size: float) -> str:
-    """Returns `size` bytes as text, such as '488 MB'."""
-    for unit, factor in (('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
-        if size >= factor:
-            number = size / factor
-            return f'{number:,.0f} {unit}' if number >= 10 else f'{number:.1f} {unit}'
-    return f'{size:.0f} bytes'

@@ -24,7 +24,7 @@ from alexnet_jax.runtime import backend, console
 from alexnet_jax.runtime.commands import child_command, shell_command
 from alexnet_jax.runtime.console import log_error
 from alexnet_jax.runtime.files import JsonObject
-from alexnet_jax.runtime.workdir import check_resumable, is_finished
+from alexnet_jax.runtime.workdir import check_resumable, is_finished, with_num_classes_of_run
 from alexnet_jax.sweep.sweep import Variant, apply_variant, load_sweep, print_runs, run_all, write_manifest
 from alexnet_jax.training.profiler import parse_profile
 from alexnet_jax.training.trackers import TrackingConfig, check_wandb
@@ -129,14 +129,15 @@ def _select_run(file: str, workdir: str) -> tuple[Config, str]:
     Raises ConfigError: an invalid setting, or there is no such run.
     """
     if _SWEEP.value is None:
-        return resolve(CONFIG.value), workdir
+        return with_num_classes_of_run(resolve(CONFIG.value), workdir), workdir
     variants = load_sweep(file)
     variant = _select_variant(variants)
-    config = apply_variant(CONFIG.value, variant)
+    folder = os.path.join(workdir, variant.directory)
+    config = with_num_classes_of_run(apply_variant(CONFIG.value, variant), folder)
     if console.is_primary() and _PRINT_CONFIG.value is None and not _DRY_RUN.value:
         # The runs of a job array have no parent process that writes the manifest.
         write_manifest(variants, config_files.name_of(file), workdir)
-    return config, os.path.join(workdir, variant.directory)
+    return config, folder
 
 
 def _sweep(file: str, workdir: str, process_group: JsonObject | None) -> int:
@@ -146,7 +147,10 @@ def _sweep(file: str, workdir: str, process_group: JsonObject | None) -> int:
     if _PRINT_CONFIG.value is not None:
         raise ConfigError(f'--sweep: {_SWEEP.value!r} is not a single run; --print_config needs --sweep=K')
     variants = load_sweep(file)
-    configs = [apply_variant(CONFIG.value, variant) for variant in variants]
+    configs = [
+        with_num_classes_of_run(apply_variant(CONFIG.value, variant), os.path.join(workdir, variant.directory))
+        for variant in variants
+    ]
     if _SWEEP.value == 'list':
         print_runs(variants, configs, workdir)
         return 0
@@ -226,7 +230,7 @@ def main(argv: list[str]) -> int:
 
 def _report_failure(error: Exception, workdir: str) -> int:
     """Logs a known error in one line, or the traceback of an unexpected error; returns the exit code."""
-    from alexnet_jax.data.dataset import DatasetError
+    from alexnet_jax.data.split_reader import DatasetError
     from alexnet_jax.runtime import distributed
     from alexnet_jax.training.checkpointing import CheckpointError
     from alexnet_jax.training.diagnostics import TrainingError

@@ -48,6 +48,24 @@ def absolute_path(field: str, path: str) -> str:
     return os.path.abspath(path)
 
 
+def absolute_source(field: str, source: str) -> str:
+    """Returns `source`, a value of config.data.source, with its path as absolute_path(); other sources are unchanged.
+
+    The path of hf: begins with a slash, a period or ~, or exists; otherwise hf: names a data set of the
+    Hugging Face Hub. Symbolic links remain.
+
+    Raises ConfigError: see absolute_path().
+    """
+    kind, _, location = source.partition(':')
+    is_path = kind in ('folder', 'idx', 'wds')
+    if kind == 'hf':  # hf:PATH[:COLUMN]
+        known = (location, location.rpartition(':')[0])
+        is_path = location.startswith(('/', '.', '~')) or any(os.path.exists(path) for path in known if path)
+    if not is_path or not location or is_url(location) or location.startswith('{/'):  # wds:{/a,/b}/*.tar
+        return source.rstrip('/')
+    return f'{kind}:/{absolute_path(field, location).lstrip("/")}'
+
+
 def check_current_folder(what: str) -> None:
     """Raises ConfigError if the current folder was deleted; `what` needs it."""
     try:

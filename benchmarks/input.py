@@ -11,8 +11,13 @@ Every side reads the same JPEGs of 500x375 pixels, shuffled and repeated. They a
   pillow       one thread per core. It reads and decodes the file, resizes a random crop to 224x224 like torchvision's
                RandomResizedCrop, flips it and normalizes it to float32.
 The project decodes and shrinks each image once, the peers in every epoch. The project augments on the device, the peers
-on the host. The preparation is measured too: images/s of wall time, including startup and shutdown, and memory. Files
-that fit into memory are read from the page cache.
+on the host. Files that fit into memory are read from the page cache.
+
+The preparation is measured too: images/s of wall time, including startup and shutdown, and memory. Its source is not in
+the page cache, as a source that is larger than the memory. Raw images are prepared --rounds times, in turn, from the
+folder of the JPEGs and from the same JPEGs as TFRecord files of TFDS, parquet files and tars of WebDataset, which the
+script writes. The ratio of such a source is its median images/s over that of the folder: above 1 it is faster than the
+folder.
 
 Each side has its own process on the same cores. The sides take turns; waiting ones are stopped. Before each timed
 round, prefetched batches are consumed untimed. A ratio is the project's median images/s over the peer's: above 1 the
@@ -47,13 +52,18 @@ import psutil  # type: ignore[import-untyped]
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from benchmarks import pictures, runner
+from benchmarks import pictures, record_files, runner
 
 PROJECT, PEERS = ('raw', 'jpeg'), ('tensorflow', 'pillow')
 MODULES = {'raw': 'grain', 'jpeg': 'grain', 'tensorflow': 'tensorflow', 'pillow': 'PIL'}  # shown with versions
 SIZE = (500, 375)  # of the JPEGs
 CROP, AREA, ASPECT = 224, (0.08, 1.0), (3 / 4, 4 / 3)
 MEAN, DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet
+
+
+def prepared_dir(folder: str, kind: str, encoding: str) -> str:
+    """Returns the folder of the data set that prepare() makes from the source `kind`."""
+    return f'{folder}.prepared/{kind}_{encoding}'
 
 
 def project_batches(encoding: str, folder: str, batch_size: int, threads: int) -> Iterator[Any]:
@@ -64,8 +74,9 @@ def project_batches(encoding: str, folder: str, batch_size: int, threads: int) -
 
     backend.configure_cpu_backend()
     data = default_config().data
-    data.source, data.data_dir, data.encoding = f'folder:{folder}', f'{folder}.prepared', encoding
-    prepared = dataset.open_prepared(dataset.dataset_dir(data.data_dir, data), data)
+    data.source, data.data_dir, data.encoding = f'folder:{folder}', f'{folder}.records', encoding
+    directory = dataset.dataset_dir(data.data_dir, data, prepared_dir(folder, 'folder', encoding))
+    prepared = dataset.open_prepared(directory, data)
     batches = loader.training_batches(prepared.train, seed=0, batch_size=batch_size, first_step=0, threads=threads)
     return (batch['image'] for batch in batches)
 
@@ -179,11 +190,27 @@ def memory_of(process: psutil.Process) -> int:
     return sum(member.memory_info().rss for member in family)
 
 
-def prepare(folder: str, encoding: str, workers: int) -> tuple[float, int]:
-    """Prepares the data set. Returns images/s and the peak memory in bytes."""
+def evict(folder: str) -> None:
+    """Removes the content of all files in `folder` from the page cache, if the platform can."""
+    if not hasattr(os, 'posix_fadvise'):
+        return
+    for path in Path(folder).rglob('*'):
+        if path.is_file():
+            with path.open('rb') as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def prepare(folder: str, kind: str, encoding: str, workers: int) -> tuple[float, int]:
+    """Prepares the data set anew from a source of record_files. Returns images/s and the peak memory in bytes."""
     images = sum(1 for _ in Path(folder).glob('*/*/*.jpg'))
-    command = [sys.executable, '-m', 'alexnet_jax.prepare', f'--source=folder:{folder}']
-    command += [f'--data_dir={folder}.prepared', f'--encoding={encoding}', f'--workers={workers}']
+    for part in (folder, f'{folder}.records'):
+        evict(part)
+    target = prepared_dir(folder, kind, encoding)
+    shutil.rmtree(target, ignore_errors=True)
+    command = [sys.executable, '-m', 'alexnet_jax.prepare', f'--source={record_files.sources(folder)[kind]}']
+    command += [f'--data_dir={folder}.records', f'--prepared_dir={target}', f'--encoding={encoding}']
+    command += [f'--workers={workers}', f'--class_names={",".join(record_files.class_names(folder))}']
     with tempfile.TemporaryFile('w+') as log:
         start, memory = time.perf_counter(), 0
         process = subprocess.Popen(command, cwd=runner.ROOT, env=os.environ | runner.NO_GPU, stdout=log, stderr=log)
@@ -201,6 +228,23 @@ def prepare(folder: str, encoding: str, workers: int) -> tuple[float, int]:
             print(log.read(), file=sys.stderr)
             runner.fail(f'prepare ended with exit code {process.returncode}; see above')
     return images / seconds, memory
+
+
+def measure_preparation(folder: str, cores: int, rounds: int) -> dict[str, Any]:
+    """Measures the preparation from each source in turn. Returns images/s, ratios and memory."""
+    runs: dict[str, list[tuple[float, int]]] = {kind: [] for kind in record_files.sources(folder)}
+    for _, (kind, measured) in itertools.product(range(rounds), runs.items()):
+        measured.append(prepare(folder, kind, 'raw', cores))
+    speeds = {kind: statistics.median(speed for speed, _ in measured) for kind, measured in runs.items()}
+    memories = {kind: max(memory for _, memory in measured) for kind, measured in runs.items()}
+    jpeg_speed, jpeg_memory = prepare(folder, 'folder', 'jpeg', cores)
+    return {
+        'prepare_images_per_second': {'raw': speeds['folder'], 'jpeg': jpeg_speed},
+        'prepare_memory': {'raw': memories['folder'], 'jpeg': jpeg_memory},
+        'prepare_from': speeds,
+        'prepare_from_ratio': {kind: speed / speeds['folder'] for kind, speed in speeds.items() if kind != 'folder'},
+        'prepare_from_memory': memories,
+    }
 
 
 def measure(folder: str, cores: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -242,6 +286,10 @@ def report(result: dict[str, Any]) -> str:
     for side in PROJECT:
         speed, memory = result['prepare_images_per_second'][side], result['prepare_memory'][side]
         rows.append((f'preparing {side}', '', f'{speed:.0f}', '', '', '', f'{memory / 1e6:.0f}', ''))
+    for kind, ratio in result['prepare_from_ratio'].items():
+        speed, memory = result['prepare_from'][kind], result['prepare_from_memory'][kind]
+        what = f'preparing raw from {kind}'
+        rows.append((what, '', f'{speed:.0f}', '', f'{ratio:.2f} of folder', '', f'{memory / 1e6:.0f}', ''))
     size = f'{SIZE[0]}x{SIZE[1]} pixels, {result["bytes_a_picture"] / 1e3:.0f} kB'
     return '\n'.join(
         (
@@ -279,10 +327,9 @@ def main() -> None:
         pictures.make_pictures(folder, arguments.images, len(pictures.PHOTOGRAPHS), SIZE, processes=cores)
         sizes = [path.stat().st_size for path in pictures.training_files(folder)]
         shutil.rmtree(f'{folder}.prepared', ignore_errors=True)  # because the preparation is measured
-        prepared = {side: prepare(folder, side, cores) for side in PROJECT}
-        result = measure(folder, cores, arguments)
-    result['prepare_images_per_second'] = {side: speed for side, (speed, _) in prepared.items()}
-    result['prepare_memory'] = {side: memory for side, (_, memory) in prepared.items()}
+        shutil.rmtree(f'{folder}.records', ignore_errors=True)
+        record_files.write_in_child(folder)
+        result = measure_preparation(folder, cores, arguments.rounds) | measure(folder, cores, arguments)
     result |= {name: getattr(arguments, name) for name in ('images', 'batch_size', 'batches', 'rounds', 'whole_epoch')}
     result |= {'bytes_a_picture': statistics.mean(sizes), 'cores': cores}
     return runner.print_result(result, report, arguments.json)

@@ -61,15 +61,21 @@ def layers_rows(result: dict[str, Any]) -> list[Row]:
 
 
 def input_rows(result: dict[str, Any]) -> list[Row]:
-    """Images/s read from both kinds of prepared data sets, and images/s of their preparation."""
-    speeds, rows = result['images_per_second'], []
+    """Images/s read from both kinds of prepared data sets, and images/s of their preparation from each source."""
+    speeds = result['images_per_second']
+    rows: list[Row] = []
     for side in ('raw', 'jpeg'):
         what = f'input from a prepared data set, {side}: images/s'
         for peer, title in INPUT_PEERS.items():
             ratio = f'{speeds[side] / speeds[peer]:.1f}'
             rows.append((what, f'{speeds[side]:,.0f}', title, f'{speeds[peer]:,.0f}', ratio))
     prepared, processes = result['prepare_images_per_second'].items(), f'{result["cores"]} processes'
-    return rows + [(f'preparation, {side}, {processes}: images/s', f'{speed:,.0f}') for side, speed in prepared]
+    rows += [(f'preparation, {side}, {processes}: images/s', f'{speed:,.0f}') for side, speed in prepared]
+    for kind, ratio in result['prepare_from_ratio'].items():
+        speed, folder = result['prepare_from'][kind], result['prepare_from']['folder']
+        what = f'preparation from {kind}, {processes}: images/s'
+        rows.append((what, f'{speed:,.0f}', 'the same JPEGs in folders', f'{folder:,.0f}', f'{ratio:.2f}'))
+    return rows
 
 
 def startup_rows(result: dict[str, Any]) -> list[Row]:

@@ -20,6 +20,7 @@ def get_config():
     config.model.kernel_std = (0.05, 0.05, 0.05, 0.05, 0.05, 0.03, 0.03, 0.03)
     config.data.source = 'tfds:cifar10'
     config.data.data_dir = 'data'
+    config.data.validation_split = 'test'  # the published errors are those of the test images
     config.data.image_size = 104  # scaled up, because the kernels of conv1 are 11 pixels wide
     config.data.crop_size = 96
     config.train.epochs = 16.0

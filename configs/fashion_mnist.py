@@ -9,7 +9,8 @@ second command reads the files of Debian's package dataset-fashion-mnist. Result
 
 from alexnet_jax.config import default_config
 
-CLASSES = ('T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'ankle boot')
+# The names in TFDS; the IDX files have only numbers.
+CLASSES = ('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
 
 
 def get_config():
@@ -23,6 +24,7 @@ def get_config():
     config.model.overlapping_pool = False
     config.data.source = 'tfds:fashion_mnist'
     config.data.data_dir = 'data'
+    config.data.validation_split = 'test'  # the published errors are those of the test images
     config.data.class_names = CLASSES
     config.data.channels = 1
     config.data.image_size = 76  # scaled up, because the kernels of conv1 are 11 pixels wide

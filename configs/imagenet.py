@@ -1,6 +1,7 @@
 """AlexNet on ImageNet (ILSVRC-2012): python launch.py --config=configs/imagenet.py[:PRESET] --config.data.data_dir=D
 
-Put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into D/downloads/manual; the first run prepares 262 GB in D.
+The first run prepares 262 GB in D, from imagenet2012 as TFDS has prepared it in D, or else from
+ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar in D/downloads/manual.
 
 PRESET          network and training                                published top-1 / top-5 error, views
 paper           sections 3 to 5 of the paper as printed (default)   40.7 / 18.2 %, 10 (of krizhevsky2012)

@@ -47,3 +47,23 @@ def compiled_programs(tmp_path_factory):
         patch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path_factory.mktemp('compiled')))
         patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
         yield
+
+
+@pytest.fixture
+def without_tensorflow(tmp_path_factory, monkeypatch):
+    """Child processes cannot import or find TensorFlow."""
+    folder = tmp_path_factory.mktemp('site')
+    (folder / 'sitecustomize.py').write_text(
+        """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] == 'tensorflow':
+            raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+sys.meta_path.insert(0, Finder())
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == 'tensorflow' else find_spec(name, package)
+"""
+    )
+    monkeypatch.setenv('PYTHONPATH', f'{folder}{os.pathsep}{Path(__file__).parent.parent}')

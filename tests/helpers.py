@@ -104,6 +104,47 @@ def edit_progress(checkpoint: Path, **values: Any) -> None:
     file.write_text(json.dumps(progress | {'progress_digest': digest}))
 
 
+def edit_manifest(folder: Path, **values: Any) -> None:
+    """Replaces values in the manifest of a prepared data set, with the digest that belongs to them."""
+    file = Path(folder) / 'prepared.json'
+    manifest = read_json(file) | values
+    manifest.pop('digest', None)
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps(manifest | {'digest': digest}))
+
+
+def as_earlier_version(folder: Path, root: Path, source: str, name: str, **values: Any) -> Path:
+    """Renames a prepared data set to `name`, with the manifest of an earlier version, and returns its folder.
+
+    The data set was prepared from the folder `root`, with the splits train and val; `source` is what the user typed.
+    `values` are other fields of the manifest.
+    """
+    classes = sorted(path.name for path in (root / 'train').iterdir())
+    lines = [*classes]
+    for split, where in {'train': 'train', 'validation': 'val'}.items():
+        files = [path for label in classes for path in sorted((root / where / label).iterdir())]
+        rows = [(str(path.relative_to(root)), path.stat().st_size, classes.index(path.parent.name)) for path in files]
+        digest = _sha256('\n'.join(map(str, rows)).encode())
+        lines.append(f'{split} {digest}')
+    manifest = read_json(folder / 'prepared.json')
+    for added in ('version', 'validation_split', 'order', 'inventory', 'origins', 'source_digest', 'notes'):
+        del manifest[added]
+    if 'class_names' in values:
+        content = ''.join(f'{each}\n' for each in values['class_names']).encode()
+        (folder / 'label.labels.txt').write_bytes(content)
+        half, middle = (len(content) + 1) // 2, len(content) // 2
+        digests = [_sha256(content[:half]), _sha256(content[middle : middle + half])]
+        manifest['digests']['label.labels.txt'], manifest['files']['label.labels.txt'] = digests, len(content)
+    fingerprint = _sha256('\n'.join(lines).encode())
+    (folder / 'prepared.json').write_text(json.dumps(manifest | {'source': source, 'fingerprint': fingerprint}))
+    edit_manifest(folder, **values)
+    return folder.rename(folder.with_name(name))
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def read_lines(path: Path) -> list[dict]:
     """Returns the objects of a JSON Lines file, such as metrics.jsonl."""
     return [json.loads(line) for line in Path(path).read_text().splitlines()]

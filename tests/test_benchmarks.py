@@ -10,12 +10,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers import ROOT, run_command
+from picture_sets import pictures, write
 
 from alexnet_jax.audit import cost_model
 from alexnet_jax.config import default_config, resolve
+from alexnet_jax.prepare.sources import open_source
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.shapes import LAYERS
-from benchmarks import check, layers, loop_overhead, memory, plain, presets, runner, table, train_step
+from benchmarks import (
+    check,
+    layers,
+    loop_overhead,
+    memory,
+    plain,
+    presets,
+    record_files,
+    runner,
+    table,
+    train_step,
+)
 from benchmarks.hlo import Program
 from benchmarks.project import Project
 
@@ -376,6 +389,48 @@ def test_memory_of_a_narrow_network():
     assert 2 * 256 * 256 * 3 < found['batch'] < 2 * 256 * 256 * 3 + 2**20  # images, and the mean one
     assert 0 < found['imported'] < found['made'] <= found['first_step'] <= found['peak'] < 4e9
     assert result['ratio'] is None
+
+
+@pytest.mark.slow
+def test_records_have_the_jpegs_of_the_folder(tmp_path):
+    folder = tmp_path / 'pictures'
+    for split, images in (('train', 20), ('val', 8)):
+        for i, picture in enumerate(pictures('train')[:images]):
+            write(folder / split / f'{i % 4:04d}' / f'{i:06d}.jpg', picture.content)
+    record_files.write_in_child(str(folder))
+    kinds = record_files.sources(str(folder))
+    assert list(kinds) == ['folder', 'tfrecord', 'parquet', 'tars']
+    expected = {
+        split: [
+            (path.read_bytes(), label)
+            for label in range(4)
+            for path in sorted((folder / name / f'{label:04d}').iterdir())
+        ]
+        for split, name in (('train', 'train'), ('validation', 'val'))
+    }
+    assert [len(examples) for examples in expected.values()] == [20, 8]
+    for kind, source in kinds.items():
+        opened = open_source(source, f'{folder}.records', validation_fraction=0.1)
+        for split, examples in expected.items():
+            assert [opened.splits[split][i] for i in range(len(examples))] == examples, kind
+
+
+def test_rows_of_the_input_benchmark():
+    speeds = {'raw': 1000.0, 'jpeg': 500.0, 'tensorflow': 100.0, 'pillow': 50.0}
+    result = {'images_per_second': speeds, 'prepare_images_per_second': {'raw': 300.0, 'jpeg': 250.0}, 'cores': 2}
+    result |= {'prepare_from': {'folder': 300.0, 'parquet': 330.0}, 'prepare_from_ratio': {'parquet': 1.1}}
+    rows = table.input_rows(result)
+    assert [row[1:] for row in rows[:2]] == [
+        ('1,000', table.INPUT_PEERS['tensorflow'], '100', '10.0'),
+        ('1,000', table.INPUT_PEERS['pillow'], '50', '20.0'),
+    ]
+    assert rows[4:6] == [
+        ('preparation, raw, 2 processes: images/s', '300'),
+        ('preparation, jpeg, 2 processes: images/s', '250'),
+    ]
+    assert rows[6:] == [
+        ('preparation from parquet, 2 processes: images/s', '330', 'the same JPEGs in folders', '300', '1.10')
+    ]
 
 
 def test_loop_configuration_has_no_evaluation():

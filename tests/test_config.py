@@ -62,8 +62,18 @@ def test_set_fields_override_the_preset(field, value):
     assert resolve(changed({field: value})).to_dict() == expected
 
 
-def test_trailing_slash_of_a_folder_is_removed():
-    assert resolve(changed({'data.source': 'folder:pets/'})).data.source == 'folder:pets'
+def test_source_has_an_absolute_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HOME', '/home/me')
+    for given, expected in {
+        'folder:pets/': f'folder:{tmp_path}/pets',
+        'folder:./a/../pets//': f'folder:{tmp_path}/pets',
+        'folder://pets': 'folder:/pets',
+        'idx:~/mnist': 'idx:/home/me/mnist',
+        'tfds:a/b': 'tfds:a/b',
+        'photos': 'photos',
+    }.items():
+        assert resolve(changed({'data.source': given})).data.source == expected
 
 
 def test_resolved_config_is_frozen_and_its_source_unchanged():
@@ -107,11 +117,11 @@ def test_resolved_config_is_frozen_and_its_source_unchanged():
             'config.optimizer.weight_decay: nan is outside 0 to 1; the nearest is',
         ),
         ({'seed': -1}, 'config.seed: -1 is outside 0 to 4294967295; the nearest is 0'),
-        ({'data.source': 'folder:'}, "config.data.source: 'folder:' is not 'photos'"),
+        ({'data.source': 'folder:'}, "config.data.source: 'folder:' is not photos"),
         ({'data.color_augmentation_until': 'soon'}, "config.data.color_augmentation_until: 'soon' is no duration"),
         (
             {'data.source': 'imagenet'},
-            "config.data.source: 'imagenet' is not 'photos', 'tfds:NAME[:config]'",
+            "config.data.source: 'imagenet' is not photos, tfds:NAME[:config]",
         ),
         # what contradicts another field
         (

@@ -1,6 +1,7 @@
 """Photographs, prepared data sets, and the batches that are read from them."""
 
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -18,7 +19,7 @@ from helpers import refusal, run_command, start_command
 from PIL import Image
 
 from alexnet_jax.config import default_config
-from alexnet_jax.data import dataset, loader
+from alexnet_jax.data import dataset, loader, split_reader
 from alexnet_jax.prepare import photos
 from alexnet_jax.prepare.raw_sources import SourceError
 from alexnet_jax.prepare.writer import PrepareConfig, prepare
@@ -131,8 +132,8 @@ def test_run_waiting_for_data_stops_on_sigterm(tmp_path):
 def test_source_without_random_access_is_rejected(photos_dir, tmp_path):
     shutil.copytree(os.path.join(photos_dir, 'photos'), tmp_path / 'photos')
     info = tmp_path / 'photos' / '1.0.0' / 'dataset_info.json'
-    info.write_text(info.read_text().replace('array_record', 'tfrecord'))
-    with pytest.raises(SourceError, match='array_record'):
+    info.write_text(info.read_text().replace('array_record', 'riegeli'))
+    with pytest.raises(SourceError, match='riegeli'):
         prepare(PrepareConfig('photos', image_size=64), str(tmp_path))
 
 
@@ -329,14 +330,14 @@ def test_corrupt_record_is_excluded_from_validation(corrupt):
 def test_too_many_corrupt_records_stop_reading(corrupt):
     given = PrepareConfig('photos', image_size=72, max_corrupt_fraction=0.0001)  # of 6,400: none
     copy = dataset.open_prepared(dataset.dataset_dir(corrupt, given), given)
-    with pytest.raises(dataset.DatasetError, match=r'1 of 6400 .*data\.max_corrupt_fraction=0\.0001'):
+    with pytest.raises(split_reader.DatasetError, match=r'1 of 6400 .*data\.max_corrupt_fraction=0\.0001'):
         take(loader.training_batches(copy.train, seed=0, batch_size=640, first_step=0, threads=2), 10)
 
 
 @pytest.mark.slow
 def test_cached_batches_match_reads_and_are_zero_copy(photos_dir, monkeypatch):
     kept = open_photos(photos_dir).train
-    monkeypatch.setattr(dataset, 'IN_MEMORY_LIMIT_BYTES', 0)
+    monkeypatch.setattr(split_reader, 'IN_MEMORY_LIMIT_BYTES', 0)
     read = open_photos(photos_dir).train
     assert (kept.in_memory, read.in_memory) == (True, False)
     options = {'seed': 0, 'batch_size': 640, 'first_step': 0, 'threads': 2}
@@ -362,9 +363,9 @@ def test_small_split_is_read_once(monkeypatch, limit, reads):
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
     image = tfds.features.Tensor(shape=(8, 8, 3), dtype=np.uint8, encoding='bytes')
     features = tfds.features.FeaturesDict({'image': image, 'label': tfds.features.ClassLabel(num_classes=3)})
-    monkeypatch.setattr(dataset, 'IN_MEMORY_LIMIT_BYTES', limit)
+    monkeypatch.setattr(split_reader, 'IN_MEMORY_LIMIT_BYTES', limit)
     records = Records(features.serialize_example({'image': images[i], 'label': i}) for i in range(3))
-    split = dataset.SplitReader(records, (8, 8, 3), 'raw', 'here', 0.0)
+    split = split_reader.SplitReader(records, (8, 8, 3), 'raw', 'here', 0.0)
     for _ in range(2):
         for index in (2, 0, 1):
             np.testing.assert_array_equal(split[index]['image'], images[index])
@@ -383,7 +384,7 @@ def test_undecodable_jpeg_counts_as_corrupt():
     )
     contents = [io.BytesIO(jpeg.getvalue()), io.BytesIO(jpeg.getvalue()[:100])]
     records = [features.serialize_example({'image': content, 'label': 1}) for content in contents]
-    split = dataset.SplitReader(records, (8, 8, 3), 'jpeg', 'here', 0.5)
+    split = split_reader.SplitReader(records, (8, 8, 3), 'jpeg', 'here', 0.5)
     assert split[0]['image'].shape == (8, 8, 3)
     assert split[1] is None
     assert split.corrupt == {1}
@@ -420,5 +421,6 @@ def test_dataset_dir_of_a_config():
     assert where('gs://bucket/d', data) == 'gs://bucket/d/prepared/imagenet2012_256px'  # not a local folder
     data.update(source='tfds:imagenette:320px-v2', channels=1, encoding='jpeg', image_size=64)
     assert where('/d', data) == '/d/prepared/imagenette_320px_v2_64px_grey_jpeg'
-    data.update(source='folder:/pets/2024')
-    assert where('/d', data) == '/d/prepared/folder_pets_2024_64px_grey_jpeg'
+    data.update(source='folder:/pets/of 2024/')
+    digest = hashlib.sha256(b'folder:/pets/of 2024').hexdigest()[:8]
+    assert where('/d', data) == f'/d/prepared/of_2024_{digest}_64px_grey_jpeg'

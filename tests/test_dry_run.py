@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, config_flags, read_lines, read_result, run_command, usage_error
+from helpers import ROOT, config_flags, edit_manifest, read_lines, read_result, run_command, usage_error
 from PIL import Image
 
 from alexnet_jax.prepare import writer
@@ -27,6 +27,14 @@ SMALL = {
     'eval.every': '4 steps',
     'optimizer.schedule': 'constant',
 }
+
+
+CARD = [
+    '12 training images (train/)',
+    '3 validation images (val/)',
+    '2 classes in this order: cat, dog',
+    'smallest class: dog, 5 training images; largest class: cat, 7',
+]
 
 
 def train(*flags: str, home: Path | None = None, cwd: Path = ROOT, **variables: str):
@@ -113,7 +121,7 @@ def test_plan_describes_the_run(run, home):
     assert list(new) == list(longer) == ['config', 'data', 'mesh', 'steps', 'memory', 'disk', 'start']
     assert new['config'] == 'quickstart, preset paper'
     assert re.search(r'/data/prepared/\w+: prepared, \d+ kB\n', new['data'])
-    assert '12 training and 3 validation images, 2 classes: cat, dog' in new['data']
+    assert new['data'].splitlines()[1:] == CARD
     assert new['mesh'].startswith('layout towers, data 1 x model 1, 4 images per device; this machine has 1 device (')
     assert new['steps'].startswith('8 steps of 4 images, 2.7 epochs; evaluation every 4 steps (2) and at')
     assert new['steps'].endswith('\nlearning rate 0.01, constant')
@@ -134,7 +142,8 @@ def test_plan_of_a_new_data_set_writes_nothing(tmp_path, home):
     lines = plan(home=home, cwd=work)
     assert files_below(tmp_path) == before
     assert 'not prepared yet; the command prepares it from photos' in lines['data']
-    assert '6,400 training and 1,600 validation images, 16 classes: astronaut, brick, camera' in lines['data']
+    assert '6,400 training images\n1,600 validation images\n16 classes in this order: astronaut, brick' in lines['data']
+    assert 'training images per class: unknown before the preparation' in lines['data']
     assert f'about {8000 * 72 * 72 * 3 / 1e6:.0f} MB' in lines['data']
     assert lines['steps'].startswith(
         '1,600 steps of 64 images, 16.0 epochs; evaluation every 100 steps (16) and at the'
@@ -150,11 +159,11 @@ def test_plan_looks_at_a_folder_of_images(tmp_path, home):
     lines = plan(*flags, home=home, cwd=home)
     assert files_below(tmp_path) == before
     assert 'not prepared yet' in lines['data']
-    assert '12 training and 3 validation images, 2 classes: cat, dog' in lines['data']
+    assert lines['data'].splitlines()[2:] == CARD
     assert f'about {15 * 72 * 72 * 3 / 1e3:.0f} kB' in lines['data']
     assert lines['steps'].startswith('48 steps of 4 images, 16.0 epochs')
-    names = train('--dry_run', *flags, "--config.data.class_names=('a','b','c')", home=home, cwd=home)
-    assert usage_error(names).startswith(f'config.data.class_names: 3 names, but folder:{pictures} has 2 classes')
+    names = train('--dry_run', *flags, "--config.data.class_names=('cat','dgo')", home=home, cwd=home)
+    assert f"'dgo' is not a class of folder:{pictures}; the nearest is 'dog'" in usage_error(names)
 
 
 @pytest.mark.slow
@@ -189,7 +198,9 @@ def test_plan_of_tfds_data_says_what_is_needed(tmp_path, home):
     before = files_below(tmp_path)
     lines = plan(*flags, home=home, cwd=home)
     assert 'about 197 kB per image' in lines['data']
-    assert 'an unknown number of images, 1000 classes: n01440764' in lines['data']
+    assert 'the number of images is unknown until TFDS has downloaded the data' in lines['data']
+    assert '1,000 classes in this order: n01440764, n01443537, ' in lines['data']
+    assert ', ..., n15075141\n' in lines['data']
     assert lines['steps'].startswith('90 epochs, evaluation every 1 epoch')
     assert 'TFDS downloads 31 MB' in plan('--config=fashion_mnist', home=home, cwd=home)['data']
     assert files_below(tmp_path) == before
@@ -216,7 +227,8 @@ def test_plan_is_refused_as_the_command_is(flags, has_checkpoints, run, tmp_path
     if 'other' in flags[0]:  # the data set of other images
         picture = run.pictures / 'train' / 'cat' / 'new.png'
         shutil.copy(run.pictures / 'train' / 'dog' / '0.png', picture)
-        writer.prepare(writer.PrepareConfig(f'folder:{run.pictures}', image_size=72), str(tmp_path / 'other'))
+        given = writer.PrepareConfig(f'folder:{run.pictures}', image_size=72)
+        edit_manifest(writer.prepare(given, str(tmp_path / 'other')), inventory=None)  # so the commands see no change
         picture.unlink()
     command = [*run.flags, f'--workdir={workdir}', *(flag.format(folder=tmp_path) for flag in flags)]
     before = files_below(tmp_path)

@@ -17,7 +17,7 @@ import alexnet_jax
 from alexnet_jax import __version__, cli, config_files
 from alexnet_jax.__main__ import COMMANDS
 from alexnet_jax.config import ConfigError, default_config
-from alexnet_jax.data.dataset import DatasetError
+from alexnet_jax.data.split_reader import DatasetError
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.runtime import commands
 from alexnet_jax.runtime.workdir import CheckpointError
@@ -118,6 +118,16 @@ def test_unknown_errors_are_raised():
 )
 def test_old_names_are_refused_with_the_new_name(tmp_path, arguments, message):
     assert usage_error(alexnet(*arguments, cwd=tmp_path)) == message
+
+
+def test_several_sources_are_refused(tmp_path):
+    for file in ('train-0.tar', 'train-1.tar'):
+        (tmp_path / file).touch()
+    for command, flag in (('prepare', '--source'), ('train', '--config.data.source')):
+        sources = [f'{flag}=wds:{tmp_path}/train-{i}.tar' for i in (0, 1)]  # what a shell makes of train-{0..1}.tar
+        message = usage_error(run_command('-m', 'alexnet_jax', command, *sources))
+        assert 'several sources' in message
+        assert 'quotation marks' in message
 
 
 def test_old_names_of_switches_are_refused_too(monkeypatch, capsys):

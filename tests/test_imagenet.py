@@ -1,13 +1,18 @@
-"""ImageNet end to end: miniature tars, the builder of TFDS, prepare, three steps at full image size, evaluation."""
+"""ImageNet end to end: miniature tars, the builder of TFDS, prepare, three steps at full image size, evaluation.
+
+The same from the TFRecord files that TFDS wrote, without the tars and without TensorFlow.
+"""
 
 import io
+import json
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import config_flags, read_result, run_command, usage_error
+from helpers import config_flags, read_json, read_result, run_command, usage_error
 from PIL import Image
 
 from alexnet_jax.data import dataset
@@ -65,8 +70,8 @@ def launch(data_dir: Path, workdir: Path) -> subprocess.CompletedProcess:
     )
 
 
-def test_tars_to_trained_network(tmp_path):
-    write_tars(tmp_path / 'data' / 'downloads' / 'manual')
+def check_training(tmp_path: Path) -> None:
+    """Trains on the data set in `tmp_path`/data, and checks result, labels and colors."""
     run = launch(tmp_path / 'data', tmp_path / 'run')
     assert run.returncode == 0, run.stderr
     result = read_result(tmp_path / 'run')
@@ -90,7 +95,59 @@ def test_tars_to_trained_network(tmp_path):
     np.testing.assert_allclose(means[~gray], np.broadcast_to([200, 80, 30], (3 * len(SYNSETS) + 2, 3)), atol=6)
 
 
+def test_tars_to_trained_network(tmp_path):
+    write_tars(tmp_path / 'data' / 'downloads' / 'manual')
+    check_training(tmp_path)
+
+
+# A user's script, which gets the default file format of TFDS.
+TFDS_SCRIPT = """
+import sys
+import tensorflow_datasets as tfds
+tfds.core.DatasetInfo.initialize_from_bucket = lambda info: None
+config = tfds.download.DownloadConfig(manual_dir=sys.argv[1])
+tfds.builder('imagenet2012', data_dir=sys.argv[2]).download_and_prepare(download_config=config)
+"""
+
+
+@pytest.fixture(scope='module')
+def prepared_by_tfds(tmp_path_factory) -> Path:
+    """A data_dir with ImageNet as TFRecord files, without the tar files."""
+    folder = tmp_path_factory.mktemp('imagenet')
+    write_tars(folder / 'tars')
+    run = run_command('-c', TFDS_SCRIPT, folder / 'tars', folder / 'data')
+    assert run.returncode == 0, run.stderr
+    shutil.rmtree(folder / 'tars')
+    assert list((folder / 'data' / 'imagenet2012' / '5.1.0').glob('imagenet2012-train.tfrecord-00000-of-*'))
+    return folder / 'data'
+
+
+def test_tfrecords_to_trained_network_without_tensorflow(prepared_by_tfds, tmp_path, without_tensorflow):
+    shutil.copytree(prepared_by_tfds, tmp_path / 'data')
+    check_training(tmp_path)
+
+
+def test_version_of_an_old_tfds(prepared_by_tfds, tmp_path, without_tensorflow):
+    """Versions of TFDS before 4 wrote no features.json and no file format."""
+    folder = tmp_path / 'data' / 'imagenet2012' / '5.0.0'
+    shutil.copytree(prepared_by_tfds / 'imagenet2012' / '5.1.0', folder)
+    (folder / 'features.json').unlink()
+    info = read_json(folder / 'dataset_info.json')
+    del info['fileFormat']
+    for split in info['splits']:
+        del split['filepathTemplate']
+    (folder / 'dataset_info.json').write_text(json.dumps(info | {'version': '5.0.0'}))
+    source, data_dir = '--source=tfds:imagenet2012', f'--data_dir={tmp_path}/data'
+    run = run_command('-m', 'alexnet_jax.prepare', source, data_dir, '--image_size=32', '--workers=1')
+    assert run.returncode == 0, run.stderr
+    assert f'{4 * len(SYNSETS) + 2 + VALIDATION_IMAGES} images' in run.stderr
+
+
 def test_missing_tars_are_named(tmp_path):
     message = usage_error(launch(tmp_path / 'data', tmp_path / 'run'))
     for word in ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar', f'{tmp_path}/data/downloads/manual'):
         assert word in message
+    (tmp_path / 'data' / 'imagenet2012' / '5.1.0.incompleteABCDEF').mkdir(parents=True)
+    assert usage_error(launch(tmp_path / 'data', tmp_path / 'run')) == (
+        f'{message}; {tmp_path}/data/imagenet2012 has only 5.1.0.incompleteABCDEF (incomplete)'
+    )

@@ -12,7 +12,7 @@ from helpers import config_flags, refusal, run_command
 from PIL import Image
 
 from alexnet_jax.config import ConfigError
-from alexnet_jax.data import dataset, loader
+from alexnet_jax.data import dataset, loader, split_reader
 from alexnet_jax.prepare import writer
 from alexnet_jax.prepare.writer import PrepareConfig, prepare
 
@@ -52,13 +52,16 @@ def prepared(settings, tmp_path_factory) -> Path:
     return Path(prepare(settings, str(tmp_path_factory.mktemp('data'))))
 
 
-@pytest.fixture(params=['new', 'without digests'])
+@pytest.fixture(params=['new', 'without digests', 'version 1'])
 def copy(request, prepared, tmp_path) -> Path:
     """A copy of the data set as prepared now, or as an earlier version prepared it."""
     folder = Path(shutil.copytree(prepared, tmp_path / 'copy'))
-    if request.param == 'without digests':
-        manifest = json.loads((folder / 'prepared.json').read_text())
-        old = {name: manifest[name] for name in MANIFEST_OF_0_1}
+    manifest = json.loads((folder / 'prepared.json').read_text())
+    old = {name: manifest[name] for name in MANIFEST_OF_0_1}
+    if request.param == 'version 1':
+        old['digests'] = manifest['digests']
+        old['digest'] = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()
+    if request.param != 'new':
         (folder / 'prepared.json').write_text(json.dumps(old, indent=1) + '\n')
     return folder
 
@@ -134,7 +137,8 @@ def test_fingerprint_is_that_of_earlier_versions(prepared, copy, settings):
     manifest = json.loads((prepared / 'prepared.json').read_text())
     old = {name: manifest[name] for name in MANIFEST_OF_0_1}
     expected = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()
-    assert dataset.open_prepared(str(copy), settings).fingerprint == expected
+    is_old = 'version' not in json.loads((copy / 'prepared.json').read_text())
+    assert (dataset.open_prepared(str(copy), settings).fingerprint == expected) == is_old
 
 
 def test_digests_are_those_of_the_files(prepared):
@@ -198,11 +202,11 @@ def test_too_many_corrupt_records_stop_every_read(prepared, settings, tmp_path, 
     split = dataset.open_prepared(str(copy), strict).train
     assert [index for index in range(5) if split[index] is None] == [2]
     for index in (5, 5, 0, 2, 7):
-        with pytest.raises(dataset.DatasetError, match=r'^2 of 12 records of train in .* are corrupt, more than'):
+        with pytest.raises(split_reader.DatasetError, match=r'^2 of 12 records of train in .* are corrupt, more than'):
             split[index]
-    with pytest.raises(dataset.DatasetError, match=r'^2 of 12'):
+    with pytest.raises(split_reader.DatasetError, match=r'^2 of 12'):
         split.take_cached(np.array([0, 1]))
-    with pytest.raises(dataset.DatasetError, match=r'^2 of 12'):
+    with pytest.raises(split_reader.DatasetError, match=r'^2 of 12'):
         next(loader.training_batches(split, seed=0, batch_size=2, first_step=0, threads=1))
     assert capfd.readouterr().err.count(' is corrupt and skipped') == 2
 

@@ -1,4 +1,4 @@
-"""Sources of raw images: folders, IDX files and TFDS data sets, and what is rejected."""
+"""Sources of raw images: folders and IDX files, and what is rejected."""
 
 import gzip
 import os
@@ -7,9 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
-import zoo
-from PIL import Image
 
 from alexnet_jax.prepare import sources
 
@@ -22,12 +19,29 @@ def tree(root: Path, *paths: str) -> Path:
     return root
 
 
-def opened(source: str, fraction: float = 0.25) -> sources.Source:
-    return sources.open_source(source, '/nowhere', fraction)
+def opened(source: str, fraction: float = 0.25, validation_split: str | None = None) -> sources.Source:
+    return sources.open_source(source, '/nowhere', fraction, validation_split)
 
 
 def content(examples) -> list[tuple]:
     return [(examples.name(i), *examples[i]) for i in range(len(examples))]
+
+
+@pytest.mark.parametrize(
+    ('source', 'reason'),
+    [
+        ('folder:', "'folder:' names no folder; write folder:DIR"),
+        ('hf:', "'hf:' names no folder"),
+        ('{root}', 'for the folder {root}, write folder:{root}'),
+        ('folder:{root}/rows', '{root}/rows has no folders of images; hf:{root}/rows reads the *.parquet files'),
+        ('folder:{root}/tars', '{root}/tars has no folders of images; wds:{root}/tars reads the *.tar files'),
+    ],
+)
+def test_message_names_the_source_that_was_meant(tmp_path, source, reason):
+    tree(tmp_path, 'rows/data/train.parquet', 'tars/0.tar')
+    with pytest.raises(sources.SourceError) as caught:
+        opened(source.format(root=tmp_path))
+    assert reason.format(root=tmp_path) in str(caught.value)
 
 
 def test_folder_with_train_and_val(tmp_path):
@@ -102,8 +116,8 @@ def test_unusual_names_and_symbolic_links(tmp_path):
         (['a.jpg'], 'class'),
         (['train/a/.hidden'], 'empty'),
         (['train/a/1.jpg', 'val/b/1.jpg'], 'val/b .*train'),
-        (['train/a/1.jpg', 'test/b.jpg'], 'test .*images'),
-        (['a/1.jpg'], r'data.validation_fraction=0.25 of .*1 training'),
+        (['train/a/1.jpg', 'val/b.jpg'], 'val .*images'),
+        (['a/1.jpg'], r'data.validation_fraction: 0.25 of each class of the 1 images'),
     ],
 )
 def test_invalid_folders_are_rejected(tmp_path, paths, reason):
@@ -132,7 +146,7 @@ IMAGES, LABELS = GENERATOR.integers(0, 256, (20, 4, 5), np.uint8), np.arange(20,
 def test_idx_files_written_byte_by_byte(tmp_path, ending):
     write_idx(tmp_path, 'train', IMAGES, LABELS, ending)
     write_idx(tmp_path, 't10k', IMAGES[:4], LABELS[:4] + 1, ending)
-    source = opened(f'idx:{tmp_path}')
+    source = opened(f'idx:{tmp_path}', validation_split='test')
     assert source.class_names == ['0', '1', '2', '3']
     for split, start in (('train', 0), ('validation', 1)):
         for i, (name, pixels, label) in enumerate(content(source.splits[split].subset(range(1, 3)))):
@@ -172,62 +186,3 @@ def test_invalid_idx_files_are_rejected(tmp_path, spoil, reason):
 
 def cut(path: Path, pack=bytes) -> None:
     path.write_bytes(pack(path.read_bytes())[:-5])
-
-
-class ZooPictures(tfds.core.GeneratorBasedBuilder):
-    """A data set of PNGs with one split and unusual feature names."""
-
-    VERSION = tfds.core.Version('1.0.0')
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in ('plain', 'boxes')]  # noqa: RUF012
-
-    def _info(self):
-        features = {
-            'photograph': tfds.features.Image(shape=(None, None, 3), encoding_format='png'),
-            'species': tfds.features.ClassLabel(names=['ape', 'bee']),
-            'mood': tfds.features.ClassLabel(names=['calm', 'wild', 'odd']),
-        }
-        if self.builder_config.name == 'boxes':
-            features['other'] = tfds.features.Image()
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=('photograph', 'species'),
-        )
-
-    def _split_generators(self, dl_manager):
-        return {'train': self._generate_examples()}
-
-    def _generate_examples(self):
-        for i in range(20):
-            pixels = np.full((8, 8, 3), i, np.uint8)
-            yield i, {'photograph': pixels, 'species': i % 2, 'mood': 2}
-
-
-def test_tfds_with_one_split_and_unusual_feature_names(tmp_path):
-    source = sources.open_source('tfds:zoo_pictures:plain', str(tmp_path), 0.25)
-    assert source.class_names == ['ape', 'bee']
-    assert source.holds_out_validation
-    assert {split: len(examples) for split, examples in source.splits.items()} == {'train': 15, 'validation': 5}
-    seen = []
-    for examples in source.splits.values():
-        for part in (examples.subset(range(0, 2)), examples.subset(range(2, len(examples)))):
-            for name, file, label in content(part):
-                assert name.startswith('record ')
-                value = int(np.asarray(Image.open(zoo.io.BytesIO(file)))[0, 0, 0])
-                assert label == value % 2
-                seen.append(value)
-    assert sorted(seen) == list(range(20))
-
-
-@pytest.mark.parametrize(
-    ('source', 'reason'),
-    [
-        ('tfds:zoo_pictures:boxes', 'other: Image'),
-        ('tfds:zoo_pictures:round', "'zoo_pictures/round': ValueError: .*BuilderConfig"),
-        ('tfds:imagenet2013', "'imagenet2013'"),
-    ],
-)
-def test_unsuitable_tfds_data_sets_are_rejected(tmp_path, source, reason):
-    with pytest.raises(sources.SourceError, match=reason) as caught:
-        sources.open_source(source, str(tmp_path), 0.25)
-    assert '\n' not in str(caught.value)

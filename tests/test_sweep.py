@@ -517,7 +517,8 @@ class Place:
     def command(self, workdir: Path, *flags: str, part: str = '') -> list[str]:
         return [
             *('launch.py', f'--config={self.config}{part and ":" + part}', f'--workdir={workdir}'),
-            *(f'--config.data.source=idx:{self.folder}', f'--config.data.data_dir={self.folder}', *flags),
+            *(f'--config.data.source=idx:{self.folder}', '--config.data.validation_split=test'),
+            *(f'--config.data.data_dir={self.folder}', *flags),
         ]
 
     def run(self, *arguments, **options) -> subprocess.CompletedProcess:

@@ -305,7 +305,10 @@ def test_unusable_workdir_is_refused(photos_dir, tmp_path):
             'config.data.crop_size: 80 is larger than data.image_size=72; the nearest is 72',
         ),
         ('--config.mesh.data=7', 'config.train.batch_size: 640 is not divisible by mesh.data=7; the nearest is 637'),
-        ('--config.model.num_classes=10', 'config.model.num_classes: 10, but photos has 16 classes; the nearest is 16'),
+        (
+            '--config.model.num_classes=10',
+            'config.model.num_classes: 10, but the data set prepared from photos has 16 classes (astronaut, ',
+        ),
         ('--config=configs/imagnet.py', "--config: there is no file 'configs/imagnet.py'"),
         ('--config=configs/imagenet.py:papre', 'configs/imagenet.py:papre: no such preset; there are paper'),
         ('--config=configs/quickstart.py:paper', '--config: configs/quickstart.py has no presets; leave out :paper'),

@@ -11,7 +11,7 @@ import ml_collections
 from alexnet_jax import shapes
 from alexnet_jax.audit import cost_model
 from alexnet_jax.audit.hlo_collectives import Collective, step_collectives
-from alexnet_jax.config import Config, ConfigError, resolve
+from alexnet_jax.config import UNKNOWN, Config, ConfigError, resolve
 from alexnet_jax.runtime.files import JsonObject
 
 MAX_SIMULATED_DEVICES = 2048  # limit of XLA for one CPU process
@@ -69,7 +69,13 @@ def audit_config(
         config.train.batch_size = images_per_device * devices
     if devices > MAX_SIMULATED_DEVICES:
         raise ConfigError(f'config.mesh: {devices} devices; at most {MAX_SIMULATED_DEVICES} can be simulated')
-    return resolve(config)
+    resolved = resolve(config)
+    if resolved.model.num_classes == UNKNOWN:
+        raise ConfigError(
+            'config.model.num_classes: auto is the number of classes of the data, which audit does not read; give the'
+            ' number'
+        )
+    return resolved
 
 
 def audit(config: Config) -> AuditReport:
@@ -95,6 +101,8 @@ def audit(config: Config) -> AuditReport:
         'divisor': struct((), np.float32),
         'scale': struct((channels,), np.float32),
     }
+    if config.data.class_weights != 'none':
+        preprocessing['class_weights'] = struct((config.model.num_classes,), np.float32)
     rates = {name: {kind: struct((), np.float32) for kind in ('kernel', 'bias')} for name in shapes.LAYERS}
     lowered = make_train_step(config, mesh).lower(abstract_state(config, mesh), batch, rates, preprocessing)
     # The machine code is never executed. Level 0 reduces the compile time to 40 % and yields the same HLO.

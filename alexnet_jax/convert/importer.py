@@ -146,10 +146,7 @@ def class_names(path: str | None, count: int) -> list[str]:
     names = [word if words.count(word) == 1 else name for word, name in zip(words, names, strict=True)]
     if len(names) != count:
         raise ConfigError(f'{flag}: {len(names)} names; the network has {count} classes')
-    try:
-        check_class_names(names)
-    except ConfigError as error:
-        raise ConfigError(f'{flag}: {str(error).partition(": ")[2]}') from None
+    check_class_names(names, flag)
     return names
 
 

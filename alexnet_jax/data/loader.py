@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Integer
 
-from alexnet_jax.data.dataset import Batch, DatasetError, Example, SplitReader, aligned_empty
+from alexnet_jax.data.split_reader import Batch, DatasetError, Example, SplitReader, aligned_empty
 
 if TYPE_CHECKING:
     import grain

@@ -19,7 +19,7 @@ def predict(
 ) -> tuple[int, Float32[np.ndarray, 'n classes'], Int32[np.ndarray, ' n']]:
     """Predicts the classes of the validation images with the model of a checkpoint; skips corrupt records.
 
-    Raises ConfigError, CheckpointError, DatasetError: see trained_model.load_model() and dataset.SplitReader.
+    Raises ConfigError, CheckpointError, DatasetError: see trained_model.load_model() and split_reader.SplitReader.
 
     Returns:
       The step of the checkpoint, and the log probabilities and labels in the order of the images. The probabilities are

@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from alexnet_jax.config import ConfigError, DataConfig
-from alexnet_jax.data.dataset import PreparedDataset, evenly_spaced
+from alexnet_jax.data.dataset import PreparedDataset
 from alexnet_jax.data.images import UnreadableImage, read_file, read_image, resize_and_center_crop
+from alexnet_jax.data.split_reader import evenly_spaced
 from alexnet_jax.paths import is_url
 
 

@@ -28,7 +28,8 @@ from alexnet_jax.inference.checkpoint_ref import (
     with_data_folders,
     with_overrides,
 )
-from alexnet_jax.runtime.files import write_json
+from alexnet_jax.paths import is_url
+from alexnet_jax.runtime.files import read_json, write_json
 from alexnet_jax.runtime.preemption import PreemptionHandler
 from alexnet_jax.runtime.workdir import (
     CheckpointError,
@@ -128,21 +129,35 @@ def open_eval_dataset(
                 f' ({why or "the same settings, but other images"}); evaluate it separately'
             )
     config = with_data_folders(first.config, data_dir, prepared_dir)
+    if config is first.config:
+        _check_relative_data_dir(first)
     with PreemptionHandler() as preemption:
-        prepared = open_or_prepare(config, preemption)
+        prepared = open_or_prepare(config, preemption, fingerprint)
     if preemption.received is not None:
         signal.raise_signal(preemption.received)
     if prepared is None:
         raise KeyboardInterrupt
     for ref, other in fingerprints:
         if other is None:
-            check_class_names(ref.name, read_dataset_statistics(ref.workdir)[1], prepared.class_names)
-    if fingerprint not in (prepared.fingerprint, None):
+            check_class_names(ref.name, ref.workdir, read_dataset_statistics(ref.workdir)[1], prepared.class_names)
+    if fingerprint is not None and not prepared.has_fingerprint(fingerprint):
         raise ConfigError(
             f'{first.name}: was trained with other images than those prepared in'
             f' {config.data.prepared_dir or config.data.data_dir}; name their folder with --data_dir'
         )
     return prepared
+
+
+def _check_relative_data_dir(ref: CheckpointRef) -> None:
+    """Raises ConfigError if the data_dir of a run of version 0.1, which kept relative paths, is not there."""
+    written = (read_json(os.path.join(ref.workdir, 'config.json')) or {}).get('data')
+    recorded = os.path.expanduser(str(written.get('data_dir', '/') if isinstance(written, dict) else '/'))
+    if os.path.isabs(recorded) or is_url(recorded) or os.path.isdir(recorded):
+        return
+    raise ConfigError(
+        f'{ref.name}: its data_dir is the relative path {recorded!r}, which does not exist in {os.getcwd()};'
+        ' change to the folder where the run was started, or name the folder of the data with --data_dir'
+    )
 
 
 @dataclasses.dataclass(frozen=True)

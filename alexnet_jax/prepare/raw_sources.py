@@ -1,25 +1,22 @@
-"""Image sources with random access to the examples of each split, for several storage formats.
+"""Image sources with random access to the examples of each split.
 
-The classes FileExamples, ArrayExamples and TfdsExamples implement the protocol Examples.
+FileExamples, ArrayExamples and the classes of the modules for single formats implement the protocol Examples.
 """
 
 import dataclasses
-import functools
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
-import tensorflow_datasets as tfds
-from jaxtyping import Integer, UInt8
+from jaxtyping import Bool, Integer, UInt8
 
 from alexnet_jax.data.images import read_file
 
 Labels = Integer[np.ndarray, ' n']
 Indices = range | Integer[np.ndarray, ' m']
 RawExample = tuple[bytes | UInt8[np.ndarray, 'h w'], int]  # (content of a file or pixels, label)
-TfdsRecord = dict[str, Any]  # the value of each feature by name
 
 
 class SourceError(ValueError):
@@ -36,11 +33,19 @@ class Examples(Protocol):
     def name(self, index: int) -> str:
         """Returns a human-readable name of the example."""
 
-    def subset(self, indices: range) -> 'Examples':
-        """Returns the examples at `indices`, which are contiguous; can be pickled for a worker process."""
+    def subset(self, indices: Indices) -> 'Examples':
+        """Returns the examples at `indices`, for a worker process to which they are pickled."""
 
     def digest(self) -> str:
         """Returns a digest for the detection of changed images or labels."""
+
+
+class LabeledExamples(Examples, Protocol):
+    """Examples whose labels are known before the images are read."""
+
+    @property
+    def labels(self) -> Labels:
+        """One label per example."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +56,20 @@ class Source:
       splits: the examples of 'train' and 'validation'.
       class_names: one name per label.
       holds_out_validation: whether the validation images are held out from the training images of the source.
+      origins: where the images of 'train' and 'validation' come from, such as 'valid/' or
+        '10% of each class of train/'.
+      notes: what the program chose or ignores, one line each, such as 'test/ is not used'.
+      names_classes: whether the source has names for its classes; otherwise `class_names` are numbers.
+      roots: absolute paths of the files and folders that the images come from, see data.inventory.
     """
 
     splits: Mapping[str, Examples]
     class_names: list[str]
     holds_out_validation: bool
+    origins: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    names_classes: bool = True
+    roots: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -124,55 +138,38 @@ class ArrayExamples:
         return hashlib.sha256(self.images.tobytes() + self.labels.tobytes() + self.numbers.tobytes()).hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
-class TfdsExamples:
-    """Examples of a TFDS data set that is stored as ArrayRecord files.
+def holdout_mask(labels: Labels, fraction: float) -> Bool[np.ndarray, ' n']:
+    """Returns the mask of the examples to hold out: `fraction` of each class, chosen with a fixed seed."""
+    chosen = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        of_label = np.flatnonzero(labels == label)
+        chosen[np.random.default_rng(label).permutation(of_label)[: round(fraction * len(of_label))]] = True
+    return chosen
 
-    Attributes:
-      directory: folder of the data set.
-      split: the split in the syntax of TFDS, such as 'train[10%:]'.
-      image, label: names of the features.
-      start, stop: range of records in the split.
-      metadata_digest: digest of the TFDS metadata of the data set.
+
+def check_held_out(held_out: int, images: int, fraction: float, where: str, part: str = '') -> None:
+    """Raises SourceError if none or all of the `images` of the source `where` are held out for validation.
+
+    `part` says of what `fraction` is held out, if not of all images.
     """
-
-    directory: str
-    split: str
-    image: str
-    label: str
-    start: int
-    stop: int
-    metadata_digest: str
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def _record(self, index: int) -> TfdsRecord:
-        return _data_source(self.directory, self.split, self.image)[self.start + index]
-
-    def __getitem__(self, index: int) -> RawExample:
-        record = self._record(index)
-        return record[self.image], int(record[self.label])
-
-    def name(self, index: int) -> str:
-        """Returns the file name if the record contains one, as in ImageNet, otherwise the position in the split."""
-        position = f'record {self.start + index} of {self.split}'
-        try:
-            record = self._record(index)
-        except RuntimeError:  # corrupt record
-            return position
-        return record['file_name'].decode() if 'file_name' in record else position
-
-    def subset(self, indices: range) -> 'TfdsExamples':
-        """Returns the examples at `indices`, which must be contiguous."""
-        return dataclasses.replace(self, start=self.start + indices.start, stop=self.start + indices.stop)
-
-    def digest(self) -> str:
-        """Returns the digest of the TFDS metadata, the split and the range, which does not depend on `directory`."""
-        return digest(self.metadata_digest, self.split, self.start, self.stop)
+    if held_out in (0, images):
+        empty = 'validation' if held_out == 0 else 'training'
+        raise SourceError(
+            f'config.data.validation_fraction: {fraction:g} of {part}the {images:,} images of {where}, which has no'
+            f' validation split, leaves no image for {empty}; change the fraction, or add a validation split'
+        )
 
 
-@functools.lru_cache(maxsize=4)
-def _data_source(directory: str, split: str, image: str) -> Sequence[TfdsRecord]:
-    builder = tfds.builder_from_directory(directory)
-    return builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
+def held_out_share(fraction: float, origin: str) -> str:
+    """Returns the origin of the images that hold_out() takes from those of `origin`, see Source."""
+    return f'{100 * fraction:g}% of each class of {origin}'
+
+
+def hold_out(examples: LabeledExamples, fraction: float, where: str) -> dict[str, Examples]:
+    """Returns the splits after `fraction` of each class of `examples` is held out for validation.
+
+    Raises SourceError: a split would be empty; the message begins with `where`.
+    """
+    chosen = holdout_mask(examples.labels, fraction)
+    check_held_out(int(chosen.sum()), len(chosen), fraction, where, 'each class of ')
+    return {'train': examples.subset(np.flatnonzero(~chosen)), 'validation': examples.subset(np.flatnonzero(chosen))}

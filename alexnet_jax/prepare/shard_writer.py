@@ -18,9 +18,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from alexnet_jax.data.dataset import DatasetError
 from alexnet_jax.data.images import UnreadableImage, read_image, resize_and_center_crop
-from alexnet_jax.prepare.shards import ImageSpec, RunningMoments, Shard
+from alexnet_jax.data.split_reader import DatasetError
+from alexnet_jax.prepare.shards import ContentDigest, ImageSpec, RunningMoments, Shard
 from alexnet_jax.runtime.files import JsonObject, json_digest, read_json, write_json
 
 
@@ -36,12 +36,15 @@ class ShardReport(TypedDict):
     """The report of a complete shard: stored examples, file size, skipped images, and SHA-256 digests.
 
     `digest` is that of the raw examples, `sums` that of the file of sums, and `report` that of the other fields.
+    `content` and `order` are those of ContentDigest; earlier versions wrote reports without them.
     """
 
     examples: int
     bytes: int
     skipped: list[SkippedImage]
     digest: str
+    content: str
+    order: str
     sums: str
     report: str
 
@@ -54,6 +57,8 @@ def read_report(shard: Shard, folder: str, reports: str) -> ShardReport | None:
     report = read_json(os.path.join(reports, shard.report)) or {}
     content = {name: value for name, value in report.items() if name != 'report'}
     if report.get('report') != json_digest(content) or report['digest'] != shard.examples.digest():
+        return None
+    if 'content' not in report:  # of an earlier version
         return None
     try:
         whole = report['bytes'] == os.path.getsize(os.path.join(folder, shard.file))
@@ -142,6 +147,7 @@ def write_shard(shard: Shard, format: ImageSpec, folder: str, reports: str) -> S
     Raises OSError: a file cannot be written.
     """
     features, sums = format.features(), RunningMoments(format)
+    content_digest = ContentDigest(shard.split, format.class_names)
     skipped: list[SkippedImage] = []
     serializer = ExampleSerializer(features.get_serialized_info())
     temporary = os.path.join(folder, f'.{shard.file}.{os.getpid()}')  # by pid: a worker may briefly outlive its parent
@@ -160,6 +166,7 @@ def write_shard(shard: Shard, format: ImageSpec, folder: str, reports: str) -> S
                 continue
             stored, read_back = format.encode(pixels)
             sums.add(read_back, label)
+            content_digest.add(stored, label)
             example = serializer.get_tf_example(features.encode_example({'image': stored, 'label': label}))
             record = example.SerializeToString(deterministic=True)  # otherwise the order of features varies
             with _writer_errors_as_oserror(folder):
@@ -175,6 +182,8 @@ def write_shard(shard: Shard, format: ImageSpec, folder: str, reports: str) -> S
         'bytes': os.path.getsize(os.path.join(folder, shard.file)),
         'skipped': skipped,
         'digest': shard.examples.digest(),
+        'content': f'{content_digest.total:064x}',
+        'order': content_digest.order.hexdigest(),
         'sums': file_digest(os.path.join(reports, shard.sums)),
     }
     report = fields | {'report': json_digest(fields)}

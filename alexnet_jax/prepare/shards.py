@@ -4,8 +4,10 @@ The sums are integers, so the statistics do not depend on the order of the image
 """
 
 import dataclasses
+import hashlib
 import io
 import os
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -13,6 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from alexnet_jax.prepare.raw_sources import Examples
+from alexnet_jax.runtime.files import json_digest
 
 # of JPEG data sets, whose chroma has half the resolution (4:2:0)
 JPEG_QUALITY = 95
@@ -97,6 +100,35 @@ class RunningMoments:
         flat = pixels.reshape(-1, pixels.shape[-1]).astype(np.float64)
         self.products += flat.T @ flat
         self.class_counts[label] += 1
+
+
+class ContentDigest:
+    """Digests of the stored images of a shard, with their classes and their split.
+
+    Attributes:
+      total: sum modulo 2^256 of the SHA-256 of the images, which does not depend on their order.
+      order: SHA-256 of these digests in the order of the records.
+    """
+
+    def __init__(self, split: str, class_names: tuple[str, ...]):
+        self.split, self.class_names = split, class_names
+        self.total, self.order = 0, hashlib.sha256()
+
+    def add(self, stored: bytes | UInt8[np.ndarray, 's s c'], label: int) -> None:
+        """Adds one image as it is stored in its record."""
+        digest = hashlib.sha256(f'{self.split}\0{self.class_names[label]}\0'.encode())
+        digest.update(stored if isinstance(stored, bytes) else np.ascontiguousarray(stored).data)
+        self.total = (self.total + int.from_bytes(digest.digest(), 'big')) % 2**256
+        self.order.update(digest.digest())
+
+
+def content_fingerprint(totals: Iterable[str], class_names: Sequence[str]) -> str:
+    """Returns the SHA-256 of the class names and of the sum of `totals`, hexadecimal ContentDigest.total of all shards.
+
+    The fingerprint is the same for the same images in any order and from any kind of source.
+    """
+    total = sum(int(value, 16) for value in totals) % 2**256
+    return json_digest({'class_names': list(class_names), 'images': f'{total:064x}'})
 
 
 def statistics(reports: str, shards: list[Shard]) -> dict[str, np.ndarray]:

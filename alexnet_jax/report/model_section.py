@@ -6,7 +6,7 @@ import shlex
 import numpy as np
 
 from alexnet_jax.config import ConfigError, default_config
-from alexnet_jax.data import dataset
+from alexnet_jax.data import dataset, split_reader
 from alexnet_jax.inference import feature_index
 from alexnet_jax.inference.checkpoint_ref import parse_checkpoint_ref, with_data_folders
 from alexnet_jax.inference.trained_model import TrainedModel, load_model, open_eval_dataset
@@ -27,7 +27,7 @@ _PROBED = 16  # validation images considered per image shown
 _SHEET_PIXELS = 1000  # approximate minimum width of the kernels of a tower
 _TITLES = ('Kernels of conv1', 'Predictions', 'Neighbors')
 
-Example = tuple[int, dataset.Example]  # index in the data set; its image and label
+Example = tuple[int, split_reader.Example]  # index in the data set; its image and label
 
 
 def model_sections(
@@ -56,7 +56,7 @@ def model_sections(
             sections.append((_TITLES[2], nearest(network, prepared, shown[:QUERIES])))
         else:
             sections.append((_TITLES[2], [('missing', 'Omitted because of `--noneighbors`.')]))
-    except (ConfigError, CheckpointError, dataset.DatasetError, SystemExit) as error:
+    except (ConfigError, CheckpointError, split_reader.DatasetError, SystemExit) as error:
         exited = isinstance(error, SystemExit)
         why = 'The images could not be prepared; the log has the reason' if exited else str(error)
         sections += [(title, [('missing', f'{why}.')]) for title in _TITLES[len(sections) :]]
@@ -116,10 +116,10 @@ def _open_dataset(network: TrainedModel, data_dir: str | None, prepared_dir: str
     return open_eval_dataset([parse_checkpoint_ref(network.workdir)], data_dir, prepared_dir)
 
 
-def choose(split: dataset.SplitReader, count: int) -> list[Example]:
+def choose(split: split_reader.SplitReader, count: int) -> list[Example]:
     """Returns `count` images of `split` with indices. The choice is fixed and covers as many classes as possible."""
     examples_by_class: dict[int, list[Example]] = {}
-    for place, example in dataset.evenly_spaced(split, _PROBED * count):
+    for place, example in split_reader.evenly_spaced(split, _PROBED * count):
         examples_by_class.setdefault(int(example['label']), []).append((place, example))
     labels = sorted(examples_by_class)
     if len(labels) > count:

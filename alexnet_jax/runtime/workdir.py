@@ -6,11 +6,22 @@ import datetime
 import hashlib
 import json
 import os
+import re
+import shlex
 
 import ml_collections
 import numpy as np
 
-from alexnet_jax.config import Config, ConfigError, field_names, get_by_path, resolve, upgrade
+from alexnet_jax.config import (
+    UNKNOWN,
+    Config,
+    ConfigError,
+    field_names,
+    get_by_path,
+    resolve,
+    upgrade,
+    with_num_classes,
+)
 from alexnet_jax.runtime.checkpoint_files import read_newest_progress
 from alexnet_jax.runtime.commands import recorded_command
 from alexnet_jax.runtime.console import log, summarize_exception
@@ -67,7 +78,8 @@ def check_resumable(config: Config, workdir: str, every_field: bool = False, all
     before = _config_before(workdir) if _has_files(checkpoints) else None
     if before is None:
         return
-    changed = {field: (get_by_path(before, field), get_by_path(config, field)) for field in _changed(before, config)}
+    fields = [field for field in _changed(before, config) if not _is_moved(before, config, field)]
+    changed = {field: (get_by_path(before, field), get_by_path(config, field)) for field in fields}
     for field, (was, given) in changed.items():
         is_fixed = field in FIXED_FIELDS or field.startswith('model.')
         if is_fixed or (every_field and field not in PATH_FIELDS):
@@ -88,6 +100,26 @@ def check_resumable(config: Config, workdir: str, every_field: bool = False, all
         )
 
 
+def with_num_classes_of_run(config: Config, workdir: str) -> Config:
+    """Returns `config` with the number of classes of the run in `workdir` if model.num_classes is auto.
+
+    Returns `config` if the number is given, or if `workdir` has neither checkpoints nor a result.
+    """
+    if config.model.num_classes != UNKNOWN:
+        return config
+    started = _has_files(os.path.join(workdir, 'checkpoints')) or read_result_json(workdir) is not None
+    before = _config_before(workdir) if started else None
+    return config if before is None else with_num_classes(config, before.model.num_classes)
+
+
+def trained_on(workdir: str) -> str | None:
+    """Returns the fingerprint of the data set in the newest checkpoint of `workdir`; None for a new run."""
+    newest = read_newest_progress(os.path.join(workdir, 'checkpoints'))
+    if newest is None:
+        return None
+    return newest[1].get('dataset_fingerprint', newest[1].get('store'))  # the key of version 0.1
+
+
 def _has_files(folder: str) -> bool:
     return os.path.isdir(folder) and bool(os.listdir(folder))
 
@@ -100,6 +132,14 @@ def _parameter_shapes(config: Config) -> list[tuple[str, tuple[int, ...], tuple[
 def _changed(before: Config, after: Config) -> list[str]:
     """Returns the names of the fields that differ."""
     return [field for field in field_names(after) if get_by_path(before, field) != get_by_path(after, field)]
+
+
+def _is_moved(before: Config, after: Config, field: str) -> bool:
+    """Returns whether `field` is the source, which was moved; the fingerprint of its images decides."""
+    if field != 'data.source':
+        return False
+    (kind, _, path), (new_kind, _, new_path) = (config.data.source.partition(':') for config in (before, after))
+    return kind == new_kind and os.path.isabs(path) and not os.path.lexists(path) and os.path.lexists(new_path)
 
 
 def _arrow(before: Config, after: Config, field: str) -> str:
@@ -141,7 +181,8 @@ def is_finished(config: Config, workdir: str) -> bool:
         before = _read_config_json(workdir)
     except ConfigError:
         return False  # training reads the last checkpoint, and writes config.json and result.json again
-    return set(_changed(before, config)) <= set(PATH_FIELDS)
+    changed = [field for field in _changed(before, config) if not _is_moved(before, config, field)]
+    return set(changed) <= set(PATH_FIELDS)
 
 
 def _has_numbers(views: object) -> bool:
@@ -337,13 +378,14 @@ def statistics_digest(statistics: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def check_class_names(name: str, weights_names: list[str], data_names: list[str]) -> None:
+def check_class_names(name: str, workdir: str, weights_names: list[str], data_names: list[str]) -> None:
     """Compares the class names of weights with those of the data, and logs a difference.
 
     Raises ConfigError: the names are the same but in another order, so predictions would get wrong labels.
 
     Args:
       name: name of the weights in the message.
+      workdir: the folder of the run with the weights.
       weights_names: class names of the weights, one per label.
       data_names: class names of the data, one per label.
     """
@@ -351,10 +393,13 @@ def check_class_names(name: str, weights_names: list[str], data_names: list[str]
         return
     if sorted(weights_names) == sorted(data_names):
         label = next(i for i, pair in enumerate(zip(weights_names, data_names, strict=True)) if pair[0] != pair[1])
+        file = f'@{os.path.abspath(dataset_statistics_path(workdir))}'
+        train = file if re.fullmatch(r'[\w@./-]+', file) else shlex.quote(repr(file))
+        prepare = file if train == file else shlex.quote(file)
         raise ConfigError(
             f'{name}: its classes are those of the data in another order: label {label} is {weights_names[label]!r},'
-            f' but {data_names[label]!r} in the data; prepare the data with config.data.class_names in the order of the'
-            ' weights'
+            f' but {data_names[label]!r} in the data; prepare the data in the order of the weights, in another'
+            f' data_dir: --config.data.class_names={train} for training, or alexnet prepare --class_names={prepare}'
         )
     log(
         f'{name}: its classes have other names than those of the data; the first is {weights_names[0]!r},'

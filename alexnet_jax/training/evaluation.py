@@ -8,7 +8,7 @@ import jax
 from alexnet_jax import parallel
 from alexnet_jax.augment import PreprocessParams
 from alexnet_jax.config import Config
-from alexnet_jax.data import dataset, loader
+from alexnet_jax.data import loader, split_reader
 from alexnet_jax.runtime.console import ProgressBar
 from alexnet_jax.training.eval_step import make_eval_step
 from alexnet_jax.training.metric_sum import MetricSum
@@ -24,7 +24,7 @@ class Evaluator:
       split: the validation images.
     """
 
-    def __init__(self, config: Config, mesh: parallel.Mesh, split: dataset.SplitReader):
+    def __init__(self, config: Config, mesh: parallel.Mesh, split: split_reader.SplitReader):
         self.split, self.threads = split, config.data.reader_threads
         self.sharding = parallel.batch_sharding(mesh, config.mesh.layout)
         shards = parallel.num_batch_shards(self.sharding)

@@ -9,8 +9,8 @@ import numpy as np
 
 from alexnet_jax import parallel
 from alexnet_jax.augment import PreprocessParams, disable_color_augmentation, make_preprocess_params
-from alexnet_jax.config import Config, ConfigError
-from alexnet_jax.data import dataset, loader
+from alexnet_jax.config import Config, ConfigError, shown_classes
+from alexnet_jax.data import dataset, loader, split_reader
 from alexnet_jax.runtime import distributed
 from alexnet_jax.runtime.console import log
 from alexnet_jax.runtime.workdir import (
@@ -23,13 +23,13 @@ from alexnet_jax.runtime.workdir import (
 )
 from alexnet_jax.schedules import Schedule
 from alexnet_jax.training.run_state import RunState
-from alexnet_jax.training.train_step import LearningRates, TrainBatch
+from alexnet_jax.training.train_step import LearningRates, TrainBatch, balanced_class_weights
 
 PREFETCH_SIZE = 3  # batches that are read and transferred ahead
 
 
 def prefetch_to_device(
-    config: Config, mesh: parallel.Mesh, split: dataset.SplitReader, first_step: int
+    config: Config, mesh: parallel.Mesh, split: split_reader.SplitReader, first_step: int
 ) -> Iterator[TrainBatch]:
     """Yields batches on the devices from `first_step` on; a thread prefetches PREFETCH_SIZE batches."""
     sharding = parallel.batch_sharding(mesh, config.mesh.layout)
@@ -78,7 +78,7 @@ def load_dataset_statistics(
             statistics, class_names = read_dataset_statistics(workdir, config)
             if run.statistics_digest not in (statistics_digest(statistics), None):
                 raise DatasetStatisticsError(f'{path} is of another run')
-            check_class_names(workdir, class_names, data.class_names)
+            check_class_names(workdir, workdir, class_names, data.class_names)
         except DatasetStatisticsError as error:
             # Earlier versions saved no digest. Imported weights have a mean of their own, and no fingerprint.
             known = run.statistics_digest or (run.dataset_fingerprint and statistics_digest(data.statistics))
@@ -88,6 +88,10 @@ def load_dataset_statistics(
                     ' use another --workdir'
                 ) from None
             log(f'{error}; it is written again from the prepared data set, which has the images of the run')
+    if not statistics['class_counts'].any():  # of imported weights
+        statistics = statistics | {'class_counts': data.statistics['class_counts']}
+    if config.data.class_weights == 'balanced':
+        _log_class_weights(statistics['class_counts'], data.class_names)
     if distributed.is_primary_process():
         try:
             write_dataset_statistics(workdir, statistics, data.class_names)
@@ -96,15 +100,33 @@ def load_dataset_statistics(
     return statistics
 
 
+def _log_class_weights(class_counts: np.ndarray, class_names: list[str]) -> None:
+    weights = balanced_class_weights(class_counts)
+    used = np.flatnonzero(class_counts)
+    least, most = used[np.argmin(weights[used])], used[np.argmax(weights[used])]
+    log(
+        f'config.data.class_weights=balanced: {weights[least]:.3g} ({class_names[least]}) to {weights[most]:.3g}'
+        f' ({class_names[most]})'
+    )
+    empty = [name for name, count in zip(class_names, class_counts, strict=True) if not count]
+    if empty:
+        log(f'config.data.class_weights: 0 for the classes without training images: {shown_classes(empty)}')
+
+
 def preprocessing_on_devices(
     config: Config, mesh: parallel.Mesh, statistics: dict[str, np.ndarray]
 ) -> tuple[PreprocessParams, PreprocessParams]:
     """Returns make_preprocess_params() on the devices, with and without color augmentation. Collective.
 
+    With data.class_weights, the constants include the weights of the classes.
+
     A run transfers the constants only once: while a transfer of the mean image is pending, JAX on a CPU runs the step
     in another thread, see backend.configure_cpu_backend().
     """
-    preprocessing = distributed.broadcast_from_primary(make_preprocess_params(statistics, config.data))
+    params = make_preprocess_params(statistics, config.data)
+    if config.data.class_weights == 'balanced':
+        params['class_weights'] = balanced_class_weights(statistics['class_counts'])
+    preprocessing = distributed.broadcast_from_primary(params)
     return parallel.replicate(mesh, preprocessing), parallel.replicate(mesh, disable_color_augmentation(preprocessing))
 
 

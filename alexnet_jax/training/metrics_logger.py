@@ -252,11 +252,14 @@ def _parse(line: bytes, splits: Container[str]) -> JsonObject | None:
 
 def log_start(config: Config, mesh: parallel.Mesh, data: dataset.PreparedDataset, total_steps: int) -> None:
     """Logs the data set, the processes, the mesh and the length of the run."""
+    origin = f' ({data.origins["validation"]})' if data.origins.get('validation') else ''
     log(
-        f'{config.data.source}: {len(data.train)} training and {len(data.validation)} validation images;'
+        f'{config.data.source}: {len(data.train)} training and {len(data.validation)} validation images{origin};'
         f' {jax.process_count()} processes, mesh data={mesh.shape["data"]}, model={mesh.shape["model"]};'
         f' {total_steps} steps of {config.train.batch_size} images'
     )
+    for line in data.choices:
+        log(f'{config.data.source}: {line}')
 
 
 def write_result(

@@ -22,7 +22,7 @@ from alexnet_jax.runtime.files import JsonObject, read_json, write_json
 
 if TYPE_CHECKING:  # launch.py imports this module before jax
     from alexnet_jax.augment import PreprocessParams
-    from alexnet_jax.data.dataset import Example, SplitReader
+    from alexnet_jax.data.split_reader import Example, SplitReader
     from alexnet_jax.parallel import Mesh
     from alexnet_jax.training.state import TrainState
 
@@ -215,15 +215,15 @@ class SamplePredictions:
     """Predicts a few validation images that are evenly spaced over the split.
 
     Attributes:
-      examples: records of the split, see dataset.SplitReader; the same on all processes.
+      examples: records of the split, see split_reader.SplitReader; the same on all processes.
     """
 
     def __init__(self, config: Config, mesh: 'Mesh', split: 'SplitReader'):
         from alexnet_jax import parallel
-        from alexnet_jax.data import dataset
+        from alexnet_jax.data import split_reader
         from alexnet_jax.training.eval_step import make_predict_step
 
-        self.examples = [example for _, example in dataset.evenly_spaced(split, NUM_SAMPLES)]
+        self.examples = [example for _, example in split_reader.evenly_spaced(split, NUM_SAMPLES)]
         self.sharding = parallel.batch_sharding(mesh, config.mesh.layout)
         self.predict_step = make_predict_step(config, mesh, views=1)
 

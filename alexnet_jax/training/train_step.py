@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float32, UInt32
+from jaxtyping import Array, Float32, Integer, UInt32
 
 from alexnet_jax import parallel
 from alexnet_jax.augment import PreprocessParams, augment, example_keys
@@ -52,7 +52,8 @@ def local_gradients(
 ) -> GradientsAndSums:
     """Returns (gradients, sums, batch_stats) for this device's `rows` of a batch.
 
-    gradients: local gradients; their sum over replicas and micro-batches is the gradient of the batch's mean loss.
+    gradients: local gradients; their sum over replicas and micro-batches is the gradient of the batch's mean loss. The
+      loss of an image is its cross entropy, times `preprocessing['class_weights']` of its label if there are any.
     sums: the loss, top-1 error and top-5 error, summed over `rows`.
     batch_stats: updated running statistics of batch normalization.
     """
@@ -66,6 +67,8 @@ def local_gradients(
         model = nnx.merge(graph, params, batch_stats)
         logits = model(images, dropout_keys)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        if 'class_weights' in preprocessing:
+            losses = losses * preprocessing['class_weights'][labels]
         loss = losses.sum() / (config.train.batch_size * parallel.loss_replication_factor(layout))
         return loss, (losses, logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
@@ -103,6 +106,16 @@ def accumulate_gradients(
     zeros = jax.tree.map(jnp.zeros_like, params)
     gradients, (sums, batch_stats) = lax.scan(add, zeros, micro_batches, unroll=unroll)
     return gradients, sums.sum(0), jax.tree.map(lambda x: x.mean(0), batch_stats)
+
+
+def balanced_class_weights(class_counts: Integer[np.ndarray, ' classes']) -> Float32[np.ndarray, ' classes']:
+    """Returns images / (classes * images of the class) for each class, in float32.
+
+    Only classes with images count, so the mean weight of the images is 1. The weight of a class without images is 0.
+    """
+    counts = class_counts.astype(np.float64)
+    weights = counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    return np.where(counts > 0, weights, 0).astype(np.float32)
 
 
 def make_train_step(config: Config, mesh: parallel.Mesh) -> TrainStep:

@@ -11,9 +11,17 @@ import numpy as np
 from jaxtyping import Array
 
 from alexnet_jax import parallel
-from alexnet_jax.config import Config, ConfigError, field_names, get_by_path, total_steps
+from alexnet_jax.config import (
+    Config,
+    ConfigError,
+    field_names,
+    get_by_path,
+    total_steps,
+    with_num_classes,
+)
 from alexnet_jax.data import dataset
 from alexnet_jax.data.open_or_prepare import open_or_prepare
+from alexnet_jax.paths import check_writable
 from alexnet_jax.runtime import backend, distributed
 from alexnet_jax.runtime.console import log
 from alexnet_jax.runtime.environment import environment
@@ -25,6 +33,7 @@ from alexnet_jax.runtime.workdir import (
     describe_changes,
     quarantine_folders,
     statistics_digest,
+    trained_on,
 )
 from alexnet_jax.schedules import Intervals, Schedule
 from alexnet_jax.training.checkpointing import Checkpointer, state_digest
@@ -73,17 +82,19 @@ def train_and_evaluate(config: Config, workdir: str, process_group: JsonObject |
       SystemExit: the preparation of the data set failed.
     """
     with PreemptionHandler(ignore_afterwards=True) as preemption:
+        check_writable('--workdir', workdir)  # without creating it: an empty folder among the images is a class
+        if process_group is None:
+            parallel.make_mesh(config)  # raises ConfigError for an invalid mesh before the data are prepared
+        # The data set is prepared before the processes connect, because connected processes should not wait for hours.
+        data = open_or_prepare(config, preemption, trained_on(workdir))
+        if data is None:
+            log('stopped while preparing the data set; run the same command again to resume')
+            return EXIT_PREEMPTED
         try:
             os.makedirs(workdir, exist_ok=True)
         except OSError as error:
             raise ConfigError(f'--workdir: {workdir} cannot be used: {error}') from None
-        if process_group is None:
-            parallel.make_mesh(config)  # raises ConfigError for an invalid mesh before the data are prepared
-        # The data set is prepared before the processes connect, because connected processes should not wait for hours.
-        data = open_or_prepare(config, preemption)
-        if data is None:
-            log('stopped while preparing the data set; run the same command again to resume')
-            return EXIT_PREEMPTED
+        config = with_num_classes(config, len(data.class_names))
         if not distributed.initialize(process_group, config.distributed, preemption):
             log('stopped before all processes were connected; run the same command again')
             distributed.hard_exit(EXIT_PREEMPTED)
@@ -146,7 +157,8 @@ def restore_or_init(
     """
     checkpoint = checkpoints.restore(abstract_state(config, mesh))
     run = checkpoint.run_state if checkpoint else RunState()
-    if run.dataset_fingerprint not in (data.fingerprint, None):  # None: a new run, or imported weights
+    recorded = run.dataset_fingerprint  # None: a new run, or imported weights
+    if recorded is not None and not data.has_fingerprint(recorded):
         raise ConfigError(
             f'config.data: the prepared data set is not the one that {workdir} was started with; put that one back, or'
             ' use another --workdir'
