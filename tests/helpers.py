@@ -16,6 +16,7 @@ import pytest
 from alexnet_jax.config import ConfigError
 
 ROOT = Path(__file__).parent.parent
+SMALL_NETWORK = {'model.widths': '(8,0,0,0,16,0,32)', 'model.lrn': False, 'model.towers': 1}  # compiles quickly
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -64,15 +65,12 @@ def training_command(data_dir: str, workdir: Path, fields: dict[str, Any], *over
     """Returns the command of a run of a small network, which compiles quickly, with the settings `fields`."""
     settings = {
         'data.data_dir': data_dir,
-        'model.widths': '(8,0,0,0,16,0,32)',
-        'model.lrn': False,
-        'model.towers': 1,
         'train.batch_size': 32,
         'train.log_every': 1,
         'eval.views': 1,
         'eval.batch_size': 400,
     }
-    return ['launch.py', f'--workdir={workdir}', *config_flags(settings | fields), *overrides]
+    return ['launch.py', f'--workdir={workdir}', *config_flags(SMALL_NETWORK | settings | fields), *overrides]
 
 
 def usage_error(run: subprocess.CompletedProcess) -> str:

@@ -63,9 +63,9 @@ def pictures(split: str) -> list[Picture]:
     return [Picture(jpeg(generator), label, of_class[label].pop(0)) for label in labels]
 
 
-def jpeg(generator: np.random.Generator) -> bytes:
-    """Returns a JPEG of random size with random colors."""
-    height, width = (int(side) for side in generator.integers(72, 120, 2))
+def jpeg(generator: np.random.Generator, least: int = 72, most: int = 120) -> bytes:
+    """Returns a JPEG of random colors, whose sides are `least` to `most` - 1 pixels."""
+    height, width = (int(side) for side in generator.integers(least, most, 2))
     coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), np.uint8)).resize((width, height))
     file = io.BytesIO()
     coarse.save(file, 'JPEG', quality=90)

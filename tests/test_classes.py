@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from helpers import config_flags, read_json, refusal, run_command, usage_error
+from helpers import SMALL_NETWORK, config_flags, read_json, refusal, run_command, usage_error
 from ml_collections.config_flags.tuple_parser import TupleParser
 from PIL import Image
 
@@ -34,10 +34,7 @@ COLORS = {
     'dog': (30, 60, 220),
     'eel': (200, 200, 200),
 }
-SMALL = {
-    'model.widths': '(8,0,0,0,16,0,32)',
-    'model.lrn': False,
-    'model.towers': 1,
+SMALL = SMALL_NETWORK | {
     'data.image_size': 72,
     'data.crop_size': 64,
     'train.batch_size': 10,

@@ -10,17 +10,13 @@ from pathlib import Path
 import numpy as np
 import picture_sets
 import pytest
-from helpers import ROOT, config_flags, read_json, read_result, run_command, usage_error
+from helpers import ROOT, SMALL_NETWORK, config_flags, read_json, read_result, run_command, usage_error
 from picture_sets import CLASSES, pictures, write
 from test_imagenet import SYNSETS, write_tars
 
 pytestmark = pytest.mark.slow
 
-# Of a network that compiles quickly.
-SMALL = {
-    'model.widths': '(8,0,0,0,16,0,32)',
-    'model.lrn': False,
-    'model.towers': 1,
+SMALL = SMALL_NETWORK | {
     'data.image_size': 72,
     'data.crop_size': 64,
     'train.steps': 2,

@@ -17,6 +17,7 @@ import pytest
 import tensorflow_datasets as tfds
 import zoo
 from helpers import read_json, read_lines, refusal, run_command, start_command, usage_error, wait_for
+from picture_sets import jpeg
 from PIL import Image
 
 from alexnet_jax.config import ConfigError
@@ -39,14 +40,6 @@ if __name__ == '__main__':
 """
 
 
-def jpeg(generator: np.random.Generator) -> bytes:
-    height, width = (int(side) for side in generator.integers(30, 160, 2))
-    coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), np.uint8)).resize((width, height))
-    file = io.BytesIO()
-    coarse.save(file, 'JPEG', quality=90)
-    return file.getvalue()
-
-
 @pytest.fixture(scope='module')
 def pictures(tmp_path_factory) -> Path:
     """Returns a folder of JPEGs, three of which are truncated."""
@@ -55,7 +48,7 @@ def pictures(tmp_path_factory) -> Path:
         for i in range(count):
             folder = root / split / CLASSES[i % len(CLASSES)]
             folder.mkdir(parents=True, exist_ok=True)
-            content = jpeg(generator)
+            content = jpeg(generator, 30, 160)
             (folder / f'{i:03d}.jpg').write_bytes(content[:200] if i in (7, 133) else content)
     return root
 
