@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save
 
-from alexnet_jax.convert import caffe_file, safetensors_file, torch_file
-from alexnet_jax.convert.formats import FormatError, detect_format
+from alexnet_jax.weights import caffe_file, safetensors_file, torch_file
+from alexnet_jax.weights.formats import FormatError, detect_format
 
 FIXTURES = Path(__file__).parent / 'fixtures'
 ZIP, LEGACY = ((FIXTURES / f'torchvision_{name}.pth').read_bytes() for name in ('zip', 'legacy'))

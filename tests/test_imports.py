@@ -38,6 +38,7 @@ LOADED_BY = {
         'report.page',
         'runtime.distributed',
         'runtime.environment',
+        'training.checkpoint_reader',
         'training.checkpointing',
         'training.diagnostics',
         'training.eval_step',

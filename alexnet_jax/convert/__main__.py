@@ -17,11 +17,12 @@ from absl import flags
 
 from alexnet_jax import cli
 from alexnet_jax.convert import export
-from alexnet_jax.convert.formats import FormatError
-from alexnet_jax.convert.importer import IMPORTABLE_PRESETS, MEAN_FORMS, check_arguments, import_file
-from alexnet_jax.inference.checkpoint_ref import CHECKPOINT_HELP
+from alexnet_jax.convert.importer import check_arguments, import_file
 from alexnet_jax.runtime import backend
+from alexnet_jax.runtime.checkpoint_ref import CHECKPOINT_HELP
 from alexnet_jax.runtime.console import make_stdout_optional
+from alexnet_jax.weights.formats import FormatError
+from alexnet_jax.weights.weight_files import IMPORTABLE_PRESETS, MEAN_FORMS
 
 
 def main(argv: list[str]) -> int:
@@ -29,12 +30,12 @@ def main(argv: list[str]) -> int:
     given = flags.FLAGS
     make_stdout_optional()
     try:
-        kind, member = check_arguments(argv, given)
+        member = check_arguments(argv, given)
         if member is None or member.config.cpu_tuning:
             backend.configure_cpu_backend()
         backend.enable_compilation_cache()
         if member is None:
-            import_file(os.path.expanduser(argv[1]), kind, argv[2], given)
+            import_file(os.path.expanduser(argv[1]), argv[2], given)
         else:
             from alexnet_jax.inference.trained_model import load_model
 

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Float32
 
 from alexnet_jax.config import ConfigError, default_config, get_by_path
-from alexnet_jax.convert.weight_layouts import Parameters
 from alexnet_jax.runtime.files import atomic_write
 from alexnet_jax.runtime.workdir import PATH_FIELDS, read_config
+from alexnet_jax.weights.weight_layouts import Parameters
 
 if TYPE_CHECKING:  # convert checks its flags before it imports jax
     from alexnet_jax.inference.trained_model import TrainedModel

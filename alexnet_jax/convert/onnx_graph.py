@@ -12,9 +12,9 @@ from jaxtyping import Float32
 from numpy.typing import ArrayLike, DTypeLike
 
 from alexnet_jax.config import Config
-from alexnet_jax.convert.weight_layouts import Parameters
 from alexnet_jax.model import BATCH_NORM, SPATIAL_BETA, SPATIAL_K
 from alexnet_jax.shapes import LayerShape, layer_table, pool_window
+from alexnet_jax.weights.weight_layouts import Parameters
 
 # Opset 15 is from 2021, so current runtimes support it. Later opsets only add dtypes to the operators used here.
 OPSET = 15

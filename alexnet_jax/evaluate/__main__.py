@@ -15,8 +15,8 @@ from absl import flags
 
 from alexnet_jax import cli
 from alexnet_jax.evaluate.summary import as_text, ensemble_weights, summarize
-from alexnet_jax.inference.checkpoint_ref import CHECKPOINT_HELP, parse_checkpoint_ref
 from alexnet_jax.runtime import backend
+from alexnet_jax.runtime.checkpoint_ref import CHECKPOINT_HELP, parse_checkpoint_ref
 from alexnet_jax.runtime.files import atomic_write
 
 

@@ -21,18 +21,17 @@ from alexnet_jax.augment import PreprocessParams, make_preprocess_params
 from alexnet_jax.config import Config, ConfigError
 from alexnet_jax.data.dataset import MANIFEST_FIELDS, PreparedDataset
 from alexnet_jax.data.open_or_prepare import open_or_prepare
-from alexnet_jax.inference.checkpoint_ref import (
+from alexnet_jax.paths import is_url
+from alexnet_jax.runtime.checkpoint_ref import (
     CheckpointRef,
     check_new,
     parse_checkpoint_ref,
     with_data_folders,
     with_overrides,
 )
-from alexnet_jax.paths import is_url
 from alexnet_jax.runtime.files import read_json, write_json
 from alexnet_jax.runtime.preemption import PreemptionHandler
 from alexnet_jax.runtime.workdir import (
-    CheckpointError,
     check_class_names,
     dataset_statistics_path,
     read_dataset_statistics,
@@ -42,50 +41,12 @@ from alexnet_jax.runtime.workdir import (
     write_dataset_statistics,
 )
 from alexnet_jax.training import checkpointing
+from alexnet_jax.training.checkpoint_reader import restore
 from alexnet_jax.training.run_state import RunState
 from alexnet_jax.training.state import TrainState, abstract_state
 
 # A compiled function (state, images (B, S, S, C) uint8, preprocessing) -> (B, ...).
 InferenceStep = Callable[[TrainState, jax.Array, PreprocessParams], jax.Array]
-
-
-def resolve_step(ref: CheckpointRef) -> int:
-    """Returns the step of the checkpoint that `ref` currently refers to.
-
-    Raises ConfigError: there is no such checkpoint. Raises CheckpointError: the checkpoints cannot be listed.
-    """
-    errors = checkpointing.checkpoint_metrics(os.path.join(ref.workdir, 'checkpoints'))
-    if not errors:
-        raise ConfigError(f'{ref.name}: {ref.workdir} has no checkpoint; train there first')
-    there = f'the checkpoints are those of steps {", ".join(map(str, errors))}'
-    if ref.selector == 'newest':
-        return max(errors)
-    if ref.selector == 'best':
-        measured = {step: error for step, error in errors.items() if error is not None}
-        if not measured:
-            raise ConfigError(f'{ref.name}: no checkpoint has a validation error; {there}')
-        return min(measured, key=lambda step: measured[step])
-    if int(ref.selector) not in errors:
-        raise ConfigError(f'{ref.name}: there is no such checkpoint; {there}')
-    return int(ref.selector)
-
-
-def restore(ref: CheckpointRef, abstract: TrainState | None) -> checkpointing.Checkpoint:
-    """Restores the checkpoint that `ref` refers to; for `abstract` see checkpointing.restore_checkpoint().
-
-    Raises ConfigError: there is no such checkpoint. Raises CheckpointError: the checkpoint cannot be read.
-    """
-    while True:
-        step = resolve_step(ref)
-        path = os.path.join(ref.workdir, 'checkpoints', str(step))
-        restored, problem = checkpointing.restore_checkpoint(path, abstract)
-        if restored is not None and restored.run_state.step == step:
-            return restored
-        if restored is not None:
-            problem = f'it is a checkpoint of step {restored.run_state.step}'
-        # A run that is still training may have replaced the checkpoint in the meantime.
-        if resolve_step(ref) == step:
-            raise CheckpointError(f'{ref.name}: checkpoint {path} is corrupt ({problem}); name another checkpoint')
 
 
 def _with_mesh(config: Config) -> tuple[Config, parallel.Mesh]:

@@ -14,8 +14,8 @@ from typing import TypeGuard
 import ml_dtypes
 import numpy as np
 
-from alexnet_jax.convert import safe_unpickle
-from alexnet_jax.convert.formats import FormatError
+from alexnet_jax.weights import safe_unpickle
+from alexnet_jax.weights.formats import FormatError
 
 # First two objects of the legacy format.
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from alexnet_jax.config import Config
-from alexnet_jax.convert.formats import FormatError
 from alexnet_jax.shapes import CONVOLUTIONS, LAYERS, LayerShape, layer_table
+from alexnet_jax.weights.formats import FormatError
 
 TORCHVISION = {
     'conv1': 'features.0',
