@@ -17,6 +17,7 @@ from alexnet_jax.augment import PreprocessParams, augment, example_keys
 from alexnet_jax.config import Config
 from alexnet_jax.optimizer import make_optimizer
 from alexnet_jax.training.eval_step import EvalBatch, topk_errors
+from alexnet_jax.training.mixing import mix_pairs, smoothed_losses, swap_pairs
 from alexnet_jax.training.state import LayerTree, TrainState, build_model, param_shapes, state_specs
 
 
@@ -40,6 +41,7 @@ class RngStream(enum.IntEnum):
 
     AUGMENTATION = 1
     DROPOUT = 2
+    MIXING = 3
 
 
 def local_gradients(
@@ -53,27 +55,38 @@ def local_gradients(
     """Returns (gradients, sums, batch_stats) for this device's `rows` of a batch.
 
     gradients: local gradients; their sum over replicas and micro-batches is the gradient of the batch's mean loss. The
-      loss of an image is its cross entropy, times `preprocessing['class_weights']` of its label if there are any.
-    sums: the loss, top-1 error and top-5 error, summed over `rows`.
+      loss of an image is its cross entropy, times `preprocessing['class_weights']` of its label if there are any. The
+      loss of a mixed image is the mean of the losses of both labels with the factors of mix_pairs().
+    sums: the loss, top-1 error and top-5 error, summed over `rows`; the errors of a mixed image are those of the label
+      with the larger factor.
     batch_stats: updated running statistics of batch normalization.
     """
-    example_ids, labels, layout = rows['example_id'], rows['label'], config.mesh.layout
+    example_ids, labels, layout, train = rows['example_id'], rows['label'], config.mesh.layout, config.train
     keys = example_keys(config.seed, example_ids, RngStream.AUGMENTATION)
     crop_keys = example_keys(config.seed, example_ids // config.data.crop_group_size, RngStream.AUGMENTATION)
     images = augment(rows['image'], keys, crop_keys, preprocessing, config.data)
     dropout_keys = example_keys(config.seed, parallel.all_gather_example_ids(example_ids, layout), RngStream.DROPOUT)
+    is_mixed, partner_labels = bool(train.mixup or train.cutmix), labels
+    if is_mixed:
+        images, factors = mix_pairs(images, example_keys(config.seed, example_ids, RngStream.MIXING), train)
+        partner_labels = swap_pairs(labels)
+
+    def losses_of(logits, labels):
+        losses = smoothed_losses(logits, labels, train.label_smoothing)
+        return losses * preprocessing['class_weights'][labels] if 'class_weights' in preprocessing else losses
 
     def local_loss(params):
         model = nnx.merge(graph, params, batch_stats)
         logits = model(images, dropout_keys)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        if 'class_weights' in preprocessing:
-            losses = losses * preprocessing['class_weights'][labels]
-        loss = losses.sum() / (config.train.batch_size * parallel.loss_replication_factor(layout))
+        losses = losses_of(logits, labels)
+        if is_mixed:
+            losses = factors * losses + (1 - factors) * losses_of(logits, partner_labels)
+        loss = losses.sum() / (train.batch_size * parallel.loss_replication_factor(layout))
         return loss, (losses, logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
     gradients, (losses, logits, new_batch_stats) = jax.grad(local_loss, has_aux=True)(params)
-    sums = jnp.stack([losses.sum(), *(error.sum() for error in topk_errors(logits, labels))])
+    counted = jnp.where(factors >= 0.5, labels, partner_labels) if is_mixed else labels
+    sums = jnp.stack([losses.sum(), *(error.sum() for error in topk_errors(logits, counted))])
     return gradients, sums, new_batch_stats
 
 
@@ -146,7 +159,8 @@ def make_train_step(config: Config, mesh: parallel.Mesh) -> TrainStep:
         params = parallel.all_gather_shards(optax.apply_updates(shards, updates), optimizer_specs)
         means = parallel.global_sum(sums, layout) / batch_size
         metrics = {'loss': means[0], 'top1_error': means[1], 'top5_error': means[2]}
-        return TrainState(state.step + 1, params, opt_state, batch_stats), metrics
+        average = optax.incremental_update(params, state.average, 1 - config.train.ema_decay) if state.average else {}
+        return TrainState(state.step + 1, params, opt_state, batch_stats, average), metrics
 
     return parallel.jit_shard_map(
         train_step,
