@@ -180,10 +180,11 @@ def _random_resized_crop(
     whole = jnp.array([round(side / max(least, 1.0)), round(side * min(greatest, 1.0))], jnp.int32)
     offset, size = jnp.where(fits, offset, (side - whole) // 2), jnp.where(fits, size, whole)
     scale = crop / size.astype(jnp.float32)
+    translation = -offset.astype(jnp.float32) * scale
     x = image.astype(jnp.float32)
     if config.mean_crop == 'matching':
         x = x - preprocessing['mean']
-    x = jax.image.scale_and_translate(x, (crop, crop, x.shape[2]), (0, 1), scale, -offset * scale, 'linear')
+    x = jax.image.scale_and_translate(x, (crop, crop, x.shape[2]), (0, 1), scale, translation, 'linear')
     return x - _mean(preprocessing, offset, config) if config.mean_crop == 'center' else x
 
 
