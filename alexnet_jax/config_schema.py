@@ -35,6 +35,7 @@ PRESET_NAMES = (
     'caffe',
     'caffenet',
     'torchvision',
+    'modern',
     'd2l',
     'bn_lars',
     'cifar10_13pct',
