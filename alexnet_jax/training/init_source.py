@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 
 from alexnet_jax.config import Config, ConfigError, get_by_path
 from alexnet_jax.paths import is_url
@@ -131,6 +132,35 @@ def misfits(weights: Config, config: Config) -> dict[str, str]:
     """Returns the layers of the network of `config` that do not fit the network of `weights`, and why."""
     theirs = {row.name: row for row in _table(weights)}
     return {row.name: why for row in _table(config) if (why := _misfit(row, theirs.get(row.name)))}
+
+
+def describe_fit(weights: NetworkWeights, config: Config, class_names: list[str]) -> list[str]:
+    """Returns a line for each layer of a network for `class_names` that does not take its weights as they are."""
+    unfit = misfits(weights.config, config)
+    lines = [f'{name} is drawn anew: {why}' for name, why in unfit.items()]
+    of_classes = '' if 'fc8' in unfit else order_of_classes(weights.class_names, class_names)[1]
+    return lines + [of_classes] * bool(of_classes)
+
+
+def order_of_classes(of_weights: list[str], of_data: list[str]) -> tuple[list[int] | None, str]:
+    """Returns the label in the weights of each class of the data, and a line about it, which may be empty.
+
+    Both lists have one name per label and the same length. Weights of numbered classes, 'class 0' and so on, count as
+    weights for the classes of the data. Returns None instead of the labels if the weights are for other classes.
+    """
+    in_order = list(range(len(of_data)))
+    if of_weights == of_data:
+        return in_order, ''
+    if sorted(of_weights) == sorted(of_data):
+        order = [of_weights.index(name) for name in of_data]
+        return order, 'fc8 is taken, with its columns in the order of the classes of the data'
+    if all(re.fullmatch(r'class \d+', name) for name in of_weights):
+        return in_order, 'fc8 is taken: the weights only number their classes, which are taken for those of the data'
+    label = next(i for i, name in enumerate(of_data) if name != of_weights[i])
+    return None, (
+        f'fc8 is drawn anew, because the weights are for other classes: label {label} is {of_data[label]!r} in the data'
+        f' and {of_weights[label]!r} in the weights'
+    )
 
 
 def _table(config: Config) -> list[LayerShape]:

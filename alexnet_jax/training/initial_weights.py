@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import re
 
 import jax
 import numpy as np
@@ -21,7 +20,7 @@ from alexnet_jax.runtime.workdir import (
     with_settings_of_weights,
 )
 from alexnet_jax.training.checkpoint_reader import resolve_step, restore
-from alexnet_jax.training.init_source import misfits, open_source, read_file
+from alexnet_jax.training.init_source import describe_fit, misfits, open_source, order_of_classes, read_file
 from alexnet_jax.training.state import TrainState, abstract_state, init_state
 from alexnet_jax.weights.weight_files import NetworkWeights
 from alexnet_jax.weights.weight_layouts import Parameters
@@ -114,38 +113,17 @@ def fitting_layers(weights: NetworkWeights, config: Config, class_names: list[st
     """Returns the arrays of `weights` that a network of `config` for `class_names` takes; logs what it does not take.
 
     The result has the kernels and biases by layer, and the statistics of batch normalization, such as conv1_norm. For
-    fc8 see _order_of_classes().
+    fc8 see order_of_classes().
     """
+    for line in describe_fit(weights, config, class_names):
+        log(line)
     unfit = misfits(weights.config, config)
-    for name, why in unfit.items():
-        log(f'{name} is drawn anew: {why}')
     taken = {name: layer for name, layer in weights.params.items() if name not in unfit}
     taken |= {name: norm for name, norm in weights.batch_stats.items() if name.removesuffix('_norm') in taken}
     if 'fc8' in taken:
-        order = _order_of_classes(weights.class_names, class_names)
+        order = order_of_classes(weights.class_names, class_names)[0]
         if order is None:
             del taken['fc8']
         else:
             taken['fc8'] = {kind: array[..., order] for kind, array in taken['fc8'].items()}
     return taken
-
-
-def _order_of_classes(of_weights: list[str], of_data: list[str]) -> list[int] | None:
-    """Returns the label in the weights of each class of the data, or None if fc8 is for other classes.
-
-    Weights of numbered classes, 'class 0' and so on, count as weights for the classes of the data.
-    """
-    if of_weights == of_data:
-        return list(range(len(of_data)))
-    if sorted(of_weights) == sorted(of_data):
-        log('fc8 is taken with its columns in the order of the classes of the data, which is not that of the weights')
-        return [of_weights.index(name) for name in of_data]
-    if all(re.fullmatch(r'class \d+', name) for name in of_weights):
-        log('fc8 is taken: the weights only number their classes, so they are taken for those of the data in order')
-        return list(range(len(of_data)))
-    other = next(label for label, name in enumerate(of_data) if name != of_weights[label])
-    log(
-        f'fc8 is drawn anew: the weights are for other classes; label {other} is {of_data[other]!r} in the data, and'
-        f' {of_weights[other]!r} in the weights'
-    )
-    return None
