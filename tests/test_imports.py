@@ -43,6 +43,7 @@ LOADED_BY = {
         'training.diagnostics',
         'training.eval_step',
         'training.evaluation',
+        'training.initial_weights',
         'training.input_pipeline',
         'training.metric_sum',
         'training.metrics_logger',

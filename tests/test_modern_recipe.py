@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import config_flags, refusal, run_command, training_command
+from helpers import config_flags, refusal, run_command
 from PIL import Image
 from test_augment import BATCH, CROP, SIZE, augmented, data_config, keys_of, random_images, statistics
 from test_mesh import FAST, STATISTICS, batch, make_global_batch, rates, small_config, train
