@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # convert checks its flags before it imports jax
     from alexnet_jax.inference.trained_model import TrainedModel
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
-_LIBRARIES = {'.safetensors': 'safetensors', '.stablehlo': 'flatbuffers', '.onnx': 'onnx'}
+LIBRARIES = {'.safetensors': 'safetensors', '.stablehlo': 'flatbuffers', '.onnx': 'onnx'}
 _LIMIT = 2**31 - 2**20  # maximum bytes of weights in a program, with room for the other content
 
 
@@ -32,11 +32,11 @@ def validate_target(path: str) -> str:
     """
     path = os.path.expanduser(path)
     ending = os.path.splitext(path)[1].lower()
-    if ending not in _LIBRARIES:
+    if ending not in LIBRARIES:
         raise ConfigError(f'{path}: its suffix must be .safetensors, .stablehlo or .onnx')
     if os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
         raise ConfigError(f'{path} cannot be written; name a file in a writable folder')
-    library = _LIBRARIES[ending]
+    library = LIBRARIES[ending]
     try:
         importlib.import_module(library)
     except ImportError:
