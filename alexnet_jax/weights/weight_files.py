@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from alexnet_jax.config import Config, ConfigError, apply_overrides, check_class_names, preset_config, resolve, upgrade
+from alexnet_jax.runtime.checkpoint_ref import HUB_WEIGHTS, is_hub_folder
 from alexnet_jax.runtime.console import ProgressBar, log
 from alexnet_jax.shapes import Settings, layer_table
 from alexnet_jax.weights import caffe_file, onnx_file, onnx_network, safetensors_file, torch_file, weight_layouts
@@ -297,5 +298,4 @@ def find_weights(name: str) -> str | None:
     path = os.path.expanduser(name)
     if os.path.isfile(path):
         return path
-    file = os.path.join(path, 'model.safetensors')
-    return file if os.path.isfile(file) else None
+    return os.path.join(path, HUB_WEIGHTS) if is_hub_folder(path) else None
