@@ -102,6 +102,8 @@ def _parse(path: str) -> Any:
     if not model.graph.node:
         raise FormatError(f'an ONNX file without operators, which may be truncated; {_ADVICE}')
     if model.functions:  # the exporter of PyTorch 2.1 to 2.5 wrote an operator of PyTorch as a function
+        import onnx.inliner
+
         try:
             model = onnx.inliner.inline_local_functions(model)
         except Exception as error:  # its C++ code raises several types
@@ -188,11 +190,12 @@ def _external(tensor: Any, path: str) -> np.ndarray:
 
     given = {entry.key: entry.value for entry in tensor.external_data}
     name = given.get('location', '')
-    file = os.path.join(os.path.dirname(os.path.abspath(path)), name)
-    inside = [os.path.dirname(os.path.realpath(path)), os.path.realpath(os.path.dirname(os.path.abspath(path)))]
+    folder = os.path.dirname(os.path.abspath(path))
+    file = os.path.join(folder, name)
+    inside = [os.path.dirname(os.path.realpath(path)), os.path.realpath(folder)]
     parts = name.replace('\\', '/').split('/')
-    is_below = any(os.path.realpath(file).startswith(f'{folder.rstrip("/")}/') for folder in inside)
-    if not name or '\0' in name or os.path.isabs(name) or '..' in parts or not is_below:
+    is_usable = bool(name) and '\0' not in name and not os.path.isabs(name) and '..' not in parts
+    if not is_usable or not any(os.path.realpath(file).startswith(f'{each.rstrip("/")}/') for each in inside):
         raise FormatError(f'refused: the array {tensor.name!r} is in {name[:100]!r}, which is not below its folder')
     try:
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))

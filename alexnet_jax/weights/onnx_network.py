@@ -6,6 +6,7 @@ and 12 x 12 are not divided by the windows: the first two poolings drop the last
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -199,22 +200,30 @@ def _conv_ops(
 ) -> tuple[str, ...]:
     """Returns `model.conv_ops` of the convolutions, and adds what differs from the preset to `differences`."""
     side, texts = config.data.crop_size, []
-    for name in CONVOLUTIONS:
-        layer, row, names = layers[name], rows[name], []
+    for name, text in zip(CONVOLUTIONS, config.model.conv_ops, strict=True):
+        layer, row, pools = layers[name], rows[name], []
         side = _compare_conv(layer, row, config.model, side, differences)
-        ops = [_operator_of(op, config.model) for op in row.ops]
-        _check(differences, layer, 'is followed by', [node.op_type for node in layer.followers], ops)
+        own = [node.op_type for node in layer.followers]
+        wanted = [_operator_of(op, config.model) for op in row.ops]
+        if _activated_first(own) != _activated_first(wanted):
+            _check(differences, layer, 'is followed by', own, wanted)
         for node in layer.followers:
             if node.op_type == 'LRN':
                 _compare_lrn(node, config.model, differences)
-                names.append('lrn')
             elif node.op_type == 'MaxPool':
-                op, side = _pool(node, config.model, side, differences)
-                names.append(op)
-            else:
-                names.append('activation')
-        texts.append(' '.join(names))
+                pool, side = _pool(node, config.model, side, differences)
+                pools.append(pool)
+        texts.append(' '.join(pools.pop(0) if op in POOLS and pools else op for op in text.split()))
     return tuple(texts)
+
+
+def _activated_first(operators: list[str]) -> list[str]:
+    """Exchanges a pooling and the activation after it: both functions increase, so their order changes no number."""
+    ordered = list(operators)
+    for i, (kind, after) in enumerate(itertools.pairwise(operators)):
+        if kind == 'MaxPool' and after in _ACTIVATIONS:
+            ordered[i : i + 2] = [after, kind]
+    return ordered
 
 
 def _compare_conv(layer: Layer, row: LayerSpec, model: ModelConfig, side: int, differences: list[str]) -> int:
@@ -223,12 +232,12 @@ def _compare_conv(layer: Layer, row: LayerSpec, model: ModelConfig, side: int, d
     pads = given.get('pads', [0] * 4)
     size = layer.kernel.shape[2]
     strides = list(given.get('strides', [1, 1]))
+    _check(differences, layer, 'has auto_pad', _automatic(given), 'NOTSET')
     _check(differences, layer, 'has kernels of', list(layer.kernel.shape[2:]), [row.kernel] * 2)
     _check(differences, layer, 'has strides', strides, [row.stride] * 2)
     _check(differences, layer, 'has padding', list(pads), [row.padding[0]] * 2 + [row.padding[1]] * 2)
     _check(differences, layer, 'has groups', given.get('group', 1), 1 if row.cross_tower else model.towers)
     _check(differences, layer, 'has dilations', list(given.get('dilations', [1, 1])), [1, 1])
-    _check(differences, layer, 'has auto_pad', _automatic(given), 'NOTSET')
     return (side + pads[0] + pads[-1] - size) // strides[0] + 1
 
 
