@@ -143,7 +143,7 @@ def _decays(schedule: Schedule) -> str:
     milestones = ', '.join(f'{step:,}' for step in schedule.milestones)
     text = {
         'plateau': f'divided by {config.decay_factor:g} after {config.patience} evaluations without a lower error, at'
-        f' most {config.max_decays} times',
+        f' most {config.max_decays} times{", then the run ends" if config.stop_on_plateau else ""}',
         'steps': f'divided by {config.decay_factor:g} at steps {milestones}',
         'dexp': f'divided by up to {config.dexp_factor:g} in {config.dexp_parts} equal parts of the run',
         'poly': f'times (1 - step / {schedule.total_steps:,}) to the power {config.poly_power:g}',

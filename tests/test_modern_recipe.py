@@ -15,10 +15,10 @@ from test_augment import BATCH, CROP, SIZE, augmented, data_config, keys_of, ran
 from test_mesh import FAST, STATISTICS, batch, make_global_batch, rates, small_config, train
 
 from alexnet_jax import augment, parallel
-from alexnet_jax.config import apply_overrides, default_config, resolve
+from alexnet_jax.config import apply_overrides, default_config, preset_config, resolve
 from alexnet_jax.config_schema import TrainConfig
 from alexnet_jax.schedules import PlateauState, Schedule
-from alexnet_jax.training.mixing import mix_pairs, swap_pairs
+from alexnet_jax.training.mixing import mix_pairs, smoothed_losses, swap_pairs
 from alexnet_jax.training.state import build_model, init_state
 from alexnet_jax.training.train_step import RngStream, make_train_step
 from configs import modern
@@ -331,7 +331,7 @@ def loss_in_numpy(settings, params, weights):
     ('recipe', 'weighted', 'mesh'),
     [
         ({'label_smoothing': 0.1}, True, ('towers', 1, 1)),
-        ({'mixup': 1.0, 'grad_accum_steps': 4}, False, ('towers', 1, 1)),
+        ({'mixup': 1.0, 'grad_accum_steps': 2}, False, ('towers', 1, 1)),
         ({'label_smoothing': 0.2, 'mixup': 0.4, 'cutmix': 1.0}, True, ('hybrid', 2, 4)),
     ],
     ids=['smoothing', 'mixup', 'all'],
@@ -348,11 +348,9 @@ def test_loss_errors_and_gradient_are_those_of_numpy(recipe, weighted, mesh):
     np.testing.assert_allclose(-state.params['fc8']['bias'], gradient, rtol=1e-3, atol=1e-6)  # initially 0
 
 
-def test_smoothing_of_optax():
+def test_smoothing_is_that_of_optax():
     logits = np.random.default_rng(0).normal(0, 3, (5, 10)).astype(np.float32)
     targets = optax.smooth_labels(jnp.eye(10)[jnp.array([0, 3, 3, 9, 1])], 0.3)
-    from alexnet_jax.training.mixing import smoothed_losses
-
     ours = smoothed_losses(jnp.asarray(logits), jnp.array([0, 3, 3, 9, 1]), 0.3)
     np.testing.assert_allclose(ours, optax.softmax_cross_entropy(logits, targets), rtol=1e-6)
     spread = -0.03 * jax.nn.log_softmax(logits).sum(1)
@@ -381,7 +379,7 @@ def one_device():
         ('data', 8, 1, {}),
         ('towers', 4, 2, {'mesh': {'shard_optimizer': True}}),
         ('hybrid', 2, 4, {}),
-        ('towers', 1, 1, {'train': {'grad_accum_steps': 4}}),
+        ('towers', 1, 1, {'train': {'grad_accum_steps': 2}}),
     ],
 )
 def test_whole_recipe_is_the_same_on_every_mesh(one_device, layout, data, model, more):
@@ -404,7 +402,7 @@ def test_whole_recipe_is_the_same_on_every_mesh(one_device, layout, data, model,
 
 
 @pytest.mark.slow
-def test_average_is_that_of_numpy_and_does_not_change_the_training():
+def test_average_is_that_of_numpy():
     settings = small_config(1, 1, {'train': {'ema_decay': 0.7}})
     mesh = parallel.make_mesh(settings)
     prepared = augment.make_preprocess_params(STATISTICS, settings.data)
@@ -421,10 +419,6 @@ def test_average_is_that_of_numpy_and_does_not_change_the_training():
     )
     assert state.for_inference().params is state.average
     assert not state.for_inference().average
-    plain = train(small_config(1, 1), 3)[1]
-    assert plain.for_inference().params is plain.params
-    for ours, other in zip(jax.tree.leaves(state.params), jax.tree.leaves(plain.params), strict=True):
-        np.testing.assert_allclose(ours, other, rtol=1e-4, atol=1e-6)
 
 
 # Settings
@@ -490,7 +484,7 @@ def test_pairs_are_checked_when_the_number_of_devices_is_known():
 
 
 def test_preset_and_sweep():
-    both = [resolve(config_of(name)) for name in ('torchvision', 'modern')]
+    both = [resolve(preset_config(name)) for name in ('torchvision', 'modern')]
     assert [each.data.crop_scale for each in both] == [(0.08, 1.0)] * 2
     assert dataclasses.replace(both[0].model, preset='modern') == both[1].model
     assert (both[1].optimizer.schedule, both[1].train.label_smoothing) == ('cosine', 0.1)
@@ -509,9 +503,3 @@ def test_preset_and_sweep():
             assert config.data.crop_scale is None
             apply_overrides(config, row.overrides)
             resolve(config)
-
-
-def config_of(preset):
-    from configs import imagenet
-
-    return imagenet.get_config(preset)
