@@ -38,8 +38,8 @@ def start(case: str, batch_size: int, flags: list[str]) -> tuple[int, Callable[[
     if config.cpu_tuning:
         backend.configure_cpu_backend()
     project = Project(config)
-    project.train_step = project.train_step.lower(*project.train_arguments).compile()
-    temporary = project.train_step.memory_analysis().temp_size_in_bytes
+    step = project.train_step.lower(*project.train_arguments).compile()
+    project.train_step, temporary = step, step.memory_analysis().temp_size_in_bytes
     backend.reserve_step_memory(temporary)
 
     def respond(_: None) -> float:

@@ -168,6 +168,4 @@ def _order_gradients(saved, gradients):
     return dx, compute_after(dw, dx)
 
 
-order_weight_gradient_after_input_gradient.defvjp(
-    _keep_whether_x_has_a_gradient, _order_gradients, symbolic_zeros=True
-)
+order_weight_gradient_after_input_gradient.defvjp(_keep_whether_x_has_a_gradient, _order_gradients, symbolic_zeros=True)
