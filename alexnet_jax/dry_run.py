@@ -13,6 +13,7 @@ import jax
 from alexnet_jax import parallel
 from alexnet_jax.config import UNKNOWN, Config, ConfigError, check_mesh, with_num_classes
 from alexnet_jax.data.dataset import PreparedDataset
+from alexnet_jax.lr_multipliers import KINDS, first_trained_layer, frozen_names, frozen_parameters
 from alexnet_jax.prepare.describe import Description, describe, size_text
 from alexnet_jax.prepare.raw_sources import SourceError
 from alexnet_jax.prepare.writer import PrepareConfig
@@ -126,7 +127,7 @@ def _steps(config: Config, examples: int | None) -> list[str]:
         every = f'evaluation every {config.eval.every}, checkpoint every {config.checkpoint.every}'
         return [f'{length}, {every}', f'learning rate {optimizer.learning_rate:g}, schedule {optimizer.schedule}']
     schedule, intervals = Schedule(optimizer, train, examples), Intervals.from_config(config, examples)
-    total = schedule.total_steps
+    total, frozen = schedule.total_steps, frozen_names(config)
     counts = [max(1, math.ceil(total / every)) for every in (intervals.eval_every, intervals.checkpoint_every)]
     at_the_end = f' and at the end with {config.eval.views} views' if config.eval.views > 1 else ''
     return [
@@ -134,6 +135,7 @@ def _steps(config: Config, examples: int | None) -> list[str]:
         f' evaluation every {intervals.eval_every:,} steps ({counts[0]:,}){at_the_end},'
         f' checkpoint every {intervals.checkpoint_every:,} steps ({counts[1]:,})',
         f'learning rate {optimizer.learning_rate:g}, {_decays(schedule)}',
+        *([f'optimizer.lr_multipliers freezes {", ".join(frozen)}'] if frozen else ()),
     ]
 
 
@@ -154,22 +156,31 @@ def _decays(schedule: Schedule) -> str:
         text += f', after a linear warmup of {schedule.warmup_steps:,} steps'
     if config.bias_lr_multiplier != 1 or config.bias_schedule != 'same':
         text += f'; biases: {config.bias_lr_multiplier:g} times, schedule {config.bias_schedule}'
-    return text + ('; see optimizer.lr_overrides' if config.lr_overrides else '')
+    fields = [name for name in ('lr_multipliers', 'lr_overrides') if getattr(config, name)]
+    return text + ''.join(f'; see optimizer.{name}' for name in fields)
 
 
 def _memory(config: Config, data: int, model: int) -> str:
-    """Estimates the memory of a device. The activations are those of one micro-batch, without train.remat."""
+    """Estimates the memory of a device. The activations are those of one micro-batch, without train.remat.
+
+    Layers before the first trained one keep no activations. Those of the largest of these layers count as far as they
+    exceed the gradients, because the gradients come into being after them.
+    """
     table = layer_table(config.model, config.data.crop_size, config.data.channels)
     devices = data * model
-    is_sharded = [config.mesh.layout == 'towers' or layer.name in DENSE for layer in table]
-    weights = sum(
-        4 * layer.parameters / (model if sharded else 1) for layer, sharded in zip(table, is_sharded, strict=True)
-    )
+    frozen, weights, gradients = frozen_parameters(config), 0.0, 0.0
+    for layer in table:
+        shards = model if config.mesh.layout == 'towers' or layer.name in DENSE else 1
+        sizes = {kind: 4 * math.prod(getattr(layer, kind)) / shards for kind in KINDS}
+        weights += sum(sizes.values())
+        gradients += sum(size for kind, size in sizes.items() if (layer.name, kind) not in frozen)
     velocities = weights / (data if config.mesh.shard_optimizer else 1)
-    gradients = weights * (2 if config.train.grad_accum_steps > 1 else 1)
+    gradients *= 2 if config.train.grad_accum_steps > 1 else 1
     images, size, channels = config.train.batch_size / devices, config.data.image_size, config.data.channels
-    values = config.data.crop_size**2 * channels + sum(map(_activations, table))
-    activations = images / config.train.grad_accum_steps * values * (4 if config.model.dtype == 'float32' else 2)
+    values, first = [*map(_activations, table)], [layer.name for layer in table].index(first_trained_layer(config))
+    bytes_per_value = images / config.train.grad_accum_steps * (4 if config.model.dtype == 'float32' else 2)
+    activations = bytes_per_value * (config.data.crop_size**2 * channels + sum(values[first:]))
+    activations += max(0.0, bytes_per_value * max(values[:first], default=0) - gradients)
     average = weights if config.train.ema_decay else 0.0
     parts = {
         'weights': weights,

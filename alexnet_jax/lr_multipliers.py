@@ -56,3 +56,17 @@ def frozen_names(config: Config) -> list[str]:
         if (layer, kind) in frozen
     ]
     return list(dict.fromkeys(names))
+
+
+def layers_with_input_gradient(config: Config) -> tuple[str, ...]:
+    """Returns the layers whose backward pass computes the gradient of their inputs: those after the first trained one.
+
+    The layers before need no backward pass; a layer is trained if its kernel or its bias is not frozen.
+    """
+    return LAYERS[LAYERS.index(first_trained_layer(config)) + 1 :]
+
+
+def first_trained_layer(config: Config) -> str:
+    """Returns the first layer of which a parameter is not frozen."""
+    frozen = frozen_parameters(config)
+    return next(layer for layer, kind in parameters(config.model) if (layer, kind) not in frozen)
