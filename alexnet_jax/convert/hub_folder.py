@@ -12,7 +12,6 @@ from alexnet_jax import __version__
 from alexnet_jax.config import ConfigError
 from alexnet_jax.config_checks import shown_classes
 from alexnet_jax.paths import check_folder, check_path, check_writable, is_url
-from alexnet_jax.presets import PRESETS
 from alexnet_jax.runtime.checkpoint_ref import HUB_WEIGHTS
 from alexnet_jax.runtime.console import log
 from alexnet_jax.runtime.files import JsonObject, read_json
@@ -111,7 +110,6 @@ def model_card(
     config, source = network.config, str(settings['data']['source'])
     table = layer_table(config.model, config.data.crop_size, config.data.channels)
     errors, evaluations = _errors(network), _evaluations(network.workdir)
-    published = PRESETS[config.model.preset].published
     parts = [
         _front_matter(name, source, errors),
         f'# {name}',
@@ -122,7 +120,6 @@ def model_card(
         _table(
             [
                 ('', ''),
-                ('variant', f'`{config.model.preset}`, after {published.source}'),
                 ('feature maps and units', ', '.join(str(row.spec.features) for row in table)),
                 ('parameters', f'{sum(row.parameters for row in table):,}'),
                 ('classes', f'{len(network.class_names)}: {shown_classes(network.class_names)}'),
