@@ -146,13 +146,18 @@ def test_model_card(hub):
 def test_evaluations_and_errors_of_other_steps_in_the_card(run, tmp_path):
     shutil.copytree(run, tmp_path / 'run')
     (tmp_path / 'run' / 'evaluations').mkdir()
-    evaluation = {'source': f'folder:{SECRET}/v2', 'top1_error': 0.4375, 'top5_error': 0.5, 'images': 12}
+    digest = trained_model.load_model(str(run)).digest
+    evaluation = {'source': f'folder:{SECRET}/v2', 'split': 'test', 'views': 10, 'images': 12, 'digest': digest}
+    evaluation |= {'top1_error': 0.4375, 'top5_error': 0.5, 'folder': SECRET}
     (tmp_path / 'run' / 'evaluations' / 'v2_test.json').write_text(json.dumps(evaluation))
+    other = evaluation | {'digest': 'of other weights', 'top1_error': 0.75}
+    (tmp_path / 'run' / 'evaluations' / 'other.json').write_text(json.dumps(other))
     (tmp_path / 'run' / 'evaluations' / 'broken.json').write_text('{')
     (tmp_path / 'run' / 'result.json').write_text(json.dumps(RESULT | {'step': 900}))
     export.write(trained_model.load_model(str(tmp_path / 'run')), f'{tmp_path}/given/')
     text = (tmp_path / 'given' / 'README.md').read_text()
-    assert '| v2_test | top1 error 43.75 %, top5 error 50.00 % |' in text
+    assert '| `folder:v2` | test | 10 views | 12 | top1 error 43.75 %, top5 error 50.00 % |' in text
+    assert '75.00 %' not in text
     assert SECRET not in text
     assert 'The errors of these weights were not recorded.' in text
     assert 'model-index' not in front_matter(tmp_path / 'given')
