@@ -355,6 +355,24 @@ def test_truncated_files_are_refused_in_one_line(tmp_path):
         assert str(error.value).isprintable()
 
 
+def test_changed_bytes_are_refused_in_one_line_or_harmless(tmp_path):
+    """Bytes between the weights are changed: those of the operators, their attributes and the names."""
+    content = torch_graph().SerializeToString()
+    path, generator = tmp_path / 'model.onnx', np.random.default_rng(8)
+    operators = content.index(b'Conv')
+    messages = []
+    for position in (*range(12), *generator.integers(operators, operators + 900, 120)):
+        changed = bytearray(content)
+        changed[position] ^= 1 << generator.integers(0, 8)
+        path.write_bytes(changed)
+        try:
+            weight_files.read_weights(str(path))
+        except (FormatError, ConfigError) as error:
+            messages.append(str(error))
+    assert len(messages) > 40
+    assert all(message.isprintable() for message in messages)
+
+
 def test_corrupt_constants_are_refused(tmp_path):
     model = torch_graph()
     model.graph.initializer[2].raw_data = model.graph.initializer[2].raw_data[:-4]

@@ -119,9 +119,7 @@ def settings_of(network: 'TrainedModel') -> JsonObject:
     for field in (*PATH_FIELDS, 'train.init'):
         group, name = field.split('.')
         config[group][name] = get_by_path(default_config(), field)
-    kind, _, location = config['data']['source'].partition(':')
-    if location.startswith(('/', '{/')):
-        config['data']['source'] = f'{kind}:{location.rstrip("/").rpartition("/")[2] or "data"}'
+    config['data']['source'] = hub_folder.without_folder(config['data']['source'])
     return config
 
 

@@ -12,7 +12,6 @@ from alexnet_jax import __version__
 from alexnet_jax.config import ConfigError
 from alexnet_jax.config_checks import shown_classes
 from alexnet_jax.paths import check_folder, check_path, check_writable, is_url
-from alexnet_jax.presets import PRESETS
 from alexnet_jax.runtime.checkpoint_ref import HUB_WEIGHTS
 from alexnet_jax.runtime.console import log
 from alexnet_jax.runtime.files import JsonObject, read_json
@@ -110,8 +109,7 @@ def model_card(
     """
     config, source = network.config, str(settings['data']['source'])
     table = layer_table(config.model, config.data.crop_size, config.data.channels)
-    errors, evaluations = _errors(network), _evaluations(network.workdir)
-    published = PRESETS[config.model.preset].published
+    errors, evaluations = _errors(network), _evaluations(network)
     parts = [
         _front_matter(name, source, errors),
         f'# {name}',
@@ -122,7 +120,6 @@ def model_card(
         _table(
             [
                 ('', ''),
-                ('variant', f'`{config.model.preset}`, after {published.source}'),
                 ('feature maps and units', ', '.join(str(row.spec.features) for row in table)),
                 ('parameters', f'{sum(row.parameters for row in table):,}'),
                 ('classes', f'{len(network.class_names)}: {shown_classes(network.class_names)}'),
@@ -190,22 +187,32 @@ def _errors_text(errors: JsonObject) -> str:
     return _table(rows)
 
 
-def _evaluations(workdir: str) -> Rows:
-    """Returns a table of the evaluations on other data in WORKDIR/evaluations/, by the names of their files."""
-    folder = os.path.join(workdir, 'evaluations')
-    if not workdir or not os.path.isdir(folder):
-        return []
+def _evaluations(network: 'TrainedModel') -> Rows:
+    """Returns a table of the evaluations of these weights on other data, which are in WORKDIR/evaluations/."""
+    folder = os.path.join(network.workdir, 'evaluations')
+    files = sorted(os.listdir(folder)) if network.workdir and os.path.isdir(folder) else []
     rows: Rows = []
-    for file in sorted(os.listdir(folder)):
-        content = read_json(os.path.join(folder, file)) if file.endswith('.json') else None
-        numbers = [
+    for content in (read_json(os.path.join(folder, file)) for file in files if file.endswith('.json')):
+        if content is None or content.get('digest') != network.digest:
+            continue
+        errors = [
             f'{key.replace("_", " ")} {_percent(value)}'
-            for key, value in (content or {}).items()
-            if isinstance(value, float) and 'error' in key
+            for key, value in content.items()
+            if isinstance(value, float) and re.fullmatch(r'top\d_error|mce', key)
         ]
-        if numbers:
-            rows.append((file.removesuffix('.json'), ', '.join(numbers)))
-    return [('evaluation', 'errors'), *rows] if rows else []
+        source = without_folder(str(content.get('source')))
+        views, images = _views(str(content.get('views'))), content.get('images')
+        counted = f'{images:,}' if isinstance(images, int) else ''
+        rows.append((f'`{source}`', str(content.get('split')), views, counted, ', '.join(errors)))
+    return [('data', 'split', 'views', 'images', 'errors'), *rows] if rows else []
+
+
+def without_folder(source: str) -> str:
+    """Returns `source`, a value of data.source, with the last name of its path in place of an absolute path."""
+    kind, _, location = source.partition(':')
+    if not location.startswith(('/', '{/')):
+        return source
+    return f'{kind}:{location.rstrip("/").rpartition("/")[2] or "data"}'
 
 
 def _training(network: 'TrainedModel', settings: JsonObject) -> Rows:

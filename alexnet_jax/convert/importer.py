@@ -9,8 +9,10 @@ from alexnet_jax.convert import export
 from alexnet_jax.runtime.checkpoint_ref import CHECKPOINT_HELP, CheckpointRef, check_new, parse_checkpoint_ref
 from alexnet_jax.runtime.console import log
 from alexnet_jax.weights import onnx_file
-from alexnet_jax.weights.formats import detect_format
+from alexnet_jax.weights.formats import WANTED, detect_format
 from alexnet_jax.weights.weight_files import find_weights, read_weights
+
+_ENDINGS = ('.pth', '.pt', '.bin', '.onnx', '.safetensors', '.caffemodel')  # of files of weights
 
 
 def import_file(path: str, workdir: str, given: flags.FlagValues) -> None:
@@ -54,6 +56,7 @@ def check_arguments(argv: list[str], given: flags.FlagValues) -> CheckpointRef |
         return None
     if not os.path.exists(path) and os.path.basename(path) != 'best':
         raise ConfigError(f'{argv[1]}: there is no such file or folder; name a file of weights, or {CHECKPOINT_HELP}')
+    _refuse_other_folder(argv[1], path)
     unused = next(
         (name for name in ('preset', 'mean', 'class_names', 'crop_size') if given[name].value is not None), None
     )
@@ -61,3 +64,15 @@ def check_arguments(argv: list[str], given: flags.FlagValues) -> CheckpointRef |
         raise ConfigError(f'--{unused}: has no effect when a checkpoint is exported; omit the flag')
     export.validate_target(argv[2])
     return parse_checkpoint_ref(argv[1])
+
+
+def _refuse_other_folder(name: str, folder: str) -> None:
+    """Raises ConfigError if `folder` has no run, but files of another program."""
+    found = os.listdir(folder) if os.path.isdir(folder) else []
+    if {'config.json', 'checkpoints'} & {*found}:
+        return
+    if 'saved_model.pb' in found:
+        raise ConfigError(f"{name}: TensorFlow's SavedModel; {WANTED}")
+    files = sorted(each for each in found if each.endswith(_ENDINGS))
+    if files:
+        raise ConfigError(f'{name}: a folder without a run; name a file of weights in it, such as {files[0]}')

@@ -174,17 +174,19 @@ class _Graph:
                 'Gemm', output, self.array(f'{name}.kernel', kernel), self.array(f'{name}.bias', bias), alpha=kept
             )
         else:
-            self.dense_towers(output, np.split(kernel, towers, -1), np.split(bias, towers), kept)
+            self.dense_towers(name, output, np.split(kernel, towers, -1), np.split(bias, towers), kept)
         self.shape = (layer.output[0],)
 
-    def dense_towers(self, output: str, kernels: list[np.ndarray], biases: list[np.ndarray], kept: float) -> None:
+    def dense_towers(
+        self, name: str, output: str, kernels: list[np.ndarray], biases: list[np.ndarray], kept: float
+    ) -> None:
         """Adds one dense layer per tower and concatenates the outputs."""
         parts = [f'{output}_inputs_{i}' for i in range(len(kernels))]
         self.nodes.append(onnx.helper.make_node('Split', [self.x], parts, name=f'{output}_split', axis=1))
         outputs = []
         for i, (part, kernel, bias) in enumerate(zip(parts, kernels, biases, strict=True)):
             self.x = part
-            arrays = self.array(f'{output}.kernel_{i}', kernel), self.array(f'{output}.bias_{i}', bias)
+            arrays = self.array(f'{name}.kernel_{i}', kernel), self.array(f'{name}.bias_{i}', bias)
             outputs.append(self.node('Gemm', f'{output}_{i}', *arrays, alpha=kept))
         self.x = outputs[0]
         self.node('Concat', output, *outputs[1:], axis=1)

@@ -70,8 +70,6 @@ def is_hub_folder(folder: str) -> bool:
 
 
 def _is_run(folder: str) -> bool:
-    if is_hub_folder(folder):
-        return False
     # The checkpoints have the settings too, in case that config.json was lost.
     return any(os.path.exists(os.path.join(folder, name)) for name in ('config.json', 'checkpoints'))
 

@@ -84,7 +84,13 @@ def read_external(path: str, kind: str, preset: str | None, crop_size: int | Non
       OSError: The file is unreadable.
     """
     if kind == 'onnx':
-        return _read_onnx(onnx_file.read(path), preset, crop_size)
+        try:
+            return _read_onnx(onnx_file.read(path), preset, crop_size)
+        except (FormatError, ConfigError):
+            raise
+        except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+            what = ' '.join(str(error).split())[:80]
+            raise FormatError(f'corrupt: an operator or array is incomplete ({type(error).__name__}: {what})') from None
     if crop_size is not None:
         raise ConfigError(f'--crop_size={crop_size}: {path} is no ONNX file; omit the flag')
     if kind != 'caffe':
