@@ -17,6 +17,7 @@ from alexnet_jax.config_schema import (
     duration_in_steps,
     get_by_path,
 )
+from alexnet_jax.lr_multipliers import frozen_parameters, matches, parameters
 from alexnet_jax.shapes import LAYERS, layer_specs, layer_table
 
 MAX_CLASS_NAME = 255  # characters of a class name; a file name has no more
@@ -30,6 +31,7 @@ def check(config: Config) -> None:
     _check_ranges(config)
     _check_model(config)
     _check_durations(config)
+    _check_lr_multipliers(config)
     check_mesh(config, config.mesh.data, config.mesh.model)
 
 
@@ -236,6 +238,28 @@ def _check_durations(config: Config) -> None:
             raise ConfigError(f'config.{field}: {error}') from None
         if steps == 0 and field != 'optimizer.warmup':
             raise ConfigError(f"config.{field}: {duration!r} is no time at all; the nearest is '1 step'")
+
+
+def _check_lr_multipliers(config: Config) -> None:
+    field, every = 'config.optimizer.lr_multipliers', parameters(config.model)
+    for entry in config.optimizer.lr_multipliers:
+        is_entry = isinstance(entry, tuple | list) and len(entry) == 2 and isinstance(entry[0], str)
+        is_factor = is_entry and isinstance(entry[1], int | float) and not isinstance(entry[1], bool)
+        if not is_factor or not 0 <= entry[1] < math.inf:
+            raise ConfigError(
+                f"{field}: {entry!r} is no pattern and number from 0, such as ('conv*', 0.0) in (('conv*', 0.0),)"
+            )
+        if not any(matches(entry[0], parameter) for parameter in every):
+            names = [*dict(every), *map('/'.join, every)]
+            near = difflib.get_close_matches(entry[0], names, 1, 0.0)[0]
+            raise ConfigError(
+                f'{field}: {entry[0]!r} matches no layer or parameter of the network; the nearest is {near!r}'
+            )
+    if frozen_parameters(config) == set(every):
+        raise ConfigError(
+            f'{field}: {config.optimizer.lr_multipliers!r} freezes all parameters; give at least one a factor above 0,'
+            " for example with ('fc8', 1.0) as the last entry"
+        )
 
 
 def check_mesh(config: Config, data: int, model: int) -> None:

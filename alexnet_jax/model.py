@@ -30,6 +30,8 @@ class AlexNet(nnx.Module):
       statistics_axes: mesh axes over which batch normalization averages its statistics in training.
       remat: whether to rematerialize in training: each convolution and the operations after it save only their inputs,
         and the backward pass recomputes them.
+      frozen: the layers that are not trained. Batch normalization after them uses its running statistics in training
+        too, and does not update them.
     """
 
     def __init__(
@@ -41,9 +43,11 @@ class AlexNet(nnx.Module):
         rngs: nnx.Rngs,
         statistics_axes: tuple[str, ...] = ('data',),
         remat: bool = False,
+        frozen: frozenset[str] = frozenset(),
     ):
         table = layer_table(config, crop_size, channels)
         self.config, self.remat, self.specs = config, remat, tuple(shape.spec for shape in table)
+        self.frozen = frozen
         self.conv_features = next(spec.features for spec in reversed(self.specs) if spec.kernel)
         for shape in table:
             setattr(self, shape.name, (Conv if shape.spec.kernel else Dense)(shape, config, rngs))
@@ -56,9 +60,9 @@ class AlexNet(nnx.Module):
     ) -> Float32[Array, 'b classes']:
         """Returns the logits of `images`.
 
-        `dropout_keys` selects training mode: dropout, and batch normalization by the statistics of the batch. There is
-        one key per example in this device's dense layers: B keys, in `hybrid` B * model keys. None selects test mode:
-        the scaling of dropout(), and batch normalization by the running statistics.
+        `dropout_keys` selects training mode: dropout, and batch normalization by the statistics of the batch, except
+        after `frozen` layers. There is one key per example in this device's dense layers: B keys, in `hybrid` B * model
+        keys. None selects test mode: the scaling of dropout(), and batch normalization by the running statistics.
         """
         logits = self.activations(images, dropout_keys)['fc8']
         return redistribute_features(logits, self.config.num_classes, 'logits').astype(jnp.float32)
@@ -83,7 +87,7 @@ class AlexNet(nnx.Module):
             towers = self.layer_inputs(layer, towers)
             if spec.dropout:
                 towers = self.dropout(layer, towers, dropout_keys)
-            block = partial(apply_layer, self.config, training)
+            block = partial(apply_layer, self.config, training and spec.name not in self.frozen)
             if self.remat and training and spec.kernel:
                 block = nnx.remat(block)
             towers, outputs[spec.name] = block(layer, norm, towers)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float32, Int32, PyTree, UInt8
 from alexnet_jax import parallel
 from alexnet_jax.augment import PreprocessParams, eval_crop
 from alexnet_jax.config import Config
+from alexnet_jax.lr_multipliers import frozen_parameters
 from alexnet_jax.training.state import TrainState, build_model, state_specs
 
 Images = UInt8[Array, 'b s s c']
@@ -76,6 +77,8 @@ def make_layer_stats_fn(config: Config, mesh: parallel.Mesh) -> LayerStatsFn:
         outputs = model.activations(eval_crop(images, preprocessing, config.data, 0))
         weights = mean_abs(state.params, specs.params)
         updates = mean_abs(state.opt_state[-1].trace, specs.opt_state[-1].trace)
+        for layer, kind in frozen_parameters(config):
+            updates[layer][kind] = jnp.zeros(())  # the velocity may be that of the time before the parameter was frozen
         stats = {}
         for name in weights:
             dead = parallel.dead_unit_fraction(outputs[name], name, layout) if name != 'fc8' else jnp.zeros(())

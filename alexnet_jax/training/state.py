@@ -13,6 +13,7 @@ from jaxtyping import Array, Key
 
 from alexnet_jax import parallel
 from alexnet_jax.config import Config
+from alexnet_jax.lr_multipliers import frozen_layers
 from alexnet_jax.model import AlexNet
 from alexnet_jax.optimizer import make_optimizer
 
@@ -63,6 +64,7 @@ def build_model(config: Config) -> tuple[nnx.GraphDef, InitParams]:
             rngs=rngs,
             statistics_axes=axes,
             remat=config.train.remat,
+            frozen=frozen_layers(config),
         )
 
     def init_params(key):

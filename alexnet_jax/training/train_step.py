@@ -15,9 +15,10 @@ from jaxtyping import Array, Float32, Integer, UInt32
 from alexnet_jax import parallel
 from alexnet_jax.augment import PreprocessParams, augment, example_keys
 from alexnet_jax.config import Config
+from alexnet_jax.lr_multipliers import frozen_layers, frozen_parameters
 from alexnet_jax.optimizer import make_optimizer
 from alexnet_jax.training.eval_step import EvalBatch, topk_errors
-from alexnet_jax.training.state import LayerTree, TrainState, build_model, param_shapes, state_specs
+from alexnet_jax.training.state import LayerTree, Leaf, TrainState, build_model, param_shapes, state_specs
 
 
 class TrainBatch(EvalBatch):
@@ -42,6 +43,29 @@ class RngStream(enum.IntEnum):
     DROPOUT = 2
 
 
+def split_frozen(config: Config, tree: LayerTree[Leaf]) -> tuple[LayerTree[Leaf], LayerTree[Leaf]]:
+    """Returns the parts of `tree` with the parameters that are trained, and with those that are frozen.
+
+    A part has only the layers of which it has a parameter; see frozen_parameters().
+    """
+    frozen = frozen_parameters(config)
+    parts: tuple[LayerTree[Leaf], LayerTree[Leaf]] = {}, {}
+    for layer, leaves in tree.items():
+        for kind, leaf in leaves.items():
+            parts[(layer, kind) in frozen].setdefault(layer, {})[kind] = leaf
+    return parts
+
+
+def merge_parts(part: LayerTree[Leaf], other: LayerTree[Leaf]) -> LayerTree[Leaf]:
+    """Returns the tree of which split_frozen() returned the two parts."""
+    return {layer: part.get(layer, {}) | other.get(layer, {}) for layer in part | other}
+
+
+def with_velocities(opt_state: optax.OptState, velocities: LayerTree[Array]) -> optax.OptState:
+    """Returns the state of the optimizer with other velocities; see make_optimizer()."""
+    return (*opt_state[:-1], opt_state[-1]._replace(trace=velocities))
+
+
 def local_gradients(
     config: Config,
     graph: nnx.GraphDef,
@@ -52,8 +76,9 @@ def local_gradients(
 ) -> GradientsAndSums:
     """Returns (gradients, sums, batch_stats) for this device's `rows` of a batch.
 
-    gradients: local gradients; their sum over replicas and micro-batches is the gradient of the batch's mean loss. The
-      loss of an image is its cross entropy, times `preprocessing['class_weights']` of its label if there are any.
+    gradients: local gradients of the parameters that are not frozen (see split_frozen()); their sum over replicas and
+      micro-batches is the gradient of the batch's mean loss. The loss of an image is its cross entropy, times
+      `preprocessing['class_weights']` of its label if there are any.
     sums: the loss, top-1 error and top-5 error, summed over `rows`.
     batch_stats: updated running statistics of batch normalization.
     """
@@ -63,8 +88,10 @@ def local_gradients(
     images = augment(rows['image'], keys, crop_keys, preprocessing, config.data)
     dropout_keys = example_keys(config.seed, parallel.all_gather_example_ids(example_ids, layout), RngStream.DROPOUT)
 
-    def local_loss(params):
-        model = nnx.merge(graph, params, batch_stats)
+    trained, frozen = split_frozen(config, params)
+
+    def local_loss(trained):
+        model = nnx.merge(graph, merge_parts(trained, frozen), batch_stats)
         logits = model(images, dropout_keys)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         if 'class_weights' in preprocessing:
@@ -72,7 +99,7 @@ def local_gradients(
         loss = losses.sum() / (config.train.batch_size * parallel.loss_replication_factor(layout))
         return loss, (losses, logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
-    gradients, (losses, logits, new_batch_stats) = jax.grad(local_loss, has_aux=True)(params)
+    gradients, (losses, logits, new_batch_stats) = jax.grad(local_loss, has_aux=True)(trained)
     sums = jnp.stack([losses.sum(), *(error.sum() for error in topk_errors(logits, labels))])
     return gradients, sums, new_batch_stats
 
@@ -128,25 +155,33 @@ def make_train_step(config: Config, mesh: parallel.Mesh) -> TrainStep:
     graph, _ = build_model(config)
     batch_size, layout = config.train.batch_size, config.mesh.layout
     state_spec, replicated = state_specs(config, mesh), parallel.REPLICATED
-    param_specs = state_spec.params
-    optimizer_specs = parallel.optimizer_specs(param_shapes(config).params, mesh, config.mesh)
+    split = partial(split_frozen, config)
+    param_specs, _ = split(state_spec.params)
+    optimizer_specs, _ = split(parallel.optimizer_specs(param_shapes(config).params, mesh, config.mesh))
     reduce_norms = partial(parallel.psum_over_shards, split=optimizer_specs)
+    # The mean over micro-batches would round the statistics that frozen layers keep.
+    kept_stats = {f'{layer}_norm' for layer in frozen_layers(config)}
 
     def train_step(state, batch, learning_rates, preprocessing):
-        params = parallel.mark_device_varying(state.params, param_specs)
+        params = parallel.mark_device_varying(state.params, state_spec.params)
         gradients_of = partial(local_gradients, config, graph, params, state.batch_stats, preprocessing)
-        gradients, sums, batch_stats = accumulate_gradients(gradients_of, batch, config.train.grad_accum_steps, params)
+        gradients, sums, batch_stats = accumulate_gradients(
+            gradients_of, batch, config.train.grad_accum_steps, split(params)[0]
+        )
         gradients = parallel.all_reduce_gradients(
             gradients, param_specs, optimizer_specs, config.mesh.grad_allreduce_dtype
         )
-        rates = {layer: learning_rates[layer] for layer in gradients}
+        rates, _ = split({layer: learning_rates[layer] for layer in state.params})
         optimizer = make_optimizer(config.optimizer, rates, reduce_norms)
-        shards = parallel.local_shards(state.params, optimizer_specs)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, shards)
-        params = parallel.all_gather_shards(optax.apply_updates(shards, updates), optimizer_specs)
+        (weights, frozen), (velocities, kept_velocities) = split(state.params), split(state.opt_state[-1].trace)
+        shards = parallel.local_shards(weights, optimizer_specs)
+        updates, opt_state = optimizer.update(gradients, with_velocities(state.opt_state, velocities), shards)
+        weights = parallel.all_gather_shards(optax.apply_updates(shards, updates), optimizer_specs)
+        opt_state = with_velocities(opt_state, merge_parts(opt_state[-1].trace, kept_velocities))
+        batch_stats |= {name: stats for name, stats in state.batch_stats.items() if name in kept_stats}
         means = parallel.global_sum(sums, layout) / batch_size
         metrics = {'loss': means[0], 'top1_error': means[1], 'top5_error': means[2]}
-        return TrainState(state.step + 1, params, opt_state, batch_stats), metrics
+        return TrainState(state.step + 1, merge_parts(weights, frozen), opt_state, batch_stats), metrics
 
     return parallel.jit_shard_map(
         train_step,
