@@ -32,6 +32,7 @@ def check(config: Config) -> None:
     _check_model(config)
     _check_durations(config)
     _check_lr_multipliers(config)
+    _check_recipe(config)
     check_mesh(config, config.mesh.data, config.mesh.model)
 
 
@@ -194,7 +195,7 @@ def _check_numbers(field: str, values: tuple[object, ...], lengths: tuple[int, .
             raise ConfigError(f'config.{field}: {value!r} is not {what}')
 
 
-_OPS = ('activation', 'lrn', 'spatial_lrn', 'batch_norm', 'pool')
+_OPS = ('activation', 'lrn', 'spatial_lrn', 'batch_norm', 'pool', 'ceil_pool')
 
 
 def _check_ops(model: ModelConfig) -> None:
@@ -262,6 +263,29 @@ def _check_lr_multipliers(config: Config) -> None:
         )
 
 
+def _check_recipe(config: Config) -> None:
+    """Raises ConfigError if crop_scale, crop_aspect_ratio or stop_on_plateau contradict each other or other fields."""
+    data, optimizer = config.data, config.optimizer
+    for field, pair in (('crop_scale', data.crop_scale), ('crop_aspect_ratio', data.crop_aspect_ratio)):
+        if pair is not None and pair[0] > pair[1]:
+            raise ConfigError(f'config.data.{field}: {pair} is not ascending; the nearest is {pair[::-1]}')
+    if data.crop_scale is not None and data.crop_scale[1] > 1:
+        near = (min(data.crop_scale[0], 1.0), 1.0)
+        raise ConfigError(
+            f'config.data.crop_scale: {data.crop_scale} allows crops larger than the image; the nearest is {near}'
+        )
+    if data.crop_scale is not None and not data.crop:
+        raise ConfigError(
+            f'config.data.crop_scale: {data.crop_scale} with data.crop=False, which turns random crops off; the nearest'
+            ' is None'
+        )
+    if optimizer.stop_on_plateau and optimizer.schedule != 'plateau':
+        raise ConfigError(
+            f'config.optimizer.stop_on_plateau: True with optimizer.schedule={optimizer.schedule!r}, which has no'
+            " plateau; the nearest is 'plateau'"
+        )
+
+
 def check_mesh(config: Config, data: int, model: int) -> None:
     """Raises ConfigError if batch, towers or widths do not divide evenly over a mesh of `data` x `model` devices.
 
@@ -304,6 +328,13 @@ def check_mesh(config: Config, data: int, model: int) -> None:
             raise ConfigError(
                 f'config.train.grad_accum_steps: {count} does not divide the {images} images of train.batch_size that'
                 f' each device has; the nearest is {near}'
+            )
+        if images // count % 2 and (config.train.mixup or config.train.cutmix):
+            pairs = 2 * parts * count
+            near = max(1, round(config.train.batch_size / pairs)) * pairs
+            raise ConfigError(
+                f'config.train.batch_size: {config.train.batch_size} with mixup or CutMix gives each device'
+                f' {images // count} images at a time, and pairs need an even number; the nearest is {near}'
             )
 
 

@@ -20,7 +20,7 @@ from alexnet_jax.runtime.checkpoint_files import checkpoint_steps, read_newest_p
 from alexnet_jax.runtime.files import JsonObject, free_bytes
 from alexnet_jax.runtime.workdir import describe_changes, has_untrained_import, is_finished, trained_on
 from alexnet_jax.schedules import Intervals, Schedule
-from alexnet_jax.shapes import DENSE, LayerShape, layer_table
+from alexnet_jax.shapes import DENSE, POOLS, LayerShape, layer_table
 from alexnet_jax.training.init_source import describe_fit, read_settings
 
 
@@ -147,6 +147,7 @@ def _decays(schedule: Schedule) -> str:
         'steps': f'divided by {config.decay_factor:g} at steps {milestones}',
         'dexp': f'divided by up to {config.dexp_factor:g} in {config.dexp_parts} equal parts of the run',
         'poly': f'times (1 - step / {schedule.total_steps:,}) to the power {config.poly_power:g}',
+        'cosine': f'times half a cosine, from 1 to 0 at step {schedule.total_steps:,}',
         'constant': 'constant',
     }[config.schedule]
     if schedule.warmup_steps:
@@ -169,11 +170,13 @@ def _memory(config: Config, data: int, model: int) -> str:
     images, size, channels = config.train.batch_size / devices, config.data.image_size, config.data.channels
     values = config.data.crop_size**2 * channels + sum(map(_activations, table))
     activations = images / config.train.grad_accum_steps * values * (4 if config.model.dtype == 'float32' else 2)
+    average = weights if config.train.ema_decay else 0.0
     parts = {
         'weights': weights,
+        **({'average of the weights': average} if average else {}),
         'velocities': velocities,
         'gradients': gradients,
-        'copy for checkpoints': weights + velocities,
+        'copy for checkpoints': weights + velocities + average,
         'activations and images': activations + images * size**2 * channels,
     }
     shown = ', '.join(f'{name} {size_text(part)}' for name, part in parts.items())
@@ -184,13 +187,14 @@ def _activations(layer: LayerShape) -> int:
     """Returns how many values of `layer` an image needs in the backward pass."""
     ops = layer.spec.ops
     normalized = sum(ops.count(op) for op in ('lrn', 'spatial_lrn', 'batch_norm'))
-    return math.prod(layer.output) * (1 + normalized) + ('pool' in ops) * math.prod(layer.pooled)
+    return math.prod(layer.output) * (1 + normalized) + any(op in POOLS for op in ops) * math.prod(layer.pooled)
 
 
 def _disk(config: Config, workdir: str) -> str:
     """Estimates the size of the checkpoints."""
     table = layer_table(config.model, config.data.crop_size, config.data.channels)
-    size = 2 * 4 * sum(layer.parameters for layer in table)  # weights and velocities
+    arrays = 3 if config.train.ema_decay else 2  # weights and velocities, and the average of the weights
+    size = arrays * 4 * sum(layer.parameters for layer in table)
     kept = (config.checkpoint.keep + 2) * size  # the best too, and one while it is written
     free = free_bytes(workdir)
     return (

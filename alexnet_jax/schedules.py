@@ -35,6 +35,10 @@ class PlateauState:
             return dataclasses.replace(self, waited=0, decays_taken=self.decays_taken + 1)
         return dataclasses.replace(self, waited=waited)
 
+    def is_exhausted(self, config: OptimizerConfig) -> bool:
+        """Returns whether a further decay is due after `max_decays`; then the run ends with `stop_on_plateau`."""
+        return self.waited >= config.patience and self.decays_taken >= config.max_decays
+
 
 class Schedule:
     """The learning rates of a run as functions of the train step.
@@ -71,6 +75,9 @@ class Schedule:
             rate /= self._dexp_divisor(config.dexp_factor, config.dexp_parts, step)
         elif config.schedule == 'poly':
             rate *= max(0.0, 1 - step / self.total_steps) ** config.poly_power
+        elif config.schedule == 'cosine':
+            done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+            rate *= (1 + math.cos(math.pi * min(1.0, max(0.0, done)))) / 2
         return rate * self._warmup(step)
 
     def learning_rate_tree(self, step: int, decays_taken: int) -> dict[str, dict[str, float]]:

@@ -44,7 +44,7 @@ from alexnet_jax.runtime.workdir import (
 from alexnet_jax.training import checkpointing
 from alexnet_jax.training.checkpoint_reader import restore
 from alexnet_jax.training.run_state import RunState
-from alexnet_jax.training.state import TrainState, abstract_state
+from alexnet_jax.training.state import TrainState, abstract_state, with_average
 
 # A compiled function (state, images (B, S, S, C) uint8, preprocessing) -> (B, ...).
 InferenceStep = Callable[[TrainState, jax.Array, PreprocessParams], jax.Array]
@@ -55,7 +55,8 @@ def _with_mesh(config: Config) -> tuple[Config, parallel.Mesh]:
     try:
         return config, parallel.make_mesh(config)
     except ConfigError:
-        all_data = {'mesh.layout': 'data', 'mesh.data': -1, 'mesh.model': 1, 'train.batch_size': jax.device_count()}
+        batch_size = 2 * config.train.grad_accum_steps * jax.device_count()  # two: mixup and CutMix need pairs
+        all_data = {'mesh.layout': 'data', 'mesh.data': -1, 'mesh.model': 1, 'train.batch_size': batch_size}
         config = with_overrides(config, all_data)
         return config, parallel.make_mesh(config)
 
@@ -132,7 +133,7 @@ class TrainedModel:
       digest: digest of the state, see checkpointing.state_digest().
       config: resolved configuration of the run, with a mesh that fits the available devices.
       mesh: see parallel.make_mesh().
-      state: the train state, sharded over the mesh.
+      state: the train state for inference, sharded over the mesh; see TrainState.for_inference().
       statistics: statistics of the training images, see prepare.shards.statistics().
       class_names: one name per label.
     """
@@ -212,7 +213,7 @@ def load_model(checkpoint: CheckpointRef | str, prepared: PreparedDataset | None
         digest=restored.state_digest,
         config=config,
         mesh=mesh,
-        state=restored.state,
+        state=restored.state.for_inference(),
         statistics=statistics,
         class_names=class_names,
     )
@@ -246,6 +247,7 @@ def import_weights_as_run(
         abstract = abstract_state(one_device, parallel.make_mesh(one_device))
         velocities = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract.opt_state)
         state: TrainState = TrainState(jnp.zeros((), jnp.int32), params, velocities, batch_statistics)
+        state = with_average(state, one_device)
         state = jax.tree.map(lambda leaf, at: jax.device_put(leaf, at.sharding), state, abstract)
         os.makedirs(staging_dir)
         checkpoints = checkpointing.Checkpointer(os.path.join(staging_dir, 'checkpoints'), keep=1, config=config)

@@ -19,7 +19,11 @@ from alexnet_jax.sweep.table import as_cells, caption, footnotes
 _DPI = 200  # of the drawings
 _MAX_NAMES = 20  # classes listed by name
 # By key of result.json.
-_EVENTS = {'stalled_step': 'The loss stalled', 'target_step': 'The training error reached its target'}
+_EVENTS = {
+    'stalled_step': 'The loss stalled',
+    'target_step': 'The training error reached its target',
+    'plateau_step': 'The validation error stopped improving after the last decay, which ended the run',
+}
 _NOT_FACTS = ('versions', 'command', 'folder')  # keys of environment.json that the page shows differently
 
 

@@ -1,4 +1,7 @@
-"""The compiled steps without an update: evaluation, prediction, activations and layer statistics."""
+"""The compiled steps without an update: evaluation, prediction, activations and layer statistics.
+
+Evaluation, prediction and activations take the state TrainState.for_inference().
+"""
 
 from typing import TypedDict
 
@@ -57,7 +60,7 @@ def make_eval_step(config: Config, mesh: parallel.Mesh, views: int) -> EvalStep:
     return parallel.jit_shard_map(
         eval_step,
         mesh,
-        in_specs=(state_specs(config, mesh), parallel.batch_spec(layout), parallel.REPLICATED),
+        in_specs=(state_specs(config, mesh).for_inference(), parallel.batch_spec(layout), parallel.REPLICATED),
         out_specs=parallel.REPLICATED,
     )
 
@@ -114,7 +117,10 @@ def make_predict_step(config: Config, mesh: parallel.Mesh, views: int) -> Predic
 
     rows = parallel.batch_spec(config.mesh.layout)
     return parallel.jit_shard_map(
-        predict_step, mesh, in_specs=(state_specs(config, mesh), rows, parallel.REPLICATED), out_specs=rows
+        predict_step,
+        mesh,
+        in_specs=(state_specs(config, mesh).for_inference(), rows, parallel.REPLICATED),
+        out_specs=rows,
     )
 
 
@@ -134,7 +140,7 @@ def make_activation_fn(config: Config, mesh: parallel.Mesh, layer: str) -> Activ
     return parallel.jit_shard_map(
         activation_step,
         mesh,
-        in_specs=(state_specs(config, mesh), rows, parallel.REPLICATED),
+        in_specs=(state_specs(config, mesh).for_inference(), rows, parallel.REPLICATED),
         out_specs=parallel.activation_spec(layer, 4 if layer.startswith('conv') else 2, layout),
     )
 

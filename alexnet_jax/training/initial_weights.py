@@ -21,7 +21,7 @@ from alexnet_jax.runtime.workdir import (
 )
 from alexnet_jax.training.checkpoint_reader import resolve_step, restore
 from alexnet_jax.training.init_source import describe_fit, misfits, open_source, order_of_classes, read_file
-from alexnet_jax.training.state import TrainState, abstract_state, init_state
+from alexnet_jax.training.state import TrainState, abstract_state, init_state, with_average
 from alexnet_jax.weights.weight_files import NetworkWeights
 from alexnet_jax.weights.weight_layouts import Parameters
 
@@ -69,7 +69,8 @@ def _read_run(ref: CheckpointRef) -> NetworkWeights:
     statistics, class_names = read_dataset_statistics(ref.workdir, config)
     if not statistics_belong_to(ref.workdir, statistics, restored.run_state.statistics_digest):
         raise ConfigError(f'{ref.name}: dataset_statistics.npz is of another run; copy that of this run again')
-    params, batch_stats = jax.device_get((restored.state.params, restored.state.batch_stats))
+    state = restored.state.for_inference()
+    params, batch_stats = jax.device_get((state.params, state.batch_stats))
     return NetworkWeights(config, params, batch_stats, statistics, class_names)
 
 
@@ -106,7 +107,7 @@ def init_state_from(
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
 
     params, batch_stats = (jax.tree_util.tree_map_with_path(place, each) for each in (state.params, state.batch_stats))
-    return dataclasses.replace(state, params=params, batch_stats=batch_stats)
+    return with_average(dataclasses.replace(state, params=params, batch_stats=batch_stats, average={}), config)
 
 
 def fitting_layers(weights: NetworkWeights, config: Config, class_names: list[str]) -> Parameters:

@@ -294,6 +294,7 @@ def write_result(
         'step': run.step,
         'target_step': run.target_step,
         'stalled_step': run.stalled_step,
+        'plateau_step': run.step if run.ends_at_plateau(config.optimizer) else None,
         'evaluated': run.last_evaluated_step,
         'top1_error': errors.get('top1_error'),
         'top5_error': errors.get('top5_error'),

@@ -18,6 +18,7 @@ from alexnet_jax.config import Config
 from alexnet_jax.lr_multipliers import frozen_layers, frozen_parameters
 from alexnet_jax.optimizer import make_optimizer
 from alexnet_jax.training.eval_step import EvalBatch, topk_errors
+from alexnet_jax.training.mixing import mix_pairs, smoothed_losses, swap_pairs
 from alexnet_jax.training.state import LayerTree, Leaf, TrainState, build_model, param_shapes, state_specs
 
 
@@ -41,6 +42,7 @@ class RngStream(enum.IntEnum):
 
     AUGMENTATION = 1
     DROPOUT = 2
+    MIXING = 3
 
 
 def split_frozen(config: Config, tree: LayerTree[Leaf]) -> tuple[LayerTree[Leaf], LayerTree[Leaf]]:
@@ -78,29 +80,40 @@ def local_gradients(
 
     gradients: local gradients of the parameters that are not frozen (see split_frozen()); their sum over replicas and
       micro-batches is the gradient of the batch's mean loss. The loss of an image is its cross entropy, times
-      `preprocessing['class_weights']` of its label if there are any.
-    sums: the loss, top-1 error and top-5 error, summed over `rows`.
+      `preprocessing['class_weights']` of its label if there are any. The loss of a mixed image is the mean of the
+      losses of both labels with the factors of mix_pairs().
+    sums: the loss, top-1 error and top-5 error, summed over `rows`; the errors of a mixed image are those of the label
+      with the larger factor.
     batch_stats: updated running statistics of batch normalization.
     """
-    example_ids, labels, layout = rows['example_id'], rows['label'], config.mesh.layout
+    example_ids, labels, layout, train = rows['example_id'], rows['label'], config.mesh.layout, config.train
     keys = example_keys(config.seed, example_ids, RngStream.AUGMENTATION)
     crop_keys = example_keys(config.seed, example_ids // config.data.crop_group_size, RngStream.AUGMENTATION)
     images = augment(rows['image'], keys, crop_keys, preprocessing, config.data)
     dropout_keys = example_keys(config.seed, parallel.all_gather_example_ids(example_ids, layout), RngStream.DROPOUT)
+    is_mixed, partner_labels = bool(train.mixup or train.cutmix), labels
+    if is_mixed:
+        images, factors = mix_pairs(images, example_keys(config.seed, example_ids, RngStream.MIXING), train)
+        partner_labels = swap_pairs(labels)
+
+    def losses_of(logits, labels):
+        losses = smoothed_losses(logits, labels, train.label_smoothing)
+        return losses * preprocessing['class_weights'][labels] if 'class_weights' in preprocessing else losses
 
     trained, frozen = split_frozen(config, params)
 
     def local_loss(trained):
         model = nnx.merge(graph, merge_parts(trained, frozen), batch_stats)
         logits = model(images, dropout_keys)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        if 'class_weights' in preprocessing:
-            losses = losses * preprocessing['class_weights'][labels]
-        loss = losses.sum() / (config.train.batch_size * parallel.loss_replication_factor(layout))
+        losses = losses_of(logits, labels)
+        if is_mixed:
+            losses = factors * losses + (1 - factors) * losses_of(logits, partner_labels)
+        loss = losses.sum() / (train.batch_size * parallel.loss_replication_factor(layout))
         return loss, (losses, logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
     gradients, (losses, logits, new_batch_stats) = jax.grad(local_loss, has_aux=True)(trained)
-    sums = jnp.stack([losses.sum(), *(error.sum() for error in topk_errors(logits, labels))])
+    counted = jnp.where(factors >= 0.5, labels, partner_labels) if is_mixed else labels
+    sums = jnp.stack([losses.sum(), *(error.sum() for error in topk_errors(logits, counted))])
     return gradients, sums, new_batch_stats
 
 
@@ -181,7 +194,10 @@ def make_train_step(config: Config, mesh: parallel.Mesh) -> TrainStep:
         batch_stats |= {name: stats for name, stats in state.batch_stats.items() if name in kept_stats}
         means = parallel.global_sum(sums, layout) / batch_size
         metrics = {'loss': means[0], 'top1_error': means[1], 'top5_error': means[2]}
-        return TrainState(state.step + 1, merge_parts(weights, frozen), opt_state, batch_stats), metrics
+        average, kept_average = split(state.average)
+        average = optax.incremental_update(weights, average, 1 - config.train.ema_decay) if average else {}
+        params, average = merge_parts(weights, frozen), merge_parts(average, kept_average)
+        return TrainState(state.step + 1, params, opt_state, batch_stats, average), metrics
 
     return parallel.jit_shard_map(
         train_step,
