@@ -19,6 +19,7 @@ from fixtures.make_torch_fixture import CLASSES, WIDTHS
 from helpers import (
     config_flags,
     edit_progress,
+    free_port,
     read_json,
     read_lines,
     read_result,
@@ -493,7 +494,21 @@ def test_killed_run_resumes_exactly_without_its_weights(weights_run, photos_dir,
 
 
 @pytest.mark.slow
-def test_losses_are_equal_on_every_mesh_and_with_two_processes(weights_run, photos_dir, tmp_path):
+def test_two_processes_start_from_the_same_weights(weights_run, photos_dir, tmp_path):
+    one, two = tmp_path / 'one', tmp_path / 'two'
+    init = (f'--init={weights_run}',)
+    run = run_command(*photos_command(photos_dir, one, *init, train__steps=1), JAX_NUM_CPU_DEVICES='2')
+    assert run.returncode == 0, run.stderr
+    group = (f'--coordinator_address=localhost:{free_port()}', '--num_processes=2')
+    command = photos_command(photos_dir, two, *init, *group, train__steps=1)
+    processes = [start_command(*command, f'--process_id={i}') for i in range(2)]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert read_result(two)['state_digest'] == read_result(one)['state_digest']
+
+
+@pytest.mark.slow
+def test_losses_are_equal_on_every_mesh(weights_run, photos_dir, tmp_path):
     losses = {}
     for layout, data, model in (('data', 1, 1), ('towers', 4, 2), ('hybrid', 4, 2)):
         mesh = {'mesh__layout': layout, 'mesh__data': data, 'mesh__model': model}
