@@ -173,7 +173,9 @@ class ModelConfig:
 class DataConfig:
     """The images, and their augmentation (section 4.1 of the paper)."""
 
-    source: str = setting('tfds:imagenet2012', 'photos, tfds:NAME[:config], folder:DIR, idx:DIR, hf:DIR or wds:PATTERN')
+    source: str = setting(
+        'tfds:imagenet2012', 'photos[:HALF], tfds:NAME[:config], folder:DIR, idx:DIR, hf:DIR or wds:PATTERN'
+    )
     data_dir: str = setting(
         '~/tensorflow_datasets', 'folder of the prepared and TFDS data sets; gs://... can only be read'
     )

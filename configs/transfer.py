@@ -1,14 +1,16 @@
 """Fine-tuning against training from scratch: 8 of the 16 photographs first, then the other 8 with few pictures each.
 
-    python launch.py --config=configs/transfer.py:pretrain --sweep=all
-    python launch.py --config=configs/transfer.py --sweep=all
+    python launch.py --config=configs/transfer.py:pretrain --sweep=all --sweep_jobs=2
+    python launch.py --config=configs/transfer.py:rates --sweep=all --sweep_jobs=2
+    python launch.py --config=configs/transfer.py --sweep=all --sweep_jobs=2 --workdir=runs/transfer
     alexnet report runs/transfer
 
-The first sweep trains the network of the quickstart on the first 8 photographs, once per seed. The second sweep trains
-on 1, 5 and 50 patches of each of the other 8 photographs: `scratch` from random weights, `finetune` from the weights of
-the first sweep with the same seed, and `frozen` from the same weights with fixed convolutions. All rows take the same
-number of steps. The validation images are those of the 8 photographs, which no training patch touches. Results,
-hardware and time are in docs/finetuning.md.
+The first sweep trains the network of the quickstart on the first 8 photographs, once per seed. The last sweep trains on
+1, 5 and 50 patches of each of the other 8 photographs: `scratch` from random weights, `finetune` from the weights of
+the first sweep with the same seed and ten times the learning rate in fc8, and `frozen` from the same weights with fixed
+convolutions. All rows take the same number of steps. The validation images are those of the 8 photographs, whose
+regions no training patch touches. The sweep `:rates` selected the learning rate of each row with a separate seed.
+Results, hardware and time are in docs/finetuning.md.
 """
 
 from alexnet_jax import config_files
@@ -16,15 +18,13 @@ from alexnet_jax.sweep import Variant, seeds
 
 SEEDS, PICTURES = 5, (1, 5, 50)
 PRETRAINED = 'runs/transfer_pretrain/pretrain'  # where the first command writes
-METHODS: dict[str, dict[str, object]] = {
-    'scratch': {},
-    'finetune': {'optimizer.lr_multipliers': (('fc8', 10.0),), 'optimizer.learning_rate': 0.001},
-    'frozen': {'optimizer.lr_multipliers': (('conv*', 0.0),)},
-}
+MULTIPLIERS = {'scratch': (), 'finetune': (('fc8', 10.0),), 'frozen': (('conv*', 0.0),)}
+RATES = {'scratch': (0.003, 0.01, 0.03), 'finetune': (0.001, 0.003, 0.01), 'frozen': (0.003, 0.01)}
+BEST_RATES = {'scratch': 0.003, 'finetune': 0.01, 'frozen': 0.01}
 
 
 def get_config(part: str = 'target'):
-    """Returns the settings of the first sweep for `pretrain`, otherwise those of the second sweep."""
+    """Returns the settings of the sweep `part`: pretrain, rates or target."""
     config = config_files.call('quickstart', 'get_config')
     config.model.num_classes = 'auto'
     config.data.source = 'photos:first'
@@ -41,18 +41,31 @@ def get_config(part: str = 'target'):
 
 
 def sweep(part: str = 'target') -> list[Variant]:
-    """Returns the runs of the first sweep for `pretrain`, otherwise those of the second sweep."""
+    """Returns the runs of the sweep `part`: pretrain, rates or target."""
     if part == 'pretrain':
         return seeds([Variant('pretrain')], SEEDS)
+    if part == 'rates':
+        return [
+            _variant(f'{method}_{pictures}_{rate}', method, pictures, rate, 100, weights=0)
+            for pictures in (5, 50)
+            for method, rates in RATES.items()
+            for rate in rates
+        ]
     return [
-        Variant(
-            f'{method}_{pictures}',
-            overrides
-            | {'data.source': f'photos:second/{pictures}'}
-            | ({} if method == 'scratch' else {'train.init': f'{PRETRAINED}/seed_{seed}'}),
-            seed=seed,
-        )
+        _variant(f'{method}_{pictures}', method, pictures, rate, seed, weights=seed)
         for seed in range(SEEDS)
         for pictures in PICTURES
-        for method, overrides in METHODS.items()
+        for method, rate in BEST_RATES.items()
     ]
+
+
+def _variant(name: str, method: str, pictures: int, rate: float, seed: int, weights: int) -> Variant:
+    """Returns a run; `weights` is the seed of the first sweep whose weights it starts from, unless from scratch."""
+    overrides: dict[str, object] = {
+        'data.source': f'photos:second/{pictures}',
+        'optimizer.learning_rate': rate,
+        'optimizer.lr_multipliers': MULTIPLIERS[method],
+    }
+    if method != 'scratch':
+        overrides['train.init'] = f'{PRETRAINED}/seed_{weights}'
+    return Variant(name, overrides, seed=seed)

@@ -48,7 +48,8 @@ def open_source(init: str) -> str | CheckpointRef:
     file = find_weights(init)
     if file is not None:
         return file
-    if not os.path.exists(init) and os.path.basename(init) != 'best':
+    parent, last = os.path.split(init)
+    if not os.path.exists(init) and last != 'best' and os.path.basename(parent) != 'checkpoints':
         raise ConfigError(
             f'config.train.init: {init}: there is no such file or folder; name a file of weights, or {CHECKPOINT_HELP}'
         )
