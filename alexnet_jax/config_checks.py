@@ -73,7 +73,7 @@ def _check_ranges(config: Config) -> None:
             raise ConfigError(f'config.{field}: {value} is outside {least} to {greatest}; the nearest is {near}')
     check_class_names(config.data.class_names or ())
     source = config.data.source
-    if source != 'photos' and not re.fullmatch(r'tfds:\w[\w/:.*+-]*|(folder|idx|hf|wds):.+', source, re.DOTALL):
+    if source != 'photos' and not re.fullmatch(r'tfds:\w[\w/:.*+-]*|(photos|folder|idx|hf|wds):.+', source, re.DOTALL):
         raise ConfigError(
             f'config.data.source: {source!r} is not photos, tfds:NAME[:config], folder:DIR, idx:DIR, hf:DIR or'
             ' wds:PATTERN; for example tfds:imagenet2012'

@@ -6,6 +6,7 @@ The plan makes the checks of the command at its start. Nothing is written, compi
 import fcntl
 import math
 import os
+from collections.abc import Sequence
 
 import jax
 
@@ -17,9 +18,10 @@ from alexnet_jax.prepare.raw_sources import SourceError
 from alexnet_jax.prepare.writer import PrepareConfig
 from alexnet_jax.runtime.checkpoint_files import checkpoint_steps, read_newest_progress
 from alexnet_jax.runtime.files import JsonObject, free_bytes
-from alexnet_jax.runtime.workdir import describe_changes, is_finished, trained_on
+from alexnet_jax.runtime.workdir import describe_changes, has_untrained_import, is_finished, trained_on
 from alexnet_jax.schedules import Intervals, Schedule
 from alexnet_jax.shapes import DENSE, LayerShape, layer_table
+from alexnet_jax.training.init_source import describe_fit, read_settings
 
 
 def print_plan(config: Config, config_name: str, workdir: str, process_group: JsonObject | None) -> int:
@@ -51,7 +53,7 @@ def print_plan(config: Config, config_name: str, workdir: str, process_group: Js
             *(('steps', line) for line in _steps(config, examples)),
             ('memory', _memory(config, data, model)),
             ('disk', _disk(config, workdir)),
-            *(('start', line) for line in _start(config, workdir, described.prepared)),
+            *(('start', line) for line in _start(config, workdir, described.prepared, described.card.class_names)),
         ]
     for i, (label, line) in enumerate(lines):
         print(f'{label if i == 0 or lines[i - 1][0] != label else "":<8}{line}')
@@ -201,8 +203,10 @@ def _disk(config: Config, workdir: str) -> str:
     )
 
 
-def _start(config: Config, workdir: str, prepared: PreparedDataset | None) -> list[str]:
+def _start(config: Config, workdir: str, prepared: PreparedDataset | None, class_names: Sequence[str]) -> list[str]:
     """Returns whether the command would start or resume the run, at which step, and with which changed settings.
+
+    For a run that would start from the weights of train.init, further lines name the layers that are drawn anew.
 
     Raises ConfigError: the run was started with another data set, or no checkpoint can be read.
     """
@@ -213,8 +217,15 @@ def _start(config: Config, workdir: str, prepared: PreparedDataset | None) -> li
             raise ConfigError(
                 f'{folder}: no checkpoint can be read; remove the folder or use another --workdir to start over'
             )
-        return [f'starts at step 0 in {workdir}']
+        if config.train.init is None:
+            return [f'starts at step 0 in {workdir}']
+        return [
+            f'starts at step 0 in {workdir}, from the weights in {config.train.init}',
+            *describe_fit(read_settings(config.train.init), config, list(class_names)),
+        ]
     step, _ = newest
+    if has_untrained_import(workdir):
+        return [f'starts at step 0 in {workdir}, from its imported weights']
     started_with = trained_on(workdir)
     if prepared is not None and started_with is not None and not prepared.has_fingerprint(started_with):
         raise ConfigError(

@@ -36,6 +36,7 @@ from alexnet_jax.runtime.workdir import (
     dataset_statistics_path,
     read_dataset_statistics,
     resolve_written,
+    statistics_belong_to,
     statistics_digest,
     with_settings_of_weights,
     write_dataset_statistics,
@@ -200,7 +201,7 @@ def load_model(checkpoint: CheckpointRef | str, prepared: PreparedDataset | None
     # The velocities are restored too, because the digest that detects corruption covers them.
     restored = restore(ref, abstract_state(config, mesh))
     assert restored.state is not None
-    if restored.run_state.statistics_digest not in (statistics_digest(statistics), None):
+    if not statistics_belong_to(ref.workdir, statistics, restored.run_state.statistics_digest):
         raise ConfigError(f'{dataset_statistics_path(ref.workdir)} is of another run; copy that of this run again')
     if restored.config is not None:
         step = restored.run_state.step

@@ -32,7 +32,7 @@ def open_source(source: str, data_dir: str, validation_fraction: float, validati
     """Opens a source.
 
     Args:
-      source: 'photos', 'tfds:NAME[:config]', 'folder:DIR', 'idx:DIR', 'hf:DIR' or 'wds:PATTERN'.
+      source: 'photos[:HALF[/COUNT]]', 'tfds:NAME[:config]', 'folder:DIR', 'idx:DIR', 'hf:DIR' or 'wds:PATTERN'.
       data_dir: folder of the TFDS data sets.
       validation_fraction: fraction of the training images to hold out if the source has no validation split.
       validation_split: name of the split to validate on; None selects the validation split of the source.
@@ -65,7 +65,7 @@ def _open_source(source: str, data_dir: str, validation_fraction: float, validat
         return open_parquet(location, validation_fraction, validation_split)
     if kind == 'wds':
         return open_webdataset(location, validation_fraction, validation_split)
-    if kind == 'tfds' or source == 'photos':
+    if kind in ('tfds', 'photos'):
         return open_tfds(source, data_dir, validation_fraction, validation_split)
     hint = f'; for the folder {source}, write folder:{source}' if os.path.isdir(os.path.expanduser(source)) else ''
     raise SourceError(

@@ -31,6 +31,7 @@ from alexnet_jax.runtime.workdir import (
     PATH_FIELDS,
     append_history,
     describe_changes,
+    has_untrained_import,
     quarantine_folders,
     statistics_digest,
     trained_on,
@@ -39,6 +40,7 @@ from alexnet_jax.schedules import Intervals, Schedule
 from alexnet_jax.training.checkpointing import Checkpointer, state_digest
 from alexnet_jax.training.diagnostics import Diagnostics
 from alexnet_jax.training.evaluation import Evaluator
+from alexnet_jax.training.initial_weights import init_state_from, read_initial_weights
 from alexnet_jax.training.input_pipeline import (
     DeviceLearningRates,
     load_dataset_statistics,
@@ -152,7 +154,8 @@ def restore_or_init(
     """Returns the train state, the progress, the data set statistics, and whether the run resumes. Collective.
 
     Raises:
-      ConfigError: the run was started with another prepared data set, or see load_dataset_statistics().
+      ConfigError: the run was started with another prepared data set, or see load_dataset_statistics() and
+        read_initial_weights().
       CheckpointError: see Checkpointer.restore().
     """
     checkpoint = checkpoints.restore(abstract_state(config, mesh))
@@ -163,14 +166,23 @@ def restore_or_init(
             f'config.data: the prepared data set is not the one that {workdir} was started with; put that one back, or'
             ' use another --workdir'
         )
-    statistics = load_dataset_statistics(config, workdir, data, run if checkpoint else None)
-    if checkpoint:
+    weights = None
+    if checkpoint is None and config.train.init is not None:
+        weights = read_initial_weights(config.train.init)
+    is_import = checkpoint is not None and has_untrained_import(workdir)
+    of_weights = weights.statistics if weights else None
+    statistics = load_dataset_statistics(config, workdir, data, run if checkpoint else None, of_weights)
+    if is_import:
+        log(f'training starts from the imported weights in {workdir}')
+    elif checkpoint:
         log(f'resuming {workdir} at step {run.step} of {total_steps(config.train, len(data.train))}')
     run = dataclasses.replace(
         run, dataset_fingerprint=data.fingerprint, statistics_digest=statistics_digest(statistics)
     )
     run = run.with_stopping_criteria((config.train.target_error, config.train.stall_after, config.train.stall_action))
     state = with_average(checkpoint.state, config) if checkpoint and checkpoint.state else None
+    if state is None and weights is not None:
+        state = init_state_from(weights, config, mesh, data.class_names)
     return init_state(config, mesh) if state is None else state, run, statistics, checkpoint is not None
 
 
