@@ -193,7 +193,7 @@ def _check_numbers(field: str, values: tuple[object, ...], lengths: tuple[int, .
             raise ConfigError(f'config.{field}: {value!r} is not {what}')
 
 
-_OPS = ('activation', 'lrn', 'spatial_lrn', 'batch_norm', 'pool')
+_OPS = ('activation', 'lrn', 'spatial_lrn', 'batch_norm', 'pool', 'ceil_pool')
 
 
 def _check_ops(model: ModelConfig) -> None:

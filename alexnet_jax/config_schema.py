@@ -133,7 +133,7 @@ class ModelConfig:
     conv_ops: tuple[str, ...] = field(
         metadata=about(
             'operations after each of conv1 to conv5, in order, such as "activation lrn pool"; there are activation,'
-            ' lrn, spatial_lrn, batch_norm and pool'
+            ' lrn, spatial_lrn, batch_norm, pool and ceil_pool, which pools a last window that extends over the edge'
         )
     )
     lrn: bool = field(metadata=about('local response normalization; False removes it from conv_ops'))

@@ -20,7 +20,7 @@ from alexnet_jax.runtime.checkpoint_files import checkpoint_steps, read_newest_p
 from alexnet_jax.runtime.files import JsonObject, free_bytes
 from alexnet_jax.runtime.workdir import describe_changes, has_untrained_import, is_finished, trained_on
 from alexnet_jax.schedules import Intervals, Schedule
-from alexnet_jax.shapes import DENSE, LayerShape, layer_table
+from alexnet_jax.shapes import DENSE, POOLS, LayerShape, layer_table
 from alexnet_jax.training.init_source import describe_fit, read_settings
 
 
@@ -187,7 +187,7 @@ def _activations(layer: LayerShape) -> int:
     """Returns how many values of `layer` an image needs in the backward pass."""
     ops = layer.spec.ops
     normalized = sum(ops.count(op) for op in ('lrn', 'spatial_lrn', 'batch_norm'))
-    return math.prod(layer.output) * (1 + normalized) + ('pool' in ops) * math.prod(layer.pooled)
+    return math.prod(layer.output) * (1 + normalized) + any(op in POOLS for op in ops) * math.prod(layer.pooled)
 
 
 def _disk(config: Config, workdir: str) -> str:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32, Key
 from alexnet_jax.config import ModelConfig
 from alexnet_jax.layers import local_response_norm, max_pool, within_channel_lrn
 from alexnet_jax.parallel import local_feature_slice, redistribute_features
-from alexnet_jax.shapes import LAYERS, layer_table, pool_window
+from alexnet_jax.shapes import LAYERS, POOLS, layer_table, pool_window, pools_over_edge
 from alexnet_jax.weight_layers import Conv, Dense, Towers, regroup_channels
 
 # Constants of the original program for the second normalization of layer 2; the window and alpha are settings.
@@ -145,8 +145,8 @@ def apply_layer(
             elif op == 'batch_norm' and norm is not None:
                 x = norm(jnp.concatenate(towers, -1).astype(jnp.float32), use_running_average=not training)
                 towers = jnp.split(x.astype(towers[0].dtype), len(towers), -1)
-            elif op == 'pool':  # section 3.4
-                towers = [max_pool(x, pool_window(config), 2, ceil_mode=config.pool_ceil_mode) for x in towers]
+            elif op in POOLS:  # section 3.4
+                towers = [max_pool(x, pool_window(config), 2, ceil_mode=pools_over_edge(config, op)) for x in towers]
     return towers, jnp.concatenate(output, -1)
 
 

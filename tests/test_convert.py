@@ -36,7 +36,7 @@ CAFFE_WIDTHS = (8, 12, 8, 12, 8, 10, 9, 7)
 
 
 def import_file(path, workdir, preset=None, mean=None, class_names=None) -> None:
-    given = types.SimpleNamespace(preset=preset, mean=mean, class_names=class_names)
+    given = types.SimpleNamespace(preset=preset, mean=mean, class_names=class_names, crop_size=None)
     importer.import_file(str(path), str(workdir), given)
 
 

@@ -8,15 +8,16 @@ from alexnet_jax.config import ConfigError
 from alexnet_jax.convert import export
 from alexnet_jax.runtime.checkpoint_ref import CHECKPOINT_HELP, CheckpointRef, check_new, parse_checkpoint_ref
 from alexnet_jax.runtime.console import log
+from alexnet_jax.weights import onnx_file
 from alexnet_jax.weights.formats import detect_format
-from alexnet_jax.weights.weight_files import read_weights
+from alexnet_jax.weights.weight_files import find_weights, read_weights
 
 
 def import_file(path: str, workdir: str, given: flags.FlagValues) -> None:
     """Creates the run `workdir` from the weights in `path`.
 
     Args:
-      path: File of weights.
+      path: File of weights, see find_weights().
       workdir: Folder of the new run.
       given: Parsed flags.
 
@@ -26,7 +27,7 @@ def import_file(path: str, workdir: str, given: flags.FlagValues) -> None:
     """
     from alexnet_jax.inference.trained_model import import_weights_as_run
 
-    weights = read_weights(path, given.preset, given.mean, given.class_names)
+    weights = read_weights(path, given.preset, given.mean, given.class_names, given.crop_size)
     import_weights_as_run(
         workdir, weights.config, weights.params, weights.batch_stats, weights.statistics, weights.class_names
     )
@@ -43,13 +44,19 @@ def check_arguments(argv: list[str], given: flags.FlagValues) -> CheckpointRef |
     if len(argv) < 3:
         raise ConfigError('the destination is missing: name a new WORKDIR after a file, or a FILE after a checkpoint')
     path = os.path.expanduser(argv[1])
-    if os.path.isfile(path):
+    file = find_weights(argv[1])
+    if file is not None:
         check_new(argv[2])
-        detect_format(path)
+        if os.path.splitext(argv[2])[1] in export.LIBRARIES:
+            raise ConfigError(f'{argv[2]}: files are exported from runs; import {argv[1]} into a WORKDIR first')
+        if detect_format(file) == 'onnx':
+            onnx_file.check_installed(file)
         return None
     if not os.path.exists(path) and os.path.basename(path) != 'best':
         raise ConfigError(f'{argv[1]}: there is no such file or folder; name a file of weights, or {CHECKPOINT_HELP}')
-    unused = next((name for name in ('preset', 'mean', 'class_names') if given[name].value is not None), None)
+    unused = next(
+        (name for name in ('preset', 'mean', 'class_names', 'crop_size') if given[name].value is not None), None
+    )
     if unused:
         raise ConfigError(f'--{unused}: has no effect when a checkpoint is exported; omit the flag')
     export.validate_target(argv[2])

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from alexnet_jax.config import Config
 from alexnet_jax.model import BATCH_NORM, SPATIAL_BETA, SPATIAL_K
-from alexnet_jax.shapes import LayerShape, layer_table, pool_window
+from alexnet_jax.shapes import POOLS, LayerShape, layer_table, pool_window, pools_over_edge
 from alexnet_jax.weights.weight_layouts import Parameters
 
 # Opset 15 is from 2021, so current runtimes support it. Later opsets only add dtypes to the operators used here.
@@ -140,9 +140,9 @@ class _Graph:
             arrays = {'scale': np.ones(maps), 'bias': np.zeros(maps), 'mean': mean, 'var': variance}
             names = [self.array(f'{name}_norm.{kind}', array) for kind, array in arrays.items()]
             self.node('BatchNormalization', output, *names, epsilon=BATCH_NORM['epsilon'])
-        elif op == 'pool':
+        elif op in POOLS:
             window = pool_window(model)
-            missing = (window - height) % 2 if model.pool_ceil_mode else 0
+            missing = (window - height) % 2 if pools_over_edge(model, op) else 0
             self.node('MaxPool', output, kernel_shape=[window] * 2, strides=[2] * 2, pads=[0, 0, missing, missing])
             side = (height + missing - window) // 2 + 1
             self.shape = (maps, side, side)

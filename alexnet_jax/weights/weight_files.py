@@ -15,13 +15,14 @@ import numpy as np
 from jaxtyping import Float64
 
 from alexnet_jax.config import Config, ConfigError, apply_overrides, check_class_names, preset_config, resolve, upgrade
+from alexnet_jax.runtime.checkpoint_ref import HUB_WEIGHTS, is_hub_folder
 from alexnet_jax.runtime.console import ProgressBar, log
-from alexnet_jax.shapes import layer_table
-from alexnet_jax.weights import caffe_file, safetensors_file, torch_file, weight_layouts
+from alexnet_jax.shapes import Settings, layer_table
+from alexnet_jax.weights import caffe_file, onnx_file, onnx_network, safetensors_file, torch_file, weight_layouts
 from alexnet_jax.weights.formats import FormatError, detect_format
 from alexnet_jax.weights.weight_layouts import Parameters
 
-# Presets that can load weights of torchvision or Caffe.
+# Presets that can load weights of torchvision, ONNX or Caffe.
 IMPORTABLE_PRESETS = ('torchvision', 'caffe', 'caffenet', 'paper', 'krizhevsky2012', 'half', 'owt')
 BY_NET_NAME = {'AlexNet': 'caffe', 'CaffeNet': 'caffenet'}
 MEAN_RGB = (123.675, 116.28, 103.53)  # (0.485, 0.456, 0.406) of torchvision, in gray levels
@@ -51,38 +52,72 @@ class NetworkWeights:
 Mean = Float64[np.ndarray, 's s 3'] | Float64[np.ndarray, ' 3']
 
 
-def read_external(path: str, kind: str, preset: str | None) -> tuple[dict[str, weight_layouts.Weights], str]:
-    """Reads a file of torchvision or Caffe weights.
+@dataclasses.dataclass(frozen=True)
+class External:
+    """The content of a file of another framework.
+
+    Attributes:
+      layers: the weights of each layer.
+      preset: the preset of the network.
+      settings: settings that differ from those of the preset, by dotted name, besides the widths.
+      is_bgr: whether the input channels of conv1 are BGR.
+    """
+
+    layers: dict[str, weight_layouts.Weights]
+    preset: str
+    settings: Settings
+    is_bgr: bool
+
+
+def read_external(path: str, kind: str, preset: str | None, crop_size: int | None = None) -> External:
+    """Reads a file of torchvision, ONNX or Caffe weights.
 
     Args:
       path: File to read.
       kind: File format, see detect_format().
       preset: Preset of the network; None derives the preset from the file.
-
-    Returns:
-      The weights of each layer, and the preset.
+      crop_size: Height and width of the images in place of those in the file, which must be ONNX.
 
     Raises:
       FormatError: The file is corrupt or has other layers.
-      ConfigError: `preset` is None and the file does not identify its preset.
+      ConfigError: `preset` is None and the file does not identify its preset; or `crop_size` has no effect.
       OSError: The file is unreadable.
     """
+    if kind == 'onnx':
+        return _read_onnx(onnx_file.read(path), preset, crop_size)
+    if crop_size is not None:
+        raise ConfigError(f'--crop_size={crop_size}: {path} is no ONNX file; omit the flag')
     if kind != 'caffe':
         tensors = torch_file.read(path) if kind == 'torch' else safetensors_file.read(path)
-        return weight_layouts.from_torchvision(tensors), preset or 'torchvision'
+        return External(weight_layouts.from_torchvision(tensors), preset or 'torchvision', {}, False)
     name, blobs = caffe_file.read(path)
     if preset is None and name not in BY_NET_NAME:
         raise ConfigError(
             f'{path}: a Caffe network named {name!r}, whose kind is unknown; give --preset=caffe for one like'
             ' bvlc_alexnet, or --preset=caffenet for one like bvlc_reference_caffenet (pooling before normalization)'
         )
-    return weight_layouts.from_caffe(blobs), preset or BY_NET_NAME[name]
+    return External(weight_layouts.from_caffe(blobs), preset or BY_NET_NAME[name], {}, True)
 
 
-def read_mean(text: str | None, preset: str) -> Mean:
+def _read_onnx(file: onnx_file.OnnxFile, preset: str | None, crop_size: int | None) -> External:
+    """Returns the network of an ONNX file. Raises FormatError: it is none of IMPORTABLE_PRESETS, or not `preset`."""
+    network = onnx_network.find_network(file, [preset] if preset else IMPORTABLE_PRESETS, crop_size)
+    layers = {name: layer.weights for name, layer in network.layers.items()}
+    is_bgr = network.preset in BY_NET_NAME.values()
+    size = network.settings.get('data.crop_size')
+    if is_bgr:
+        log(f"{network.preset}: conv1 is taken to read blue, green, red, as in Caffe's networks")
+    if is_bgr and crop_size is None and size is not None:
+        own = preset_config(network.preset).data.crop_size
+        log(f'the network takes {size} pixels; --crop_size={own} imports it for the {own} pixels of Caffe')
+    return External(layers, network.preset, network.settings, is_bgr)
+
+
+def read_mean(text: str | None, preset: str, crop_size: int | None = None) -> Mean:
     """Returns the mean of the training images from --mean=`text`, with RGB channels.
 
-    If `text` is None, the mean is torchvision's, and `preset` must be torchvision.
+    If `text` is None, the mean is torchvision's, and `preset` must be torchvision. A mean image has at least
+    `crop_size` pixels; None stands for that of `preset`.
 
     Raises ConfigError: the mean is missing or invalid.
     """
@@ -106,7 +141,7 @@ def read_mean(text: str | None, preset: str) -> Mean:
     except (FormatError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f'--mean={text}: {reason}; give {MEAN_FORMS}') from None
-    crop = preset_config(preset).data.crop_size
+    crop = crop_size or preset_config(preset).data.crop_size
     channels, *sides = mean.shape
     if channels != 3 or len(set(sides)) > 1 or min(sides, default=crop) < crop:
         raise ConfigError(
@@ -115,13 +150,13 @@ def read_mean(text: str | None, preset: str) -> Mean:
     return np.moveaxis(mean[::-1], 0, -1)
 
 
-def import_config(preset: str, widths: tuple[int, ...], mean: Mean) -> Config:
-    """Returns the resolved config of `preset` for the `widths` of conv1 to fc8 and the shape of `mean`.
+def import_config(preset: str, widths: tuple[int, ...], mean: Mean, settings: Settings) -> Config:
+    """Returns the resolved config of `preset` with `settings` for the `widths` of conv1 to fc8 and the shape of `mean`.
 
     Raises ConfigError: the config is invalid.
     """
     config = preset_config(preset)
-    values = {'model.widths': widths[:7], 'model.num_classes': widths[7]}
+    values = settings | {'model.widths': widths[:7], 'model.num_classes': widths[7]}
     if mean.ndim == 1:
         values['data.mean'] = 'channel'
     else:
@@ -173,13 +208,17 @@ def class_names(path: str | None, count: int) -> list[str]:
     return names
 
 
-def _read_external(path: str, kind: str, preset: str | None, mean: str | None, names: str | None) -> NetworkWeights:
-    """Reads weights of torchvision or Caffe. Raises the errors of read_weights()."""
-    found, preset = read_external(path, kind, preset)
-    mean_of_images, widths = read_mean(mean, preset), weight_layouts.widths(found)
+def _read_external(
+    path: str, kind: str, preset: str | None, mean: str | None, names: str | None, crop_size: int | None
+) -> NetworkWeights:
+    """Reads weights of torchvision, ONNX or Caffe. Raises the errors of read_weights()."""
+    file = read_external(path, kind, preset, crop_size)
+    preset, found = file.preset, file.layers
+    mean_of_images = read_mean(mean, preset, file.settings.get('data.crop_size'))
+    widths = weight_layouts.widths(found)
     labels = class_names(names, widths[-1])
     try:
-        config = import_config(preset, widths, mean_of_images)
+        config = import_config(preset, widths, mean_of_images, file.settings)
     except ConfigError as error:
         raise FormatError(f'it does not fit the preset {preset}: {error}') from None
     table = layer_table(config.model, config.data.crop_size, config.data.channels)
@@ -188,7 +227,7 @@ def _read_external(path: str, kind: str, preset: str | None, mean: str | None, n
     params = {}
     for layer in table:
         try:
-            params[layer.name] = weight_layouts.parameters(layer, found.pop(layer.name), maps, kind == 'caffe')
+            params[layer.name] = weight_layouts.parameters(layer, found.pop(layer.name), maps, file.is_bgr)
         except FormatError as error:
             raise FormatError(f'it does not fit the preset {preset}: {error}') from None
         progress.update()
@@ -196,11 +235,8 @@ def _read_external(path: str, kind: str, preset: str | None, mean: str | None, n
     return NetworkWeights(config, params, {}, statistics_from_mean(mean_of_images, config), labels)
 
 
-def _read_native(path: str, preset: str | None, mean: str | None, names: str | None) -> NetworkWeights:
-    """Reads a file that this project exported. Raises the errors of read_weights()."""
-    if preset is not None or mean is not None:
-        raise ConfigError(f'--{"mean" if preset is None else "preset"}: {path} contains its own; omit the flag')
-    metadata = safetensors_file.read_metadata(path)
+def _read_native(path: str, metadata: dict[str, str], kind: str, names: str | None) -> NetworkWeights:
+    """Reads a file that this project exported, with its `metadata`. Raises the errors of read_weights()."""
     try:
         config = resolve(ml_collections.ConfigDict(upgrade(json.loads(metadata['config']))))
         labels = json.loads(metadata['class_names'])
@@ -211,30 +247,46 @@ def _read_native(path: str, preset: str | None, mean: str | None, names: str | N
         raise FormatError(f'its metadata is unusable: {" ".join(str(error).split())[:200]}') from None
     if names is not None:
         labels = class_names(names, config.model.num_classes)
-    return NetworkWeights(config, *weight_layouts.native(safetensors_file.read(path), config), labels)
+    if kind == 'onnx':
+        arrays = weight_layouts.from_own_onnx(onnx_file.read_arrays(path), config)
+        if config.data.mean == 'image' and config.data.image_size > config.data.crop_size:
+            log(f'{path} has the mean image of the center crop only; around the crop, it is continued from the edge')
+    else:
+        arrays = safetensors_file.read(path)
+    return NetworkWeights(config, *weight_layouts.native(arrays, config), labels)
 
 
 def read_weights(
-    path: str, preset: str | None = None, mean: str | None = None, class_names: str | None = None
+    path: str,
+    preset: str | None = None,
+    mean: str | None = None,
+    class_names: str | None = None,
+    crop_size: int | None = None,
 ) -> NetworkWeights:
-    """Reads a file of weights of this project, PyTorch or Caffe; its content determines the format.
+    """Reads a file of weights of this project, PyTorch, ONNX or Caffe; its content determines the format.
 
     Args:
       path: the file.
       preset: preset of the network, one of IMPORTABLE_PRESETS; None derives the preset from the file.
       mean: mean of the training images, see read_mean().
       class_names: file with one class name per line, see class_names().
+      crop_size: height and width of the images in pixels, for an ONNX file; None: those in the file.
 
     Raises:
       FormatError: `path` is not a valid file of weights, or does not match the preset; the message lacks the path.
-      ConfigError: another argument is invalid, or `path` contains what it gives.
+      ConfigError: another argument is invalid, or `path` contains what it gives; or onnx is not installed.
       OSError: the file is unreadable.
     """
     kind = detect_format(path)
     log(f'{path}: {os.path.getsize(path):,} bytes, {kind}')
-    if kind == 'safetensors' and safetensors_file.read_metadata(path).get('format') == NATIVE_FORMAT:
-        return _read_native(path, preset, mean, class_names)
-    return _read_external(path, kind, preset, mean, class_names)
+    readers = {'safetensors': safetensors_file.read_metadata, 'onnx': onnx_file.read_metadata}
+    metadata = readers[kind](path) if kind in readers else {}
+    if metadata.get('format') != NATIVE_FORMAT:
+        return _read_external(path, kind, preset, mean, class_names, crop_size)
+    for flag, value in {'preset': preset, 'mean': mean, 'crop_size': crop_size}.items():
+        if value is not None:
+            raise ConfigError(f'--{flag}: {path} contains its own; omit the flag')
+    return _read_native(path, metadata, kind, class_names)
 
 
 def find_weights(name: str) -> str | None:
@@ -246,5 +298,4 @@ def find_weights(name: str) -> str | None:
     path = os.path.expanduser(name)
     if os.path.isfile(path):
         return path
-    file = os.path.join(path, 'model.safetensors')
-    return file if os.path.isfile(file) else None
+    return os.path.join(path, HUB_WEIGHTS) if is_hub_folder(path) else None
