@@ -1,6 +1,7 @@
 """The functions load() and create() of the package: trained and new networks in Python."""
 
 import dataclasses
+import difflib
 import importlib
 import os
 import re
@@ -26,6 +27,7 @@ from alexnet_jax.training.checkpointing import state_digest
 from alexnet_jax.training.state import init_state
 from alexnet_jax.weights.formats import FormatError
 from alexnet_jax.weights.weight_files import (
+    IMPORTABLE_PRESETS,
     MEAN_RGB,
     NetworkWeights,
     find_weights,
@@ -98,6 +100,10 @@ def _read_file(
     crop_size: int | None,
 ) -> NetworkWeights:
     """Reads the weights in `file`, which the caller called `name`; the arguments and errors are those of load()."""
+    if preset not in (None, *IMPORTABLE_PRESETS):
+        near = difflib.get_close_matches(str(preset), IMPORTABLE_PRESETS, 1, 0.0)[0]
+        every = ', '.join(IMPORTABLE_PRESETS)
+        raise ConfigError(f'preset: {preset!r} is not one of {every}; the nearest is {near!r}')
     is_list = class_names is not None and not isinstance(class_names, str | os.PathLike)
     names_file = None if class_names is None or is_list else os.fspath(cast(str, class_names))
     try:
