@@ -4,23 +4,37 @@ Loading changes no file in the folder of the run, so the run may still be traini
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from flax import nnx
+from jaxtyping import Float, Float32, UInt8
 
 from alexnet_jax import parallel
-from alexnet_jax.augment import PreprocessParams, make_preprocess_params
+from alexnet_jax.augment import PreprocessParams, eval_crop, make_preprocess_params
 from alexnet_jax.config import Config, ConfigError
 from alexnet_jax.data.dataset import MANIFEST_FIELDS, PreparedDataset
 from alexnet_jax.data.open_or_prepare import open_or_prepare
+from alexnet_jax.inference import forward
+from alexnet_jax.inference.pictures import (
+    ClassProbability,
+    Picture,
+    check_images,
+    is_one_picture,
+    list_pictures,
+    prepare_picture,
+)
+from alexnet_jax.metrics import top_k
+from alexnet_jax.model import AlexNet
 from alexnet_jax.paths import is_url
 from alexnet_jax.runtime.checkpoint_ref import (
     CheckpointRef,
@@ -44,13 +58,13 @@ from alexnet_jax.runtime.workdir import (
 from alexnet_jax.training import checkpointing
 from alexnet_jax.training.checkpoint_reader import restore
 from alexnet_jax.training.run_state import RunState
-from alexnet_jax.training.state import TrainState, abstract_state, with_average
+from alexnet_jax.training.state import TrainState, abstract_state, build_model, with_average
 
 # A compiled function (state, images (B, S, S, C) uint8, preprocessing) -> (B, ...).
 InferenceStep = Callable[[TrainState, jax.Array, PreprocessParams], jax.Array]
 
 
-def _with_mesh(config: Config) -> tuple[Config, parallel.Mesh]:
+def with_mesh(config: Config) -> tuple[Config, parallel.Mesh]:
     """Returns `config` and its mesh; falls back to pure data parallelism if that mesh does not fit the devices."""
     try:
         return config, parallel.make_mesh(config)
@@ -123,13 +137,14 @@ def _check_relative_data_dir(ref: CheckpointRef) -> None:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TrainedModel:
-    """A trained model on the devices.
+    """A trained network on the devices, as load() and create() return it.
 
     Attributes:
-      name, workdir: see CheckpointRef.
-      step: step of the checkpoint.
+      name: what the user named: a CHECKPOINT, a file or a preset.
+      workdir: absolute path of the run's folder, or '' without a run.
+      step: step of the checkpoint; 0 without a run.
       digest: digest of the state, see checkpointing.state_digest().
       config: resolved configuration of the run, with a mesh that fits the available devices.
       mesh: see parallel.make_mesh().
@@ -147,6 +162,144 @@ class TrainedModel:
     state: TrainState
     statistics: dict[str, np.ndarray]
     class_names: list[str]
+
+    def __repr__(self) -> str:
+        preset, classes = self.config.model.preset, len(self.class_names)
+        return f'<TrainedModel {self.name}: preset {preset}, {classes} classes, step {self.step}>'
+
+    @overload
+    def predict(  # type: ignore[overload-overlap]  # a text is an iterable of texts, but one path
+        self, pictures: Picture, views: int = 10, top: int = 5
+    ) -> list[ClassProbability]: ...
+
+    @overload
+    def predict(self, pictures: Iterable[Picture], views: int = 10, top: int = 5) -> list[list[ClassProbability]]: ...
+
+    def predict(
+        self, pictures: Picture | Iterable[Picture], views: int = 10, top: int = 5
+    ) -> list[ClassProbability] | list[list[ClassProbability]]:
+        """Returns the most probable classes of pictures, as `alexnet predict` does.
+
+        Args:
+          pictures: one picture or several: paths, Pillow images, or NumPy arrays of uint8, (H, W, 3) RGB or (H, W). An
+            array (N, H, W, 3) is N pictures. Pictures of any size are scaled and cropped like the training images.
+          views: 1, the center crop, or 10 (section 4.1), whose softmax outputs are averaged.
+          top: number of classes.
+
+        Returns:
+          For one picture a list of {'class': name, 'probability': 0 to 1}, most probable first; for several pictures a
+          list of such lists.
+
+        Raises:
+          UnreadableImage: a picture is not readable; the message names the picture and the reason.
+          ConfigError: an argument has another type, dtype, shape or value.
+
+        >>> import alexnet_jax, skimage
+        >>> small = {'model.widths': (8, 0, 0, 0, 16, 0, 32)}
+        >>> network = alexnet_jax.create('torchvision', num_classes=2, settings=small)
+        >>> best, other = network.predict(skimage.data.chelsea())
+        >>> round(best['probability'] + other['probability'], 4)
+        1.0
+        >>> [len(classes) for classes in network.predict([skimage.data.coffee(), skimage.data.camera()], top=1)]
+        [1, 1]
+        """
+        if views not in (1, 10):
+            raise ConfigError(f'views: {views!r} is neither 1 nor 10; give 1 for the center crop')
+        if not isinstance(top, int) or top < 1:
+            raise ConfigError(f'top: {top!r} is not a number of classes from 1')
+        every, found = iter(enumerate(list_pictures(pictures))), []
+        while part := list(itertools.islice(every, self.batch_size(self.config.eval.batch_size))):
+            images = np.stack([prepare_picture(picture, number, self.config.data) for number, picture in part])
+            found += list(np.exp(forward.predict_log_probabilities(self, images, views)))
+        records: list[list[ClassProbability]] = [
+            [{'class': name, 'probability': value} for name, value in top_k(row, self.class_names, top)]
+            for row in found
+        ]
+        return records[0] if is_one_picture(pictures) else records
+
+    def images(self, pictures: Picture | Iterable[Picture]) -> UInt8[np.ndarray, 'n s s c']:
+        """Returns pictures, scaled and cropped like the training images, (N, image_size, image_size, channels) uint8.
+
+        The argument and the errors are those of predict(). One picture gives an array with N = 1.
+
+        >>> import alexnet_jax, numpy as np
+        >>> small = {'model.widths': (8, 0, 0, 0, 16, 0, 32)}
+        >>> network = alexnet_jax.create('torchvision', num_classes=2, settings=small)
+        >>> network.images(np.zeros((300, 400, 3), np.uint8)).shape
+        (1, 256, 256, 3)
+        """
+        data = self.config.data
+        return np.stack([prepare_picture(each, number, data) for number, each in enumerate(list_pictures(pictures))])
+
+    def logits(self, images: UInt8[np.ndarray, 'n s s c']) -> Float32[np.ndarray, 'n classes']:
+        """Returns the logits for the center crops of `images`, uint8 (N, image_size, image_size, channels).
+
+        Raises ConfigError: `images` has another type, dtype or shape.
+
+        >>> import alexnet_jax, skimage
+        >>> small = {'model.widths': (8, 0, 0, 0, 16, 0, 32)}
+        >>> network = alexnet_jax.create('torchvision', num_classes=2, settings=small)
+        >>> network.logits(network.images([skimage.data.chelsea(), skimage.data.coffee()])).shape
+        (2, 2)
+        """
+        return self.activations(images, ('fc8',))['fc8']
+
+    def activations(
+        self, images: UInt8[np.ndarray, 'n s s c'], layers: str | Sequence[str] = ('conv5', 'fc7')
+    ) -> dict[str, Float32[np.ndarray, '...']]:
+        """Returns the outputs of `layers` for the center crops of `images`, from one forward pass.
+
+        Args:
+          images: uint8 (N, image_size, image_size, channels), see images().
+          layers: names from conv1 to fc8. The outputs are those of the nonlinearity, before normalization and pooling;
+            fc8 has no nonlinearity.
+
+        Returns:
+          By layer, float32 (N, H, W, C) or (N, units). The features of the first tower precede those of the second.
+
+        Raises ConfigError: `images` has another type, dtype or shape, or a layer is unknown.
+
+        >>> import alexnet_jax, skimage
+        >>> small = {'model.widths': (8, 0, 0, 0, 16, 0, 32)}
+        >>> network = alexnet_jax.create('torchvision', num_classes=2, settings=small)
+        >>> outputs = network.activations(network.images(skimage.data.chelsea()), layers=('conv5', 'fc7'))
+        >>> outputs['conv5'].shape, outputs['fc7'].shape
+        ((1, 13, 13, 16), (1, 32))
+        """
+        names = forward.check_layers(layers, self.config)
+        return forward.layer_outputs(self, check_images(images, self.config.data), names)
+
+    def preprocess(self, pictures: Picture | Iterable[Picture]) -> Float32[jax.Array, 'n crop crop c']:
+        """Returns the inputs of `module` for pictures: the center crops, minus the mean, times the scale.
+
+        The argument and the errors are those of predict().
+
+        >>> import alexnet_jax, numpy as np, skimage
+        >>> small = {'model.widths': (8, 0, 0, 0, 16, 0, 32)}
+        >>> network = alexnet_jax.create('torchvision', num_classes=2, settings=small)
+        >>> inputs, images = network.preprocess(skimage.data.chelsea()), network.images(skimage.data.chelsea())
+        >>> inputs.shape, np.allclose(network.module(inputs), network.logits(images), atol=1e-5)
+        ((1, 224, 224, 3), True)
+        """
+        images = jax.device_put(self.images(pictures), jax.local_devices()[0])
+        return eval_crop(images, self.preprocessing, self.config.data, 0)
+
+    @functools.cached_property
+    def module(self) -> AlexNet:
+        """The network as a Flax NNX module with a copy of the weights on one device.
+
+        Its argument is the result of preprocess(), float32 (N, crop_size, crop_size, channels), and its result the
+        logits (N, classes). The other methods do not use changes of the module.
+
+        >>> import alexnet_jax, jax, skimage
+        >>> small = {'model.widths': (8, 0, 0, 0, 16, 0, 32)}
+        >>> network = alexnet_jax.create('torchvision', num_classes=2, settings=small)
+        >>> inputs = network.preprocess(skimage.data.chelsea())
+        >>> jax.grad(lambda x: network.module(x)[0, 1])(inputs).shape
+        (1, 224, 224, 3)
+        """
+        weights = jax.device_get((self.state.params, self.state.batch_stats))
+        return nnx.merge(build_model(self.config)[0], *jax.device_put(weights, jax.local_devices()[0]))
 
     @property
     def preprocessing(self) -> PreprocessParams:
@@ -197,7 +350,7 @@ def load_model(checkpoint: CheckpointRef | str, prepared: PreparedDataset | None
         statistics, class_names = prepared.statistics, prepared.class_names
     else:
         statistics, class_names = read_dataset_statistics(ref.workdir, ref.config)
-    config, mesh = _with_mesh(ref.config)
+    config, mesh = with_mesh(ref.config)
     # The velocities are restored too, because the digest that detects corruption covers them.
     restored = restore(ref, abstract_state(config, mesh))
     assert restored.state is not None
@@ -217,6 +370,20 @@ def load_model(checkpoint: CheckpointRef | str, prepared: PreparedDataset | None
         statistics=statistics,
         class_names=class_names,
     )
+
+
+def place_weights(
+    config: Config,
+    mesh: parallel.Mesh,
+    params: dict[str, dict[str, np.ndarray]],
+    batch_stats: dict[str, dict[str, np.ndarray]],
+) -> TrainState:
+    """Returns the state of step 0 on `mesh` with these weights and zero velocities; see import_weights_as_run()."""
+    abstract = abstract_state(config, mesh)
+    velocities = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract.opt_state)
+    state: TrainState = TrainState(jnp.zeros((), jnp.int32), params, velocities, batch_stats)
+    state = with_average(state, config)
+    return jax.tree.map(lambda leaf, at: jax.device_put(leaf, at.sharding), state, abstract)
 
 
 def import_weights_as_run(
@@ -244,11 +411,7 @@ def import_weights_as_run(
     staging_dir = f'{os.path.abspath(os.path.expanduser(workdir))}.{os.getpid()}.tmp'
     try:
         one_device = with_overrides(config, {'mesh.layout': 'data', 'mesh.data': 1, 'mesh.model': 1})
-        abstract = abstract_state(one_device, parallel.make_mesh(one_device))
-        velocities = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract.opt_state)
-        state: TrainState = TrainState(jnp.zeros((), jnp.int32), params, velocities, batch_statistics)
-        state = with_average(state, one_device)
-        state = jax.tree.map(lambda leaf, at: jax.device_put(leaf, at.sharding), state, abstract)
+        state = place_weights(one_device, parallel.make_mesh(one_device), params, batch_statistics)
         os.makedirs(staging_dir)
         checkpoints = checkpointing.Checkpointer(os.path.join(staging_dir, 'checkpoints'), keep=1, config=config)
         checkpoints.save(state, RunState(statistics_digest=statistics_digest(statistics)), None)

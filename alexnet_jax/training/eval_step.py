@@ -3,7 +3,7 @@
 Evaluation, prediction and activations take the state TrainState.for_inference().
 """
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class EvalBatch(TypedDict):
 EvalStep = parallel.JittedFunction[[TrainState, EvalBatch, PreprocessParams], Float32[Array, '4']]
 LayerStatsFn = parallel.JittedFunction[[TrainState, Images, PreprocessParams], dict[str, Float32[Array, '5']]]
 PredictStep = parallel.JittedFunction[[TrainState, Images, PreprocessParams], Float32[Array, 'b classes']]
-ActivationFn = parallel.JittedFunction[[TrainState, Images, PreprocessParams], Float32[Array, '...']]
+ActivationFn = parallel.JittedFunction[[TrainState, Images, PreprocessParams], Any]  # see make_activation_fn()
 
 
 def topk_errors(
@@ -124,24 +124,29 @@ def make_predict_step(config: Config, mesh: parallel.Mesh, views: int) -> Predic
     )
 
 
-def make_activation_fn(config: Config, mesh: parallel.Mesh, layer: str) -> ActivationFn:
-    """Returns the jitted step (state, images, preprocessing) -> output of `layer` for the center crop.
+def make_activation_fn(config: Config, mesh: parallel.Mesh, layers: str | tuple[str, ...]) -> ActivationFn:
+    """Returns the jitted step (state, images, preprocessing) -> outputs of `layers` for the center crop.
 
-    The output is (B, H, W, C), with the feature maps of the first tower first, or (B, units); fc8 returns the logits.
-    See AlexNet.activations().
+    The output of a layer is (B, H, W, C), with the feature maps of the first tower first, or (B, units); fc8 returns
+    the logits. See AlexNet.activations(). The result for one name is the output of that layer, and for a tuple of names
+    the outputs by name, from one forward pass.
     """
     graph, layout = build_model(config)[0], config.mesh.layout
+    names = (layers,) if isinstance(layers, str) else layers
 
     def activation_step(state, images, preprocessing):
         model = nnx.merge(graph, state.params, state.batch_stats)
-        return model.activations(eval_crop(images, preprocessing, config.data, 0))[layer].astype(jnp.float32)
+        every = model.activations(eval_crop(images, preprocessing, config.data, 0))
+        outputs = {name: every[name].astype(jnp.float32) for name in names}
+        return outputs[layers] if isinstance(layers, str) else outputs
 
     rows = parallel.batch_spec(layout)
+    specs = {name: parallel.activation_spec(name, 4 if name.startswith('conv') else 2, layout) for name in names}
     return parallel.jit_shard_map(
         activation_step,
         mesh,
         in_specs=(state_specs(config, mesh).for_inference(), rows, parallel.REPLICATED),
-        out_specs=parallel.activation_spec(layer, 4 if layer.startswith('conv') else 2, layout),
+        out_specs=specs[layers] if isinstance(layers, str) else specs,
     )
 
 
