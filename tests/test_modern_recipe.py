@@ -217,6 +217,14 @@ def test_erasing_is_that_of_torchvision(probability):
     assert erased == 5 * BATCH if probability == 1 else 5 < erased < 25
 
 
+def test_erased_rectangles_are_smaller_than_the_input():
+    """About 20 of 2,000 rectangles would otherwise have the height or width of the input."""
+    config = data_config(crop=False, flip=False, mean='none', color='none', random_erasing=1.0)
+    erased = augmented(np.full((2000, SIZE, SIZE, 3), 9, np.uint8), keys_of(2000), config)[..., 0] == 0
+    assert erased.any((1, 2)).all()
+    assert erased.any(2).sum(1).max() == erased.any(1).sum(1).max() == CROP - 1
+
+
 # Mixup and CutMix
 
 
