@@ -355,7 +355,7 @@ def test_type_checkers_know_the_names(tmp_path):
     lines = [re.sub(r'^.*script.py:|(\w+\.)+(?=\w)', '', line) for line in run.stdout.splitlines()]
     assert lines == [
         '5: note: Revealed type is "TrainedModel"',
-        """6: note: Revealed type is "list[TypedDict('ClassProbability', {'class': str, 'probability': float})]\"""",
+        "6: note: Revealed type is \"list[TypedDict(ClassProbability, {'class': str, 'probability': float})]\"",
         '7: note: Revealed type is "float"',
         '8: note: Revealed type is "ndarray[tuple[Any, ...], dtype[Any]]"',
         '9: note: Revealed type is "int"',
