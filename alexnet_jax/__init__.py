@@ -47,11 +47,13 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Returns the attribute `name` of the module that defines it. Raises AttributeError: there is no such name."""
-    if name not in _MODULES:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(importlib.import_module(_MODULES[name]), name)
+if not TYPE_CHECKING:  # otherwise type checkers accept any name
+
+    def __getattr__(name: str) -> Any:
+        """Returns the attribute `name` of the module that defines it. Raises AttributeError: there is no such name."""
+        if name not in _MODULES:
+            raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+        return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

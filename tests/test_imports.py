@@ -27,6 +27,8 @@ LOADED_BY = {
         'evaluate.predictions',
         'figures.from_model',
         'inference.feature_index',
+        'inference.forward',
+        'inference.loading',
         'inference.trained_model',
         'layers',
         'layers.*',

@@ -47,7 +47,7 @@ def test_the_notebook_executes(tmp_path, compiled_programs):
     text = '\n'.join(output.text for output in outputs if output.output_type == 'stream')
     assert [output for output in outputs if output.output_type == 'error'] == []
     assert len([output for output in outputs if 'image/png' in output.get('data', {})]) == 4
-    assert "{'conv1': (3, 14, 14, 24), 'conv5': (3, 3, 3, 64), 'fc7': (3, 1024)}" in text
+    assert "{'conv1': (3, 15, 15, 24), 'conv5': (3, 3, 3, 64), 'fc7': (3, 1024)}" in text
     found = re.search(r'^top-1 error on 60 new pictures: ([\d.]+)%; by chance 66\.7%$', text, re.MULTILINE)
     assert found is not None, text
     assert float(found[1]) < 40, text
