@@ -132,8 +132,11 @@ def _columns(ref: CheckpointRef, names: list[str], first: CheckpointRef, wanted:
 
 def _log_training_images(refs: Sequence[CheckpointRef], request: Request, data: OtherData) -> None:
     """Logs if the images are from the source on which a checkpoint was trained, and not from a split apart."""
+    kinds = [split_kind(name) for name in (data.split, os.path.basename(request.source))]
     for ref in refs:
-        if request.source == ref.config.data.source and split_kind(data.split) not in (VALIDATION, TEST):
+        own = ref.config.data.source
+        is_within = request.source == own or request.source.startswith(f'{own}/')
+        if is_within and VALIDATION not in kinds and TEST not in kinds:
             log(f'{data.described} is what {ref.name} was trained on: its training images are among these images')
 
 

@@ -206,7 +206,10 @@ def _describe_choice(
         )
     if left_out.get('of_other_classes'):
         names = left_out['other_classes']
-        listed = f'{len(names):,} classes that {run} does not have: {shortened(names)}' if names else 'no class'
+        class_or_classes = 'class' if len(names) == 1 else 'classes'
+        listed = (
+            f'{len(names):,} {class_or_classes} that {run} does not have: {shortened(names)}' if names else 'no class'
+        )
         yield f'left out: {left_out["of_other_classes"]:,} images of {listed}'
     if left_out.get('without_right_label'):
         yield f'left out: {left_out["without_right_label"]:,} images without a right label in {request.real_labels}'

@@ -115,7 +115,8 @@ def open_folder_split(root: Path, split: str | None, labeled: bool = True) -> So
     if not classes:
         examples = dataclasses.replace(examples, labels=np.full(len(examples), -1, np.int32))
     notes = tuple(reader.notes + describe_ignored(reader.ignored))
-    origins = {chosen: _relative(part, inner) + labels_from}
+    place = 'the folders of the classes' if part == inner and not labels_from else _relative(part, inner)
+    origins = {chosen: place + labels_from}
     return Source({chosen: examples}, classes, False, origins, notes, not numbered, tuple(reader.roots))
 
 
