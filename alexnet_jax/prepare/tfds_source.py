@@ -1,7 +1,9 @@
 """Data sets of TFDS in the file formats TFRecord and ArrayRecord, and the data set `photos`."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import os
 import sys
 
@@ -11,7 +13,8 @@ import tensorflow_datasets as tfds
 from alexnet_jax.config import ConfigError
 from alexnet_jax.paths import check_writable, shown
 from alexnet_jax.prepare.raw_sources import Source, SourceError, check_held_out, digest
-from alexnet_jax.prepare.splits import choose_splits
+from alexnet_jax.prepare.shard_writer import call_in_process
+from alexnet_jax.prepare.splits import choose_one_split, choose_splits
 from alexnet_jax.prepare.tfds_folders import TfdsName, describe_rest, find_version, parse_name
 from alexnet_jax.prepare.tfds_records import TfdsExamples, TfdsShard
 from alexnet_jax.prepare.tfrecord import FRAMING_BYTES, is_gzip
@@ -54,6 +57,40 @@ def open_tfds(source: str, data_dir: str, fraction: float, validation_split: str
         names_classes=not _are_numbers(names),
         roots=(os.path.abspath(builder.data_dir),),
     )
+
+
+def open_tfds_split(source: str, data_dir: str, split: str | None) -> Source:
+    """Opens one split of a TFDS data set. If TFDS must prepare the data set, a child process does that.
+
+    Raises SourceError or ConfigError: see sources.open_split().
+    """
+    name = _name(source)
+    folder, notes = find_version(name, data_dir)
+    if folder is None:
+        # A child process, because TensorFlow should not share a process with JAX.
+        folder = call_in_process(_prepare_quietly, name, source, data_dir)
+    builder = _read_builder(folder, name, data_dir)
+    image, label = _image_and_label(builder)
+    sizes = {name: part.num_examples for name, part in builder.info.splits.items() if part.num_examples}
+    chosen = choose_one_split(sizes, split, builder.info.full_name)
+    names = list(builder.info.features[label].names)
+    return Source(
+        {chosen: _open_split(builder, chosen, image, label)},
+        names,
+        False,
+        {chosen: chosen},
+        notes,
+        names_classes=not _are_numbers(names),
+        roots=(os.path.abspath(builder.data_dir),),
+    )
+
+
+def _prepare_quietly(name: TfdsName, source: str, data_dir: str) -> str:
+    """Returns the result of _download_and_prepare(), without the output of TFDS if there is no terminal."""
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints unknown sizes
+        return _download_and_prepare(name, source, data_dir)
 
 
 def _open_split(builder: tfds.core.DatasetBuilder, split: str, image: str, label: str) -> TfdsExamples:

@@ -7,8 +7,9 @@ from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float32, Int32, PyTree, UInt8
+from jaxtyping import Array, Bool, Float32, Int32, PyTree, UInt8
 
 from alexnet_jax import parallel
 from alexnet_jax.augment import PreprocessParams, eval_crop
@@ -105,14 +106,17 @@ def mean_abs(tree: PyTree[Array], specs: PyTree[parallel.Spec]) -> PyTree[Float3
     return jax.tree.map(jnp.divide, sums, counts)
 
 
-def make_predict_step(config: Config, mesh: parallel.Mesh, views: int) -> PredictStep:
+def make_predict_step(
+    config: Config, mesh: parallel.Mesh, views: int, ranked: Bool[np.ndarray, ' classes'] | None = None
+) -> PredictStep:
     """Returns the jitted step (state, images, preprocessing) -> log probabilities.
 
-    The probabilities are the mean over `views`, see make_eval_step().
+    The probabilities are the mean over `views`, see make_eval_step(). If `ranked` is given, the softmax of each view is
+    over the logits of the classes with the value True, and the probabilities of the other classes are 0.
     """
 
     def predict_step(state, images, preprocessing):
-        scores = _log_probabilities(config, state, images, preprocessing, views)
+        scores = _log_probabilities(config, state, images, preprocessing, views, ranked)
         return parallel.mark_replicated(scores, config.mesh.layout)
 
     rows = parallel.batch_spec(config.mesh.layout)
@@ -151,13 +155,19 @@ def make_activation_fn(config: Config, mesh: parallel.Mesh, layers: str | tuple[
 
 
 def _log_probabilities(
-    config: Config, state: TrainState, images: Images, preprocessing: PreprocessParams, views: int
+    config: Config,
+    state: TrainState,
+    images: Images,
+    preprocessing: PreprocessParams,
+    views: int,
+    ranked: Bool[np.ndarray, ' classes'] | None = None,
 ) -> Float32[Array, 'b classes']:
-    """Returns the log of the mean softmax output over `views`."""
+    """Returns the log of the mean softmax output over `views`, of the classes in `ranked` if it is not None."""
     model = nnx.merge(build_model(config)[0], state.params, state.batch_stats)
 
     def one_view(index):
-        return jax.nn.log_softmax(model(eval_crop(images, preprocessing, config.data, index)))
+        logits = model(eval_crop(images, preprocessing, config.data, index))
+        return jax.nn.log_softmax(logits if ranked is None else jnp.where(ranked[None], logits, -jnp.inf))
 
     scores = jax.lax.map(one_view, jnp.arange(views))
     return jax.nn.logsumexp(scores, 0) - jnp.log(views)
