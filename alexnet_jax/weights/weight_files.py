@@ -23,7 +23,7 @@ from alexnet_jax.weights.formats import FormatError, detect_format
 from alexnet_jax.weights.weight_layouts import Parameters
 
 # Presets that can load weights of torchvision, ONNX or Caffe.
-IMPORTABLE_PRESETS = ('torchvision', 'caffe', 'caffenet', 'paper', 'krizhevsky2012', 'half', 'owt')
+IMPORTABLE_PRESETS = ('torchvision', 'modern', 'caffe', 'caffenet', 'paper', 'krizhevsky2012', 'half', 'owt')
 BY_NET_NAME = {'AlexNet': 'caffe', 'CaffeNet': 'caffenet'}
 MEAN_RGB = (123.675, 116.28, 103.53)  # (0.485, 0.456, 0.406) of torchvision, in gray levels
 MEAN_FORMS = "--mean=FILE, Caffe's .binaryproto or a .npy (C, H, W) with channels BGR, or --mean=R,G,B"
