@@ -24,6 +24,9 @@ def get_config(preset: str = 'torchvision'):
     config.data.source = 'folder:pictures'
     config.data.data_dir = 'data'
     config.data.color = 'none'
+    config.data.crop_scale = None
+    config.data.random_erasing = 0.0
+    config.train.label_smoothing = config.train.mixup = config.train.cutmix = config.train.ema_decay = 0.0
     config.train.batch_size = 50
     config.train.epochs = 62.5
     config.train.steps = None
