@@ -24,7 +24,10 @@ LOADED_BY = {
         'augment',
         'convert.onnx_graph',
         'dry_run',
+        'evaluate.elsewhere',
+        'evaluate.own_data',
         'evaluate.predictions',
+        'evaluate.predictor',
         'figures.from_model',
         'inference.feature_index',
         'inference.forward',
@@ -49,6 +52,7 @@ LOADED_BY = {
         'training.input_pipeline',
         'training.metric_sum',
         'training.metrics_logger',
+        'training.mixing',
         'training.state',
         'training.train_step',
         'training.trainer',
@@ -56,7 +60,7 @@ LOADED_BY = {
     ),
     'grain': ('training.trainer',),
     'matplotlib': ('figures.from_*', 'plots.*', 'report.[!_]*'),
-    'tensorflow_datasets': ('dry_run', 'prepare.*'),
+    'tensorflow_datasets': ('dry_run', 'evaluate.elsewhere', 'evaluate.o*_data', 'evaluate.predictor', 'prepare.*'),
     'tensorflow': (),
 }
 IMPORT_ALL = """
