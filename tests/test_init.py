@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import types
 from pathlib import Path
 
 import caffe_files
@@ -35,7 +34,6 @@ from small_runs import make_run, open_dataset, small_config
 
 from alexnet_jax import parallel
 from alexnet_jax.config import preset_config, resolve
-from alexnet_jax.convert import importer
 from alexnet_jax.data import dataset
 from alexnet_jax.inference import trained_model
 from alexnet_jax.prepare.writer import PrepareConfig, prepare
@@ -51,7 +49,7 @@ from alexnet_jax.training.init_source import order_of_classes, with_settings_of_
 from alexnet_jax.training.initial_weights import init_state_from, read_initial_weights
 from alexnet_jax.training.state import init_state
 from alexnet_jax.weights import torch_file
-from alexnet_jax.weights.weight_files import NetworkWeights
+from alexnet_jax.weights.weight_files import NetworkWeights, read_weights
 
 FILE = Path(__file__).parent / 'fixtures' / 'torchvision_zip.pth'
 NAMES = ['ape', 'bee', 'cat', 'dog', 'eel']
@@ -98,8 +96,10 @@ def torchvision(pictures, source: str, workdir: Path, *flags: str, **fields):
 
 
 def convert(workdir: Path, class_names: Path | None = None) -> Path:
-    given = types.SimpleNamespace(preset=None, mean=None, class_names=class_names and str(class_names))
-    importer.import_file(str(FILE), str(workdir), given)
+    read = read_weights(str(FILE), class_names=class_names and str(class_names))
+    trained_model.import_weights_as_run(
+        str(workdir), read.config, read.params, read.batch_stats, read.statistics, read.class_names
+    )
     return workdir
 
 
