@@ -18,10 +18,11 @@ from alexnet_jax.config import default_config, resolve
 from alexnet_jax.lr_multipliers import frozen_names
 from alexnet_jax.optimizer import make_optimizer
 from alexnet_jax.runtime.checkpoint_ref import parse_checkpoint_ref
+from alexnet_jax.runtime.workdir import read_config
 from alexnet_jax.schedules import Schedule
 from alexnet_jax.training.checkpoint_reader import restore
 from alexnet_jax.training.eval_step import make_eval_step, make_layer_stats_fn
-from alexnet_jax.training.state import TrainState, init_state
+from alexnet_jax.training.state import TrainState, abstract_state, init_state
 from alexnet_jax.training.train_step import make_train_step
 from benchmarks.hlo import Program
 
@@ -185,15 +186,15 @@ def test_update(trust):
 
 
 NETWORK = {
-    'widths': (16, 32, 0, 0, 32, 64, 0),
+    'widths': (16, 32, 0, 0, 32, 64, 32),
     'conv_ops': ('activation lrn pool', 'activation pool', '', '', 'activation pool'),
 }
 
 
-def network_config(data=1, model=1, multipliers=(), **groups):
-    """Returns a `paper` with conv1, conv2, conv5, fc6 and fc8 in two towers."""
+def network_config(multipliers=(), shape=(1, 1), **groups):
+    """Returns a `paper` with conv1, conv2, conv5 and the dense layers in two towers."""
     optimizer = {'lr_multipliers': multipliers} | groups.pop('optimizer', {})
-    return small_config(data, model, {'model': NETWORK | groups.pop('model', {}), 'optimizer': optimizer} | groups)
+    return small_config(*shape, {'model': NETWORK | groups.pop('model', {}), 'optimizer': optimizer} | groups)
 
 
 def steps_of(settings, learning_rates, count=2):
@@ -265,25 +266,26 @@ def test_frozen_steps(whole, data, model, layout, fields, multipliers, frozen):
     """The other parameters are those of a whole step with a learning rate of 0, on one device; with LARS."""
     mesh = {'layout': layout} | fields.get('mesh', {})
     settings = network_config(
-        data, model, multipliers, optimizer={'trust_coefficient': 0.1}, **{'train': {}} | fields | {'mesh': mesh}
+        multipliers, (data, model), optimizer={'trust_coefficient': 0.1}, **{'train': {}} | fields | {'mesh': mesh}
     )
     before, after = steps_of(settings, rates(0.01))
     assert_frozen(before, after, frozen)
-    for ours, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(whole(frozen)), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6)
+    # Relative to the change: rounding of the sums over micro-batches changes the maximum of a few windows.
+    for start, ours, theirs in zip(*map(jax.tree.leaves, (before, after, whole(frozen))), strict=True):
+        assert np.linalg.norm(ours - theirs) <= 1e-2 * np.linalg.norm(theirs - start)
 
 
 @pytest.mark.slow
 def test_frozen_steps_in_bfloat16():
-    settings = network_config(multipliers=(('*/kernel', 0.0),), model={'dtype': 'bfloat16'})
+    settings = network_config((('*/kernel', 0.0),), model={'dtype': 'bfloat16'})
     before, after = steps_of(settings, rates(0.01), 1)
-    assert_frozen(before, after, [f'{layer}/kernel' for layer in ('conv1', 'conv2', 'conv5', 'fc6', 'fc8')])
+    assert_frozen(before, after, [f'{layer}/kernel' for layer in ('conv1', 'conv2', 'conv5', 'fc6', 'fc7', 'fc8')])
 
 
 @pytest.mark.slow
 def test_frozen_layers_have_no_gradient():
     """The compiled step has only the convolutions of the forward pass, and no gradient of the inputs of fc6."""
-    text = lowered_step(network_config(multipliers=TRUNK)).compile(FAST).as_text()
+    text = lowered_step(network_config(TRUNK)).compile(FAST).as_text()
     program = Program(text)
     fused = {each.name for fusion in program.instructions.values() for each in fusion.fused}
     found = Counter(program.part(name) for name in program.instructions.keys() - fused if program.flops(name))
@@ -294,8 +296,10 @@ def test_frozen_layers_have_no_gradient():
         ('conv5', 'forward'): 2,
         ('fc6', 'forward'): 1,
         ('fc6', 'backward'): 1,  # of the kernel
+        ('fc7', 'forward'): 1,
+        ('fc7', 'backward'): 2,  # of the kernel and of the inputs
         ('fc8', 'forward'): 1,
-        ('fc8', 'backward'): 2,  # of the kernel and of the inputs
+        ('fc8', 'backward'): 2,
     }
 
 
@@ -321,19 +325,22 @@ def test_frozen_layers_send_nothing():
     exchanged = {key: sent for key, sent in by_layer.items() if key[0] not in ('gradients', 'metrics')}
     assert exchanged == {key: images * 4 * numbers / 2 for key, numbers in expected.items()}
     assert 1 <= report['wire_bytes_per_device'] / report['analytic_minimum_bytes'] < 1.0001
-    # Multiply-adds: all layers forward, three dense kernels, and the inputs of fc7 and fc8.
+    # Multiply-adds of two images: all layers forward, three dense kernels, and the inputs of fc7 and fc8.
     dense = 9216 * 4096 + 4096 * 4096 + 4096 * 1000
-    assert report['flops_per_device'] == 2 * (report['multiply_adds'] + dense + dense - 9216 * 4096)
+    assert report['flops_per_device'] == 2 * 2 * (report['multiply_adds'] + dense + dense - 9216 * 4096)
     assert report['compiler_flops_per_device'] == pytest.approx(report['flops_per_device'], rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    'multipliers',
-    [(('*', 0.0), ('fc8', 1.0)), (('*', 0.0), ('fc6/bias', 1.0)), (('conv1', 0.0), ('fc*/kernel', 0.0))],
+    ('layout', 'multipliers'),
+    [
+        ('towers', (('conv1', 0.0), ('fc*/kernel', 0.0))),
+        ('hybrid', (('*', 0.0), ('fc8', 1.0))),
+        ('hybrid', (('*', 0.0), ('fc6/bias', 1.0))),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize('layout', ['towers', 'hybrid'])
-@pytest.mark.slow
 def test_minimum_of_the_communication_is_reached(layout, multipliers):
     settings = default_config()
     settings.mesh.update({'layout': layout, 'shard_optimizer': True})
@@ -360,7 +367,7 @@ def test_batch_norm_of_frozen_layers_uses_running_statistics():
     losses, stats = {}, {}
     for multipliers in (TRUNK, (('conv*/kernel', 0.0),)):
         settings = network_config(
-            multipliers=multipliers,
+            multipliers,
             model=NORMED | {'dropout': 0.0},
             data=fixed,
             train={'batch_size': 24, 'grad_accum_steps': 3},  # the mean of three equal numbers may differ from them
@@ -386,7 +393,7 @@ def test_batch_norm_of_frozen_layers_uses_running_statistics():
 @pytest.mark.slow
 def test_last_update_of_a_frozen_parameter_is_zero():
     """Although its velocity is that of the time before it was frozen."""
-    settings = network_config(multipliers=MIDDLE)
+    settings = network_config(MIDDLE)
     mesh = parallel.make_mesh(settings)
     state = init_state(settings, mesh)
     velocities = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e-3), state.opt_state)
@@ -397,7 +404,7 @@ def test_last_update_of_a_frozen_parameter_is_zero():
         f'{layer}/{kind}': row[1 + 2 * i] for layer, row in stats.items() for i, kind in enumerate(('kernel', 'bias'))
     }
     assert {name for name, update in updates.items() if update == 0} == set(MIDDLE_NAMES)
-    assert [update for update in updates.values() if update] == pytest.approx([1e-3] * 6)
+    assert [update for update in updates.values() if update] == pytest.approx([1e-3] * 8, rel=1e-4)
 
 
 def train_with(data_dir, workdir, steps, multipliers):
@@ -407,8 +414,9 @@ def train_with(data_dir, workdir, steps, multipliers):
 
 
 def params_of(workdir, step):
-    state = restore(parse_checkpoint_ref(f'{workdir}@{step}'), None).state
-    return names_of(jax.device_get(state['params'] if isinstance(state, dict) else state.params))
+    config = read_config(str(workdir))
+    ref = parse_checkpoint_ref(f'{workdir}/checkpoints/{step}')
+    return names_of(jax.device_get(restore(ref, abstract_state(config, parallel.make_mesh(config))).state.params))
 
 
 @pytest.mark.slow
