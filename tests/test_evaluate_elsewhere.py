@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import picture_sets
 import pytest
 import tensorflow_datasets as tfds
 from flax import nnx
@@ -491,6 +492,34 @@ def test_forms_of_folders(tmp_path):
             open_other_data(request(f'folder:{folder}'), 'RUN', CLASSES)
 
 
+@pytest.mark.parametrize('kind', ['hf', 'wds', 'idx'])
+def test_other_forms_with_only_validation_images(tmp_path, kind):
+    expected = picture_sets.pictures('val')
+    names: tuple[str, ...] = picture_sets.CLASSES if kind == 'hf' else ('0', '1', '2', '3', '4')
+    if kind == 'hf':
+        picture_sets.write_tables(tmp_path, {'val': expected})
+    elif kind == 'wds':
+        picture_sets.write_tars(tmp_path / 'tars')
+        for file in tmp_path.rglob('*train*.tar'):
+            file.unlink()
+    else:
+        generator = np.random.default_rng(0)
+        pixels, labels = generator.integers(0, 256, (40, 28, 28), np.uint8), generator.integers(0, 5, 40, np.uint8)
+        for what, array in (('images-idx3', pixels), ('labels-idx1', labels)):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, '>u4').tobytes()
+            (tmp_path / f't10k-{what}-ubyte').write_bytes(header + array.tobytes())
+    data = open_other_data(request(f'{kind}:{tmp_path}'), 'RUN', names[::-1])
+    assert data.split == {'idx': 't10k'}.get(kind, data.split)
+    found = [data.examples[index][0] for index in data.indices.tolist()]
+    if kind == 'idx':
+        np.testing.assert_array_equal(found, pixels)
+        assert data.labels.tolist() == (4 - labels).tolist()
+    else:
+        label_of = {picture.content: 4 - picture.label for picture in expected}
+        assert sorted(found) == sorted(label_of)
+        assert data.labels.tolist() == [label_of[content] for content in found]
+
+
 # Unusable images, and folders that cannot be written.
 
 
@@ -621,7 +650,7 @@ def test_mean_corruption_errors_equal_hand_numbers():
 
 
 @pytest.mark.slow
-def test_killed_evaluation_of_corruptions_resumes(run, network, tmp_path):
+def test_killed_evaluation_of_corruptions_resumes(run, network, tmp_path, capfd):
     root = tmp_path / 'C'
     for number, name in enumerate(corruptions.ALEXNET_ERRORS):
         group = 'noise' if name.endswith('noise') else '.'  # the downloads are grouped
@@ -660,6 +689,12 @@ def test_killed_evaluation_of_corruptions_resumes(run, network, tmp_path):
     assert report['mce'] == pytest.approx(np.mean(ces))
     assert 0.2 < report['mce'] < 1.2
     assert report['relative_mce'] is not None
+    # A result for other weights or other images is not used again.
+    for name, field in (('fog_1.json', 'digest'), ('fog_2.json', 'data_digest')):
+        (results / name).write_text(json.dumps(read_json(results / name) | {field: 'x', 'top1_error': 0.5}))
+    ref, again = parse_checkpoint_ref(str(run)), request('photos')
+    assert elsewhere.evaluate_corruptions(ref, again, str(root), 1, 0.25)['corruptions'] == report['corruptions']
+    assert '74 of the 76 sets were evaluated by an earlier command' in capfd.readouterr().err
     text = evaluations.evaluation_lines(str(run))
     assert any(f'mCE {100 * report["mce"]:.2f} %' in line for line in text)
 

@@ -57,7 +57,7 @@ def find_sets(place: str, data_dir: str) -> dict[Set, str]:
         root = os.path.abspath(os.path.expanduser(place))
         if not os.path.isdir(root):
             raise ConfigError(f'--corruptions: {root} is not a folder; it must contain CORRUPTION/SEVERITY/CLASS')
-        places = [root, *sorted(entry.path for entry in os.scandir(root) if entry.is_dir())]
+        places = [root, *(os.path.join(root, name) for name in sorted(os.listdir(root)))]
         found = {}
         for name, level in names:
             folders = [path for place in places if _has_folders(path := os.path.join(place, name, str(level)))]
@@ -72,7 +72,7 @@ def find_sets(place: str, data_dir: str) -> dict[Set, str]:
 
 
 def _has_folders(path: str) -> bool:
-    return os.path.isdir(path) and any(entry.is_dir() for entry in os.scandir(path))
+    return os.path.isdir(path) and any(os.path.isdir(os.path.join(path, name)) for name in os.listdir(path))
 
 
 def summarize_corruptions(errors: Mapping[Set, float], clean_error: float | None) -> JsonObject:

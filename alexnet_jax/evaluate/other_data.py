@@ -182,7 +182,7 @@ def _own_labels(examples: Examples) -> tuple[Integer[np.ndarray, ' n'], list[Unr
     """Returns the labels of the examples, which may have to be read, and the name and problem of unreadable ones."""
     known = labels_of(examples)
     if known is not None:
-        return np.asarray(known), []
+        return np.asarray(known, np.int64), []  # the labels of IDX files are unsigned
     labels, unreadable = np.full(len(examples), -1, np.int32), []
     progress = ProgressBar('read the labels', len(examples), 'images')
     for index in range(len(examples)):

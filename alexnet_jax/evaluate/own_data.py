@@ -3,7 +3,8 @@
 import os
 from collections.abc import Sequence
 
-from alexnet_jax.config import ConfigError
+from alexnet_jax.config import ConfigError, check_num_classes
+from alexnet_jax.data.manifest import load_manifest
 from alexnet_jax.data.open_or_prepare import find_prepared
 from alexnet_jax.prepare.raw_sources import SourceError
 from alexnet_jax.prepare.writer import PrepareConfig, preview
@@ -21,8 +22,6 @@ def check_own_data(refs: Sequence[CheckpointRef], data_dir: str | None, prepared
         return
     config = with_data_folders(refs[0].config, data_dir, prepared_dir)
     data = config.data
-    if find_prepared(data, data.data_dir, data.prepared_dir) is not None:
-        return
     settings = PrepareConfig(
         source=data.source,
         image_size=data.image_size,
@@ -34,7 +33,11 @@ def check_own_data(refs: Sequence[CheckpointRef], data_dir: str | None, prepared
         num_classes=config.model.num_classes,
     )
     try:
-        preview(settings, data.data_dir, data.prepared_dir)
+        directory = find_prepared(data, data.data_dir, data.prepared_dir)
+        if directory is None:
+            preview(settings, data.data_dir, data.prepared_dir)
+        else:
+            check_num_classes(config.model.num_classes, directory, load_manifest(directory).class_names)
     except (SourceError, ConfigError) as error:
         is_folder = data_dir is not None and os.path.isdir(os.path.expanduser(data_dir))
         example = f'folder:{data_dir}' if is_folder else 'folder:DIR'
