@@ -11,6 +11,7 @@ compiler allocates for one step, besides the state and the batch.
 """
 
 import contextlib
+import importlib.metadata
 import os
 import statistics
 import sys
@@ -29,8 +30,8 @@ CASES: dict[str, tuple[tuple[str, float], ...]] = {
 }
 
 
-def start(case: str, batch_size: int, flags: list[str]) -> tuple[int, Callable[[None], float]]:
-    """Runs in a worker. Returns the bytes that the compiler allocates for a step, and a function that times a step."""
+def start(case: str, batch_size: int, flags: list[str]) -> tuple[dict[str, Any], Callable[[None], float]]:
+    """Runs in a worker. Returns jax's version and the temporary bytes of a step, and a function that times a step."""
     from alexnet_jax.runtime import backend
     from benchmarks.project import Project, paper_config
 
@@ -47,7 +48,7 @@ def start(case: str, batch_size: int, flags: list[str]) -> tuple[int, Callable[[
         project.train()
         return time.perf_counter() - begin
 
-    return temporary, respond
+    return {'jax': importlib.metadata.version('jax'), 'temporary': temporary}, respond
 
 
 def report(result: dict[str, Any]) -> str:
@@ -81,9 +82,10 @@ def main() -> None:
             'seconds': median,
             'ratio': median / statistics.median(full),
             'ratio_of_minima': min(seconds) / min(full),
-            'temporary': worker.about,
+            'temporary': worker.about['temporary'],
         }
     result = {'cases': cases, 'batch_size': arguments.batch_size, 'rounds': arguments.rounds, 'config': flags}
+    result['versions'] = {'jax': workers[0].about['jax']}
     return runner.print_result(result, report, arguments.json)
 
 

@@ -301,6 +301,9 @@ def test_frozen_layers_have_no_gradient():
         ('fc8', 'forward'): 1,
         ('fc8', 'backward'): 2,
     }
+    # Images are augmented once, as for the gradient of conv1.
+    written = [each.tensors[0][1] for each in program.instructions.values() if each.opcode == 'reduce-window']
+    assert (1, 16, 64, 64, 3) in written
 
 
 # Numbers in the parameters of fc6, fc7 and fc8 of `paper`, with two shards on the axis `model` half of them.
