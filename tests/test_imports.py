@@ -24,7 +24,10 @@ LOADED_BY = {
         'augment',
         'convert.onnx_graph',
         'dry_run',
+        'evaluate.elsewhere',
+        'evaluate.own_data',
         'evaluate.predictions',
+        'evaluate.predictor',
         'figures.from_model',
         'inference.feature_index',
         'inference.trained_model',
@@ -53,7 +56,14 @@ LOADED_BY = {
     ),
     'grain': ('training.trainer',),
     'matplotlib': ('figures.from_*', 'plots.*', 'report.[!_]*'),
-    'tensorflow_datasets': ('dry_run', 'prepare.*'),
+    'tensorflow_datasets': (
+        'dry_run',
+        'evaluate.elsewhere',
+        'evaluate.other_data',
+        'evaluate.own_data',
+        'evaluate.predictor',
+        'prepare.*',
+    ),
     'tensorflow': (),
 }
 IMPORT_ALL = """

@@ -18,7 +18,7 @@ from alexnet_jax.evaluate.right_labels import RightLabels, read_right_labels
 from alexnet_jax.paths import shown
 from alexnet_jax.prepare.classes import labels_of
 from alexnet_jax.prepare.image_files import shortened
-from alexnet_jax.prepare.raw_sources import Examples, RawExample, SourceError
+from alexnet_jax.prepare.raw_sources import Examples, RawExample, Source, SourceError
 from alexnet_jax.prepare.sources import open_split
 from alexnet_jax.runtime.console import ProgressBar, log
 from alexnet_jax.runtime.files import JsonObject
@@ -106,24 +106,25 @@ def open_other_data(request: Request, run: str, run_names: Sequence[str], is_log
     Raises:
       SourceError: the source cannot be read, see sources.open_split(); the message names --source.
       ConfigError: the classes cannot be matched, or the file of right labels is unusable.
-      DatasetError: no image counts.
+      DatasetError: no image can be read.
     """
-    try:
-        opened = open_split(request.source, request.data_dir, request.split, labeled=request.real_labels is None)
-    except SourceError as error:
-        raise SourceError(str(error).replace('config.data.source: ', '--source: ')) from None
+    opened = _open(request)
     ((split, examples),) = opened.splits.items()
     described = request.source if split == 'all' else f'{request.source}, {split}'
     lines = [
-        f'{described}: {len(examples):,} images of {len(opened.class_names):,} classes from {opened.origins[split]}'
+        f'{described}: {len(examples):,} images of {len(opened.class_names):,} classes from {opened.origins[split]}',
+        *opened.notes,
     ]
-    lines += opened.notes
     own, unreadable = _own_labels(examples)
-    options = (request.class_file, request.class_numbers)
+    if len(unreadable) == len(own):
+        raise DatasetError(f'{described}: no image can be read; {_described_unreadable(unreadable)}')
     right = None
     if request.real_labels is not None:
+        unreadable = []  # read_images() finds them
         image_names = [examples.name(index) for index in range(len(examples))]
-        right = read_right_labels(request.real_labels, image_names, run_names, run, *options)
+        right = read_right_labels(
+            request.real_labels, image_names, run_names, run, request.class_file, request.class_numbers
+        )
     labels, others = np.full(len(own), -1, np.int32), list[str]()
     try:
         labels, others, line = _labels_of_run(own, opened.class_names, run_names, request, run)
@@ -132,8 +133,6 @@ def open_other_data(request: Request, run: str, run_names: Sequence[str], is_log
         if right is None:
             raise
     counts = labels >= 0 if right is None else right.any(-1)
-    if not counts.any():
-        raise DatasetError(f'{described}: no image counts; {_described_unreadable(unreadable)}')
     ranked = np.isin(np.arange(len(run_names)), labels[counts])
     if right is not None:
         left_out: JsonObject = {'without_right_label': int(np.sum(~counts))}
@@ -157,6 +156,14 @@ def open_other_data(request: Request, run: str, run_names: Sequence[str], is_log
         ranked,
         left_out | {'unreadable': unreadable},
     )
+
+
+def _open(request: Request) -> Source:
+    """Opens the split. Raises SourceError: see sources.open_split()."""
+    try:
+        return open_split(request.source, request.data_dir, request.split, labeled=request.real_labels is None)
+    except SourceError as error:
+        raise SourceError(str(error).replace('config.data.source: ', '--source: ')) from None
 
 
 def _labels_of_run(
