@@ -19,6 +19,7 @@ from jax import numpy as jnp
 from jax import random
 from PIL import Image
 
+from alexnet_jax import metrics
 from alexnet_jax.config import apply_overrides, resolve
 from alexnet_jax.data.split_reader import DatasetError
 from alexnet_jax.evaluate import corruptions, elsewhere, other_data, own_data, right_labels, stored
@@ -293,6 +294,14 @@ def test_any_of_several_right_labels_counts(run, network, tmp_path, form):
     assert (report['images'], report['left_out']['without_right_label']) == (8, 2)
     first = counted(probabilities(network, paths, 1, ALL), [right[i][0] for i in kept])
     assert first[1] > expected[1]  # the further labels matter
+
+
+def test_right_labels_that_tie_are_right():
+    scores = np.log(np.array([[0.4, 0.4, 0.2], [0.3, 0.2, 0.5], [np.nan, 0.4, 0.3]], np.float32))
+    right = np.array([[True, True, False], [True, True, False], [True, True, False]])
+    found, labels = metrics.with_best_label(scores, np.array([0, 0, 0]), right)
+    assert labels.tolist() == [0, 0, 1]
+    assert metrics.errors(found, labels)[0].tolist() == [False, True, False]
 
 
 def test_numbers_of_real_labels_are_those_of_the_sorted_wordnet_ids(tmp_path):

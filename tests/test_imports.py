@@ -60,7 +60,14 @@ LOADED_BY = {
     ),
     'grain': ('training.trainer',),
     'matplotlib': ('figures.from_*', 'plots.*', 'report.[!_]*'),
-    'tensorflow_datasets': ('dry_run', 'evaluate.elsewhere', 'evaluate.o*_data', 'evaluate.predictor', 'prepare.*'),
+    'tensorflow_datasets': (
+        'dry_run',
+        'evaluate.elsewhere',
+        'evaluate.other_data',
+        'evaluate.own_data',
+        'evaluate.predictor',
+        'prepare.*',
+    ),
     'tensorflow': (),
 }
 IMPORT_ALL = """

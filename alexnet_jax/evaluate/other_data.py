@@ -18,7 +18,7 @@ from alexnet_jax.evaluate.right_labels import RightLabels, read_right_labels
 from alexnet_jax.paths import shown
 from alexnet_jax.prepare.classes import labels_of
 from alexnet_jax.prepare.image_files import shortened
-from alexnet_jax.prepare.raw_sources import Examples, RawExample, SourceError
+from alexnet_jax.prepare.raw_sources import Examples, RawExample, Source, SourceError
 from alexnet_jax.prepare.sources import open_split
 from alexnet_jax.runtime.console import ProgressBar, log
 from alexnet_jax.runtime.files import JsonObject
@@ -106,24 +106,21 @@ def open_other_data(request: Request, run: str, run_names: Sequence[str], is_log
     Raises:
       SourceError: the source cannot be read, see sources.open_split(); the message names --source.
       ConfigError: the classes cannot be matched, or the file of right labels is unusable.
-      DatasetError: no image counts.
+      DatasetError: no image can be read.
     """
-    try:
-        opened = open_split(request.source, request.data_dir, request.split, labeled=request.real_labels is None)
-    except SourceError as error:
-        raise SourceError(str(error).replace('config.data.source: ', '--source: ')) from None
+    opened = _open(request)
     ((split, examples),) = opened.splits.items()
     described = request.source if split == 'all' else f'{request.source}, {split}'
     lines = [
-        f'{described}: {len(examples):,} images of {len(opened.class_names):,} classes from {opened.origins[split]}'
+        f'{described}: {len(examples):,} images of {len(opened.class_names):,} classes from {opened.origins[split]}',
+        *opened.notes,
     ]
-    lines += opened.notes
     own, unreadable = _own_labels(examples)
-    options = (request.class_file, request.class_numbers)
-    right = None
-    if request.real_labels is not None:
-        image_names = [examples.name(index) for index in range(len(examples))]
-        right = read_right_labels(request.real_labels, image_names, run_names, run, *options)
+    if len(unreadable) == len(own):
+        raise DatasetError(f'{described}: no image can be read; {_described_unreadable(unreadable)}')
+    right = _right_labels(request, examples, run, run_names)
+    if right is not None:
+        unreadable = []  # read_images() finds them
     labels, others = np.full(len(own), -1, np.int32), list[str]()
     try:
         labels, others, line = _labels_of_run(own, opened.class_names, run_names, request, run)
@@ -132,17 +129,13 @@ def open_other_data(request: Request, run: str, run_names: Sequence[str], is_log
         if right is None:
             raise
     counts = labels >= 0 if right is None else right.any(-1)
-    if not counts.any():
-        raise DatasetError(f'{described}: no image counts; {_described_unreadable(unreadable)}')
-    ranked = np.isin(np.arange(len(run_names)), labels[counts])
-    if right is not None:
-        left_out: JsonObject = {'without_right_label': int(np.sum(~counts))}
-        ranked |= right[counts].any(0)
-        labels, right = right.argmax(-1).astype(np.int32), right[counts]
+    ranked = np.isin(np.arange(len(run_names)), labels[counts]) | request.all_classes
+    if right is None:
+        left_out: JsonObject = {'of_other_classes': int(np.sum(~counts)) - len(unreadable), 'other_classes': others}
     else:
-        left_out = {'of_other_classes': int(np.sum(~counts)) - len(unreadable), 'other_classes': others}
-    if request.all_classes:
-        ranked[:] = True
+        left_out = {'without_right_label': int(np.sum(~counts))}
+        ranked |= right.any(0)
+        labels, right = right.argmax(-1).astype(np.int32), right[counts]
     for line in [*lines, *_describe_choice(run, ranked, left_out, request)] if is_logged else ():
         log(line)
     return OtherData(
@@ -157,6 +150,22 @@ def open_other_data(request: Request, run: str, run_names: Sequence[str], is_log
         ranked,
         left_out | {'unreadable': unreadable},
     )
+
+
+def _open(request: Request) -> Source:
+    """Opens the split. Raises SourceError: see sources.open_split()."""
+    try:
+        return open_split(request.source, request.data_dir, request.split, labeled=request.real_labels is None)
+    except SourceError as error:
+        raise SourceError(str(error).replace('config.data.source: ', '--source: ')) from None
+
+
+def _right_labels(request: Request, examples: Examples, run: str, run_names: Sequence[str]) -> RightLabels | None:
+    """Returns the right labels of all examples, or None without --real_labels. Raises ConfigError."""
+    if request.real_labels is None:
+        return None
+    names = [examples.name(index) for index in range(len(examples))]
+    return read_right_labels(request.real_labels, names, run_names, run, request.class_file, request.class_numbers)
 
 
 def _labels_of_run(
