@@ -93,6 +93,9 @@ def test_pictures_as_arrays_files_and_images_are_the_same(new, tmp_path):
     gray = photographs.camera()
     np.testing.assert_array_equal(new.images([gray, gray[..., None]]), new.images([np.stack([gray] * 3, -1)] * 2))
     np.testing.assert_array_equal(new.images(np.stack([cat, cat[::-1]])), new.images([cat, cat[::-1]]))
+    np.testing.assert_array_equal(new.images(jax.numpy.asarray(cat)), expected[None])
+    for pictures in ([tmp_path / 'cat.png', gray], jax.numpy.asarray(new.images([cat, gray]))):
+        np.testing.assert_array_equal(new.logits(pictures), new.logits(new.images([cat, gray])))
     mean = np.array([123.675, 116.28, 103.53])
     inputs = (expected[16:240, 16:240] - mean) / np.array([58.395, 57.12, 57.375])
     np.testing.assert_allclose(new.preprocess(cat)[0], inputs, atol=1e-5)
@@ -114,12 +117,23 @@ def test_activations_of_several_layers_equal_those_of_one(network, caplog):
         one = np.stack(list(network.predict_batches(step, images, 24)))
         np.testing.assert_allclose(values, one, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(values, by_module[layer], rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(outputs['fc8'], network.logits(images))
+    np.testing.assert_allclose(outputs['fc8'], network.logits(images), rtol=1e-5, atol=1e-6)
+    assert list(network.activations(images[:1], iter(['fc7', 'conv5', 'fc7']))) == ['fc7', 'conv5']
     with caplog.at_level('WARNING'), jax.log_compiles():
         for count in (1, 5, 8, 19):
             again = network.activations(images[:count], ['conv5', 'fc7', 'fc8'])
             np.testing.assert_allclose(again['fc7'], outputs['fc7'][:count], rtol=1e-5, atol=1e-5)
     assert not [each.message for each in caplog.records if 'activation_step' in each.message]
+
+
+def test_integers_of_numpy_are_numbers(new):
+    with pytest.raises(ValueError, match='views: True'):
+        new.predict(CAT, views=True)
+    assert new.predict(CAT, views=np.int64(1), top=np.uint8(2)) == new.predict(CAT, views=1, top=2)
+    made = alexnet_jax.create('torchvision', num_classes=np.int64(3), seed=np.int32(0), settings=SMALL)
+    assert (made.digest, made.class_names) == (new.digest, ['class 0', 'class 1', 'class 2'])
+    assert made != new
+    assert {made: 1, new: 2}[new] == 2
 
 
 @pytest.mark.parametrize('kind', [str, Path])
@@ -241,22 +255,35 @@ CAT = photographs.chelsea()
         (lambda net: net.predict(None), 'pictures: NoneType is not a picture; give a path'),
         (lambda net: net.predict(CAT, views=5), 'views: 5 is neither 1 nor 10'),
         (lambda net: net.predict(CAT, top=0), 'top: 0 is not a number of classes from 1'),
+        (lambda net: net.predict(CAT, views=True), 'views: True is neither 1 nor 10'),
+        (lambda net: net.predict(CAT, top=True), 'top: True is not a number of classes from 1'),
         (
-            lambda net: net.logits(CAT),
-            r'images: the shape is \(300, 451, 3\); give uint8 \(N, 256, 256, 3\), .*images\(\)',
-        ),
-        (lambda net: net.logits(np.zeros((1, 256, 256, 3))), r'images: the dtype is float64; give uint8'),
-        (lambda net: net.logits([CAT]), 'images: list is not a NumPy array; give uint8'),
-        (lambda net: net.logits(net.images(CAT)[:0]), 'images: there are none'),
+            lambda net: net.predict(['none.jpg', CAT / 255]),
+            'picture 1: the dtype is float64',
+        ),  # before none.jpg is read
+        (lambda net: net.predict('a\0b'), r"picture 0: 'a\\x00b' is not a path"),
+        (lambda net: net.predict(CAT[None, None]), r'picture 0: the shape is \(1, 300, 451, 3\)'),
+        (lambda net: net.logits(np.zeros((1, 256, 256, 3))), r'picture 0: the dtype is float64; give uint8'),
+        (lambda net: net.logits(net.images(CAT)[:0]), 'pictures: the list is empty'),
+        (lambda net: net.logits(np.moveaxis(net.images(CAT), -1, 1)), r'picture 0: the shape is \(3, 256, 256\); give'),
         (lambda net: net.activations(net.images(CAT), 'fc9'), "layers: 'fc9' is not a layer .*conv1, conv5, fc7, fc8"),
         (lambda net: net.activations(net.images(CAT), ['conv1', 3]), 'layers: 3 is not a layer'),
         (lambda net: net.activations(net.images(CAT), []), r'layers: \[\]: give at least one of conv1'),
+        (lambda net: net.activations(net.images(CAT), None), 'layers: None is not a layer'),
         (lambda net: alexnet_jax.create('cafe'), "'cafe' is not one of .*; the nearest is 'caffe'"),
+        (lambda net: alexnet_jax.create(None), "'None' is not one of paper, "),
+        (
+            lambda net: alexnet_jax.create('paper', settings=[('model.lrn', False)]),
+            'settings: .* is not a dict by name',
+        ),
+        (lambda net: alexnet_jax.create('paper', settings={3: 4}), 'settings: {3: 4} is not a dict by name'),
+        (lambda net: alexnet_jax.create('paper', settings={'model.preset': 'caffe'}), r"settings: 'model\.preset'"),
         (lambda net: alexnet_jax.create('paper', num_classes=1), 'config.model.num_classes: 1'),
         (lambda net: alexnet_jax.create('paper', num_classes='auto'), 'num_classes: a new network has no data'),
         (lambda net: alexnet_jax.create('paper', seed=-1), 'config.seed: -1'),
         (lambda net: alexnet_jax.create('paper', settings={'model.width': 3}), 'the nearest is config.model.widths'),
         (lambda net: alexnet_jax.load('no/run'), 'no/run: there is no such file or folder; name a file of weights'),
+        (lambda net: alexnet_jax.load('no\nrun'), r"'no\\nrun': there is no such file or folder"),
         (lambda net: alexnet_jax.load(3), 'source: int is not a path'),
         (lambda net: alexnet_jax.load(''), 'source: the path is empty'),
         (lambda net: alexnet_jax.load('https://a.b/c.pth'), 'https://a.b/c.pth: URLs are not read; download the file'),
@@ -270,6 +297,12 @@ CAT = photographs.chelsea()
             'mean=1.0,2.0: must be three numbers',
         ),
         (lambda net: alexnet_jax.load(FIXTURES / 'torchvision_zip.pth', mean=3), 'mean: 3 is neither a file nor'),
+        (
+            lambda net: alexnet_jax.load(FIXTURES / 'torchvision_zip.pth', mean=CAT),
+            r'mean: array\(.* is neither a file',
+        ),
+        (lambda net: alexnet_jax.load(FIXTURES / 'torchvision_zip.pth', class_names=5), 'class_names: 5 is neither'),
+        (lambda net: alexnet_jax.load(FIXTURES / 'torchvision_zip.pth', crop_size=9), 'ONNX file; omit the argument'),
         (lambda net: alexnet_jax.load(FIXTURES / 'torchvision_zip.pth', preset='caffe'), '^mean is missing'),
         (
             lambda net: alexnet_jax.load(FIXTURES / 'torchvision_zip.pth', preset='cafe'),
@@ -296,6 +329,7 @@ def test_unreadable_pictures_are_named(new, tmp_path):
         ([str(tmp_path / 'none.jpg')], r'none\.jpg: No such file or directory'),
         ([CAT, Image.new('F', (30, 30))], 'picture 1: 32 bits per pixel'),
         (Image.new('RGB', (0, 3)), 'picture 0: it has no pixels'),
+        ('https://a.b/cat.jpg', 'https://a.b/cat.jpg: a URL, which is not read; download the picture'),
     ]:
         with pytest.raises(UnreadableImage, match=message):
             new.predict(pictures)
@@ -339,7 +373,7 @@ network = load('runs/quickstart')
 reveal_type(network)
 reveal_type(network.predict('cat.jpg'))
 reveal_type(network.predict(['cat.jpg'])[0][0]['probability'])
-reveal_type(network.activations(network.images('cat.jpg'))['fc7'])
+reveal_type(network.activations('cat.jpg')['fc7'])
 reveal_type(alexnet_jax.create('paper').step)
 alexnet_jax.laod
 create(3)

@@ -5,13 +5,14 @@ import difflib
 import importlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import numpy as np
 
 from alexnet_jax.config import (
     UNKNOWN,
+    Config,
     ConfigError,
     apply_overrides,
     check_choice,
@@ -19,8 +20,9 @@ from alexnet_jax.config import (
     preset_config,
     resolve,
 )
+from alexnet_jax.inference.forward import as_integer
 from alexnet_jax.inference.trained_model import TrainedModel, load_model, place_weights, with_mesh
-from alexnet_jax.paths import is_url
+from alexnet_jax.paths import is_url, shown
 from alexnet_jax.runtime.checkpoint_ref import CHECKPOINT_HELP
 from alexnet_jax.runtime.console import log, summarize_exception
 from alexnet_jax.training.checkpointing import state_digest
@@ -34,7 +36,6 @@ from alexnet_jax.weights.weight_files import (
     read_weights,
     statistics_from_mean,
 )
-from alexnet_jax.weights.weight_files import class_names as default_class_names
 
 HUB = 'hf://'  # before the name ORG/NAME of a repository of the Hugging Face Hub
 
@@ -104,6 +105,8 @@ def _read_file(
         near = difflib.get_close_matches(str(preset), IMPORTABLE_PRESETS, 1, 0.0)[0]
         every = ', '.join(IMPORTABLE_PRESETS)
         raise ConfigError(f'preset: {preset!r} is not one of {every}; the nearest is {near!r}')
+    if not isinstance(class_names, Iterable | os.PathLike | None):
+        raise ConfigError(f'class_names: {class_names!r} is neither a list of names nor a file; give a name per class')
     is_list = class_names is not None and not isinstance(class_names, str | os.PathLike)
     names_file = None if class_names is None or is_list else os.fspath(cast(str, class_names))
     try:
@@ -111,7 +114,8 @@ def _read_file(
     except FormatError as error:
         raise FormatError(f'{name}: {error}') from None
     except ConfigError as error:  # names the flags of `alexnet convert`
-        raise ConfigError(re.sub(r'--(preset|mean|class_names|crop_size)\b', r'\1', str(error))) from None
+        text = re.sub(r'--(preset|mean|class_names|crop_size)\b', r'\1', str(error))
+        raise ConfigError(text.replace('omit the flag', 'omit the argument')) from None
     if not is_list:
         return weights
     names = list(cast(Sequence[str], class_names))
@@ -125,9 +129,13 @@ def _load_run(name: str, given: list[str]) -> TrainedModel:
     """Returns the network of the run or checkpoint `name`; `given` are the arguments for files that the caller gave."""
     path = os.path.expanduser(name)
     if not os.path.exists(path) and os.path.basename(path) != 'best':
-        raise ConfigError(f'{name}: there is no such file or folder; name a file of weights, or {CHECKPOINT_HELP}')
+        raise ConfigError(
+            f'{shown(name)}: there is no such file or folder; name a file of weights, or {CHECKPOINT_HELP}'
+        )
     if given:
-        raise ConfigError(f'{given[0]}: has no effect for {name}, which is not a file of weights; omit the argument')
+        raise ConfigError(
+            f'{given[0]}: has no effect for {shown(name)}, which is not a file of weights; omit the argument'
+        )
     return load_model(path)
 
 
@@ -143,9 +151,9 @@ def _local_path(source: str | os.PathLike[str]) -> str:
         return name
     repository = name.removeprefix(HUB)
     if not name.startswith(HUB):
-        raise ConfigError(f'{name}: URLs are not read; download the file and give its path, or hf://ORG/NAME')
+        raise ConfigError(f'{shown(name)}: URLs are not read; download the file and give its path, or hf://ORG/NAME')
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', repository):
-        raise ConfigError(f'{name}: is not of the form hf://ORG/NAME; write for example hf://org/alexnet')
+        raise ConfigError(f'{shown(name)}: is not of the form hf://ORG/NAME; write for example hf://org/alexnet')
     try:
         hub = importlib.import_module('huggingface_hub')
     except ImportError:
@@ -169,7 +177,8 @@ def _mean_text(mean: str | os.PathLike[str] | Sequence[float] | None) -> str | N
     try:
         return ','.join(repr(float(number)) for number in mean)
     except (TypeError, ValueError):
-        raise ConfigError(f'mean: {mean!r} is neither a file nor three numbers; give (R, G, B) or a path') from None
+        what = ' '.join(repr(mean).split())[:80]
+        raise ConfigError(f'mean: {what} is neither a file nor three numbers; give (R, G, B) or a path') from None
 
 
 def create(
@@ -182,8 +191,7 @@ def create(
     """Returns a new network with random weights: those of a new run with the same preset, settings and seed.
 
     There are no statistics of training images, so the mean is that of torchvision for ImageNet: 123.675, 116.28, 103.53
-    for R, G and B, and their mean for networks of one channel. The class names are those that load() gives a file
-    without names.
+    for R, G and B, and their mean for networks of one channel. The class names are 'class 0', 'class 1', ...
 
     Args:
       preset: a key of PRESETS.
@@ -204,14 +212,7 @@ def create(
     Traceback (most recent call last):
     alexnet_jax.config_schema.ConfigError: config.model.preset: 'cafe' is not one of ...; the nearest is 'caffe'
     """
-    check_choice('model.preset', preset)
-    editable = preset_config(preset)
-    values = {'seed': seed, **(settings or {})}
-    apply_overrides(editable, values if num_classes is None else {**values, 'model.num_classes': num_classes})
-    resolved = resolve(editable)
-    if resolved.model.num_classes == UNKNOWN:
-        raise ConfigError('num_classes: a new network has no data that determine it; give a number')
-    config, mesh = with_mesh(resolved)
+    config, mesh = with_mesh(_new_config(preset, num_classes, seed, {} if settings is None else settings))
     mean = np.array(MEAN_RGB if config.data.channels == 3 else [np.mean(MEAN_RGB)])
     if config.data.mean != 'none':
         log(f'{preset}: the mean is {", ".join(f"{value:g}" for value in mean)}, that of ImageNet')
@@ -225,5 +226,24 @@ def create(
         mesh=mesh,
         state=state.for_inference(),
         statistics=statistics_from_mean(mean, config),
-        class_names=default_class_names(None, config.model.num_classes),
+        class_names=[f'class {label}' for label in range(config.model.num_classes)],
     )
+
+
+def _new_config(preset: str, num_classes: int | None, seed: int, settings: Mapping[str, object]) -> Config:
+    """Returns the resolved configuration of create(). Raises ConfigError: an argument is invalid."""
+    check_choice('model.preset', str(preset))
+    if not isinstance(settings, Mapping) or not all(isinstance(field, str) for field in settings):
+        raise ConfigError(f"settings: {settings!r} is not a dict by name; give for example {{'model.lrn': False}}")
+    if 'model.preset' in settings:
+        raise ConfigError("settings: 'model.preset' is not among them; give it first, as in create('caffe')")
+    values: dict[str, object] = {'seed': seed, **settings}
+    if num_classes is not None:
+        values['model.num_classes'] = num_classes
+    numbers = {field: as_integer(values.get(field)) for field in ('seed', 'model.num_classes')}  # also those of NumPy
+    editable = preset_config(preset)
+    apply_overrides(editable, values | {field: number for field, number in numbers.items() if number is not None})
+    config = resolve(editable)
+    if config.model.num_classes == UNKNOWN:
+        raise ConfigError('num_classes: a new network has no data that determine it; give a number')
+    return config

@@ -28,7 +28,6 @@ from alexnet_jax.inference import forward
 from alexnet_jax.inference.pictures import (
     ClassProbability,
     Picture,
-    check_images,
     is_one_picture,
     list_pictures,
     prepare_picture,
@@ -137,7 +136,7 @@ def _check_relative_data_dir(ref: CheckpointRef) -> None:
     )
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TrainedModel:
     """A trained network on the devices, as load() and create() return it.
 
@@ -181,8 +180,9 @@ class TrainedModel:
         """Returns the most probable classes of pictures, as `alexnet predict` does.
 
         Args:
-          pictures: one picture or several: paths, Pillow images, or NumPy arrays of uint8, (H, W, 3) RGB or (H, W). An
-            array (N, H, W, 3) is N pictures. Pictures of any size are scaled and cropped like the training images.
+          pictures: one picture or several: paths, Pillow images, or NumPy or JAX arrays of uint8, (H, W, 3) RGB or
+            (H, W). An array (N, H, W, 3) is N pictures. Pictures of any size are scaled and cropped like the training
+            images.
           views: 1, the center crop, or 10 (section 4.1), whose softmax outputs are averaged.
           top: number of classes.
 
@@ -203,17 +203,15 @@ class TrainedModel:
         >>> [len(classes) for classes in network.predict([skimage.data.coffee(), skimage.data.camera()], top=1)]
         [1, 1]
         """
-        if views not in (1, 10):
+        number_of_views, count = forward.as_integer(views), forward.as_integer(top)
+        if number_of_views not in (1, 10):
             raise ConfigError(f'views: {views!r} is neither 1 nor 10; give 1 for the center crop')
-        if not isinstance(top, int) or top < 1:
+        if count is None or count < 1:
             raise ConfigError(f'top: {top!r} is not a number of classes from 1')
-        every, found = iter(enumerate(list_pictures(pictures))), []
-        while part := list(itertools.islice(every, self.batch_size(self.config.eval.batch_size))):
-            images = np.stack([prepare_picture(picture, number, self.config.data) for number, picture in part])
-            found += list(np.exp(forward.predict_log_probabilities(self, images, views)))
+        scores = forward.predict_log_probabilities(self, list_pictures(pictures), number_of_views)
         records: list[list[ClassProbability]] = [
-            [{'class': name, 'probability': value} for name, value in top_k(row, self.class_names, top)]
-            for row in found
+            [{'class': name, 'probability': value} for name, value in top_k(row, self.class_names, count)]
+            for row in np.exp(scores)
         ]
         return records[0] if is_one_picture(pictures) else records
 
@@ -231,43 +229,47 @@ class TrainedModel:
         data = self.config.data
         return np.stack([prepare_picture(each, number, data) for number, each in enumerate(list_pictures(pictures))])
 
-    def logits(self, images: UInt8[np.ndarray, 'n s s c']) -> Float32[np.ndarray, 'n classes']:
-        """Returns the logits for the center crops of `images`, uint8 (N, image_size, image_size, channels).
+    def logits(self, images: Picture | Iterable[Picture]) -> Float32[np.ndarray, 'n classes']:
+        """Returns the logits for the center crops of `images`; one picture gives N = 1.
 
-        Raises ConfigError: `images` has another type, dtype or shape.
+        `images` are an array uint8 (N, image_size, image_size, channels), or pictures of any size as in predict(),
+        which are scaled and cropped like the training images. The errors are those of predict().
 
         >>> import alexnet_jax, skimage
         >>> small = {'model.widths': (8, 0, 0, 0, 16, 0, 32)}
         >>> network = alexnet_jax.create('torchvision', num_classes=2, settings=small)
-        >>> network.logits(network.images([skimage.data.chelsea(), skimage.data.coffee()])).shape
+        >>> network.logits([skimage.data.chelsea(), skimage.data.coffee()]).shape
         (2, 2)
         """
         return self.activations(images, ('fc8',))['fc8']
 
     def activations(
-        self, images: UInt8[np.ndarray, 'n s s c'], layers: str | Sequence[str] = ('conv5', 'fc7')
+        self, images: Picture | Iterable[Picture], layers: str | Iterable[str] = ('conv5', 'fc7')
     ) -> dict[str, Float32[np.ndarray, '...']]:
         """Returns the outputs of `layers` for the center crops of `images`, from one forward pass.
 
         Args:
-          images: uint8 (N, image_size, image_size, channels), see images().
+          images: as in logits().
           layers: names from conv1 to fc8. The outputs are those of the nonlinearity, before normalization and pooling;
             fc8 has no nonlinearity.
 
         Returns:
-          By layer, float32 (N, H, W, C) or (N, units). The features of the first tower precede those of the second.
+          By layer, in the order of `layers`, float32 (N, H, W, C) or (N, units). The features of the first tower
+          precede those of the second.
 
-        Raises ConfigError: `images` has another type, dtype or shape, or a layer is unknown.
+        Raises:
+          UnreadableImage: see predict().
+          ConfigError: see predict(); or a layer is unknown.
 
         >>> import alexnet_jax, skimage
         >>> small = {'model.widths': (8, 0, 0, 0, 16, 0, 32)}
         >>> network = alexnet_jax.create('torchvision', num_classes=2, settings=small)
-        >>> outputs = network.activations(network.images(skimage.data.chelsea()), layers=('conv5', 'fc7'))
+        >>> outputs = network.activations(skimage.data.chelsea(), layers=('conv5', 'fc7'))
         >>> outputs['conv5'].shape, outputs['fc7'].shape
         ((1, 13, 13, 16), (1, 32))
         """
         names = forward.check_layers(layers, self.config)
-        return forward.layer_outputs(self, check_images(images, self.config.data), names)
+        return forward.layer_outputs(self, list_pictures(images), names)
 
     def preprocess(self, pictures: Picture | Iterable[Picture]) -> Float32[jax.Array, 'n crop crop c']:
         """Returns the inputs of `module` for pictures: the center crops, minus the mean, times the scale.
@@ -277,8 +279,8 @@ class TrainedModel:
         >>> import alexnet_jax, numpy as np, skimage
         >>> small = {'model.widths': (8, 0, 0, 0, 16, 0, 32)}
         >>> network = alexnet_jax.create('torchvision', num_classes=2, settings=small)
-        >>> inputs, images = network.preprocess(skimage.data.chelsea()), network.images(skimage.data.chelsea())
-        >>> inputs.shape, np.allclose(network.module(inputs), network.logits(images), atol=1e-5)
+        >>> inputs, logits = network.preprocess(skimage.data.chelsea()), network.logits(skimage.data.chelsea())
+        >>> inputs.shape, np.allclose(network.module(inputs), logits, atol=1e-5)
         ((1, 224, 224, 3), True)
         """
         images = jax.device_put(self.images(pictures), jax.local_devices()[0])
