@@ -2,9 +2,8 @@
 
 import os
 from collections.abc import Iterable
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
-import jax
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
@@ -14,7 +13,15 @@ from alexnet_jax.data.images import UnreadableImage, read_image, resize_and_cent
 from alexnet_jax.inference.images import read_image_file
 from alexnet_jax.paths import is_url, shown
 
-Picture = str | os.PathLike[str] | Image.Image | np.ndarray | jax.Array
+
+class SupportsArray(Protocol):
+    """An array of another library, such as JAX."""
+
+    def __array__(self) -> np.ndarray:
+        """Returns the values of the array."""
+
+
+Picture = str | os.PathLike[str] | Image.Image | np.ndarray | SupportsArray
 ClassProbability = TypedDict('ClassProbability', {'class': str, 'probability': float})
 _WANTED = 'give a path, a Pillow image or a NumPy array of uint8 (H, W, 3) or (H, W), or a list of them'
 
