@@ -369,6 +369,7 @@ def test_classes_match_by_name_or_id(data, run, labels):
         (['ape', 'bee'], ['class 0', 'class 1'], '--classes=FILE names the classes of the run'),
         (['0', '1'], ['class 0', 'class 1'], '--class_numbers'),
         (['CRANE'], ['crane', 'Crane'], 'may be several classes of RUN: crane and Crane'),
+        (['n01440764'], ['tench', 'shark'], '--classes=FILE connects WordNet ids and names'),
         (['Ape', 'APE'], ['ape'], 'Ape and APE are both the class ape'),
     ],
 )
@@ -382,6 +383,9 @@ def test_numbers_are_labels_only_if_a_flag_says_so():
     assert match_classes(['class 2', '001'], run, 'DATA', 'RUN', class_numbers=True).labels == (2, 1)
     assert 'the largest label of RUN is 2' in refusal(
         lambda: match_classes(['3'], run, 'DATA', 'RUN', class_numbers=True)
+    )
+    assert '1 and 01 are both the class dog' in refusal(
+        lambda: match_classes(['1', '01'], run, 'DATA', 'RUN', class_numbers=True)
     )
     assert 'is not a number' in refusal(lambda: match_classes(['0', 'x'], run, 'DATA', 'RUN', class_numbers=True))
 
@@ -665,7 +669,7 @@ def test_killed_evaluation_of_corruptions_resumes(run, network, tmp_path, capfd)
         group = 'noise' if name.endswith('noise') else '.'  # the downloads are grouped
         for level in range(1, 6):
             write_folders(root / group / name / str(level), {'ape': 2, 'dog': 3}, 1000 * number + 10 * level)
-    write_folders(root / 'spatter' / '2', {'ape': 2, 'dog': 3}, 7)
+    write_folders(root / 'spatter' / '2', {'ape': 2, 'dog': 4}, 7)
     command = ['-m', 'alexnet_jax', 'evaluate', run, f'--corruptions={root}', '--views=1', '--json']
     results = run / 'evaluations' / stored.result_name(f'folder:{root}', 'corruptions', 1)
 
@@ -684,6 +688,7 @@ def test_killed_evaluation_of_corruptions_resumes(run, network, tmp_path, capfd)
     report = json.loads(done.stdout)
     assert f'{len(before)} of the 76 sets were evaluated by an earlier command' in done.stderr
     assert before.items() <= finished().items()
+    assert f'gaussian_noise/1 has 5 images that count, but folder:{root}/spatter/2 has 6' in done.stderr
     ces = []
     for name, published in corruptions.ALEXNET_ERRORS.items():
         errors = []
@@ -698,12 +703,12 @@ def test_killed_evaluation_of_corruptions_resumes(run, network, tmp_path, capfd)
     assert report['mce'] == pytest.approx(np.mean(ces))
     assert 0.2 < report['mce'] < 1.2
     assert report['relative_mce'] is not None
-    # A result for other weights or other images is not used again.
-    for name, field in (('fog_1.json', 'digest'), ('fog_2.json', 'data_digest')):
+    # A result for other weights, images or names of classes is not used again.
+    for name, field in (('fog_1.json', 'digest'), ('fog_2.json', 'data_digest'), ('fog_3.json', 'classes_digest')):
         (results / name).write_text(json.dumps(read_json(results / name) | {field: 'x', 'top1_error': 0.5}))
     ref, again = parse_checkpoint_ref(str(run)), request('photos')
     assert elsewhere.evaluate_corruptions(ref, again, str(root), 1, 0.25)['corruptions'] == report['corruptions']
-    assert '74 of the 76 sets were evaluated by an earlier command' in capfd.readouterr().err
+    assert '73 of the 76 sets were evaluated by an earlier command' in capfd.readouterr().err
     text = evaluations.evaluation_lines(str(run))
     assert any(f'mCE {100 * report["mce"]:.2f} %' in line for line in text)
 
