@@ -45,7 +45,9 @@ def main(argv: list[str]) -> int:
     if is_elsewhere:
         from alexnet_jax.evaluate.elsewhere import evaluate_elsewhere, request_of
 
-        report, arrays = evaluate_elsewhere(refs, request_of(given, refs[0]), views, weights, given.per_class)
+        report, arrays = evaluate_elsewhere(
+            refs, request_of(given, refs[0]), views, weights, given.per_class, path is not None
+        )
     else:
         report, arrays = _evaluate_validation(refs, given, views, weights)
     if path is not None:

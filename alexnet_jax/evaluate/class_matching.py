@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from alexnet_jax.config import ConfigError
 from alexnet_jax.paths import shown
+from alexnet_jax.runtime.files import json_digest
 
 _WORDNET_ID = re.compile(r'(n\d{8})(?![0-9A-Za-z])')
 _NUMBER = re.compile(r'(?:class[ _-]?)?(\d{1,9})', re.IGNORECASE)
@@ -23,6 +24,10 @@ class ClassFile:
     path: str
     names: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
+
+    def digest(self) -> str:
+        """Returns the digest of the content."""
+        return json_digest({'names': self.names, 'renamed': self.renamed})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +168,10 @@ def match_classes(
     if file and renamed and unknown is not None:
         raise ConfigError(f'--classes={file.path}: {shown(unknown)} is not a class of {data}, {_listed(data_names)}')
     if class_numbers:
-        return ClassMatching(*_by_number(data_names, run_names, data, run))
+        numbers, how = _by_number(data_names, run_names, data, run)
+        if numbers:
+            _check(numbers, data_names, run_names, data, run, None, set())
+        return ClassMatching(numbers, how)
     through = _Dictionary(file, data_names, index) if file and file.names else None
     labels, how = [], dict[str, int]()
     for name in data_names:
@@ -254,6 +262,8 @@ def _check(
             hint = '; --class_numbers takes the numbers of the data as labels of the run, and --classes=FILE names them'
         elif are_numbers(run_names) and not (file and file.names):
             hint = '; --classes=FILE names the classes of the run, one name per line in the order of their labels'
+        elif all(map(_ids, data_names)) != all(map(_ids, run_names)):
+            hint = '; --classes=FILE connects WordNet ids and names, with a line such as n01440764 tench per class'
         else:
             hint = f'; --classes=FILE gives the classes, {_TWO_COLUMNS}'
         raise ConfigError(

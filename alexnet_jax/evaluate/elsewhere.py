@@ -63,14 +63,20 @@ def request_of(given: flags.FlagValues, ref: CheckpointRef) -> Request:
 
 
 def evaluate_elsewhere(
-    refs: Sequence[CheckpointRef], request: Request, views: int, weights: Sequence[float] | None, per_class: bool
+    refs: Sequence[CheckpointRef],
+    request: Request,
+    views: int,
+    weights: Sequence[float] | None,
+    per_class: bool,
+    is_saved: bool = False,
 ) -> tuple[JsonObject, dict[str, np.ndarray]]:
     """Evaluates the checkpoints `refs` on the data of `request`, and keeps the result of each in the folder of its run.
 
     The classes of the members of an ensemble may have any order. See summary.summarize() for `weights`, `per_class` and
     the report.
 
-    Returns the report, and the arrays that --predictions saves.
+    Returns the report, and the arrays that --predictions saves; without the names of the images unless `is_saved`,
+    because TFDS reads each record again for its name.
 
     Raises:
       SourceError, ConfigError, DatasetError: see other_data.open_other_data(), or the members have other classes.
@@ -106,8 +112,9 @@ def evaluate_elsewhere(
         'probabilities': np.exp(mixed),
         'labels': labels,
         'class_names': np.array(class_names),
-        'images': np.array([data.examples.name(index) for index in judged.indices.tolist()]),
     }
+    if is_saved:
+        arrays['images'] = np.array([data.examples.name(index) for index in judged.indices.tolist()])
     if judged.right is not None:
         arrays['right_labels'] = judged.right
     return {'data': f'images of {data.described}', **facts, **report}, arrays
@@ -173,6 +180,7 @@ def _facts(request: Request, data: OtherData, unreadable: Sequence[UnreadableExa
         'model_classes': len(data.ranked),
         'real_labels': None if request.real_labels is None else absolute_path('--real_labels', request.real_labels),
         'classes_file': None if request.class_file is None else absolute_path('--classes', request.class_file.path),
+        'classes_digest': None if request.class_file is None else request.class_file.digest(),
         'class_numbers': request.class_numbers,
         'left_out': left_out,
     }
@@ -224,6 +232,7 @@ def evaluate_corruptions(
     where = place if place.startswith('tfds:') else f'folder:{absolute_path("--corruptions", place)}'
     folder = stored.result_name(where, 'corruptions', views, *_options(ref, request))
     errors: dict[corruptions.Set, float] = {}
+    images: dict[str, int] = {}
     skipped, is_writable = 0, True
     for (corruption, severity), source in sets.items():
         asked = dataclasses.replace(request, source=source, split=None)
@@ -232,19 +241,23 @@ def evaluate_corruptions(
         key = _checkpoint(model) | _facts(request, data, [], views)
         key.pop('left_out')
         before = stored.read(ref.workdir, name) or {}
-        if key.items() <= before.items() and isinstance(before.get('top1_error'), float):
-            errors[corruption, severity] = before['top1_error']
+        error, counted = before.get('top1_error'), before.get('images')
+        if key.items() <= before.items() and isinstance(error, float) and isinstance(counted, int):
+            errors[corruption, severity], images[source] = error, counted
             skipped += 1
             continue
         judged = _judge(data, [predictor.predict(data)])
         figures = metrics.error_rates(judged.scores[0], judged.labels)
-        errors[corruption, severity] = figures['top1_error']
+        errors[corruption, severity], images[source] = figures['top1_error'], len(judged.labels)
         facts = _facts(request, data, judged.unreadable, views)
         is_writable = is_writable and stored.store(
             ref.workdir, name, key | facts | {'images': len(judged.labels), **figures} | _context()
         )
     if skipped:
         log(f'{skipped} of the {len(sets)} sets were evaluated by an earlier command')
+    fewest, most = min(images, key=images.__getitem__), max(images, key=images.__getitem__)
+    if images[fewest] < images[most]:
+        log(f'the sets differ: {fewest} has {images[fewest]:,} images that count, but {most} has {images[most]:,}')
     if clean_error is None:
         clean_error = _error_of_run(ref, model, views)
     report = corruptions.summarize_corruptions(errors, clean_error)
