@@ -163,9 +163,9 @@ def caffemodel(folder: Path, name: str = 'AlexNet', **changes) -> Path:
 def test_read_mean_formats(tmp_path):
     """Formats that --mean accepts and rejects."""
     np.testing.assert_array_equal(weight_files.read_mean('1,2.5,-3', 'caffe'), [1, 2.5, -3])
-    np.testing.assert_allclose(
-        weight_files.read_mean(None, 'torchvision'), 255 * np.array([0.485, 0.456, 0.406]), rtol=1e-12
-    )
+    for preset in ('torchvision', 'modern'):
+        mean = weight_files.read_mean(None, preset)
+        np.testing.assert_allclose(mean, 255 * np.array([0.485, 0.456, 0.406]), rtol=1e-12)
     path = tmp_path / 'mean'
     array = np.arange(3 * 227 * 227, dtype=np.float32).reshape(3, 227, 227)
     for content in (caffe_files.old_blob(array), caffe_files.blob(array), caffe_files.blob(array[None], True)):

@@ -122,13 +122,13 @@ def _read_onnx(file: onnx_file.OnnxFile, preset: str | None, crop_size: int | No
 def read_mean(text: str | None, preset: str, crop_size: int | None = None) -> Mean:
     """Returns the mean of the training images from --mean=`text`, with RGB channels.
 
-    If `text` is None, the mean is torchvision's, and `preset` must be torchvision. A mean image has at least
-    `crop_size` pixels; None stands for that of `preset`.
+    If `text` is None, the mean is torchvision's, and `preset` must be torchvision or modern, which has the same network.
+    A mean image has at least `crop_size` pixels; None stands for that of `preset`.
 
     Raises ConfigError: the mean is missing or invalid.
     """
     if text is None:
-        if preset == 'torchvision':
+        if preset in ('torchvision', 'modern'):
             return np.array(MEAN_RGB)
         raise ConfigError(
             f'--mean is missing: the file does not contain the mean that the preset {preset} subtracts;'
