@@ -148,8 +148,10 @@ def test_evaluations_and_errors_of_other_steps_in_the_card(run, tmp_path):
     (tmp_path / 'run' / 'evaluations').mkdir()
     digest = trained_model.load_model(str(run)).digest
     evaluation = {'source': f'folder:{SECRET}/v2', 'split': 'test', 'views': 10, 'images': 12, 'digest': digest}
-    evaluation |= {'top1_error': 0.4375, 'top5_error': 0.5, 'folder': SECRET}
+    evaluation |= {'top1_error': 0.4375, 'top5_error': 0.5, 'folder': SECRET, 'kind': 'alexnet evaluation'}
     (tmp_path / 'run' / 'evaluations' / 'v2_test.json').write_text(json.dumps(evaluation))
+    several = evaluation | {'real_labels': f'{SECRET}/real.json', 'top1_error': 0.25}
+    (tmp_path / 'run' / 'evaluations' / 'v2_test_real_labels.json').write_text(json.dumps(several))
     other = evaluation | {'digest': 'of other weights', 'top1_error': 0.75}
     (tmp_path / 'run' / 'evaluations' / 'other.json').write_text(json.dumps(other))
     (tmp_path / 'run' / 'evaluations' / 'broken.json').write_text('{')
@@ -157,6 +159,7 @@ def test_evaluations_and_errors_of_other_steps_in_the_card(run, tmp_path):
     export.write(trained_model.load_model(str(tmp_path / 'run')), f'{tmp_path}/given/')
     text = (tmp_path / 'given' / 'README.md').read_text()
     assert '| `folder:v2` | test | 10 views | 12 | top1 error 43.75 %, top5 error 50.00 % |' in text
+    assert '| `folder:v2`, right labels of real.json | test | 10 views | 12 | top1 error 25.00 %,' in text
     assert '75.00 %' not in text
     assert SECRET not in text
     assert 'The errors of these weights were not recorded.' in text

@@ -11,6 +11,7 @@ import numpy as np
 from alexnet_jax import __version__
 from alexnet_jax.config import ConfigError
 from alexnet_jax.config_checks import shown_classes
+from alexnet_jax.evaluate import stored
 from alexnet_jax.paths import check_folder, check_path, check_writable, is_url
 from alexnet_jax.runtime.checkpoint_ref import HUB_WEIGHTS
 from alexnet_jax.runtime.console import log
@@ -189,21 +190,21 @@ def _errors_text(errors: JsonObject) -> str:
 
 def _evaluations(network: 'TrainedModel') -> Rows:
     """Returns a table of the evaluations of these weights on other data, which are in WORKDIR/evaluations/."""
-    folder = os.path.join(network.workdir, 'evaluations')
-    files = sorted(os.listdir(folder)) if network.workdir and os.path.isdir(folder) else []
     rows: Rows = []
-    for content in (read_json(os.path.join(folder, file)) for file in files if file.endswith('.json')):
-        if content is None or content.get('digest') != network.digest:
+    for content in stored.read_all(network.workdir).values() if network.workdir else ():
+        if content.get('digest') != network.digest:
             continue
         errors = [
             f'{key.replace("_", " ")} {_percent(value)}'
             for key, value in content.items()
             if isinstance(value, float) and re.fullmatch(r'top\d_error|mce', key)
         ]
-        source = without_folder(str(content.get('source')))
+        data = f'`{without_folder(str(content.get("source")))}`'
+        if content.get('real_labels'):
+            data += f', right labels of {os.path.basename(str(content["real_labels"]))}'
         views, images = _views(str(content.get('views'))), content.get('images')
         counted = f'{images:,}' if isinstance(images, int) else ''
-        rows.append((f'`{source}`', str(content.get('split')), views, counted, ', '.join(errors)))
+        rows.append((data, str(content.get('split')), views, counted, ', '.join(errors)))
     return [('data', 'split', 'views', 'images', 'errors'), *rows] if rows else []
 
 

@@ -122,7 +122,7 @@ def _read_onnx(file: onnx_file.OnnxFile, preset: str | None, crop_size: int | No
 def read_mean(text: str | None, preset: str, crop_size: int | None = None) -> Mean:
     """Returns the mean of the training images from --mean=`text`, with RGB channels.
 
-    If `text` is None, the mean is torchvision's, and `preset` must be torchvision or modern, which has the same network.
+    If `text` is None, the mean is torchvision's, and `preset` must be torchvision or modern, whose network is the same.
     A mean image has at least `crop_size` pixels; None stands for that of `preset`.
 
     Raises ConfigError: the mean is missing or invalid.
