@@ -180,6 +180,8 @@ def _memory(config: Config, data: int, model: int) -> str:
     values, first = [*map(_activations, table)], [layer.name for layer in table].index(first_trained_layer(config))
     bytes_per_value = images / config.train.grad_accum_steps * (4 if config.model.dtype == 'float32' else 2)
     activations = bytes_per_value * (config.data.crop_size**2 * channels + sum(values[first:]))
+    if first:  # the augmented images are written once, see train_step.local_gradients()
+        activations += bytes_per_value * config.data.crop_size**2 * channels
     activations += max(0.0, bytes_per_value * max(values[:first], default=0) - gradients)
     average = weights if config.train.ema_decay else 0.0
     parts = {

@@ -103,7 +103,7 @@ def patches(
 
     The patches of a `selection` are those of the whole data set, with other labels.
     """
-    selection = selection or Selection(name='all')
+    selection = selection or Selection(name='all', photographs=PHOTOGRAPHS)
     counts = PATCHES_PER_IMAGE | {'train': selection.train_patches}
     for label, name in enumerate(selection.photographs):
         image = photograph(name)
