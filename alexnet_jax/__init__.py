@@ -2,10 +2,12 @@
 
 Importing this package imports no library. The first access to one of these names imports the module that defines it:
 
-    AlexNet         the network, model.AlexNet
+    load            loads a trained network, as in load('runs/quickstart'), inference.loading.load
+    create          makes a new network, as in create('paper', num_classes=10), inference.loading.create
+    TrainedModel    the class of their results, inference.trained_model.TrainedModel
+    AlexNet         the network as a Flax NNX module, model.AlexNet
     PRESETS         the published networks and their training, presets.PRESETS
     default_config  all settings with their defaults, config.default_config
-    load_model      loads a checkpoint, as in load_model('runs/quickstart'), inference.trained_model.load_model
 """
 
 import sys
@@ -22,23 +24,36 @@ if sys.argv[:1] == ['-m'] and not sys.flags.safe_path:
     del module
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the names of _MODULES, for type checkers and editors
+    from alexnet_jax.config import default_config
+    from alexnet_jax.inference.loading import create, load
+    from alexnet_jax.inference.trained_model import TrainedModel
+    from alexnet_jax.model import AlexNet
+    from alexnet_jax.presets import PRESETS
 
 __version__ = '0.2.0'
+
+__all__ = ['PRESETS', 'AlexNet', 'TrainedModel', 'create', 'default_config', 'load']
 
 _MODULES = {
     'AlexNet': 'alexnet_jax.model',
     'PRESETS': 'alexnet_jax.presets',
+    'TrainedModel': 'alexnet_jax.inference.trained_model',
+    'create': 'alexnet_jax.inference.loading',
     'default_config': 'alexnet_jax.config',
-    'load_model': 'alexnet_jax.inference.trained_model',
+    'load': 'alexnet_jax.inference.loading',
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Returns the attribute `name` of the module that defines it. Raises AttributeError: there is no such name."""
-    if name not in _MODULES:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(importlib.import_module(_MODULES[name]), name)
+if not TYPE_CHECKING:  # otherwise type checkers accept any name
+
+    def __getattr__(name: str) -> Any:
+        """Returns the attribute `name` of the module that defines it. Raises AttributeError: there is no such name."""
+        if name not in _MODULES:
+            raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+        return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

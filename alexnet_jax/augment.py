@@ -1,17 +1,23 @@
 """Augmentation on the device (section 4.1): crops, horizontal flips, color noise, mean subtraction, ten test views.
 
-The crop, flip and noise of an image are a pure function of its keys, and do not depend on the mesh or the batch.
+Crops of random size and random erasing are of later recipes. The augmentation of an image is a pure function of its
+keys, and does not depend on the mesh or the batch.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int, Key, UInt8, UInt32
+from jaxtyping import Array, Bool, Float32, Int, Int32, Key, UInt8, UInt32
 
 from alexnet_jax.config import DataConfig
+
+# Fractions of the input's area, and ratios width / height, of the rectangles of random erasing: the defaults of
+# torchvision's RandomErasing (Zhong et al. 2017, "Random Erasing Data Augmentation"), whose ratios are height / width.
+ERASED_AREA, ERASED_ASPECT_RATIO = (0.02, 0.33), (1 / 3.3, 1 / 0.3)
 
 
 def example_keys(seed: int, number: UInt32[Array, ' b'], purpose: int) -> Key[Array, ' b']:
@@ -87,12 +93,15 @@ def augment(
 ) -> Float32[Array, 'b crop crop c']:
     """Computes training inputs: takes a random crop, subtracts the mean, flips at random, adds color noise, and scales.
 
+    With config.random_erasing, a rectangle of some of the results is 0.
+
     Args:
       images: the images of the prepared data set.
-      keys: keys of the color noise.
+      keys: keys of the color noise and of random erasing.
       crop_keys: keys of the crop and the horizontal flip; images with the same key get the same crop and flip.
       preprocessing: see make_preprocess_params().
-      config: `crop`, `flip` and `color` select the operations, and `crop_size` the size of the result.
+      config: `crop`, `crop_scale`, `flip`, `color` and `random_erasing` select the operations, and `crop_size` the size
+        of the result.
 
     Returns:
       The training inputs in gray levels minus the mean, times preprocessing['scale'].
@@ -103,7 +112,10 @@ def augment(
         offset = jnp.full((2,), (size - crop) // 2)
         if config.crop:
             offset = jax.random.randint(jax.random.fold_in(crop_key, 0), (2,), 0, size - crop + 1)
-        x = _crop(image, offset, crop).astype(jnp.float32) - _mean(preprocessing, offset, config)
+        if config.crop_scale is None:
+            x = _crop(image, offset, crop).astype(jnp.float32) - _mean(preprocessing, offset, config)
+        else:
+            x = _random_resized_crop(image, jax.random.fold_in(crop_key, 3), preprocessing, config)
         if config.flip:
             x = jnp.where(jax.random.bernoulli(jax.random.fold_in(crop_key, 1)), x[:, ::-1], x)
         if config.color != 'none':
@@ -111,9 +123,79 @@ def augment(
             strengths = jax.random.normal(jax.random.fold_in(key, 2), color.shape[:1])
             # With a matrix product, XLA would run the whole function in its matrix library, on one core.
             x = x + jnp.sum(color * strengths[None], 1)[None, None]
-        return x / preprocessing['divisor'] * preprocessing['scale'][None, None]
+        x = x / preprocessing['divisor'] * preprocessing['scale'][None, None]
+        return _random_erasing(x, jax.random.fold_in(key, 4), config.random_erasing) if config.random_erasing else x
 
     return jax.vmap(one)(images, keys, crop_keys)
+
+
+def random_window(
+    key: Key[Array, ''], side: int, area: tuple[float, ...], aspect_ratio: tuple[float, ...], largest: int
+) -> tuple[Int32[Array, '2'], Int32[Array, '2'], Bool[Array, '']]:
+    """Draws a rectangle in a square of `side` pixels, as get_params() of torchvision's random transformations.
+
+    Each of ten tries draws the area uniformly and the logarithm of the aspect ratio uniformly, and rounds height and
+    width to whole pixels. The first try whose height and width are 1 to `largest` pixels counts.
+
+    Args:
+      key: key of the random numbers.
+      side: height and width of the square in pixels.
+      area: minimum and maximum of the area / the area of the square.
+      aspect_ratio: minimum and maximum of width / height.
+      largest: maximum height and width in pixels.
+
+    Returns:
+      (offset, size, fits): top and left, height and width in pixels, and whether one of the tries fits.
+    """
+    area_key, aspect_key, offset_key = jax.random.split(key, 3)
+    areas = side * side * jax.random.uniform(area_key, (10,), minval=area[0], maxval=area[1])
+    least, greatest = map(math.log, aspect_ratio)
+    ratios = jnp.exp(jax.random.uniform(aspect_key, (10,), minval=least, maxval=greatest))
+    sizes = jnp.round(jnp.sqrt(jnp.stack([areas / ratios, areas * ratios], 1))).astype(jnp.int32)
+    fits = jnp.all((sizes >= 1) & (sizes <= largest), 1)
+    size = sizes[jnp.argmax(fits)]
+    return jax.random.randint(offset_key, (2,), 0, side + 1 - size), size, fits.any()
+
+
+def window_mask(offset: Int32[Array, '2'], size: Int32[Array, '2'], side: int) -> Bool[Array, 'side side']:
+    """Returns a mask of a square of `side` pixels, which is True in the rectangle of `size` pixels at `offset`."""
+    pixels = jnp.arange(side)[None]
+    rows, columns = (pixels >= offset[:, None]) & (pixels < (offset + size)[:, None])
+    return rows[:, None] & columns[None]
+
+
+def _random_resized_crop(
+    image: UInt8[Array, 's s c'], key: Key[Array, ''], preprocessing: PreprocessParams, config: DataConfig
+) -> Float32[Array, 'crop crop c']:
+    """Returns a crop of random size and aspect ratio, minus the mean, scaled to config.crop_size.
+
+    The distribution of the crop is that of torchvision's RandomResizedCrop on the stored square. If none of ten tries
+    fits, the crop is the largest central rectangle whose aspect ratio is allowed. The scaling is bilinear with
+    antialiasing; pixels next to the crop contribute to its border, as in Pillow's resize() with a box.
+    """
+    side, crop = image.shape[0], config.crop_size
+    assert config.crop_scale is not None
+    offset, size, fits = random_window(key, side, config.crop_scale, config.crop_aspect_ratio, side)
+    least, greatest = config.crop_aspect_ratio
+    whole = jnp.array([round(side / max(least, 1.0)), round(side * min(greatest, 1.0))], jnp.int32)
+    offset, size = jnp.where(fits, offset, (side - whole) // 2), jnp.where(fits, size, whole)
+    scale = crop / size.astype(jnp.float32)
+    translation = -offset.astype(jnp.float32) * scale
+    x = image.astype(jnp.float32)
+    if config.mean_crop == 'matching':
+        x = x - preprocessing['mean']
+    x = jax.image.scale_and_translate(x, (crop, crop, x.shape[2]), (0, 1), scale, translation, 'linear')
+    return x - _mean(preprocessing, offset, config) if config.mean_crop == 'center' else x
+
+
+def _random_erasing(
+    x: Float32[Array, 'crop crop c'], key: Key[Array, ''], probability: float
+) -> Float32[Array, 'crop crop c']:
+    """Returns `x` with a random rectangle set to 0 with `probability`; the source is given at ERASED_AREA."""
+    side = x.shape[0]
+    offset, size, fits = random_window(jax.random.fold_in(key, 0), side, ERASED_AREA, ERASED_ASPECT_RATIO, side - 1)
+    erases = fits & jax.random.bernoulli(jax.random.fold_in(key, 1), probability)
+    return jnp.where((erases & window_mask(offset, size, side))[:, :, None], 0.0, x)
 
 
 def eval_crop(

@@ -97,6 +97,8 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     for name in ('data_dir', 'prepared_dir'):
         if values['data'][name] is not None:
             values['data'][name] = absolute_path(f'config.data.{name}', values['data'][name])
+    if values['train']['init'] is not None:
+        values['train']['init'] = absolute_path('config.train.init', values['train']['init'])
     for name, kind in typing.get_type_hints(Config).items():
         if isinstance(values[name], dict):
             values[name] = kind(**{field: _as_tuple(value) for field, value in values[name].items()})

@@ -17,6 +17,7 @@ from alexnet_jax.config_schema import (
     duration_in_steps,
     get_by_path,
 )
+from alexnet_jax.lr_multipliers import frozen_parameters, matches, parameters
 from alexnet_jax.shapes import LAYERS, layer_specs, layer_table
 
 MAX_CLASS_NAME = 255  # characters of a class name; a file name has no more
@@ -30,6 +31,8 @@ def check(config: Config) -> None:
     _check_ranges(config)
     _check_model(config)
     _check_durations(config)
+    _check_lr_multipliers(config)
+    _check_recipe(config)
     check_mesh(config, config.mesh.data, config.mesh.model)
 
 
@@ -72,7 +75,7 @@ def _check_ranges(config: Config) -> None:
             raise ConfigError(f'config.{field}: {value} is outside {least} to {greatest}; the nearest is {near}')
     check_class_names(config.data.class_names or ())
     source = config.data.source
-    if source != 'photos' and not re.fullmatch(r'tfds:\w[\w/:.*+-]*|(folder|idx|hf|wds):.+', source, re.DOTALL):
+    if source != 'photos' and not re.fullmatch(r'tfds:\w[\w/:.*+-]*|(photos|folder|idx|hf|wds):.+', source, re.DOTALL):
         raise ConfigError(
             f'config.data.source: {source!r} is not photos, tfds:NAME[:config], folder:DIR, idx:DIR, hf:DIR or'
             ' wds:PATTERN; for example tfds:imagenet2012'
@@ -192,7 +195,7 @@ def _check_numbers(field: str, values: tuple[object, ...], lengths: tuple[int, .
             raise ConfigError(f'config.{field}: {value!r} is not {what}')
 
 
-_OPS = ('activation', 'lrn', 'spatial_lrn', 'batch_norm', 'pool')
+_OPS = ('activation', 'lrn', 'spatial_lrn', 'batch_norm', 'pool', 'ceil_pool')
 
 
 def _check_ops(model: ModelConfig) -> None:
@@ -238,6 +241,51 @@ def _check_durations(config: Config) -> None:
             raise ConfigError(f"config.{field}: {duration!r} is no time at all; the nearest is '1 step'")
 
 
+def _check_lr_multipliers(config: Config) -> None:
+    field, every = 'config.optimizer.lr_multipliers', parameters(config.model)
+    for entry in config.optimizer.lr_multipliers:
+        is_entry = isinstance(entry, tuple | list) and len(entry) == 2 and isinstance(entry[0], str)
+        is_factor = is_entry and isinstance(entry[1], int | float) and not isinstance(entry[1], bool)
+        if not is_factor or not 0 <= entry[1] < math.inf:
+            raise ConfigError(
+                f"{field}: {entry!r} is no pattern and number from 0, such as ('conv*', 0.0) in (('conv*', 0.0),)"
+            )
+        if not any(matches(entry[0], parameter) for parameter in every):
+            names = [*dict(every), *map('/'.join, every)]
+            near = difflib.get_close_matches(entry[0], names, 1, 0.0)[0]
+            raise ConfigError(
+                f'{field}: {entry[0]!r} matches no layer or parameter of the network; the nearest is {near!r}'
+            )
+    if frozen_parameters(config) == set(every):
+        raise ConfigError(
+            f'{field}: {config.optimizer.lr_multipliers!r} freezes all parameters; give at least one a factor above 0,'
+            " for example with ('fc8', 1.0) as the last entry"
+        )
+
+
+def _check_recipe(config: Config) -> None:
+    """Raises ConfigError if crop_scale, crop_aspect_ratio or stop_on_plateau contradict each other or other fields."""
+    data, optimizer = config.data, config.optimizer
+    for field, pair in (('crop_scale', data.crop_scale), ('crop_aspect_ratio', data.crop_aspect_ratio)):
+        if pair is not None and pair[0] > pair[1]:
+            raise ConfigError(f'config.data.{field}: {pair} is not ascending; the nearest is {pair[::-1]}')
+    if data.crop_scale is not None and data.crop_scale[1] > 1:
+        near = (min(data.crop_scale[0], 1.0), 1.0)
+        raise ConfigError(
+            f'config.data.crop_scale: {data.crop_scale} allows crops larger than the image; the nearest is {near}'
+        )
+    if data.crop_scale is not None and not data.crop:
+        raise ConfigError(
+            f'config.data.crop_scale: {data.crop_scale} with data.crop=False, which turns random crops off; the nearest'
+            ' is None'
+        )
+    if optimizer.stop_on_plateau and optimizer.schedule != 'plateau':
+        raise ConfigError(
+            f'config.optimizer.stop_on_plateau: True with optimizer.schedule={optimizer.schedule!r}, which has no'
+            " plateau; the nearest is 'plateau'"
+        )
+
+
 def check_mesh(config: Config, data: int, model: int) -> None:
     """Raises ConfigError if batch, towers or widths do not divide evenly over a mesh of `data` x `model` devices.
 
@@ -280,6 +328,13 @@ def check_mesh(config: Config, data: int, model: int) -> None:
             raise ConfigError(
                 f'config.train.grad_accum_steps: {count} does not divide the {images} images of train.batch_size that'
                 f' each device has; the nearest is {near}'
+            )
+        if images // count % 2 and (config.train.mixup or config.train.cutmix):
+            pairs = 2 * parts * count
+            near = max(1, round(config.train.batch_size / pairs)) * pairs
+            raise ConfigError(
+                f'config.train.batch_size: {config.train.batch_size} with mixup or CutMix gives each device'
+                f' {images // count} images at a time, and pairs need an even number; the nearest is {near}'
             )
 
 

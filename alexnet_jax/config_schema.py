@@ -35,6 +35,7 @@ PRESET_NAMES = (
     'caffe',
     'caffenet',
     'torchvision',
+    'modern',
     'd2l',
     'bn_lars',
     'cifar10_13pct',
@@ -132,7 +133,7 @@ class ModelConfig:
     conv_ops: tuple[str, ...] = field(
         metadata=about(
             'operations after each of conv1 to conv5, in order, such as "activation lrn pool"; there are activation,'
-            ' lrn, spatial_lrn, batch_norm and pool'
+            ' lrn, spatial_lrn, batch_norm, pool and ceil_pool, which pools a last window that extends over the edge'
         )
     )
     lrn: bool = field(metadata=about('local response normalization; False removes it from conv_ops'))
@@ -172,7 +173,9 @@ class ModelConfig:
 class DataConfig:
     """The images, and their augmentation (section 4.1 of the paper)."""
 
-    source: str = setting('tfds:imagenet2012', 'photos, tfds:NAME[:config], folder:DIR, idx:DIR, hf:DIR or wds:PATTERN')
+    source: str = setting(
+        'tfds:imagenet2012', 'photos[:HALF], tfds:NAME[:config], folder:DIR, idx:DIR, hf:DIR or wds:PATTERN'
+    )
     data_dir: str = setting(
         '~/tensorflow_datasets', 'folder of the prepared and TFDS data sets; gs://... can only be read'
     )
@@ -200,6 +203,22 @@ class DataConfig:
     crop_size: int = setting(224, "side of the network's input, in pixels; at most image_size")
     crop: bool = setting(True, 'random crops in training; False: center crops')
     flip: bool = setting(True, 'random horizontal flips in training')
+    crop_scale: tuple[float, ...] | None = setting(
+        None,
+        'training crops of random size, scaled to crop_size: minimum and maximum area / area of the image; None: crops'
+        ' of crop_size',
+        bounds=(1e-4, math.inf),
+        lengths=(2,),
+    )
+    crop_aspect_ratio: tuple[float, ...] = setting(
+        (3 / 4, 4 / 3),
+        'minimum and maximum width / height of the crops of crop_scale',
+        bounds=(0.1, math.inf),
+        lengths=(2,),
+    )
+    random_erasing: float = setting(
+        0.0, 'probability that a random rectangle of a training input becomes 0', bounds=(0, 1)
+    )
     crop_group_size: int = setting(
         1, 'consecutive images that share a crop and a flip; 32 in the original program', bounds=(1, 2**20)
     )
@@ -238,7 +257,9 @@ class OptimizerConfig:
     decay_biases: bool = setting(False, 'apply weight decay to biases too')
     trust_coefficient: float = setting(0.0, 'trust coefficient of LARS; 0: no LARS', bounds=(0, 10))
     schedule: str = setting(
-        'plateau', 'learning-rate schedule; see docs/training.md', ('plateau', 'steps', 'dexp', 'poly', 'constant')
+        'plateau',
+        'learning-rate schedule; see docs/training.md',
+        ('plateau', 'steps', 'dexp', 'poly', 'cosine', 'constant'),
     )
     bias_lr_multiplier: float = setting(1.0, 'learning rate of biases / learning rate of kernels', bounds=(0, 100))
     bias_schedule: str = setting(
@@ -247,6 +268,11 @@ class OptimizerConfig:
     lr_overrides: tuple[tuple[str, str, float], ...] = setting(
         (),
         "(parameter, start time, learning rate) of single parameters, such as (('conv1/kernel', '67 epochs', 1e-5),)",
+    )
+    lr_multipliers: tuple[tuple[str, float], ...] = setting(
+        (),
+        "(pattern, factor of the learning rate) of layers or parameters, such as (('conv*', 0.0), ('fc8', 10.0));"
+        ' 0 freezes; the last match counts',
     )
     warmup: str = setting('0 steps', 'duration of the linear warmup of the learning rate from 0', is_duration=True)
     decay_factor: float = setting(10.0, 'each decay divides the learning rate by this number', bounds=(1, 1e6))
@@ -257,6 +283,7 @@ class OptimizerConfig:
         3, "evaluations without a new lowest error before a decay; for schedule 'plateau'", bounds=(1, 10**6)
     )
     max_decays: int = setting(3, "maximum number of decays; for schedule 'plateau'", bounds=(0, 100))
+    stop_on_plateau: bool = setting(False, "end the run at the plateau after the last decay; for schedule 'plateau'")
     dexp_factor: float = setting(
         250.0, "first learning rate / last learning rate; for schedule 'dexp'", bounds=(1, 1e9)
     )
@@ -281,6 +308,19 @@ class TrainConfig:
     remat: bool = setting(False, 'rematerialization: recompute convolutions in the backward pass to save memory')
     epochs: float = setting(90.0, 'length of the run in epochs', bounds=(0, 10**6))
     steps: int | None = setting(None, 'length of the run in steps; replaces epochs, unless None', bounds=(0, 2**31 - 1))
+    init: str | None = setting(
+        None, 'weights to start from: the folder of a run, one of its checkpoints, or a file that convert reads'
+    )
+    label_smoothing: float = setting(
+        0.0, 'probability mass that the target distribution spreads evenly over all classes', bounds=(0, 0.99)
+    )
+    mixup: float = setting(0.0, 'parameter of the beta distribution of mixup; 0: no mixup', bounds=(0, 100))
+    cutmix: float = setting(0.0, 'parameter of the beta distribution of CutMix; 0: no CutMix', bounds=(0, 100))
+    ema_decay: float = setting(
+        0.0,
+        'decay per step of the exponential moving average of the weights, which is evaluated; 0: none',
+        bounds=(0, 0.999999),
+    )
     log_every: str = setting('50 steps', 'interval of the log lines of training', is_duration=True)
     target_error: float = setting(
         0.0, 'the run ends when the mean top-1 training error over log_every is lower; 0: never', bounds=(0, 1)

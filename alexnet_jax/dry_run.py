@@ -6,20 +6,23 @@ The plan makes the checks of the command at its start. Nothing is written, compi
 import fcntl
 import math
 import os
+from collections.abc import Sequence
 
 import jax
 
 from alexnet_jax import parallel
 from alexnet_jax.config import UNKNOWN, Config, ConfigError, check_mesh, with_num_classes
 from alexnet_jax.data.dataset import PreparedDataset
+from alexnet_jax.lr_multipliers import KINDS, first_trained_layer, frozen_names, frozen_parameters
 from alexnet_jax.prepare.describe import Description, describe, size_text
 from alexnet_jax.prepare.raw_sources import SourceError
 from alexnet_jax.prepare.writer import PrepareConfig
 from alexnet_jax.runtime.checkpoint_files import checkpoint_steps, read_newest_progress
 from alexnet_jax.runtime.files import JsonObject, free_bytes
-from alexnet_jax.runtime.workdir import describe_changes, is_finished, trained_on
+from alexnet_jax.runtime.workdir import describe_changes, has_untrained_import, is_finished, trained_on
 from alexnet_jax.schedules import Intervals, Schedule
-from alexnet_jax.shapes import DENSE, LayerShape, layer_table
+from alexnet_jax.shapes import DENSE, POOLS, LayerShape, layer_table
+from alexnet_jax.training.init_source import describe_fit, read_settings
 
 
 def print_plan(config: Config, config_name: str, workdir: str, process_group: JsonObject | None) -> int:
@@ -51,7 +54,7 @@ def print_plan(config: Config, config_name: str, workdir: str, process_group: Js
             *(('steps', line) for line in _steps(config, examples)),
             ('memory', _memory(config, data, model)),
             ('disk', _disk(config, workdir)),
-            *(('start', line) for line in _start(config, workdir, described.prepared)),
+            *(('start', line) for line in _start(config, workdir, described.prepared, described.card.class_names)),
         ]
     for i, (label, line) in enumerate(lines):
         print(f'{label if i == 0 or lines[i - 1][0] != label else "":<8}{line}')
@@ -124,7 +127,7 @@ def _steps(config: Config, examples: int | None) -> list[str]:
         every = f'evaluation every {config.eval.every}, checkpoint every {config.checkpoint.every}'
         return [f'{length}, {every}', f'learning rate {optimizer.learning_rate:g}, schedule {optimizer.schedule}']
     schedule, intervals = Schedule(optimizer, train, examples), Intervals.from_config(config, examples)
-    total = schedule.total_steps
+    total, frozen = schedule.total_steps, frozen_names(config)
     counts = [max(1, math.ceil(total / every)) for every in (intervals.eval_every, intervals.checkpoint_every)]
     at_the_end = f' and at the end with {config.eval.views} views' if config.eval.views > 1 else ''
     return [
@@ -132,6 +135,7 @@ def _steps(config: Config, examples: int | None) -> list[str]:
         f' evaluation every {intervals.eval_every:,} steps ({counts[0]:,}){at_the_end},'
         f' checkpoint every {intervals.checkpoint_every:,} steps ({counts[1]:,})',
         f'learning rate {optimizer.learning_rate:g}, {_decays(schedule)}',
+        *([f'optimizer.lr_multipliers freezes {", ".join(frozen)}'] if frozen else ()),
     ]
 
 
@@ -141,37 +145,51 @@ def _decays(schedule: Schedule) -> str:
     milestones = ', '.join(f'{step:,}' for step in schedule.milestones)
     text = {
         'plateau': f'divided by {config.decay_factor:g} after {config.patience} evaluations without a lower error, at'
-        f' most {config.max_decays} times',
+        f' most {config.max_decays} times{", then the run ends" if config.stop_on_plateau else ""}',
         'steps': f'divided by {config.decay_factor:g} at steps {milestones}',
         'dexp': f'divided by up to {config.dexp_factor:g} in {config.dexp_parts} equal parts of the run',
         'poly': f'times (1 - step / {schedule.total_steps:,}) to the power {config.poly_power:g}',
+        'cosine': f'times half a cosine, from 1 to 0 at step {schedule.total_steps:,}',
         'constant': 'constant',
     }[config.schedule]
     if schedule.warmup_steps:
         text += f', after a linear warmup of {schedule.warmup_steps:,} steps'
     if config.bias_lr_multiplier != 1 or config.bias_schedule != 'same':
         text += f'; biases: {config.bias_lr_multiplier:g} times, schedule {config.bias_schedule}'
-    return text + ('; see optimizer.lr_overrides' if config.lr_overrides else '')
+    fields = [name for name in ('lr_multipliers', 'lr_overrides') if getattr(config, name)]
+    return text + ''.join(f'; see optimizer.{name}' for name in fields)
 
 
 def _memory(config: Config, data: int, model: int) -> str:
-    """Estimates the memory of a device. The activations are those of one micro-batch, without train.remat."""
+    """Estimates the memory of a device. The activations are those of one micro-batch, without train.remat.
+
+    Layers before the first trained one keep no activations. Those of the largest of these layers count as far as they
+    exceed the gradients, because the gradients come into being after them.
+    """
     table = layer_table(config.model, config.data.crop_size, config.data.channels)
     devices = data * model
-    is_sharded = [config.mesh.layout == 'towers' or layer.name in DENSE for layer in table]
-    weights = sum(
-        4 * layer.parameters / (model if sharded else 1) for layer, sharded in zip(table, is_sharded, strict=True)
-    )
+    frozen, weights, gradients = frozen_parameters(config), 0.0, 0.0
+    for layer in table:
+        shards = model if config.mesh.layout == 'towers' or layer.name in DENSE else 1
+        sizes = {kind: 4 * math.prod(getattr(layer, kind)) / shards for kind in KINDS}
+        weights += sum(sizes.values())
+        gradients += sum(size for kind, size in sizes.items() if (layer.name, kind) not in frozen)
     velocities = weights / (data if config.mesh.shard_optimizer else 1)
-    gradients = weights * (2 if config.train.grad_accum_steps > 1 else 1)
+    gradients *= 2 if config.train.grad_accum_steps > 1 else 1
     images, size, channels = config.train.batch_size / devices, config.data.image_size, config.data.channels
-    values = config.data.crop_size**2 * channels + sum(map(_activations, table))
-    activations = images / config.train.grad_accum_steps * values * (4 if config.model.dtype == 'float32' else 2)
+    values, first = [*map(_activations, table)], [layer.name for layer in table].index(first_trained_layer(config))
+    bytes_per_value = images / config.train.grad_accum_steps * (4 if config.model.dtype == 'float32' else 2)
+    activations = bytes_per_value * (config.data.crop_size**2 * channels + sum(values[first:]))
+    if first:  # the augmented images are written once, see train_step.local_gradients()
+        activations += bytes_per_value * config.data.crop_size**2 * channels
+    activations += max(0.0, bytes_per_value * max(values[:first], default=0) - gradients)
+    average = weights if config.train.ema_decay else 0.0
     parts = {
         'weights': weights,
+        **({'average of the weights': average} if average else {}),
         'velocities': velocities,
         'gradients': gradients,
-        'copy for checkpoints': weights + velocities,
+        'copy for checkpoints': weights + velocities + average,
         'activations and images': activations + images * size**2 * channels,
     }
     shown = ', '.join(f'{name} {size_text(part)}' for name, part in parts.items())
@@ -182,13 +200,14 @@ def _activations(layer: LayerShape) -> int:
     """Returns how many values of `layer` an image needs in the backward pass."""
     ops = layer.spec.ops
     normalized = sum(ops.count(op) for op in ('lrn', 'spatial_lrn', 'batch_norm'))
-    return math.prod(layer.output) * (1 + normalized) + ('pool' in ops) * math.prod(layer.pooled)
+    return math.prod(layer.output) * (1 + normalized) + any(op in POOLS for op in ops) * math.prod(layer.pooled)
 
 
 def _disk(config: Config, workdir: str) -> str:
     """Estimates the size of the checkpoints."""
     table = layer_table(config.model, config.data.crop_size, config.data.channels)
-    size = 2 * 4 * sum(layer.parameters for layer in table)  # weights and velocities
+    arrays = 3 if config.train.ema_decay else 2  # weights and velocities, and the average of the weights
+    size = arrays * 4 * sum(layer.parameters for layer in table)
     kept = (config.checkpoint.keep + 2) * size  # the best too, and one while it is written
     free = free_bytes(workdir)
     return (
@@ -197,8 +216,10 @@ def _disk(config: Config, workdir: str) -> str:
     )
 
 
-def _start(config: Config, workdir: str, prepared: PreparedDataset | None) -> list[str]:
+def _start(config: Config, workdir: str, prepared: PreparedDataset | None, class_names: Sequence[str]) -> list[str]:
     """Returns whether the command would start or resume the run, at which step, and with which changed settings.
+
+    For a run that would start from the weights of train.init, further lines name the layers that are drawn anew.
 
     Raises ConfigError: the run was started with another data set, or no checkpoint can be read.
     """
@@ -209,8 +230,15 @@ def _start(config: Config, workdir: str, prepared: PreparedDataset | None) -> li
             raise ConfigError(
                 f'{folder}: no checkpoint can be read; remove the folder or use another --workdir to start over'
             )
-        return [f'starts at step 0 in {workdir}']
+        if config.train.init is None:
+            return [f'starts at step 0 in {workdir}']
+        return [
+            f'starts at step 0 in {workdir}, from the weights in {config.train.init}',
+            *describe_fit(read_settings(config.train.init), config, list(class_names)),
+        ]
     step, _ = newest
+    if has_untrained_import(workdir):
+        return [f'starts at step 0 in {workdir}, from its imported weights']
     started_with = trained_on(workdir)
     if prepared is not None and started_with is not None and not prepared.has_fingerprint(started_with):
         raise ConfigError(

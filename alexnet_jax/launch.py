@@ -19,13 +19,14 @@ from alexnet_jax import config_files
 from alexnet_jax.cli import define_config_flag, parse_flags, report_usage_error
 from alexnet_jax.config import Config, ConfigError, resolve
 from alexnet_jax.config_help import changes_of, describe, find_fields, values_of
-from alexnet_jax.paths import check_current_folder, check_folder, check_run_path, check_writable, is_url
+from alexnet_jax.paths import absolute_path, check_current_folder, check_folder, check_run_path, check_writable, is_url
 from alexnet_jax.runtime import backend, console
 from alexnet_jax.runtime.commands import child_command, shell_command
 from alexnet_jax.runtime.console import log_error
 from alexnet_jax.runtime.files import JsonObject
-from alexnet_jax.runtime.workdir import check_resumable, is_finished, with_num_classes_of_run
+from alexnet_jax.runtime.workdir import check_resumable, is_finished, with_settings_of_run
 from alexnet_jax.sweep.sweep import Variant, apply_variant, load_sweep, print_runs, run_all, write_manifest
+from alexnet_jax.training.init_source import with_settings_of_init
 from alexnet_jax.training.profiler import parse_profile
 from alexnet_jax.training.trackers import TrackingConfig, check_wandb
 
@@ -33,6 +34,11 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 CONFIG = define_config_flag()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; by default runs/ and the name of the config.')
+_INIT = flags.DEFINE_string(
+    'init',
+    None,
+    'Weights to start from, config.train.init: a run, one of its checkpoints, a file, or a folder of a model hub.',
+)
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
     'coordinator_address', None, 'HOST:PORT of process 0, to which the other processes connect.'
 )
@@ -63,6 +69,17 @@ _PRINT_CONFIG = flags.DEFINE_string(
     'print_config', None, 'Print all settings of the run, or with =diff those that differ from the defaults.'
 )
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Check settings, data, devices and workdir, print the plan, and exit.')
+
+
+def _apply_init() -> None:
+    """Sets train.init to --init. Raises ConfigError: the command line has another value for the field."""
+    if _INIT.value is None:
+        return
+    init = absolute_path('--init', _INIT.value)
+    other = config_flags.get_override_values(flags.FLAGS['config']).get('train.init')
+    if other is not None and absolute_path('config.train.init', other) != init:
+        raise ConfigError(f'--init: {_INIT.value}, but --config.train.init={other}; give one of them')
+    CONFIG.value.train.init = init
 
 
 def _process_group() -> JsonObject | None:
@@ -129,11 +146,12 @@ def _select_run(file: str, workdir: str) -> tuple[Config, str]:
     Raises ConfigError: an invalid setting, or there is no such run.
     """
     if _SWEEP.value is None:
-        return with_num_classes_of_run(resolve(CONFIG.value), workdir), workdir
+        config = with_settings_of_run(resolve(CONFIG.value), workdir)
+        return with_settings_of_init(config, workdir), workdir
     variants = load_sweep(file)
     variant = _select_variant(variants)
     folder = os.path.join(workdir, variant.directory)
-    config = with_num_classes_of_run(apply_variant(CONFIG.value, variant), folder)
+    config = with_settings_of_init(with_settings_of_run(apply_variant(CONFIG.value, variant), folder), folder)
     if console.is_primary() and _PRINT_CONFIG.value is None and not _DRY_RUN.value:
         # The runs of a job array have no parent process that writes the manifest.
         write_manifest(variants, config_files.name_of(file), workdir)
@@ -148,14 +166,16 @@ def _sweep(file: str, workdir: str, process_group: JsonObject | None) -> int:
         raise ConfigError(f'--sweep: {_SWEEP.value!r} is not a single run; --print_config needs --sweep=K')
     variants = load_sweep(file)
     configs = [
-        with_num_classes_of_run(apply_variant(CONFIG.value, variant), os.path.join(workdir, variant.directory))
+        with_settings_of_run(apply_variant(CONFIG.value, variant), os.path.join(workdir, variant.directory))
         for variant in variants
     ]
     if _SWEEP.value == 'list':
         print_runs(variants, configs, workdir)
         return 0
     for variant, config in zip(variants, configs, strict=True):
-        check_resumable(config, os.path.join(workdir, variant.directory), every_field=True)
+        folder = os.path.join(workdir, variant.directory)
+        check_resumable(config, folder, every_field=True)
+        with_settings_of_init(config, folder, is_logged=False)  # raises ConfigError; the run itself logs
     if _DRY_RUN.value:
         print_runs(variants, configs, workdir)
         return 0
@@ -185,6 +205,7 @@ def main(argv: list[str]) -> int:
             print('\n'.join(describe(field, CONFIG.value) for field in find_fields(_HELP_CONFIG.value)))
             return 0
         workdir = _workdir(file)
+        _apply_init()
         process_group = _process_group()
         check_wandb(_WANDB.value)
         tracking = TrackingConfig(_TENSORBOARD.value, _WANDB.value, parse_profile(_PROFILE.value))

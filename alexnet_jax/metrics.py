@@ -38,6 +38,23 @@ def _right(scores: Scores, labels: Labels) -> Float32[np.ndarray, ' n']:
     return np.take_along_axis(scores, labels[:, None], -1)[:, 0]
 
 
+def with_best_label(
+    scores: Scores, labels: Labels, right: Bool[np.ndarray, 'n classes'] | None
+) -> tuple[Scores, Labels]:
+    """Returns scores and labels for images with several right labels, see error_rates(); unchanged if `right` is None.
+
+    The label of an image becomes the most probable of its right labels, and the other right labels get the score -inf.
+    An image is then right if any of its right labels is.
+    """
+    if right is None:
+        return scores, labels
+    best = np.where(right & ~np.isnan(scores), scores, -np.inf)
+    labels = np.where(best.max(-1) > -np.inf, best.argmax(-1), right.argmax(-1)).astype(np.int32)
+    others = right.copy()
+    np.put_along_axis(others, labels[:, None], False, -1)
+    return np.where(others, np.float32(-np.inf), scores), labels
+
+
 def error_rates(scores: Scores, labels: Labels) -> dict[str, float]:
     """Returns the mean loss (negative log likelihood in nats), top1_error and top5_error (0 to 1)."""
     top1, top5 = errors(scores, labels)

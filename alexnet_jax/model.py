@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32, Key
 from alexnet_jax.config import ModelConfig
 from alexnet_jax.layers import local_response_norm, max_pool, within_channel_lrn
 from alexnet_jax.parallel import local_feature_slice, redistribute_features
-from alexnet_jax.shapes import LAYERS, layer_table, pool_window
+from alexnet_jax.shapes import LAYERS, POOLS, layer_table, pool_window, pools_over_edge
 from alexnet_jax.weight_layers import Conv, Dense, Towers, regroup_channels
 
 # Constants of the original program for the second normalization of layer 2; the window and alpha are settings.
@@ -30,6 +30,8 @@ class AlexNet(nnx.Module):
       statistics_axes: mesh axes over which batch normalization averages its statistics in training.
       remat: whether to rematerialize in training: each convolution and the operations after it save only their inputs,
         and the backward pass recomputes them.
+      frozen: the layers that are not trained. Batch normalization after them uses its running statistics in training
+        too, and does not update them.
     """
 
     def __init__(
@@ -41,9 +43,11 @@ class AlexNet(nnx.Module):
         rngs: nnx.Rngs,
         statistics_axes: tuple[str, ...] = ('data',),
         remat: bool = False,
+        frozen: frozenset[str] = frozenset(),
     ):
         table = layer_table(config, crop_size, channels)
         self.config, self.remat, self.specs = config, remat, tuple(shape.spec for shape in table)
+        self.frozen = frozen
         self.conv_features = next(spec.features for spec in reversed(self.specs) if spec.kernel)
         for shape in table:
             setattr(self, shape.name, (Conv if shape.spec.kernel else Dense)(shape, config, rngs))
@@ -56,9 +60,9 @@ class AlexNet(nnx.Module):
     ) -> Float32[Array, 'b classes']:
         """Returns the logits of `images`.
 
-        `dropout_keys` selects training mode: dropout, and batch normalization by the statistics of the batch. There is
-        one key per example in this device's dense layers: B keys, in `hybrid` B * model keys. None selects test mode:
-        the scaling of dropout(), and batch normalization by the running statistics.
+        `dropout_keys` selects training mode: dropout, and batch normalization by the statistics of the batch, except
+        after `frozen` layers. There is one key per example in this device's dense layers: B keys, in `hybrid` B * model
+        keys. None selects test mode: the scaling of dropout(), and batch normalization by the running statistics.
         """
         logits = self.activations(images, dropout_keys)['fc8']
         return redistribute_features(logits, self.config.num_classes, 'logits').astype(jnp.float32)
@@ -83,7 +87,7 @@ class AlexNet(nnx.Module):
             towers = self.layer_inputs(layer, towers)
             if spec.dropout:
                 towers = self.dropout(layer, towers, dropout_keys)
-            block = partial(apply_layer, self.config, training)
+            block = partial(apply_layer, self.config, training and spec.name not in self.frozen)
             if self.remat and training and spec.kernel:
                 block = nnx.remat(block)
             towers, outputs[spec.name] = block(layer, norm, towers)
@@ -145,8 +149,8 @@ def apply_layer(
             elif op == 'batch_norm' and norm is not None:
                 x = norm(jnp.concatenate(towers, -1).astype(jnp.float32), use_running_average=not training)
                 towers = jnp.split(x.astype(towers[0].dtype), len(towers), -1)
-            elif op == 'pool':  # section 3.4
-                towers = [max_pool(x, pool_window(config), 2, ceil_mode=config.pool_ceil_mode) for x in towers]
+            elif op in POOLS:  # section 3.4
+                towers = [max_pool(x, pool_window(config), 2, ceil_mode=pools_over_edge(config, op)) for x in towers]
     return towers, jnp.concatenate(output, -1)
 
 

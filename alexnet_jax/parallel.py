@@ -62,6 +62,11 @@ def make_mesh(config: Config) -> Mesh:
     )
 
 
+def local_mesh() -> Mesh:
+    """Returns the ('data', 'model') mesh of one device of this process, for arrays that only this process reads."""
+    return jax.make_mesh((1, 1), ('data', 'model'), axis_types=(AxisType.Auto,) * 2, devices=jax.local_devices()[:1])
+
+
 def batch_axes(layout: str) -> tuple[str, ...]:
     """Returns the mesh axes that shard a batch: both in `hybrid`; other layouts replicate the batch along `model`."""
     return ('data', 'model') if layout == 'hybrid' else ('data',)

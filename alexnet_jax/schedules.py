@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from alexnet_jax.config import Config, OptimizerConfig, TrainConfig, duration_in_steps, total_steps
+from alexnet_jax.lr_multipliers import KINDS, lr_multiplier
 from alexnet_jax.shapes import LAYERS
 
 
@@ -34,6 +35,10 @@ class PlateauState:
             return dataclasses.replace(self, waited=0, decays_taken=self.decays_taken + 1)
         return dataclasses.replace(self, waited=waited)
 
+    def is_exhausted(self, config: OptimizerConfig) -> bool:
+        """Returns whether a further decay is due after `max_decays`; then the run ends with `stop_on_plateau`."""
+        return self.waited >= config.patience and self.decays_taken >= config.max_decays
+
 
 class Schedule:
     """The learning rates of a run as functions of the train step.
@@ -51,10 +56,11 @@ class Schedule:
         self.total_steps = total_steps(train, examples)
         self.warmup_steps = steps(optimizer.warmup)
         self.milestones = [steps(milestone) for milestone in optimizer.milestones]
+        self.multipliers = {(name, kind): lr_multiplier(optimizer, (name, kind)) for name in LAYERS for kind in KINDS}
         self.overrides = [(name, steps(since), rate) for name, since, rate in optimizer.lr_overrides]
 
     def learning_rate(self, step: int, decays_taken: int) -> float:
-        """Returns the learning rate of all kernels without an entry in `lr_overrides`.
+        """Returns the learning rate of all kernels without an entry in `lr_multipliers` or `lr_overrides`.
 
         Args:
           step: the train step, counted from 0.
@@ -69,14 +75,18 @@ class Schedule:
             rate /= self._dexp_divisor(config.dexp_factor, config.dexp_parts, step)
         elif config.schedule == 'poly':
             rate *= max(0.0, 1 - step / self.total_steps) ** config.poly_power
+        elif config.schedule == 'cosine':
+            done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+            rate *= (1 + math.cos(math.pi * min(1.0, max(0.0, done)))) / 2
         return rate * self._warmup(step)
 
     def learning_rate_tree(self, step: int, decays_taken: int) -> dict[str, dict[str, float]]:
         """Returns the learning rate of each layer's `kernel` and `bias`; see learning_rate() for the arguments.
 
         The learning rate of biases is `bias_lr_multiplier` times that of kernels or, unless `bias_schedule` is 'same',
-        times that of `bias_schedule`, which starts at the same value. From a given step on, `lr_overrides` replaces the
-        learning rate of a single kernel or bias.
+        times that of `bias_schedule`, which starts at the same value. `lr_multipliers` multiplies the learning rates of
+        the parameters that a pattern matches. From a given step on, `lr_overrides` replaces the learning rate of a
+        single kernel or bias.
         """
         config = self.config
         kernel = bias = self.learning_rate(step, decays_taken)
@@ -84,7 +94,10 @@ class Schedule:
             bias = config.learning_rate * self._warmup(step)
         if config.bias_schedule == 'dexp':
             bias /= self._dexp_divisor(config.bias_dexp_factor, config.bias_dexp_parts, step)
-        rates = {name: {'kernel': kernel, 'bias': bias * config.bias_lr_multiplier} for name in LAYERS}
+        scheduled = {'kernel': kernel, 'bias': bias * config.bias_lr_multiplier}
+        rates = {
+            name: {kind: rate * self.multipliers[name, kind] for kind, rate in scheduled.items()} for name in LAYERS
+        }
         for name, first_step, rate in self.overrides:
             if step >= first_step:
                 layer, kind = name.split('/')

@@ -9,6 +9,7 @@ from alexnet_jax.config_schema import CONVOLUTIONS, DENSE, ModelConfig
 Settings = dict[str, Any]  # values of configuration fields by name
 
 LAYERS = CONVOLUTIONS + DENSE
+POOLS = ('pool', 'ceil_pool')  # the operations that pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class LayerSpec:
       padding: number of zeros (before, after) the rows and the columns of the inputs.
       cross_tower: whether the layer reads the features of all towers; otherwise each tower reads only its own.
       locally_connected: whether a convolution has separate weights at each pixel.
-      ops: the operations after the layer, in order: activation, lrn, spatial_lrn, batch_norm, pool.
+      ops: the operations after the layer, in order: activation, lrn, spatial_lrn, batch_norm, pool, ceil_pool.
       dropout: whether dropout applies to the inputs of the layer.
       kernel_std: standard deviation of the initial kernel.
       bias_init: initial bias.
@@ -72,8 +73,8 @@ def layer_specs(model: ModelConfig) -> tuple[LayerSpec, ...]:
             )
         if features:
             rows.append(row)
-        elif 'pool' in row.ops:
-            rows[-1] = dataclasses.replace(rows[-1], ops=(*rows[-1].ops, 'pool'))
+        elif pools := tuple(op for op in row.ops if op in POOLS):
+            rows[-1] = dataclasses.replace(rows[-1], ops=rows[-1].ops + pools)
     return tuple(rows)
 
 
@@ -135,6 +136,11 @@ def pool_window(model: ModelConfig) -> int:
     return 3 if model.overlapping_pool else 2
 
 
+def pools_over_edge(model: ModelConfig, op: str) -> bool:
+    """Returns whether `op`, one of POOLS, has a last window that extends over the edge."""
+    return model.pool_ceil_mode or op == 'ceil_pool'
+
+
 def layer_table(model: ModelConfig, crop_size: int, channels: int) -> list[LayerShape]:
     """Returns the shapes of the layers of layer_specs().
 
@@ -157,10 +163,11 @@ def layer_table(model: ModelConfig, crop_size: int, channels: int) -> list[Layer
         else:
             kernel, output = (math.prod(inputs) // towers, spec.features), bias
         pooled = output
-        for _ in range(spec.ops.count('pool')):
-            rest = pooled[0] - pool_window(model)
-            side = (-(-rest // 2) if model.pool_ceil_mode else rest // 2) + 1
-            pooled = (side, side, spec.features)
+        for op in spec.ops:
+            if op in POOLS:
+                rest = pooled[0] - pool_window(model)
+                side = (-(-rest // 2) if pools_over_edge(model, op) else rest // 2) + 1
+                pooled = (side, side, spec.features)
         table.append(LayerShape(spec, kernel, bias, output, pooled))
         inputs = pooled
     return table

@@ -106,10 +106,22 @@ def memory_rows(result: dict[str, Any]) -> list[Row]:
     return [(what, own, PEERS['torch'], f'{result["torch"]["peak"] / 1e6:,.0f}', f'{1 / result["ratio"]:.2f}')]
 
 
+def freezing_rows(result: dict[str, Any]) -> list[Row]:
+    """Time and memory of steps with frozen layers, as shares of those of a step that trains all layers."""
+    rows: list[Row] = []
+    for case, what in (('convolutions', 'with frozen convolutions'), ('head', 'of fc8 alone')):
+        found, full = result['cases'][case], result['cases']['full']
+        step = f'train step of `paper` {what}, batch {result["batch_size"]} / of all layers'
+        rows.append((f'{step}: time', f'{found["ratio"]:.2f}'))
+        rows.append((f'{step}: temporary memory', f'{found["temporary"] / full["temporary"]:.2f}'))
+    return rows
+
+
 ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     'train_step': train_step_rows,
     'layers': layers_rows,
     'memory': memory_rows,
+    'freezing': freezing_rows,
     'loop_overhead': loop_overhead_rows,
     'input': input_rows,
     'startup': startup_rows,

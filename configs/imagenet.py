@@ -12,6 +12,7 @@ owt             cuda-convnet2's one-GPU net, 2014                   40.42 / 18.1
 caffe           BVLC's bvlc_alexnet                                 42.9 / 19.8 %, 1
 caffenet        BVLC's bvlc_reference_caffenet                      42.6 / 19.6 %, 1
 torchvision     torchvision's alexnet                               43.48 / 20.93 %, 1
+modern          torchvision's alexnet with a later recipe           39.30 / 17.05 %, 1 (of a similar recipe)
 bn_lars         AlexNet-BN with LARS, batches of 8,192              about 40 % (not verified)
 d2l             "Dive into Deep Learning", on Fashion-MNIST         about 12 %, 1
 cifar10_13pct   the four-layer net of section 3.3, on CIFAR-10      13 %, 10

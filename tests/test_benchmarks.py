@@ -19,6 +19,7 @@ from alexnet_jax.presets import PRESETS
 from alexnet_jax.shapes import LAYERS
 from benchmarks import (
     check,
+    freezing,
     layers,
     loop_overhead,
     memory,
@@ -310,6 +311,27 @@ MEMORY = {
     'machine': '2 cores',
     'date': '2026-01-05',
 }
+
+
+FREEZING = {
+    'cases': {
+        'full': {'seconds': 4.0, 'ratio': 1.0, 'ratio_of_minima': 1.0, 'temporary': 8e8},
+        'convolutions': {'seconds': 1.5, 'ratio': 0.375, 'ratio_of_minima': 0.36, 'temporary': 4e8},
+        'head': {'seconds': 1.0, 'ratio': 0.25, 'ratio_of_minima': 0.24, 'temporary': 2e8},
+    },
+    'batch_size': 128,
+    'rounds': 7,
+    'machine': '2 cores',
+    'date': '2026-01-05',
+}
+
+
+def test_report_of_frozen_steps():
+    assert ['convolutions', '1,500', '0.375', '0.360', '400'] in [
+        line.split() for line in freezing.report(FREEZING).splitlines()
+    ]
+    rows = table.freezing_rows(FREEZING)
+    assert [row[1:] for row in rows] == [('0.38',), ('0.50',), ('0.25',), ('0.25',)]
 
 
 def test_reports_of_the_loop_and_of_memory():

@@ -23,11 +23,12 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from alexnet_jax.config import ConfigError, apply_overrides, default_config, resolve
-from alexnet_jax.convert import export, importer, torch_file, weight_layouts
-from alexnet_jax.convert.formats import FormatError, detect_format
+from alexnet_jax.convert import export, importer
 from alexnet_jax.inference import trained_model
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.training.eval_step import make_activation_fn
+from alexnet_jax.weights import torch_file, weight_files, weight_layouts
+from alexnet_jax.weights.formats import FormatError
 
 FIXTURES = Path(__file__).parent / 'fixtures'
 TORCH = np.load(FIXTURES / 'torch_expected.npz')
@@ -35,8 +36,8 @@ CAFFE_WIDTHS = (8, 12, 8, 12, 8, 10, 9, 7)
 
 
 def import_file(path, workdir, preset=None, mean=None, class_names=None) -> None:
-    given = types.SimpleNamespace(preset=preset, mean=mean, class_names=class_names)
-    importer.import_file(str(path), detect_format(str(path)), str(workdir), given)
+    given = types.SimpleNamespace(preset=preset, mean=mean, class_names=class_names, crop_size=None)
+    importer.import_file(str(path), str(workdir), given)
 
 
 def network_of(path, workdir, **flags) -> trained_model.TrainedModel:
@@ -161,19 +162,19 @@ def caffemodel(folder: Path, name: str = 'AlexNet', **changes) -> Path:
 
 def test_read_mean_formats(tmp_path):
     """Formats that --mean accepts and rejects."""
-    np.testing.assert_array_equal(importer.read_mean('1,2.5,-3', 'caffe'), [1, 2.5, -3])
-    np.testing.assert_allclose(
-        importer.read_mean(None, 'torchvision'), 255 * np.array([0.485, 0.456, 0.406]), rtol=1e-12
-    )
+    np.testing.assert_array_equal(weight_files.read_mean('1,2.5,-3', 'caffe'), [1, 2.5, -3])
+    for preset in ('torchvision', 'modern'):
+        mean = weight_files.read_mean(None, preset)
+        np.testing.assert_allclose(mean, 255 * np.array([0.485, 0.456, 0.406]), rtol=1e-12)
     path = tmp_path / 'mean'
     array = np.arange(3 * 227 * 227, dtype=np.float32).reshape(3, 227, 227)
     for content in (caffe_files.old_blob(array), caffe_files.blob(array), caffe_files.blob(array[None], True)):
         path.write_bytes(content)
-        mean = importer.read_mean(str(path), 'caffe')
+        mean = weight_files.read_mean(str(path), 'caffe')
         assert mean.shape == (227, 227, 3)
         np.testing.assert_array_equal(mean[2, 1], [array[2, 2, 1], array[1, 2, 1], array[0, 2, 1]])
     np.save(tmp_path / 'pixel.npy', array[:, 0, 0])
-    np.testing.assert_array_equal(importer.read_mean(str(tmp_path / 'pixel.npy'), 'caffe'), array[::-1, 0, 0])
+    np.testing.assert_array_equal(weight_files.read_mean(str(tmp_path / 'pixel.npy'), 'caffe'), array[::-1, 0, 0])
     refused = {
         None: '--mean=FILE',
         '1,2': 'three numbers',
@@ -199,7 +200,7 @@ def test_read_mean_formats(tmp_path):
     refused[str(path)] = str(path)
     for text, reason in refused.items():
         with pytest.raises(ConfigError, match=reason):
-            importer.read_mean(text, 'caffe')
+            weight_files.read_mean(text, 'caffe')
 
 
 def test_mean_image_becomes_statistics(tmp_path):
@@ -284,21 +285,21 @@ def test_layers_of_caffe_that_do_not_fit(tmp_path):
 
 
 def test_class_names_flag(tmp_path):
-    ids = importer.class_names(None, 1000)
+    ids = weight_files.class_names(None, 1000)
     assert (len(set(ids)), ids[0], ids[999], ids == sorted(ids)) == (1000, 'n01440764', 'n15075141', True)
-    assert importer.class_names(None, 3) == ['class 0', 'class 1', 'class 2']
+    assert weight_files.class_names(None, 3) == ['class 0', 'class 1', 'class 2']
     path = tmp_path / 'names.txt'
     path.write_text('n02012849 crane\nn01440764 tench, Tinca tinca\nn03126707 crane\n\n', encoding='utf-8')
-    assert importer.class_names(str(path), 3) == ['n02012849 crane', 'tench, Tinca tinca', 'n03126707 crane']
+    assert weight_files.class_names(str(path), 3) == ['n02012849 crane', 'tench, Tinca tinca', 'n03126707 crane']
     path.write_bytes('Löwe \r\nHund\r\n'.encode())
-    assert importer.class_names(str(path), 2) == ['Löwe', 'Hund']
+    assert weight_files.class_names(str(path), 2) == ['Löwe', 'Hund']
     refused = {b'a\nb\nc': '3 names.*2 classes', b'a\na\n': "'a'", b'\xff\n': '.*UTF-8'}
     for content, reason in refused.items():
         path.write_bytes(content)
         with pytest.raises(ConfigError, match=f'^--class_names={path}: {reason}'):
-            importer.class_names(str(path), 2)
+            weight_files.class_names(str(path), 2)
     with pytest.raises(ConfigError, match='No such file'):
-        importer.class_names(str(tmp_path / 'none'), 2)
+        weight_files.class_names(str(tmp_path / 'none'), 2)
 
 
 # Native files

@@ -278,10 +278,15 @@ def test_plans_of_a_sweep(tmp_path, home):
 
 
 @pytest.mark.slow
-def test_memory_is_that_of_the_compiled_step(home):
+@pytest.mark.parametrize('multipliers', [(), (('conv*', 0.0),)])
+def test_memory_is_that_of_the_compiled_step(home, multipliers):
     """Compares the estimate, without the copy for checkpoints, with the memory that XLA reports."""
-    memory = plan(home=home, cwd=home)['memory']
+    flag = f'--config.optimizer.lr_multipliers={multipliers}'
+    lines = plan(flag, home=home, cwd=home)
+    freezes = 'optimizer.lr_multipliers freezes conv1, conv2, conv3, conv4, conv5'
+    assert lines['steps'].endswith(freezes) == bool(multipliers)
+    memory = lines['memory']
     total, copy = (float(re.search(pattern, memory)[1]) for pattern in (r'about (\S+) MB', r'checkpoints (\S+) MB'))
-    audit = run_command('-m', 'alexnet_jax', 'audit', '--json')
+    audit = run_command('-m', 'alexnet_jax', 'audit', '--json', flag)
     peak = json.loads(audit.stdout)['peak_bytes_per_device'] / 1e6
     assert total - copy == pytest.approx(peak, rel=0.1)

@@ -66,13 +66,13 @@ def test_package_import_loads_no_libraries():
 def test_public_names_are_imported_on_first_access():
     program = """
 import sys, alexnet_jax
-assert {'AlexNet', 'PRESETS', 'default_config', 'load_model'} <= set(dir(alexnet_jax))
+assert {'AlexNet', 'PRESETS', 'TrainedModel', 'create', 'default_config', 'load'} <= set(dir(alexnet_jax))
 assert alexnet_jax.PRESETS['paper'] and 'absl' not in sys.modules
 assert alexnet_jax.default_config() and 'jax' not in sys.modules
-print(alexnet_jax.load_model.__module__, alexnet_jax.AlexNet.__module__)
+print(alexnet_jax.load.__module__, alexnet_jax.AlexNet.__module__)
 """
     run = run_command('-c', program)
-    assert (run.stdout, run.stderr) == ('alexnet_jax.inference.trained_model alexnet_jax.model\n', '')
+    assert (run.stdout, run.stderr) == ('alexnet_jax.inference.loading alexnet_jax.model\n', '')
     assert alexnet_jax.default_config is default_config
     assert alexnet_jax.PRESETS is PRESETS
     with pytest.raises(AttributeError, match="module 'alexnet_jax' has no attribute 'AlexNets'"):

@@ -29,7 +29,7 @@ from alexnet_jax.config import resolve
 from alexnet_jax.data import dataset
 from alexnet_jax.evaluate import predictions, summary
 from alexnet_jax.inference import trained_model
-from alexnet_jax.training import checkpointing
+from alexnet_jax.training import checkpoint_reader, checkpointing
 from configs.quickstart import get_config
 
 pytestmark = pytest.mark.usefixtures('compiled_programs')
@@ -326,9 +326,9 @@ def test_restore_retries_when_newest_checkpoint_disappears(runs, tmp_path, monke
         return read(path, abstract_state)
 
     monkeypatch.setattr(checkpointing, 'restore_checkpoint', read_late)
-    assert trained_model.restore(trained_model.parse_checkpoint_ref(str(tmp_path / 'b')), None).run_state.step == 41
+    assert checkpoint_reader.restore(trained_model.parse_checkpoint_ref(str(tmp_path / 'b')), None).run_state.step == 41
     assert asked == ['40', '41']
-    message = refusal(trained_model.restore, trained_model.parse_checkpoint_ref(str(folder / '40')), None)
+    message = refusal(checkpoint_reader.restore, trained_model.parse_checkpoint_ref(str(folder / '40')), None)
     assert re.search('checkpoints/40: .*41', message)
 
 

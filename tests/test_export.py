@@ -19,13 +19,17 @@ import safetensors.numpy
 from flax import nnx
 from helpers import ROOT, read_json, refusal, run_command
 from jax import export as jax_export
+from PIL import Image
 
+from alexnet_jax import augment
 from alexnet_jax.config import default_config, resolve
 from alexnet_jax.convert import export
 from alexnet_jax.inference import trained_model
+from alexnet_jax.inference.images import read_image_file
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.training.eval_step import make_predict_step
 from alexnet_jax.training.state import TrainState, build_model
+from alexnet_jax.weights import weight_files
 
 CLASSES = ['tench', 'Gänse "grau"', 'a, b', *(f'class {i}' for i in range(9))]
 SMALL = {'model.widths': (8, 16, 24, 16, 8, 24, 20), 'model.num_classes': 12, 'data.image_size': 75}
@@ -42,6 +46,17 @@ CASES = {
     'bn_lars': ('bn_lars', {'data.crop_size': 67, **SMALL}),
     'cifar10_13pct': ('cifar10_13pct', {'model.widths': (8, 8, 6, 4, 0, 0, 0), 'model.num_classes': 12}),
     'd2l': ('d2l', {'data.crop_size': 69, **SMALL}),
+    # As bvlcalexnet of the model zoo: only the last pooling has a window over the edge.
+    'zoo': (
+        'caffe',
+        {
+            **SMALL,
+            **STRONG,
+            'data.image_size': 107,
+            'data.crop_size': 96,
+            'model.conv_ops': (*('activation lrn pool',) * 2, *('activation',) * 2, 'activation ceil_pool'),
+        },
+    ),
     # conv1 has the pooling of the removed conv2 too.
     'without_conv2': (
         'paper',
@@ -198,11 +213,81 @@ def test_onnx_graph_of_the_paper_has_one_operator_per_layer(tmp_path):
     assert groups == [1, 2, 1, 2, 2]
     labels = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(labels.pop('class_names')) == CLASSES
-    assert labels == {'preset': 'paper', 'step': '321'}
+    assert {name: labels[name] for name in ('preset', 'step', 'format')} == {
+        'preset': 'paper',
+        'step': '321',
+        'format': 'alexnet_jax',
+    }
     session = onnxruntime.InferenceSession(model.SerializeToString())
     (images,), (logits,) = session.get_inputs(), session.get_outputs()
     assert (images.name, images.type, images.shape) == ('images', 'tensor(uint8)', ['batch', 96, 96, 3])
     assert (logits.name, logits.type, logits.shape) == ('logits', 'tensor(float)', ['batch', 12])
+
+
+def test_onnx_imports_as_the_network_that_was_exported(case, tmp_path):
+    network, _, _ = case
+    export.write(network, str(tmp_path / 'net.onnx'))
+    weights = weight_files.read_weights(str(tmp_path / 'net.onnx'))
+    assert weights.config == network.config
+    assert weights.class_names == CLASSES
+    jax.tree.map(np.testing.assert_array_equal, weights.params, network.state.params)
+    jax.tree.map(np.testing.assert_array_equal, weights.batch_stats, network.state.batch_stats)
+    made = augment.make_preprocess_params(weights.statistics, network.config.data)
+    start = (network.config.data.image_size - network.config.data.crop_size) // 2
+    crop = slice(start, start + network.config.data.crop_size)
+    np.testing.assert_array_equal(made['mean'][crop, crop], network.preprocessing['mean'][crop, crop])
+    np.testing.assert_array_equal(made['scale'], network.preprocessing['scale'])
+    assert made['mean'].shape == network.preprocessing['mean'].shape
+
+
+def prepared_by_metadata(metadata: dict[str, str], picture: Image.Image) -> np.ndarray:
+    """Returns the input of an exported program, from its metadata alone."""
+    size, crop = int(metadata['image_size']), int(metadata['crop_size'])
+    assert (metadata['dtype'], metadata['value_range'], metadata['layout'][:4]) == ('uint8', '0 to 255', 'NHWC')
+    picture = picture.convert({'RGB': 'RGB', 'gray': 'L'}[metadata['color_order']])
+    scale = size / min(picture.size)
+    width, height = (round(side * scale) for side in picture.size)
+    assert metadata['resize_filter'].startswith('bicubic')
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    for side in (size, crop):
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        picture = picture.crop((left, top, left + side, top + side))
+    pixels = np.asarray(picture)
+    return pixels[None] if pixels.ndim == 3 else pixels[None, :, :, None]
+
+
+@pytest.mark.parametrize('name', ['paper', 'torchvision', 'd2l'])
+def test_onnx_file_says_how_to_prepare_a_picture(name, tmp_path):
+    preset, changes = CASES[name]
+    network = network_of(settings(preset, changes))
+    export.write(network, str(tmp_path / 'net.onnx'))
+    blocks = np.random.default_rng(5).integers(0, 256, (12, 17, 3), np.uint8)
+    picture = Image.fromarray(blocks.repeat(13, 0).repeat(13, 1))
+    picture.save(tmp_path / 'cat.png')
+
+    session = onnxruntime.InferenceSession(str(tmp_path / 'net.onnx'))
+    meta = session.get_modelmeta()
+    (found,) = session.run(None, {'images': prepared_by_metadata(meta.custom_metadata_map, picture)})
+    data = network.config.data
+    margin = (data.image_size - data.crop_size) // 2
+    crop = slice(margin, margin + data.crop_size)
+    wanted = logits_of(network, read_image_file(str(tmp_path / 'cat.png'), data)[None, crop, crop])
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+
+    mean, scale = (json.loads(meta.custom_metadata_map[key]) for key in ('mean', 'scale'))
+    expected = {
+        'image': network.statistics['mean_image'][crop, crop].mean((0, 1)),
+        'channel': network.statistics['mean_rgb'],
+        'none': np.zeros(data.channels),
+    }[data.mean]
+    np.testing.assert_allclose(mean, expected, atol=1e-3)
+    np.testing.assert_allclose(scale, np.broadcast_to(1 / np.array(data.std), data.channels), rtol=1e-5)
+    model = onnx.load(tmp_path / 'net.onnx')
+    for text in (model.doc_string, model.graph.input[0].doc_string, meta.custom_metadata_map['preparation']):
+        for part in (f'{data.crop_size} x {data.crop_size}', str(data.image_size), 'uint8', '0 to 255', 'bicubic'):
+            assert part in text
+        assert ('red, green, blue' if data.channels == 3 else 'gray') in text
+    assert 'class_names' in model.graph.output[0].doc_string
 
 
 def run_stablehlo(path, images):

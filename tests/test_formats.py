@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save
 
-from alexnet_jax.convert import caffe_file, safetensors_file, torch_file
-from alexnet_jax.convert.formats import FormatError, detect_format
+from alexnet_jax.weights import caffe_file, onnx_file, safetensors_file, torch_file
+from alexnet_jax.weights.formats import FormatError, detect_format
 
 FIXTURES = Path(__file__).parent / 'fixtures'
 ZIP, LEGACY = ((FIXTURES / f'torchvision_{name}.pth').read_bytes() for name in ('zip', 'legacy'))
@@ -26,7 +26,9 @@ ZIP, LEGACY = ((FIXTURES / f'torchvision_{name}.pth').read_bytes() for name in (
 
 def read(path: Path) -> object:
     kind = detect_format(str(path))
-    return {'torch': torch_file, 'safetensors': safetensors_file, 'caffe': caffe_file}[kind].read(str(path))
+    return {'torch': torch_file, 'safetensors': safetensors_file, 'onnx': onnx_file, 'caffe': caffe_file}[kind].read(
+        str(path)
+    )
 
 
 def refusal(content: bytes, folder: Path) -> str:
@@ -205,12 +207,28 @@ def tar() -> bytes:
     return file.getvalue()
 
 
-def onnx() -> bytes:
-    """ModelProto: ir_version, producer_name, producer_version, graph."""
-    start = caffe_files.number(1, 8) + caffe_files.content(2, b'pytorch') + caffe_files.content(3, b'2.13.0')
-    return start + caffe_files.content(7, caffe_files.content(2, b'main_graph'))
+def proto(*fields: tuple[int, bytes | str | int]) -> bytes:
+    """A protocol buffer message with these numbers, texts and messages, by field."""
+    return b''.join(
+        caffe_files.number(field, value)
+        if isinstance(value, int)
+        else caffe_files.content(field, value.encode() if isinstance(value, str) else value)
+        for field, value in fields
+    )
 
 
+def onnx_of_quantized() -> bytes:
+    """ModelProto: ir_version, producer_name, graph, opset_import."""
+    node = proto((1, 'x'), (2, 'y'), (3, 'conv1_quant'), (4, 'QLinearConv'))
+    return proto((1, 8), (2, 'onnx.quantize'), (7, proto((1, node), (2, 'bvlc_alexnet'))), (8, proto((2, 12))))
+
+
+SAVED_MODEL = proto((1, 1), (2, proto((1, proto((2, b''), (4, 'serve'), (5, '2.21.0'))), (2, bytes(300)))))
+CORE_ML = proto((1, 4), (2, proto((1, proto((1, 'image'), (3, bytes(20)))))), (500, bytes(90)))
+GRAPH_DEF = proto((1, proto((1, 'input'), (2, 'Placeholder'), (5, bytes(40)))), (1, proto((1, 'conv1'), (2, 'Conv2D'))))
+MATLAB = (
+    b'MATLAB 5.0 MAT-file, Platform: GLNXA64, Created on: Tue Apr  1 10:00:00 2014'.ljust(124) + b'\0\1IM' + bytes(50)
+)
 MODULE = pickle.dumps({'a': 1}, 2)[:2] + b'ctorchvision.models.alexnet\nAlexNet\n)\x81}b.'
 TENSOR = b'\x80\x02ctorch._utils\n_rebuild_tensor_v2\n()K\x00))tR.'
 BLOB = caffe_files.old_blob(np.ones((3, 4, 4), np.float32))
@@ -223,7 +241,21 @@ OTHERS = {
     'pointer': (b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 244\n', 'Git LFS'),
     'keras': (hdf5(), 'HDF5'),
     'keras 3': (zipped({'metadata.json': b'{}', 'model.weights.h5': hdf5()}), 'Keras'),
-    'onnx': (onnx(), 'ONNX'),
+    'quantized onnx': (onnx_of_quantized(), "'bvlc_alexnet' .*quantized.*QLinearConv 'conv1_quant'.*float file"),
+    'onnx without operators': (proto((1, 8), (2, 'pytorch'), (7, proto((2, 'main_graph')))), 'without operators'),
+    'saved model': (SAVED_MODEL, 'SavedModel'),
+    'frozen graph': (GRAPH_DEF, 'TensorFlow graph'),
+    'tflite': (b'\x1c\0\0\0TFL3' + bytes(60), 'TensorFlow Lite'),
+    'core ml': (CORE_ML, 'Core ML'),
+    'matlab': (MATLAB, 'MATLAB'),
+    'matlab 7.3': (MATLAB.replace(b'5.0', b'7.3').ljust(512) + hdf5(), 'MATLAB'),
+    'gguf': (b'GGUF\3\0\0\0' + bytes(60), 'GGUF'),
+    'flax': (b'\x81\xa6params\x81\xa5conv1' + bytes(60), 'MessagePack'),
+    'mxnet': (b'\x12\1\0\0\0\0\0\0' + bytes(60), 'MXNet'),
+    'bvlc_alexnet.npy': (
+        numpy_file(np.save, np.array({'conv1': [np.zeros(3)]}, object)),
+        r'bvlc_alexnet\.npy.*caffemodel',
+    ),
     'npz': (numpy_file(np.savez, np.zeros(3)), r'\.npz'),
     'npy': (numpy_file(np.save, np.zeros(3)), 'NumPy'),
     'gzip': (gzip.compress(ZIP), 'compressed'),
@@ -236,6 +268,8 @@ OTHERS = {
     'noise': (np.random.default_rng(3).bytes(4000), 'known'),
     'module': (as_zip(MODULE), r'module .torchvision.models.alexnet.AlexNet.'),
     'old module': (as_legacy(MODULE), r'module .torchvision.models.alexnet.AlexNet.'),
+    'user module': (as_zip(MODULE.replace(b'torchvision.models.alexnet', b'nets')), 'nets.AlexNet.*state_dict'),
+    'torch.export': (zipped({'net/archive_format': b'pt2', 'net/models/model.json': b'{}'}), r'\.pt2'),
     'torchscript': (zipped({'net/constants.pkl': b'', 'net/data.pkl': MODULE}), 'TorchScript'),
     'tensor': (as_zip(TENSOR), 'tensor.*state dict'),
     'list': (as_zip(pickle.dumps([1], 2)), 'list.*state dict'),

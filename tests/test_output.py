@@ -271,7 +271,7 @@ def test_full_disk_under_a_checkpoint_is_one_line(small_disk):
 
 @pytest.mark.slow
 def test_model_is_loaded_without_a_warning(trained):
-    program = 'import sys, alexnet_jax; print(alexnet_jax.load_model(sys.argv[1]).step)'
+    program = 'import sys, alexnet_jax; print(alexnet_jax.load(sys.argv[1]).step)'
     run = run_command('-c', program, trained)
     assert (run.stdout, run.stderr) == (f'{STEPS}\n', '')
 

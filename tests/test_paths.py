@@ -27,9 +27,9 @@ from alexnet_jax import cli, config_files, paths
 from alexnet_jax.config import default_config, resolve
 from alexnet_jax.data.dataset import dataset_dir, open_prepared
 from alexnet_jax.data.images import UnreadableImage, read_file, read_image
-from alexnet_jax.inference.checkpoint_ref import check_new, parse_checkpoint_ref
 from alexnet_jax.inference.images import expand_paths
 from alexnet_jax.prepare.writer import PrepareConfig, prepare
+from alexnet_jax.runtime.checkpoint_ref import check_new, parse_checkpoint_ref
 from alexnet_jax.runtime.files import atomic_write, write_json
 from alexnet_jax.runtime.workdir import check_resumable, is_finished
 

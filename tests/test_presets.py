@@ -79,6 +79,7 @@ LAYERS = {
     'caffe': PAPER,
     'caffenet': PAPER,
     'torchvision': OWT,
+    'modern': OWT,
     'd2l': D2L,
     'bn_lars': PAPER,
     'cifar10_13pct': CIFAR10,

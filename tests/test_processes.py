@@ -102,7 +102,8 @@ with PreemptionHandler() as preemption:
     mesh = parallel.make_mesh(config)
     rows = np.arange(16, dtype=np.uint32).reshape(4, 4)[index]
     batch = parallel.make_global_batch(parallel.batch_sharding(mesh, 'towers'), {'example_id': rows})
-    state = SimpleNamespace(params={'b': batch['example_id'].astype('float32')}, opt_state={}, batch_stats={})
+    params = {'b': batch['example_id'].astype('float32')}
+    state = SimpleNamespace(params=params, opt_state={}, batch_stats={}, average={})
     seen['rows'] = distributed.gather_to_host(batch['example_id']).tolist()
     seen['digest'] = state_digest(state)
     seen['agreed'] = distributed.first_error_on_any_process(f'problem of {index}' if index > 1 else '')

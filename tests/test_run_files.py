@@ -14,11 +14,12 @@ import pytest
 from helpers import read_lines, refusal, run_command
 
 from alexnet_jax.config import default_config, resolve
-from alexnet_jax.inference.trained_model import parse_checkpoint_ref, resolve_step
 from alexnet_jax.plots import curves
 from alexnet_jax.report import page, run_files
 from alexnet_jax.runtime.checkpoint_files import read_progress
+from alexnet_jax.runtime.checkpoint_ref import parse_checkpoint_ref
 from alexnet_jax.runtime.workdir import quarantine_folders, read_dataset_statistics, write_dataset_statistics
+from alexnet_jax.training.checkpoint_reader import resolve_step
 from alexnet_jax.training.checkpointing import (
     Checkpointer,
     CheckpointError,

@@ -18,7 +18,7 @@ from small_runs import make_run, small_config
 
 from alexnet_jax.data.open_or_prepare import open_or_prepare
 from alexnet_jax.inference import trained_model
-from alexnet_jax.inference.checkpoint_ref import parse_checkpoint_ref
+from alexnet_jax.runtime.checkpoint_ref import parse_checkpoint_ref
 from alexnet_jax.runtime.preemption import PREEMPTION_SIGNALS
 
 pytestmark = pytest.mark.usefixtures('compiled_programs')

@@ -126,7 +126,9 @@ def test_validate_rejects_bad_run_names(variants, word):
 # The expected number of runs of each part of each file.
 SWEEPS = {
     'ablations': {'photos': 8 * 5, 'fashion_mnist': 18 * 5, 'imagenet': 23, '': 8 * 5},
+    'modern': {'photos': 16 * 5, 'imagenet': 16, '': 16 * 5},
     'relu_tanh': {'rates': 2 * 4, 'seeds': 2 * 5, '': 2 * 5},
+    'transfer': {'pretrain': 5, 'rates': 2 * 8, '': 9 * 5},
 }
 
 

@@ -7,7 +7,8 @@ case $python in
   *) python=$PWD/$python ;;
 esac
 wheel=$(realpath "$2")
-lock=$(realpath "$(dirname "$0")/../requirements.txt")
+tests=$(realpath "$(dirname "$0")")
+lock=$tests/../requirements.txt
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
@@ -42,6 +43,8 @@ for file in runs/quickstart/result.json runs/quickstart/report.html; do
   test -s $file || { echo "wheel: $file is missing" >&2; exit 1; }
 done
 test "$(head -n1 predict.out)" = pictures/cat.png
+python -W error "$tests/doctests.py"
+python -c "import alexnet_jax as a; assert a.load('runs/quickstart').predict('pictures/cat.png')[0]['probability'] > 0"
 if grep -iE 'warning|error:|deprecat' train.err; then
   echo 'wheel: a warning reached the user' >&2
   exit 1
@@ -50,4 +53,4 @@ for command in train prepare evaluate predict figures report convert audit; do
   alexnet $command --help > help.out || true  # absl ends with 1
   grep -q "alexnet $command" help.out || { echo "wheel: alexnet $command --help" >&2; exit 1; }
 done
-echo 'wheel: alexnet train, predict, report and --help work from an empty folder'
+echo 'wheel: alexnet train, predict, report, --help and the examples of the Python API work from an empty folder'

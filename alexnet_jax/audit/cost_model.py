@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from alexnet_jax import shapes
 from alexnet_jax.audit.hlo_collectives import Collective
 from alexnet_jax.config import Config
+from alexnet_jax.lr_multipliers import frozen_parameters, layers_with_input_gradient
 
 ITEM_SIZES = {'float32': 4, 'bfloat16': 2}
 
@@ -19,11 +20,15 @@ def layers(config: Config) -> list[shapes.LayerShape]:
 def flops_per_image(config: Config) -> int:
     """Returns the FLOPs of training on one image: convolutions and matrix products, two FLOPs per multiply-add.
 
-    The forward pass, the weight gradient and the input gradient have equal FLOPs; conv1 has no input gradient. The
-    result includes multiplications with padding, but no normalization, pooling, dropout or parameter update.
+    The forward pass, the weight gradient and the input gradient have equal FLOPs. Frozen kernels have no weight
+    gradient; see layers_with_input_gradient() for the other one. The result includes multiplications with padding, but
+    no normalization, pooling, dropout or parameter update.
     """
-    table = layers(config)
-    return 2 * (3 * sum(layer.multiply_adds for layer in table) - table[0].multiply_adds)
+    frozen, with_input_gradient = frozen_parameters(config), layers_with_input_gradient(config)
+    return sum(
+        2 * layer.multiply_adds * (1 + ((layer.name, 'kernel') not in frozen) + (layer.name in with_input_gradient))
+        for layer in layers(config)
+    )
 
 
 def exchange_bytes(config: Config) -> float:
@@ -34,21 +39,31 @@ def exchange_bytes(config: Config) -> float:
 
     towers, data: Each of the m devices has 1/m of every layer and B/d images. The inputs of the `cross_tower` layers
       (by default the pooled feature maps before conv3 and fc6, and the units before fc7 and fc8) and the logits are
-      all-gathered. The backward pass reduce-scatters the same tensors.
+      all-gathered. The backward pass reduce-scatters the same tensors, except inputs that no trained layer precedes.
     hybrid: Each device has B/(dm) images. Before fc6 an all-to-all turns (B/(dm), inputs) into (B/d, inputs/m). fc6,
       fc7 and fc8 produce m partial sums (B/d, outputs), which are reduce-scattered: along the outputs for fc6 and fc7,
-      along the batch for fc8. The backward pass sends the same number of bytes.
+      along the batch for fc8. The backward pass sends the same number of bytes, except for inputs of fc6
+      and partial sums that depend on no trained parameter.
     """
     mesh, model = config.mesh, config.model
     table = layers(config)
     # Size per image of the input of each layer, over all towers.
     before = {after.name: math.prod(layer.pooled) for layer, after in itertools.pairwise(table)}
+    frozen, with_input_gradient = frozen_parameters(config), layers_with_input_gradient(config)
     if mesh.layout == 'hybrid':
-        numbers = before['fc6'] / mesh.model + sum(layer.spec.features for layer in table if not layer.spec.kernel)
+        numbers = before['fc6'] / mesh.model * (1 + ('fc6' in with_input_gradient))
+        for layer in table:
+            if not layer.spec.kernel:
+                has_backward = layer.name in with_input_gradient or (layer.name, 'kernel') not in frozen
+                numbers += layer.spec.features * (1 + has_backward)
     else:
-        numbers = sum(before[layer.name] for layer in table[1:] if layer.spec.cross_tower) + model.num_classes
+        numbers = 2 * model.num_classes + sum(
+            before[layer.name] * (1 + (layer.name in with_input_gradient))
+            for layer in table[1:]
+            if layer.spec.cross_tower
+        )
     images = config.train.batch_size / mesh.data
-    return 2 * ITEM_SIZES[model.dtype] * images * numbers * (mesh.model - 1) / mesh.model
+    return ITEM_SIZES[model.dtype] * images * numbers * (mesh.model - 1) / mesh.model
 
 
 def gradient_bytes(config: Config) -> float:
@@ -64,8 +79,10 @@ def gradient_bytes(config: Config) -> float:
       4 N (d-1)/d. The sum equals the all-reduce for g = 4 and exceeds it for bfloat16. Biases, and kernels without a
       dimension divisible by d, keep the all-reduce. For parameters replicated on all dm devices, an all-reduce of the
       shards over `model` follows.
+
+    Frozen parameters cost nothing.
     """
-    mesh = config.mesh
+    mesh, frozen = config.mesh, frozen_parameters(config)
     d, m, size = mesh.data, mesh.model, ITEM_SIZES[mesh.grad_allreduce_dtype]
     total = 0.0
     for layer in layers(config):
@@ -76,7 +93,9 @@ def gradient_bytes(config: Config) -> float:
             kernel[split] //= m
         bias_copy = mesh.layout == 'hybrid' and (hybrid_copy or layer.name == 'fc8')
         bias = [*layer.bias[:-1], layer.bias[-1] // (1 if bias_copy else m)]
-        for shape, copied in ((kernel, hybrid_copy), (bias, bias_copy)):
+        for kind, shape, copied in (('kernel', kernel, hybrid_copy), ('bias', bias, bias_copy)):
+            if (layer.name, kind) in frozen:
+                continue
             numbers, devices = math.prod(shape), d * m if copied else d
             if mesh.shard_optimizer and len(shape) > 1 and any(side % d == 0 for side in shape):
                 total += numbers * (size + 4) * (d - 1) / d

@@ -12,9 +12,9 @@ from jaxtyping import Float32
 from numpy.typing import ArrayLike, DTypeLike
 
 from alexnet_jax.config import Config
-from alexnet_jax.convert.weight_layouts import Parameters
 from alexnet_jax.model import BATCH_NORM, SPATIAL_BETA, SPATIAL_K
-from alexnet_jax.shapes import LayerShape, layer_table, pool_window
+from alexnet_jax.shapes import POOLS, LayerShape, layer_table, pool_window, pools_over_edge
+from alexnet_jax.weights.weight_layouts import Parameters
 
 # Opset 15 is from 2021, so current runtimes support it. Later opsets only add dtypes to the operators used here.
 OPSET = 15
@@ -140,9 +140,9 @@ class _Graph:
             arrays = {'scale': np.ones(maps), 'bias': np.zeros(maps), 'mean': mean, 'var': variance}
             names = [self.array(f'{name}_norm.{kind}', array) for kind, array in arrays.items()]
             self.node('BatchNormalization', output, *names, epsilon=BATCH_NORM['epsilon'])
-        elif op == 'pool':
+        elif op in POOLS:
             window = pool_window(model)
-            missing = (window - height) % 2 if model.pool_ceil_mode else 0
+            missing = (window - height) % 2 if pools_over_edge(model, op) else 0
             self.node('MaxPool', output, kernel_shape=[window] * 2, strides=[2] * 2, pads=[0, 0, missing, missing])
             side = (height + missing - window) // 2 + 1
             self.shape = (maps, side, side)
@@ -174,17 +174,19 @@ class _Graph:
                 'Gemm', output, self.array(f'{name}.kernel', kernel), self.array(f'{name}.bias', bias), alpha=kept
             )
         else:
-            self.dense_towers(output, np.split(kernel, towers, -1), np.split(bias, towers), kept)
+            self.dense_towers(name, output, np.split(kernel, towers, -1), np.split(bias, towers), kept)
         self.shape = (layer.output[0],)
 
-    def dense_towers(self, output: str, kernels: list[np.ndarray], biases: list[np.ndarray], kept: float) -> None:
+    def dense_towers(
+        self, name: str, output: str, kernels: list[np.ndarray], biases: list[np.ndarray], kept: float
+    ) -> None:
         """Adds one dense layer per tower and concatenates the outputs."""
         parts = [f'{output}_inputs_{i}' for i in range(len(kernels))]
         self.nodes.append(onnx.helper.make_node('Split', [self.x], parts, name=f'{output}_split', axis=1))
         outputs = []
         for i, (part, kernel, bias) in enumerate(zip(parts, kernels, biases, strict=True)):
             self.x = part
-            arrays = self.array(f'{output}.kernel_{i}', kernel), self.array(f'{output}.bias_{i}', bias)
+            arrays = self.array(f'{name}.kernel_{i}', kernel), self.array(f'{name}.bias_{i}', bias)
             outputs.append(self.node('Gemm', f'{output}_{i}', *arrays, alpha=kept))
         self.x = outputs[0]
         self.node('Concat', output, *outputs[1:], axis=1)

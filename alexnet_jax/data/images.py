@@ -60,8 +60,8 @@ def read_file(path: str) -> bytes:
         return file.read()
 
 
-def read_image(content: bytes | UInt8[np.ndarray, 'h w'] | UInt8[np.ndarray, 'h w 3']) -> Image.Image:
-    """Returns the upright image, of mode L or RGB, from the bytes of a file or from an array of pixels.
+def read_image(content: bytes | Image.Image | UInt8[np.ndarray, 'h w'] | UInt8[np.ndarray, 'h w 3']) -> Image.Image:
+    """Returns the upright image, of mode L or RGB, from the bytes of a file, an image or an array of pixels.
 
     Raises UnreadableImage: the content is rejected, see the module docstring.
     """
@@ -72,17 +72,20 @@ def read_image(content: bytes | UInt8[np.ndarray, 'h w'] | UInt8[np.ndarray, 'h 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # Pillow warns about cases that the rules above decide
-            image = Image.open(io.BytesIO(content))
+            image = content if isinstance(content, Image.Image) else Image.open(io.BytesIO(content))
             if image.format == 'EPS':
                 raise UnreadableImage('EPS, which is a program, not an image')
             if image.width * image.height > MAX_PIXELS:
                 raise UnreadableImage(f'more than {MAX_PIXELS:,} pixels')
+            if isinstance(content, Image.Image):
+                image = content.copy()  # the image of the caller stays as it is
+                image.format = content.format
             ImageOps.exif_transpose(image, in_place=True)  # in_place keeps image.format
             return _gray_or_rgb(image)
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
-        if content[4:8] == b'ftyp' and content[8:12] in HEIF_BRANDS:
+        if isinstance(content, bytes) and content[4:8] == b'ftyp' and content[8:12] in HEIF_BRANDS:
             raise UnreadableImage('HEIC or AVIF, which Pillow does not read; convert it to JPEG or PNG') from None
         raise UnreadableImage('not an image, or in a format that Pillow does not read') from None
     except Image.DecompressionBombError:

@@ -8,8 +8,8 @@ from jaxtyping import Float32, Int32
 from alexnet_jax import parallel
 from alexnet_jax.data.dataset import PreparedDataset
 from alexnet_jax.data.loader import validation_batches
-from alexnet_jax.inference.checkpoint_ref import CheckpointRef
 from alexnet_jax.inference.trained_model import load_model
+from alexnet_jax.runtime.checkpoint_ref import CheckpointRef
 from alexnet_jax.runtime.console import ProgressBar, log
 from alexnet_jax.training.eval_step import make_predict_step
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool
 
 from alexnet_jax import metrics
 from alexnet_jax.config import ConfigError
@@ -20,6 +21,7 @@ def summarize(
     class_names: Sequence[str],
     weights: Sequence[float] | None,
     per_class: bool = False,
+    right: Bool[np.ndarray, 'n classes'] | None = None,
 ) -> tuple[JsonObject, Scores]:
     """Returns the report that --json prints, without `views`, and the ensemble's log probabilities for all images.
 
@@ -31,13 +33,20 @@ def summarize(
       weights: weights of the members, which sum to 1; None fits the weights on images 0, 2, 4, ... and reports the
         errors on the other images.
       per_class: add the errors of each class to the report.
+      right: the right labels of the images if they may have several, see metrics.with_best_label(); `weights` is then
+        not None.
     """
     reported = slice(None)
     if weights is None:
         weights = metrics.fit_weights([member[FIT_SPLIT] for member in scores], labels[FIT_SPLIT]).tolist()
         reported = REPORT_SPLIT
     mixed = metrics.average_log_probs(scores, weights)
-    own = [metrics.error_rates(member[reported], labels[reported]) for member in scores]
+
+    def judged(all_scores: Scores) -> tuple[Scores, Labels]:
+        rows = None if right is None else right[reported]
+        return metrics.with_best_label(all_scores[reported], labels[reported], rows)
+
+    own = [metrics.error_rates(*judged(member)) for member in scores]
     report: JsonObject = {
         'images': len(labels[reported]),
         'fitted_on': len(labels) - len(labels[reported]),
@@ -48,20 +57,23 @@ def summarize(
     }
     if len(members) > 1:
         report['mean'] = {name: float(np.mean([figures[name] for figures in own])) for name in own[0]}
-        report['ensemble'] = metrics.error_rates(mixed[reported], labels[reported])
+        report['ensemble'] = metrics.error_rates(*judged(mixed))
     if per_class:
-        report['classes'] = metrics.per_class_errors(mixed[reported], labels[reported], class_names)
+        report['classes'] = metrics.per_class_errors(*judged(mixed), class_names)
     return report, mixed
 
 
 def as_text(report: JsonObject) -> str:
-    """Formats the report of summarize(), with the added key `views`, as text tables."""
+    """Formats the report of summarize(), with the added key `views`, as text tables.
+
+    The key `data` names the images if they are not the validation images of the run.
+    """
     rows = [(f'{member["checkpoint"]}, step {member["step"]}', member) for member in report['members']]
     together = {'mean of members': 'mean', 'ensemble': 'ensemble'}
     rows += [(label, report[name]) for label, name in together.items() if name in report]
     width = max(len(label) for label, _ in rows)
     views = f'{report["views"]} view{"s" * (report["views"] > 1)}'
-    lines = [f'{report["images"]:,} validation images, {views}']
+    lines = [f'{report["images"]:,} {report.get("data", "validation images")}, {views}']
     if report['fitted_on']:
         lines[0] += f': every second one; the weights were fitted on the other {report["fitted_on"]:,}'
     lines += ['', f'{"":<{width}}{"loss":>10}{"top-1 error":>14}{"top-5 error":>14}{"weight":>10}']

@@ -23,10 +23,10 @@ from absl import flags
 
 from alexnet_jax import cli
 from alexnet_jax.config import ConfigError
-from alexnet_jax.inference.checkpoint_ref import CheckpointRef, parse_checkpoint_ref
 from alexnet_jax.inference.images import ImageInput, expand_paths, load_images, sample_validation
 from alexnet_jax.presets import PRESETS
 from alexnet_jax.runtime import backend
+from alexnet_jax.runtime.checkpoint_ref import CheckpointRef, parse_checkpoint_ref
 from alexnet_jax.runtime.console import log, log_error, make_stdout_optional
 from alexnet_jax.shapes import layer_table
 

@@ -12,10 +12,10 @@ from alexnet_jax.config import ConfigError
 from alexnet_jax.data.dataset import PreparedDataset
 from alexnet_jax.evaluate.predictions import predict
 from alexnet_jax.inference import feature_index
-from alexnet_jax.inference.checkpoint_ref import CheckpointRef
 from alexnet_jax.inference.images import ImageInput
 from alexnet_jax.inference.trained_model import TrainedModel
 from alexnet_jax.plots import confusion, feature_maps, kernels, neighbors
+from alexnet_jax.runtime.checkpoint_ref import CheckpointRef
 from alexnet_jax.training.eval_step import make_activation_fn
 
 NEAREST = 6  # training images per row, as in the paper

@@ -4,96 +4,72 @@ Loading changes no file in the folder of the run, so the run may still be traini
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from flax import nnx
+from jaxtyping import Float, Float32, UInt8
 
 from alexnet_jax import parallel
-from alexnet_jax.augment import PreprocessParams, make_preprocess_params
+from alexnet_jax.augment import PreprocessParams, eval_crop, make_preprocess_params
 from alexnet_jax.config import Config, ConfigError
 from alexnet_jax.data.dataset import MANIFEST_FIELDS, PreparedDataset
 from alexnet_jax.data.open_or_prepare import open_or_prepare
-from alexnet_jax.inference.checkpoint_ref import (
+from alexnet_jax.inference import forward
+from alexnet_jax.inference.pictures import (
+    ClassProbability,
+    Picture,
+    is_one_picture,
+    list_pictures,
+    prepare_picture,
+)
+from alexnet_jax.metrics import top_k
+from alexnet_jax.model import AlexNet
+from alexnet_jax.paths import is_url
+from alexnet_jax.runtime.checkpoint_ref import (
     CheckpointRef,
     check_new,
     parse_checkpoint_ref,
     with_data_folders,
     with_overrides,
 )
-from alexnet_jax.paths import is_url
 from alexnet_jax.runtime.files import read_json, write_json
 from alexnet_jax.runtime.preemption import PreemptionHandler
 from alexnet_jax.runtime.workdir import (
-    CheckpointError,
     check_class_names,
     dataset_statistics_path,
     read_dataset_statistics,
     resolve_written,
+    statistics_belong_to,
     statistics_digest,
     with_settings_of_weights,
     write_dataset_statistics,
 )
 from alexnet_jax.training import checkpointing
+from alexnet_jax.training.checkpoint_reader import restore
 from alexnet_jax.training.run_state import RunState
-from alexnet_jax.training.state import TrainState, abstract_state
+from alexnet_jax.training.state import TrainState, abstract_state, build_model, with_average
 
 # A compiled function (state, images (B, S, S, C) uint8, preprocessing) -> (B, ...).
 InferenceStep = Callable[[TrainState, jax.Array, PreprocessParams], jax.Array]
 
 
-def resolve_step(ref: CheckpointRef) -> int:
-    """Returns the step of the checkpoint that `ref` currently refers to.
-
-    Raises ConfigError: there is no such checkpoint. Raises CheckpointError: the checkpoints cannot be listed.
-    """
-    errors = checkpointing.checkpoint_metrics(os.path.join(ref.workdir, 'checkpoints'))
-    if not errors:
-        raise ConfigError(f'{ref.name}: {ref.workdir} has no checkpoint; train there first')
-    there = f'the checkpoints are those of steps {", ".join(map(str, errors))}'
-    if ref.selector == 'newest':
-        return max(errors)
-    if ref.selector == 'best':
-        measured = {step: error for step, error in errors.items() if error is not None}
-        if not measured:
-            raise ConfigError(f'{ref.name}: no checkpoint has a validation error; {there}')
-        return min(measured, key=lambda step: measured[step])
-    if int(ref.selector) not in errors:
-        raise ConfigError(f'{ref.name}: there is no such checkpoint; {there}')
-    return int(ref.selector)
-
-
-def restore(ref: CheckpointRef, abstract: TrainState | None) -> checkpointing.Checkpoint:
-    """Restores the checkpoint that `ref` refers to; for `abstract` see checkpointing.restore_checkpoint().
-
-    Raises ConfigError: there is no such checkpoint. Raises CheckpointError: the checkpoint cannot be read.
-    """
-    while True:
-        step = resolve_step(ref)
-        path = os.path.join(ref.workdir, 'checkpoints', str(step))
-        restored, problem = checkpointing.restore_checkpoint(path, abstract)
-        if restored is not None and restored.run_state.step == step:
-            return restored
-        if restored is not None:
-            problem = f'it is a checkpoint of step {restored.run_state.step}'
-        # A run that is still training may have replaced the checkpoint in the meantime.
-        if resolve_step(ref) == step:
-            raise CheckpointError(f'{ref.name}: checkpoint {path} is corrupt ({problem}); name another checkpoint')
-
-
-def _with_mesh(config: Config) -> tuple[Config, parallel.Mesh]:
+def with_mesh(config: Config) -> tuple[Config, parallel.Mesh]:
     """Returns `config` and its mesh; falls back to pure data parallelism if that mesh does not fit the devices."""
     try:
         return config, parallel.make_mesh(config)
     except ConfigError:
-        all_data = {'mesh.layout': 'data', 'mesh.data': -1, 'mesh.model': 1, 'train.batch_size': jax.device_count()}
+        batch_size = 2 * config.train.grad_accum_steps * jax.device_count()  # two: mixup and CutMix need pairs
+        all_data = {'mesh.layout': 'data', 'mesh.data': -1, 'mesh.model': 1, 'train.batch_size': batch_size}
         config = with_overrides(config, all_data)
         return config, parallel.make_mesh(config)
 
@@ -160,17 +136,18 @@ def _check_relative_data_dir(ref: CheckpointRef) -> None:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TrainedModel:
-    """A trained model on the devices.
+    """A trained network on the devices, as load() and create() return it.
 
     Attributes:
-      name, workdir: see CheckpointRef.
-      step: step of the checkpoint.
+      name: what the user named: a CHECKPOINT, a file or a preset.
+      workdir: absolute path of the run's folder, or '' without a run.
+      step: step of the checkpoint; 0 without a run.
       digest: digest of the state, see checkpointing.state_digest().
       config: resolved configuration of the run, with a mesh that fits the available devices.
       mesh: see parallel.make_mesh().
-      state: the train state, sharded over the mesh.
+      state: the train state for inference, sharded over the mesh; see TrainState.for_inference().
       statistics: statistics of the training images, see prepare.shards.statistics().
       class_names: one name per label.
     """
@@ -184,6 +161,147 @@ class TrainedModel:
     state: TrainState
     statistics: dict[str, np.ndarray]
     class_names: list[str]
+
+    def __repr__(self) -> str:
+        preset, classes = self.config.model.preset, len(self.class_names)
+        return f'<TrainedModel {self.name}: preset {preset}, {classes} classes, step {self.step}>'
+
+    @overload
+    def predict(  # type: ignore[overload-overlap]  # a text is an iterable of texts, but one path
+        self, pictures: Picture, views: int = 10, top: int = 5
+    ) -> list[ClassProbability]: ...
+
+    @overload
+    def predict(self, pictures: Iterable[Picture], views: int = 10, top: int = 5) -> list[list[ClassProbability]]: ...
+
+    def predict(
+        self, pictures: Picture | Iterable[Picture], views: int = 10, top: int = 5
+    ) -> list[ClassProbability] | list[list[ClassProbability]]:
+        """Returns the most probable classes of pictures, as `alexnet predict` does.
+
+        Args:
+          pictures: one picture or several: paths, Pillow images, or NumPy or JAX arrays of uint8, (H, W, 3) RGB or
+            (H, W). An array (N, H, W, 3) is N pictures. Pictures of any size are scaled and cropped like the training
+            images.
+          views: 1, the center crop, or 10 (section 4.1), whose softmax outputs are averaged.
+          top: number of classes.
+
+        Returns:
+          For one picture a list of {'class': name, 'probability': 0 to 1}, most probable first; for several pictures a
+          list of such lists.
+
+        Raises:
+          UnreadableImage: a picture is not readable; the message names the picture and the reason.
+          ConfigError: an argument has another type, dtype, shape or value.
+
+        >>> import alexnet_jax, skimage
+        >>> small = {'model.widths': (8, 0, 0, 0, 16, 0, 32)}
+        >>> network = alexnet_jax.create('torchvision', num_classes=2, settings=small)
+        >>> best, other = network.predict(skimage.data.chelsea())
+        >>> round(best['probability'] + other['probability'], 4)
+        1.0
+        >>> [len(classes) for classes in network.predict([skimage.data.coffee(), skimage.data.camera()], top=1)]
+        [1, 1]
+        """
+        number_of_views, count = forward.as_integer(views), forward.as_integer(top)
+        if number_of_views not in (1, 10):
+            raise ConfigError(f'views: {views!r} is neither 1 nor 10; give 1 for the center crop')
+        if count is None or count < 1:
+            raise ConfigError(f'top: {top!r} is not a number of classes from 1')
+        scores = forward.predict_log_probabilities(self, list_pictures(pictures), number_of_views)
+        records: list[list[ClassProbability]] = [
+            [{'class': name, 'probability': value} for name, value in top_k(row, self.class_names, count)]
+            for row in np.exp(scores)
+        ]
+        return records[0] if is_one_picture(pictures) else records
+
+    def images(self, pictures: Picture | Iterable[Picture]) -> UInt8[np.ndarray, 'n s s c']:
+        """Returns pictures, scaled and cropped like the training images, (N, image_size, image_size, channels) uint8.
+
+        The argument and the errors are those of predict(). One picture gives an array with N = 1.
+
+        >>> import alexnet_jax, numpy as np
+        >>> small = {'model.widths': (8, 0, 0, 0, 16, 0, 32)}
+        >>> network = alexnet_jax.create('torchvision', num_classes=2, settings=small)
+        >>> network.images(np.zeros((300, 400, 3), np.uint8)).shape
+        (1, 256, 256, 3)
+        """
+        data = self.config.data
+        return np.stack([prepare_picture(each, number, data) for number, each in enumerate(list_pictures(pictures))])
+
+    def logits(self, images: Picture | Iterable[Picture]) -> Float32[np.ndarray, 'n classes']:
+        """Returns the logits for the center crops of `images`; one picture gives N = 1.
+
+        `images` are an array uint8 (N, image_size, image_size, channels), or pictures of any size as in predict(),
+        which are scaled and cropped like the training images. The errors are those of predict().
+
+        >>> import alexnet_jax, skimage
+        >>> small = {'model.widths': (8, 0, 0, 0, 16, 0, 32)}
+        >>> network = alexnet_jax.create('torchvision', num_classes=2, settings=small)
+        >>> network.logits([skimage.data.chelsea(), skimage.data.coffee()]).shape
+        (2, 2)
+        """
+        return self.activations(images, ('fc8',))['fc8']
+
+    def activations(
+        self, images: Picture | Iterable[Picture], layers: str | Iterable[str] = ('conv5', 'fc7')
+    ) -> dict[str, Float32[np.ndarray, '...']]:
+        """Returns the outputs of `layers` for the center crops of `images`, from one forward pass.
+
+        Args:
+          images: as in logits().
+          layers: names from conv1 to fc8. The outputs are those of the nonlinearity, before normalization and pooling;
+            fc8 has no nonlinearity.
+
+        Returns:
+          By layer, in the order of `layers`, float32 (N, H, W, C) or (N, units). The features of the first tower
+          precede those of the second.
+
+        Raises:
+          UnreadableImage: see predict().
+          ConfigError: see predict(); or a layer is unknown.
+
+        >>> import alexnet_jax, skimage
+        >>> small = {'model.widths': (8, 0, 0, 0, 16, 0, 32)}
+        >>> network = alexnet_jax.create('torchvision', num_classes=2, settings=small)
+        >>> outputs = network.activations(skimage.data.chelsea(), layers=('conv5', 'fc7'))
+        >>> outputs['conv5'].shape, outputs['fc7'].shape
+        ((1, 13, 13, 16), (1, 32))
+        """
+        names = forward.check_layers(layers, self.config)
+        return forward.layer_outputs(self, list_pictures(images), names)
+
+    def preprocess(self, pictures: Picture | Iterable[Picture]) -> Float32[jax.Array, 'n crop crop c']:
+        """Returns the inputs of `module` for pictures: the center crops, minus the mean, times the scale.
+
+        The argument and the errors are those of predict().
+
+        >>> import alexnet_jax, numpy as np, skimage
+        >>> small = {'model.widths': (8, 0, 0, 0, 16, 0, 32)}
+        >>> network = alexnet_jax.create('torchvision', num_classes=2, settings=small)
+        >>> inputs, logits = network.preprocess(skimage.data.chelsea()), network.logits(skimage.data.chelsea())
+        >>> inputs.shape, np.allclose(network.module(inputs), logits, atol=1e-5)
+        ((1, 224, 224, 3), True)
+        """
+        images = jax.device_put(self.images(pictures), jax.local_devices()[0])
+        return eval_crop(images, self.preprocessing, self.config.data, 0)
+
+    @functools.cached_property
+    def module(self) -> AlexNet:
+        """The network as a Flax NNX module with a copy of the weights on one device.
+
+        Its argument is the result of preprocess(), float32 (N, crop_size, crop_size, channels), and its result the
+        logits (N, classes). The other methods do not use changes of the module.
+
+        >>> import alexnet_jax, jax, skimage
+        >>> small = {'model.widths': (8, 0, 0, 0, 16, 0, 32)}
+        >>> network = alexnet_jax.create('torchvision', num_classes=2, settings=small)
+        >>> inputs = network.preprocess(skimage.data.chelsea())
+        >>> jax.grad(lambda x: network.module(x)[0, 1])(inputs).shape
+        (1, 224, 224, 3)
+        """
+        weights = jax.device_get((self.state.params, self.state.batch_stats))
+        return nnx.merge(build_model(self.config)[0], *jax.device_put(weights, jax.local_devices()[0]))
 
     @property
     def preprocessing(self) -> PreprocessParams:
@@ -234,11 +352,11 @@ def load_model(checkpoint: CheckpointRef | str, prepared: PreparedDataset | None
         statistics, class_names = prepared.statistics, prepared.class_names
     else:
         statistics, class_names = read_dataset_statistics(ref.workdir, ref.config)
-    config, mesh = _with_mesh(ref.config)
+    config, mesh = with_mesh(ref.config)
     # The velocities are restored too, because the digest that detects corruption covers them.
     restored = restore(ref, abstract_state(config, mesh))
     assert restored.state is not None
-    if restored.run_state.statistics_digest not in (statistics_digest(statistics), None):
+    if not statistics_belong_to(ref.workdir, statistics, restored.run_state.statistics_digest):
         raise ConfigError(f'{dataset_statistics_path(ref.workdir)} is of another run; copy that of this run again')
     if restored.config is not None:
         step = restored.run_state.step
@@ -250,10 +368,24 @@ def load_model(checkpoint: CheckpointRef | str, prepared: PreparedDataset | None
         digest=restored.state_digest,
         config=config,
         mesh=mesh,
-        state=restored.state,
+        state=restored.state.for_inference(),
         statistics=statistics,
         class_names=class_names,
     )
+
+
+def place_weights(
+    config: Config,
+    mesh: parallel.Mesh,
+    params: dict[str, dict[str, np.ndarray]],
+    batch_stats: dict[str, dict[str, np.ndarray]],
+) -> TrainState:
+    """Returns the state of step 0 on `mesh` with these weights and zero velocities; see import_weights_as_run()."""
+    abstract = abstract_state(config, mesh)
+    velocities = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract.opt_state)
+    state: TrainState = TrainState(jnp.zeros((), jnp.int32), params, velocities, batch_stats)
+    state = with_average(state, config)
+    return jax.tree.map(lambda leaf, at: jax.device_put(leaf, at.sharding), state, abstract)
 
 
 def import_weights_as_run(
@@ -281,10 +413,7 @@ def import_weights_as_run(
     staging_dir = f'{os.path.abspath(os.path.expanduser(workdir))}.{os.getpid()}.tmp'
     try:
         one_device = with_overrides(config, {'mesh.layout': 'data', 'mesh.data': 1, 'mesh.model': 1})
-        abstract = abstract_state(one_device, parallel.make_mesh(one_device))
-        velocities = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract.opt_state)
-        state: TrainState = TrainState(jnp.zeros((), jnp.int32), params, velocities, batch_statistics)
-        state = jax.tree.map(lambda leaf, at: jax.device_put(leaf, at.sharding), state, abstract)
+        state = place_weights(one_device, parallel.make_mesh(one_device), params, batch_statistics)
         os.makedirs(staging_dir)
         checkpoints = checkpointing.Checkpointer(os.path.join(staging_dir, 'checkpoints'), keep=1, config=config)
         checkpoints.save(state, RunState(statistics_digest=statistics_digest(statistics)), None)

@@ -157,9 +157,15 @@ def order_weight_gradient_after_input_gradient(
     return x, kernel
 
 
-def _order_gradients(_, gradients):
+def _keep_whether_x_has_a_gradient(x, kernel):
+    return (x.value, kernel.value), () if x.perturbed else None
+
+
+def _order_gradients(saved, gradients):
     dx, dw = gradients
+    if saved is None:  # all layers before this one are frozen; the data dependency would make XLA compute dx
+        return dx, dw
     return dx, compute_after(dw, dx)
 
 
-order_weight_gradient_after_input_gradient.defvjp(lambda x, kernel: ((x, kernel), None), _order_gradients)
+order_weight_gradient_after_input_gradient.defvjp(_keep_whether_x_has_a_gradient, _order_gradients, symbolic_zeros=True)

@@ -9,7 +9,7 @@ from matplotlib.patches import FancyArrowPatch, Polygon
 
 from alexnet_jax.config import ModelConfig
 from alexnet_jax.plots import style
-from alexnet_jax.shapes import LayerShape, layer_table, pool_window
+from alexnet_jax.shapes import POOLS, LayerShape, layer_table, pool_window
 
 MAX_TOWERS = 4  # maximum number of towers drawn
 # Inches: the widths of a layer's column and of the row names, the heights of a tower, the title and a line.
@@ -100,12 +100,13 @@ def _followers(model: ModelConfig, table: list[LayerShape], i: int) -> list[str]
         'spatial_lrn': f'LRN {model.spatial_lrn_size}\u00d7{model.spatial_lrn_size}',
         'batch_norm': 'batch norm',
         'pool': f'pool {window}\u00d7{window}',
+        'ceil_pool': f'pool {window}\u00d7{window}',
     }
     if i + 1 == len(table):
         return ['softmax']
     lines = [names[op] for op in layer.spec.ops]
     if layer.pooled != layer.output:
-        behind = max(j for j, op in enumerate(layer.spec.ops) if op == 'pool') + 1
+        behind = max(j for j, op in enumerate(layer.spec.ops) if op in POOLS) + 1
         lines.insert(behind, f'\u2192 {_shape(layer.pooled[:2])}')
     if model.dropout and table[i + 1].spec.dropout:
         lines.append('dropout')

@@ -16,10 +16,10 @@ from absl import flags
 
 from alexnet_jax import cli
 from alexnet_jax.config import ConfigError
-from alexnet_jax.inference.checkpoint_ref import CHECKPOINT_HELP, parse_checkpoint_ref
 from alexnet_jax.inference.images import expand_paths, load_images, sample_validation
 from alexnet_jax.predict.records import MAX_FIGURE_IMAGES
 from alexnet_jax.runtime import backend
+from alexnet_jax.runtime.checkpoint_ref import CHECKPOINT_HELP, parse_checkpoint_ref
 from alexnet_jax.runtime.console import log
 
 

@@ -8,11 +8,10 @@ import numpy as np
 from jaxtyping import Float32
 
 from alexnet_jax.inference.images import ImageInput
+from alexnet_jax.inference.pictures import ClassProbability
 from alexnet_jax.metrics import top_k
 
 MAX_FIGURE_IMAGES, BARS = 24, 5  # images in the figure, and the maximum number of classes per image
-
-ClassProbability = TypedDict('ClassProbability', {'class': str, 'probability': float})
 
 
 class PredictionRecord(TypedDict):

@@ -1,12 +1,15 @@
 """Folders of images: one folder per class, a flat folder with a file of labels, or a table of images and classes."""
 
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from alexnet_jax.data.split_names import TEST, is_plain_split, split_kind
+import numpy as np
+
+from alexnet_jax.data.split_names import TEST, TRAIN, is_plain_split, split_kind
 from alexnet_jax.prepare.folder_layout import enter, find_split_folders, inside_split, is_flat
 from alexnet_jax.prepare.folder_reader import FolderReader
 from alexnet_jax.prepare.image_files import (
@@ -17,10 +20,11 @@ from alexnet_jax.prepare.image_files import (
     images_below,
     list_folder,
     shortened,
+    sized,
 )
 from alexnet_jax.prepare.label_table import LabelTable, find_table, read_table
 from alexnet_jax.prepare.raw_sources import FileExamples, Source, SourceError, held_out_share, hold_out
-from alexnet_jax.prepare.splits import choose_splits
+from alexnet_jax.prepare.splits import choose_one_split, choose_splits
 
 
 def open_folder(root: Path, fraction: float, validation_split: str | None) -> Source:
@@ -33,18 +37,8 @@ def open_folder(root: Path, fraction: float, validation_split: str | None) -> So
 
     Raises SourceError: the folder has another form, or its splits or classes are ambiguous.
     """
-    root = Path(os.path.abspath(root))
-    if not root.is_dir():
-        raise SourceError(
-            f'config.data.source: {root} is not a folder; DIR of folder:DIR must contain one folder per class'
-        )
-    inner = enter(root)
-    reader = FolderReader(inner)
-    if inner != root:
-        reader.notes.append(f'the images are read from {inner}')
-        for folder in (root, *(parent for parent in inner.parents if root in parent.parents)):
-            _, images = list_folder(folder, reader.ignored)
-            reader.note_strays(folder, images)
+    reader = _enter(root)
+    inner = reader.root
     table = find_table(inner)
     if table is not None:
         return _open_table(reader, table, fraction, validation_split)
@@ -68,6 +62,78 @@ def open_folder(root: Path, fraction: float, validation_split: str | None) -> So
     return _source(
         reader, classes, None, ('the folders of the classes', f'{100 * fraction:g}% of each class'), fraction
     )
+
+
+def _enter(root: Path) -> FolderReader:
+    """Returns the reader of the folder in `root` that contains the splits or classes, see folder_layout.enter()."""
+    root = Path(os.path.abspath(root))
+    if not root.is_dir():
+        raise SourceError(
+            f'config.data.source: {root} is not a folder; DIR of folder:DIR must contain one folder per class'
+        )
+    inner = enter(root)
+    reader = FolderReader(inner)
+    if inner != root:
+        reader.notes.append(f'the images are read from {inner}')
+        for folder in (root, *(parent for parent in inner.parents if root in parent.parents)):
+            _, images = list_folder(folder, reader.ignored)
+            reader.note_strays(folder, images)
+    return reader
+
+
+def open_folder_split(root: Path, split: str | None, labeled: bool = True) -> Source:
+    """Opens one split of a folder of images, see sources.open_split().
+
+    A folder of classes, and a table or a flat folder without splits, are one split, which is called 'all'.
+
+    Raises SourceError: there is no such split, or it has another form than those that open_folder() reads.
+    """
+    reader = _enter(root)
+    inner = reader.root
+    table, names = find_table(inner), find_split_folders(inner)
+    chosen, labels_from, numbered = 'all', '', False
+    part = inner
+    if table is not None:
+        rows = read_table(table)
+        if rows.splits is not None:
+            chosen = choose_one_split(set(rows.splits), split, str(table))
+        files, has_names = reader.read_table(rows, chosen)
+        numbered, labels_from = not has_names, f' with {table.name}'
+    else:
+        if names is not None:
+            chosen = choose_one_split(names, split, str(inner))
+            part = inside_split(inner / chosen)
+        if is_flat(part) and list_folder(part, Counter())[1]:
+            files, labels_from = _read_flat(reader, part, names or [], labeled)
+        else:
+            files, has_names = reader.read_classes(part)
+            numbered = not has_names
+    if split is not None and chosen == 'all':
+        raise SourceError(f'--split: {split!r}, but {inner} has no splits; omit the flag')
+    classes = [name for name in files if name]
+    examples = examples_of(str(inner), files, classes or [''])
+    if not classes:
+        examples = dataclasses.replace(examples, labels=np.full(len(examples), -1, np.int32))
+    notes = tuple(reader.notes + describe_ignored(reader.ignored))
+    place = 'the folders of the classes' if part == inner and not labels_from else _relative(part, inner)
+    origins = {chosen: place + labels_from}
+    return Source({chosen: examples}, classes, False, origins, notes, not numbered, tuple(reader.roots))
+
+
+def _read_flat(reader: FolderReader, folder: Path, splits: list[str], labeled: bool) -> tuple[dict[str, Files], str]:
+    """Returns the files of each class in a flat folder, and where the labels come from.
+
+    Without labels, if `labeled` is False, all files belong to the class ''.
+    """
+    train = next((inside_split(reader.root / name) for name in splits if split_kind(name) == TRAIN), None)
+    classes = [] if train is None or is_flat(train) else list_folder(train, Counter())[0]
+    try:
+        files, origin = reader.read_flat(folder, classes)
+    except SourceError:
+        if labeled:
+            raise
+        return {'': sized(str(reader.root), list_folder(folder, Counter())[1])}, ''
+    return {name: files[name] for name in sorted(files)}, origin
 
 
 def _open_splits(reader: FolderReader, names: list[str], fraction: float, validation_split: str | None) -> Source:

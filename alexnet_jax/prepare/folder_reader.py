@@ -103,7 +103,7 @@ class FolderReader:
         Raises SourceError: the split has no images, or a class that is missing from `classes`, those of `train`.
         """
         if is_flat(folder):
-            return self._read_flat(folder, train, classes)
+            return self._read_known(folder, train, classes)
         files, _ = self.read_classes(folder)
         table = find_table(folder)
         unknown = sorted(name for name, of_class in files.items() if of_class and name not in classes)
@@ -114,38 +114,51 @@ class FolderReader:
             raise SourceError(f'{where} is missing from {train}; {remedy}')
         return files, f' with {table.name}' if table else ''
 
-    def _read_flat(self, folder: Path, train: Path, classes: list[str]) -> tuple[dict[str, Files], str]:
-        """Returns the files of each class in the flat `folder`, and where the labels come from."""
+    def read_flat(self, folder: Path, classes: list[str]) -> tuple[dict[str, Files], str]:
+        """Returns the files of each class in the flat `folder`, and where the labels come from.
+
+        Args:
+          folder: a folder of images without folders of classes.
+          classes: the sorted class names of the training set, which the files of Caffe number.
+
+        Raises SourceError: the folder has no images, or there is no file with their labels.
+        """
         _, images = list_folder(folder, self.ignored)
         if not images:
             raise SourceError(f'config.data.source: the split {folder} has no images; remove it, or add images')
         label_file, labels = label_flat_folder(folder, self.root, [image.name for image in images], classes)
-        files: dict[str, Files] = {name: [] for name in classes}
+        files: dict[str, Files] = {}
         unlabeled: list[str] = []
-        unknown: list[str] = []
         for image, file in zip(images, sized(str(self.root), images), strict=True):
             label = labels.get(image.name)
             if label is None:
                 unlabeled.append(image.name)
-            elif label in files:
-                files[label].append(file)
             else:
-                unknown.append(image.name)
-        if not any(files.values()):
-            raise SourceError(
-                f'config.data.source: the classes of {folder} are names such as {labels[unknown[0]]} in {label_file},'
-                f' but those of {train} are names such as {classes[0]}'
-            )
+                files.setdefault(label, []).append(file)
         if unlabeled:
             listed = shortened(sorted(unlabeled), 1)
             self.notes.append(f'images of {folder} without a label in {label_file} are not used: {listed}')
-        if unknown:
-            listed = shortened([f'{name} ({labels[name]})' for name in sorted(unknown)], 1)
-            self.notes.append(f'images of {folder} with a class that is missing from {train} are not used: {listed}')
         self.label_file = label_file
         if os.path.isabs(label_file):
             self.roots.append(label_file)
         return files, f' with the labels of {label_file}'
+
+    def _read_known(self, folder: Path, train: Path, classes: list[str]) -> tuple[dict[str, Files], str]:
+        """Returns the result of read_flat() for `classes`, those of the folder `train`, without other classes."""
+        found, origin = self.read_flat(folder, classes)
+        files: dict[str, Files] = {name: found.get(name, []) for name in classes}
+        unknown = sorted(
+            (os.path.basename(path), name) for name in found if name not in files for path, _ in found[name]
+        )
+        if not any(files.values()):
+            raise SourceError(
+                f'config.data.source: the classes of {folder} are names such as {unknown[0][1]} in {self.label_file},'
+                f' but those of {train} are names such as {classes[0]}'
+            )
+        if unknown:
+            listed = shortened([f'{image} ({name})' for image, name in unknown], 1)
+            self.notes.append(f'images of {folder} with a class that is missing from {train} are not used: {listed}')
+        return files, origin
 
     def note_strays(self, folder: Path, images: list[os.DirEntry[str]]) -> None:
         """Notes that `images`, which are directly in `folder`, have no class."""

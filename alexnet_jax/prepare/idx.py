@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from alexnet_jax.prepare.raw_sources import ArrayExamples, Source, SourceError, held_out_share, hold_out
-from alexnet_jax.prepare.splits import choose_splits
+from alexnet_jax.prepare.splits import choose_one_split, choose_splits
 
 MAX_BYTES = 4 * 1024**3  # of an IDX file, which is read into memory; the largest EMNIST has 550 MB
 
@@ -40,6 +40,17 @@ def open_idx(folder: Path, fraction: float, validation_split: str | None) -> Sou
         names_classes=False,
         roots=(str(folder),),
     )
+
+
+def open_idx_split(folder: Path, split: str | None) -> Source:
+    """Opens one split of files in MNIST's format, see sources.open_split()."""
+    folder = Path(os.path.abspath(folder))
+    found = [name for name in ('train', 't10k', 'test') if list(folder.glob(f'*{name}*idx3*'))]
+    chosen = choose_one_split(found or ['train'], split, str(folder))
+    examples = _idx_split(folder, chosen)
+    names = [str(label) for label in range(int(examples.labels.max()) + 1)]
+    origins = {chosen: chosen}
+    return Source({chosen: examples}, names, False, origins, names_classes=False, roots=(str(folder),))
 
 
 def _idx_split(folder: Path, split: str) -> ArrayExamples:

@@ -18,7 +18,14 @@ from alexnet_jax.data.split_names import split_word
 from alexnet_jax.paths import check_text_path, is_url, shown
 from alexnet_jax.prepare.parquet_rows import PARQUET_ERRORS, ParquetExamples, filesystem_of, open_file
 from alexnet_jax.prepare.raw_sources import Source, SourceError
-from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, find_files, open_splits
+from alexnet_jax.prepare.record_files import (
+    FoundFiles,
+    LabelColumn,
+    RawSplit,
+    find_files,
+    open_one_split,
+    open_splits,
+)
 from alexnet_jax.runtime.console import log, summarize_exception
 
 
@@ -41,14 +48,23 @@ def open_parquet(location: str, fraction: float, validation_split: str | None) -
 
     Raises SourceError: files are missing or corrupt, or have no image column or label column, or several.
     """
+    return open_splits(*_find_splits(location), fraction, validation_split)
+
+
+def open_parquet_split(location: str, split: str | None) -> Source:
+    """Opens one split of parquet files, see open_parquet() and sources.open_split()."""
+    return open_one_split(*_find_splits(location), split)
+
+
+def _find_splits(location: str) -> FoundFiles:
+    """Finds the parquet files of a source, after a download if necessary. Raises SourceError: see open_parquet()."""
     path, label = _locate(location)
     if is_url(path) or os.path.isdir(path):
         root, files = path, _parquet_files(path)
     else:
         root, files = os.path.dirname(path), [os.path.basename(path)]
     open_split = functools.partial(_open_split, root, label, location)
-    roots = () if is_url(path) else (path,)
-    return open_splits(path, files, fraction, validation_split, open_split, roots)
+    return path, files, open_split, () if is_url(path) else (path,)
 
 
 def _locate(location: str) -> tuple[str, str | None]:

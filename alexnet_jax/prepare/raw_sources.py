@@ -53,7 +53,7 @@ class Source:
     """A source of labeled images.
 
     Attributes:
-      splits: the examples of 'train' and 'validation'.
+      splits: the examples of 'train' and 'validation'; or those of one split, by its name, see sources.open_split().
       class_names: one name per label.
       holds_out_validation: whether the validation images are held out from the training images of the source.
       origins: where the images of 'train' and 'validation' come from, such as 'valid/' or

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Integer
@@ -11,7 +11,7 @@ from jaxtyping import Integer
 from alexnet_jax.data.split_names import TRAIN, split_kind, split_word
 from alexnet_jax.paths import shown
 from alexnet_jax.prepare.raw_sources import LabeledExamples, Labels, Source, SourceError, held_out_share, hold_out
-from alexnet_jax.prepare.splits import choose_splits
+from alexnet_jax.prepare.splits import choose_one_split, choose_splits
 
 _SHARD_NUMBER = re.compile(r'(^|[-_.])(\d+-of-\d+(-[0-9a-f]+)?|\d+)$')  # Hub: train-00000-of-00002-4bcb11a4f1ba6de3
 _MAX_CLASSES = 100_000  # if classes are numbered without names
@@ -47,6 +47,10 @@ class RawSplit:
     name: Callable[[int], str]
     class_names: list[str] | None = None
     notes: tuple[str, ...] = ()
+
+
+# The first four arguments of open_splits() and open_one_split().
+FoundFiles = tuple[str, Sequence[str], Callable[[Sequence[str]], RawSplit], tuple[str, ...]]
 
 
 def find_files(root: str, endings: tuple[str, ...]) -> list[str]:
@@ -138,19 +142,19 @@ def number_classes(
 def open_splits(
     where: str,
     files: Sequence[str],
-    fraction: float,
-    validation_split: str | None,
     open_split: Callable[[Sequence[str]], RawSplit],
     roots: tuple[str, ...],
+    fraction: float,
+    validation_split: str | None,
 ) -> Source:
     """Opens a source whose examples are in the relative paths `files`.
 
     Args:
       where: name of the source at the beginning of messages.
       files: the files of all splits.
-      fraction, validation_split: see sources.open_source().
       open_split: opens the files of one split.
       roots: see Source.
+      fraction, validation_split: see sources.open_source().
 
     Raises SourceError: see splits.choose_splits() and number_classes(), or a split has no labels.
     """
@@ -164,30 +168,69 @@ def open_splits(
     names, labels = number_classes(raw, given, where)
     notes, splits = list(choice.notes), {}
     for split, part in raw.items():
-        notes += [*part.notes, *_missing_files(groups[used[split]], used[split])]
-        kept = labels[split] >= 0
-        if not kept.any():
-            field = 'config.data.source' if split == 'train' else 'config.data.validation_split'
-            raise SourceError(f'{field}: {used[split]} of {where} has no image with a label; choose another split')
-        if not kept.all():
-            first = part.name(int(np.argmin(kept)))
-            values = np.array([*(value != -1 for value in part.column.values), False])
-            what = 'the label of a class' if values[part.column.codes[~kept]].any() else 'a label'
-            notes.append(f'images of {used[split]} without {what}: {np.sum(~kept)}; the first is {first}')
-        splits[split] = part.examples(np.flatnonzero(kept), labels[split][kept])
+        field = 'config.data.source' if split == 'train' else 'config.data.validation_split'
+        splits[split], more = _labeled(part, labels[split], groups[used[split]], field, f'{used[split]} of {where}')
+        notes += more
     origins = {split: _described(groups[name]) for split, name in used.items()}
     held_out = choice.validation is None
     if held_out:
         origins['validation'] = held_out_share(fraction, origins['train'])
-    named = given is not None or any(isinstance(value, str) for part in raw.values() for value in part.column.values)
     return Source(
         hold_out(splits['train'], fraction, where) if held_out else splits,
         names,
         held_out,
         origins,
         tuple(notes),
-        named,
+        _has_names(raw.values()),
         roots,
+    )
+
+
+def open_one_split(
+    where: str,
+    files: Sequence[str],
+    open_split: Callable[[Sequence[str]], RawSplit],
+    roots: tuple[str, ...],
+    split: str | None,
+) -> Source:
+    """Opens one split, see sources.open_split(), of a source whose examples are in the relative paths `files`.
+
+    The other arguments are those of open_splits(). Raises SourceError: see splits.choose_one_split() and
+    number_classes(), or the split has no labels.
+    """
+    groups = files_by_split(files)
+    chosen = choose_one_split(groups, split, where)
+    raw = open_split(groups[chosen])
+    names, labels = number_classes({'train': raw}, raw.class_names, where)
+    examples, notes = _labeled(raw, labels['train'], groups[chosen], '--split', f'{chosen} of {where}')
+    origins = {chosen: _described(groups[chosen])}
+    return Source({chosen: examples}, names, False, origins, tuple(notes), _has_names([raw]), roots)
+
+
+def _labeled(
+    part: RawSplit, labels: Labels, files: Sequence[str], field: str, what: str
+) -> tuple[LabeledExamples, list[str]]:
+    """Returns the examples of `part` that have a label, and notes about the others and about missing files.
+
+    Raises SourceError: no example has a label; `field` is the setting to change, `what` the name of the split.
+    """
+    split = what.partition(' of ')[0]
+    notes = [*part.notes, *_missing_files(files, split)]
+    kept = labels >= 0
+    if not kept.any():
+        raise SourceError(f'{field}: {what} has no image with a label; choose another split')
+    if not kept.all():
+        first = part.name(int(np.argmin(kept)))
+        values = np.array([*(value != -1 for value in part.column.values), False])
+        kind = 'the label of a class' if values[part.column.codes[~kept]].any() else 'a label'
+        notes.append(f'images of {split} without {kind}: {np.sum(~kept)}; the first is {first}')
+    return part.examples(np.flatnonzero(kept), labels[kept]), notes
+
+
+def _has_names(parts: Iterable[RawSplit]) -> bool:
+    """Returns whether the classes have names, not only numbers."""
+    return any(
+        part.class_names is not None or any(isinstance(value, str) for value in part.column.values) for part in parts
     )
 
 

@@ -9,10 +9,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypedDict, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -22,6 +22,8 @@ from alexnet_jax.data.images import UnreadableImage, read_image, resize_and_cent
 from alexnet_jax.data.split_reader import DatasetError
 from alexnet_jax.prepare.shards import ContentDigest, ImageSpec, RunningMoments, Shard
 from alexnet_jax.runtime.files import JsonObject, json_digest, read_json, write_json
+
+T = TypeVar('T')
 
 
 class SkippedImage(TypedDict):
@@ -96,6 +98,26 @@ def write_shards(
         ) from None
     except BaseException:
         for process in multiprocessing.active_children():  # safe, because shards are written atomically
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def call_in_process(function: Callable[..., T], *arguments: Any) -> T:
+    """Returns function(*arguments), called in a child process that exits with this process.
+
+    Raises the exceptions of `function`. Raises DatasetError: the process was killed.
+    """
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), initializer=_exit_with_parent)
+    try:
+        with _interrupts_blocked():
+            future = pool.submit(function, *arguments)
+        return future.result()
+    except BrokenProcessPool:
+        raise DatasetError('a child process was killed, perhaps because memory ran out; rerun the command') from None
+    except BaseException:
+        for process in multiprocessing.active_children():
             process.terminate()
         raise
     finally:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from alexnet_jax.data.split_names import TEST, TRAIN, VALIDATION, is_plain_split, split_kind
+from alexnet_jax.paths import shown
 from alexnet_jax.prepare.raw_sources import SourceError
 
 
@@ -79,3 +80,29 @@ def choose_splits(names: Iterable[str], validation_split: str | None, where: str
             how = f'; config.data.validation_split={name} validates on it' if split_kind(name) == TEST else ''
             notes.append(f'{name} is not used{how}')
     return SplitChoice(train, validation, tuple(notes))
+
+
+def choose_one_split(names: Iterable[str], split: str | None, where: str) -> str:
+    """Returns the name of the split to evaluate on: `split`, else the validation split, else the only split.
+
+    `split` may be the name in another case or another word for the same kind, such as 'test' for 't10k'.
+
+    Raises SourceError: there is no such split, or there are several; the message has the names.
+    """
+    names = sorted(names)
+    listed = ', '.join(map(shown, names))
+    if split is not None:
+        kind = split_kind(split)
+        of_kind = [name for name in names if kind is not None and split_kind(name) == kind]
+        found = [name for name in names if name == split] or [name for name in names if name.lower() == split.lower()]
+        found = found or [name for name in of_kind if is_plain_split(name)] or of_kind
+        if len(found) != 1:
+            raise SourceError(f'--split: {split!r} is not a split of {where}; its splits are {listed}')
+        return found[0]
+    validation = [name for name in names if split_kind(name) == VALIDATION]
+    candidates = [name for name in validation if is_plain_split(name)] or validation or names
+    if len(candidates) != 1:
+        raise SourceError(
+            f'--split: {where} has the splits {listed}; name one of them, such as --split={candidates[0]}'
+        )
+    return candidates[0]

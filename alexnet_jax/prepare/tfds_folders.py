@@ -15,7 +15,14 @@ _SOURCE = re.compile(rf'tfds:(\w+)(?:[:/](?!{_VERSION}$)(\w[\w+.-]*))?(?:[:/]({_
 
 @dataclasses.dataclass(frozen=True)
 class TfdsName:
-    """A data set of TFDS. `config` is None for the default, `version` is None for the newest or may be '5.*.*'."""
+    """A data set of TFDS.
+
+    Attributes:
+      name: its name.
+      config: its configuration; None for the default; '' for the data set without a configuration, whether or not
+        configurations of it are prepared too.
+      version: its version, such as '5.*.*'; None for the newest.
+    """
 
     name: str
     config: str | None = None

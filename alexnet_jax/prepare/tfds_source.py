@@ -1,7 +1,9 @@
 """Data sets of TFDS in the file formats TFRecord and ArrayRecord, and the data set `photos`."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import os
 import sys
 
@@ -11,7 +13,8 @@ import tensorflow_datasets as tfds
 from alexnet_jax.config import ConfigError
 from alexnet_jax.paths import check_writable, shown
 from alexnet_jax.prepare.raw_sources import Source, SourceError, check_held_out, digest
-from alexnet_jax.prepare.splits import choose_splits
+from alexnet_jax.prepare.shard_writer import call_in_process
+from alexnet_jax.prepare.splits import choose_one_split, choose_splits
 from alexnet_jax.prepare.tfds_folders import TfdsName, describe_rest, find_version, parse_name
 from alexnet_jax.prepare.tfds_records import TfdsExamples, TfdsShard
 from alexnet_jax.prepare.tfrecord import FRAMING_BYTES, is_gzip
@@ -54,6 +57,40 @@ def open_tfds(source: str, data_dir: str, fraction: float, validation_split: str
         names_classes=not _are_numbers(names),
         roots=(os.path.abspath(builder.data_dir),),
     )
+
+
+def open_tfds_split(source: str, data_dir: str, split: str | None) -> Source:
+    """Opens one split of a TFDS data set. If TFDS must prepare the data set, a child process does that.
+
+    Raises SourceError or ConfigError: see sources.open_split().
+    """
+    name = _name(source)
+    folder, notes = find_version(name, data_dir)
+    if folder is None:
+        # A child process, because TensorFlow should not share a process with JAX.
+        folder = call_in_process(_prepare_quietly, name, source, data_dir)
+    builder = _read_builder(folder, name, data_dir)
+    image, label = _image_and_label(builder)
+    sizes = {name: part.num_examples for name, part in builder.info.splits.items() if part.num_examples}
+    chosen = choose_one_split(sizes, split, builder.info.full_name)
+    names = list(builder.info.features[label].names)
+    return Source(
+        {chosen: _open_split(builder, chosen, image, label)},
+        names,
+        False,
+        {chosen: chosen},
+        notes,
+        names_classes=not _are_numbers(names),
+        roots=(os.path.abspath(builder.data_dir),),
+    )
+
+
+def _prepare_quietly(name: TfdsName, source: str, data_dir: str) -> str:
+    """Returns the result of _download_and_prepare(), without the output of TFDS if there is no terminal."""
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints unknown sizes
+        return _download_and_prepare(name, source, data_dir)
 
 
 def _open_split(builder: tfds.core.DatasetBuilder, split: str, image: str, label: str) -> TfdsExamples:
@@ -130,11 +167,12 @@ def _file_format(builder: tfds.core.DatasetBuilder) -> str:
 
 def _name(source: str) -> TfdsName:
     """Returns the TFDS name of `source`. Raises SourceError: the name is malformed."""
-    if source != 'photos':
+    if not is_photos(source):
         return parse_name(source)
-    from alexnet_jax.prepare.photos import Photos
+    from alexnet_jax.prepare.photos import Photos, parse_selection
 
-    return TfdsName('photos', version=str(Photos.VERSION))
+    selection = parse_selection(source)
+    return TfdsName('photos', selection.name if selection else '', str(Photos.VERSION))
 
 
 def _image_and_label(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
@@ -161,13 +199,19 @@ def _image_and_label(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
     return images[0], label
 
 
-def _builder(name: TfdsName, data_dir: str) -> tfds.core.DatasetBuilder:
-    """Returns the TFDS builder that prepares a data set, as ArrayRecord files, with its code."""
-    try:
-        if name.name == 'photos':
-            from alexnet_jax.prepare.photos import Photos
+def is_photos(source: str) -> bool:
+    """Returns whether `source` is the data set `photos` or a part of it."""
+    return source.partition(':')[0] == 'photos'
 
-            builder: tfds.core.DatasetBuilder = Photos(data_dir=data_dir, file_format='array_record')
+
+def _builder(name: TfdsName, source: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    """Returns the TFDS builder that prepares the data set `name` of `source`, as ArrayRecord files, with its code."""
+    try:
+        if is_photos(source):
+            from alexnet_jax.prepare.photos import Photos, parse_selection
+
+            selection = parse_selection(source)
+            builder: tfds.core.DatasetBuilder = Photos(config=selection, data_dir=data_dir, file_format='array_record')
         else:
             builder = tfds.builder(str(name), data_dir=data_dir, file_format='array_record')
     except tfds.core.registered.DatasetNotFoundError:
@@ -184,7 +228,7 @@ def _builder_for_preparation(name: TfdsName, source: str, data_dir: str) -> tfds
     writable. The message ends with what `data_dir` has of the data set.
     """
     try:
-        builder = _builder(name, data_dir)
+        builder = _builder(name, source, data_dir)
         _image_and_label(builder)
         check_writable('config.data.data_dir', data_dir, f'TFDS writes {source} to that folder, so use another folder')
         # Fail before a download of gigabytes. Builders that use TensorFlow import it lazily as `tf`.
@@ -224,17 +268,19 @@ def missing_tfds_data(source: str, data_dir: str) -> tuple[Source, dict[str, int
 
     Raises SourceError or ConfigError: see _builder_for_preparation().
     """
-    if source != 'photos' and not source.startswith('tfds:'):
+    if not is_photos(source) and not source.startswith('tfds:'):
         return None
     name = _name(source)
     if find_version(name, data_dir)[0]:
         return None
     builder = _builder_for_preparation(name, source, data_dir)
     names, images = list(builder.info.features[_image_and_label(builder)[1]].names), {}
-    if source == 'photos':
-        from alexnet_jax.prepare.photos import PATCHES_PER_IMAGE
+    if is_photos(source):
+        from alexnet_jax.prepare.photos import PATCHES_PER_IMAGE, parse_selection
 
-        images = {split: count * len(names) for split, count in PATCHES_PER_IMAGE.items()}
+        selection = parse_selection(source)
+        counts = PATCHES_PER_IMAGE | ({'train': selection.train_patches} if selection else {})
+        images = {split: count * len(names) for split, count in counts.items()}
     is_manual = builder.MANUAL_DOWNLOAD_INSTRUCTIONS is not None  # the user has downloaded the files
     download_bytes = 0 if is_manual else sum(int(info.size) for info in (builder.url_infos or {}).values())
     return Source({}, names, False, names_classes=not _are_numbers(names)), images, download_bytes

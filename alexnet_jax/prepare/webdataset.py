@@ -18,7 +18,14 @@ from alexnet_jax.data.images import UnreadableImage
 from alexnet_jax.data.split_names import split_word
 from alexnet_jax.paths import shown
 from alexnet_jax.prepare.raw_sources import Indices, Labels, RawExample, Source, SourceError
-from alexnet_jax.prepare.record_files import LabelColumn, RawSplit, find_files, open_splits
+from alexnet_jax.prepare.record_files import (
+    FoundFiles,
+    LabelColumn,
+    RawSplit,
+    find_files,
+    open_one_split,
+    open_splits,
+)
 from alexnet_jax.prepare.tar_index import TarIndex
 from alexnet_jax.prepare.tar_members import Member, read_members
 
@@ -101,18 +108,30 @@ def open_webdataset(pattern: str, fraction: float, validation_split: str | None)
 
     Raises SourceError: files are missing, compressed, truncated or corrupt, or a split has no labels.
     """
+    found, notes = _find_splits(pattern)
+    source = open_splits(*found, fraction, validation_split)
+    return dataclasses.replace(source, notes=(*source.notes, *notes))
+
+
+def open_webdataset_split(pattern: str, split: str | None) -> Source:
+    """Opens one split of tar files, see open_webdataset() and sources.open_split()."""
+    found, notes = _find_splits(pattern)
+    source = open_one_split(*found, split)
+    return dataclasses.replace(source, notes=(*source.notes, *notes))
+
+
+def _find_splits(pattern: str) -> tuple[FoundFiles, list[str]]:
+    """Finds the tar files of a source; also returns notes. Raises SourceError: see open_webdataset()."""
     paths = find_tars(pattern)
     folder = os.path.abspath(os.path.expanduser(pattern))
     root = folder if os.path.isdir(folder) else os.path.commonpath([os.path.dirname(path) for path in paths])
     files = [os.path.relpath(path, root) for path in paths]
     class_file = _find_class_file(root)
     names = _read_class_names(class_file) if class_file else None
-    open_split = functools.partial(_open_split, root, names)
     roots = [folder] if os.path.isdir(folder) else paths
     roots += [class_file] if class_file else []
-    source = open_splits(pattern, files, fraction, validation_split, open_split, tuple(roots))
     notes = [f'{class_file} has the names of the {len(names)} classes'] if names is not None else []
-    return dataclasses.replace(source, notes=(*source.notes, *notes))
+    return (pattern, files, functools.partial(_open_split, root, names), tuple(roots)), notes
 
 
 def find_tars(pattern: str) -> list[str]:

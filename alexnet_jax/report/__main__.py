@@ -5,9 +5,9 @@
 
 For a sweep, the command prints a Markdown table: the errors of each variant over its seeds, and the measured and
 published differences to the base. The command reads SWEEP_DIR/sweep.json and the result.json of each run; some runs may
-be missing. For a run, the command prints the progress and the errors. The page also shows curves and kernels and, for a
-run, predictions and nearest training images. If a part is missing, the page gives the reason and the command that
-creates the part.
+be missing. For a run, the command prints the progress, the errors and the results of `alexnet evaluate --source`. The
+page also shows curves and kernels and, for a run, predictions and nearest training images. If a part is missing, the
+page gives the reason and the command that creates the part.
 """
 
 import os
@@ -17,6 +17,7 @@ from absl import flags
 
 from alexnet_jax import cli
 from alexnet_jax.paths import absolute_path
+from alexnet_jax.report.evaluations import evaluation_lines
 from alexnet_jax.report.run_files import load_sweep, read_run, summary
 from alexnet_jax.runtime.console import log, make_stdout_optional
 from alexnet_jax.runtime.files import atomic_write
@@ -64,7 +65,7 @@ def _report_run(workdir: str, given: flags.FlagValues, command: str) -> str:
         from alexnet_jax.report.page import run_page  # takes a second to import
 
         _write('html', run_page(workdir, given.data_dir, given.neighbors, command, given.prepared_dir))
-    return summary(read_run(workdir))
+    return summary(read_run(workdir)) + ''.join(f'{line}\n' for line in evaluation_lines(workdir))
 
 
 def _this_command(folder: str, given: flags.FlagValues) -> str:

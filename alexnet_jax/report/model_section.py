@@ -8,13 +8,13 @@ import numpy as np
 from alexnet_jax.config import ConfigError, default_config
 from alexnet_jax.data import dataset, split_reader
 from alexnet_jax.inference import feature_index
-from alexnet_jax.inference.checkpoint_ref import parse_checkpoint_ref, with_data_folders
 from alexnet_jax.inference.trained_model import TrainedModel, load_model, open_eval_dataset
 from alexnet_jax.metrics import top_k
 from alexnet_jax.paths import is_url
 from alexnet_jax.plots import kernels
 from alexnet_jax.report.blocks import Block, Card, Figure, Section, pixel_picture
 from alexnet_jax.runtime import backend
+from alexnet_jax.runtime.checkpoint_ref import parse_checkpoint_ref, with_data_folders
 from alexnet_jax.runtime.workdir import CheckpointError
 
 ABOUT_KERNELS: Block = (

@@ -9,6 +9,7 @@ from alexnet_jax.plots import curves, network, style
 from alexnet_jax.report import model_section
 from alexnet_jax.report.blocks import Block, Figure, Section, Table, png_picture, render
 from alexnet_jax.report.config_diff import differences, length, published
+from alexnet_jax.report.evaluations import evaluation_sections
 from alexnet_jax.report.run_files import Run, Sweep, errors_of, number, percent, read_layers, read_metrics, read_run
 from alexnet_jax.runtime.console import ProgressBar
 from alexnet_jax.runtime.files import JsonObject, read_json
@@ -19,7 +20,11 @@ from alexnet_jax.sweep.table import as_cells, caption, footnotes
 _DPI = 200  # of the drawings
 _MAX_NAMES = 20  # classes listed by name
 # By key of result.json.
-_EVENTS = {'stalled_step': 'The loss stalled', 'target_step': 'The training error reached its target'}
+_EVENTS = {
+    'stalled_step': 'The loss stalled',
+    'target_step': 'The training error reached its target',
+    'plateau_step': 'The validation error stopped improving after the last decay, which ended the run',
+}
 _NOT_FACTS = ('versions', 'command', 'folder')  # keys of environment.json that the page shows differently
 
 
@@ -32,6 +37,7 @@ def run_page(
     sections: list[Section] = [
         ('What was run', config_section(run)),
         ('Result', _result_section(run)),
+        *evaluation_sections(workdir),
         ('Curves', [_curves({run.name: run.metrics}) if run.metrics else ('missing', no_metrics)]),
         *model_section.model_sections(workdir, run.train_command, data_dir, neighbors, prepared_dir),
         ('Layers', _layer_section(run)),

@@ -13,9 +13,10 @@ import ml_collections
 import numpy as np
 
 from alexnet_jax.config import (
-    UNKNOWN,
     Config,
     ConfigError,
+    DataConfig,
+    ModelConfig,
     field_names,
     get_by_path,
     resolve,
@@ -29,9 +30,11 @@ from alexnet_jax.runtime.files import JsonObject, atomic_write, quarantine, read
 from alexnet_jax.shapes import layer_table
 
 # A run keeps these fields and those of `model`: the weights and the order of the data depend on them.
-FIXED_FIELDS = ('seed', 'data.source', 'data.image_size', 'data.encoding', 'train.batch_size')
+FIXED_FIELDS = ('seed', 'data.source', 'data.image_size', 'data.encoding', 'train.batch_size', 'train.init')
 # These fields change what the network sees. A run keeps them too, except with --allow_changes.
 INPUT_FIELDS = ('data.channels', 'data.crop_size', 'data.crop', 'data.mean', 'data.mean_crop', 'data.std')
+# These of INPUT_FIELDS belong to weights: a run that starts from weights takes them from there.
+PREPROCESSING_FIELDS = ('data.channels', 'data.mean', 'data.mean_crop', 'data.std')
 # These fields say where the data are. A change of them makes no other run.
 PATH_FIELDS = ('data.data_dir', 'data.prepared_dir')
 
@@ -69,6 +72,8 @@ def check_resumable(config: Config, workdir: str, every_field: bool = False, all
         their settings.
       allow_changes: accept a change of INPUT_FIELDS if the weights still fit.
 
+    Imported weights that were not trained on yet fix only the network and its preprocessing.
+
     Raises ConfigError: the checkpoints belong to another network, another order of the data or, without
       `allow_changes`, other INPUT_FIELDS; or WORKDIR/checkpoints is not a folder.
     """
@@ -80,6 +85,10 @@ def check_resumable(config: Config, workdir: str, every_field: bool = False, all
         return
     fields = [field for field in _changed(before, config) if not _is_moved(before, config, field)]
     changed = {field: (get_by_path(before, field), get_by_path(config, field)) for field in fields}
+    if has_untrained_import(workdir):
+        _check_fits_import(before, config, workdir, list(changed))
+        every_field = False
+        changed = {field: values for field, values in changed.items() if field in _FIXED_BY_IMPORT}
     for field, (was, given) in changed.items():
         is_fixed = field in FIXED_FIELDS or field.startswith('model.')
         if is_fixed or (every_field and field not in PATH_FIELDS):
@@ -100,16 +109,76 @@ def check_resumable(config: Config, workdir: str, every_field: bool = False, all
         )
 
 
-def with_num_classes_of_run(config: Config, workdir: str) -> Config:
-    """Returns `config` with the number of classes of the run in `workdir` if model.num_classes is auto.
+# Of the settings of imported weights, training keeps these and those of `model`.
+_FIXED_BY_IMPORT = ('data.crop_size', *PREPROCESSING_FIELDS)
 
-    Returns `config` if the number is given, or if `workdir` has neither checkpoints nor a result.
+
+def _check_fits_import(before: Config, config: Config, workdir: str, changed: list[str]) -> None:
+    """Raises ConfigError if the imported weights in `workdir` cannot be trained on with `config`."""
+    advice = f'--init={workdir} --workdir=NEW starts a new run from the weights'
+    for field in changed:
+        if field.startswith('model.'):
+            raise ConfigError(
+                f'config.{field}: {get_by_path(config, field)!r}, but {workdir} has imported weights of a network with'
+                f' {get_by_path(before, field)!r}; {advice}'
+            )
+    if config.train.init is not None:
+        raise ConfigError(f'config.train.init: {workdir} has imported weights already; use another --workdir')
+    if 'data.image_size' in changed and before.data.mean == 'image':
+        raise ConfigError(
+            f'config.data.image_size: {config.data.image_size}, but the mean image of the weights in {workdir} has'
+            f' {before.data.image_size} pixels; use {before.data.image_size}'
+        )
+
+
+def has_untrained_import(workdir: str) -> bool:
+    """Returns whether the newest checkpoint in `workdir` has imported weights before their first train step."""
+    newest = read_newest_progress(os.path.join(workdir, 'checkpoints'))
+    return newest is not None and newest[0] == 0 and _fingerprint(newest[1]) is None
+
+
+def is_started(workdir: str) -> bool:
+    """Returns whether `workdir` has checkpoints or a result."""
+    return _has_files(os.path.join(workdir, 'checkpoints')) or read_result_json(workdir) is not None
+
+
+def with_settings_of_run(config: Config, workdir: str) -> Config:
+    """Returns `config` with what a run in `workdir` decides for itself; `config` if there is none.
+
+    The run decides model.num_classes if it is auto. If it started from the weights of train.init, it also decides
+    train.init if that is None, and what it took from the weights, see with_preprocessing_of().
     """
-    if config.model.num_classes != UNKNOWN:
+    before = _config_before(workdir) if is_started(workdir) else None
+    if before is None:
         return config
-    started = _has_files(os.path.join(workdir, 'checkpoints')) or read_result_json(workdir) is not None
-    before = _config_before(workdir) if started else None
-    return config if before is None else with_num_classes(config, before.model.num_classes)
+    config = with_num_classes(config, before.model.num_classes)
+    if before.train.init is None:
+        return config
+    init = before.train.init if config.train.init is None else config.train.init
+    return with_preprocessing_of(
+        before, dataclasses.replace(config, train=dataclasses.replace(config.train, init=init))
+    )
+
+
+def with_preprocessing_of(weights: Config, config: Config) -> Config:
+    """Returns `config` with PREPROCESSING_FIELDS of `weights`.
+
+    If the first dense layer fits only images of the size of `weights`, the result has their data.crop_size too.
+    """
+    names = [field.removeprefix('data.') for field in PREPROCESSING_FIELDS]
+    data = dataclasses.replace(config.data, **{name: getattr(weights.data, name) for name in names})
+    cropped = dataclasses.replace(data, crop_size=weights.data.crop_size)
+    wanted = _first_dense_inputs(weights.model, weights.data)
+    fits, would_fit = (_first_dense_inputs(config.model, each) == wanted for each in (data, cropped))
+    if would_fit and not fits and cropped.crop_size <= data.image_size:
+        data = cropped
+    return dataclasses.replace(config, data=data)
+
+
+def _first_dense_inputs(model: ModelConfig, data: DataConfig) -> int:
+    """Returns the number of inputs of the first dense layer of the network for the images of `data`."""
+    table = layer_table(model, data.crop_size, data.channels)
+    return next((row.kernel[0] for row in table if not row.spec.kernel), 0)
 
 
 def trained_on(workdir: str) -> str | None:
@@ -117,7 +186,11 @@ def trained_on(workdir: str) -> str | None:
     newest = read_newest_progress(os.path.join(workdir, 'checkpoints'))
     if newest is None:
         return None
-    return newest[1].get('dataset_fingerprint', newest[1].get('store'))  # the key of version 0.1
+    return _fingerprint(newest[1])
+
+
+def _fingerprint(progress: JsonObject) -> str | None:
+    return progress.get('dataset_fingerprint', progress.get('store'))  # the key of version 0.1
 
 
 def _has_files(folder: str) -> bool:
@@ -169,7 +242,8 @@ def describe_changes(config: Config, workdir: str) -> list[str]:
             ' of this command, and changes of settings are unknown'
         ]
     repaired = f'{workdir}/config.json {problem}; it is written again, and the checkpoint has the settings of the run'
-    return [repaired] * bool(problem) + [_arrow(before, config, field) for field in _changed(before, config)]
+    changed = [] if has_untrained_import(workdir) else _changed(before, config)
+    return [repaired] * bool(problem) + [_arrow(before, config, field) for field in changed]
 
 
 def is_finished(config: Config, workdir: str) -> bool:
@@ -320,16 +394,21 @@ def dataset_statistics_path(workdir: str) -> str:
     return old if os.path.exists(old) and not os.path.exists(path) else path
 
 
-def write_dataset_statistics(workdir: str, statistics: dict[str, np.ndarray], class_names: list[str]) -> None:
+def write_dataset_statistics(
+    workdir: str, statistics: dict[str, np.ndarray], class_names: list[str], digest_of_import: str | None = None
+) -> None:
     """Writes dataset_statistics.npz, so that the weights of the run can be used without its prepared data set.
 
     Args:
       workdir: the folder of the run.
       statistics: see prepare.shards.statistics().
       class_names: one name per label.
+      digest_of_import: statistics_digest() in the checkpoint of imported weights, if `statistics` replace those of the
+        import when training begins; None otherwise.
     """
+    replaced = {} if digest_of_import is None else {'digest_of_import': np.array(digest_of_import)}
     with atomic_write(os.path.join(workdir, 'dataset_statistics.npz'), 'wb') as file:
-        np.savez(file, allow_pickle=False, class_names=np.array(class_names), **statistics)
+        np.savez(file, allow_pickle=False, class_names=np.array(class_names), **statistics, **replaced)
 
 
 def read_dataset_statistics(workdir: str, config: Config | None = None) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -342,10 +421,23 @@ def read_dataset_statistics(workdir: str, config: Config | None = None) -> tuple
         with open(path, 'rb') as file, np.load(file) as opened:  # np.load(path) leaves corrupt files open
             arrays = dict(opened)
         class_names = arrays.pop('class_names').tolist()
+        arrays.pop('digest_of_import', None)
         _check_statistics(arrays, class_names, config)
     except Exception as error:  # NumPy and zipfile raise many types for a corrupt file
         raise DatasetStatisticsError(f'{path} cannot be read ({summarize_exception(error)})') from None
     return arrays, class_names
+
+
+def statistics_belong_to(workdir: str, statistics: dict[str, np.ndarray], digest: str | None) -> bool:
+    """Returns whether `statistics`, read from `workdir`, are those of a checkpoint with the statistics digest `digest`.
+
+    Earlier versions saved no digest. Until training from imported weights writes its first checkpoint, the digest is
+    that of the import, see write_dataset_statistics().
+    """
+    if digest in (statistics_digest(statistics), None):
+        return True
+    with np.load(dataset_statistics_path(workdir)) as arrays:
+        return 'digest_of_import' in arrays and str(arrays['digest_of_import']) == digest
 
 
 def _check_statistics(arrays: dict[str, np.ndarray], class_names: object, config: Config | None) -> None:

@@ -93,8 +93,8 @@ def load_sweep(file: str) -> list[Variant]:
 def validate(variants: list[Variant]) -> None:
     """Checks the runs of a sweep.
 
-    Raises ConfigError: there are no runs, two runs share a folder, variants of one name have different overrides, or a
-      name is not valid for a folder.
+    Raises ConfigError: there are no runs, two runs share a folder, variants of one name have different overrides apart
+      from train.init, or a name is not valid for a folder.
     """
     if not variants:
         raise ConfigError('--sweep: the sweep of this config is empty')
@@ -102,14 +102,22 @@ def validate(variants: list[Variant]) -> None:
     for i, variant in enumerate(variants):
         if variant.directory in directories[:i]:
             raise ConfigError(f'--sweep: two runs are named {variant.directory!r}')
-        is_other = next(
-            (row for row in variants[:i] if row.name == variant.name and row.overrides != variant.overrides), None
-        )
-        if is_other:
+        if any(row.name == variant.name and _of_row(row) != _of_row(variant) for row in variants[:i]):
             raise ConfigError(f'--sweep: {variant.name!r} is the name of two variants with different overrides')
         usable = variant.name.isprintable() and len(variant.name.encode()) < 256 and variant.name != 'sweep.json'
         if not usable or variant.name != os.path.basename(variant.name) or variant.name[:1] in ('', '.'):
             raise ConfigError(f'--sweep: {variant.name!r} cannot be the name of a folder')
+
+
+def _of_row(variant: Variant) -> dict[str, object]:
+    """Returns the overrides that all seeds of a row have in common; each seed may start from weights of its own."""
+    return {field: value for field, value in variant.overrides.items() if field != 'train.init'}
+
+
+def _common_overrides(row: Variant, variants: list[Variant]) -> dict[str, object]:
+    """Returns the overrides of `row` that all of its runs have."""
+    runs = [variant.overrides for variant in variants if variant.name == row.name]
+    return {field: value for field, value in row.overrides.items() if all(run.get(field) == value for run in runs)}
 
 
 def write_manifest(variants: list[Variant], config_file: str, workdir: str) -> None:
@@ -123,7 +131,11 @@ def write_manifest(variants: list[Variant], config_file: str, workdir: str) -> N
         'base': 'base' if 'base' in rows else None,
         'variants': [
             PlannedVariant(
-                name=row.name, overrides=row.overrides, published=row.published, source=row.source, note=row.note
+                name=row.name,
+                overrides=_common_overrides(row, variants),
+                published=row.published,
+                source=row.source,
+                note=row.note,
             )
             for row in rows.values()
         ],

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import gc
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -31,13 +32,13 @@ from alexnet_jax.training.state import TrainState
 
 
 def state_digest(state: TrainState) -> str:
-    """Returns the sha256 hex digest of the parameters, the optimizer state and the batch-normalization statistics.
+    """Returns the sha256 hex digest of the parameters, their average, the optimizer and batch-normalization statistics.
 
     The digest covers the leaves as little-endian float32, sorted by name. It does not depend on the mesh or the number
     of processes. Collective: every process must call it.
     """
     digest = hashlib.sha256()
-    leaves = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state, state.batch_stats))
+    leaves = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state, state.batch_stats, state.average))
     for path, leaf in sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0])):
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.ascontiguousarray(distributed.gather_to_host(leaf), dtype='<f4').data)
@@ -49,7 +50,8 @@ class Checkpoint:
     """A restored checkpoint.
 
     Attributes:
-      state: the train state with the requested shardings, or None if only the rest was requested.
+      state: the train state with the requested shardings, or None if only the rest was requested. The state has an
+        average of the parameters if the checkpoint has one; see state.with_average() and TrainState.for_inference().
       run_state: the progress of the run at that step.
       state_digest: see state_digest().
       config: the settings as JSON, see Config.to_dict(); None if an earlier version wrote the checkpoint.
@@ -66,7 +68,8 @@ def restore_checkpoint(path: str, abstract_state: TrainState | None) -> tuple[Ch
 
     Args:
       path: the folder of one checkpoint.
-      abstract_state: shapes, dtypes and shardings of the state; None restores everything except the state.
+      abstract_state: shapes, dtypes and shardings of the state, with or without an average; None restores everything
+        except the state.
 
     Returns:
       (checkpoint, ''), or (None, error message) if the checkpoint is corrupt. All processes return the same outcome.
@@ -115,7 +118,19 @@ def _read_state(path: str, abstract_state: TrainState) -> TrainState:
     alone = MultiprocessingOptions(primary_host=index, active_processes={index}, barrier_sync_key_prefix=f'read{index}')
     handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        average = abstract_state.params if _has_average(path) else {}
+        abstract_state = dataclasses.replace(abstract_state, average=average)
         return reader.restore(path, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))).state
+
+
+def _has_average(path: str) -> bool:
+    """Returns whether the state in the checkpoint folder `path` has an average of the parameters.
+
+    Raises OSError, ValueError or KeyError: the description that Orbax wrote is missing or corrupt.
+    """
+    with open(os.path.join(path, 'state', '_METADATA'), encoding='utf-8') as file:
+        keys = json.load(file)['tree_metadata']
+    return any(key.startswith("('average',") for key in keys)
 
 
 @functools.cache

@@ -17,7 +17,9 @@ from alexnet_jax.runtime.workdir import (
     DatasetStatisticsError,
     check_class_names,
     dataset_statistics_path,
+    has_untrained_import,
     read_dataset_statistics,
+    statistics_belong_to,
     statistics_digest,
     write_dataset_statistics,
 )
@@ -55,9 +57,16 @@ def prefetch_to_device(
 
 
 def load_dataset_statistics(
-    config: Config, workdir: str, data: dataset.PreparedDataset, run: RunState | None
+    config: Config,
+    workdir: str,
+    data: dataset.PreparedDataset,
+    run: RunState | None,
+    of_weights: dict[str, np.ndarray] | None,
 ) -> dict[str, np.ndarray]:
     """Returns the statistics for make_preprocess_params(): of the workdir, or of the data set in a new run.
+
+    A run that starts from weights, imported ones or those of train.init, has the mean of the weights, and the other
+    statistics of the data set.
 
     If dataset_statistics.npz cannot be read, and `run` has the statistics of the data set, the file is written again.
     The primary process writes the statistics and the class names of the data set to dataset_statistics.npz.
@@ -67,16 +76,18 @@ def load_dataset_statistics(
       workdir: the folder of the run.
       data: the prepared data set.
       run: the progress in the checkpoint; None in a new run.
+      of_weights: the statistics of the weights of train.init in a new run; None without train.init.
 
     Raises ConfigError: dataset_statistics.npz of a resumed run is corrupt, is not that of the run, or has the class
       names in another order; or the file cannot be written.
     """
-    statistics = data.statistics
+    statistics = data.statistics if of_weights is None else _with_mean_of(of_weights, config, data.statistics)
+    is_import = run is not None and has_untrained_import(workdir)
     if run is not None:
         path = dataset_statistics_path(workdir)
         try:
-            statistics, class_names = read_dataset_statistics(workdir, config)
-            if run.statistics_digest not in (statistics_digest(statistics), None):
+            statistics, class_names = read_dataset_statistics(workdir, None if is_import else config)
+            if not statistics_belong_to(workdir, statistics, run.statistics_digest):
                 raise DatasetStatisticsError(f'{path} is of another run')
             check_class_names(workdir, workdir, class_names, data.class_names)
         except DatasetStatisticsError as error:
@@ -88,16 +99,39 @@ def load_dataset_statistics(
                     ' use another --workdir'
                 ) from None
             log(f'{error}; it is written again from the prepared data set, which has the images of the run')
+    if is_import:
+        statistics = _with_mean_of(statistics, config, data.statistics)
     if not statistics['class_counts'].any():  # of imported weights
         statistics = statistics | {'class_counts': data.statistics['class_counts']}
     if config.data.class_weights == 'balanced':
         _log_class_weights(statistics['class_counts'], data.class_names)
     if distributed.is_primary_process():
         try:
-            write_dataset_statistics(workdir, statistics, data.class_names)
+            digest_of_import = run.statistics_digest if run is not None and is_import else None
+            write_dataset_statistics(workdir, statistics, data.class_names, digest_of_import)
         except OSError as error:
             raise ConfigError(f'--workdir: {workdir} cannot be used: {error}') from None
     return statistics
+
+
+def _with_mean_of(
+    of_weights: dict[str, np.ndarray], config: Config, of_data: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Returns the statistics `of_data` with the mean `of_weights`.
+
+    Without data.mean='image', the weights were trained on images of any size, and the mean image repeats the mean RGB.
+
+    Raises ConfigError: the mean image has another size than data.image_size.
+    """
+    size, mean_image, mean_rgb = config.data.image_size, of_weights['mean_image'], of_weights['mean_rgb']
+    if config.data.mean != 'image':
+        mean_image = np.broadcast_to(mean_rgb, (size, size, len(mean_rgb))).copy()
+    if len(mean_image) != size:
+        raise ConfigError(
+            f'config.data.image_size: {size}, but the mean image of the weights has {len(mean_image)} pixels; use'
+            f' {len(mean_image)}'
+        )
+    return of_data | {'mean_image': mean_image, 'mean_rgb': mean_rgb}
 
 
 def _log_class_weights(class_counts: np.ndarray, class_names: list[str]) -> None:

@@ -13,6 +13,7 @@ from alexnet_jax import parallel
 from alexnet_jax.augment import PreprocessParams
 from alexnet_jax.config import Config
 from alexnet_jax.data import dataset
+from alexnet_jax.lr_multipliers import frozen_names
 from alexnet_jax.runtime import distributed
 from alexnet_jax.runtime.console import ProgressBar, log, summarize_exception
 from alexnet_jax.runtime.files import JsonObject, atomic_write, quarantine, write_json
@@ -251,7 +252,7 @@ def _parse(line: bytes, splits: Container[str]) -> JsonObject | None:
 
 
 def log_start(config: Config, mesh: parallel.Mesh, data: dataset.PreparedDataset, total_steps: int) -> None:
-    """Logs the data set, the processes, the mesh and the length of the run."""
+    """Logs the data set, the processes, the mesh, the length of the run and the frozen parameters."""
     origin = f' ({data.origins["validation"]})' if data.origins.get('validation') else ''
     log(
         f'{config.data.source}: {len(data.train)} training and {len(data.validation)} validation images{origin};'
@@ -260,6 +261,8 @@ def log_start(config: Config, mesh: parallel.Mesh, data: dataset.PreparedDataset
     )
     for line in data.choices:
         log(f'{config.data.source}: {line}')
+    if frozen := frozen_names(config):
+        log(f'config.optimizer.lr_multipliers freezes {", ".join(frozen)}')
 
 
 def write_result(
@@ -291,6 +294,7 @@ def write_result(
         'step': run.step,
         'target_step': run.target_step,
         'stalled_step': run.stalled_step,
+        'plateau_step': run.step if run.ends_at_plateau(config.optimizer) else None,
         'evaluated': run.last_evaluated_step,
         'top1_error': errors.get('top1_error'),
         'top5_error': errors.get('top5_error'),

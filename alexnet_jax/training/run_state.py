@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from alexnet_jax.config import OptimizerConfig
 from alexnet_jax.runtime.files import JsonObject
 from alexnet_jax.schedules import PlateauState
 
@@ -87,6 +88,10 @@ class RunState:
         for field in _wrong_types(state):
             raise TypeError(f'{field} has a value of the wrong type')
         return state
+
+    def ends_at_plateau(self, config: OptimizerConfig) -> bool:
+        """Returns whether optimizer.stop_on_plateau ends the run; see PlateauState.is_exhausted()."""
+        return config.stop_on_plateau and self.plateau.is_exhausted(config)
 
     def with_stopping_criteria(self, criteria: tuple[float | str, ...]) -> 'RunState':
         """Returns the state with `criteria`; other criteria than before reset `target_step` and `stalled_step`."""

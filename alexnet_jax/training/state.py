@@ -13,6 +13,7 @@ from jaxtyping import Array, Key
 
 from alexnet_jax import parallel
 from alexnet_jax.config import Config
+from alexnet_jax.lr_multipliers import frozen_layers
 from alexnet_jax.model import AlexNet
 from alexnet_jax.optimizer import make_optimizer
 
@@ -30,24 +31,37 @@ class TrainState(Generic[Leaf]):
       params: parameters, float32.
       opt_state: state of the optimizer: velocities (float32) in the same tree as `params`.
       batch_stats: running means and variances of batch normalization (float32); empty without batch normalization.
+      average: exponential moving average of `params` with train.ema_decay, in the same tree; empty without it.
     """
 
     step: Leaf
     params: LayerTree[Leaf]
     opt_state: optax.OptState
     batch_stats: LayerTree[Leaf]
+    average: LayerTree[Leaf] = dataclasses.field(default_factory=dict)
+
+    def for_inference(self) -> 'TrainState[Leaf]':
+        """Returns the state whose `params` are the weights for inference: the average if there is one.
+
+        All evaluations, predictions and exports use this state, which has no average of its own.
+        """
+        return dataclasses.replace(self, params=self.average or self.params, average={})
 
 
-# The names of the leaves in checkpoints; `batch_stats` keeps the name `statistics` of version 0.1.
-_CHECKPOINT_KEYS = tuple(jax.tree_util.GetAttrKey(key) for key in ('step', 'params', 'opt_state', 'statistics'))
-jax.tree_util.register_pytree_with_keys(
-    TrainState,
-    lambda state: (
-        tuple(zip(_CHECKPOINT_KEYS, (state.step, state.params, state.opt_state, state.batch_stats), strict=True)),
-        None,
-    ),
-    lambda _, children: TrainState(*children),
-)
+def _with_keys(state: TrainState[Leaf]) -> tuple[list[tuple[jax.tree_util.GetAttrKey, object]], None]:
+    # The names of the leaves in checkpoints; `batch_stats` keeps the name `statistics` of version 0.1.
+    children = {
+        'step': state.step,
+        'params': state.params,
+        'opt_state': state.opt_state,
+        'statistics': state.batch_stats,
+    }
+    if state.average:  # checkpoints without an average stay those of earlier versions
+        children['average'] = state.average
+    return [(jax.tree_util.GetAttrKey(name), child) for name, child in children.items()], None
+
+
+jax.tree_util.register_pytree_with_keys(TrainState, _with_keys, lambda _, children: TrainState(*children))
 
 
 def build_model(config: Config) -> tuple[nnx.GraphDef, InitParams]:
@@ -63,6 +77,7 @@ def build_model(config: Config) -> tuple[nnx.GraphDef, InitParams]:
             rngs=rngs,
             statistics_axes=axes,
             remat=config.train.remat,
+            frozen=frozen_layers(config),
         )
 
     def init_params(key):
@@ -81,13 +96,24 @@ def state_specs(config: Config, mesh: parallel.Mesh) -> TrainState[parallel.Spec
         params=parallel.param_specs(state.params, config.mesh.layout),
         opt_state=parallel.optimizer_specs(state.opt_state, mesh, config.mesh),
         batch_stats=parallel.param_specs(state.batch_stats, config.mesh.layout),
+        average=parallel.param_specs(state.average, config.mesh.layout),
     )
 
 
 def _initial_state(config: Config) -> TrainState[Array]:
     params, batch_stats = build_model(config)[1](jax.random.key(config.seed))
     opt_state = make_optimizer(config.optimizer, config.optimizer.learning_rate).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, batch_stats)
+    return with_average(TrainState(jnp.zeros((), jnp.int32), params, opt_state, batch_stats), config)
+
+
+def with_average(state: TrainState[Array], config: Config) -> TrainState[Array]:
+    """Returns `state` with an average if train.ema_decay is not 0, and without one otherwise.
+
+    A new average starts as a copy of the parameters.
+    """
+    if not config.train.ema_decay:
+        return dataclasses.replace(state, average={})
+    return state if state.average else dataclasses.replace(state, average=jax.tree.map(jnp.copy, state.params))
 
 
 @lru_cache(1)

@@ -31,6 +31,7 @@ from alexnet_jax.runtime.workdir import (
     PATH_FIELDS,
     append_history,
     describe_changes,
+    has_untrained_import,
     quarantine_folders,
     statistics_digest,
     trained_on,
@@ -39,6 +40,7 @@ from alexnet_jax.schedules import Intervals, Schedule
 from alexnet_jax.training.checkpointing import Checkpointer, state_digest
 from alexnet_jax.training.diagnostics import Diagnostics
 from alexnet_jax.training.evaluation import Evaluator
+from alexnet_jax.training.initial_weights import init_state_from, read_initial_weights
 from alexnet_jax.training.input_pipeline import (
     DeviceLearningRates,
     load_dataset_statistics,
@@ -49,7 +51,7 @@ from alexnet_jax.training.metric_sum import MetricSum
 from alexnet_jax.training.metrics_logger import MetricsLogger, Throughput, log_start, write_result
 from alexnet_jax.training.profiler import StepProfiler
 from alexnet_jax.training.run_state import RunState
-from alexnet_jax.training.state import TrainState, abstract_state, init_state
+from alexnet_jax.training.state import TrainState, abstract_state, init_state, with_average
 from alexnet_jax.training.trackers import TrackingConfig
 from alexnet_jax.training.train_step import Metrics, TrainBatch, make_train_step
 
@@ -152,7 +154,8 @@ def restore_or_init(
     """Returns the train state, the progress, the data set statistics, and whether the run resumes. Collective.
 
     Raises:
-      ConfigError: the run was started with another prepared data set, or see load_dataset_statistics().
+      ConfigError: the run was started with another prepared data set, or see load_dataset_statistics() and
+        read_initial_weights().
       CheckpointError: see Checkpointer.restore().
     """
     checkpoint = checkpoints.restore(abstract_state(config, mesh))
@@ -163,14 +166,23 @@ def restore_or_init(
             f'config.data: the prepared data set is not the one that {workdir} was started with; put that one back, or'
             ' use another --workdir'
         )
-    statistics = load_dataset_statistics(config, workdir, data, run if checkpoint else None)
-    if checkpoint:
+    weights = None
+    if checkpoint is None and config.train.init is not None:
+        weights = read_initial_weights(config.train.init)
+    is_import = checkpoint is not None and has_untrained_import(workdir)
+    of_weights = weights.statistics if weights else None
+    statistics = load_dataset_statistics(config, workdir, data, run if checkpoint else None, of_weights)
+    if is_import:
+        log(f'training starts from the imported weights in {workdir}')
+    elif checkpoint:
         log(f'resuming {workdir} at step {run.step} of {total_steps(config.train, len(data.train))}')
     run = dataclasses.replace(
         run, dataset_fingerprint=data.fingerprint, statistics_digest=statistics_digest(statistics)
     )
     run = run.with_stopping_criteria((config.train.target_error, config.train.stall_after, config.train.stall_action))
-    state = checkpoint.state if checkpoint else None
+    state = with_average(checkpoint.state, config) if checkpoint and checkpoint.state else None
+    if state is None and weights is not None:
+        state = init_state_from(weights, config, mesh, data.class_names)
     return init_state(config, mesh) if state is None else state, run, statistics, checkpoint is not None
 
 
@@ -234,8 +246,9 @@ class Trainer:
 
     @property
     def done(self) -> bool:
-        """Whether all steps are taken or train.target_error was reached."""
-        return self.run.step >= self.schedule.total_steps or self.run.target_step is not None
+        """Whether all steps are taken, train.target_error was reached, or optimizer.stop_on_plateau ends the run."""
+        ended = self.run.target_step is not None or self.run.ends_at_plateau(self.config.optimizer)
+        return self.run.step >= self.schedule.total_steps or ended
 
     @property
     def evaluation_due(self) -> bool:
@@ -318,7 +331,7 @@ class Trainer:
         Returns False if preempted. Raises TrainingError: a loss is not finite, or see log_training().
         """
         self.log_training()
-        errors = self.evaluator.evaluate(1, self.state, self.preprocessing, self.should_stop)
+        errors = self.evaluator.evaluate(1, self.state.for_inference(), self.preprocessing, self.should_stop)
         if errors is None:
             return False
         before, step = self.run.plateau, self.run.step
@@ -328,9 +341,11 @@ class Trainer:
         self.logger.log_validation(step, errors, self.learning_rate_at(step))
         if self.batch is not None:  # None: resumed at a step where an evaluation is due
             self.logger.log_layer_stats(step, self.diagnostics.layer_stats(self.state, self.batch['image']))
-        self.logger.log_images(step, self.state, self.preprocessing)
+        self.logger.log_images(step, self.state.for_inference(), self.preprocessing)
         if plateau.decays_taken > before.decays_taken and self.config.optimizer.schedule == 'plateau':
             log(f'the validation error stopped improving: the learning rate is now {self.learning_rate_at(step):g}')
+        if self.run.ends_at_plateau(self.config.optimizer):
+            log(f'the validation error stopped improving after the last decay: the run ends at step {step}')
         return errors['top1_error'] < before.lowest_error
 
     def save_checkpoint(self) -> None:
@@ -357,7 +372,8 @@ class Trainer:
         views = {'1': run.last_evaluation} if run.last_evaluation else {}
         preempted = not self.done or self.stopping
         if not preempted and final_views != 1:
-            errors = self.evaluator.evaluate(final_views, self.state, self.preprocessing, self.should_stop)
+            state = self.state.for_inference()
+            errors = self.evaluator.evaluate(final_views, state, self.preprocessing, self.should_stop)
             preempted = errors is None
             if errors:
                 views[str(final_views)] = errors

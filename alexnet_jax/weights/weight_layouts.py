@@ -5,14 +5,15 @@ This project has kernels (height, width, inputs, outputs) and flattens in (H, W,
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 from jaxtyping import Float32
 
 from alexnet_jax.config import Config
-from alexnet_jax.convert.formats import FormatError
 from alexnet_jax.shapes import CONVOLUTIONS, LAYERS, LayerShape, layer_table
+from alexnet_jax.weights.formats import FormatError
 
 TORCHVISION = {
     'conv1': 'features.0',
@@ -172,6 +173,53 @@ def native_names(config: Config) -> dict[str, tuple[int, ...]]:
         'statistics.eigenvectors': (channels, channels),
         'statistics.class_counts': (config.model.num_classes,),
     }
+
+
+def from_own_onnx(arrays: Mapping[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
+    """Returns the arrays with native_names() from the constants of this project's ONNX file, see convert.onnx_graph.
+
+    The file has the mean of the center crop only: around the crop, the mean image is continued from its edge.
+
+    Raises FormatError: a constant is missing or has another size.
+    """
+    found: dict[str, np.ndarray] = {}
+    maps: tuple[int, ...] = ()
+    try:
+        for layer in layer_table(config.model, config.data.crop_size, config.data.channels):
+            groups = 1 if layer.spec.cross_tower else config.model.towers
+            kernel, bias = (_concatenated(arrays, f'{layer.name}.{kind}') for kind in ('kernel', 'bias'))
+            if layer.spec.locally_connected:  # (height, width, towers, inputs, outputs per tower)
+                kernel, bias = kernel.transpose(0, 1, 3, 2, 4), bias.transpose(1, 2, 0)
+            elif layer.spec.kernel:
+                kernel = kernel.transpose(2, 3, 1, 0)
+            elif maps:  # rows in (C, H, W) order
+                height, width, channels = maps
+                kernel = kernel.reshape(channels // groups, height, width, -1).transpose(1, 2, 0, 3)
+            found |= {f'{layer.name}.kernel': kernel.reshape(layer.kernel), f'{layer.name}.bias': bias}
+            maps = layer.pooled if layer.spec.kernel else ()
+            if 'batch_norm' in layer.spec.ops:
+                found |= {f'{layer.name}_norm.{kind}': arrays[f'{layer.name}_norm.{kind}'] for kind in ('mean', 'var')}
+        before = (config.data.image_size - config.data.crop_size) // 2
+        after = config.data.image_size - config.data.crop_size - before
+        mean = np.pad(arrays['mean'].transpose(1, 2, 0), ((before, after), (before, after), (0, 0)), 'edge')
+    except (KeyError, ValueError) as error:
+        raise FormatError(
+            f'its constants are not those of its settings ({" ".join(str(error).split())[:100]})'
+        ) from None
+    channels = config.data.channels
+    return found | {
+        'statistics.mean_image': mean,
+        'statistics.mean_rgb': mean.mean((0, 1), dtype=np.float64),
+        'statistics.eigenvalues': np.zeros(channels),
+        'statistics.eigenvectors': np.eye(channels),
+        'statistics.class_counts': np.zeros(config.model.num_classes, np.int64),
+    }
+
+
+def _concatenated(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Returns the array `name`, or the arrays of the towers, `name`_0, `name`_1, ..., side by side."""
+    towers = [array for key, array in arrays.items() if re.fullmatch(rf'{re.escape(name)}_\d+', key)]
+    return np.concatenate(towers, -1) if towers else arrays[name]
 
 
 def native(arrays: Mapping[str, np.ndarray], config: Config) -> tuple[Parameters, Parameters, dict[str, np.ndarray]]:

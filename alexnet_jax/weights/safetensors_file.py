@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from alexnet_jax.convert.formats import FormatError
+from alexnet_jax.weights.formats import FormatError
 
 
 def read_metadata(path: str) -> dict[str, str]:

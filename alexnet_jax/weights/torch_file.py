@@ -14,8 +14,8 @@ from typing import TypeGuard
 import ml_dtypes
 import numpy as np
 
-from alexnet_jax.convert import safe_unpickle
-from alexnet_jax.convert.formats import FormatError
+from alexnet_jax.weights import safe_unpickle
+from alexnet_jax.weights.formats import FormatError
 
 # First two objects of the legacy format.
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
@@ -71,7 +71,8 @@ def read(path: str) -> dict[str, np.ndarray]:
         if re.match(r'torch\.nn\.|torchvision\.|timm\.|__main__\.|__torch__\.', str(error)):
             raise FormatError(f'a whole pickled module ({error}), not a state dict; {_ADVICE}') from None
         raise FormatError(
-            f'refused: its pickle asks for {error}, which a state dict never needs; nothing was executed'
+            f'refused: its pickle asks for {error}, which a state dict never needs; nothing was executed. If it is a'
+            f' whole module, {_ADVICE}'
         ) from None
     except safe_unpickle.UnreadablePickle as error:
         raise FormatError(str(error)) from None
@@ -109,6 +110,8 @@ def _read_zip(content: mmap.mmap, path: str) -> tuple[object, dict[str, np.ndarr
 def _other_archive(names: list[str]) -> str:
     if names and all(name.endswith('.npy') for name in names):
         return "NumPy's .npz, not weights written by torch.save"
+    if any(name.endswith(('/archive_format', 'serialized_exported_program.json')) for name in names):
+        return f'a program of torch.export (.pt2), not a state dict; {_ADVICE}'
     if 'model.weights.h5' in names:
         return 'a model of Keras (.keras), not weights written by torch.save'
     inside = f'whose first file is {names[0]!r}' if names else 'without files'

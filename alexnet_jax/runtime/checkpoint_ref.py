@@ -6,14 +6,16 @@ validation error) or WORKDIR/checkpoints/STEP, or a link to one of them.
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Mapping
 
 import ml_collections
 
 from alexnet_jax.config import Config, ConfigError, resolve
 from alexnet_jax.paths import check_folder, check_path, check_run_path, check_writable, is_url, shown
-from alexnet_jax.runtime.workdir import read_config
+from alexnet_jax.runtime.workdir import RUN_FILES, read_config
 
+HUB_WEIGHTS = 'model.safetensors'  # the weights in a folder of a model hub
 CHECKPOINT_HELP = "a run's folder WORKDIR, WORKDIR/best or WORKDIR/checkpoints/STEP"
 
 
@@ -44,12 +46,27 @@ def parse_checkpoint_ref(name: str) -> CheckpointRef:
         workdir, selector = _split(check_run_path(shown(name), os.path.realpath(path)))
     if not os.path.isdir(workdir):
         raise ConfigError(f'{name}: there is no folder {workdir}; name {CHECKPOINT_HELP}')
+    if is_hub_folder(workdir):
+        raise ConfigError(
+            f'{name}: {workdir} has weights for a model hub and is no run; make a run of it with'
+            f' alexnet convert {shlex.quote(workdir)} WORKDIR'
+        )
     if not _is_run(workdir):
         raise ConfigError(f'{name}: {workdir} has no config.json; name {CHECKPOINT_HELP}')
     try:
         return CheckpointRef(name, workdir, selector, read_config(workdir))
     except ConfigError as error:
         raise ConfigError(f'{name}: its settings cannot be read: {error}') from None
+
+
+def is_hub_folder(folder: str) -> bool:
+    """Returns whether `folder` has weights for a model hub: model.safetensors, and no file of a run but config.json.
+
+    Both kinds of folders have a config.json, and users export weights into the folder of a run.
+    """
+    names = {'checkpoints', *RUN_FILES} - {'config.json'}
+    is_run = any(os.path.lexists(os.path.join(folder, name)) for name in names)
+    return os.path.isfile(os.path.join(folder, HUB_WEIGHTS)) and not is_run
 
 
 def _is_run(folder: str) -> bool:

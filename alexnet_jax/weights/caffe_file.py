@@ -8,7 +8,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError, Message
 from jaxtyping import Float
 
-from alexnet_jax.convert.formats import FormatError
+from alexnet_jax.weights.formats import FormatError
 
 # The required subset of caffe.proto: name, number and type of each field; * marks repeated fields.
 # Packed numbers have the memory layout of an array, so they are declared as bytes to avoid parsing each number.

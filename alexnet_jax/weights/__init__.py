@@ -1,0 +1,1 @@
+"""Reads files of weights: of this project, PyTorch, ONNX and Caffe."""
