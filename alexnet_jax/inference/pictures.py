@@ -30,7 +30,7 @@ def is_one_picture(pictures: Picture | Iterable[Picture]) -> bool:
     """Returns whether `pictures` is a single picture; an array of four dimensions is many."""
     if isinstance(pictures, str | bytes | os.PathLike | Image.Image):
         return True
-    return hasattr(pictures, '__array__') and np.ndim(pictures) < 4
+    return hasattr(pictures, '__array__') and np.asarray(pictures).ndim < 4
 
 
 def list_pictures(pictures: Picture | Iterable[Picture]) -> list[str | Image.Image | np.ndarray]:
