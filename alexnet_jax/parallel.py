@@ -4,6 +4,7 @@ No other module imports jax.sharding. The whole step is one fully manual shard_m
 collectives; for grouped convolutions, the partitioner would all-gather the batch on every device.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
@@ -15,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, PyTree, Shaped, UInt32
 
 from alexnet_jax.config import Config, ConfigError, MeshConfig, check_mesh
+from alexnet_jax.layers import for_platform
 
 Spec = PartitionSpec
 
@@ -305,10 +307,17 @@ def jit_shard_map(
 ) -> JittedFunction[Arguments, Result]:
     """Returns `function` as a shard_map on `mesh` in jax.jit (formerly pjit), with the shardings of the specs.
 
+    The layers are traced for the platform of the mesh, which need not be that of this process (see audit/targets.py).
     With more than one device, JAX checks (`check_vma`) that outputs declared as replicated are replicated.
     """
+
+    @functools.wraps(function)
+    def traced(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with for_platform(mesh.devices.flat[0].platform):
+            return function(*args, **kwargs)
+
     return jax.jit(
-        jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=mesh.size > 1),
+        jax.shard_map(traced, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=mesh.size > 1),
         in_shardings=shardings(mesh, in_specs),
         out_shardings=shardings(mesh, out_specs),
         donate_argnums=donate_argnums,

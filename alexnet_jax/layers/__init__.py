@@ -5,10 +5,12 @@ An operation has up to three implementations, whose results differ only in round
   'reference'        the definition in plain JAX, with automatic differentiation: reference.py
   'custom_gradient'  a custom gradient that saves memory traffic: custom_gradient.py
   'cpu'              an implementation that XLA for CPUs schedules well: cpu.py
-  'auto'             the implementation in PLATFORMS for jax.default_backend() at the time of tracing.
+  'auto'             the implementation in PLATFORMS for platform() at the time of tracing.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,11 +23,13 @@ from alexnet_jax.layers.reference import Padding
 __all__ = [
     'add_bias',
     'convolution',
+    'for_platform',
     'local_response_norm',
     'locally_connected',
     'materialize',
     'max_pool',
     'order_weight_gradient_after_input_gradient',
+    'platform',
     'within_channel_lrn',
 ]
 
@@ -49,11 +53,28 @@ PLATFORMS = {
 }
 # fmt: on
 
+_traced_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar('traced_platform', default=None)
+
+
+def platform() -> str:
+    """Returns the platform of the program that is traced: that of for_platform(), or else jax.default_backend()."""
+    return _traced_platform.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def for_platform(name: str) -> Iterator[None]:
+    """Within the context, layers are traced for the platform `name` ('cpu', 'gpu', 'tpu'), for any backend of JAX."""
+    token = _traced_platform.set(name)
+    try:
+        yield
+    finally:
+        _traced_platform.reset(token)
+
 
 def _function(operation: str, implementation: str) -> Callable[..., Any]:
     """Returns the function of `operation`. Raises ValueError: the operation has no such implementation."""
     if implementation == 'auto':
-        implementation = PLATFORMS[operation].get(jax.default_backend(), 'reference')
+        implementation = PLATFORMS[operation].get(platform(), 'reference')
     names = [name for name, module in MODULES.items() if hasattr(module, operation)]
     if implementation not in names:
         raise ValueError(f'implementation={implementation!r}: {operation} has {", ".join(names)}')
