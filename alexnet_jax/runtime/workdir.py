@@ -83,6 +83,7 @@ def check_resumable(config: Config, workdir: str, every_field: bool = False, all
     before = _config_before(workdir) if _has_files(checkpoints) else None
     if before is None:
         return
+    config = with_num_classes(config, before.model.num_classes)
     fields = [field for field in _changed(before, config) if not _is_moved(before, config, field)]
     changed = {field: (get_by_path(before, field), get_by_path(config, field)) for field in fields}
     if has_untrained_import(workdir):
@@ -131,6 +132,13 @@ def _check_fits_import(before: Config, config: Config, workdir: str, changed: li
         )
 
 
+def check_fits_import(config: Config, workdir: str) -> None:
+    """Raises ConfigError if imported weights in `workdir` have another network than `config` has with its data."""
+    before = _config_before(workdir) if has_untrained_import(workdir) else None
+    if before is not None:
+        _check_fits_import(before, config, workdir, _changed(before, config))
+
+
 def has_untrained_import(workdir: str) -> bool:
     """Returns whether the newest checkpoint in `workdir` has imported weights before their first train step."""
     newest = read_newest_progress(os.path.join(workdir, 'checkpoints'))
@@ -145,13 +153,15 @@ def is_started(workdir: str) -> bool:
 def with_settings_of_run(config: Config, workdir: str) -> Config:
     """Returns `config` with what a run in `workdir` decides for itself; `config` if there is none.
 
-    The run decides model.num_classes if it is auto. If it started from the weights of train.init, it also decides
-    train.init if that is None, and what it took from the weights, see with_preprocessing_of().
+    The run decides model.num_classes if it is auto, except for imported weights before their first train step, which
+    check_fits_import() compares with the data. If the run started from the weights of train.init, it also
+    decides train.init if that is None, and what it took from the weights, see with_preprocessing_of().
     """
     before = _config_before(workdir) if is_started(workdir) else None
     if before is None:
         return config
-    config = with_num_classes(config, before.model.num_classes)
+    if not has_untrained_import(workdir):
+        config = with_num_classes(config, before.model.num_classes)
     if before.train.init is None:
         return config
     init = before.train.init if config.train.init is None else config.train.init
