@@ -299,7 +299,9 @@ def check_mesh(config: Config, data: int, model: int) -> None:
     if layout == 'towers':
         _check_model_axis(model, towers, f'model.towers={towers}')
     table = {layer.name: layer for layer in layer_table(config.model, config.data.crop_size, config.data.channels)}
-    if layout == 'hybrid' and not all(name in table and table[name].spec.cross_tower for name in DENSE):
+    if layout == 'hybrid' and not all(
+        table[name].spec.cross_tower if name in table else name == 'fc8' for name in DENSE
+    ):  # without its number of classes, fc8 is not in the table
         raise ConfigError(
             "config.mesh.layout: 'hybrid' needs fc6, fc7 and fc8, and all in model.cross_tower; the nearest is 'towers'"
         )

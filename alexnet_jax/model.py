@@ -47,7 +47,7 @@ class AlexNet(nnx.Module):
     ):
         table = layer_table(config, crop_size, channels)
         self.config, self.remat, self.specs = config, remat, tuple(shape.spec for shape in table)
-        self.frozen = frozen
+        self.frozen, self.image_shape = frozen, (crop_size, crop_size, channels)
         self.conv_features = next(spec.features for spec in reversed(self.specs) if spec.kernel)
         for shape in table:
             setattr(self, shape.name, (Conv if shape.spec.kernel else Dense)(shape, config, rngs))
@@ -70,7 +70,12 @@ class AlexNet(nnx.Module):
     def activations(
         self, images: Float32[Array, 'b s s c'], dropout_keys: Key[Array, ' keys'] | None = None
     ) -> dict[str, Float[Array, '...']]:
-        """Returns this device's shard of each layer's output after the nonlinearity: (B, H, W, C) or (B, units)."""
+        """Returns this device's shard of each layer's output after the nonlinearity: (B, H, W, C) or (B, units).
+
+        Raises ValueError: the images have another size or other channels than the network.
+        """
+        if images.shape[1:] != self.image_shape:
+            raise ValueError(f'images: the shape is {images.shape}, not (B, {", ".join(map(str, self.image_shape))})')
         training, outputs = dropout_keys is not None, {}
         towers = [images.astype(self.config.dtype)]  # (B, 224, 224, 3)
         # One array per tower, or one array of all towers. In the preset `paper` on one device, the loop computes
