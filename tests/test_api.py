@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from fixtures.make_torch_fixture import pictures as torch_pictures
+from flax import nnx
 from helpers import ROOT, config_flags, refusal, run_command
 from PIL import Image
 from skimage import data as photographs
