@@ -155,14 +155,22 @@ def test_ring_bytes_equal_hand_numbers(kind, dtype, shape, group, sent):
 GROUPS = 'channel_id=1, replica_groups={{0,1},{2,3}}, use_global_device_ids=true'
 
 
+def module(*lines) -> str:
+    """Returns the text of a program whose entry computation has these instructions after the parameters x, y and z."""
+    parameters = [f'  %{name} = f32[1]{{0}} parameter({number})' for number, name in enumerate('xyz')]
+    return '\n'.join(
+        ['HloModule jit_step, is_scheduled=true', '', 'ENTRY %main () -> f32[1] {', *parameters, *lines, '}']
+    )
+
+
 def read(*lines):
     """Reads a program for 4 devices whose compiled and lowered forms are equal."""
-    return hlo_collectives.step_collectives('\n'.join(lines), '\n'.join(lines), 4)
+    return hlo_collectives.step_collectives(module(*lines), module(*lines), 4)
 
 
 def test_instruction_forms():
     [joined] = read(
-        f'  %all-reduce.1 = (f32[3]{{0}}, /*index=1*/f32[2,5]{{1,0}}) all-reduce(%a, %b), {GROUPS}, to_apply=%add',
+        f'  %all-reduce.1 = (f32[3]{{0}}, /*index=1*/f32[2,5]{{1,0}}) all-reduce(%x, %y), {GROUPS}, to_apply=%add',
         '  %get-tuple-element.1 = f32[3]{0} get-tuple-element(%all-reduce.1), index=0',
     )
     assert (joined.kind, joined.shapes, joined.elements) == ('all-reduce', ((2, 5), (3,)), 13)
@@ -208,11 +216,11 @@ def test_collectives_take_layer_and_dtype_from_lowered_hlo():
         f'  %f = f32[4,4]{{1,0}} all-gather(%z), {GROUPS}, {name % "update"}',
         f'  %g = f32[4,4]{{1,0}} all-gather(%y), {GROUPS}, {name % "fc8"}',
         f'  %h = f32[4,4]{{1,0}} all-gather(%x), {GROUPS}, {name % "fc7"}',
-        f'  %i = (f32[3]{{0}}, f32[1,5]{{1,0}}) all-reduce(%p, %q), {GROUPS}, {name % "gradients"}',
+        f'  %i = (f32[3]{{0}}, f32[1,5]{{1,0}}) all-reduce(%x, %y), {GROUPS}, {name % "gradients"}',
         f'  %k = f32[7]{{0}} all-gather(%x), {GROUPS}, {name % "fc6"}',
         f'  %j = f32[100]{{0}} all-gather(%x), {GROUPS}, metadata={{op_name="jit(train_step)/convolution"}}',
     ]
-    found = hlo_collectives.step_collectives('\n'.join(compiled), '\n'.join(asked), 4)
+    found = hlo_collectives.step_collectives(module(*compiled), module(*asked), 4)
     assert [(each.kind, each.layer, each.dtype, each.shapes) for each in found] == [
         ('all-gather', '', 'f32', ((100,),)),  # added by the compiler
         ('all-gather', 'fc6', 'f32', ((7,),)),
@@ -358,7 +366,9 @@ def test_512_devices_within_a_minute():
     assert (found['batch_size'], found['batch_per_device']) == (65_536, 128)
     assert found['parameters'] == 60_965_224
     assert {each['group_size'] for each in found['collectives']} == {2, 256, 512}
-    assert {'kind', 'layer', 'dtype', 'shapes', 'group_size', 'bytes'} == set(found['collectives'][0])
+    assert {'kind', 'layer', 'dtype', 'shapes', 'group_size', 'trips', 'start', 'done', 'bytes'} == set(
+        found['collectives'][0]
+    )
     [gradients] = [each for each in found['collectives'] if each['layer'] == 'gradients']
     assert gradients['bytes'] == round(2 * 4 * 30_482_612 * 255 / 256)
     assert 1 <= found['wire_bytes_per_device'] / found['analytic_minimum_bytes'] <= 1.02

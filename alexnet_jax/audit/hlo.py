@@ -1,15 +1,18 @@
-"""Parses the HLO text of a compiled program: FLOPs and bytes of each instruction, and its part of the train step.
+"""Parses the HLO text of a program: FLOPs, bytes and executions of each instruction, and its part of the train step.
 
-The parts are the scopes of the step (jax.named_scope): the layers `conv1` to `fc8`, their sublayers `activation`,
-`lrn`, `pool` and so on, and, outside the layers, `augment`, `dropout`, `loss`, `gradients`, `update` and `metrics`.
+The text is that of XLA's compilers for CPUs, GPUs and TPUs, or that of a program before compilation. The parts are the
+scopes of the step (jax.named_scope): the layers `conv1` to `fc8`, their sublayers `activation`, `lrn`, `pool` and so on,
+and, outside the layers, `augment`, `dropout`, `loss`, `gradients`, `update` and `metrics`.
 """
 
 import dataclasses
 import math
 import re
 
-from alexnet_jax.audit.hlo_collectives import ITEM_SIZES
 from alexnet_jax.shapes import LAYERS
+
+ITEM_SIZES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2}
+ITEM_SIZES |= {'f32': 4, 's32': 4, 'u32': 4, 'f64': 8, 's64': 8, 'u64': 8, 'c64': 8}
 
 STEPS = ('bias', 'activation', 'lrn', 'spatial_lrn', 'batch_norm', 'pool')
 PARTS = ('augment', 'dropout', 'logits', 'loss', 'gradients', 'update', 'metrics')
@@ -17,9 +20,17 @@ MOVES = {'copy', 'transpose', 'slice', 'concatenate', 'reshape', 'bitcast', 'rev
 # Opcodes that move and compute nothing themselves. Instructions in the computations that they call count separately.
 HOLLOW = {'while', 'call', 'conditional', 'tuple', 'get-tuple-element', 'parameter', 'constant', 'bitcast'}
 
-_COMPUTATION = re.compile(r'(?:ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$')
-_INSTRUCTION = re.compile(r'\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)$')
+_COMPUTATION = re.compile(r'(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .*)?\{$')
+_INSTRUCTION = re.compile(
+    r'\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\(((?:[^()]++|\((?:[^()]++|\([^()]*+\))*+\))*+)\)(.*)$'
+)
 _TENSOR = re.compile(r'(\w+)\[([\d,]*)\]')
+_OPERAND = re.compile(r'%?([A-Za-z_][\w.-]*)(?=,|$)')
+_CALLED = re.compile(r'(?:calls|to_apply|body|condition|\w+_computations?)=(?:\{([^}]*)\}|%?([\w.-]+))')
+
+
+class HloFormatError(ValueError):
+    """HLO text in a syntax that this package cannot parse."""
 
 
 @dataclasses.dataclass
@@ -30,8 +41,11 @@ class Instruction:
       tensors: (dtype, shape) of each result.
       operands: the names of the operands.
       attributes: the rest of the line.
+      computation: the name of the computation that contains the instruction.
+      called: the names of the computations that the instruction calls.
       fused: the instructions inside a fusion; [] for other instructions.
       parameter: of a parameter instruction, the index of the operand that it stands for.
+      value: of an integer constant, its value.
     """
 
     name: str
@@ -39,8 +53,11 @@ class Instruction:
     tensors: list[tuple[str, tuple[int, ...]]]
     operands: list[str]
     attributes: str
+    computation: str
+    called: list[str]
     fused: list['Instruction'] = dataclasses.field(default_factory=list)
     parameter: int | None = None
+    value: int | None = None
 
     @property
     def size(self) -> int:
@@ -60,30 +77,84 @@ class Instruction:
 
 
 class Program:
-    """The instructions of a compiled module by name, parsed from its text."""
+    """The instructions of a module, parsed from its text.
+
+    Attributes:
+      module: the name of the module.
+      platform: 'tpu' or 'gpu' if the configuration of an instruction is that of these compilers, otherwise 'cpu'.
+      instructions: the instructions by name.
+      computations: the instructions of each computation, in the order of the text. In a compiled program, which is
+        scheduled, this is the order of execution.
+      entry: the instructions of the entry computation.
+      callers: the instructions that call each computation.
+    """
 
     def __init__(self, text: str):
         self.module = re.match(r'HloModule ([\w.-]+)', text)[1]  # type: ignore[index]
+        self.platform = 'tpu' if '"flag_configs"' in text else 'gpu' if '"operation_queue_id"' in text else 'cpu'
         self.instructions: dict[str, Instruction] = {}
+        self.computations: dict[str, list[Instruction]] = {}
+        self.entry: list[Instruction] = []
+        self.callers: dict[str, list[Instruction]] = {}
         self._operands: dict[str, list[str]] = {}
         self._users: dict[str, list[str]] = {}
-        computations: dict[str, list[Instruction]] = {}
         for line in text.splitlines():
             if header := _COMPUTATION.match(line):
-                current = computations.setdefault(header[1], [])
+                computation = header[2]
+                current = self.computations[computation] = self.entry if header[1] else []
             elif match := _INSTRUCTION.match(line):
-                name, result, opcode, operands, attributes = match.groups()
-                tensors = [(d, tuple(map(int, filter(None, dims.split(','))))) for d, dims in _TENSOR.findall(result)]
-                found = Instruction(name, opcode, tensors, re.findall(r'%([\w.-]+)', operands), attributes)
-                found.parameter = int(operands) if opcode == 'parameter' else None
-                self.instructions[name] = found
-                self._operands[name] = found.operands
-                current.append(found)
-                for operand in found.operands:
-                    self._users.setdefault(operand, []).append(name)
+                self._add(_instruction(computation, *match.groups()), current)
         for each in self.instructions.values():
-            called = re.search(r'calls=%?([\w.-]+)', each.attributes) if each.opcode == 'fusion' else None
-            each.fused = computations[called[1]] if called else []
+            each.fused = self.computations[each.called[0]] if each.opcode == 'fusion' and each.called else []
+
+    def _add(self, each: Instruction, computation: list[Instruction]) -> None:
+        self.instructions[each.name] = each
+        self._operands[each.name] = each.operands
+        computation.append(each)
+        for operand in each.operands:
+            self._users.setdefault(operand, []).append(each.name)
+        for called in each.called:
+            self.callers.setdefault(called, []).append(each)
+
+    def users(self, name: str) -> list[Instruction]:
+        """Returns the instructions that read the result of an instruction."""
+        return [self.instructions[user] for user in self._users.get(name, ())]
+
+    def trips(self, name: str) -> int:
+        """Returns how often one execution of the program executes an instruction.
+
+        This is the product of the trip counts of the loops around the instruction. Branches of a conditional count as
+        executed.
+
+        Raises HloFormatError: a loop around the instruction has no known trip count.
+        """
+        callers = self.callers.get(self.instructions[name].computation)
+        return sum(self.trips(each.name) * self._trip_count(each) for each in callers) if callers else 1
+
+    def _trip_count(self, caller: Instruction) -> int:
+        """Returns the trip count of a loop, 1 for other instructions that call a computation.
+
+        The compilers for CPUs and GPUs write the count. Loops in TPU programs and before compilation only compare a
+        counter, which grows by one, with a constant.
+        """
+        if caller.opcode != 'while':
+            return 1
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', caller.attributes):
+            return int(known[1])
+        condition = re.search(r'condition=%?([\w.-]+)', caller.attributes)
+        for each in self.computations[condition[1]] if condition else ():
+            if each.opcode == 'compare' and 'direction=LT' in each.attributes:
+                counter, limit = (self.instructions[operand] for operand in each.operands)
+                index = re.search(r'index=(\d+)', counter.attributes)
+                state = self.instructions[caller.operands[0]]
+                first = self.instructions[state.operands[int(index[1])]] if index and state.operands else counter
+                while first.opcode == 'copy':
+                    first = self.instructions[first.operands[0]]
+                if limit.value is not None and first.value is not None:
+                    return limit.value - first.value
+        raise HloFormatError(
+            f'the loop {caller.name} has no trip count in a form that this version of alexnet_jax reads'
+        )
 
     def flops(self, name: str) -> int:
         """Returns the FLOPs of the convolutions and matrix products in an instruction.
@@ -169,3 +240,17 @@ class Program:
         seen.add(name)
         further = (self._nearest(other, way, seen) for other in way.get(name, ()) if other not in seen)
         return next(filter(None, further), '')
+
+
+def _instruction(computation: str, name: str, result: str, opcode: str, operands: str, attributes: str) -> Instruction:
+    """Returns the instruction of a parsed line."""
+    tensors = [(dtype, tuple(map(int, filter(None, dims.split(','))))) for dtype, dims in _TENSOR.findall(result)]
+    called = [each for several, one in _CALLED.findall(attributes) for each in re.findall(r'[\w.-]+', several or one)]
+    found = Instruction(name, opcode, tensors, [], attributes, computation, called)
+    if opcode == 'parameter':
+        found.parameter = int(operands)
+    elif opcode == 'constant':
+        found.value = int(operands) if re.fullmatch(r'-?\d+', operands) else None
+    else:
+        found.operands = _OPERAND.findall(operands)
+    return found
