@@ -1,8 +1,9 @@
 """Parses the HLO text of a program: FLOPs, bytes and executions of each instruction, and its part of the train step.
 
-The text is that of XLA's compilers for CPUs, GPUs and TPUs, or that of a program before compilation. The parts are the
-scopes of the step (jax.named_scope): the layers `conv1` to `fc8`, their sublayers `activation`, `lrn`, `pool` and so on,
-and, outside the layers, `augment`, `dropout`, `loss`, `gradients`, `update` and `metrics`.
+The text is that of XLA's compilers for CPUs, GPUs and TPUs, or that of a program before compilation.
+
+The parts are the scopes of the step (jax.named_scope): the layers `conv1` to `fc8`, their sublayers `activation`,
+`lrn`, `pool` and so on, and, outside the layers, `augment`, `dropout`, `loss`, `gradients`, `update` and `metrics`.
 """
 
 import dataclasses
