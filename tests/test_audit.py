@@ -11,7 +11,7 @@ from helpers import ROOT, run_command, usage_error
 from test_presets import PAPER
 
 from alexnet_jax import config
-from alexnet_jax.audit import cost_model, hlo_collectives, step_audit
+from alexnet_jax.audit import cost_model, hlo_collectives, report_text, step_audit
 from alexnet_jax.audit.hlo_collectives import Collective
 
 GOLDEN = ROOT / 'tests' / 'golden'
@@ -350,7 +350,7 @@ def test_collectives_match_golden_files(name):
     renew = (
         f'python {" ".join(COMMAND)} --images_per_device=128 {MESHES[name]} --collectives > {file.relative_to(ROOT)}'
     )
-    found = step_audit.collectives_table(report_of(name)['collectives']) + '\n'
+    found = report_text.collectives_table(report_of(name)['collectives']) + '\n'
     assert found == (file.read_text() if file.exists() else ''), f'if the change is intended, renew the file: {renew}'
 
 

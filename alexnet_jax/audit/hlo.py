@@ -25,7 +25,7 @@ _COMPUTATION = re.compile(r'(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .*)?\{$')
 _INSTRUCTION = re.compile(
     r'\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\(((?:[^()]++|\((?:[^()]++|\([^()]*+\))*+\))*+)\)(.*)$'
 )
-_TENSOR = re.compile(r'(\w+)\[([\d,]*)\]')
+_TENSOR = re.compile(r'(\w+)\[([\d,]*)\](?:\{[^}]*?S\((\d+)\)[^}]*\})?')
 _OPERAND = re.compile(r'%?([A-Za-z_][\w.-]*)(?=,|$)')
 _CALLED = re.compile(r'(?:calls|to_apply|body|condition|\w+_computations?)=(?:\{([^}]*)\}|%?([\w.-]+))')
 
@@ -40,6 +40,7 @@ class Instruction:
 
     Attributes:
       tensors: (dtype, shape) of each result.
+      spaces: the memory space of each result: 0 is the memory of the device, others are on-chip memories of TPUs.
       operands: the names of the operands.
       attributes: the rest of the line.
       computation: the name of the computation that contains the instruction.
@@ -56,14 +57,23 @@ class Instruction:
     attributes: str
     computation: str
     called: list[str]
+    spaces: list[int] = dataclasses.field(default_factory=list)
     fused: list['Instruction'] = dataclasses.field(default_factory=list)
     parameter: int | None = None
     value: int | None = None
 
     @property
     def size(self) -> int:
-        """Bytes of the results."""
-        return sum(ITEM_SIZES.get(dtype, 4) * math.prod(shape) for dtype, shape in self.tensors)
+        """Bytes of the results in the memory of the device."""
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each result in the memory of the device."""
+        return [
+            0 if space else ITEM_SIZES.get(dtype, 4) * math.prod(shape)
+            for (dtype, shape), space in zip(self.tensors, self.spaces, strict=True)
+        ]
 
     @property
     def numbers(self) -> int:
@@ -130,9 +140,9 @@ class Program:
         Raises HloFormatError: a loop around the instruction has no known trip count.
         """
         callers = self.callers.get(self.instructions[name].computation)
-        return sum(self.trips(each.name) * self._trip_count(each) for each in callers) if callers else 1
+        return sum(self.trips(each.name) * self.trip_count(each) for each in callers) if callers else 1
 
-    def _trip_count(self, caller: Instruction) -> int:
+    def trip_count(self, caller: Instruction) -> int:
         """Returns the trip count of a loop, 1 for other instructions that call a computation.
 
         The compilers for CPUs and GPUs write the count. Loops in TPU programs and before compilation only compare a
@@ -165,6 +175,8 @@ class Program:
         each = self.instructions[name]
         if each.fused:
             return sum(self.flops(inner.name) for inner in each.fused)
+        if each.opcode == 'custom-call':
+            return self._library_flops(each)
         if each.opcode not in ('convolution', 'dot'):
             return 0
         outputs = math.prod(each.tensors[0][1])
@@ -177,30 +189,81 @@ class Program:
         zeros = math.prod(map(int, dilation[1].split('x'))) if dilation else 1
         return 2 * outputs * math.prod(right) // right[kernel[1].index('o')] // zeros  # type: ignore[index]
 
-    def bytes(self, name: str) -> int:
-        """Returns the bytes of the operands and the results by their shapes: the minimum of memory traffic."""
-        each = self.instructions[name]
-        if each.opcode in HOLLOW:
+    def _library_flops(self, each: Instruction) -> int:
+        """Returns the FLOPs of a call of cuDNN's convolutions or cuBLAS's matrix products; 0 for other calls."""
+        target = re.search(r'custom_call_target="(__cu\w+\$\w+)', each.attributes)
+        if target is None or len(each.operands) < 2:
             return 0
-        return each.size + sum(self._read(each, number) for number in range(len(each.operands)))
+        left, right = (self.instructions[operand].tensors[0][1] for operand in each.operands[:2])
+        result = each.tensors[0][1]
+        if 'gemm' in target[1] or 'matmul' in target[1]:
+            return 2 * math.isqrt(math.prod(left) * math.prod(right) * math.prod(result))
+        if 'conv' not in target[1]:
+            return 0
+        # The labels are those of the forward convolution, in which each output is a sum over the rest of the kernel.
+        labels = re.search(r'dim_labels=\w+_(\w+)->', each.attributes)
+        backward_filter, backward_input = 'BackwardFilter' in target[1], 'BackwardInput' in target[1]
+        kernel = result if backward_filter else right
+        outputs = right if backward_filter else left if backward_input else result
+        return 2 * math.prod(outputs) * math.prod(kernel) // kernel[labels[1].index('o')]  # type: ignore[index]
+
+    def bytes(self, name: str) -> int:
+        """Returns the bytes of the operands and the results by their shapes: the minimum of memory traffic.
+
+        Only the memory of the device counts, not the on-chip memory of TPUs. Of an operand that is only sliced, the
+        slices count; of a result that is an operand with a part updated in place, the update counts twice.
+        """
+        each = self.instructions[name]
+        if (
+            each.opcode in HOLLOW
+            or each.opcode.endswith('-done')
+            or 'custom_call_target="AllocateBuffer"' in each.attributes
+        ):
+            return 0
+        if each.opcode in ('copy-start', 'slice-start'):  # (result, operand, state) and (operand, result, state)
+            source, result = (1, 0) if each.opcode == 'copy-start' else (0, 1)
+            dtype, shape = each.tensors[result]
+            return ITEM_SIZES.get(dtype, 4) * math.prod(shape) * [each.spaces[source], each.spaces[result]].count(0)
+        return self._written(each) + sum(self._read(each, number) for number in range(len(each.operands)))
+
+    def _written(self, each: Instruction) -> int:
+        """Returns the bytes written: those of the results, or of the parts of them that are updated in place."""
+        root = (each.fused or [each])[-1]
+        results = [self.instructions[name] for name in root.operands] if root.opcode == 'tuple' else [root]
+        total = 0
+        for size, result in zip(each.sizes, results, strict=False):
+            while result.opcode == 'bitcast':
+                result = self.instructions[result.operands[0]]
+            if result.opcode == 'dynamic-update-slice':
+                size = min(
+                    size, self.instructions[result.operands[1]].numbers * ITEM_SIZES.get(result.tensors[0][0], 4)
+                )
+            total += size
+        return total if len(results) == len(each.sizes) else each.size
 
     def _read(self, each: Instruction, number: int) -> int:
         """Returns the bytes read of an operand.
 
-        If a fusion reads only slices of an operand, directly or after elementwise instructions, only the slices count.
+        If only slices of an operand are read, directly or after elementwise instructions of a fusion, only the slices
+        count. An operand that is updated in place is read where it is updated.
         """
         operand = self.instructions[each.operands[number]]
-        same, slices = {inner.name for inner in each.fused if inner.parameter == number}, 0
-        for inner in each.fused if same else ():
+        inside = each.fused or [each]
+        same = {inner.name for inner in each.fused if inner.parameter == number} or {operand.name}
+        parts, partial = 0, False
+        for inner in inside:
             if same.isdisjoint(inner.operands):
                 continue
-            if inner.opcode == 'slice':
-                slices += inner.numbers
-            elif inner.numbers == operand.numbers and inner is not each.fused[-1]:
+            of_operand = inner.operands[0] in same and same.isdisjoint(inner.operands[1:])
+            if inner.opcode in ('slice', 'dynamic-slice') and of_operand:
+                parts, partial = parts + inner.numbers, True
+            elif inner.opcode == 'dynamic-update-slice' and of_operand:
+                parts, partial = parts + self.instructions[inner.operands[1]].numbers, True
+            elif inner.numbers == operand.numbers and inner is not inside[-1]:
                 same.add(inner.name)
             else:
                 return operand.size
-        return operand.size * min(slices, operand.numbers) // operand.numbers if slices else operand.size
+        return operand.size * min(parts, operand.numbers) // operand.numbers if partial else operand.size
 
     def part(self, name: str) -> tuple[str, str]:
         """Returns (part, 'forward' or 'backward') of an instruction, such as ('conv1/lrn', 'forward').
@@ -245,9 +308,11 @@ class Program:
 
 def _instruction(computation: str, name: str, result: str, opcode: str, operands: str, attributes: str) -> Instruction:
     """Returns the instruction of a parsed line."""
-    tensors = [(dtype, tuple(map(int, filter(None, dims.split(','))))) for dtype, dims in _TENSOR.findall(result)]
+    results = _TENSOR.findall(result)
+    tensors = [(dtype, tuple(map(int, filter(None, dims.split(','))))) for dtype, dims, _ in results]
     called = [each for several, one in _CALLED.findall(attributes) for each in re.findall(r'[\w.-]+', several or one)]
-    found = Instruction(name, opcode, tensors, [], attributes, computation, called)
+    spaces = [int(space or 0) for *_, space in results]
+    found = Instruction(name, opcode, tensors, [], attributes, computation, called, spaces)
     if opcode == 'parameter':
         found.parameter = int(operands)
     elif opcode == 'constant':
