@@ -178,7 +178,7 @@ def test_instruction_forms():
         f'  %s = (f32[2,4]{{1,0}}, f32[4,4]{{1,0}}) all-gather-start(f32[2,4]{{1,0}} %x), {GROUPS}, dimensions={{0}}',
         '  ROOT %d = f32[4,4]{1,0} all-gather-done(%s)',
     )
-    assert (started.kind, started.shapes) == ('all-gather', ((4, 4),))
+    assert (started.kind, started.shapes, started.is_async) == ('all-gather', ((4, 4),), True)
     several = read(
         f'  %s = ((f32[2]{{0}}, bf16[3]{{0}}), (f32[4]{{0}}, bf16[6]{{0}})) all-gather-start(%x, %y), {GROUPS}'
     )
@@ -195,10 +195,45 @@ def test_instruction_forms():
         ' source_target_pairs={{0,1},{1,0}}'
     )
     assert permuted.bytes == 24
+    pair = read(  # of a GPU, since jax 0.11
+        f'  %s = ((f32[3]{{0}}, bf16[5]{{0}}), (f32[3]{{0}}, bf16[5]{{0}})) all-reduce-start(%x, %y), {GROUPS}',
+        '  %d = (f32[3]{0}, bf16[5]{0}) all-reduce-done(%s)',
+    )
+    assert [(each.dtype, each.shapes, each.start, each.done) for each in pair] == [
+        ('f32', ((3,),), 's', 'd'),
+        ('bf16', ((5,),), 's', 'd'),
+    ]
+    [at_once] = read(  # of a GPU, before jax 0.11
+        f'  %s = (f32[2]{{0}}, f32[4]{{0}}) all-gather-start(%x), {GROUPS}, backend_config={{"is_sync":true}}',
+        '  %d = f32[4]{0} all-gather-done(%s)',
+    )
+    assert (at_once.shapes, at_once.start, at_once.done, at_once.is_async) == (((4,),), 's', 's', False)
     assert (
         read('  %r = f32[8]{0} all-reduce(%x), channel_id=1, replica_groups={{0},{1}}, use_global_device_ids=true')
         == []
     )
+
+
+WRAPPED = """HloModule jit_step, is_scheduled=true
+
+%wrapped (p: f32[2,6]) -> f32[2,6] {
+  %p = f32[2,6]{1,0} parameter(0)
+  ROOT %exchanged = f32[2,6]{1,0} all-to-all(%p), channel_id=1, replica_groups={{0,1},{2,3}}, dimensions={0}
+}
+
+ENTRY %main (x: f32[2,6]) -> f32[2,6] {
+  %x = f32[2,6]{1,0} parameter(0)
+  %begun = ((f32[2,6]{1,0}), f32[2,6]{1,0}, u32[]) async-start(%x), calls=%wrapped
+  %carried = ((f32[2,6]{1,0}), f32[2,6]{1,0}, u32[]) async-update(%begun), calls=%wrapped
+  ROOT %ended = f32[2,6]{1,0} async-done(%carried), calls=%wrapped
+}
+"""
+
+
+def test_collective_in_a_called_computation_counts_once():
+    [found] = hlo_collectives.step_collectives(WRAPPED, WRAPPED, 4)
+    assert (found.kind, found.shapes, found.trips) == ('all-to-all', ((2, 6),), 1)
+    assert (found.start, found.done, found.is_async) == ('begun', 'ended', True)
 
 
 def test_collectives_take_layer_and_dtype_from_lowered_hlo():
