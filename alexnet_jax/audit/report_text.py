@@ -7,6 +7,11 @@ from alexnet_jax.audit.hlo_collectives import Collective
 from alexnet_jax.audit.step_audit import AuditReport
 from alexnet_jax.audit.target_report import TargetReport
 
+ACCESSED = {
+    'asynchronous_copies': 'by asynchronous copies to and from on-chip memory',
+    'loops': 'by instructions in loops',
+}
+
 
 def as_json(report: AuditReport) -> str:
     """Returns the report of audit() as one JSON object."""
@@ -89,13 +94,14 @@ def compiled_line(target: TargetReport) -> str:
 def target_lines(target: TargetReport) -> list[str]:
     """Formats what the compiler of an accelerator emitted, and the times that are modeled from it."""
     memory, copies, kernels = target['memory'], target['copies'], target['kernels']
-    gradients = target['gradient_collectives']
+    accessed, gradients = target['accessed_bytes'], target['gradient_collectives']
     lines = [
         f'compiled for CPU {target["cpu"]["wire_bytes"]:>18,}  bytes sent; {target["cpu"]["peak_bytes"]:,} of memory',
         f'memory, bytes    {memory["total"]:>18,}  {"fits" if memory["fits"] else "DOES NOT FIT"}: state and batch'
         f' {memory["state"]:,} + step {memory["step"]:,}, of {memory["available"]:,}',
-        f'bytes accessed   {target["accessed_bytes"]:>18,}  by {kernels["number"]:,} kernels'
+        f'bytes accessed   {accessed["total"]:>18,}  by {kernels["number"]:,} kernels'
         + (f', launched {kernels["launches"]:,} times' if kernels['launches'] != kernels['number'] else ''),
+        *(f'  of which         {accessed[key]:>16,}  {name}' for key, name in ACCESSED.items() if accessed[key]),
         f'copies           {copies["bytes"]:>18,}  bytes of {copies["kernels"]} kernels with copies or transposes;'
         f' {copies["only_moving"]} of them, {copies["only_moving_bytes"]:,} bytes, only move data',
     ]
@@ -133,13 +139,16 @@ def model_lines(target: TargetReport) -> list[str]:
             f'{each["bytes"] / 1e6:>8.1f}{each["start"]:>8.1%}'
             f'{each["done"]:>8.1%}{each["seconds"] * 1e3:>8.3f}{each["exposed_seconds"] * 1e3:>9.3f}  {meanwhile}'
         )
-    lines += ['', f'{"dearest instructions":<42}{"part":<24}{"ms":>8}{"share":>8}{"MB":>10}{"GFLOP":>9}  bound by']
+    if roof['compiler_cycles']:
+        lines.append(f"compiler's estimate: {roof['compiler_cycles']:,} cycles per step, without collectives")
+    lines += ['', f'{"dearest instructions":<42}{"part":<24}{"ms":>8}{"share":>8}{"MB":>10}{"GFLOP":>9}{"times":>7}']
     for work in roof['dearest']:
         part = work['part'] + ' backward' * (work['direction'] == 'backward')
         share = work['seconds'] / roof['compute_seconds']
         lines.append(
             f'{work["name"]:<42}{part:<24}{work["seconds"] * 1e3:>8.3f}{share:>8.1%}'
-            f'{work["bytes"] / 1e6:>10,.1f}{work["flops"] / 1e9:>9,.1f}  {work["bound"]}'
+            f'{work["bytes"] * work["executions"] / 1e6:>10,.1f}{work["flops"] * work["executions"] / 1e9:>9,.1f}'
+            f'{work["executions"]:>7,}'
         )
     return lines
 

@@ -2,10 +2,11 @@
 
 The model is a roofline. The instructions run one after another in the order of the schedule. An instruction takes the
 larger of its FLOPs divided by the peak rate of their precision, and its bytes of device memory (hlo.Program.bytes())
-divided by the memory bandwidth. Collectives are served one after another on one link. A synchronous collective, and the
-instruction that waits for an asynchronous one, stop the device until the transfer has ended. Launches, latencies and
-elementwise arithmetic take no time, and no instruction runs below its peak rate, so the result is a lower bound of the
-time and an upper bound of the speed.
+divided by the memory bandwidth. Asynchronous copies between the memory of a TPU and its on-chip memory use the
+bandwidth that the other instructions leave. Collectives are served one after another on one link. A synchronous
+collective, and the instruction that waits for an asynchronous one, stop the device until the transfer has ended.
+Launches, latencies and elementwise arithmetic take no time, and everything runs at its peak rate, so the result is a
+lower bound of the time.
 """
 
 import collections
@@ -18,31 +19,40 @@ from alexnet_jax.audit.hlo_collectives import Collective
 from alexnet_jax.audit.targets import GPUS_PER_HOST, Hardware
 
 GRADIENTS = ('gradients', 'update')  # layers of the collectives that reduce gradients and gather updated weights
+COPY_STARTS, COPY_DONES = ('copy-start', 'slice-start'), ('copy-done', 'slice-done')
 _FREE = ('AllocateBuffer', 'ConcatBitcast')  # custom calls of TPU programs that compute and move nothing
 
 
 @dataclasses.dataclass
 class Work:
-    """An instruction of the schedule, or the sum of its executions in loops.
+    """An instruction of the schedule, with its executions in loops.
 
     Attributes:
       name: Name of the HLO instruction.
       part, direction: See hlo.Program.part().
+      flops: FLOPs of convolutions and matrix products, per execution.
+      bytes: Bytes read from and written to the memory of the device, per execution.
+      cycles: Cycles that the compiler for TPUs estimates, per execution; 0 in other programs.
+      product_seconds, memory_seconds: `flops` and `bytes` divided by the rates of the hardware.
       executions: Executions per step.
-      flops: FLOPs per step of convolutions and matrix products.
-      bytes: Bytes per step read from and written to the memory of the device.
-      seconds: Modeled time per step.
-      bound: 'flops' or 'bytes', whichever takes longer.
+      seconds: Modeled seconds per step.
     """
 
     name: str
     part: str
     direction: str
-    executions: int
     flops: int
     bytes: int
-    seconds: float
-    bound: str
+    cycles: int
+    product_seconds: float
+    memory_seconds: float
+    executions: int = 0
+    seconds: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """The part of the step, and 'backward' if the instruction belongs to the backward pass."""
+        return self.part if self.direction == 'forward' else f'{self.part} backward'
 
 
 @dataclasses.dataclass
@@ -107,8 +117,10 @@ def instruction_work(program: Program, hardware: Hardware) -> dict[str, Work]:
             continue
         flops, moved = program.flops(each.name), program.bytes(each.name)
         compute, memory = flops / product_rate(program, each, hardware), moved / hardware.bandwidth
-        bound = 'flops' if compute > memory else 'bytes'
-        found[each.name] = Work(each.name, *program.part(each.name), 0, flops, moved, max(compute, memory), bound)
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', each.attributes)
+        found[each.name] = Work(
+            each.name, *program.part(each.name), flops, moved, int(cycles[1]) if cycles else 0, compute, memory
+        )
     return found
 
 
@@ -179,9 +191,10 @@ def simulate(program: Program, found: Sequence[Collective], hardware: Hardware, 
         parts[part.start, part.done].append(part)
     starts = {start: Transfer(group, sum(each.bytes for each in group)) for (start, _), group in parts.items()}
     waits = {done: starts[start] for start, done in parts}
-    for name in {*starts, *waits}:
-        if name in work and not work[name].flops and program.instructions[name].opcode != 'fusion':
-            del work[name]  # only communicates
+    for start, done in parts:
+        for name in (start, done):  # A chain of fusions on a TPU also computes.
+            if start == done or program.instructions[name].opcode != 'fusion':
+                work.pop(name, None)
     clock = _Clock()
     for each in _executed(program, program.entry):
         if each.name in starts:
@@ -189,7 +202,11 @@ def simulate(program: Program, found: Sequence[Collective], hardware: Hardware, 
             first = transfer.collectives[0]
             seconds = transfer.bytes / first.trips / link_rate(first, hardware, data, model)
             clock.send(transfer, seconds)
-        if each.name in work:
+        if each.opcode in COPY_STARTS:
+            clock.start_copy(work[each.name])
+        elif each.opcode in COPY_DONES:
+            clock.finish_copy(work[each.operands[0]])
+        elif each.name in work:
             clock.compute(work[each.name])
         if each.name in waits:
             clock.wait(waits[each.name])
@@ -198,21 +215,23 @@ def simulate(program: Program, found: Sequence[Collective], hardware: Hardware, 
         transfer.start /= clock.computed or 1
         transfer.done /= clock.computed or 1
         transfer.behind = dict(sorted(transfer.behind.items(), key=lambda item: -item[1]))
-    for each_work in work.values():
-        each_work.flops *= each_work.executions
-        each_work.bytes *= each_work.executions
-        each_work.seconds *= each_work.executions
-    executed = {name: each_work for name, each_work in work.items() if each_work.executions}
+    executed = {name: item for name, item in work.items() if item.executions}
     return Timeline(executed, sorted(transfers, key=lambda each: each.start), clock.computed, clock.waited)
 
 
 class _Clock:
-    """The state of the model: the device's time, the link's time, and the transfers under way."""
+    """The state of the model: times of device and link, transfers under way, and asynchronous copies of a TPU.
+
+    Copies are served in the order of their start. `copies_started` and `copies_done` are the seconds of memory
+    bandwidth that all copies need that have started, and that they have had.
+    """
 
     def __init__(self) -> None:
         self.now = self.computed = self.waited = 0.0
         self.link_free = 0.0
         self.open: dict[int, tuple[Transfer, float, float]] = {}  # id -> (transfer, begin and end on the link)
+        self.copies_started = self.copies_done = 0.0
+        self.copy_ends: dict[str, float] = {}
 
     def send(self, transfer: Transfer, seconds: float) -> None:
         """Queues a transfer on the link."""
@@ -226,20 +245,40 @@ class _Clock:
     def compute(self, work: Work) -> None:
         """Runs an instruction."""
         work.executions += 1
-        self.now += work.seconds
-        self.computed += work.seconds
-        for transfer, _, _ in self.open.values():
-            name = work.part if work.direction == 'forward' else f'{work.part} backward'
-            transfer.behind[name] = transfer.behind.get(name, 0.0) + work.seconds
+        self._use(work, max(work.product_seconds, work.memory_seconds))
+        self._serve_copies(max(0.0, work.product_seconds - work.memory_seconds))
+
+    def start_copy(self, work: Work) -> None:
+        """Queues a copy."""
+        work.executions += 1
+        self.copies_started += work.memory_seconds
+        self.copy_ends[work.name] = self.copies_started
+
+    def finish_copy(self, work: Work) -> None:
+        """Waits until a copy has ended."""
+        left = max(0.0, self.copy_ends[work.name] - self.copies_done)
+        self._use(work, left)
+        self._serve_copies(left)
 
     def wait(self, transfer: Transfer) -> None:
-        """Stops the device until the transfer has ended."""
+        """Stops the device until a transfer has ended."""
         if id(transfer) not in self.open:
             return
         end = max(self.now, self.open[id(transfer)][2])
         for other, begin, other_end in self.open.values():
             other.exposed_seconds += max(0.0, min(other_end, end) - max(begin, self.now))
+        self._serve_copies(end - self.now)
         self.waited += end - self.now
         self.now = end
         transfer.done = transfer.done or self.computed
         del self.open[id(transfer)]
+
+    def _use(self, work: Work, seconds: float) -> None:
+        work.seconds += seconds
+        self.now += seconds
+        self.computed += seconds
+        for transfer, _, _ in self.open.values():
+            transfer.behind[work.label] = transfer.behind.get(work.label, 0.0) + seconds
+
+    def _serve_copies(self, seconds: float) -> None:
+        self.copies_done = min(self.copies_started, self.copies_done + seconds)

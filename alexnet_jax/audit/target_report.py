@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from alexnet_jax.audit.hlo import MOVES, Program
 from alexnet_jax.audit.hlo_collectives import Collective
-from alexnet_jax.audit.roofline import GRADIENTS, Timeline, Transfer, simulate
+from alexnet_jax.audit.roofline import COPY_STARTS, GRADIENTS, Timeline, Transfer, simulate
 from alexnet_jax.audit.targets import Compiler, Target
 from alexnet_jax.config import Config
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from alexnet_jax.audit.step_audit import AuditReport
 
 DEAREST = 5  # instructions in the report
+REPEATED = 0.05  # share of the bytes accessed from which on a copy in a loop is reported
 
 
 class TargetReport(TypedDict):
@@ -32,15 +33,17 @@ class TargetReport(TypedDict):
       kernels: Scheduled instructions that compute or move data, those in loops once. `launches` counts executions.
       copies: Number and bytes of the kernels that contain a copy or a transpose, and of those that only move data.
       convolutions: Layout of the convolutions that call cuDNN, and their number; {} for TPUs.
-      accessed_bytes: Bytes of all kernels, see hlo.Program.bytes().
-      differences: What differs from the step compiled for a CPU, one sentence each.
+      accessed_bytes: Bytes read from and written to the memory of a device, without collectives: `total`, and of these
+        the `asynchronous_copies` to and from on-chip memory, and the instructions in `loops`. See hlo.Program.bytes().
+      differences: What differs from the step compiled for a CPU, and copies repeated in loops, one sentence each.
 
     What is modeled, see roofline.py:
       overlap: For each collective, the share of compute before its start and its end, its bytes, seconds, exposed
         seconds, and the parts of the step in between.
       gradient_bytes_behind_compute: Share of the gradient bytes that are sent while the device computes.
       roofline: Seconds of `compute`, `communication`, `exposed` communication and the `step`, `images_per_second` on
-        all devices, and the `dearest` instructions.
+        all devices, the `dearest` instructions (see roofline.Work), and the `compiler_cycles`, the sum of the cycles
+        that the compiler for TPUs estimates (0 for GPUs).
       hardware: The data sheet, see targets.Hardware.
     """
 
@@ -58,7 +61,7 @@ class TargetReport(TypedDict):
     kernels: dict[str, int]
     copies: dict[str, int]
     convolutions: dict[str, int]
-    accessed_bytes: int
+    accessed_bytes: dict[str, int]
     differences: list[str]
     overlap: list[dict[str, Any]]
     gradient_bytes_behind_compute: float
@@ -115,8 +118,8 @@ def make(
         },
         'copies': _copies(program, line),
         'convolutions': _convolutions(program),
-        'accessed_bytes': sum(each.bytes for each in line.work.values()),
-        'differences': differences(found, cpu['collectives'], gradients),
+        'accessed_bytes': _accessed(program, line),
+        'differences': differences(found, cpu['collectives'], gradients) + repeated_copies(program, line),
         'overlap': [_overlap(each) for each in line.transfers],
         'gradient_bytes_behind_compute': hidden / sent if sent else 1.0,
         'roofline': _roofline(line, config),
@@ -138,6 +141,18 @@ def _memory(compiled: Any, target: Target) -> dict[str, Any]:
     }
 
 
+def _accessed(program: Program, line: Timeline) -> dict[str, int]:
+    sums = {'total': 0, 'asynchronous_copies': 0, 'loops': 0}
+    for work in line.work.values():
+        moved = work.bytes * work.executions
+        sums['total'] += moved
+        if program.instructions[work.name].opcode in COPY_STARTS:
+            sums['asynchronous_copies'] += moved
+        elif work.executions > 1:
+            sums['loops'] += moved
+    return sums
+
+
 def _copies(program: Program, line: Timeline) -> dict[str, int]:
     """Counts the kernels with a copy or a transpose; asynchronous copies to on-chip memory do not count."""
     counts = {'kernels': 0, 'bytes': 0, 'only_moving': 0, 'only_moving_bytes': 0}
@@ -146,10 +161,10 @@ def _copies(program: Program, line: Timeline) -> dict[str, int]:
         inside = each.fused or [each]
         if any(inner.opcode in ('copy', 'transpose') for inner in inside):
             counts['kernels'] += 1
-            counts['bytes'] += work.bytes
+            counts['bytes'] += work.bytes * work.executions
             if all(inner.opcode in MOVES for inner in inside):
                 counts['only_moving'] += 1
-                counts['only_moving_bytes'] += work.bytes
+                counts['only_moving_bytes'] += work.bytes * work.executions
     return counts
 
 
@@ -189,8 +204,9 @@ def _roofline(line: Timeline, config: Config) -> dict[str, Any]:
         'exposed_seconds': line.exposed_seconds,
         'step_seconds': line.step_seconds,
         'images_per_second': config.train.batch_size / line.step_seconds,
-        'flops': sum(each.flops for each in line.work.values()),
+        'flops': sum(each.flops * each.executions for each in line.work.values()),
         'dearest': [dataclasses.asdict(each) for each in line.dearest[:DEAREST]],
+        'compiler_cycles': sum(each.cycles * each.executions for each in line.work.values()),
     }
 
 
@@ -218,6 +234,18 @@ def differences(
             f'{share:.0%} of the gradient bytes are sent by synchronous collectives: nothing is computed meanwhile'
         )
     return result
+
+
+def repeated_copies(program: Program, line: Timeline) -> list[str]:
+    """Returns one sentence for each copy in a loop that moves the share REPEATED of all bytes, or more."""
+    total = sum(work.bytes * work.executions for work in line.work.values())
+    return [
+        f'{work.name}, in a loop, copies {work.bytes:,} bytes {work.executions:,} times per step'
+        for work in line.dearest
+        if work.executions > 1
+        and work.bytes * work.executions >= REPEATED * total
+        and program.instructions[work.name].opcode in ('copy', 'transpose')
+    ]
 
 
 def _layer_differences(layer: str, wanted: Sequence[Collective], has: Sequence[Collective]) -> list[str]:
