@@ -277,18 +277,17 @@ def set_environment(target: Target, compiler: Compiler) -> None:
     both compilers from warning that there is no accelerator.
     """
     os.environ['JAX_PLATFORMS'] = 'cpu'
+    os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1')
+    logging.getLogger('jax_plugins').setLevel(logging.ERROR)
     if target.platform == 'tpu':
         os.environ['TPU_LIBRARY_PATH'] = compiler.library
         os.environ['TPU_SKIP_MDS_QUERY'] = '1'
         os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
         os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
         os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-8')
-    else:
-        os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1')
-        os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
-        logging.getLogger('jax_plugins').setLevel(logging.ERROR)
-        if not compiler.is_importable:  # otherwise JAX finds and registers the plugin by itself
-            os.environ['PJRT_NAMES_AND_LIBRARY_PATHS'] = f'cuda:{compiler.library}'
+    elif not compiler.is_importable:  # otherwise JAX finds and registers the plugin by itself
+        os.environ['PJRT_NAMES_AND_LIBRARY_PATHS'] = f'cuda:{compiler.library}'
 
 
 def target_devices(target: Target, compiler: Compiler) -> Sequence[Any]:
