@@ -4,8 +4,10 @@ Every row is an audit of a training step that the compiler of the accelerator co
 nothing is executed. The cases are all presets in all layouts that they have, in float32 and bfloat16, on TARGETS. Each
 case is audited in a process of its own and appended to docs/logs/targets.jsonl as one line. Cases that the file already
 has without an error are skipped, so that the command can be interrupted and repeated; remove lines of the file to audit
-their cases again. --only selects cases by their name, such as 'h100:8/paper/towers/float32'. --table prints the tables in Markdown
-of what the file has, and audits nothing. All cases take several hours on two cores.
+their cases again. All cases take several hours on two cores.
+
+--only selects cases by their name, such as 'h100:8/paper/towers/float32'. --table audits nothing and prints the tables,
+in Markdown, of what the file has.
 """
 
 import argparse

@@ -121,7 +121,7 @@ def make(
         'accessed_bytes': _accessed(program, line),
         'differences': differences(found, cpu['collectives'], gradients) + repeated_copies(program, line),
         'overlap': [_overlap(each) for each in line.transfers],
-        'gradient_bytes_behind_compute': hidden / sent if sent else 1.0,
+        'gradient_bytes_behind_compute': round(hidden / sent, 6) if sent else 1.0,
         'roofline': _roofline(line, config),
         'hardware': dataclasses.asdict(target.hardware),
     }
