@@ -5,7 +5,7 @@ collectives; for grouped convolutions, the partitioner would all-gather the batc
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -56,11 +56,15 @@ def mesh_shape(config: Config, devices: int) -> tuple[int, int]:
     return data, model
 
 
-def make_mesh(config: Config) -> Mesh:
-    """Returns the ('data', 'model') mesh of `config.mesh` over all devices. Raises ConfigError: see mesh_shape()."""
-    data, model = mesh_shape(config, jax.device_count())
+def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the ('data', 'model') mesh of `config.mesh` over `devices`, by default all devices of JAX.
+
+    Raises ConfigError: see mesh_shape().
+    """
+    devices = jax.devices() if devices is None else devices
+    data, model = mesh_shape(config, len(devices))
     return jax.make_mesh(
-        (data, model), ('data', 'model'), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: data * model]
+        (data, model), ('data', 'model'), axis_types=(AxisType.Auto,) * 2, devices=devices[: data * model]
     )
 
 
