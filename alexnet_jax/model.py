@@ -158,8 +158,8 @@ def apply_layer(
 def matmul_precision(config: ModelConfig) -> contextlib.AbstractContextManager[None]:
     """Returns a context in which convolutions and matrix products are traced with config.precision.
 
-    'default' leaves the choice to JAX_DEFAULT_MATMUL_PRECISION and to XLA. The operations of the forward pass keep their
-    precision for their gradients; only custom gradients, which are traced later, need the context around jax.grad().
+    'default' leaves the choice to JAX_DEFAULT_MATMUL_PRECISION and to XLA. Gradients have the precision of the forward
+    pass; only custom gradients, which are traced later, need the context around jax.grad().
     """
     return contextlib.nullcontext() if config.precision == 'default' else jax.default_matmul_precision(config.precision)
 

@@ -29,7 +29,8 @@ from alexnet_jax.runtime.console import log, summarize_exception
 from alexnet_jax.runtime.files import JsonObject, atomic_write, quarantine, read_json
 from alexnet_jax.shapes import layer_table
 
-# A run keeps these fields and those of `model` but model.precision: the weights and the order of the data depend on them.
+# A run keeps these fields and, but for model.precision, those of `model`: the weights and the order of the data depend
+# on them.
 FIXED_FIELDS = ('seed', 'data.source', 'data.image_size', 'data.encoding', 'train.batch_size', 'train.init')
 # These fields change what the network sees. A run keeps them too, except with --allow_changes.
 INPUT_FIELDS = ('data.channels', 'data.crop_size', 'data.crop', 'data.mean', 'data.mean_crop', 'data.std')
