@@ -151,6 +151,11 @@ def _check_model(config: Config) -> None:
         raise ConfigError(
             f'config.data.{field}: {getattr(data, field)} leaves nothing after pool5; the nearest is {least}'
         )
+    if model.precision != 'default' and model.dtype != 'float32':
+        raise ConfigError(
+            f'config.model.precision: {model.precision!r} with model.dtype={model.dtype!r}, which has no operands of'
+            " float32 to round; the nearest is 'default'"
+        )
     for field in ('lrn_size', 'spatial_lrn_size'):
         if getattr(model, field) % 2 == 0:
             raise ConfigError(

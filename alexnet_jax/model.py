@@ -1,5 +1,6 @@
 """AlexNet as in section 3 of the paper, with its two towers, and the published variants."""
 
+import contextlib
 from functools import partial
 
 import jax
@@ -140,7 +141,7 @@ def apply_layer(
     Returns the result of the last operation, and the output of the nonlinearity or, without one, of `layer`.
     """
     spec = layer.spec
-    with jax.named_scope(spec.name):
+    with jax.named_scope(spec.name), matmul_precision(config):
         towers = output = layer(towers)
     for op in spec.ops:
         with jax.named_scope(f'{spec.name}/{op}'):
@@ -157,6 +158,15 @@ def apply_layer(
             elif op in POOLS:  # section 3.4
                 towers = [max_pool(x, pool_window(config), 2, ceil_mode=pools_over_edge(config, op)) for x in towers]
     return towers, jnp.concatenate(output, -1)
+
+
+def matmul_precision(config: ModelConfig) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which convolutions and matrix products are traced with config.precision.
+
+    'default' leaves the choice to JAX_DEFAULT_MATMUL_PRECISION and to XLA. Gradients have the precision of the forward
+    pass; only custom gradients, which are traced later, need the context around jax.grad().
+    """
+    return contextlib.nullcontext() if config.precision == 'default' else jax.default_matmul_precision(config.precision)
 
 
 def lrn(towers: Towers, tower_features: int, config: ModelConfig) -> Towers:

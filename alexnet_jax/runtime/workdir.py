@@ -29,7 +29,8 @@ from alexnet_jax.runtime.console import log, summarize_exception
 from alexnet_jax.runtime.files import JsonObject, atomic_write, quarantine, read_json
 from alexnet_jax.shapes import layer_table
 
-# A run keeps these fields and those of `model`: the weights and the order of the data depend on them.
+# A run keeps these fields and, but for model.precision, those of `model`: the weights and the order of the data depend
+# on them.
 FIXED_FIELDS = ('seed', 'data.source', 'data.image_size', 'data.encoding', 'train.batch_size', 'train.init')
 # These fields change what the network sees. A run keeps them too, except with --allow_changes.
 INPUT_FIELDS = ('data.channels', 'data.crop_size', 'data.crop', 'data.mean', 'data.mean_crop', 'data.std')
@@ -91,7 +92,7 @@ def check_resumable(config: Config, workdir: str, every_field: bool = False, all
         every_field = False
         changed = {field: values for field, values in changed.items() if field in _FIXED_BY_IMPORT}
     for field, (was, given) in changed.items():
-        is_fixed = field in FIXED_FIELDS or field.startswith('model.')
+        is_fixed = field in FIXED_FIELDS or _is_of_network(field)
         if is_fixed or (every_field and field not in PATH_FIELDS):
             raise ConfigError(
                 f'config.{field}: {given!r}, but {workdir} was started with {was!r}; use that or another --workdir'
@@ -118,7 +119,7 @@ def _check_fits_import(before: Config, config: Config, workdir: str, changed: li
     """Raises ConfigError if the imported weights in `workdir` cannot be trained on with `config`."""
     advice = f'--init={workdir} --workdir=NEW starts a new run from the weights'
     for field in changed:
-        if field.startswith('model.'):
+        if _is_of_network(field):
             raise ConfigError(
                 f'config.{field}: {get_by_path(config, field)!r}, but {workdir} has imported weights of a network with'
                 f' {get_by_path(before, field)!r}; {advice}'
@@ -201,6 +202,11 @@ def trained_on(workdir: str) -> str | None:
 
 def _fingerprint(progress: JsonObject) -> str | None:
     return progress.get('dataset_fingerprint', progress.get('store'))  # the key of version 0.1
+
+
+def _is_of_network(field: str) -> bool:
+    """Returns whether `field` belongs to the network that was trained; model.precision changes only rounding."""
+    return field.startswith('model.') and field != 'model.precision'
 
 
 def _has_files(folder: str) -> bool:

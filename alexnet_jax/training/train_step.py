@@ -17,6 +17,7 @@ from alexnet_jax.augment import PreprocessParams, augment, example_keys
 from alexnet_jax.config import Config
 from alexnet_jax.layers import materialize, platform
 from alexnet_jax.lr_multipliers import frozen_layers, frozen_parameters
+from alexnet_jax.model import matmul_precision
 from alexnet_jax.optimizer import make_optimizer
 from alexnet_jax.training.eval_step import EvalBatch, topk_errors
 from alexnet_jax.training.mixing import mix_pairs, smoothed_losses, swap_pairs
@@ -114,7 +115,8 @@ def local_gradients(
         loss = losses.sum() / (train.batch_size * parallel.loss_replication_factor(layout))
         return loss, (losses, logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
-    gradients, (losses, logits, new_batch_stats) = jax.grad(local_loss, has_aux=True)(trained)
+    with matmul_precision(config.model):
+        gradients, (losses, logits, new_batch_stats) = jax.grad(local_loss, has_aux=True)(trained)
     counted = jnp.where(factors >= 0.5, labels, partner_labels) if is_mixed else labels
     sums = jnp.stack([losses.sum(), *(error.sum() for error in topk_errors(logits, counted))])
     return gradients, sums, new_batch_stats
