@@ -2,7 +2,7 @@
 
 libtpu compiles for TPUs, jax-cuda12-pjrt or jax-cuda13-pjrt for GPUs. The compilers need a description of the hardware,
 not the hardware. This module parses a target, finds its compiler and returns the target's devices, for which JAX can
-compile but not execute.
+compile but not execute. `python -m alexnet_jax.audit.targets` prints the compilers that fit the installed jax, for pip.
 """
 
 import dataclasses
@@ -247,6 +247,12 @@ def find_compiler(target: Target, folder: str | None = None) -> Compiler:
     )
 
 
+def requirements() -> list[str]:
+    """Returns the requirement of pip for one compiler of each platform, for the installed jax."""
+    packages = [next(iter(libraries)) for libraries in _LIBRARIES.values()]
+    return [f'{package}=={_wanted_version(package)}' for package in packages]
+
+
 def _wanted_version(package: str) -> str:
     """Returns the version of a compiler that the installed jax requires, such as '0.10.2' or '0.0.42.*'."""
     if package != 'libtpu':
@@ -315,3 +321,7 @@ def target_devices(target: Target, compiler: Compiler) -> Sequence[Any]:
             f' this topology, not {target.devices}'
         )
     return description.devices
+
+
+if __name__ == '__main__':
+    print(*requirements())
