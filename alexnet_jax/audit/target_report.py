@@ -257,7 +257,7 @@ def _layer_differences(layer: str, wanted: Sequence[Collective], has: Sequence[C
     lost = [kind for kind, (before, after) in sums.items() if before and not after]
     name = layer or 'no layer'
     if lost or added:
-        total = round(sum(each.bytes for each in has) - sum(each.bytes for each in wanted))
+        total = round(sum(sums[kind][1] - sums[kind][0] for kind in (*lost, *added)))
         what = (
             f'{" and ".join(lost)} became {" and ".join(added)}'
             if lost and added

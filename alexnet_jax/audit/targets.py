@@ -296,6 +296,11 @@ def set_environment(target: Target, compiler: Compiler) -> None:
         os.environ['PJRT_NAMES_AND_LIBRARY_PATHS'] = f'cuda:{compiler.library}'
 
 
+def gpu_config(kind: str) -> str:
+    """Returns the description of a GPU for its compiler, the text of XLA's GpuTargetConfigProto."""
+    return _GPU_CONFIG.format(memory=HARDWARE[kind].memory, **_GPUS[kind])
+
+
 def target_devices(target: Target, compiler: Compiler) -> Sequence[Any]:
     """Returns the devices of `target`, jax.Devices for which JAX can compile. Call set_environment() first.
 
@@ -308,8 +313,9 @@ def target_devices(target: Target, compiler: Compiler) -> Sequence[Any]:
         if target.platform == 'tpu':
             description = topologies.get_topology_desc(target.topology, 'tpu', **_TPUS[target.kind][2])
         else:
-            config = _GPU_CONFIG.format(memory=target.hardware.memory, **_GPUS[target.kind])
-            description = topologies.get_topology_desc('', 'cuda', target_config=config, topology=target.topology)
+            description = topologies.get_topology_desc(
+                '', 'cuda', target_config=gpu_config(target.kind), topology=target.topology
+            )
     except (jax.errors.JaxRuntimeError, IndexError, NotImplementedError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
