@@ -1,16 +1,19 @@
 """Audits for accelerators, without the compilers: targets, times by hand, differences. See make audit-targets."""
 
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 from helpers import ROOT, run_command, usage_error
-from test_hlo import collectives, program
+from test_hlo import NUMBERS, collectives, program
+from test_hlo import text as hlo_text
 
 from alexnet_jax import config
-from alexnet_jax.audit import roofline, step_audit, target_report, targets
+from alexnet_jax.audit import report_text, roofline, step_audit, target_report, targets
 from alexnet_jax.audit.hlo import Program
 from alexnet_jax.audit.hlo_collectives import Collective, step_collectives
 from alexnet_jax.config import ConfigError
@@ -374,3 +377,120 @@ PADDED = 2 * 32 * 256 * (512 - 500)  # The GPU divides the sum over the 500 logi
 def test_flops_of_real_programs(platform, kind, flops):
     found = roofline.simulate(program(platform), collectives(platform), targets.HARDWARE[kind], 4, 2)
     assert sum(work.flops * work.executions for work in found.work.values()) == flops
+
+
+def test_bytes_of_parts_of_operands():
+    found = Program("""HloModule parts, is_scheduled=true
+%update (p0: f32[100,10], p1: f32[1,10], p2: s32[]) -> f32[100,10] {
+  %p0 = f32[100,10]{1,0} parameter(0)
+  %p1 = f32[1,10]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %twice = f32[1,10]{1,0} add(%p1, %p1)
+  ROOT %updated = f32[100,10]{1,0} dynamic-update-slice(%p0, %twice, %p2, %p2)
+}
+ENTRY %main (x: f32[100,10], i: s32[]) -> f32[100,10] {
+  %x = f32[100,10]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %buffer = f32[100,10]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %row = f32[1,10]{1,0} dynamic-slice(%x, %i, %i), dynamic_slice_sizes={1,10}
+  %start = ((f32[100,10]{1,0}), f32[5,10]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:5], [0:10]}
+  %end = f32[5,10]{1,0:T(8,128)S(1)} slice-done(%start)
+  ROOT %fusion = f32[100,10]{1,0} fusion(%buffer, %row, %i), kind=kLoop, calls=%update
+}
+""")
+    assert found.bytes('row') == 40 + 40 + 2 * 4  # a row, read and written, and the number twice
+    assert found.bytes('fusion') == 40 + 40 + 40 + 4  # a row, the row before and after its update, and the number
+    assert found.bytes('start') == 5 * 10 * 4  # the result is on the chip
+    assert [found.bytes(name) for name in ('buffer', 'end', 'x')] == [0, 0, 0]
+
+
+def test_flops_of_library_calls():
+    convolution = 'window={size=5x5}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$conv'
+    found = Program(f"""HloModule calls, is_scheduled=true
+ENTRY %main (x: f32[2,9,9,6], w: f32[8,5,5,3]) -> f32[2,5,5,8] {{
+  %x = f32[2,9,9,6]{{3,2,1,0}} parameter(0)
+  %w = f32[8,5,5,3]{{3,2,1,0}} parameter(1)
+  %forward = (f32[2,5,5,8]{{3,2,1,0}}, u8[0]{{0}}) custom-call(%x, %w), {convolution}Forward"
+  %y = f32[2,5,5,8]{{3,2,1,0}} get-tuple-element(%forward), index=0
+  %input = (f32[2,9,9,6]{{3,2,1,0}}, u8[0]{{0}}) custom-call(%y, %w), {convolution}BackwardInput"
+  %filter = (f32[8,5,5,3]{{3,2,1,0}}, u8[0]{{0}}) custom-call(%x, %y), {convolution}BackwardFilter"
+  %a = f32[30,40]{{1,0}} parameter(2)
+  %b = f32[40,50]{{1,0}} parameter(3)
+  %product = (f32[30,50]{{1,0}}, s8[9]{{0}}) custom-call(%a, %b), custom_call_target="__cublas$gemm"
+  ROOT %other = f32[2,5,5,8]{{3,2,1,0}} custom-call(%y, %y), custom_call_target="other"
+}}
+""")
+    outputs = 2 * 5 * 5 * 8
+    assert [found.flops(name) for name in ('forward', 'input', 'filter')] == [2 * outputs * 5 * 5 * 3] * 3
+    assert found.flops('product') == 2 * 30 * 40 * 50
+    assert found.flops('other') == 0
+
+
+@pytest.fixture
+def report():
+    """A report about the GPU fixture, with numbers in place of JAX's compiled step and of the report of a CPU."""
+    target = targets.parse_target('h100:8')
+    compiler = targets.Compiler('jax-cuda12-pjrt', '1.2.3', 'library', False)
+    memory = types.SimpleNamespace(
+        argument_size_in_bytes=7 * 10**10,
+        temp_size_in_bytes=10**10,
+        output_size_in_bytes=7 * 10**10,
+        alias_size_in_bytes=6 * 10**10,
+    )
+    compiled = types.SimpleNamespace(as_text=lambda: hlo_text('gpu'), memory_analysis=lambda: memory)
+    settings = audited_config('h100:8', 'data:4,model:2')
+    found = collectives('gpu')
+    whole = {
+        'layout': 'towers',
+        'mesh': {'data': 4, 'model': 2},
+        'batch_size': 128,
+        'batch_per_device': 16.0,
+        'parameters': 1,
+        'multiply_adds': 1,
+        'flops_per_device': 1,
+        'compiler_flops_per_device': None,
+        'peak_bytes_per_device': 123,
+        'collectives': found,
+        'wire_bytes_per_device': 2000,
+        'analytic_minimum_bytes': 1000,
+        'layers': [],
+    }
+    part = target_report.make(settings, target, compiler, 'NVIDIA H100', compiled, found, {**whole}, 12.3)
+    return {**whole, 'target': part}
+
+
+def test_report_in_text(report):
+    found = report_text.as_text(report)
+    for line in (
+        r'compiled for 8 x NVIDIA H100 \(h100:8\) in 12 s by jax-cuda12-pjrt 1.2.3 and jax .*; not run',
+        'bytes sent +2,000  2.0000 of the lower bound of this layout, 1,000',
+        'compiled for CPU +2,000  bytes sent; 123 of memory',
+        'memory, bytes +90,000,000,000  DOES NOT FIT: state and batch 70,000,000,000 [+] step 20,000,000,000,'
+        ' of 84,929,347,584',
+        'cuDNN +5  convolutions: 5 NHWC',
+        f'gradient bytes +{6 * NUMBERS:,}  in 1 collectives, 0 bytes synchronous',
+        'modeled, not measured: .*3,352 GB/s, link 450 GB/s.*',
+        'at least [0-9.]+ ms per step, at most [0-9,]+ images/s',
+        r'reduce-scatter +logits .* synchronous  f32 8x500 \(4 times\)',
+    ):
+        assert re.search(f'^{line}$', found, re.MULTILINE), line
+    assert 'differences' not in found  # The collectives are compared with themselves.
+
+
+def test_report_in_json(report):
+    found = json.loads(report_text.as_json(report))
+    part = found['target']
+    assert part['executed'] is False
+    assert part['memory'] == {
+        'state': 7 * 10**10,
+        'step': 2 * 10**10,
+        'total': 9 * 10**10,
+        'available': 84_929_347_584,
+        'fits': False,
+    }
+    gradients = [each for each in found['collectives'] if each['layer'] == 'gradients']
+    assert part['gradient_collectives']['bytes'] == sum(each['bytes'] for each in gradients)
+    assert part['roofline']['images_per_second'] == pytest.approx(128 / part['roofline']['step_seconds'])
+    assert part['hardware']['bandwidth'] == 3.352e12
+    assert part['kernels']['launches'] > part['kernels']['number']
+    assert len(part['roofline']['dearest']) == 5

@@ -239,8 +239,14 @@ def differences(
 def repeated_copies(program: Program, line: Timeline) -> list[str]:
     """Returns one sentence for each copy in a loop that moves the share REPEATED of all bytes, or more."""
     total = sum(work.bytes * work.executions for work in line.work.values())
+    cycles = sum(work.cycles * work.executions for work in line.work.values())
     return [
         f'{work.name}, in a loop, copies {work.bytes:,} bytes {work.executions:,} times per step'
+        + (
+            f', {work.cycles * work.executions / cycles:.0%} of the cycles that the compiler estimates'
+            if cycles
+            else ''
+        )
         for work in line.dearest
         if work.executions > 1
         and work.bytes * work.executions >= REPEATED * total
