@@ -471,7 +471,7 @@ def test_report_in_text(report):
         f'gradient bytes +{6 * NUMBERS:,}  in 1 collectives, 0 bytes synchronous',
         'modeled, not measured: .*3,352 GB/s, link 450 GB/s.*',
         'at least [0-9.]+ ms per step, at most [0-9,]+ images/s',
-        r'reduce-scatter +logits .* synchronous  f32 8x500 \(4 times\)',
+        r'reduce-scatter +logits .* asynchronous  f32 8x500 \(4 times\)',
     ):
         assert re.search(f'^{line}$', found, re.MULTILINE), line
     assert 'differences' not in found  # The collectives are compared with themselves.

@@ -284,7 +284,6 @@ def set_environment(target: Target, compiler: Compiler) -> None:
     """
     os.environ['JAX_PLATFORMS'] = 'cpu'
     os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1')
     logging.getLogger('jax_plugins').setLevel(logging.ERROR)
     if target.platform == 'tpu':
         os.environ['TPU_LIBRARY_PATH'] = compiler.library
