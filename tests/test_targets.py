@@ -194,7 +194,7 @@ def test_modeled_times_equal_hand_numbers():
     hidden = model(overlapped(3))
     assert hidden.compute_seconds == pytest.approx(208e-6)
     assert hidden.exposed_seconds == 0
-    assert [(each.name, each.seconds) for each in hidden.dearest] == [
+    assert [(each.name, each.seconds) for each in hidden.costliest] == [
         ('dot', pytest.approx(200e-6)),
         ('copy', pytest.approx(8e-6)),
     ]
@@ -468,7 +468,7 @@ def test_report_in_text(report):
         'memory, bytes +90,000,000,000  DOES NOT FIT: state and batch 70,000,000,000 [+] step 20,000,000,000,'
         ' of 84,929,347,584',
         'cuDNN +5  convolutions: 5 NHWC',
-        f'gradient bytes +{6 * NUMBERS:,}  in 1 collectives, 0 bytes synchronous',
+        f'gradient bytes +{6 * NUMBERS:,}  collectives: 1, bytes of the synchronous ones: 0',
         'modeled, not measured: .*3,352 GB/s, link 450 GB/s.*',
         'at least [0-9.]+ ms per step, at most [0-9,]+ images/s',
         r'reduce-scatter +logits .* asynchronous  f32 8x500 \(4 times\)',
@@ -493,4 +493,4 @@ def test_report_in_json(report):
     assert part['roofline']['images_per_second'] == pytest.approx(128 / part['roofline']['step_seconds'])
     assert part['hardware']['bandwidth'] == 3.352e12
     assert part['kernels']['launches'] > part['kernels']['number']
-    assert len(part['roofline']['dearest']) == 5
+    assert len(part['roofline']['costliest']) == 5

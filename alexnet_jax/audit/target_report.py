@@ -16,7 +16,7 @@ from alexnet_jax.config import Config
 if TYPE_CHECKING:
     from alexnet_jax.audit.step_audit import AuditReport
 
-DEAREST = 5  # instructions in the report
+COSTLIEST = 5  # instructions in the report
 REPEATED = 0.05  # share of the bytes accessed from which on a copy in a loop is reported
 
 
@@ -42,7 +42,7 @@ class TargetReport(TypedDict):
         seconds, and the parts of the step in between.
       gradient_bytes_behind_compute: Share of the gradient bytes that are sent while the device computes.
       roofline: Seconds of `compute`, `communication`, `exposed` communication and the `step`, `images_per_second` on
-        all devices, the `dearest` instructions (see roofline.Work), and the `compiler_cycles`, the sum of the cycles
+        all devices, the `costliest` instructions (see roofline.Work), and the `compiler_cycles`, the sum of the cycles
         that the compiler for TPUs estimates (0 for GPUs).
       hardware: The data sheet, see targets.Hardware.
     """
@@ -205,7 +205,7 @@ def _roofline(line: Timeline, config: Config) -> dict[str, Any]:
         'step_seconds': line.step_seconds,
         'images_per_second': config.train.batch_size / line.step_seconds,
         'flops': sum(each.flops * each.executions for each in line.work.values()),
-        'dearest': [dataclasses.asdict(each) for each in line.dearest[:DEAREST]],
+        'costliest': [dataclasses.asdict(each) for each in line.costliest[:COSTLIEST]],
         'compiler_cycles': sum(each.cycles * each.executions for each in line.work.values()),
     }
 
@@ -247,7 +247,7 @@ def repeated_copies(program: Program, line: Timeline) -> list[str]:
             if cycles
             else ''
         )
-        for work in line.dearest
+        for work in line.costliest
         if work.executions > 1
         and work.bytes * work.executions >= REPEATED * total
         and program.instructions[work.name].opcode in ('copy', 'transpose')

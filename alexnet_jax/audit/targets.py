@@ -20,6 +20,10 @@ GPUS_PER_HOST = 8
 EXAMPLES = 'v5e:4x4, v5p:2x2x2, v6e:2x4, h100:8 or h200:64'
 
 
+class CompilerError(RuntimeError):
+    """The compiler of an accelerator refuses the training step, for example because its memory does not suffice."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Hardware:
     """One JAX device of an accelerator: a GPU, a TPU chip or, for tpu7x, one of the two cores of a chip.
