@@ -1,6 +1,8 @@
 # make demo: train the quickstart.      make test: the whole suite.      make test-fast: the suite without slow tests.
 # make check: format, lint, types, import direction.      make wheel: build the package and test it on its own.
 # make lock: update requirements*.txt from the ranges in pyproject.toml.      make bench: all benchmarks.
+# make audit-targets: compile a small network by the compilers of accelerators and compare its collectives with those in
+# tests/golden; make golden-targets: renew these files.
 # make chaos: kill runs, corrupt files and fill disks at random; SEEDS=0,1,2 names the random numbers.
 # make slurm, make chromium: the Debian packages that tests/test_slurm.py and tests/test_page.py need (as root).
 #
@@ -26,7 +28,7 @@ ifneq ($(and $(PYTHON),$(wildcard $(RUN))),)
   endif
 endif
 
-.PHONY: demo test test-fast chaos check format lock wheel bench slurm chromium
+.PHONY: demo test test-fast chaos check format lock wheel bench slurm chromium compilers audit-targets golden-targets
 
 demo: $(VENV)/runtime.installed
 	$(RUN) launch.py --config=configs/quickstart.py
@@ -71,6 +73,25 @@ wheel: $(VENV)/dev.installed
 bench: $(VENV)/bench.installed
 	$(RUN) benchmarks/table.py
 
+# The compilers for the jax of the environment, 0.4 GB of downloads; none needs its hardware.
+compilers: $(VENV)/compilers/installed
+
+AUDIT = $(RUN) -m alexnet_jax audit --config=configs/quickstart.py --mesh=data:4,model:2 --images_per_device=8 \
+	--compilers=$(VENV)/compilers --collectives
+TARGETS := h100:8 v5e:2x4
+audit-targets: compilers
+	@for target in $(TARGETS); do \
+	  golden=tests/golden/target_$$(echo $$target | tr : _).txt; \
+	  $(AUDIT) --target=$$target > $(VENV)/target.txt && diff -u $$golden $(VENV)/target.txt || \
+	    { echo "$$target differs from $$golden; if that is intended: make golden-targets" >&2; exit 1; }; \
+	done
+
+golden-targets: compilers
+	@for target in $(TARGETS); do \
+	  $(AUDIT) --target=$$target > $(VENV)/target.txt || exit 1; \
+	  cp $(VENV)/target.txt tests/golden/target_$$(echo $$target | tr : _).txt; \
+	done
+
 slurm chromium: export DEBIAN_FRONTEND = noninteractive
 slurm:
 	@PATH=$$PATH:/usr/sbin; command -v slurmctld > /dev/null || $(INSTALL_SLURM) || { apt-get update -qq && $(INSTALL_SLURM); }
@@ -103,4 +124,9 @@ $(VENV)/dev.installed: $(VENV)/runtime.installed requirements-dev.txt
 
 $(VENV)/bench.installed: $(VENV)/runtime.installed requirements-bench.txt
 	$(PIP) --requirement requirements-bench.txt
+	touch $@
+
+$(VENV)/compilers/installed: $(VENV)/runtime.installed
+	rm -rf $(VENV)/compilers
+	$(PIP) --no-deps --target=$(VENV)/compilers $$($(RUN) -m alexnet_jax.audit.targets)
 	touch $@

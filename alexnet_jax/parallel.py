@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, PyTree, Shaped, UInt32
 
@@ -62,10 +63,13 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     Raises ConfigError: see mesh_shape().
     """
     devices = jax.devices() if devices is None else devices
-    data, model = mesh_shape(config, len(devices))
-    return jax.make_mesh(
-        (data, model), ('data', 'model'), axis_types=(AxisType.Auto,) * 2, devices=devices[: data * model]
-    )
+    shape = mesh_shape(config, len(devices))
+    used = devices[: shape[0] * shape[1]]
+    try:
+        return jax.make_mesh(shape, ('data', 'model'), axis_types=(AxisType.Auto,) * 2, devices=used)
+    except NotImplementedError:  # neither axis is a product of axes of the torus, as in (128, 2) on 16 x 16 chips
+        split = mesh_utils.create_device_mesh(shape, used, allow_split_physical_axes=True)
+        return Mesh(split, ('data', 'model'), axis_types=(AxisType.Auto,) * 2)
 
 
 def local_mesh() -> Mesh:

@@ -175,7 +175,7 @@ def test_instruction_forms():
     )
     assert (joined.kind, joined.shapes, joined.elements) == ('all-reduce', ((2, 5), (3,)), 13)
     [started] = read(
-        f'  %s = (f32[2,4]{{1,0}}, f32[4,4]{{1,0}}) all-gather-start(f32[2,4]{{1,0}} %x), {GROUPS}, dimensions={{0}}',
+        f'  %s = (f32[2,4]{{1,0}}, f32[4,4]{{1,0}}) all-gather-start(f32[2,4]{{1,0:T(8,128)(2,1)}} %x), {GROUPS}',
         '  ROOT %d = f32[4,4]{1,0} all-gather-done(%s)',
     )
     assert (started.kind, started.shapes, started.is_async) == ('all-gather', ((4, 4),), True)

@@ -211,3 +211,80 @@ def test_loop_without_a_trip_count_is_rejected():
         step_collectives(unknown, 'HloModule none', 8)
     with pytest.raises(HloFormatError, match='inner'):
         Program(LOOPS.replace('constant(7)', 'constant({7})')).trips('sum')
+
+
+# Two all-reduces that the compiler for GPUs made of four; a convolution's statistics have the size of its bias.
+JOINED = """HloModule jit_step, is_scheduled=true
+
+%wrapped (p: f32[16], q: f32[3]) -> f32[19] {
+  %p = f32[16]{0} parameter(0)
+  %q = f32[3]{0} parameter(1)
+  ROOT %vector = f32[19]{0} concatenate(%p, %q), dimensions={0}
+}
+
+ENTRY %main (a: f32[16], b: f32[3], c: bf16[6], d: bf16[16]) -> (f32[19], bf16[22]) {
+  %a = f32[16]{0} parameter(0)
+  %b = f32[3]{0} parameter(1)
+  %c = bf16[6]{0} parameter(2)
+  %d = bf16[16]{0} parameter(3)
+  %joined = f32[19]{0} fusion(%a, %b), kind=kLoop, calls=%wrapped, backend_config={"operation_queue_id":"0"}
+  %s = f32[19]{0} all-reduce(%joined), channel_id=1, replica_groups={}, use_global_device_ids=true, to_apply=%add
+  %parts = bf16[22]{0} concatenate(%c, %d), dimensions={0}
+  %row = bf16[1,22]{1,0} bitcast(%parts)
+  %t = bf16[1,22]{1,0} all-reduce(%row), channel_id=1, replica_groups={}, use_global_device_ids=true, to_apply=%add
+  ROOT %sums = (f32[19]{0}, bf16[22]{0}) tuple(%s, %t)
+}
+"""
+ASKED = """HloModule jit_step
+
+ENTRY main {
+  bias = bf16[16] all-reduce(a), replica_groups={}, use_global_device_ids=true, metadata={op_name="gradients/psum"}
+  statistics = f32[1,16] all-reduce(b), replica_groups={}, use_global_device_ids=true, metadata={op_name="conv1/psum"}
+  kernel = bf16[2,3] all-reduce(c), replica_groups={}, use_global_device_ids=true, metadata={op_name="gradients/psum"}
+  ROOT logged = f32[3] all-reduce(d), replica_groups={}, use_global_device_ids=true, metadata={op_name="metrics/psum"}
+}
+"""
+
+
+def test_joined_tensors_return_to_their_layers():
+    assert [row(each)[1:4] for each in step_collectives(JOINED, ASKED, 8)] == [
+        ('conv1', 'f32', '1x16'),
+        ('gradients', 'bf16', '16 2x3'),
+        ('metrics', 'f32', '3'),
+    ]
+
+
+# As a TPU exchanges 4 x 10 numbers of two devices: padded to 16, of which each keeps 8, and sends 3 of them on.
+PADDED = """HloModule jit_step, is_scheduled=true
+
+%all-reduce-scatter (input: f32[4,10]) -> f32[4,8] {
+  %input = f32[4,10]{1,0:T(8,128)} parameter(0)
+  %zero = f32[] constant(0)
+  %pad = f32[4,16]{1,0:T(8,128)} pad(%input, %zero), padding=0_0x0_6
+  %sum = f32[4,16]{1,0:T(8,128)} all-reduce(%pad), channel_id=1, replica_groups={{0,1}}, use_global_device_ids=true
+  %offset = u32[] constant(8)
+  ROOT %part = f32[4,8]{1,0:T(8,128)} dynamic-slice(%sum, %zero, %offset), dynamic_slice_sizes={4,8}
+}
+
+ENTRY %main (x: f32[4,10]) -> f32[4,3] {
+  %x = f32[4,10]{1,0:T(8,128)} parameter(0)
+  %loss = f32[4,10]{1,0:T(8,128)} negate(%x), metadata={op_name="jit(train_step)/jvp(fc8)/neg"}
+  %scattered = f32[4,8]{1,0:T(8,128)} fusion(%loss), kind=kCustom, calls=%all-reduce-scatter
+  %end = f32[4,3]{1,0:T(8,128)} slice(%scattered), slice={[0:4], [5:8]}, backend_config={"flag_configs":[]}
+  ROOT %moved = f32[4,3]{1,0:T(8,128)} collective-permute(%end), channel_id=2, source_target_pairs={{0,1}}
+}
+"""
+UNPADDED = """HloModule jit_step
+
+ENTRY main {
+  x = f32[4,10] parameter(0)
+  ROOT y = f32[4,5] reduce-scatter(x), replica_groups={{0,1}}, use_global_device_ids=true, metadata={op_name="logits/"}
+}
+"""
+
+
+def test_padded_tensors_have_the_layer_of_the_whole_and_their_own_size():
+    assert [row(each) for each in step_collectives(PADDED, UNPADDED, 2)] == [
+        ('collective-permute', 'logits', 'f32', '4x3', 2, 1, 4 * 3 * 4, 'moved', 'moved'),
+        ('reduce-scatter', 'logits', 'f32', '4x8', 2, 1, 4 * 16 * 4 / 2, 'scattered', 'scattered'),
+    ]

@@ -16,7 +16,7 @@ from alexnet_jax.audit import cost_model
 from alexnet_jax.audit.hlo_collectives import HloFormatError
 from alexnet_jax.audit.report_text import as_json, as_text, collectives_table
 from alexnet_jax.audit.step_audit import audit, audit_config
-from alexnet_jax.audit.targets import EXAMPLES, find_compiler, parse_target, set_environment
+from alexnet_jax.audit.targets import EXAMPLES, CompilerError, find_compiler, parse_target, set_environment
 from alexnet_jax.config import ConfigError
 
 
@@ -72,4 +72,4 @@ if __name__ == '__main__':
     flags.DEFINE_float('flops', None, 'Assumed FLOP/s that a device sustains; requires --bandwidth.')
     flags.DEFINE_bool('json', False, 'Print one JSON object.')
     flags.DEFINE_bool('collectives', False, 'Print only the collectives, in the form of the files in tests/golden.')
-    cli.run(main, failures=(HloFormatError,))
+    cli.run(main, failures=(HloFormatError, CompilerError))

@@ -176,7 +176,7 @@ class Program:
         if each.fused:
             return sum(self.flops(inner.name) for inner in each.fused)
         if each.opcode == 'custom-call':
-            return self._library_flops(each)
+            return _library_flops(each, [self.instructions[operand] for operand in each.operands])
         if each.opcode not in ('convolution', 'dot'):
             return 0
         outputs = math.prod(each.tensors[0][1])
@@ -188,24 +188,6 @@ class Program:
         dilation = re.search(r'lhs_dilate=([\dx]+)', each.attributes)  # one in `zeros` products has a nonzero factor
         zeros = math.prod(map(int, dilation[1].split('x'))) if dilation else 1
         return 2 * outputs * math.prod(right) // right[kernel[1].index('o')] // zeros  # type: ignore[index]
-
-    def _library_flops(self, each: Instruction) -> int:
-        """Returns the FLOPs of a call of cuDNN's convolutions or cuBLAS's matrix products; 0 for other calls."""
-        target = re.search(r'custom_call_target="(__cu\w+\$\w+)', each.attributes)
-        if target is None or len(each.operands) < 2:
-            return 0
-        left, right = (self.instructions[operand].tensors[0][1] for operand in each.operands[:2])
-        result = each.tensors[0][1]
-        if 'gemm' in target[1] or 'matmul' in target[1]:
-            return 2 * math.isqrt(math.prod(left) * math.prod(right) * math.prod(result))
-        if 'conv' not in target[1]:
-            return 0
-        # The labels are those of the forward convolution, in which each output is a sum over the rest of the kernel.
-        labels = re.search(r'dim_labels=\w+_(\w+)->', each.attributes)
-        backward_filter, backward_input = 'BackwardFilter' in target[1], 'BackwardInput' in target[1]
-        kernel = result if backward_filter else right
-        outputs = right if backward_filter else left if backward_input else result
-        return 2 * math.prod(outputs) * math.prod(kernel) // kernel[labels[1].index('o')]  # type: ignore[index]
 
     def bytes(self, name: str) -> int:
         """Returns the bytes of the operands and the results by their shapes: the minimum of memory traffic.
@@ -320,3 +302,20 @@ def _instruction(computation: str, name: str, result: str, opcode: str, operands
     else:
         found.operands = _OPERAND.findall(operands)
     return found
+
+
+def _library_flops(each: Instruction, operands: list[Instruction]) -> int:
+    """Returns the FLOPs of a call of cuDNN's convolutions or cuBLAS's matrix products; 0 for other calls."""
+    target = re.search(r'custom_call_target="__(cudnn|cublas)\$(\w+)', each.attributes)
+    if target is None or len(operands) < 2:
+        return 0
+    left, right, result = (part.tensors[0][1] for part in (*operands[:2], each))
+    if target[1] == 'cublas':
+        return 2 * math.isqrt(math.prod(left) * math.prod(right) * math.prod(result))
+    labels = re.search(r'dim_labels=\w+_(\w+)->', each.attributes)
+    if labels is None:
+        return 0
+    # The labels are those of the forward convolution, in which each output is a sum over the rest of its kernel.
+    kernel = result if 'BackwardFilter' in target[2] else right
+    outputs = right if 'BackwardFilter' in target[2] else left if 'BackwardInput' in target[2] else result
+    return 2 * math.prod(outputs) * math.prod(kernel) // kernel[labels[1].index('o')]

@@ -192,10 +192,18 @@ def _named(tensor: Collective, program: Program, wanted: list[Collective], found
         same = [other for other in wanted if (other.kind, other.elements) == (tensor.kind, unpadded)]
     if not same:
         return dataclasses.replace(tensor, layer=tensor.layer or _layer_before(tensor.start, program, found))
-    best = max(same, key=lambda other: (other.layer == tensor.layer, other.shapes == tensor.shapes))
+    keeps_dtype = program.platform != 'cpu'
+    best = max(
+        same,
+        key=lambda other: (
+            keeps_dtype and other.dtype == tensor.dtype,
+            other.layer == tensor.layer,
+            other.shapes == tensor.shapes,
+        ),
+    )
     wanted.remove(best)
     shapes = best.shapes if best.elements == tensor.elements else tensor.shapes
-    dtype = best.dtype if program.platform == 'cpu' else tensor.dtype
+    dtype = tensor.dtype if keeps_dtype else best.dtype
     return dataclasses.replace(tensor, layer=best.layer, shapes=shapes, dtype=dtype)
 
 

@@ -109,8 +109,8 @@ def target_lines(target: TargetReport) -> list[str]:
         layouts = ', '.join(f'{count} {layout}' for layout, count in target['convolutions'].items())
         lines.append(f'cuDNN            {sum(target["convolutions"].values()):>18,}  convolutions: {layouts}')
     lines.append(
-        f'gradient bytes   {gradients["bytes"]:>18,}  in {gradients["number"]} collectives,'
-        f' {gradients["synchronous"]:,} bytes synchronous'
+        f'gradient bytes   {gradients["bytes"]:>18,}  collectives: {gradients["number"]},'
+        f' bytes of the synchronous ones: {gradients["synchronous"]:,}'
     )
     if target['differences']:
         lines += ['', 'differences from the design', *(f'  {each}' for each in target['differences'])]
@@ -118,7 +118,7 @@ def target_lines(target: TargetReport) -> list[str]:
 
 
 def model_lines(target: TargetReport) -> list[str]:
-    """Formats the modeled schedule: the position of each collective, the times, and the dearest instructions."""
+    """Formats the modeled schedule: the position of each collective, the times, and the costliest instructions."""
     roof, hardware = target['roofline'], target['hardware']
     lines = [
         '',
@@ -133,16 +133,16 @@ def model_lines(target: TargetReport) -> list[str]:
         f'{"collective":<18} {"layer":<18}{"MB":>8}{"start":>8}{"end":>8}{"ms":>8}{"exposed":>9}  computed meanwhile',
     ]
     for each in target['overlap']:
-        meanwhile = ', '.join(list(each['behind'])[:3])
-        lines.append(
+        row = (
             f'{each["kind"]:<18} {", ".join(layer or "?" for layer in each["layers"]):<18}'
-            f'{each["bytes"] / 1e6:>8.1f}{each["start"]:>8.1%}'
-            f'{each["done"]:>8.1%}{each["seconds"] * 1e3:>8.3f}{each["exposed_seconds"] * 1e3:>9.3f}  {meanwhile}'
+            f'{each["bytes"] / 1e6:>8.1f}{each["start"]:>8.1%}{each["done"]:>8.1%}'
+            f'{each["seconds"] * 1e3:>8.3f}{each["exposed_seconds"] * 1e3:>9.3f}  {", ".join(list(each["behind"])[:3])}'
         )
+        lines.append(row.rstrip())
     if roof['compiler_cycles']:
         lines.append(f"compiler's estimate: {roof['compiler_cycles']:,} cycles per step, without collectives")
-    lines += ['', f'{"dearest instructions":<42}{"part":<24}{"ms":>8}{"share":>8}{"MB":>10}{"GFLOP":>9}{"times":>7}']
-    for work in roof['dearest']:
+    lines += ['', f'{"costliest instructions":<42}{"part":<24}{"ms":>8}{"share":>8}{"MB":>10}{"GFLOP":>9}{"times":>7}']
+    for work in roof['costliest']:
         part = work['part'] + ' backward' * (work['direction'] == 'backward')
         share = work['seconds'] / roof['compute_seconds']
         lines.append(

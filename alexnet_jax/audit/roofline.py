@@ -102,7 +102,7 @@ class Timeline:
         return self.compute_seconds + self.exposed_seconds
 
     @property
-    def dearest(self) -> list[Work]:
+    def costliest(self) -> list[Work]:
         """The instructions by time, the longest first."""
         return sorted(self.work.values(), key=lambda each: -each.seconds)
 

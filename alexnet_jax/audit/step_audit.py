@@ -11,7 +11,7 @@ from alexnet_jax import shapes
 from alexnet_jax.audit import cost_model, target_report
 from alexnet_jax.audit.hlo_collectives import Collective, step_collectives
 from alexnet_jax.audit.target_report import TargetReport
-from alexnet_jax.audit.targets import Compiler, Target, target_devices
+from alexnet_jax.audit.targets import Compiler, CompilerError, Target, target_devices
 from alexnet_jax.config import UNKNOWN, Config, ConfigError, resolve
 from alexnet_jax.runtime.files import JsonObject
 
@@ -105,14 +105,24 @@ def audit(config: Config, target: Target | None = None, compiler: Compiler | Non
 
     The step is compiled for JAX's CPU devices, of which there must be as many as the mesh has. With `target`, the step
     is compiled by `compiler` for the target as well, see targets.py.
+
+    Raises:
+      ConfigError: the compiler refuses the topology of the target.
+      CompilerError: the compiler refuses the step.
     """
+    import jax
+
     from alexnet_jax import parallel
 
     if target is None or compiler is None:
         return _report(config, parallel.make_mesh(config), {'xla_backend_optimization_level': 0})[0]
     mesh = parallel.make_mesh(config, target_devices(target, compiler))
     started = time.monotonic()
-    report, compiled = _report(config, mesh, None)
+    try:
+        report, compiled = _report(config, mesh, None)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise CompilerError(f'{compiler.package} {compiler.version} for {target.text}: {reason}') from None
     seconds = time.monotonic() - started
     report['target'] = target_report.make(
         config,

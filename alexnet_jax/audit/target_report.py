@@ -16,7 +16,7 @@ from alexnet_jax.config import Config
 if TYPE_CHECKING:
     from alexnet_jax.audit.step_audit import AuditReport
 
-DEAREST = 5  # instructions in the report
+COSTLIEST = 5  # instructions in the report
 REPEATED = 0.05  # share of the bytes accessed from which on a copy in a loop is reported
 
 
@@ -42,7 +42,7 @@ class TargetReport(TypedDict):
         seconds, and the parts of the step in between.
       gradient_bytes_behind_compute: Share of the gradient bytes that are sent while the device computes.
       roofline: Seconds of `compute`, `communication`, `exposed` communication and the `step`, `images_per_second` on
-        all devices, the `dearest` instructions (see roofline.Work), and the `compiler_cycles`, the sum of the cycles
+        all devices, the `costliest` instructions (see roofline.Work), and the `compiler_cycles`, the sum of the cycles
         that the compiler for TPUs estimates (0 for GPUs).
       hardware: The data sheet, see targets.Hardware.
     """
@@ -205,7 +205,7 @@ def _roofline(line: Timeline, config: Config) -> dict[str, Any]:
         'step_seconds': line.step_seconds,
         'images_per_second': config.train.batch_size / line.step_seconds,
         'flops': sum(each.flops * each.executions for each in line.work.values()),
-        'dearest': [dataclasses.asdict(each) for each in line.dearest[:DEAREST]],
+        'costliest': [dataclasses.asdict(each) for each in line.costliest[:COSTLIEST]],
         'compiler_cycles': sum(each.cycles * each.executions for each in line.work.values()),
     }
 
@@ -239,9 +239,15 @@ def differences(
 def repeated_copies(program: Program, line: Timeline) -> list[str]:
     """Returns one sentence for each copy in a loop that moves the share REPEATED of all bytes, or more."""
     total = sum(work.bytes * work.executions for work in line.work.values())
+    cycles = sum(work.cycles * work.executions for work in line.work.values())
     return [
         f'{work.name}, in a loop, copies {work.bytes:,} bytes {work.executions:,} times per step'
-        for work in line.dearest
+        + (
+            f', {work.cycles * work.executions / cycles:.0%} of the cycles that the compiler estimates'
+            if cycles
+            else ''
+        )
+        for work in line.costliest
         if work.executions > 1
         and work.bytes * work.executions >= REPEATED * total
         and program.instructions[work.name].opcode in ('copy', 'transpose')
@@ -257,7 +263,7 @@ def _layer_differences(layer: str, wanted: Sequence[Collective], has: Sequence[C
     lost = [kind for kind, (before, after) in sums.items() if before and not after]
     name = layer or 'no layer'
     if lost or added:
-        total = round(sum(each.bytes for each in has) - sum(each.bytes for each in wanted))
+        total = round(sum(sums[kind][1] - sums[kind][0] for kind in (*lost, *added)))
         what = (
             f'{" and ".join(lost)} became {" and ".join(added)}'
             if lost and added

@@ -2,7 +2,7 @@
 
 libtpu compiles for TPUs, jax-cuda12-pjrt or jax-cuda13-pjrt for GPUs. The compilers need a description of the hardware,
 not the hardware. This module parses a target, finds its compiler and returns the target's devices, for which JAX can
-compile but not execute.
+compile but not execute. `python -m alexnet_jax.audit.targets` prints the compilers that fit the installed jax, for pip.
 """
 
 import dataclasses
@@ -18,6 +18,10 @@ from alexnet_jax.config import ConfigError
 
 GPUS_PER_HOST = 8
 EXAMPLES = 'v5e:4x4, v5p:2x2x2, v6e:2x4, h100:8 or h200:64'
+
+
+class CompilerError(RuntimeError):
+    """The compiler of an accelerator refuses the training step, for example because its memory does not suffice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +251,12 @@ def find_compiler(target: Target, folder: str | None = None) -> Compiler:
     )
 
 
+def requirements() -> list[str]:
+    """Returns the requirement of pip for one compiler of each platform, for the installed jax."""
+    packages = [next(iter(libraries)) for libraries in _LIBRARIES.values()]
+    return [f'{package}=={_wanted_version(package)}' for package in packages]
+
+
 def _wanted_version(package: str) -> str:
     """Returns the version of a compiler that the installed jax requires, such as '0.10.2' or '0.0.42.*'."""
     if package != 'libtpu':
@@ -278,7 +288,6 @@ def set_environment(target: Target, compiler: Compiler) -> None:
     """
     os.environ['JAX_PLATFORMS'] = 'cpu'
     os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1')
     logging.getLogger('jax_plugins').setLevel(logging.ERROR)
     if target.platform == 'tpu':
         os.environ['TPU_LIBRARY_PATH'] = compiler.library
@@ -288,6 +297,11 @@ def set_environment(target: Target, compiler: Compiler) -> None:
         os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-8')
     elif not compiler.is_importable:  # otherwise JAX finds and registers the plugin by itself
         os.environ['PJRT_NAMES_AND_LIBRARY_PATHS'] = f'cuda:{compiler.library}'
+
+
+def gpu_config(kind: str) -> str:
+    """Returns the description of a GPU for its compiler, the text of XLA's GpuTargetConfigProto."""
+    return _GPU_CONFIG.format(memory=HARDWARE[kind].memory, **_GPUS[kind])
 
 
 def target_devices(target: Target, compiler: Compiler) -> Sequence[Any]:
@@ -302,8 +316,9 @@ def target_devices(target: Target, compiler: Compiler) -> Sequence[Any]:
         if target.platform == 'tpu':
             description = topologies.get_topology_desc(target.topology, 'tpu', **_TPUS[target.kind][2])
         else:
-            config = _GPU_CONFIG.format(memory=target.hardware.memory, **_GPUS[target.kind])
-            description = topologies.get_topology_desc('', 'cuda', target_config=config, topology=target.topology)
+            description = topologies.get_topology_desc(
+                '', 'cuda', target_config=gpu_config(target.kind), topology=target.topology
+            )
     except (jax.errors.JaxRuntimeError, IndexError, NotImplementedError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
@@ -315,3 +330,7 @@ def target_devices(target: Target, compiler: Compiler) -> Sequence[Any]:
             f' this topology, not {target.devices}'
         )
     return description.devices
+
+
+if __name__ == '__main__':
+    print(*requirements())
