@@ -102,6 +102,18 @@ def test_compiler_is_found_on_the_path_of_python(tmp_path, monkeypatch):
     assert (found.package, found.version, found.is_importable) == ('libtpu', '9.0.0', True)
 
 
+def test_compiler_that_jax_would_load_comes_first(tmp_path, monkeypatch):
+    both = [
+        install(
+            tmp_path / str(cuda), f'jax-cuda{cuda}-pjrt', jaxlib(), f'jax_plugins/xla_cuda{cuda}/xla_cuda_plugin.so'
+        )
+        for cuda in (12, 13)
+    ]
+    monkeypatch.syspath_prepend(both[1])
+    found = targets.find_compiler(targets.parse_target('h100:8'), both[0])
+    assert (found.package, found.is_importable) == ('jax-cuda13-pjrt', True)
+
+
 @pytest.mark.parametrize(
     ('target', 'package', 'version', 'library'),
     [
@@ -128,7 +140,10 @@ def test_requirements_are_those_of_jax():
     ('arguments', 'pattern'),
     [
         ('--target=v9:2x2', "--target: 'v9:2x2' .*known"),
-        ('--target=h100:8 --compilers={empty}', '--target=h100:8: .*not in {empty}; pip install .*jax-cuda12-pjrt=='),
+        (
+            '--target=h100:8 --compilers={empty}',
+            '--target=h100:8: its compiler, .*not in {empty}; pip install .*jax-cuda12-pjrt==',
+        ),
         ('--target=v5e:2x4 --compilers={empty}/none', "--compilers: '{empty}/none' is not a folder; pip .*libtpu=="),
         ('--compilers={empty}', '--compilers: requires --target'),
     ],
