@@ -11,6 +11,8 @@ in Markdown, of what the file has.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import re
 import subprocess
@@ -47,17 +49,12 @@ def case_config(target: targets.Target, preset: str, layout: str, dtype: str) ->
 def case_names(only: str) -> list[str]:
     """Returns 'TARGET/PRESET/LAYOUT/DTYPE' of all cases that exist and match the pattern."""
     names = []
-    for target in TARGETS:
-        for preset in PRESETS:
-            for layout in MODEL:
-                for dtype in DTYPES:
-                    name = f'{target}/{preset}/{layout}/{dtype}'
-                    try:
-                        case_config(targets.parse_target(target), preset, layout, dtype)
-                    except ConfigError:
-                        continue
-                    if re.search(only, name):
-                        names.append(name)
+    for target, *rest in itertools.product(TARGETS, PRESETS, MODEL, DTYPES):
+        name = '/'.join([target, *rest])
+        if re.search(only, name):
+            with contextlib.suppress(ConfigError):
+                case_config(targets.parse_target(target), *rest)
+                names.append(name)
     return names
 
 

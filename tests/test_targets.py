@@ -17,6 +17,7 @@ from alexnet_jax.audit import report_text, roofline, step_audit, target_report, 
 from alexnet_jax.audit.hlo import Program
 from alexnet_jax.audit.hlo_collectives import Collective, step_collectives
 from alexnet_jax.config import ConfigError
+from docs import audit_targets
 
 COMMAND = ['-m', 'alexnet_jax.audit', '--config=configs/imagenet.py']
 
@@ -101,6 +102,18 @@ def test_compiler_is_found_on_the_path_of_python(tmp_path, monkeypatch):
     assert (found.package, found.version, found.is_importable) == ('libtpu', '9.0.0', True)
 
 
+def test_compiler_that_jax_would_load_comes_first(tmp_path, monkeypatch):
+    both = [
+        install(
+            tmp_path / str(cuda), f'jax-cuda{cuda}-pjrt', jaxlib(), f'jax_plugins/xla_cuda{cuda}/xla_cuda_plugin.so'
+        )
+        for cuda in (12, 13)
+    ]
+    monkeypatch.syspath_prepend(both[1])
+    found = targets.find_compiler(targets.parse_target('h100:8'), both[0])
+    assert (found.package, found.is_importable) == ('jax-cuda13-pjrt', True)
+
+
 @pytest.mark.parametrize(
     ('target', 'package', 'version', 'library'),
     [
@@ -127,7 +140,10 @@ def test_requirements_are_those_of_jax():
     ('arguments', 'pattern'),
     [
         ('--target=v9:2x2', "--target: 'v9:2x2' .*known"),
-        ('--target=h100:8 --compilers={empty}', '--target=h100:8: .*not in {empty}; pip install .*jax-cuda12-pjrt=='),
+        (
+            '--target=h100:8 --compilers={empty}',
+            '--target=h100:8: its compiler, .*not in {empty}; pip install .*jax-cuda12-pjrt==',
+        ),
         ('--target=v5e:2x4 --compilers={empty}/none', "--compilers: '{empty}/none' is not a folder; pip .*libtpu=="),
         ('--compilers={empty}', '--compilers: requires --target'),
     ],
@@ -496,3 +512,32 @@ def test_report_in_json(report):
     assert part['hardware']['bandwidth'] == 3.352e12
     assert part['kernels']['launches'] > part['kernels']['number']
     assert len(part['roofline']['costliest']) == 5
+
+
+def test_table_of_all_presets_resumes(tmp_path, monkeypatch, capsys):
+    names = audit_targets.case_names('^h100:8/(paper|torchvision|cifar10_11pct)/.*/float32')
+    assert [name.split('/')[1:3] for name in names] == [
+        ['paper', 'data'],
+        ['paper', 'towers'],
+        ['paper', 'hybrid'],
+        ['torchvision', 'data'],
+        ['torchvision', 'hybrid'],
+        ['cifar10_11pct', 'data'],
+    ]
+    log = tmp_path / 'targets.jsonl'
+    monkeypatch.setattr(audit_targets, 'LOG', log)
+    log.write_text(f'{{"case": "{names[0]}"}}\n{{"case": "{names[1]}", "error": "killed"}}\n')
+    audit_targets.run_cases(names[:2], str(tmp_path))  # no compilers
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line['case'] for line in lines] == [names[0], names[1], names[1]]
+    assert re.match('--target=h100:8: .* is not in .*; pip install', lines[2]['error'])
+    assert f'2 cases, 1 of them in {log}' in capsys.readouterr().out
+
+
+def test_row_of_the_table(report):
+    row = audit_targets.table_row({'case': 'h100:8/paper/towers/float32', **report})
+    assert re.fullmatch(
+        r'\| `paper` \| `towers` \| float32 \| 0.0 \(2.000\) \| \d+% \| 90,000 \(does not fit\) \| 0.04'
+        r' \| 0.01 \+ 0.00 \| [\d,]+ \| \d+% \|',
+        row,
+    )

@@ -218,35 +218,31 @@ def parse_target(text: str) -> Target:
 
 
 def find_compiler(target: Target, folder: str | None = None) -> Compiler:
-    """Returns the installed compiler for `target`, from `folder` or, by default, from Python's path.
+    """Returns the installed compiler for `target`: that on Python's path, which JAX would load, or that in `folder`.
 
     `folder` is one into which `pip install --no-deps --target=FOLDER` installed the compiler.
 
     Raises ConfigError: no compiler is installed, or its version does not fit the installed jax.
     """
     wanted = {package: _wanted_version(package) for package in _LIBRARIES[target.platform]}
-    first = next(iter(wanted))
-    install = (
-        f'pip install --no-deps --target=compilers "{first}=={wanted[first]}" and add --compilers=compilers'
-        f' to the command'
-    )
+    package = next(iter(wanted))
+    install = f'pip install --no-deps --target=compilers "{package}=={wanted[package]}" and add --compilers=compilers'
     if folder is not None and not os.path.isdir(folder):
         raise ConfigError(f'--compilers: {folder!r} is not a folder; {install}')
-    for package, library in _LIBRARIES[target.platform].items():
-        found = importlib.metadata.distributions(name=package, path=[folder] if folder else sys.path)
-        for distribution in found:
-            path = os.path.abspath(str(distribution.locate_file(library)))
-            if not os.path.isfile(path):
-                continue
-            if not _fits(package, distribution.version, wanted[package]):
-                raise ConfigError(
-                    f'--target={target.text}: {package} {distribution.version} in'
-                    f' {os.path.abspath(str(distribution.locate_file("")))} does not fit'
-                    f' jax {importlib.metadata.version("jax")}; {install}'
-                )
-            return Compiler(package, distribution.version, path, folder is None)
+    for places in (sys.path, [folder] if folder else []):
+        for package, library in _LIBRARIES[target.platform].items():
+            for found in importlib.metadata.distributions(name=package, path=places):
+                path = os.path.abspath(str(found.locate_file(library)))
+                if not os.path.isfile(path):
+                    continue
+                if not _fits(package, found.version, wanted[package]):
+                    raise ConfigError(
+                        f'--target={target.text}: {package} {found.version} in {path.removesuffix(library)} does not'
+                        f' fit jax {importlib.metadata.version("jax")}; {install}'
+                    )
+                return Compiler(package, found.version, path, places is sys.path)
     raise ConfigError(
-        f'--target={target.text}: {" or ".join(wanted)}, the compiler, is not'
+        f'--target={target.text}: its compiler, {" or ".join(wanted)}, is not'
         f' {f"in {folder}" if folder else "installed"}; {install}'
     )
 
