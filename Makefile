@@ -2,6 +2,8 @@
 # make check: format, lint, types, import direction.      make wheel: build the package and test it on its own.
 # make lock: update requirements*.txt from the ranges in pyproject.toml.      make bench: all benchmarks.
 # make chaos: kill runs, corrupt files and fill disks at random; SEEDS=0,1,2 names the random numbers.
+# make gpu, make tpu: on a lent accelerator, what should be known first, in MINUTES=10; needs no network and makes no
+# environment: PYTHON=python3 must have jax with the accelerator. PLATFORM=cpu rehearses it. See docs/accelerators.md.
 # make slurm, make chromium: the Debian packages that tests/test_slurm.py and tests/test_page.py need (as root).
 #
 # PYTHON=/path/to/python names the interpreter of a new environment, VENV=folder another environment.
@@ -17,7 +19,7 @@ CANDIDATES := $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python
 USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 VERSION := import platform; print(platform.python_version())
 
-ifneq ($(and $(PYTHON),$(wildcard $(RUN))),)
+ifneq ($(and $(PYTHON),$(wildcard $(RUN)),$(filter-out gpu tpu,$(or $(MAKECMDGOALS),demo))),)
   asked := $(shell "$(PYTHON)" -c '$(VERSION)' 2> /dev/null)
   there := $(shell $(RUN) -c '$(VERSION)' 2> /dev/null)
   ifneq ($(asked),$(there))
@@ -26,7 +28,7 @@ ifneq ($(and $(PYTHON),$(wildcard $(RUN))),)
   endif
 endif
 
-.PHONY: demo test test-fast chaos check format lock wheel bench slurm chromium
+.PHONY: demo test test-fast chaos check format lock wheel bench gpu tpu slurm chromium
 
 demo: $(VENV)/runtime.installed
 	$(RUN) launch.py --config=configs/quickstart.py
@@ -70,6 +72,9 @@ wheel: $(VENV)/dev.installed
 
 bench: $(VENV)/bench.installed
 	$(RUN) benchmarks/table.py
+
+gpu tpu:
+	"$(or $(PYTHON),python3)" benchmarks/accelerator.py --platform=$(or $(PLATFORM),$@) --minutes=$(or $(MINUTES),10)
 
 slurm chromium: export DEBIAN_FRONTEND = noninteractive
 slurm:
