@@ -8,7 +8,7 @@ import tarfile
 import time
 
 import pytest
-from helpers import ROOT, read_json, run_command
+from helpers import ROOT, read_json, run_command, wait_for
 
 from benchmarks import accelerator, accelerator_summary
 from benchmarks.accelerator import Part
@@ -37,6 +37,12 @@ def test_failed_part_keeps_what_it_measured(run):
     assert (result['status'], result['rows'], result['note']) == ('failed', [{'a': 1}], 'exit code 1: no memory')
 
 
+def has_ended(pid: int) -> bool:
+    """Returns whether the process has ended, even if nobody waits for it."""
+    state = subprocess.run(['ps', '-o', 'stat=', '-p', str(pid)], capture_output=True, text=True).stdout
+    return state.strip()[:1] in ('', 'Z')
+
+
 def test_hanging_part_is_killed_with_its_children(run, tmp_path):
     child = 'import time; time.sleep(99)'
     code = f"""
@@ -50,10 +56,7 @@ child.wait()
         result = run(code, left, limit)
         assert time.monotonic() - begin < 30
         assert (result['status'], result['note']) == ('timeout', 'killed after 2 s')
-        state = subprocess.run(
-            ['ps', '-o', 'stat=', '-p', str(result['rows'][0]['pid'])], capture_output=True, text=True
-        )
-        assert state.stdout.strip()[:1] in ('', 'Z')
+        wait_for(lambda pid=result['rows'][0]['pid']: has_ended(pid))
 
 
 def test_part_that_does_not_fit_is_not_run(run, tmp_path):
