@@ -44,7 +44,7 @@ def has_ended(pid: int) -> bool:
 
 
 def test_hanging_part_is_killed_with_its_children(run, tmp_path):
-    child = 'import time; time.sleep(99)'
+    child = 'import time; time.sleep(999)'
     code = f"""
 import subprocess, sys
 child = subprocess.Popen([sys.executable, '-c', {child!r}])
@@ -56,7 +56,7 @@ child.wait()
         result = run(code, left, limit)
         assert time.monotonic() - begin < 30
         assert (result['status'], result['note']) == ('timeout', 'killed after 2 s')
-        wait_for(lambda pid=result['rows'][0]['pid']: has_ended(pid))
+        wait_for(lambda pid=result['rows'][0]['pid']: has_ended(pid), 10)
 
 
 def test_part_that_does_not_fit_is_not_run(run, tmp_path):
