@@ -4,6 +4,8 @@
 # make audit-targets: compile a small network by the compilers of accelerators and compare its collectives with those in
 # tests/golden; make golden-targets: renew these files.
 # make chaos: kill runs, corrupt files and fill disks at random; SEEDS=0,1,2 names the random numbers.
+# make gpu, make tpu: on a lent accelerator, what should be known first, in MINUTES=10; needs no network and makes no
+# environment: PYTHON=python3 must have jax with the accelerator. PLATFORM=cpu rehearses it. See docs/accelerators.md.
 # make slurm, make chromium: the Debian packages that tests/test_slurm.py and tests/test_page.py need (as root).
 #
 # PYTHON=/path/to/python names the interpreter of a new environment, VENV=folder another environment.
@@ -19,7 +21,7 @@ CANDIDATES := $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python
 USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 VERSION := import platform; print(platform.python_version())
 
-ifneq ($(and $(PYTHON),$(wildcard $(RUN))),)
+ifneq ($(and $(PYTHON),$(wildcard $(RUN)),$(filter-out gpu tpu,$(or $(MAKECMDGOALS),demo))),)
   asked := $(shell "$(PYTHON)" -c '$(VERSION)' 2> /dev/null)
   there := $(shell $(RUN) -c '$(VERSION)' 2> /dev/null)
   ifneq ($(asked),$(there))
@@ -28,7 +30,8 @@ ifneq ($(and $(PYTHON),$(wildcard $(RUN))),)
   endif
 endif
 
-.PHONY: demo test test-fast chaos check format lock wheel bench slurm chromium compilers audit-targets golden-targets
+.PHONY: demo test test-fast chaos check format lock wheel bench gpu tpu slurm chromium
+.PHONY: compilers audit-targets golden-targets
 
 demo: $(VENV)/runtime.installed
 	$(RUN) launch.py --config=configs/quickstart.py
@@ -91,6 +94,8 @@ golden-targets: compilers
 	  $(AUDIT) --target=$$target > $(VENV)/target.txt || exit 1; \
 	  cp $(VENV)/target.txt tests/golden/target_$$(echo $$target | tr : _).txt; \
 	done
+gpu tpu:
+	"$(or $(PYTHON),python3)" benchmarks/accelerator.py --platform=$(or $(PLATFORM),$@) --minutes=$(or $(MINUTES),10)
 
 slurm chromium: export DEBIAN_FRONTEND = noninteractive
 slurm:

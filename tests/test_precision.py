@@ -135,6 +135,22 @@ def test_default_leaves_the_choice_to_the_variable_of_jax():
         assert {level for _, level in precisions(lowered('predict', config_with('float32')))} == {'HIGHEST'}
 
 
+def test_cpu_computes_the_same_bits_with_every_precision():
+    logits = []
+    for precision in LEVELS:
+        graph, init = build_model(config_with(precision))
+        params, means = jax.jit(init)(jax.random.key(0))
+        images = np.random.default_rng(0).normal(0, 60, (4, 64, 64, 3)).astype(np.float32)
+        logits.append(
+            jax.jit(lambda params, means, images, graph=graph: nnx.merge(graph, params, means)(images))(
+                params, means, images
+            )
+        )
+    assert np.ptp(logits[0]) > 0
+    np.testing.assert_array_equal(logits[0], logits[1])
+    np.testing.assert_array_equal(logits[0], logits[2])
+
+
 def test_bfloat16_has_no_operands_to_round():
     message = refusal(config_with, 'float32', model={'dtype': 'bfloat16'})
     assert message == (
