@@ -69,7 +69,7 @@ def as_text(report: AuditReport) -> str:
         '',
         'per step and device',
         f'bytes sent       {wire:>18,}'
-        + (f'  {wire / least:.4f} of the lower bound of this layout, {least:,}' * (least > 0)),
+        + (f'  {wire / least:.4f} of the lower bound of this layout, {least:,}' if least else ''),
         f'FLOPs            {report["flops_per_device"]:>18,}  convolutions and matrix products, padding included',
     ]
     if report['compiler_flops_per_device'] is not None:
