@@ -3,7 +3,7 @@
 # make lock: update requirements*.txt from the ranges in pyproject.toml.      make bench: all benchmarks.
 # make chaos: kill runs, corrupt files and fill disks at random; SEEDS=0,1,2 names the random numbers.
 # make gpu, make tpu: on a lent accelerator, what should be known first, in MINUTES=10; needs no network and makes no
-# environment: PYTHON=python3 must have jax with the accelerator. PLATFORM=cpu rehearses it. See docs/accelerators.md.
+# environment: PYTHON=python3 must have jax with the accelerator. OUTPUT=folder gets the results, PLATFORM=cpu rehearses.
 # make slurm, make chromium: the Debian packages that tests/test_slurm.py and tests/test_page.py need (as root).
 #
 # PYTHON=/path/to/python names the interpreter of a new environment, VENV=folder another environment.
@@ -74,7 +74,8 @@ bench: $(VENV)/bench.installed
 	$(RUN) benchmarks/table.py
 
 gpu tpu:
-	"$(or $(PYTHON),python3)" benchmarks/accelerator.py --platform=$(or $(PLATFORM),$@) --minutes=$(or $(MINUTES),10)
+	"$(or $(PYTHON),python3)" benchmarks/accelerator.py --platform=$(or $(PLATFORM),$@) --minutes=$(or $(MINUTES),10) \
+	  --output=$(or $(OUTPUT),.)
 
 slurm chromium: export DEBIAN_FRONTEND = noninteractive
 slurm:
