@@ -112,7 +112,7 @@ def test_summary_of_hand_numbers():
         '| float32 | default | 128 | train | 900 | 450 | 2.00 | 0.25 |',
         '| float32 | default | 128 | forward | 2,700 | absent |  | 0.50 |',
         '80 images/s, 25.0% of the time waiting for input, last loss 2.500.',
-        '| images/s | 40,000 | 20,000 | 0.50 |',
+        '| images/s of a device | 40,000 | 20,000 | 0.50 |',
         '| bytes of a device | 1,300 MB | 1,200 MB |  |',
     ):
         assert line in page.splitlines(), page
