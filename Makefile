@@ -5,7 +5,7 @@
 # tests/golden; make golden-targets: renew these files.
 # make chaos: kill runs, corrupt files and fill disks at random; SEEDS=0,1,2 names the random numbers.
 # make gpu, make tpu: on a lent accelerator, what should be known first, in MINUTES=10; needs no network and makes no
-# environment: PYTHON=python3 must have jax with the accelerator. PLATFORM=cpu rehearses it. See docs/accelerators.md.
+# environment: PYTHON=python3 must have jax with the accelerator. OUTPUT=folder gets the results, PLATFORM=cpu rehearses.
 # make slurm, make chromium: the Debian packages that tests/test_slurm.py and tests/test_page.py need (as root).
 #
 # PYTHON=/path/to/python names the interpreter of a new environment, VENV=folder another environment.
@@ -95,7 +95,8 @@ golden-targets: compilers
 	  cp $(VENV)/target.txt tests/golden/target_$$(echo $$target | tr : _).txt; \
 	done
 gpu tpu:
-	"$(or $(PYTHON),python3)" benchmarks/accelerator.py --platform=$(or $(PLATFORM),$@) --minutes=$(or $(MINUTES),10)
+	"$(or $(PYTHON),python3)" benchmarks/accelerator.py --platform=$(or $(PLATFORM),$@) --minutes=$(or $(MINUTES),10) \
+	  --output=$(or $(OUTPUT),.)
 
 slurm chromium: export DEBIAN_FRONTEND = noninteractive
 slurm:

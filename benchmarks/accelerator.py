@@ -267,7 +267,6 @@ def keep(scratch: str, folder: str) -> None:
 def run_all(arguments: argparse.Namespace, device: dict[str, Any], folder: str) -> list[dict[str, Any]]:
     """Runs the parts and writes their results after each; returns the results. Ctrl-C or SIGTERM end the rest."""
     begin, results, stopped = time.monotonic(), [], False
-    os.makedirs(os.path.join(folder, 'logs'))
     about = {'device': device, 'date': datetime.date.today().isoformat(), 'minutes': arguments.minutes}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix='accelerator-') as scratch:
@@ -311,6 +310,11 @@ def main() -> int:
     card = re.sub(r'[^a-z0-9]+', '-', device['kind'].lower()).strip('-')
     name = f'accelerator-{card}-{datetime.datetime.now():%Y-%m-%d-%H%M%S}'
     folder = os.path.join(os.path.abspath(arguments.output), name)
+    try:
+        os.makedirs(os.path.join(folder, 'logs'))
+    except OSError as error:
+        print(f'accelerator: --output: {folder} cannot be made ({error.strerror})', file=sys.stderr)
+        return 2
     print(
         f'{device["count"]} x {device["kind"]}, jax {device["jax"]}; {arguments.minutes:g} minutes; {folder}',
         flush=True,

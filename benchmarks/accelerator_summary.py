@@ -106,7 +106,10 @@ def training(metrics: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def audit(rows: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -> list[str]:
-    """Returns the modeled speed of a device beside the measured one, for float32 and 128 images."""
+    """Returns the modeled speed and memory of a device beside the measured ones, for float32 and 128 images.
+
+    A slice of several TPUs is modeled with its collectives, and the step is measured on one device.
+    """
     found = [row['target'] for row in rows if isinstance(row.get('target'), dict)]
     fastest = [
         row for row in measured if (row['dtype'], row['precision'], row['batch_size']) == ('float32', 'default', 128)
@@ -116,9 +119,9 @@ def audit(rows: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) ->
     modeled = found[0]['roofline']['images_per_second'] / found[0]['devices']
     speed, memory = fastest[0]['images_per_second'], found[0]['memory']
     return table(
-        ('', 'modeled', 'measured', 'measured / modeled'),
+        ('', f'modeled, of {found[0]["devices"]} devices', 'measured, of 1 device', 'measured / modeled'),
         [
-            ('images/s', f'{modeled:,.0f}', f'{speed:,.0f}', f'{speed / modeled:.2f}'),
+            ('images/s of a device', f'{modeled:,.0f}', f'{speed:,.0f}', f'{speed / modeled:.2f}'),
             (
                 'bytes of a device',
                 megabytes(memory['total']),
