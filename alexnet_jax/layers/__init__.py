@@ -8,14 +8,16 @@ An operation has up to three implementations, whose results differ only in round
   'auto'             the implementation in PLATFORMS for platform() at the time of tracing.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from jaxtyping import Array, Float
 
 from alexnet_jax.layers import cpu, custom_gradient, reference
 from alexnet_jax.layers.cpu import materialize
-from alexnet_jax.layers.platforms import for_platform, platform
 from alexnet_jax.layers.reference import Padding
 
 __all__ = [
@@ -50,6 +52,23 @@ PLATFORMS = {
     'locally_connected':   {'cpu': 'reference',       'gpu': 'reference',       'tpu': 'reference'},
 }
 # fmt: on
+
+_traced_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar('traced_platform', default=None)
+
+
+def platform() -> str:
+    """Returns the platform of the program that is traced: that of for_platform(), or else jax.default_backend()."""
+    return _traced_platform.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def for_platform(name: str) -> Iterator[None]:
+    """Within the context, layers are traced for the platform `name` ('cpu', 'gpu', 'tpu'), for any backend of JAX."""
+    token = _traced_platform.set(name)
+    try:
+        yield
+    finally:
+        _traced_platform.reset(token)
 
 
 def _function(operation: str, implementation: str) -> Callable[..., Any]:

@@ -3,7 +3,6 @@
 The values are those of reference.py; alexnet_jax.layers documents arguments and shapes.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial, reduce
 
@@ -11,8 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped
-
-from alexnet_jax.layers.platforms import platform
 
 
 def compute_after(x: Float[Array, '*dims'], other: Float[Array, '...']) -> Float[Array, '*dims']:
@@ -65,12 +62,6 @@ _response_norm.defvjp(_response_norm_forward, _response_norm_backward)
 
 def _window_sum(x: jax.Array, window: tuple[int, ...]) -> jax.Array:
     padding = [(size // 2, size // 2) for size in window]
-    if platform() == 'gpu' and max(window) == math.prod(window):
-        # XLA for GPUs fuses these slices with the operations around them; in jaxlib 0.12, it does not fuse window sums.
-        axis, size = window.index(max(window)), max(window)
-        padded = lax.pad(x, jnp.zeros((), x.dtype), [(*around, 0) for around in padding])
-        parts = (lax.slice_in_dim(padded, start, start + x.shape[axis], axis=axis) for start in range(size))
-        return reduce(jnp.add, parts)
     return lax.reduce_window(x, 0.0, lax.add, window, (1,) * x.ndim, padding)
 
 
