@@ -311,9 +311,11 @@ def jit_shard_map(
     With more than one device, JAX checks (`check_vma`) that outputs declared as replicated are replicated.
     """
 
+    platform = mesh.devices.flat[0].platform
+
     @functools.wraps(function)
     def traced(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with for_platform(mesh.devices.flat[0].platform):
+        with for_platform(platform):
             return function(*args, **kwargs)
 
     return jax.jit(
@@ -321,17 +323,23 @@ def jit_shard_map(
         in_shardings=shardings(mesh, in_specs),
         out_shardings=shardings(mesh, out_specs),
         donate_argnums=donate_argnums,
-        compiler_options=_compiler_options(mesh),
+        compiler_options=compiler_options(platform, mesh.size),
     )
 
 
-def _compiler_options(mesh: Mesh) -> dict[str, str | bool]:
-    """Returns the XLA options that differ from the defaults; docs/devices.md gives the reasons."""
-    platform = mesh.devices.flat[0].platform
+def compiler_options(platform: str, devices: int) -> dict[str, str | int]:
+    """Returns the XLA options of a program for `devices` devices of `platform` that differ from XLA's defaults.
+
+    docs/devices.md gives the reasons. An unknown option is an error when the program is compiled.
+    """
     if platform == 'cpu':
         return {'xla_disable_hlo_passes': 'cse_barrier_expander'}  # keeps lax.optimization_barrier()
-    if platform == 'gpu' and mesh.size > 1:
-        return {'xla_gpu_enable_latency_hiding_scheduler': True}
+    if platform == 'gpu' and devices > 1:
+        return {
+            'xla_gpu_experimental_parallel_collective_overlap_limit': 4,
+            'xla_gpu_all_reduce_combine_threshold_bytes': 4 * 2**20,
+            'xla_gpu_reduce_scatter_combine_threshold_bytes': 4 * 2**20,
+        }
     return {}
 
 
