@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, PyTree, Shaped, UInt32
 
 from alexnet_jax.config import Config, ConfigError, MeshConfig, check_mesh
-from alexnet_jax.layers import for_platform
+from alexnet_jax.layers import for_platform, platform
 
 Spec = PartitionSpec
 
@@ -97,7 +97,11 @@ def redistribute_features(
     """
     with jax.named_scope(layer):
         if x.shape[-1] < features:
-            return lax.all_gather(x, 'model', axis=x.ndim - 1, tiled=True)
+            # Between a gather of the last dimension and other operations, GPUs transpose the maps; TPUs replace its
+            # transpose by an all-reduce in bfloat16. A CPU takes longer for the concatenation.
+            if platform() == 'cpu':
+                return lax.all_gather(x, 'model', axis=x.ndim - 1, tiled=True)
+            return jnp.concatenate([*lax.all_gather(x, 'model')], -1)
         if x.shape[-1] > features:
             return lax.all_to_all(x, 'model', split_axis=1, concat_axis=0, tiled=True)
         return x
@@ -304,18 +308,19 @@ def jit_shard_map(
     in_specs: PyTree[Spec],
     out_specs: PyTree[Spec],
     donate_argnums: tuple[int, ...] = (),
+    only_all_reduces: bool = False,
 ) -> JittedFunction[Arguments, Result]:
     """Returns `function` as a shard_map on `mesh` in jax.jit (formerly pjit), with the shardings of the specs.
 
     The layers are traced for the platform of the mesh, which need not be that of this process (see audit/targets.py).
     With more than one device, JAX checks (`check_vma`) that outputs declared as replicated are replicated.
+    `only_all_reduces`: see compiler_options().
     """
-
-    platform = mesh.devices.flat[0].platform
+    mesh_platform = mesh.devices.flat[0].platform
 
     @functools.wraps(function)
     def traced(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with for_platform(platform):
+        with for_platform(mesh_platform):
             return function(*args, **kwargs)
 
     return jax.jit(
@@ -323,14 +328,19 @@ def jit_shard_map(
         in_shardings=shardings(mesh, in_specs),
         out_shardings=shardings(mesh, out_specs),
         donate_argnums=donate_argnums,
-        compiler_options=compiler_options(platform, mesh.size),
+        compiler_options=compiler_options(mesh_platform, mesh.size, only_all_reduces),
     )
 
 
-def compiler_options(platform: str, devices: int) -> dict[str, str | int]:
-    """Returns the XLA options of a program for `devices` devices of `platform` that differ from XLA's defaults.
+def compiler_options(platform: str, devices: int, only_all_reduces: bool) -> dict[str, str | int | bool]:
+    """Returns the XLA options of a program that differ from XLA's defaults; docs/devices.md gives the reasons.
 
-    docs/devices.md gives the reasons. An unknown option is an error when the program is compiled.
+    An unknown option is an error when the program is compiled.
+
+    Args:
+      platform: platform of the devices, see layers.platform().
+      devices: number of devices of the program.
+      only_all_reduces: whether all collectives of the program are all-reduces.
     """
     if platform == 'cpu':
         return {'xla_disable_hlo_passes': 'cse_barrier_expander'}  # keeps lax.optimization_barrier()
@@ -339,6 +349,7 @@ def compiler_options(platform: str, devices: int) -> dict[str, str | int]:
             'xla_gpu_experimental_parallel_collective_overlap_limit': 4,
             'xla_gpu_all_reduce_combine_threshold_bytes': 4 * 2**20,
             'xla_gpu_reduce_scatter_combine_threshold_bytes': 4 * 2**20,
+            'xla_gpu_experimental_collective_start_as_early_as_possible': only_all_reduces,
         }
     return {}
 
