@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, PyTree, Shaped, UInt32
 
 from alexnet_jax.config import Config, ConfigError, MeshConfig, check_mesh
-from alexnet_jax.layers import for_platform
+from alexnet_jax.layers import for_platform, platform
 
 Spec = PartitionSpec
 
@@ -105,7 +105,11 @@ def redistribute_features(
     """
     with jax.named_scope(layer):
         if x.shape[-1] < features:
-            return lax.all_gather(x, 'model', axis=x.ndim - 1, tiled=True)
+            # Between a gather of the last dimension and other operations, GPUs transpose the maps; TPUs replace its
+            # transpose by an all-reduce in bfloat16. A CPU takes longer for the concatenation.
+            if platform() == 'cpu':
+                return lax.all_gather(x, 'model', axis=x.ndim - 1, tiled=True)
+            return jnp.concatenate([*lax.all_gather(x, 'model')], -1)
         if x.shape[-1] > features:
             return lax.all_to_all(x, 'model', split_axis=1, concat_axis=0, tiled=True)
         return x
@@ -312,16 +316,19 @@ def jit_shard_map(
     in_specs: PyTree[Spec],
     out_specs: PyTree[Spec],
     donate_argnums: tuple[int, ...] = (),
+    only_all_reduces: bool = False,
 ) -> JittedFunction[Arguments, Result]:
     """Returns `function` as a shard_map on `mesh` in jax.jit (formerly pjit), with the shardings of the specs.
 
     The layers are traced for the platform of the mesh, which need not be that of this process (see audit/targets.py).
     With more than one device, JAX checks (`check_vma`) that outputs declared as replicated are replicated.
+    `only_all_reduces`: see compiler_options().
     """
+    mesh_platform = mesh.devices.flat[0].platform
 
     @functools.wraps(function)
     def traced(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with for_platform(mesh.devices.flat[0].platform):
+        with for_platform(mesh_platform):
             return function(*args, **kwargs)
 
     return jax.jit(
@@ -329,17 +336,29 @@ def jit_shard_map(
         in_shardings=shardings(mesh, in_specs),
         out_shardings=shardings(mesh, out_specs),
         donate_argnums=donate_argnums,
-        compiler_options=_compiler_options(mesh),
+        compiler_options=compiler_options(mesh_platform, mesh.size, only_all_reduces),
     )
 
 
-def _compiler_options(mesh: Mesh) -> dict[str, str | bool]:
-    """Returns the XLA options that differ from the defaults; docs/devices.md gives the reasons."""
-    platform = mesh.devices.flat[0].platform
+def compiler_options(platform: str, devices: int, only_all_reduces: bool) -> dict[str, str | int | bool]:
+    """Returns the XLA options of a program that differ from XLA's defaults; docs/devices.md gives the reasons.
+
+    An unknown option is an error when the program is compiled.
+
+    Args:
+      platform: platform of the devices, see layers.platform().
+      devices: number of devices of the program.
+      only_all_reduces: whether all collectives of the program are all-reduces.
+    """
     if platform == 'cpu':
         return {'xla_disable_hlo_passes': 'cse_barrier_expander'}  # keeps lax.optimization_barrier()
-    if platform == 'gpu' and mesh.size > 1:
-        return {'xla_gpu_enable_latency_hiding_scheduler': True}
+    if platform == 'gpu' and devices > 1:
+        return {
+            'xla_gpu_experimental_parallel_collective_overlap_limit': 4,
+            'xla_gpu_all_reduce_combine_threshold_bytes': 4 * 2**20,
+            'xla_gpu_reduce_scatter_combine_threshold_bytes': 4 * 2**20,
+            'xla_gpu_experimental_collective_start_as_early_as_possible': only_all_reduces,
+        }
     return {}
 
 

@@ -1,10 +1,11 @@
 """The layers of the paper's section 3 as pure functions on (B, H, W, C) arrays.
 
-An operation has up to three implementations, whose results differ only in rounding errors. The argument
+An operation has up to four implementations, whose results differ only in rounding errors. The argument
 `implementation` selects one:
   'reference'        the definition in plain JAX, with automatic differentiation: reference.py
   'custom_gradient'  a custom gradient that saves memory traffic: custom_gradient.py
   'cpu'              an implementation that XLA for CPUs schedules well: cpu.py
+  'gpu'              an implementation that XLA for GPUs fuses well: gpu.py
   'auto'             the implementation in PLATFORMS for platform() at the time of tracing.
 """
 
@@ -16,24 +17,24 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from alexnet_jax.layers import cpu, custom_gradient, reference
+from alexnet_jax.layers import cpu, custom_gradient, gpu, reference
 from alexnet_jax.layers.cpu import materialize
 from alexnet_jax.layers.reference import Padding
 
 __all__ = [
     'add_bias',
     'convolution',
+    'dense',
     'for_platform',
     'local_response_norm',
     'locally_connected',
     'materialize',
     'max_pool',
-    'order_weight_gradient_after_input_gradient',
     'platform',
     'within_channel_lrn',
 ]
 
-MODULES = {'reference': reference, 'custom_gradient': custom_gradient, 'cpu': cpu}
+MODULES = {'reference': reference, 'custom_gradient': custom_gradient, 'cpu': cpu, 'gpu': gpu}
 
 # The default implementation on each platform; 'gpu' is CUDA or ROCm, and other platforms use the reference. The choices
 # for CPUs are based on measured times, see cpu.py. The choices for GPUs and TPUs are based on the bytes that the train
@@ -45,10 +46,10 @@ MODULES = {'reference': reference, 'custom_gradient': custom_gradient, 'cpu': cp
 PLATFORMS = {
     'convolution':         {'cpu': 'cpu',             'gpu': 'reference',       'tpu': 'reference'},
     'add_bias':            {'cpu': 'cpu',             'gpu': 'reference',       'tpu': 'reference'},
-    'local_response_norm': {'cpu': 'custom_gradient', 'gpu': 'custom_gradient', 'tpu': 'reference'},
+    'local_response_norm': {'cpu': 'custom_gradient', 'gpu': 'gpu',             'tpu': 'reference'},
     'within_channel_lrn':  {'cpu': 'custom_gradient', 'gpu': 'custom_gradient', 'tpu': 'reference'},
     'max_pool':            {'cpu': 'cpu',             'gpu': 'custom_gradient', 'tpu': 'reference'},
-    'order_weight_gradient_after_input_gradient': {'cpu': 'cpu', 'gpu': 'reference', 'tpu': 'reference'},
+    'dense':               {'cpu': 'cpu',             'gpu': 'custom_gradient', 'tpu': 'custom_gradient'},
     'locally_connected':   {'cpu': 'reference',       'gpu': 'reference',       'tpu': 'reference'},
 }
 # fmt: on
@@ -189,11 +190,9 @@ def max_pool(
     return _function('max_pool', implementation)(x, window, stride, ceil_mode=ceil_mode)
 
 
-def order_weight_gradient_after_input_gradient(
-    x: Float[Array, '*dims i'], kernel: Float[Array, 'i o'], *, implementation: str = 'auto'
-) -> tuple[Float[Array, '*dims i'], Float[Array, 'i o']]:
-    """Returns the arguments; the backward pass computes the gradient of `kernel` after the gradient of `x`.
+def dense(x: Float[Array, 'b i'], kernel: Float[Array, 'i o'], *, implementation: str = 'auto') -> Float[Array, 'b o']:
+    """Computes `x` @ `kernel` in the dtype of `x`.
 
-    The gradient of `x` reads `kernel`, so this order lets an optimizer update `kernel` in place, see cpu.py.
+    All implementations but the reference compute the gradient of a float32 `kernel` in float32 also for a bfloat16 `x`.
     """
-    return _function('order_weight_gradient_after_input_gradient', implementation)(x, kernel)
+    return _function('dense', implementation)(x, kernel)

@@ -210,4 +210,5 @@ def make_train_step(config: Config, mesh: parallel.Mesh) -> TrainStep:
         in_specs=(state_spec, parallel.batch_spec(layout), replicated, replicated),
         out_specs=(state_spec, replicated),
         donate_argnums=(0,),
+        only_all_reduces=mesh.shape['model'] == 1 and not config.mesh.shard_optimizer,
     )
