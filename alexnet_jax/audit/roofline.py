@@ -18,7 +18,7 @@ from alexnet_jax.audit.hlo import HOLLOW, Instruction, Program
 from alexnet_jax.audit.hlo_collectives import Collective
 from alexnet_jax.audit.targets import GPUS_PER_HOST, Hardware
 
-GRADIENTS = ('gradients', 'update')  # layers of the collectives that reduce gradients and gather updated weights
+PARAMETERS = ('gradients', 'update')  # layers of the collectives that reduce gradients and gather updated weights
 COPY_STARTS, COPY_DONES = ('copy-start', 'slice-start'), ('copy-done', 'slice-done')
 _FREE = ('AllocateBuffer', 'ConcatBitcast')  # custom calls of TPU programs that compute and move nothing
 
@@ -83,8 +83,8 @@ class Transfer:
 
     @property
     def is_gradient(self) -> bool:
-        """True if any part reduces gradients or gathers updated weights."""
-        return any(each.layer in GRADIENTS for each in self.collectives)
+        """True if any part reduces gradients."""
+        return any(each.layer == 'gradients' for each in self.collectives)
 
 
 @dataclasses.dataclass
@@ -172,7 +172,7 @@ def link_rate(collective: Collective, hardware: Hardware, data: int, model: int)
     """
     if hardware.network is None or data * model <= GPUS_PER_HOST:
         return hardware.link
-    along_model = collective.group_size == model and collective.layer not in GRADIENTS
+    along_model = collective.group_size == model and collective.layer not in PARAMETERS
     if along_model and model <= GPUS_PER_HOST:
         return hardware.link
     everywhere = along_model or collective.group_size == data * model

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from alexnet_jax.audit.hlo import MOVES, Program
 from alexnet_jax.audit.hlo_collectives import Collective
-from alexnet_jax.audit.roofline import COPY_STARTS, GRADIENTS, Timeline, Transfer, simulate
+from alexnet_jax.audit.roofline import COPY_STARTS, Timeline, Transfer, simulate
 from alexnet_jax.audit.targets import Compiler, Target
 from alexnet_jax.config import Config
 
@@ -40,7 +40,8 @@ class TargetReport(TypedDict):
     What is modeled, see roofline.py:
       overlap: For each collective, the share of compute before its start and its end, its bytes, seconds, exposed
         seconds, and the parts of the step in between.
-      gradient_bytes_behind_compute: Share of the gradient bytes that are sent while the device computes.
+      gradient_bytes_behind_compute: Share of the gradient bytes that are sent while the device computes, without the
+        updated weights that mesh.shard_optimizer gathers.
       roofline: Seconds of `compute`, `communication`, `exposed` communication and the `step`, `images_per_second` on
         all devices, the `costliest` instructions (see roofline.Work), and the `compiler_cycles`, the sum of the cycles
         that the compiler for TPUs estimates (0 for GPUs).
@@ -224,7 +225,7 @@ def differences(
     for layer in dict.fromkeys(each.layer for each in (*designed, *found)):
         wanted, has = ([each for each in group if each.layer == layer] for group in (designed, found))
         result += _layer_differences(layer, wanted, has)
-    stated = {(each.start, each.kind) for each in designed if each.layer in GRADIENTS}
+    stated = {(each.start, each.kind) for each in designed if each.layer == 'gradients'}
     if len(gradients) > max(1, len(stated)):
         result.append(f'gradients are sent in {len(gradients)} collectives instead of {max(1, len(stated))}')
     synchronous = sum(each.bytes for each in gradients if not each.collectives[0].is_async)
