@@ -359,6 +359,13 @@ def compiler_options(platform: str, devices: int, only_all_reduces: bool) -> dic
             'xla_gpu_reduce_scatter_combine_threshold_bytes': 4 * 2**20,
             'xla_gpu_experimental_collective_start_as_early_as_possible': only_all_reduces,
         }
+    if platform == 'tpu' and devices > 1:
+        return {
+            'xla_enable_async_all_reduce': True,
+            'xla_jf_crs_combiner_threshold_in_bytes': 4 * 2**20,
+            'xla_tpu_enable_async_collective_fusion_fuse_all_reduce': True,
+            'xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions': True,
+        }
     return {}
 
 

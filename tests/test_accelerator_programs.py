@@ -16,6 +16,12 @@ OPTIONS_ON_GPUS = {
     'xla_gpu_all_reduce_combine_threshold_bytes': 4 * MIB,
     'xla_gpu_reduce_scatter_combine_threshold_bytes': 4 * MIB,
 }
+OPTIONS_ON_TPUS = {
+    'xla_enable_async_all_reduce': True,
+    'xla_jf_crs_combiner_threshold_in_bytes': 4 * MIB,
+    'xla_tpu_enable_async_collective_fusion_fuse_all_reduce': True,
+    'xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions': True,
+}
 OPTIONS_ON_CPUS = {'xla_disable_hlo_passes': 'cse_barrier_expander'}
 
 
@@ -28,7 +34,7 @@ OPTIONS_ON_CPUS = {'xla_disable_hlo_passes': 'cse_barrier_expander'}
         ('gpu', 2, True, OPTIONS_ON_GPUS | {EARLY: True}),
         ('gpu', 64, False, OPTIONS_ON_GPUS | {EARLY: False}),
         ('tpu', 1, True, {}),
-        ('tpu', 8, False, {}),
+        ('tpu', 8, False, OPTIONS_ON_TPUS),
         ('METAL', 2, False, {}),
     ],
 )
