@@ -20,6 +20,7 @@ PARTS = ('augment', 'dropout', 'logits', 'loss', 'gradients', 'update', 'metrics
 MOVES = {'copy', 'transpose', 'slice', 'concatenate', 'reshape', 'bitcast', 'reverse', 'parameter', 'constant', 'tuple'}
 # Opcodes that move and compute nothing themselves. Instructions in the computations that they call count separately.
 HOLLOW = {'while', 'call', 'conditional', 'tuple', 'get-tuple-element', 'parameter', 'constant', 'bitcast'}
+KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute', 'collective-broadcast')
 
 _COMPUTATION = re.compile(r'(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .*)?\{$')
 _INSTRUCTION = re.compile(
@@ -79,6 +80,11 @@ class Instruction:
     def numbers(self) -> int:
         """Number of elements in the results."""
         return sum(math.prod(shape) for _, shape in self.tensors)
+
+    @property
+    def carries_collective(self) -> bool:
+        """Whether this is a fusion of a TPU with a piece of an asynchronous collective, and perhaps computations."""
+        return any(inner.opcode in KINDS and 'chain_id=' in inner.attributes for inner in self.fused)
 
     @property
     def op_name(self) -> str:
@@ -193,7 +199,8 @@ class Program:
         """Returns the bytes of the operands and the results by their shapes: the minimum of memory traffic.
 
         Only the memory of the device counts, not the on-chip memory of TPUs. Of an operand that is only sliced, the
-        slices count; of a result that is an operand with a part updated in place, the update counts twice.
+        slices count; of a result that is an operand with a part updated in place, the update counts twice. Fusions of
+        a TPU that start, carry or end an asynchronous collective do not access its tensors.
         """
         each = self.instructions[name]
         if (
@@ -216,6 +223,8 @@ class Program:
         for size, result in zip(each.sizes, results, strict=False):
             while result.opcode == 'bitcast':
                 result = self.instructions[result.operands[0]]
+            if each.carries_collective and result.opcode in ('parameter', 'custom-call', *KINDS):
+                continue
             if result.opcode == 'dynamic-update-slice':
                 size = min(
                     size, self.instructions[result.operands[1]].numbers * ITEM_SIZES.get(result.tensors[0][0], 4)
@@ -232,6 +241,10 @@ class Program:
         operand = self.instructions[each.operands[number]]
         inside = each.fused or [each]
         same = {inner.name for inner in each.fused if inner.parameter == number} or {operand.name}
+        if each.carries_collective and all(
+            inner.opcode in ('tuple', 'custom-call', *KINDS) for inner in inside if not same.isdisjoint(inner.operands)
+        ):
+            return 0
         parts, partial = 0, False
         for inner in inside:
             if same.isdisjoint(inner.operands):

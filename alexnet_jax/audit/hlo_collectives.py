@@ -24,13 +24,12 @@ import dataclasses
 import math
 import re
 
-from alexnet_jax.audit.hlo import ITEM_SIZES, HloFormatError, Instruction, Program
+from alexnet_jax.audit.hlo import ITEM_SIZES, KINDS, HloFormatError, Instruction, Program
 
 # Names of the scopes in the training step; `logits` is the exchange after fc8.
 LAYERS = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8', 'logits')
 STEP_SCOPES = ('dropout', 'gradients', 'update', 'metrics')
 
-_KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute', 'collective-broadcast')
 _CARRIERS = ('fusion', 'async-start')
 _AXIS = r"'[^']+'"
 _MESH_GROUPS = re.compile(
@@ -126,7 +125,7 @@ def _collectives(program: Program, devices: int) -> dict[str, list[Collective]]:
             continue
         for each in program.computations[start.called[0]] if start.opcode in _CARRIERS else [start]:
             kind = each.opcode.removesuffix('-start')
-            size = group_size(each.attributes, kind, devices) if kind in _KINDS else 0
+            size = group_size(each.attributes, kind, devices) if kind in KINDS else 0
             if size > 1:
                 chain = re.search(r'chain_id="(\d+)"', each.attributes)
                 key = f'chain {chain[1]}' if chain else start.name
