@@ -82,9 +82,7 @@ def test_dense_kernel_gradients_are_float32_from_the_product(platform, dtype):
         assert 'bf16' not in program
 
 
-@pytest.mark.parametrize(
-    ('platform', 'loops'), [('cpu', 'cpu', 0), ('gpu', 'NVIDIA H100 80GB HBM3', 1), ('tpu', 'TPU v5 lite', 1)]
-)
+@pytest.mark.parametrize(('platform', 'loops'), [('cpu', 0), ('gpu', 1), ('tpu', 1)])
 def test_the_platform_of_the_mesh_decides_whether_micro_batches_are_a_loop(platform, loops):
     def whiles(steps: int) -> int:
         return step_program(platform, 1, 1, {'train': {'grad_accum_steps': steps}}).count('stablehlo.while')
