@@ -324,11 +324,11 @@ def jit_shard_map(
     With more than one device, JAX checks (`check_vma`) that outputs declared as replicated are replicated.
     `only_all_reduces`: see compiler_options().
     """
-    mesh_platform = mesh.devices.flat[0].platform
+    device = mesh.devices.flat[0]
 
     @functools.wraps(function)
     def traced(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with for_platform(mesh_platform):
+        with for_platform(device.platform):
             return function(*args, **kwargs)
 
     return jax.jit(
@@ -336,17 +336,19 @@ def jit_shard_map(
         in_shardings=shardings(mesh, in_specs),
         out_shardings=shardings(mesh, out_specs),
         donate_argnums=donate_argnums,
-        compiler_options=compiler_options(mesh_platform, mesh.size, only_all_reduces),
+        compiler_options=compiler_options(device.platform, device.device_kind, mesh.size, only_all_reduces),
     )
 
 
-def compiler_options(platform: str, devices: int, only_all_reduces: bool) -> dict[str, str | int | bool]:
+def compiler_options(
+    platform: str, device_kind: str, devices: int, only_all_reduces: bool
+) -> dict[str, str | int | bool]:
     """Returns the XLA options of a program that differ from XLA's defaults; docs/devices.md gives the reasons.
 
     An unknown option is an error when the program is compiled.
 
     Args:
-      platform: platform of the devices, see layers.platform().
+      platform, device_kind: of the devices; see layers.platform() and jax.Device.
       devices: number of devices of the program.
       only_all_reduces: whether all collectives of the program are all-reduces.
     """
@@ -359,7 +361,7 @@ def compiler_options(platform: str, devices: int, only_all_reduces: bool) -> dic
             'xla_gpu_reduce_scatter_combine_threshold_bytes': 4 * 2**20,
             'xla_gpu_experimental_collective_start_as_early_as_possible': only_all_reduces,
         }
-    if platform == 'tpu' and devices > 1:
+    if device_kind == 'TPU v5 lite' and devices > 1:  # other TPUs refuse to fuse all-reduces
         return {
             'xla_enable_async_all_reduce': True,
             'xla_jf_crs_combiner_threshold_in_bytes': 4 * 2**20,

@@ -26,20 +26,22 @@ OPTIONS_ON_CPUS = {'xla_disable_hlo_passes': 'cse_barrier_expander'}
 
 
 @pytest.mark.parametrize(
-    ('platform', 'devices', 'only_all_reduces', 'options'),
+    ('platform', 'device_kind', 'devices', 'only_all_reduces', 'options'),
     [
-        ('cpu', 1, True, OPTIONS_ON_CPUS),
-        ('cpu', 8, False, OPTIONS_ON_CPUS),
-        ('gpu', 1, True, {}),
-        ('gpu', 2, True, OPTIONS_ON_GPUS | {EARLY: True}),
-        ('gpu', 64, False, OPTIONS_ON_GPUS | {EARLY: False}),
-        ('tpu', 1, True, {}),
-        ('tpu', 8, False, OPTIONS_ON_TPUS),
-        ('METAL', 2, False, {}),
+        ('cpu', 'cpu', 1, True, OPTIONS_ON_CPUS),
+        ('cpu', 'cpu', 8, False, OPTIONS_ON_CPUS),
+        ('gpu', 'NVIDIA H100 80GB HBM3', 1, True, {}),
+        ('gpu', 'NVIDIA H100 80GB HBM3', 2, True, OPTIONS_ON_GPUS | {EARLY: True}),
+        ('gpu', 'NVIDIA H100 80GB HBM3', 64, False, OPTIONS_ON_GPUS | {EARLY: False}),
+        ('tpu', 'TPU v5 lite', 1, True, {}),
+        ('tpu', 'TPU v5 lite', 8, False, OPTIONS_ON_TPUS),
+        ('tpu', 'TPU v5', 8, False, {}),
+        ('tpu', 'TPU v6 lite', 8, False, {}),
+        ('METAL', 'Metal', 2, False, {}),
     ],
 )
-def test_xla_options_of_each_platform(platform, devices, only_all_reduces, options):
-    assert parallel.compiler_options(platform, devices, only_all_reduces) == options
+def test_xla_options_of_each_device(platform, device_kind, devices, only_all_reduces, options):
+    assert parallel.compiler_options(platform, device_kind, devices, only_all_reduces) == options
 
 
 def step_program(platform: str, data: int, model: int, groups=()) -> str:
