@@ -288,3 +288,43 @@ def test_padded_tensors_have_the_layer_of_the_whole_and_their_own_size():
         ('collective-permute', 'logits', 'f32', '4x3', 2, 1, 4 * 3 * 4, 'moved', 'moved'),
         ('reduce-scatter', 'logits', 'f32', '4x8', 2, 1, 4 * 16 * 4 / 2, 'scattered', 'scattered'),
     ]
+
+
+CHAIN = """HloModule jit_train_step, is_scheduled=true
+
+%piece (p0: f32[64,16], p1: f32[64,16], p2: f32[32], p3: f32[32]) -> (f32[32], f32[64,16], f32[64,16]) {
+  %p2 = f32[32]{0:T(256)} parameter(2)
+  %p3 = f32[32]{0:T(256)S(1)} parameter(3)
+  %sum = f32[32]{0:T(256)} add(%p2, %p3)
+  %p0 = f32[64,16]{1,0:T(8,128)} parameter(0)
+  %p1 = f32[64,16]{1,0:T(8,128)} parameter(1)
+  %piece_of_all = f32[64,16]{1,0:T(8,128)} all-reduce(%p0), replica_groups={{0,1}}, frontend_attributes={chain_id="6"}
+  ROOT %all = (f32[32]{0:T(256)}, f32[64,16]{1,0:T(8,128)}, f32[64,16]{1,0:T(8,128)}) tuple(%sum, %p0, %p1)
+}
+
+%end (q0: f32[64,16], q1: f32[64,16]) -> f32[64,16] {
+  %q0 = f32[64,16]{1,0:T(8,128)} parameter(0)
+  %q1 = f32[64,16]{1,0:T(8,128)} parameter(1)
+  %rest_of_all = f32[64,16]{1,0:T(8,128)} all-reduce(%q0), replica_groups={{0,1}}, frontend_attributes={chain_id="6"}
+  ROOT %result = f32[64,16]{1,0:T(8,128)} custom-call(%q0, %q1, %rest_of_all), custom_call_target="end"
+}
+
+ENTRY %main (a: f32[64,16], b: f32[64,16], c: f32[32], d: f32[32]) -> f32[64,16] {
+  %a = f32[64,16]{1,0:T(8,128)} parameter(0)
+  %b = f32[64,16]{1,0:T(8,128)} parameter(1)
+  %c = f32[32]{0:T(256)} parameter(2)
+  %d = f32[32]{0:T(256)S(1)} parameter(3)
+  %both = (f32[32]{0}, f32[64,16]{1,0}, f32[64,16]{1,0}) fusion(%a, %b, %c, %d), kind=kLoop, calls=%piece
+  %x = f32[64,16]{1,0:T(8,128)} get-tuple-element(%both), index=1
+  %y = f32[64,16]{1,0:T(8,128)} get-tuple-element(%both), index=2
+  ROOT %done = f32[64,16]{1,0:T(8,128)} fusion(%x, %y), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_tensors_of_a_carried_collective_are_not_accessed():
+    """Of the first fusion, the sum of 32 numbers reads one operand of 128 bytes, and writes 128 bytes."""
+    read = Program(CHAIN)
+    assert (read.bytes('both'), read.bytes('done')) == (256, 0)
+    without = Program(CHAIN.replace('frontend_attributes={chain_id="6"}', 'frontend_attributes={}'))
+    assert without.bytes('both') == 256 + 4 * 4096
