@@ -204,6 +204,28 @@ def overlapped(done):
     return HEAD + 'ENTRY %main (x: f32[1000,1000]) -> f32[1000,1000] {\n  ' + '\n  '.join(lines) + '\n}\n'
 
 
+def test_body_of_a_loop_of_unknown_length_counts_once():
+    """The body adds two vectors of 1000 numbers: 8,000 bytes are read, 4,000 written."""
+    text = HEAD + (
+        '%body (s: f32[1000]) -> f32[1000] {\n'
+        '  %s = f32[1000]{0} parameter(0)\n'
+        '  ROOT %sum = f32[1000]{0} add(%s, %s)\n'
+        '}\n\n'
+        '%condition (c: f32[1000]) -> pred[] {\n'
+        '  %c = f32[1000]{0} parameter(0)\n'
+        '  ROOT %less = pred[] custom-call(%c), custom_call_target="any"\n'
+        '}\n\n'
+        'ENTRY %main (x: f32[1000]) -> f32[1000] {\n'
+        '  %x = f32[1000]{0} parameter(0)\n'
+        '  ROOT %loop = f32[1000]{0} while(%x), condition=%condition, body=%body\n'
+        '}\n'
+    )
+    program = Program(text)
+    assert roofline.is_unbounded(program, program.instructions['loop'])
+    assert not roofline.is_unbounded(program, program.instructions['sum'])
+    assert {name: (work.bytes, work.executions) for name, work in model(text).work.items()} == {'sum': (12_000, 1)}
+
+
 def test_modeled_times_equal_hand_numbers():
     # The product: 2e9 FLOPs at 10 TFLOP/s, 200 us; 12 MB at 1 TB/s would take 12 us. The copy: 8 MB, 8 us.
     # The all-reduce on two devices sends 4 MB at 100 GB/s, 40 us.

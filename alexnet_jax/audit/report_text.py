@@ -101,6 +101,8 @@ def target_lines(target: TargetReport) -> list[str]:
         f' {memory["state"]:,} + step {memory["step"]:,}, of {memory["available"]:,}',
         f'bytes accessed   {accessed["total"]:>18,}  by {kernels["number"]:,} kernels'
         + (f', launched {kernels["launches"]:,} times' if kernels['launches'] != kernels['number'] else ''),
+        *[f'  counted once     {kernels["unbounded_loops"]:>16,}  loops whose length depends on data']
+        * (kernels['unbounded_loops'] > 0),
         *(f'  of which         {accessed[key]:>16,}  {name}' for key, name in ACCESSED.items() if accessed[key]),
         f'copies           {copies["bytes"]:>18,}  bytes of {copies["kernels"]} kernels with copies or transposes;'
         f' {copies["only_moving"]} of them, {copies["only_moving_bytes"]:,} bytes, only move data',

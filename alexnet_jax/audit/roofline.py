@@ -14,7 +14,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 
-from alexnet_jax.audit.hlo import HOLLOW, Instruction, Program
+from alexnet_jax.audit.hlo import HOLLOW, HloFormatError, Instruction, Program
 from alexnet_jax.audit.hlo_collectives import Collective
 from alexnet_jax.audit.targets import GPUS_PER_HOST, Hardware
 
@@ -149,13 +149,25 @@ def _innermost(each: Instruction) -> Iterator[Instruction]:
         yield each
 
 
+def is_unbounded(program: Program, each: Instruction) -> bool:
+    """Returns whether an instruction is a loop whose trip count depends on data, such as that of rejection sampling."""
+    try:
+        program.trip_count(each)
+    except HloFormatError:
+        return True
+    return False
+
+
 def _executed(program: Program, instructions: Sequence[Instruction]) -> Iterator[Instruction]:
-    """Yields the instructions in the order of execution, the bodies of loops as often as they run."""
+    """Yields the instructions in the order of execution, the bodies of loops as often as they run.
+
+    The bodies of unbounded loops count once.
+    """
     for each in instructions:
         if each.opcode == 'while':
             body = re.search(r'body=%?([\w.-]+)', each.attributes)
             inside = program.computations[body[1]] if body else []
-            for _ in range(program.trip_count(each)):
+            for _ in range(1 if is_unbounded(program, each) else program.trip_count(each)):
                 yield from _executed(program, inside)
         elif each.opcode in ('call', 'conditional') and each.called:
             yield from _executed(program, program.computations[each.called[-1]])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from alexnet_jax.audit.hlo import MOVES, Program
 from alexnet_jax.audit.hlo_collectives import Collective
-from alexnet_jax.audit.roofline import COPY_STARTS, Timeline, Transfer, simulate
+from alexnet_jax.audit.roofline import COPY_STARTS, Timeline, Transfer, is_unbounded, simulate
 from alexnet_jax.audit.targets import Compiler, Target
 from alexnet_jax.config import Config
 
@@ -31,6 +31,7 @@ class TargetReport(TypedDict):
       cpu: `wire_bytes` and `peak_bytes` of the same step compiled for simulated CPU devices.
       gradient_collectives: Number, `bytes`, and bytes of those that are `synchronous`.
       kernels: Scheduled instructions that compute or move data, those in loops once. `launches` counts executions.
+        The bodies of `unbounded_loops`, whose length depends on data, count once.
       copies: Number and bytes of the kernels that contain a copy or a transpose, and of those that only move data.
       convolutions: Layout of the convolutions that call cuDNN, and their number; {} for TPUs.
       accessed_bytes: Bytes read from and written to the memory of a device, without collectives: `total`, and of these
@@ -116,6 +117,7 @@ def make(
         'kernels': {
             'number': len(line.work),
             'launches': sum(each.executions for each in line.work.values()),
+            'unbounded_loops': sum(is_unbounded(program, each) for each in program.instructions.values()),
         },
         'copies': _copies(program, line),
         'convolutions': _convolutions(program),
