@@ -1,7 +1,11 @@
 # make demo: train the quickstart.      make test: the whole suite.      make test-fast: the suite without slow tests.
 # make check: format, lint, types, import direction.      make wheel: build the package and test it on its own.
 # make lock: update requirements*.txt from the ranges in pyproject.toml.      make bench: all benchmarks.
+# make audit-targets: compile a small network by the compilers of accelerators and compare its collectives with those in
+# tests/golden; make golden-targets: renew these files.
 # make chaos: kill runs, corrupt files and fill disks at random; SEEDS=0,1,2 names the random numbers.
+# make gpu, make tpu: on a lent accelerator, what should be known first, in MINUTES=10; needs no network and makes no
+# environment: PYTHON=python3 must have jax with the accelerator. OUTPUT=folder gets the results, PLATFORM=cpu rehearses.
 # make slurm, make chromium: the Debian packages that tests/test_slurm.py and tests/test_page.py need (as root).
 #
 # PYTHON=/path/to/python names the interpreter of a new environment, VENV=folder another environment.
@@ -17,7 +21,7 @@ CANDIDATES := $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python
 USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 VERSION := import platform; print(platform.python_version())
 
-ifneq ($(and $(PYTHON),$(wildcard $(RUN))),)
+ifneq ($(and $(PYTHON),$(wildcard $(RUN)),$(filter-out gpu tpu,$(or $(MAKECMDGOALS),demo))),)
   asked := $(shell "$(PYTHON)" -c '$(VERSION)' 2> /dev/null)
   there := $(shell $(RUN) -c '$(VERSION)' 2> /dev/null)
   ifneq ($(asked),$(there))
@@ -26,7 +30,8 @@ ifneq ($(and $(PYTHON),$(wildcard $(RUN))),)
   endif
 endif
 
-.PHONY: demo test test-fast chaos check format lock wheel bench slurm chromium
+.PHONY: demo test test-fast chaos check format lock wheel bench gpu tpu slurm chromium
+.PHONY: compilers audit-targets golden-targets
 
 demo: $(VENV)/runtime.installed
 	$(RUN) launch.py --config=configs/quickstart.py
@@ -71,6 +76,28 @@ wheel: $(VENV)/dev.installed
 bench: $(VENV)/bench.installed
 	$(RUN) benchmarks/table.py
 
+# The compilers for the jax of the environment, 0.4 GB of downloads; none needs its hardware.
+compilers: $(VENV)/compilers/installed
+
+AUDIT = $(RUN) -m alexnet_jax audit --config=configs/quickstart.py --mesh=data:4,model:2 --images_per_device=8 \
+	--compilers=$(VENV)/compilers --collectives
+TARGETS := h100:8 v5e:2x4
+audit-targets: compilers
+	@for target in $(TARGETS); do \
+	  golden=tests/golden/target_$$(echo $$target | tr : _).txt; \
+	  $(AUDIT) --target=$$target > $(VENV)/target.txt && diff -u $$golden $(VENV)/target.txt || \
+	    { echo "$$target differs from $$golden; if that is intended: make golden-targets" >&2; exit 1; }; \
+	done
+
+golden-targets: compilers
+	@for target in $(TARGETS); do \
+	  $(AUDIT) --target=$$target > $(VENV)/target.txt || exit 1; \
+	  cp $(VENV)/target.txt tests/golden/target_$$(echo $$target | tr : _).txt; \
+	done
+gpu tpu:
+	"$(or $(PYTHON),python3)" benchmarks/accelerator.py --platform=$(or $(PLATFORM),$@) --minutes=$(or $(MINUTES),10) \
+	  --output=$(or $(OUTPUT),.)
+
 slurm chromium: export DEBIAN_FRONTEND = noninteractive
 slurm:
 	@PATH=$$PATH:/usr/sbin; command -v slurmctld > /dev/null || $(INSTALL_SLURM) || { apt-get update -qq && $(INSTALL_SLURM); }
@@ -103,4 +130,9 @@ $(VENV)/dev.installed: $(VENV)/runtime.installed requirements-dev.txt
 
 $(VENV)/bench.installed: $(VENV)/runtime.installed requirements-bench.txt
 	$(PIP) --requirement requirements-bench.txt
+	touch $@
+
+$(VENV)/compilers/installed: $(VENV)/runtime.installed
+	rm -rf $(VENV)/compilers
+	$(PIP) --no-deps --target=$(VENV)/compilers $$($(RUN) -m alexnet_jax.audit.targets)
 	touch $@

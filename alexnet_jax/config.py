@@ -213,7 +213,11 @@ def apply_overrides(config: ml_collections.ConfigDict, values: Mapping[str, obje
         group = get_by_path(config, '.'.join(groups)) if groups else config
         try:
             group[name] = value
-        except (TypeError, ValueError) as error:
+        except TypeError:
+            raise ConfigError(
+                f'config.{field}: {value!r} is {type(value).__name__}, not {SETTINGS[field].kind.__name__}'
+            ) from None
+        except ValueError as error:
             raise ConfigError(f'config.{field}: {value!r}: {error}') from None
 
 

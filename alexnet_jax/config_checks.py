@@ -151,6 +151,11 @@ def _check_model(config: Config) -> None:
         raise ConfigError(
             f'config.data.{field}: {getattr(data, field)} leaves nothing after pool5; the nearest is {least}'
         )
+    if model.precision != 'default' and model.dtype != 'float32':
+        raise ConfigError(
+            f'config.model.precision: {model.precision!r} with model.dtype={model.dtype!r}, which has no operands of'
+            " float32 to round; the nearest is 'default'"
+        )
     for field in ('lrn_size', 'spatial_lrn_size'):
         if getattr(model, field) % 2 == 0:
             raise ConfigError(
@@ -299,7 +304,9 @@ def check_mesh(config: Config, data: int, model: int) -> None:
     if layout == 'towers':
         _check_model_axis(model, towers, f'model.towers={towers}')
     table = {layer.name: layer for layer in layer_table(config.model, config.data.crop_size, config.data.channels)}
-    if layout == 'hybrid' and not all(name in table and table[name].spec.cross_tower for name in DENSE):
+    if layout == 'hybrid' and not all(
+        table[name].spec.cross_tower if name in table else name == 'fc8' for name in DENSE
+    ):  # without its number of classes, fc8 is not in the table
         raise ConfigError(
             "config.mesh.layout: 'hybrid' needs fc6, fc7 and fc8, and all in model.cross_tower; the nearest is 'towers'"
         )

@@ -21,9 +21,9 @@ _DOCUMENT = """\
 # Settings
 
 A line `config.group.field = VALUE` of a config file or the flag `--config.group.field=VALUE` sets a field. The value
-`None` is allowed where the default is `None` and in the fields of `model` except `preset` and `dtype`, which then take
-the value of the preset: `--config.train.steps=None`, `--config.model.widths=None`. A duration is a text such as
-`5 epochs`, `100 steps` or `1000 images`; a bare `100` counts steps.
+`None` is allowed where the default is `None` and in the fields of `model` except `preset`, `dtype` and `precision`,
+which then take the value of the preset: `--config.train.steps=None`, `--config.model.widths=None`. A duration is a text
+such as `5 epochs`, `100 steps` or `1000 images`; a bare `100` counts steps.
 
 | flag of `alexnet train` | output |
 | --- | --- |

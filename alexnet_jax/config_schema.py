@@ -167,6 +167,11 @@ class ModelConfig:
         metadata=about('initial biases, conv1 to fc8', bounds=(-math.inf, math.inf), lengths=(8,))
     )
     dtype: str = setting('float32', 'dtype of convolutions and matrix products', ('float32', 'bfloat16'))
+    precision: str = setting(
+        'default',
+        'rounding of the operands of float32 convolutions and matrix products; see docs/devices.md',
+        ('default', 'tensorfloat32', 'float32'),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,13 @@ from alexnet_jax.prepare.raw_sources import SourceError
 from alexnet_jax.prepare.writer import PrepareConfig
 from alexnet_jax.runtime.checkpoint_files import checkpoint_steps, read_newest_progress
 from alexnet_jax.runtime.files import JsonObject, free_bytes
-from alexnet_jax.runtime.workdir import describe_changes, has_untrained_import, is_finished, trained_on
+from alexnet_jax.runtime.workdir import (
+    check_fits_import,
+    describe_changes,
+    has_untrained_import,
+    is_finished,
+    trained_on,
+)
 from alexnet_jax.schedules import Intervals, Schedule
 from alexnet_jax.shapes import DENSE, POOLS, LayerShape, layer_table
 from alexnet_jax.training.init_source import describe_fit, read_settings
@@ -45,6 +51,7 @@ def print_plan(config: Config, config_name: str, workdir: str, process_group: Js
         described = _data(config, trained_on(workdir))
         if config.model.num_classes == UNKNOWN:
             config = with_num_classes(config, len(described.card.class_names))
+            check_fits_import(config, workdir)
             data, model, mesh_line = _mesh(config, process_group)  # the mesh may not divide the number of classes
         examples = described.card.images.get('train')
         _check_unlocked(workdir)

@@ -21,6 +21,7 @@ from alexnet_jax.config import Config, ConfigError, resolve
 from alexnet_jax.config_help import changes_of, describe, find_fields, values_of
 from alexnet_jax.paths import absolute_path, check_current_folder, check_folder, check_run_path, check_writable, is_url
 from alexnet_jax.runtime import backend, console
+from alexnet_jax.runtime.checkpoint_ref import is_hub_folder
 from alexnet_jax.runtime.commands import child_command, shell_command
 from alexnet_jax.runtime.console import log_error
 from alexnet_jax.runtime.files import JsonObject
@@ -192,6 +193,11 @@ def _workdir(file: str) -> str:
     if is_url(workdir):
         raise ConfigError(f'--workdir: {workdir} is a URL; runs are written to a local disk')
     check_folder('--workdir', check_run_path('--workdir', workdir))
+    if is_hub_folder(workdir):
+        raise ConfigError(
+            f'--workdir: {workdir} has weights for a model hub; use another --workdir, and --init={workdir} to start'
+            ' from the weights'
+        )
     return workdir
 
 

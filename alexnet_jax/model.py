@@ -1,5 +1,6 @@
 """AlexNet as in section 3 of the paper, with its two towers, and the published variants."""
 
+import contextlib
 from functools import partial
 
 import jax
@@ -47,7 +48,7 @@ class AlexNet(nnx.Module):
     ):
         table = layer_table(config, crop_size, channels)
         self.config, self.remat, self.specs = config, remat, tuple(shape.spec for shape in table)
-        self.frozen = frozen
+        self.frozen, self.image_shape = frozen, (crop_size, crop_size, channels)
         self.conv_features = next(spec.features for spec in reversed(self.specs) if spec.kernel)
         for shape in table:
             setattr(self, shape.name, (Conv if shape.spec.kernel else Dense)(shape, config, rngs))
@@ -70,7 +71,12 @@ class AlexNet(nnx.Module):
     def activations(
         self, images: Float32[Array, 'b s s c'], dropout_keys: Key[Array, ' keys'] | None = None
     ) -> dict[str, Float[Array, '...']]:
-        """Returns this device's shard of each layer's output after the nonlinearity: (B, H, W, C) or (B, units)."""
+        """Returns this device's shard of each layer's output after the nonlinearity: (B, H, W, C) or (B, units).
+
+        Raises ValueError: the images have another size or other channels than the network.
+        """
+        if images.shape[1:] != self.image_shape:
+            raise ValueError(f'images: the shape is {images.shape}, not (B, {", ".join(map(str, self.image_shape))})')
         training, outputs = dropout_keys is not None, {}
         towers = [images.astype(self.config.dtype)]  # (B, 224, 224, 3)
         # One array per tower, or one array of all towers. In the preset `paper` on one device, the loop computes
@@ -135,7 +141,7 @@ def apply_layer(
     Returns the result of the last operation, and the output of the nonlinearity or, without one, of `layer`.
     """
     spec = layer.spec
-    with jax.named_scope(spec.name):
+    with jax.named_scope(spec.name), matmul_precision(config):
         towers = output = layer(towers)
     for op in spec.ops:
         with jax.named_scope(f'{spec.name}/{op}'):
@@ -152,6 +158,15 @@ def apply_layer(
             elif op in POOLS:  # section 3.4
                 towers = [max_pool(x, pool_window(config), 2, ceil_mode=pools_over_edge(config, op)) for x in towers]
     return towers, jnp.concatenate(output, -1)
+
+
+def matmul_precision(config: ModelConfig) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which convolutions and matrix products are traced with config.precision.
+
+    'default' leaves the choice to JAX_DEFAULT_MATMUL_PRECISION and to XLA. Gradients have the precision of the forward
+    pass; only custom gradients, which are traced later, need the context around jax.grad().
+    """
+    return contextlib.nullcontext() if config.precision == 'default' else jax.default_matmul_precision(config.precision)
 
 
 def lrn(towers: Towers, tower_features: int, config: ModelConfig) -> Towers:

@@ -4,17 +4,20 @@ No other module imports jax.sharding. The whole step is one fully manual shard_m
 collectives; for grouped convolutions, the partitioner would all-gather the batch on every device.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, PyTree, Shaped, UInt32
 
 from alexnet_jax.config import Config, ConfigError, MeshConfig, check_mesh
+from alexnet_jax.layers import for_platform, platform
 
 Spec = PartitionSpec
 
@@ -54,12 +57,19 @@ def mesh_shape(config: Config, devices: int) -> tuple[int, int]:
     return data, model
 
 
-def make_mesh(config: Config) -> Mesh:
-    """Returns the ('data', 'model') mesh of `config.mesh` over all devices. Raises ConfigError: see mesh_shape()."""
-    data, model = mesh_shape(config, jax.device_count())
-    return jax.make_mesh(
-        (data, model), ('data', 'model'), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: data * model]
-    )
+def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the ('data', 'model') mesh of `config.mesh` over `devices`, by default all devices of JAX.
+
+    Raises ConfigError: see mesh_shape().
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(config, len(devices))
+    used = devices[: shape[0] * shape[1]]
+    try:
+        return jax.make_mesh(shape, ('data', 'model'), axis_types=(AxisType.Auto,) * 2, devices=used)
+    except NotImplementedError:  # neither axis is a product of axes of the torus, as in (128, 2) on 16 x 16 chips
+        split = mesh_utils.create_device_mesh(shape, used, allow_split_physical_axes=True)
+        return Mesh(split, ('data', 'model'), axis_types=(AxisType.Auto,) * 2)
 
 
 def local_mesh() -> Mesh:
@@ -95,7 +105,11 @@ def redistribute_features(
     """
     with jax.named_scope(layer):
         if x.shape[-1] < features:
-            return lax.all_gather(x, 'model', axis=x.ndim - 1, tiled=True)
+            # Between a gather of the last dimension and other operations, GPUs transpose the maps; TPUs replace its
+            # transpose by an all-reduce in bfloat16. A CPU takes longer for the concatenation.
+            if platform() == 'cpu':
+                return lax.all_gather(x, 'model', axis=x.ndim - 1, tiled=True)
+            return jnp.concatenate([*lax.all_gather(x, 'model')], -1)
         if x.shape[-1] > features:
             return lax.all_to_all(x, 'model', split_axis=1, concat_axis=0, tiled=True)
         return x
@@ -302,27 +316,58 @@ def jit_shard_map(
     in_specs: PyTree[Spec],
     out_specs: PyTree[Spec],
     donate_argnums: tuple[int, ...] = (),
+    only_all_reduces: bool = False,
 ) -> JittedFunction[Arguments, Result]:
     """Returns `function` as a shard_map on `mesh` in jax.jit (formerly pjit), with the shardings of the specs.
 
+    The layers are traced for the platform of the mesh, which need not be that of this process (see audit/targets.py).
     With more than one device, JAX checks (`check_vma`) that outputs declared as replicated are replicated.
+    `only_all_reduces`: see compiler_options().
     """
+    device = mesh.devices.flat[0]
+
+    @functools.wraps(function)
+    def traced(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with for_platform(device.platform):
+            return function(*args, **kwargs)
+
     return jax.jit(
-        jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=mesh.size > 1),
+        jax.shard_map(traced, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=mesh.size > 1),
         in_shardings=shardings(mesh, in_specs),
         out_shardings=shardings(mesh, out_specs),
         donate_argnums=donate_argnums,
-        compiler_options=_compiler_options(mesh),
+        compiler_options=compiler_options(device.platform, device.device_kind, mesh.size, only_all_reduces),
     )
 
 
-def _compiler_options(mesh: Mesh) -> dict[str, str | bool]:
-    """Returns the XLA options that differ from the defaults; docs/devices.md gives the reasons."""
-    platform = mesh.devices.flat[0].platform
+def compiler_options(
+    platform: str, device_kind: str, devices: int, only_all_reduces: bool
+) -> dict[str, str | int | bool]:
+    """Returns the XLA options of a program that differ from XLA's defaults; docs/devices.md gives the reasons.
+
+    An unknown option is an error when the program is compiled.
+
+    Args:
+      platform, device_kind: of the devices; see layers.platform() and jax.Device.
+      devices: number of devices of the program.
+      only_all_reduces: whether all collectives of the program are all-reduces.
+    """
     if platform == 'cpu':
         return {'xla_disable_hlo_passes': 'cse_barrier_expander'}  # keeps lax.optimization_barrier()
-    if platform == 'gpu' and mesh.size > 1:
-        return {'xla_gpu_enable_latency_hiding_scheduler': True}
+    if platform == 'gpu' and devices > 1:
+        return {
+            'xla_gpu_experimental_parallel_collective_overlap_limit': 4,
+            'xla_gpu_all_reduce_combine_threshold_bytes': 4 * 2**20,
+            'xla_gpu_reduce_scatter_combine_threshold_bytes': 4 * 2**20,
+            'xla_gpu_experimental_collective_start_as_early_as_possible': only_all_reduces,
+        }
+    if device_kind == 'TPU v5 lite' and devices > 1:  # other TPUs refuse to fuse all-reduces
+        return {
+            'xla_enable_async_all_reduce': True,
+            'xla_jf_crs_combiner_threshold_in_bytes': 4 * 2**20,
+            'xla_tpu_enable_async_collective_fusion_fuse_all_reduce': True,
+            'xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions': True,
+        }
     return {}
 
 

@@ -12,7 +12,7 @@ from jax.nn import initializers
 from jaxtyping import Array, Float, Float32
 
 from alexnet_jax.config import ModelConfig
-from alexnet_jax.layers import add_bias, convolution, locally_connected, order_weight_gradient_after_input_gradient
+from alexnet_jax.layers import add_bias, convolution, dense, locally_connected
 from alexnet_jax.parallel import reduce_scatter_partial_sums
 from alexnet_jax.shapes import LayerShape
 
@@ -98,11 +98,8 @@ class Dense(Layer):
 
         In `hybrid`, fc8 returns all outputs of B / model examples.
         """
-        kernels, outputs = jnp.split(self.kernel[...].astype(self.dtype), self.groups, -1), []
-        for x, kernel in zip(regroup_channels(towers, self.groups), kernels, strict=True):
-            x, kernel = order_weight_gradient_after_input_gradient(x.astype(self.dtype), kernel)
-            outputs.append(x @ kernel)
-        x = jnp.concatenate(outputs, -1)
+        pairs = zip(regroup_channels(towers, self.groups), jnp.split(self.kernel[...], self.groups, -1), strict=True)
+        x = jnp.concatenate([dense(x.astype(self.dtype), kernel) for x, kernel in pairs], -1)
         if self.in_features < self.global_in_features:
             x = reduce_scatter_partial_sums(x, self.bias.shape[0])
         return [x + self.bias[...].astype(self.dtype)[None]]

@@ -16,7 +16,8 @@ VELOCITY, RATE = 1e-5, 1.0
 # Tolerances for rounding errors. In float32, sums of thousands of terms in another order differ by 1e-7 to 1e-6 of
 # their size. This difference flips the ReLU sign or the pooling argmax of one unit in 300,000. The gradient
 # then flows through another unit, which changes the norm by sqrt(2 / 300,000) = 2.6e-3. No such unit lies between the
-# dense layers and the loss. bfloat16, and float32 on GPUs and TPUs, round 2 ** 13 to 2 ** 16 times as coarsely.
+# dense layers and the loss. bfloat16, and float32 on GPUs and TPUs without model.precision=float32, round 2 ** 13 to
+# 2 ** 16 times as coarsely.
 FLOAT32 = {'dense': 1e-5, 'conv': 1e-2}
 COARSE = {'dense': 0.1, 'conv': 0.5}
 
@@ -46,12 +47,12 @@ def differences(project: Project) -> dict[str, float]:
 
     logits = make_activation_fn(config, project.mesh, 'fc8')(state, batch['image'], project.preprocessing)
     loss = project.eval_step(state, batch, project.preprocessing)[0]
-    plain_logits = jax.jit(plain.logits)(parameters, center)
+    plain_logits = _exact(plain.logits)(parameters, center)
     found = {'logits': distance(logits, plain_logits)}
     found['loss of the evaluation'] = distance(loss, plain.losses(plain_logits, batch['label']).sum())
 
     masks = plain.dropout_masks(config.seed, batch['example_id'], config.model.widths[-1])
-    results = jax.jit(plain.train_step)(parameters, velocities, inputs, batch['label'], masks, jnp.float32(RATE))
+    results = _exact(plain.train_step)(parameters, velocities, inputs, batch['label'], masks, jnp.float32(RATE))
     plain_parameters, plain_velocities, plain_loss = jax.tree.map(np.asarray, results)
     state, metrics = project.train_step(state, batch, project.rates(RATE), project.preprocessing)
     found['loss'] = distance(metrics['loss'], plain_loss)
@@ -76,7 +77,7 @@ def worst(distances: dict[str, float], exact: bool) -> tuple[str, float, float]:
 
     Args:
       distances: the result of differences(). A NaN exceeds every tolerance.
-      exact: whether both sides compute in float32 on a CPU.
+      exact: whether both sides compute in float32, without rounding the operands of products.
     """
     tolerances = FLOAT32 if exact else COARSE
 
@@ -86,6 +87,11 @@ def worst(distances: dict[str, float], exact: bool) -> tuple[str, float, float]:
         return math.inf if math.isnan(excess) else excess, name, distances[name], allowed
 
     return max(map(judge, distances))[1:]
+
+
+def _exact(function: Any) -> Any:
+    """Returns `function` jitted, with products whose operands are not rounded."""
+    return jax.default_matmul_precision('float32')(jax.jit(function))
 
 
 def _images(function: Any, project: Project) -> jax.Array:

@@ -28,9 +28,9 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from alexnet_jax.audit.hlo import STEPS, Program
 from alexnet_jax.shapes import LAYERS
 from benchmarks import runner
-from benchmarks.hlo import STEPS, Program
 
 PRODUCT_SIZES, ADDED = (2048, 4096), 2**26  # rows of the square matrices; float32 elements of an array
 ORDER = ('augment', *LAYERS, 'dropout', 'logits', 'loss', 'gradients', 'update', 'metrics', 'other', 'idle')

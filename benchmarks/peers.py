@@ -24,14 +24,16 @@ def is_available(package: str, platform: str) -> bool:
     return bool(tf.config.list_physical_devices('GPU'))
 
 
-def tensorflow_passes(batch_size: int, dtype: str = 'float32') -> Passes:
+def tensorflow_passes(batch_size: int, dtype: str = 'float32', precision: str = 'default') -> Passes:
     """The network in TensorFlow: oneDNN or cuDNN, NHWC, tf.function, tf.nn's LRN, groups as split convolutions.
 
     Args:
       dtype: the dtype of convolutions, matrix products and activations. Parameters and loss are float32.
+      precision: 'float32' forbids TF32 on GPUs.
     """
     import tensorflow as tf
 
+    tf.config.experimental.enable_tensor_float_32_execution(precision != 'float32')
     shapes: list[tuple[int, ...]]
     shapes = [(11, 11, 3, 96), (5, 5, 48, 256), (3, 3, 256, 384), (3, 3, 192, 384), (3, 3, 192, 256)]
     shapes += [(9216, 4096), (4096, 4096), (4096, 1000)]
@@ -82,12 +84,13 @@ def tensorflow_passes(batch_size: int, dtype: str = 'float32') -> Passes:
     return {'train': lambda: float(train_step()), 'forward': lambda: float(forward())}
 
 
-def torch_passes(batch_size: int, dtype: str = 'float32', device: str = 'cpu') -> Passes:
+def torch_passes(batch_size: int, dtype: str = 'float32', device: str = 'cpu', precision: str = 'default') -> Passes:
     """The network in PyTorch: torch.compile, channels_last, LRN as shifted adds, SGD with foreach=True.
 
     Args:
       dtype: float32 or, by autocast, bfloat16.
       device: cpu or cuda.
+      precision: 'float32' forbids TF32; 'default' allows it, as JAX and TensorFlow do.
     """
     import torch
     from torch import nn
@@ -101,8 +104,9 @@ def torch_passes(batch_size: int, dtype: str = 'float32', device: str = 'cpu') -
             return x * (root * torch.sqrt(root))  # (...) ** -0.75
 
     if device == 'cuda':
-        torch.set_float32_matmul_precision('high')  # the default of JAX and TensorFlow
-        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision('highest' if precision == 'float32' else 'high')
+        torch.backends.cudnn.allow_tf32 = precision != 'float32'
+        torch.backends.cudnn.benchmark = True
     network: Any = nn.Sequential(
         *(nn.Conv2d(3, 96, 11, 4, 2), nn.ReLU(), LocalResponseNorm(), nn.MaxPool2d(3, 2)),
         *(nn.Conv2d(96, 256, 5, 1, 2, groups=2), nn.ReLU(), LocalResponseNorm(), nn.MaxPool2d(3, 2)),

@@ -118,7 +118,9 @@ def project_passes(config: Config) -> dict[str, Callable[[], Any]]:
     def check() -> tuple[str, float, float]:
         from benchmarks.check import differences, worst
 
-        exact = config.model.dtype == 'float32' and jax.default_backend() == 'cpu'
+        exact = config.model.precision == 'float32' or (
+            config.model.dtype == 'float32' and jax.default_backend() == 'cpu'
+        )
         return worst(differences(project), exact)
 
     return {'train': project.train, 'forward': project.forward, 'check': check}

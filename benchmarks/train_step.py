@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py [--batch_size=128] [--rounds=6] [--torch_python=PATH] [--json]
     python benchmarks/train_step.py --platform=gpu --dtype=bfloat16 --batch_size=1024
+    python benchmarks/train_step.py --platform=gpu --precision=float32
 
 Each pass is timed with the batch in memory, until its result is ready:
   train    forward with LRN and dropout, gradient, momentum update with weight decay. The project runs the step of its
@@ -19,9 +20,9 @@ Each side has its own process. The sides take turns step by step, so that a chan
 them; waiting sides are stopped. A ratio is the peer's median time over the project's: above 1 the project is faster.
 
 --config.a.b=value applies to the project's side. A TPU has no peers. Neither GPU nor TPU was tested. On these
-platforms all sides hold device memory at the same time, so their allocators do not preallocate it. float32 means JAX's
-default on the platform: on GPUs from Ampere on, matrix products of all sides round their inputs to TF32; on TPUs, to
-bfloat16.
+platforms all sides hold device memory at the same time, so their allocators do not preallocate it. By default, products
+and convolutions of float32 round their inputs as JAX does: on GPUs from Ampere on, all sides round to TF32; on TPUs, to
+bfloat16. With --precision=float32, no side rounds them.
 """
 
 import argparse
@@ -57,19 +58,24 @@ Times = dict[str, dict[str, list[float]]]  # seconds of each round, by pass and 
 def start(arguments: argparse.Namespace, flags: list[str]) -> tuple[str | None, Callable[[str], Any]]:
     """Runs in a worker. Returns the side's version or None, and a function that times a pass or runs `check`."""
     side, device = arguments.worker, 'cuda' if arguments.platform == 'gpu' else 'cpu'
-    batch_size, dtype = arguments.batch_size, arguments.dtype
+    batch_size, dtype, precision = arguments.batch_size, arguments.dtype, arguments.precision
+    flags = [*flags, f'--config.model.precision={precision}']
     passes: dict[str, Callable[[], Any]] = {}
     product: Callable[[int, str], Callable[[], float]]
     if side == PROJECT:  # the interpreter of a peer may lack what the project imports
         from benchmarks.project import paper_config, project_passes, project_product
 
+        if precision == 'float32':
+            import jax
+
+            jax.config.update('jax_default_matmul_precision', precision)  # of the product; the step has its own
         passes, product = project_passes(paper_config(batch_size, flags, dtype)), project_product
     elif not peers.is_available(side, arguments.platform):
         return None, lambda name: None
     elif side == 'tensorflow':
-        passes, product = peers.tensorflow_passes(batch_size, dtype), peers.tensorflow_product
+        passes, product = peers.tensorflow_passes(batch_size, dtype, precision), peers.tensorflow_product
     else:
-        passes = peers.torch_passes(batch_size, dtype, device)
+        passes = peers.torch_passes(batch_size, dtype, device, precision)
         product = functools.partial(peers.torch_product, device=device)
     passes |= {f'product {size}': product(size, dtype) for size in PRODUCTS[arguments.platform]}
 
@@ -153,6 +159,7 @@ def main() -> None:
     parser.add_argument('--warmup', type=runner.positive, default=2, help='rounds before those, compilation included')
     parser.add_argument('--platform', choices=PLATFORMS, default='cpu')
     parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='of all sides')
+    parser.add_argument('--precision', choices=('default', 'float32'), default='default', help='of float32, all sides')
     parser.add_argument('--torch_python', type=runner.program, default=sys.executable, help='Python with torch')
     parser.add_argument('--unchecked', action='store_true', help='do not compare with the plain implementation')
     arguments, flags = parser.parse_known_args()
@@ -161,7 +168,9 @@ def main() -> None:
     from alexnet_jax.audit import cost_model
     from benchmarks.project import paper_config
 
-    config = paper_config(arguments.batch_size, flags, arguments.dtype)
+    config = paper_config(
+        arguments.batch_size, [*flags, f'--config.model.precision={arguments.precision}'], arguments.dtype
+    )
     forward = 2 * sum(layer.multiply_adds for layer in cost_model.layers(config))
     passes = (*PASSES, *(f'product {size}' for size in PRODUCTS[arguments.platform]))
     pythons = {'torch': arguments.torch_python}
@@ -178,7 +187,7 @@ def main() -> None:
             for name in passes
         }
     result = results(times, config.train.batch_size, {'train': cost_model.flops_per_image(config), 'forward': forward})
-    result |= {name: getattr(arguments, name) for name in ('batch_size', 'rounds', 'platform', 'dtype')}
+    result |= {name: getattr(arguments, name) for name in ('batch_size', 'rounds', 'platform', 'dtype', 'precision')}
     versions = {'python': platform.python_version()} | {worker.side: worker.about for worker in workers}
     result |= {'difference': difference, 'config': flags, 'versions': versions}
     return runner.print_result(result, report, arguments.json)

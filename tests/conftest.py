@@ -1,4 +1,7 @@
-"""Configures JAX for all tests: eight simulated devices, the CPU flags of a real run, and strict promotion."""
+"""Configures JAX for all tests: eight simulated devices, the CPU flags of a real run, and strict promotion.
+
+With JAX_PLATFORMS=cuda or tpu, the tests run on accelerators; those marked `accelerator` must pass there.
+"""
 
 import os
 import signal
@@ -6,6 +9,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # child processes use the same GPU
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
 os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # Tests leave the cache of the user alone.

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from fixtures.make_torch_fixture import pictures as torch_pictures
+from flax import nnx
 from helpers import ROOT, config_flags, refusal, run_command
 from PIL import Image
 from skimage import data as photographs
@@ -162,6 +163,20 @@ def test_the_gradient_equals_finite_differences(new):
     np.testing.assert_allclose(slope, difference, rtol=0.02)
 
 
+def test_the_module_can_be_used_first_inside_a_gradient():
+    network = alexnet_jax.create('torchvision', num_classes=2, settings={'model.widths': (8, 0, 0, 0, 16, 0, 32)})
+    inputs = network.preprocess(photographs.chelsea())
+    slopes = jax.jit(jax.grad(lambda x: network.module(x)[0, 1]))(inputs)
+    np.testing.assert_array_equal(slopes, jax.jit(jax.grad(lambda x: network.module(x)[0, 1]))(inputs))
+    gradients = nnx.grad(lambda module: module(inputs)[0, 1])(network.module)  # refuses parameters of another trace
+    assert gradients['conv1']['kernel'][...].shape == (11, 11, 3, 8)
+
+
+def test_the_module_refuses_images_of_another_shape(new):
+    with pytest.raises(ValueError, match=r'images: the shape is \(1, 256, 256, 3\), not \(B, 224, 224, 3\)'):
+        new.module(jax.numpy.zeros((1, 256, 256, 3)))
+
+
 @pytest.mark.slow
 def test_create_has_the_weights_of_a_new_run(photos_dir, tmp_path):
     fields = {'model.preset': 'torchvision', 'model.widths': '(8,0,0,0,16,0,32)', 'model.num_classes': 16, 'seed': 7}
@@ -281,6 +296,7 @@ CAT = photographs.chelsea()
         (lambda net: alexnet_jax.create('paper', num_classes=1), 'config.model.num_classes: 1'),
         (lambda net: alexnet_jax.create('paper', num_classes='auto'), 'num_classes: a new network has no data'),
         (lambda net: alexnet_jax.create('paper', seed=-1), 'config.seed: -1'),
+        (lambda net: alexnet_jax.create('paper', seed='a'), "config.seed: 'a' is str, not int"),
         (lambda net: alexnet_jax.create('paper', settings={'model.width': 3}), 'the nearest is config.model.widths'),
         (lambda net: alexnet_jax.load('no/run'), 'no/run: there is no such file or folder; name a file of weights'),
         (lambda net: alexnet_jax.load('no\nrun'), r"'no\\nrun': there is no such file or folder"),

@@ -11,7 +11,7 @@ from helpers import ROOT, run_command, usage_error
 from test_presets import PAPER
 
 from alexnet_jax import config
-from alexnet_jax.audit import cost_model, hlo_collectives, step_audit
+from alexnet_jax.audit import cost_model, hlo_collectives, report_text, step_audit
 from alexnet_jax.audit.hlo_collectives import Collective
 
 GOLDEN = ROOT / 'tests' / 'golden'
@@ -155,22 +155,30 @@ def test_ring_bytes_equal_hand_numbers(kind, dtype, shape, group, sent):
 GROUPS = 'channel_id=1, replica_groups={{0,1},{2,3}}, use_global_device_ids=true'
 
 
+def module(*lines) -> str:
+    """Returns the text of a program whose entry computation has these instructions after the parameters x, y and z."""
+    parameters = [f'  %{name} = f32[1]{{0}} parameter({number})' for number, name in enumerate('xyz')]
+    return '\n'.join(
+        ['HloModule jit_step, is_scheduled=true', '', 'ENTRY %main () -> f32[1] {', *parameters, *lines, '}']
+    )
+
+
 def read(*lines):
     """Reads a program for 4 devices whose compiled and lowered forms are equal."""
-    return hlo_collectives.step_collectives('\n'.join(lines), '\n'.join(lines), 4)
+    return hlo_collectives.step_collectives(module(*lines), module(*lines), 4)
 
 
 def test_instruction_forms():
     [joined] = read(
-        f'  %all-reduce.1 = (f32[3]{{0}}, /*index=1*/f32[2,5]{{1,0}}) all-reduce(%a, %b), {GROUPS}, to_apply=%add',
+        f'  %all-reduce.1 = (f32[3]{{0}}, /*index=1*/f32[2,5]{{1,0}}) all-reduce(%x, %y), {GROUPS}, to_apply=%add',
         '  %get-tuple-element.1 = f32[3]{0} get-tuple-element(%all-reduce.1), index=0',
     )
     assert (joined.kind, joined.shapes, joined.elements) == ('all-reduce', ((2, 5), (3,)), 13)
     [started] = read(
-        f'  %s = (f32[2,4]{{1,0}}, f32[4,4]{{1,0}}) all-gather-start(f32[2,4]{{1,0}} %x), {GROUPS}, dimensions={{0}}',
+        f'  %s = (f32[2,4]{{1,0}}, f32[4,4]{{1,0}}) all-gather-start(f32[2,4]{{1,0:T(8,128)(2,1)}} %x), {GROUPS}',
         '  ROOT %d = f32[4,4]{1,0} all-gather-done(%s)',
     )
-    assert (started.kind, started.shapes) == ('all-gather', ((4, 4),))
+    assert (started.kind, started.shapes, started.is_async) == ('all-gather', ((4, 4),), True)
     several = read(
         f'  %s = ((f32[2]{{0}}, bf16[3]{{0}}), (f32[4]{{0}}, bf16[6]{{0}})) all-gather-start(%x, %y), {GROUPS}'
     )
@@ -187,10 +195,45 @@ def test_instruction_forms():
         ' source_target_pairs={{0,1},{1,0}}'
     )
     assert permuted.bytes == 24
+    pair = read(  # of a GPU, since jax 0.11
+        f'  %s = ((f32[3]{{0}}, bf16[5]{{0}}), (f32[3]{{0}}, bf16[5]{{0}})) all-reduce-start(%x, %y), {GROUPS}',
+        '  %d = (f32[3]{0}, bf16[5]{0}) all-reduce-done(%s)',
+    )
+    assert [(each.dtype, each.shapes, each.start, each.done) for each in pair] == [
+        ('f32', ((3,),), 's', 'd'),
+        ('bf16', ((5,),), 's', 'd'),
+    ]
+    [at_once] = read(  # of a GPU, before jax 0.11
+        f'  %s = (f32[2]{{0}}, f32[4]{{0}}) all-gather-start(%x), {GROUPS}, backend_config={{"is_sync":true}}',
+        '  %d = f32[4]{0} all-gather-done(%s)',
+    )
+    assert (at_once.shapes, at_once.start, at_once.done, at_once.is_async) == (((4,),), 's', 's', False)
     assert (
         read('  %r = f32[8]{0} all-reduce(%x), channel_id=1, replica_groups={{0},{1}}, use_global_device_ids=true')
         == []
     )
+
+
+WRAPPED = """HloModule jit_step, is_scheduled=true
+
+%wrapped (p: f32[2,6]) -> f32[2,6] {
+  %p = f32[2,6]{1,0} parameter(0)
+  ROOT %exchanged = f32[2,6]{1,0} all-to-all(%p), channel_id=1, replica_groups={{0,1},{2,3}}, dimensions={0}
+}
+
+ENTRY %main (x: f32[2,6]) -> f32[2,6] {
+  %x = f32[2,6]{1,0} parameter(0)
+  %begun = ((f32[2,6]{1,0}), f32[2,6]{1,0}, u32[]) async-start(%x), calls=%wrapped
+  %carried = ((f32[2,6]{1,0}), f32[2,6]{1,0}, u32[]) async-update(%begun), calls=%wrapped
+  ROOT %ended = f32[2,6]{1,0} async-done(%carried), calls=%wrapped
+}
+"""
+
+
+def test_collective_in_a_called_computation_counts_once():
+    [found] = hlo_collectives.step_collectives(WRAPPED, WRAPPED, 4)
+    assert (found.kind, found.shapes, found.trips) == ('all-to-all', ((2, 6),), 1)
+    assert (found.start, found.done, found.is_async) == ('begun', 'ended', True)
 
 
 def test_collectives_take_layer_and_dtype_from_lowered_hlo():
@@ -208,11 +251,11 @@ def test_collectives_take_layer_and_dtype_from_lowered_hlo():
         f'  %f = f32[4,4]{{1,0}} all-gather(%z), {GROUPS}, {name % "update"}',
         f'  %g = f32[4,4]{{1,0}} all-gather(%y), {GROUPS}, {name % "fc8"}',
         f'  %h = f32[4,4]{{1,0}} all-gather(%x), {GROUPS}, {name % "fc7"}',
-        f'  %i = (f32[3]{{0}}, f32[1,5]{{1,0}}) all-reduce(%p, %q), {GROUPS}, {name % "gradients"}',
+        f'  %i = (f32[3]{{0}}, f32[1,5]{{1,0}}) all-reduce(%x, %y), {GROUPS}, {name % "gradients"}',
         f'  %k = f32[7]{{0}} all-gather(%x), {GROUPS}, {name % "fc6"}',
         f'  %j = f32[100]{{0}} all-gather(%x), {GROUPS}, metadata={{op_name="jit(train_step)/convolution"}}',
     ]
-    found = hlo_collectives.step_collectives('\n'.join(compiled), '\n'.join(asked), 4)
+    found = hlo_collectives.step_collectives(module(*compiled), module(*asked), 4)
     assert [(each.kind, each.layer, each.dtype, each.shapes) for each in found] == [
         ('all-gather', '', 'f32', ((100,),)),  # added by the compiler
         ('all-gather', 'fc6', 'f32', ((7,),)),
@@ -342,7 +385,7 @@ def test_collectives_match_golden_files(name):
     renew = (
         f'python {" ".join(COMMAND)} --images_per_device=128 {MESHES[name]} --collectives > {file.relative_to(ROOT)}'
     )
-    found = step_audit.collectives_table(report_of(name)['collectives']) + '\n'
+    found = report_text.collectives_table(report_of(name)['collectives']) + '\n'
     assert found == (file.read_text() if file.exists() else ''), f'if the change is intended, renew the file: {renew}'
 
 
@@ -358,7 +401,9 @@ def test_512_devices_within_a_minute():
     assert (found['batch_size'], found['batch_per_device']) == (65_536, 128)
     assert found['parameters'] == 60_965_224
     assert {each['group_size'] for each in found['collectives']} == {2, 256, 512}
-    assert {'kind', 'layer', 'dtype', 'shapes', 'group_size', 'bytes'} == set(found['collectives'][0])
+    assert {'kind', 'layer', 'dtype', 'shapes', 'group_size', 'trips', 'start', 'done', 'bytes'} == set(
+        found['collectives'][0]
+    )
     [gradients] = [each for each in found['collectives'] if each['layer'] == 'gradients']
     assert gradients['bytes'] == round(2 * 4 * 30_482_612 * 255 / 256)
     assert 1 <= found['wire_bytes_per_device'] / found['analytic_minimum_bytes'] <= 1.02

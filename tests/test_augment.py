@@ -1,5 +1,7 @@
 """Augmentation and the ten views against NumPy with the same random numbers, and the statistics of the noise."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from jaxtyping import TypeCheckError
 from alexnet_jax.augment import augment, disable_color_augmentation, eval_crop, example_keys, make_preprocess_params
 from alexnet_jax.config import default_config
 from alexnet_jax.config_schema import DataConfig
+from alexnet_jax.layers import for_platform
 
 SIZE, CROP, BATCH = 20, 14, 6
 
@@ -114,6 +117,24 @@ def test_crops_and_flips_match_numpy(crop, flip, mean):
     ours = augmented(random_images(), keys, config)
     assert ours.dtype == np.float32
     np.testing.assert_array_equal(ours, augmented_in_numpy(random_images(), keys, config))
+
+
+@pytest.mark.parametrize('mean_crop', ['matching', 'center'])
+def test_the_program_for_tpus_crops_float32(mean_crop):
+    """XLA for TPUs would copy the whole batch of uint8 for each crop; the values are those of the other platforms."""
+    config = data_config(mean_crop=mean_crop)
+    arguments = random_images(), keys_of(BATCH), make_preprocess_params(statistics(), config)
+    expected = augmented(random_images(), keys_of(BATCH), config)
+    for name, dtype in (('cpu', 'ui8'), ('gpu', 'ui8'), ('tpu', 'f32')):
+
+        def augment_for(images, keys, parts, name=name):
+            with for_platform(name):
+                return augment(images, keys, keys, parts, config)
+
+        lowered = jax.jit(augment_for).lower(*arguments)
+        gathers = re.findall(r'"stablehlo\.gather"\(.*\) <.*> : \(tensor<6x20x20x3x(\w+)>', lowered.as_text())
+        assert gathers == [dtype]
+        np.testing.assert_array_equal(lowered.compile()(*arguments), expected)
 
 
 @pytest.mark.parametrize('color', ['original', 'fb', 'paper'])

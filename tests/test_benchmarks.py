@@ -13,6 +13,7 @@ from helpers import ROOT, run_command
 from picture_sets import pictures, write
 
 from alexnet_jax.audit import cost_model
+from alexnet_jax.audit.hlo import Program
 from alexnet_jax.config import default_config, resolve
 from alexnet_jax.prepare.sources import open_source
 from alexnet_jax.presets import PRESETS
@@ -30,7 +31,6 @@ from benchmarks import (
     table,
     train_step,
 )
-from benchmarks.hlo import Program
 from benchmarks.project import Project
 
 HLO = """HloModule jit_train_step, is_scheduled=true

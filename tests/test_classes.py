@@ -308,6 +308,9 @@ def test_auto_needs_data_and_fits_the_mesh(tmp_path):
     config = preset_config('paper')
     config.model.num_classes = 'auto'
     assert resolve(config).model.num_classes == 0
+    config.mesh.layout, config.mesh.model = 'hybrid', 2
+    assert resolve(config).mesh.layout == 'hybrid'  # the classes do not matter to its dense layers
+    config.mesh.layout, config.mesh.model = 'towers', 1
     wrong = {0: 'neither auto nor', 'all': 'is str, not int or auto', 2.5: 'is float', 1: 'is outside'}
     for value, reason in wrong.items():
         config.model.num_classes = value

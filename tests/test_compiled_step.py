@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
+from alexnet_jax.audit.hlo import HOLLOW, Program
 from alexnet_jax.config import default_config, resolve
 from alexnet_jax.shapes import LAYERS
-from benchmarks.hlo import HOLLOW, Program
 from benchmarks.project import Project
 
 WIDTHS = (16, 32, 32, 32, 32, 64, 48)

@@ -744,7 +744,19 @@ def test_report_shows_results_and_escapes_names(run, folders, tmp_path):
     assert '<script>alert' not in page
     assert '<b>' not in page
     text = run_command('-m', 'alexnet_jax', 'report', copy).stdout
-    assert f'folder:{folders}, test, 1 view, step 0: loss {figures(report)[0]:.4f}' in text
+    assert f'folder:{folders}, test, 5 of 8 classes, 1 view, step 0: loss {figures(report)[0]:.4f}' in text
+
+
+def test_results_with_other_names_of_the_classes_are_kept_apart(run, folders, tmp_path):
+    copy = tmp_path / 'run'
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / 'evaluations', True)
+    for content in ('\n'.join(CLASSES), '\n'.join(reversed(CLASSES))):
+        (tmp_path / 'classes.txt').write_text(content)
+        asked = request(f'folder:{folders}', split='test')
+        evaluate(copy, dataclasses.replace(asked, class_file=read_class_file(str(tmp_path / 'classes.txt'))))
+    evaluate(copy, request(f'folder:{folders}', split='test'))
+    assert len(list((copy / 'evaluations').iterdir())) == 3
 
 
 def test_names_of_results_do_not_collide():

@@ -14,6 +14,7 @@ from test_mesh import STATISTICS, batch, lowered_step, make_global_batch, rates,
 
 from alexnet_jax import augment, parallel
 from alexnet_jax.audit import step_audit
+from alexnet_jax.audit.hlo import Program
 from alexnet_jax.config import default_config, resolve
 from alexnet_jax.lr_multipliers import frozen_names
 from alexnet_jax.optimizer import make_optimizer
@@ -24,7 +25,6 @@ from alexnet_jax.training.checkpoint_reader import restore
 from alexnet_jax.training.eval_step import make_eval_step, make_layer_stats_fn
 from alexnet_jax.training.state import TrainState, abstract_state, init_state
 from alexnet_jax.training.train_step import make_train_step
-from benchmarks.hlo import Program
 
 LAYERS = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8')
 FAST = {'xla_backend_optimization_level': 0}  # compiles faster

@@ -181,6 +181,13 @@ def test_folder_gives_back_the_same_bytes(run, hub):
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), found, wanted)
 
 
+def test_no_run_is_written_into_a_hub_folder(hub):
+    before = {path.name: path.read_bytes() for path in hub.iterdir()}
+    message = usage_error(run_command('launch.py', '--config=configs/quickstart.py', f'--workdir={hub}'))
+    assert f'--workdir: {hub} has weights for a model hub; use another --workdir' in message
+    assert {path.name: path.read_bytes() for path in hub.iterdir()} == before
+
+
 def test_hub_folders_and_runs_are_told_apart(run, hub, tmp_path):
     for name in (hub, hub / 'best', hub / 'checkpoints' / '0'):
         message = refusal(parse_checkpoint_ref, str(name))

@@ -125,6 +125,9 @@ def test_imported_weights_for_other_classes_are_refused_with_the_command_that_wo
         f'config.model.num_classes: 3, but {imported} has imported weights of a network with 5; --init={imported}'
         ' --workdir=NEW starts a new run from the weights'
     )
+    refused = torchvision(pictures, 'three', imported, **{'model.num_classes': 'auto'})
+    assert refused.returncode == 2
+    assert f'3, but {imported} has imported weights of a network with 5; --init=' in refused.stderr.splitlines()[-1]
     workdir = tmp_path / 'new'
     fields = {'model.num_classes': 'auto', 'train.steps': 0, 'data.std': (2.0,), 'data.color': 'fb'}
     run = torchvision(pictures, 'three', workdir, f'--init={imported}', **fields)

@@ -14,11 +14,11 @@ from alexnet_jax.layers import (
     PLATFORMS,
     add_bias,
     convolution,
+    dense,
     local_response_norm,
     locally_connected,
     materialize,
     max_pool,
-    order_weight_gradient_after_input_gradient,
     within_channel_lrn,
 )
 from alexnet_jax.layers.custom_gradient import compute_after
@@ -288,19 +288,29 @@ def test_materialize_is_the_identity(values):
     np.testing.assert_array_equal(np.asarray(y, np.float64), np.asarray(values, np.float64))
 
 
-@implementations('order_weight_gradient_after_input_gradient')
-def test_ordered_product_and_gradients_are_unchanged(implementation):
+@implementations('dense')
+def test_dense_and_its_gradients_are_products(implementation):
     x, kernel, cotangent = distinct((4, 3), 23), distinct((3, 5), 24), distinct((4, 5), 25)
-    order = partial(order_weight_gradient_after_input_gradient, implementation=implementation)
 
     def both(x, kernel, cotangent):
-        y, back = jax.vjp(lambda x, kernel: jnp.matmul(*order(x, kernel)), x, kernel)
+        y, back = jax.vjp(partial(dense, implementation=implementation), x, kernel)
         return y, *back(cotangent)
 
     y, to_x, to_kernel = jax.jit(both)(x, kernel, cotangent)
     np.testing.assert_array_equal(y, x @ kernel)
     np.testing.assert_array_equal(to_x, cotangent @ kernel.T)
     np.testing.assert_array_equal(to_kernel, x.T @ cotangent)
+
+
+@pytest.mark.parametrize('implementation', ['custom_gradient', 'cpu'])
+def test_dense_kernel_gradient_of_bfloat16_is_not_rounded(implementation):
+    x, cotangent = jnp.ones((257, 3), jnp.bfloat16), jnp.ones((257, 5), jnp.bfloat16)
+    y, back = jax.vjp(partial(dense, implementation=implementation), x, jnp.full((3, 5), 1 + 2**-10))
+    to_x, to_kernel = back(cotangent)
+    assert (y.dtype, to_x.dtype, to_kernel.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    np.testing.assert_array_equal(np.asarray(y, np.float32), np.full((257, 5), 3))  # of the rounded kernel
+    np.testing.assert_array_equal(np.asarray(to_x, np.float32), np.full((257, 3), 5))
+    np.testing.assert_array_equal(to_kernel, np.full((3, 5), 257))  # 256 or 258 in bfloat16
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -608,7 +618,9 @@ def test_every_platform_takes_an_implementation_that_exists():
 def test_unknown_implementation_is_rejected():
     with pytest.raises(ValueError, match=r"implementation='fast': max_pool has reference, custom_gradient, cpu$"):
         max_pool(jnp.ones((1, 3, 3, 1)), 3, 2, implementation='fast')
-    with pytest.raises(ValueError, match=r"implementation='cpu': local_response_norm has reference, custom_gradient$"):
+    with pytest.raises(
+        ValueError, match=r"implementation='cpu': local_response_norm has reference, custom_gradient, gpu$"
+    ):
         local_response_norm(jnp.ones((1, 8)), **PAPER, implementation='cpu')
 
 
@@ -624,8 +636,8 @@ FUNCTIONS = {
     'within_channel_lrn': partial(within_channel_lrn, **PAPER | {'n': 3}),
     'max_pool': partial(max_pool, window=3, stride=2),
     'ceil_mode max_pool': partial(max_pool, window=3, stride=2, ceil_mode=True),
-    'order_weight_gradient_after_input_gradient': lambda x, implementation: jnp.matmul(
-        *order_weight_gradient_after_input_gradient(x, device_array((4, 5), 34), implementation=implementation)
+    'dense': lambda x, implementation: dense(
+        x.reshape(3, -1), device_array((7 * 6 * 4, 5), 34), implementation=implementation
     ),
 }
 PATHS = [
@@ -686,10 +698,10 @@ def test_nonfinite_gradients_stay_within_their_weights(bad, implementation):
 
 
 @pytest.mark.parametrize('bad', [np.inf, np.nan])
-@implementations('order_weight_gradient_after_input_gradient')
+@implementations('dense')
 def test_nonfinite_input_gradient_leaves_weight_gradient(bad, implementation):
-    x, kernel = normal((4, 3), 40), normal((3, 5), 41)
-    order = partial(order_weight_gradient_after_input_gradient, implementation=implementation)
-    gradients = jnp.asarray(with_bad_value(x, bad)), jnp.asarray(kernel)
-    for ours, expected in zip(jax.vjp(order, x, kernel)[1](gradients), gradients, strict=True):
-        np.testing.assert_array_equal(ours, expected)
+    x, kernel, cotangent = distinct((4, 3), 40), distinct((3, 5), 41), distinct((4, 5), 42)
+    _, back = jax.vjp(partial(dense, implementation=implementation), x, with_bad_value(kernel, bad))
+    to_x, to_kernel = back(jnp.asarray(cotangent))
+    assert not np.isfinite(to_x[0, 0])
+    np.testing.assert_array_equal(to_kernel, x.T @ cotangent)

@@ -113,6 +113,17 @@ def test_average_is_dropped_or_started_on_resume(photos_dir, tmp_path):
         np.testing.assert_array_equal(leaf, other)
 
 
+def test_average_of_a_layer_frozen_on_resume_is_its_value(photos_dir, tmp_path):
+    recipe = RECIPE | {'optimizer.schedule': 'constant'}
+    launch(photos_dir, tmp_path / 'run', recipe | {'train.steps': 3})
+    launch(photos_dir, tmp_path / 'run', recipe | {'train.steps': 5, 'optimizer.lr_multipliers': "(('conv1',0.0),)"})
+    before, after = (state_at(tmp_path / 'run', step) for step in (3, 5))
+    kernel = np.asarray(before.params['conv1']['kernel'])
+    assert (np.asarray(before.average['conv1']['kernel']) != kernel).any()
+    np.testing.assert_array_equal(after.average['conv1']['kernel'], kernel)
+    assert (np.asarray(after.average['fc8']['kernel']) != np.asarray(after.params['fc8']['kernel'])).any()
+
+
 def test_run_ends_when_a_further_decay_is_due(photos_dir, tmp_path):
     """The learning rate is so small that no error ever changes, so evaluation 1 is the best one."""
     fields = {

@@ -21,6 +21,7 @@ from test_mesh import (
 
 from alexnet_jax import augment, parallel
 from alexnet_jax.config import default_config, resolve
+from alexnet_jax.layers import for_platform
 from alexnet_jax.training.state import abstract_state, init_state
 from alexnet_jax.training.train_step import make_train_step
 
@@ -66,7 +67,7 @@ def test_micro_batches_and_remat_do_not_change_the_numbers(fields):
 @pytest.mark.parametrize('platform', ['gpu', 'tpu'])
 def test_layers_of_accelerators_give_the_same_numbers(platform, monkeypatch):
     expected, losses = three_steps()
-    monkeypatch.setattr(jax, 'default_backend', lambda: platform)
+    monkeypatch.setattr(parallel, 'for_platform', lambda _: for_platform(platform))
     state, found = train(small_config(2, 2, {'mesh': {'layout': 'towers'}}), 3)[1:3]
     np.testing.assert_allclose(found, losses, rtol=2e-5)
     for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
@@ -78,7 +79,7 @@ def test_accelerators_loop_and_reduce_gradients_once(monkeypatch):
     settings = small_config(4, 2, {'train': {'grad_accum_steps': 2}})
     once, unrolled = (collectives(compiled(each).as_text()) for each in (small_config(4, 2), settings))
     expected, losses = three_steps()
-    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    monkeypatch.setattr(parallel, 'for_platform', lambda _: for_platform('gpu'))
     hlo = compiled(settings).as_text()
     state, found = train(settings, 3)[1:3]
     np.testing.assert_allclose(found, losses, rtol=2e-5)

@@ -100,7 +100,9 @@ def test_files_of_a_run(uninterrupted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    'number', [pytest.param(signal.SIGKILL, marks=pytest.mark.accelerator), signal.SIGTERM, signal.SIGINT]
+)
 def test_interrupted_run_equals_the_uninterrupted_run(uninterrupted, photos_dir, tmp_path, number):
     stopped = interrupt(number, photos_dir, tmp_path)
     if number == signal.SIGKILL:

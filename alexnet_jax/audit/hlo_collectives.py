@@ -1,4 +1,13 @@
-"""Parses the collectives of a compiled training step from its HLO text and computes the bytes each device sends.
+"""Reads the collectives of a compiled training step from its HLO text and computes the bytes each device sends.
+
+The step may be compiled for CPUs, GPUs or TPUs. A collective counts once, in whatever form the compilers write it:
+
+    all-reduce(...)                          one instruction
+    all-reduce-start, all-reduce-done        a pair, between which other instructions may run
+    async-start, async-done                  a pair that calls a computation with the collective
+    fusion calling %all-reduce-scatter       TPU: an all-reduce of which each device keeps a part: a reduce-scatter
+    fusions calling computations with the    TPU: a chain of fusions, each of which advances the collective and may
+      same collective and chain_id           compute something else besides
 
 Bytes sent per device by ring algorithms, for a group of n devices and a tensor of S bytes:
 
@@ -15,25 +24,18 @@ import dataclasses
 import math
 import re
 
-ITEM_SIZES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2}
-ITEM_SIZES |= {'f32': 4, 's32': 4, 'u32': 4, 'f64': 8, 's64': 8, 'u64': 8, 'c64': 8}
+from alexnet_jax.audit.hlo import ITEM_SIZES, KINDS, HloFormatError, Instruction, Program
 
 # Names of the scopes in the training step; `logits` is the exchange after fc8.
 LAYERS = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8', 'logits')
 STEP_SCOPES = ('dropout', 'gradients', 'update', 'metrics')
 
-_KINDS = 'all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast'
-_INSTRUCTION = re.compile(rf'\s*(?:ROOT )?%?[\w.-]+ = (.*?) ({_KINDS})(-start)?\(')
-_TENSOR = re.compile(r'(\w+)\[([\d,]*)\]')
+_CARRIERS = ('fusion', 'async-start')
 _AXIS = r"'[^']+'"
 _MESH_GROUPS = re.compile(
     rf'replica_groups=mesh\[((?:{_AXIS}=\d+,?)+)\](?:, device_ids=\(\S*\))? '
     rf'\{{((?:{_AXIS}(?::\(\d+\)\d+)?,?)+)\}}(?=,|\s|$)'
 )
-
-
-class HloFormatError(ValueError):
-    """HLO text in a syntax that this module cannot parse."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,9 @@ class Collective:
       dtype: HLO name of the dtype.
       shapes: Shape of each output tensor on one device.
       group_size: Number of devices per group.
+      trips: Executions per step: the product of the trip counts of the loops around the collective.
+      start, done: Names of the instructions in hlo.Program that start and complete the collective; equal if it is
+        synchronous. The parts of a combined collective have the same names.
     """
 
     kind: str
@@ -53,16 +58,24 @@ class Collective:
     dtype: str
     shapes: tuple[tuple[int, ...], ...]
     group_size: int
+    trips: int = 1
+    start: str = ''
+    done: str = ''
+
+    @property
+    def is_async(self) -> bool:
+        """True if other instructions can run between the start and the completion."""
+        return self.start != self.done
 
     @property
     def elements(self) -> int:
-        """Number of output elements on one device."""
+        """Number of output elements on one device, per execution."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
     def bytes(self) -> float:
-        """Bytes that each device sends with a ring algorithm."""
-        left, n = self.elements * ITEM_SIZES[self.dtype], self.group_size
+        """Bytes that each device sends per step with a ring algorithm."""
+        left, n = self.trips * self.elements * ITEM_SIZES[self.dtype], self.group_size
         if self.kind in ('collective-permute', 'collective-broadcast'):
             return left
         return left * (n - 1) * {'all-reduce': 2 / n, 'reduce-scatter': 1}.get(self.kind, 1 / n)
@@ -75,67 +88,139 @@ def step_collectives(compiled: str, lowered_hlo: str, devices: int) -> list[Coll
 
     Args:
       compiled: HLO text of the compiled step, which determines the list of collectives.
-      lowered_hlo: HLO text of the same step before compilation. Layers and dtypes are from this text if it has a
-        matching tensor, because XLA on CPU sends bfloat16 as float32 and combines all-reduces of several parts.
+      lowered_hlo: HLO text of the same step before compilation. Layers and shapes are from this text if it has a
+        matching tensor, because compilers combine collectives of several parts. So are the dtypes in a program for
+        CPUs, because XLA on CPU sends bfloat16 as float32. Programs for GPUs and TPUs keep their own dtypes.
       devices: Number of devices of the mesh.
+
+    Raises HloFormatError: unknown syntax.
     """
-    wanted = [tensor for tensors in _instructions(lowered_hlo, devices) for tensor in tensors]
-    found = []
-    for tensors in _instructions(compiled, devices):
+    program = Program(compiled)
+    wanted = [tensor for tensors in _collectives(Program(lowered_hlo), devices).values() for tensor in tensors]
+    found: list[Collective] = []
+    for tensors in _collectives(program, devices).values():
         parts: dict[tuple[str, str], list[Collective]] = collections.defaultdict(list)
-        for tensor in tensors:
-            same = [
-                other
-                for other in wanted
-                if (other.kind, other.elements, other.group_size) == (tensor.kind, tensor.elements, tensor.group_size)
-            ]
-            if same:
-                best = max(same, key=lambda other: (other.layer == tensor.layer, other.shapes == tensor.shapes))
-                wanted.remove(best)
-                tensor = best
-            parts[tensor.layer, tensor.dtype].append(tensor)
+        for joined in tensors:
+            for tensor in _separated(joined, program, wanted):
+                named = _named(tensor, program, wanted, found)
+                parts[named.layer, named.dtype].append(named)
         for part in parts.values():
             shapes = sorted((shape for tensor in part for shape in tensor.shapes), key=math.prod, reverse=True)
-            found.append(dataclasses.replace(part[0], shapes=tuple(shapes)))
+            trips = program.trips(part[0].start)
+            found.append(dataclasses.replace(part[0], shapes=tuple(shapes), trips=trips))
     order = ('', *LAYERS, *STEP_SCOPES)
     return sorted(found, key=lambda each: (order.index(each.layer), each.kind, -each.bytes, each.shapes))
 
 
-def _instructions(hlo: str, devices: int) -> list[list[Collective]]:
-    """Returns one Collective per tensor for each collective instruction, without groups of one device."""
-    found = []
-    for line in hlo.splitlines():
-        match = _INSTRUCTION.match(line)
-        if not match:
+def _collectives(program: Program, devices: int) -> dict[str, list[Collective]]:
+    """Returns one Collective per tensor for each collective, without groups of one device.
+
+    The key is the name of the instruction that starts the collective, or 'chain' and the chain_id.
+    """
+    found: dict[str, list[Collective]] = {}
+    instructions = program.instructions.values()
+    carried = {name for each in instructions if each.opcode in _CARRIERS for name in each.called}
+    for start in instructions:
+        if start.computation in carried:
             continue
-        result, kind, asynchronous = match.groups()
-        if asynchronous and kind != 'all-reduce':  # (operands, results, ...)
-            result = _entries(result)[1]
-        tensors = [(dtype, tuple(map(int, filter(None, dims.split(','))))) for dtype, dims in _TENSOR.findall(result)]
-        if kind == 'all-to-all' and len(tensors) > 1:  # HLO lists one tensor per device
-            tensors = [(tensors[0][0], (len(tensors), *tensors[0][1]))]
-        size = group_size(line, kind, devices)
-        if size > 1:
-            found.append([Collective(kind, _layer(line), dtype, (shape,), size) for dtype, shape in tensors])
+        for each in program.computations[start.called[0]] if start.opcode in _CARRIERS else [start]:
+            kind = each.opcode.removesuffix('-start')
+            size = group_size(each.attributes, kind, devices) if kind in KINDS else 0
+            if size > 1:
+                chain = re.search(r'chain_id="(\d+)"', each.attributes)
+                key = f'chain {chain[1]}' if chain else start.name
+                begin = found[key][0].start if key in found else start.name
+                end, (kind, tensors) = _done(start, program), _result(start, each, kind, program)
+                found[key] = [Collective(kind, _layer(each), *tensor, size, 1, begin, end) for tensor in tensors]
     return found
 
 
-def _entries(shape: str) -> list[str]:
-    """Splits the shape of a tuple into its top-level entries."""
-    entries, depth = [''], 0
-    for character in shape.strip()[1:-1]:
-        depth += (character in '([{') - (character in ')]}')
-        if character == ',' and depth == 0:
-            entries.append('')
-        else:
-            entries[-1] += character
-    return entries
+def _result(
+    start: Instruction, each: Instruction, kind: str, program: Program
+) -> tuple[str, list[tuple[str, tuple[tuple[int, ...]]]]]:
+    """Returns the kind of the collective `each`, which `start` starts, and dtype and shapes of each of its results."""
+    tensors, inputs = each.tensors, len(each.operands)
+    if each is not start and kind == 'all-reduce' and program.users(each.name)[0].opcode == 'dynamic-slice':
+        kind, tensors = 'reduce-scatter', start.tensors
+    elif len(tensors) > inputs:  # of a start: operands, results, and the state of the transfer
+        tensors = tensors[inputs : 2 * inputs]
+    if kind == 'all-to-all' and len(tensors) > 1:  # HLO lists one tensor per device
+        tensors = [(tensors[0][0], (len(tensors), *tensors[0][1]))]
+    return kind, [(dtype, (shape,)) for dtype, shape in tensors]
 
 
-def _layer(line: str) -> str:
+def _done(start: Instruction, program: Program) -> str:
+    """Returns the name of the instruction that completes the collective that `start` starts."""
+    if not start.opcode.endswith(('-start', '-update')) or '"is_sync":true' in start.attributes:
+        return start.name
+    following = (user for user in program.users(start.name) if user.opcode.endswith(('-update', '-done')))
+    return next((_done(user, program) for user in following), start.name)
+
+
+def _separated(tensor: Collective, program: Program, wanted: list[Collective]) -> list[Collective]:
+    """Returns the tensors that `tensor` concatenates; [tensor] if it is one of `wanted`, or no concatenation.
+
+    The compiler for GPUs combines several all-reduces into the all-reduce of one vector.
+    """
+    if any(_is_same(tensor, other) for other in wanted):
+        return [tensor]
+    each = program.instructions[program.instructions[tensor.start].operands[0]]
+    while each.opcode == 'bitcast' or each.fused:
+        each = each.fused[-1] if each.fused else program.instructions[each.operands[0]]
+    if each.opcode != 'concatenate':
+        return [tensor]
+    shapes = [shape for operand in each.operands for _, shape in program.instructions[operand].tensors]
+    return [dataclasses.replace(tensor, shapes=(shape,)) for shape in shapes]
+
+
+def _is_same(tensor: Collective, other: Collective) -> bool:
+    """Returns whether a compiled tensor can be the tensor `other` from before compilation, in another shape."""
+    return (tensor.kind, tensor.elements, tensor.group_size) == (other.kind, other.elements, other.group_size)
+
+
+def _named(tensor: Collective, program: Program, wanted: list[Collective], found: list[Collective]) -> Collective:
+    """Returns `tensor` with layer, shape and, on CPUs, dtype of its tensor in `wanted`, and removes the latter.
+
+    A TPU pads some tensors of reduce-scatters. They keep their shape. A tensor that the compiler added has the layer
+    of the nearest of `found`, or of other instructions with a layer, on which it depends.
+    """
+    same = [other for other in wanted if _is_same(tensor, other)]
+    if not same and tensor.kind == 'reduce-scatter':
+        [operand, *_] = program.instructions[tensor.start].operands
+        unpadded = program.instructions[operand].numbers // tensor.group_size
+        same = [other for other in wanted if (other.kind, other.elements) == (tensor.kind, unpadded)]
+    if not same:
+        return dataclasses.replace(tensor, layer=tensor.layer or _layer_before(tensor.start, program, found))
+    keeps_dtype = program.platform != 'cpu'
+    best = max(
+        same,
+        key=lambda other: (
+            keeps_dtype and other.dtype == tensor.dtype,
+            other.layer == tensor.layer,
+            other.shapes == tensor.shapes,
+        ),
+    )
+    wanted.remove(best)
+    shapes = best.shapes if best.elements == tensor.elements else tensor.shapes
+    dtype = tensor.dtype if keeps_dtype else best.dtype
+    return dataclasses.replace(tensor, layer=best.layer, shapes=shapes, dtype=dtype)
+
+
+def _layer_before(name: str, program: Program, found: list[Collective]) -> str:
+    """Returns the layer of the nearest instruction with a layer that an instruction depends on; '' if there is none."""
+    layers = {each.start: each.layer for each in found}
+    names = [name]
+    for name in names:
+        each = program.instructions[name]
+        if layer := layers.get(name) or _layer(each):
+            return layer
+        names += [operand for operand in each.operands if operand not in names]
+    return ''
+
+
+def _layer(each: Instruction) -> str:
     """Returns the innermost scope in `op_name` that is one of LAYERS or STEP_SCOPES, or ''."""
-    name = re.search(r'op_name="([^"]*)"', line)
-    words = re.findall(r'\w+', name[1]) if name else []
+    words = re.findall(r'\w+', each.op_name)
     return next((word for word in reversed(words) if word in LAYERS + STEP_SCOPES), '')
 
 

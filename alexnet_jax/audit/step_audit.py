@@ -1,16 +1,17 @@
-"""Compiles a training step for simulated devices and reports its collectives, FLOPs and memory."""
+"""Compiles a training step for simulated devices or for an accelerator and reports collectives, FLOPs and memory."""
 
-import dataclasses
-import json
 import os
 import re
-from typing import NotRequired, TypedDict
+import time
+from typing import Any, NotRequired, TypedDict
 
 import ml_collections
 
 from alexnet_jax import shapes
-from alexnet_jax.audit import cost_model
+from alexnet_jax.audit import cost_model, target_report
 from alexnet_jax.audit.hlo_collectives import Collective, step_collectives
+from alexnet_jax.audit.target_report import TargetReport
+from alexnet_jax.audit.targets import Compiler, CompilerError, Target, target_devices
 from alexnet_jax.config import UNKNOWN, Config, ConfigError, resolve
 from alexnet_jax.runtime.files import JsonObject
 
@@ -21,7 +22,8 @@ _LAYER_FIELDS = ('name', 'output', 'parameters', 'multiply_adds')
 class AuditReport(TypedDict):
     """The costs of a training step; --json prints these fields. Bytes and FLOPs are per step and device.
 
-    `multiply_adds` are those of the forward pass for one image. cost_model.predict() computes the `prediction`.
+    `multiply_adds` are those of the forward pass for one image. cost_model.predict() computes the `prediction`. With a
+    target, collectives, bytes sent and memory are those of the step compiled for the target.
     """
 
     layout: str
@@ -31,28 +33,35 @@ class AuditReport(TypedDict):
     parameters: int
     multiply_adds: int
     flops_per_device: int
-    compiler_flops_per_device: int
+    compiler_flops_per_device: int | None
     peak_bytes_per_device: int
     collectives: list[Collective]
     wire_bytes_per_device: int
     analytic_minimum_bytes: int
     layers: list[JsonObject]
     prediction: NotRequired[dict[str, float]]
+    target: NotRequired[TargetReport]
 
 
 def audit_config(
-    config: ml_collections.ConfigDict, mesh: str | None = None, images_per_device: int | None = None
+    config: ml_collections.ConfigDict,
+    mesh: str | None = None,
+    images_per_device: int | None = None,
+    target: Target | None = None,
 ) -> Config:
     """Applies the arguments to `config` in place and returns the resolved configuration.
 
-    If mesh.data is -1, it becomes JAX_NUM_CPU_DEVICES (default 1) divided by mesh.model, at least 1.
+    If mesh.data is -1, it becomes the number of devices divided by mesh.model, at least 1. The devices are those of the
+    target or, without one, JAX_NUM_CPU_DEVICES (default 1).
 
     Args:
       config: Configuration of a training run.
       mesh: Devices on the axes, such as 'data:64,model:2'; None keeps config.mesh.
       images_per_device: Sets train.batch_size to this number times the number of devices; None keeps the batch size.
+      target: The accelerators for which the step will be compiled.
 
-    Raises ConfigError: invalid mesh or configuration, or more than MAX_SIMULATED_DEVICES devices.
+    Raises ConfigError: invalid mesh or configuration, more than MAX_SIMULATED_DEVICES devices, or a mesh that does not
+      have all devices of the target.
     """
     for axis in mesh.split(',') if mesh is not None else []:
         match = re.fullmatch(r'(data|model):([1-9]\d*)', axis)
@@ -60,11 +69,16 @@ def audit_config(
             raise ConfigError(f'--mesh: {mesh!r} is not a mesh; write for example --mesh=data:64,model:2')
         config.mesh[match[1]] = int(match[2])
     if config.mesh.data == -1:
-        simulated = os.environ.get('JAX_NUM_CPU_DEVICES', '1')
-        if not simulated.isdecimal():
-            raise ConfigError(f'JAX_NUM_CPU_DEVICES: {simulated!r} is not a number of devices')
-        config.mesh.data = max(1, int(simulated) // max(1, config.mesh.model))
+        available = target.devices if target else _simulated_devices()
+        config.mesh.data = max(1, available // max(1, config.mesh.model))
     devices = config.mesh.data * config.mesh.model
+    if target and devices != target.devices:
+        model = config.mesh.model if target.devices % max(1, config.mesh.model) == 0 else 1
+        raise ConfigError(
+            f'config.mesh: data={config.mesh.data} times model={config.mesh.model} is {devices} devices, and'
+            f' --target={target.text} has {target.devices}; write for example'
+            f' --mesh=data:{target.devices // model},model:{model}'
+        )
     if images_per_device:
         config.train.batch_size = images_per_device * devices
     if devices > MAX_SIMULATED_DEVICES:
@@ -78,16 +92,96 @@ def audit_config(
     return resolved
 
 
-def audit(config: Config) -> AuditReport:
-    """Returns the costs of a training step of `config` (see audit_config()). JAX must have at least as many devices."""
+def _simulated_devices() -> int:
+    """Returns JAX_NUM_CPU_DEVICES. Raises ConfigError: the variable is not a number."""
+    simulated = os.environ.get('JAX_NUM_CPU_DEVICES', '1')
+    if not simulated.isdecimal():
+        raise ConfigError(f'JAX_NUM_CPU_DEVICES: {simulated!r} is not a number of devices')
+    return int(simulated)
+
+
+def audit(config: Config, target: Target | None = None, compiler: Compiler | None = None) -> AuditReport:
+    """Returns the costs of a training step of `config` (see audit_config()).
+
+    The step is compiled for JAX's CPU devices, of which there must be as many as the mesh has. With `target`, the step
+    is compiled by `compiler` for the target as well, see targets.py.
+
+    Raises:
+      ConfigError: the compiler refuses the topology of the target.
+      CompilerError: the compiler refuses the step.
+    """
+    import jax
+
+    from alexnet_jax import parallel
+
+    if target is None or compiler is None:
+        return _report(config, parallel.make_mesh(config), {'xla_backend_optimization_level': 0})[0]
+    mesh = parallel.make_mesh(config, target_devices(target, compiler))
+    started = time.monotonic()
+    try:
+        report, compiled = _report(config, mesh, None)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise CompilerError(f'{compiler.package} {compiler.version} for {target.text}: {reason}') from None
+    seconds = time.monotonic() - started
+    report['target'] = target_report.make(
+        config,
+        target,
+        compiler,
+        mesh.devices.flat[0].device_kind,
+        compiled,
+        report['collectives'],
+        audit(config),
+        seconds,
+    )
+    return report
+
+
+def _report(config: Config, mesh: Any, options: dict[str, Any] | None) -> tuple[AuditReport, Any]:
+    """Returns the costs of a training step, and the jax.stages.Compiled step.
+
+    Args:
+      config: See audit_config().
+      mesh: jax.sharding.Mesh of the devices for which the step is compiled.
+      options: Compiler options. Machine code for a CPU is never executed: 'xla_backend_optimization_level' 0 reduces
+        the compile time to 40 % and yields the same HLO.
+    """
+    lowered = _lower(config, mesh)
+    compiled = lowered.compile(compiler_options=options)
+    lowered_hlo = lowered.as_text(dialect='hlo', debug_info=True)
+    memory = compiled.memory_analysis()
+    devices = config.mesh.data * config.mesh.model
+    table = cost_model.layers(config)
+    found = step_collectives(compiled.as_text(), lowered_hlo, devices)
+    flops = (compiled.cost_analysis() or {}).get('flops')
+    return {
+        'layout': config.mesh.layout,
+        'mesh': {'data': config.mesh.data, 'model': config.mesh.model},
+        'batch_size': config.train.batch_size,
+        'batch_per_device': config.train.batch_size / devices,
+        'parameters': sum(layer.parameters for layer in table),
+        'multiply_adds': sum(layer.multiply_adds for layer in table),
+        'flops_per_device': round(cost_model.flops_per_image(config) * config.train.batch_size / devices),
+        'compiler_flops_per_device': None if flops is None else round(flops),
+        'peak_bytes_per_device': memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes,
+        'collectives': found,
+        'wire_bytes_per_device': round(sum(each.bytes for each in found)),
+        'analytic_minimum_bytes': round(cost_model.lower_bound_bytes(config)),
+        'layers': [{name: getattr(layer, name) for name in _LAYER_FIELDS} for layer in table],
+    }, compiled
+
+
+def _lower(config: Config, mesh: Any) -> Any:
+    """Returns the jax.stages.Lowered training step on a mesh."""
     import jax
     import numpy as np
 
-    from alexnet_jax import parallel
     from alexnet_jax.training.state import abstract_state
     from alexnet_jax.training.train_step import make_train_step
 
-    mesh = parallel.make_mesh(config)
     batch_size, size, channels = config.train.batch_size, config.data.image_size, config.data.channels
     struct = jax.ShapeDtypeStruct
     batch = {
@@ -104,105 +198,4 @@ def audit(config: Config) -> AuditReport:
     if config.data.class_weights != 'none':
         preprocessing['class_weights'] = struct((config.model.num_classes,), np.float32)
     rates = {name: {kind: struct((), np.float32) for kind in ('kernel', 'bias')} for name in shapes.LAYERS}
-    lowered = make_train_step(config, mesh).lower(abstract_state(config, mesh), batch, rates, preprocessing)
-    # The machine code is never executed. Level 0 reduces the compile time to 40 % and yields the same HLO.
-    compiled = lowered.compile(compiler_options={'xla_backend_optimization_level': 0})
-    lowered_hlo = lowered.as_text(dialect='hlo', debug_info=True)
-    memory = compiled.memory_analysis()
-    devices = config.mesh.data * config.mesh.model
-    table = cost_model.layers(config)
-    found = step_collectives(compiled.as_text(), lowered_hlo, devices)
-    return {
-        'layout': config.mesh.layout,
-        'mesh': {'data': config.mesh.data, 'model': config.mesh.model},
-        'batch_size': batch_size,
-        'batch_per_device': batch_size / devices,
-        'parameters': sum(layer.parameters for layer in table),
-        'multiply_adds': sum(layer.multiply_adds for layer in table),
-        'flops_per_device': round(cost_model.flops_per_image(config) * batch_size / devices),
-        'compiler_flops_per_device': round(compiled.cost_analysis()['flops']),
-        'peak_bytes_per_device': memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes,
-        'collectives': found,
-        'wire_bytes_per_device': round(sum(each.bytes for each in found)),
-        'analytic_minimum_bytes': round(cost_model.lower_bound_bytes(config)),
-        'layers': [{name: getattr(layer, name) for name in _LAYER_FIELDS} for layer in table],
-    }
-
-
-def as_json(report: AuditReport) -> str:
-    """Returns the report of audit() as one JSON object."""
-
-    def plain(each: Collective) -> dict[str, object]:
-        return {**dataclasses.asdict(each), 'bytes': round(each.bytes)}
-
-    return json.dumps(report, default=plain)
-
-
-def collectives_table(found: list[Collective]) -> str:
-    """Returns one line per collective: kind, layer, group size, bytes, dtype and shapes."""
-    lines = [f'{"collective":<18} {"layer":<10}{"group":>6}{"bytes":>14}  shapes on a device']
-    for each in found:
-        shapes = ' '.join('x'.join(map(str, shape)) or 'scalar' for shape in each.shapes)
-        row = f'{each.kind:<18} {each.layer or "?":<10}{each.group_size:>6}{round(each.bytes):>14,}'
-        lines.append(f'{row}  {each.dtype} {shapes}')
-    return '\n'.join(lines)
-
-
-def layers_table(report: AuditReport) -> str:
-    """Returns one line per layer: output shape, parameters and multiply-adds, with their shares of the total."""
-    lines = [f'{"layer":<7}{"output":<14}{"parameters":>12}{"share":>8}{"multiply-adds":>16}{"share":>8}']
-    for layer in report['layers']:
-        output = 'x'.join(map(str, layer['output']))
-        lines.append(
-            f'{layer["name"]:<7}{output:<14}{layer["parameters"]:>12,}'
-            f'{layer["parameters"] / report["parameters"]:>8.1%}{layer["multiply_adds"]:>16,}'
-            f'{layer["multiply_adds"] / report["multiply_adds"]:>8.1%}'
-        )
-    lines.append(f'{"":<21}{report["parameters"]:>12,}{"":>8}{report["multiply_adds"]:>16,}')
-    return '\n'.join(lines)
-
-
-def as_text(report: AuditReport) -> str:
-    """Returns the report of audit() as text."""
-    data, model = report['mesh']['data'], report['mesh']['model']
-    wire, least = report['wire_bytes_per_device'], report['analytic_minimum_bytes']
-    devices = data * model
-    lines = [
-        f'layout {report["layout"]} on data {data} x model {model} = {devices} device{"s" * (devices > 1)},'
-        f' batch {report["batch_size"]:,}: {report["batch_per_device"]:g} images per device',
-        '',
-        layers_table(report),
-        '',
-        collectives_table(report['collectives']),
-        '',
-        'per step and device',
-        f'bytes sent       {wire:>18,}  {wire / least:.4f} of the lower bound of this layout, {least:,}'
-        if least
-        else f'bytes sent       {wire:>18,}',
-        f'FLOPs            {report["flops_per_device"]:>18,}  convolutions and matrix products, padding included',
-        f"compiler's count {report['compiler_flops_per_device']:>18,}  without padding, other operations included",
-        f'memory, bytes    {report["peak_bytes_per_device"]:>18,}  compiled for a CPU',
-    ]
-    return '\n'.join(lines + prediction_lines(report.get('prediction')))
-
-
-def prediction_lines(prediction: dict[str, float] | None) -> list[str]:
-    """Formats the result of cost_model.predict() as lines of text; returns [] for None."""
-    if prediction is None:
-        return []
-    lines = [
-        '',
-        f'predicted from {prediction["bandwidth"]:.3g} bytes/s and {prediction["flops"]:.3g} FLOP/s per device, latency'
-        ' not modeled',
-        f'compute {prediction["compute_seconds"] * 1e3:.2f} ms, wire {prediction["wire_seconds"] * 1e3:.2f} ms',
-    ]
-    for name in ('without_overlap', 'with_gradients_overlapped'):
-        lines.append(
-            f'{name.replace("_", " "):<26}{prediction[f"step_seconds_{name}"] * 1e3:>10.2f} ms per step'
-            f'{prediction[f"images_per_second_{name}"]:>14,.0f} images/s in total'
-            f'{prediction[f"efficiency_{name}"]:>8.1%} efficiency'
-        )
-    return lines
+    return make_train_step(config, mesh).lower(abstract_state(config, mesh), batch, rates, preprocessing)

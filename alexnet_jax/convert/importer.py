@@ -6,7 +6,7 @@ from absl import flags
 
 from alexnet_jax.config import ConfigError
 from alexnet_jax.convert import export
-from alexnet_jax.runtime.checkpoint_ref import CHECKPOINT_HELP, CheckpointRef, check_new, parse_checkpoint_ref
+from alexnet_jax.runtime.checkpoint_ref import CheckpointRef, check_new, parse_checkpoint_ref
 from alexnet_jax.runtime.console import log
 from alexnet_jax.weights import onnx_file
 from alexnet_jax.weights.formats import WANTED, detect_format
@@ -45,7 +45,6 @@ def check_arguments(argv: list[str], given: flags.FlagValues) -> CheckpointRef |
     """
     if len(argv) < 3:
         raise ConfigError('the destination is missing: name a new WORKDIR after a file, or a FILE after a checkpoint')
-    path = os.path.expanduser(argv[1])
     file = find_weights(argv[1])
     if file is not None:
         check_new(argv[2])
@@ -54,9 +53,7 @@ def check_arguments(argv: list[str], given: flags.FlagValues) -> CheckpointRef |
         if detect_format(file) == 'onnx':
             onnx_file.check_installed(file)
         return None
-    if not os.path.exists(path) and os.path.basename(path) != 'best':
-        raise ConfigError(f'{argv[1]}: there is no such file or folder; name a file of weights, or {CHECKPOINT_HELP}')
-    _refuse_other_folder(argv[1], path)
+    _refuse_other_folder(argv[1], os.path.expanduser(argv[1]))
     unused = next(
         (name for name in ('preset', 'mean', 'class_names', 'crop_size') if given[name].value is not None), None
     )

@@ -189,7 +189,14 @@ def _facts(request: Request, data: OtherData, unreadable: Sequence[UnreadableExa
 def _options(ref: CheckpointRef, request: Request) -> list[str]:
     """Returns what tells results for the same data apart, for stored.result_name()."""
     checkpoint = '' if ref.selector == 'newest' else ref.selector if ref.selector == 'best' else f'step_{ref.selector}'
-    return ['real_labels' * (request.real_labels is not None), 'all_classes' * request.all_classes, checkpoint]
+    file = request.class_file
+    return [
+        'real_labels' * (request.real_labels is not None),
+        'all_classes' * request.all_classes,
+        'class_numbers' * request.class_numbers,
+        '' if file is None else f'classes_{file.digest()[:8]}',
+        checkpoint,
+    ]
 
 
 def _store(ref: CheckpointRef, request: Request, data: OtherData, views: int, result: JsonObject) -> None:

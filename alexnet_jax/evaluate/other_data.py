@@ -112,7 +112,8 @@ def open_other_data(request: Request, run: str, run_names: Sequence[str], is_log
     ((split, examples),) = opened.splits.items()
     described = request.source if split == 'all' else f'{request.source}, {split}'
     lines = [
-        f'{described}: {len(examples):,} images of {len(opened.class_names):,} classes from {opened.origins[split]}',
+        f'{described}: {len(examples):,} images'
+        + (f' of {len(opened.class_names):,} classes from {opened.origins[split]}' if opened.class_names else ''),
         *opened.notes,
     ]
     own, unreadable = _own_labels(examples)

@@ -23,7 +23,6 @@ from alexnet_jax.config import (
 from alexnet_jax.inference.forward import as_integer
 from alexnet_jax.inference.trained_model import TrainedModel, load_model, place_weights, with_mesh
 from alexnet_jax.paths import is_url, shown
-from alexnet_jax.runtime.checkpoint_ref import CHECKPOINT_HELP
 from alexnet_jax.runtime.console import log, summarize_exception
 from alexnet_jax.training.checkpointing import state_digest
 from alexnet_jax.training.state import init_state
@@ -127,16 +126,11 @@ def _read_file(
 
 def _load_run(name: str, given: list[str]) -> TrainedModel:
     """Returns the network of the run or checkpoint `name`; `given` are the arguments for files that the caller gave."""
-    path = os.path.expanduser(name)
-    if not os.path.exists(path) and os.path.basename(path) != 'best':
-        raise ConfigError(
-            f'{shown(name)}: there is no such file or folder; name a file of weights, or {CHECKPOINT_HELP}'
-        )
     if given:
         raise ConfigError(
             f'{given[0]}: has no effect for {shown(name)}, which is not a file of weights; omit the argument'
         )
-    return load_model(path)
+    return load_model(os.path.expanduser(name))
 
 
 def _local_path(source: str | os.PathLike[str]) -> str:

@@ -286,12 +286,12 @@ class TrainedModel:
         images = jax.device_put(self.images(pictures), jax.local_devices()[0])
         return eval_crop(images, self.preprocessing, self.config.data, 0)
 
-    @functools.cached_property
+    @property
     def module(self) -> AlexNet:
-        """The network as a Flax NNX module with a copy of the weights on one device.
+        """A new Flax NNX module of the network with the weights on one device.
 
         Its argument is the result of preprocess(), float32 (N, crop_size, crop_size, channels), and its result the
-        logits (N, classes). The other methods do not use changes of the module.
+        logits (N, classes). Changes of the module change neither the other methods nor other modules.
 
         >>> import alexnet_jax, jax, skimage
         >>> small = {'model.widths': (8, 0, 0, 0, 16, 0, 32)}
@@ -300,8 +300,14 @@ class TrainedModel:
         >>> jax.grad(lambda x: network.module(x)[0, 1])(inputs).shape
         (1, 224, 224, 3)
         """
-        weights = jax.device_get((self.state.params, self.state.batch_stats))
-        return nnx.merge(build_model(self.config)[0], *jax.device_put(weights, jax.local_devices()[0]))
+        return nnx.merge(build_model(self.config)[0], *self._weights_on_one_device)
+
+    @functools.cached_property
+    def _weights_on_one_device(self) -> tuple[dict[str, dict[str, jax.Array]], dict[str, dict[str, jax.Array]]]:
+        """The parameters and the running statistics, as concrete arrays even if the first use is inside jax.jit."""
+        with jax.ensure_compile_time_eval():
+            weights = jax.device_get((self.state.params, self.state.batch_stats))
+            return jax.device_put(weights, jax.local_devices()[0])
 
     @property
     def preprocessing(self) -> PreprocessParams:

@@ -1,59 +1,83 @@
 """The layers of the paper's section 3 as pure functions on (B, H, W, C) arrays.
 
-An operation has up to three implementations, whose results differ only in rounding errors. The argument
+An operation has up to four implementations, whose results differ only in rounding errors. The argument
 `implementation` selects one:
   'reference'        the definition in plain JAX, with automatic differentiation: reference.py
   'custom_gradient'  a custom gradient that saves memory traffic: custom_gradient.py
   'cpu'              an implementation that XLA for CPUs schedules well: cpu.py
-  'auto'             the implementation in PLATFORMS for jax.default_backend() at the time of tracing.
+  'gpu'              an implementation that XLA for GPUs fuses well: gpu.py
+  'auto'             the implementation in PLATFORMS for platform() at the time of tracing.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jaxtyping import Array, Float
 
-from alexnet_jax.layers import cpu, custom_gradient, reference
+from alexnet_jax.layers import cpu, custom_gradient, gpu, reference
 from alexnet_jax.layers.cpu import materialize
 from alexnet_jax.layers.reference import Padding
 
 __all__ = [
     'add_bias',
     'convolution',
+    'dense',
+    'for_platform',
     'local_response_norm',
     'locally_connected',
     'materialize',
     'max_pool',
-    'order_weight_gradient_after_input_gradient',
+    'platform',
     'within_channel_lrn',
 ]
 
-MODULES = {'reference': reference, 'custom_gradient': custom_gradient, 'cpu': cpu}
+MODULES = {'reference': reference, 'custom_gradient': custom_gradient, 'cpu': cpu, 'gpu': gpu}
 
 # The default implementation on each platform; 'gpu' is CUDA or ROCm, and other platforms use the reference. The choices
 # for CPUs are based on measured times, see cpu.py. The choices for GPUs and TPUs are based on the bytes that the train
-# step accesses when compiled for an H100 and for a TPU v5e (jaxlib 0.10.2); times were not measured. On the H100, the
-# references of max_pool and local_response_norm access 41 % and 3 % more bytes than their custom gradients, and the
-# `cpu` implementations of the other operations 2 % more than the references. The TPU has an instruction for the
-# gradient of max_pool; without the references, the step accesses 1.6 times as many bytes.
+# step accesses when jaxlib 0.12.0.1 compiles it; times were not measured. The list gives the bytes of the float32 step
+# that one other implementation adds:
+#   H100 (layout `data`, 128 images, 7.03 GB): max_pool: reference 48 %, cpu 0.4 %; local_response_norm: custom_gradient
+#     6 %, reference 5 %; convolution: cpu 9 %; dense: cpu 0.4 %; add_bias: cpu 0 %.
+#   TPU v5e (`towers`, 64 images, 2.78 GB): max_pool: custom_gradient 38 % (the reference is one instruction);
+#     local_response_norm: custom_gradient 9 %; convolution: cpu 51 %.
 # fmt: off
 PLATFORMS = {
     'convolution':         {'cpu': 'cpu',             'gpu': 'reference',       'tpu': 'reference'},
     'add_bias':            {'cpu': 'cpu',             'gpu': 'reference',       'tpu': 'reference'},
-    'local_response_norm': {'cpu': 'custom_gradient', 'gpu': 'custom_gradient', 'tpu': 'reference'},
+    'local_response_norm': {'cpu': 'custom_gradient', 'gpu': 'gpu',             'tpu': 'reference'},
     'within_channel_lrn':  {'cpu': 'custom_gradient', 'gpu': 'custom_gradient', 'tpu': 'reference'},
     'max_pool':            {'cpu': 'cpu',             'gpu': 'custom_gradient', 'tpu': 'reference'},
-    'order_weight_gradient_after_input_gradient': {'cpu': 'cpu', 'gpu': 'reference', 'tpu': 'reference'},
+    'dense':               {'cpu': 'cpu',             'gpu': 'custom_gradient', 'tpu': 'custom_gradient'},
     'locally_connected':   {'cpu': 'reference',       'gpu': 'reference',       'tpu': 'reference'},
 }
 # fmt: on
+
+_traced_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar('traced_platform', default=None)
+
+
+def platform() -> str:
+    """Returns the platform of the program that is traced: that of for_platform(), or else jax.default_backend()."""
+    return _traced_platform.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def for_platform(name: str) -> Iterator[None]:
+    """Within the context, layers are traced for the platform `name` ('cpu', 'gpu', 'tpu'), for any backend of JAX."""
+    token = _traced_platform.set(name)
+    try:
+        yield
+    finally:
+        _traced_platform.reset(token)
 
 
 def _function(operation: str, implementation: str) -> Callable[..., Any]:
     """Returns the function of `operation`. Raises ValueError: the operation has no such implementation."""
     if implementation == 'auto':
-        implementation = PLATFORMS[operation].get(jax.default_backend(), 'reference')
+        implementation = PLATFORMS[operation].get(platform(), 'reference')
     names = [name for name, module in MODULES.items() if hasattr(module, operation)]
     if implementation not in names:
         raise ValueError(f'implementation={implementation!r}: {operation} has {", ".join(names)}')
@@ -168,11 +192,9 @@ def max_pool(
     return _function('max_pool', implementation)(x, window, stride, ceil_mode=ceil_mode)
 
 
-def order_weight_gradient_after_input_gradient(
-    x: Float[Array, '*dims i'], kernel: Float[Array, 'i o'], *, implementation: str = 'auto'
-) -> tuple[Float[Array, '*dims i'], Float[Array, 'i o']]:
-    """Returns the arguments; the backward pass computes the gradient of `kernel` after the gradient of `x`.
+def dense(x: Float[Array, 'b i'], kernel: Float[Array, 'i o'], *, implementation: str = 'auto') -> Float[Array, 'b o']:
+    """Computes `x` @ `kernel` in the dtype of `x`.
 
-    The gradient of `x` reads `kernel`, so this order lets an optimizer update `kernel` in place, see cpu.py.
+    All implementations but the reference compute the gradient of a float32 `kernel` in float32 also for a bfloat16 `x`.
     """
-    return _function('order_weight_gradient_after_input_gradient', implementation)(x, kernel)
+    return _function('dense', implementation)(x, kernel)

@@ -1,4 +1,4 @@
-"""Response normalization and max pooling with custom gradients, which save memory and memory traffic.
+"""Layers with custom gradients, which save memory and memory traffic, and do not round the gradients of dense kernels.
 
 The values are those of reference.py; alexnet_jax.layers documents arguments and shapes.
 """
@@ -25,44 +25,55 @@ def compute_after(x: Float[Array, '*dims'], other: Float[Array, '...']) -> Float
     return jnp.where((bits | 1) != 0, x, jnp.zeros((), x.dtype))
 
 
+def _window_sum(x: jax.Array, window: tuple[int, ...]) -> jax.Array:
+    padding = [(size // 2, size // 2) for size in window]
+    return lax.reduce_window(x, 0.0, lax.add, window, (1,) * x.ndim, padding)
+
+
 def local_response_norm(
-    x: Float[Array, '*dims c'], *, k: float, n: int, alpha: float, beta: float
+    x: Float[Array, '*dims c'],
+    *,
+    k: float,
+    n: int,
+    alpha: float,
+    beta: float,
+    window_sum: Callable[[jax.Array, tuple[int, ...]], jax.Array] = _window_sum,
 ) -> Float[Array, '*dims c']:
-    """Normalizes over `n` adjacent feature maps."""
-    return _response_norm(x.astype(jnp.float32), k, (1,) * (x.ndim - 1) + (n,), alpha, beta).astype(x.dtype)
+    """Normalizes over `n` adjacent feature maps.
+
+    `window_sum`: a function of the array and the size of the windows in each dimension that returns the sum over the
+    window around each element.
+    """
+    window = (1,) * (x.ndim - 1) + (n,)
+    return _response_norm(x.astype(jnp.float32), k, window, alpha, beta, window_sum).astype(x.dtype)
 
 
 def within_channel_lrn(
     x: Float[Array, 'b h w c'], *, k: float, n: int, alpha: float, beta: float
 ) -> Float[Array, 'b h w c']:
     """Normalizes over `n` x `n` pixels of one feature map."""
-    return _response_norm(x.astype(jnp.float32), k, (1, n, n, 1), alpha, beta).astype(x.dtype)
+    return _response_norm(x.astype(jnp.float32), k, (1, n, n, 1), alpha, beta, _window_sum).astype(x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _response_norm(x: jax.Array, k: float, window: tuple[int, ...], alpha: float, beta: float) -> jax.Array:
-    return x * _negative_power(k + alpha * _window_sum(x * x, window), beta)
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4, 5))
+def _response_norm(x, k, window, alpha, beta, window_sum):
+    return x * _negative_power(k + alpha * window_sum(x * x, window), beta)
 
 
-def _response_norm_forward(x, k, window, alpha, beta):
-    return _response_norm(x, k, window, alpha, beta), x
+def _response_norm_forward(x, k, window, alpha, beta, window_sum):
+    return _response_norm(x, k, window, alpha, beta, window_sum), x
 
 
-def _response_norm_backward(k, window, alpha, beta, x, gradient):
+def _response_norm_backward(k, window, alpha, beta, window_sum, x, gradient):
     # Automatic differentiation would save five arrays of the size of x and differentiate each root. The
     # window sums are recomputed, because saving them and their roots takes a third of a step's memory.
     x_recomputed = compute_after(x, gradient)
-    denominator = k + alpha * _window_sum(x_recomputed * x_recomputed, window)
+    denominator = k + alpha * window_sum(x_recomputed * x_recomputed, window)
     scaled = gradient * _negative_power(denominator, beta)
-    return (scaled - 2 * alpha * beta * x * _window_sum(scaled * x / denominator, window),)
+    return (scaled - 2 * alpha * beta * x * window_sum(scaled * x / denominator, window),)
 
 
 _response_norm.defvjp(_response_norm_forward, _response_norm_backward)
-
-
-def _window_sum(x: jax.Array, window: tuple[int, ...]) -> jax.Array:
-    padding = [(size // 2, size // 2) for size in window]
-    return lax.reduce_window(x, 0.0, lax.add, window, (1,) * x.ndim, padding)
 
 
 def _negative_power(x: jax.Array, exponent: float) -> jax.Array:
@@ -144,3 +155,26 @@ def _expand_to_input(x: jax.Array, size: tuple[int, int], stride: int, up: int, 
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def dense(x: Float[Array, 'b i'], kernel: Float[Array, 'i o']) -> Float[Array, 'b o']:
+    """Computes `x` @ `kernel`; the product that is the gradient of a float32 `kernel` returns float32."""
+    return x @ kernel if x.dtype == kernel.dtype else _product_of_dtypes(x, kernel)
+
+
+@jax.custom_vjp
+def _product_of_dtypes(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return x @ kernel.astype(x.dtype)
+
+
+def _product_forward(x, kernel):
+    rounded = kernel.astype(x.dtype)
+    return x @ rounded, (x, rounded)
+
+
+def _product_backward(saved, gradient):
+    x, rounded = saved
+    return gradient @ rounded.T, lax.dot(x.T, gradient, preferred_element_type=jnp.float32)
+
+
+_product_of_dtypes.defvjp(_product_forward, _product_backward)

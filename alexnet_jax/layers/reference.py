@@ -59,8 +59,6 @@ def max_pool(x: Float[Array, 'b h w c'], window: int, stride: int, *, ceil_mode:
     return lax.reduce_window(x, -jnp.inf, lax.max, sizes, strides, ((0, 0), *beyond, (0, 0)))
 
 
-def order_weight_gradient_after_input_gradient(
-    x: Float[Array, '*dims i'], kernel: Float[Array, 'i o']
-) -> tuple[Float[Array, '*dims i'], Float[Array, 'i o']]:
-    """Returns the arguments."""
-    return x, kernel
+def dense(x: Float[Array, 'b i'], kernel: Float[Array, 'i o']) -> Float[Array, 'b o']:
+    """Computes `x` @ `kernel`."""
+    return x @ kernel.astype(x.dtype)

@@ -71,7 +71,9 @@ class FolderReader:
             remedy = f'{kind}:{folder} reads the *.{"parquet" if kind == "hf" else "tar"} files' if kind else REMEDY
             raise SourceError(f'config.data.source: {folder} has no folders of images; {remedy}')
         if not any(classes.values()):
-            raise SourceError(f'{folder}: the folders of its {len(classes)} classes are empty')
+            raise SourceError(
+                f'{folder}: the folders of its {len(classes)} classes are empty; add images, or name another folder'
+            )
         self.note_strays(folder, images)
         if others:
             self.notes.append(f'folders in {folder} without images are not used: {shortened(others)}')

@@ -7,8 +7,9 @@ from alexnet_jax.presets import PRESETS
 from alexnet_jax.runtime.workdir import PATH_FIELDS
 from alexnet_jax.sweep.results import views_text
 
-# Published errors are comparable only if these settings, and those of `model`, equal the preset's.
+# Published errors are comparable only if these settings, and those of `model` except _ROUNDING, equal the preset's.
 _SAME_IMAGES = ('data.source', 'data.channels', 'data.image_size', 'data.crop_size')
+_ROUNDING = ('model.dtype', 'model.precision')
 
 
 def length(config: Config, examples: int) -> str:
@@ -44,7 +45,7 @@ def published(config: Config) -> tuple[list[str], str]:
     """Returns the table row of the published errors, or [] if they are not comparable, and a remark about them."""
     figures = PRESETS[config.model.preset].published
     errors = ['' if error is None else f'{error:g} %' for error in (figures.top1_error, figures.top5_error)]
-    fields = [field for field in field_names(config) if field.startswith('model.') and field != 'model.dtype']
+    fields = [field for field in field_names(config) if field.startswith('model.') and field not in _ROUNDING]
     differ = [
         f'{field} is {own} instead of {theirs}' for field, theirs, own in _differing(config, (*_SAME_IMAGES, *fields))
     ]

@@ -40,12 +40,13 @@ def evaluation_lines(workdir: str) -> list[str]:
     """Returns a line of text for each result in WORKDIR/evaluations."""
     lines = []
     for result in stored.read_all(workdir).values():
-        data, views, step, loss, top1, top5, *_ = _row(result)
+        data, views, step, loss, top1, top5, _, classes, _ = _row(result)
         if _is_corruptions(result):
             lines.append(f'  {data}, {views_of(views)}, step {step}: {"; ".join(_means(result))}')
         else:
             lines.append(
-                f'  {data}, {views_of(views)}, step {step}: loss {loss}  top-1 error {top1}  top-5 error {top5}'
+                f'  {data}, {classes} classes, {views_of(views)}, step {step}: loss {loss}  top-1 error {top1}'
+                f'  top-5 error {top5}'
             )
     return lines
 

@@ -44,6 +44,11 @@ def parse_checkpoint_ref(name: str) -> CheckpointRef:
     workdir, selector = _split(path)
     if not _is_run(workdir) and os.path.islink(path):
         workdir, selector = _split(check_run_path(shown(name), os.path.realpath(path)))
+    if os.path.isfile(path):
+        raise ConfigError(
+            f'{name}: is a file and no run; if it has weights, make a run of them with'
+            f' alexnet convert {shlex.quote(name)} WORKDIR'
+        )
     if not os.path.isdir(workdir):
         raise ConfigError(f'{name}: there is no folder {workdir}; name {CHECKPOINT_HELP}')
     if is_hub_folder(workdir):
@@ -52,7 +57,7 @@ def parse_checkpoint_ref(name: str) -> CheckpointRef:
             f' alexnet convert {shlex.quote(workdir)} WORKDIR'
         )
     if not _is_run(workdir):
-        raise ConfigError(f'{name}: {workdir} has no config.json; name {CHECKPOINT_HELP}')
+        raise ConfigError(f'{name}: has no config.json; name {CHECKPOINT_HELP}')
     try:
         return CheckpointRef(name, workdir, selector, read_config(workdir))
     except ConfigError as error:

@@ -29,7 +29,8 @@ from alexnet_jax.runtime.console import log, summarize_exception
 from alexnet_jax.runtime.files import JsonObject, atomic_write, quarantine, read_json
 from alexnet_jax.shapes import layer_table
 
-# A run keeps these fields and those of `model`: the weights and the order of the data depend on them.
+# A run keeps these fields and, but for model.precision, those of `model`: the weights and the order of the data depend
+# on them.
 FIXED_FIELDS = ('seed', 'data.source', 'data.image_size', 'data.encoding', 'train.batch_size', 'train.init')
 # These fields change what the network sees. A run keeps them too, except with --allow_changes.
 INPUT_FIELDS = ('data.channels', 'data.crop_size', 'data.crop', 'data.mean', 'data.mean_crop', 'data.std')
@@ -83,6 +84,7 @@ def check_resumable(config: Config, workdir: str, every_field: bool = False, all
     before = _config_before(workdir) if _has_files(checkpoints) else None
     if before is None:
         return
+    config = with_num_classes(config, before.model.num_classes)
     fields = [field for field in _changed(before, config) if not _is_moved(before, config, field)]
     changed = {field: (get_by_path(before, field), get_by_path(config, field)) for field in fields}
     if has_untrained_import(workdir):
@@ -90,7 +92,7 @@ def check_resumable(config: Config, workdir: str, every_field: bool = False, all
         every_field = False
         changed = {field: values for field, values in changed.items() if field in _FIXED_BY_IMPORT}
     for field, (was, given) in changed.items():
-        is_fixed = field in FIXED_FIELDS or field.startswith('model.')
+        is_fixed = field in FIXED_FIELDS or _is_of_network(field)
         if is_fixed or (every_field and field not in PATH_FIELDS):
             raise ConfigError(
                 f'config.{field}: {given!r}, but {workdir} was started with {was!r}; use that or another --workdir'
@@ -117,7 +119,7 @@ def _check_fits_import(before: Config, config: Config, workdir: str, changed: li
     """Raises ConfigError if the imported weights in `workdir` cannot be trained on with `config`."""
     advice = f'--init={workdir} --workdir=NEW starts a new run from the weights'
     for field in changed:
-        if field.startswith('model.'):
+        if _is_of_network(field):
             raise ConfigError(
                 f'config.{field}: {get_by_path(config, field)!r}, but {workdir} has imported weights of a network with'
                 f' {get_by_path(before, field)!r}; {advice}'
@@ -129,6 +131,13 @@ def _check_fits_import(before: Config, config: Config, workdir: str, changed: li
             f'config.data.image_size: {config.data.image_size}, but the mean image of the weights in {workdir} has'
             f' {before.data.image_size} pixels; use {before.data.image_size}'
         )
+
+
+def check_fits_import(config: Config, workdir: str) -> None:
+    """Raises ConfigError if imported weights in `workdir` have another network than `config` has with its data."""
+    before = _config_before(workdir) if has_untrained_import(workdir) else None
+    if before is not None:
+        _check_fits_import(before, config, workdir, _changed(before, config))
 
 
 def has_untrained_import(workdir: str) -> bool:
@@ -145,13 +154,15 @@ def is_started(workdir: str) -> bool:
 def with_settings_of_run(config: Config, workdir: str) -> Config:
     """Returns `config` with what a run in `workdir` decides for itself; `config` if there is none.
 
-    The run decides model.num_classes if it is auto. If it started from the weights of train.init, it also decides
-    train.init if that is None, and what it took from the weights, see with_preprocessing_of().
+    The run decides model.num_classes if it is auto, except for imported weights before their first train step, which
+    check_fits_import() compares with the data. If the run started from the weights of train.init, it also
+    decides train.init if that is None, and what it took from the weights, see with_preprocessing_of().
     """
     before = _config_before(workdir) if is_started(workdir) else None
     if before is None:
         return config
-    config = with_num_classes(config, before.model.num_classes)
+    if not has_untrained_import(workdir):
+        config = with_num_classes(config, before.model.num_classes)
     if before.train.init is None:
         return config
     init = before.train.init if config.train.init is None else config.train.init
@@ -191,6 +202,11 @@ def trained_on(workdir: str) -> str | None:
 
 def _fingerprint(progress: JsonObject) -> str | None:
     return progress.get('dataset_fingerprint', progress.get('store'))  # the key of version 0.1
+
+
+def _is_of_network(field: str) -> bool:
+    """Returns whether `field` belongs to the network that was trained; model.precision changes only rounding."""
+    return field.startswith('model.') and field != 'model.precision'
 
 
 def _has_files(folder: str) -> bool:

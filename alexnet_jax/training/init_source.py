@@ -7,7 +7,7 @@ import re
 from alexnet_jax.config import Config, ConfigError, get_by_path
 from alexnet_jax.paths import is_url
 from alexnet_jax.runtime.checkpoint_files import checkpoint_steps
-from alexnet_jax.runtime.checkpoint_ref import CHECKPOINT_HELP, CheckpointRef, parse_checkpoint_ref
+from alexnet_jax.runtime.checkpoint_ref import CheckpointRef, parse_checkpoint_ref
 from alexnet_jax.runtime.console import log
 from alexnet_jax.runtime.workdir import (
     PREPROCESSING_FIELDS,
@@ -45,14 +45,12 @@ def open_source(init: str) -> str | CheckpointRef:
     """
     if is_url(init):
         raise ConfigError(f'config.train.init: {init} is a URL; download the file and name its path')
-    file = find_weights(init)
+    try:
+        file = find_weights(init)
+    except ConfigError as error:
+        raise ConfigError(f'config.train.init: {error}') from None
     if file is not None:
         return file
-    parent, last = os.path.split(init)
-    if not os.path.exists(init) and last != 'best' and os.path.basename(parent) != 'checkpoints':
-        raise ConfigError(
-            f'config.train.init: {init}: there is no such file or folder; name a file of weights, or {CHECKPOINT_HELP}'
-        )
     try:
         ref = parse_checkpoint_ref(init)
     except ConfigError as error:

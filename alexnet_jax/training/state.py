@@ -13,7 +13,7 @@ from jaxtyping import Array, Key
 
 from alexnet_jax import parallel
 from alexnet_jax.config import Config
-from alexnet_jax.lr_multipliers import frozen_layers
+from alexnet_jax.lr_multipliers import frozen_layers, frozen_parameters
 from alexnet_jax.model import AlexNet
 from alexnet_jax.optimizer import make_optimizer
 
@@ -109,11 +109,17 @@ def _initial_state(config: Config) -> TrainState[Array]:
 def with_average(state: TrainState[Array], config: Config) -> TrainState[Array]:
     """Returns `state` with an average if train.ema_decay is not 0, and without one otherwise.
 
-    A new average starts as a copy of the parameters.
+    A new average starts as a copy of the parameters. The average of frozen parameters is their value, also if an
+    earlier part of the run trained them.
     """
     if not config.train.ema_decay:
         return dataclasses.replace(state, average={})
-    return state if state.average else dataclasses.replace(state, average=jax.tree.map(jnp.copy, state.params))
+    if not state.average:
+        return dataclasses.replace(state, average=jax.tree.map(jnp.copy, state.params))
+    average = {layer: dict(leaves) for layer, leaves in state.average.items()}
+    for layer, kind in frozen_parameters(config):
+        average[layer][kind] = jnp.copy(state.params[layer][kind])
+    return dataclasses.replace(state, average=average)
 
 
 @lru_cache(1)

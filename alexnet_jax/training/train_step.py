@@ -15,8 +15,9 @@ from jaxtyping import Array, Float32, Integer, UInt32
 from alexnet_jax import parallel
 from alexnet_jax.augment import PreprocessParams, augment, example_keys
 from alexnet_jax.config import Config
-from alexnet_jax.layers import materialize
+from alexnet_jax.layers import materialize, platform
 from alexnet_jax.lr_multipliers import frozen_layers, frozen_parameters
+from alexnet_jax.model import matmul_precision
 from alexnet_jax.optimizer import make_optimizer
 from alexnet_jax.training.eval_step import EvalBatch, topk_errors
 from alexnet_jax.training.mixing import mix_pairs, smoothed_losses, swap_pairs
@@ -91,7 +92,7 @@ def local_gradients(
     keys = example_keys(config.seed, example_ids, RngStream.AUGMENTATION)
     crop_keys = example_keys(config.seed, example_ids // config.data.crop_group_size, RngStream.AUGMENTATION)
     images = augment(rows['image'], keys, crop_keys, preprocessing, config.data)
-    if ('conv1', 'kernel') in frozen_parameters(config) and jax.default_backend() == 'cpu':
+    if ('conv1', 'kernel') in frozen_parameters(config) and platform() == 'cpu':
         images = materialize(images)  # otherwise XLA augments again for each row of a window; see cpu.convolution()
     dropout_keys = example_keys(config.seed, parallel.all_gather_example_ids(example_ids, layout), RngStream.DROPOUT)
     is_mixed, partner_labels = bool(train.mixup or train.cutmix), labels
@@ -114,7 +115,8 @@ def local_gradients(
         loss = losses.sum() / (train.batch_size * parallel.loss_replication_factor(layout))
         return loss, (losses, logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
-    gradients, (losses, logits, new_batch_stats) = jax.grad(local_loss, has_aux=True)(trained)
+    with matmul_precision(config.model):
+        gradients, (losses, logits, new_batch_stats) = jax.grad(local_loss, has_aux=True)(trained)
     counted = jnp.where(factors >= 0.5, labels, partner_labels) if is_mixed else labels
     sums = jnp.stack([losses.sum(), *(error.sum() for error in topk_errors(logits, counted))])
     return gradients, sums, new_batch_stats
@@ -145,7 +147,7 @@ def accumulate_gradients(
         return jax.tree.map(jnp.add, gradients, more), (sums, batch_stats)
 
     micro_batches = jax.tree.map(lambda rows: rows.reshape(count, -1, *rows.shape[1:]), batch)
-    unroll = jax.default_backend() == 'cpu'  # XLA's CPU backend runs a loop body on one core
+    unroll = platform() == 'cpu'  # XLA's CPU backend runs a loop body on one core
     zeros = jax.tree.map(jnp.zeros_like, params)
     gradients, (sums, batch_stats) = lax.scan(add, zeros, micro_batches, unroll=unroll)
     return gradients, sums.sum(0), jax.tree.map(lambda x: x.mean(0), batch_stats)
@@ -208,4 +210,5 @@ def make_train_step(config: Config, mesh: parallel.Mesh) -> TrainStep:
         in_specs=(state_spec, parallel.batch_spec(layout), replicated, replicated),
         out_specs=(state_spec, replicated),
         donate_argnums=(0,),
+        only_all_reduces=mesh.shape['model'] == 1 and not config.mesh.shard_optimizer,
     )

@@ -30,6 +30,7 @@ from alexnet_jax.runtime.preemption import PreemptionHandler, Watchdog
 from alexnet_jax.runtime.workdir import (
     PATH_FIELDS,
     append_history,
+    check_fits_import,
     describe_changes,
     has_untrained_import,
     quarantine_folders,
@@ -97,6 +98,7 @@ def train_and_evaluate(config: Config, workdir: str, process_group: JsonObject |
         except OSError as error:
             raise ConfigError(f'--workdir: {workdir} cannot be used: {error}') from None
         config = with_num_classes(config, len(data.class_names))
+        check_fits_import(config, workdir)
         if not distributed.initialize(process_group, config.distributed, preemption):
             log('stopped before all processes were connected; run the same command again')
             distributed.hard_exit(EXIT_PREEMPTED)

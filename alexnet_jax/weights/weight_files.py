@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Float64
 
 from alexnet_jax.config import Config, ConfigError, apply_overrides, check_class_names, preset_config, resolve, upgrade
-from alexnet_jax.runtime.checkpoint_ref import HUB_WEIGHTS, is_hub_folder
+from alexnet_jax.paths import shown
+from alexnet_jax.runtime.checkpoint_ref import CHECKPOINT_HELP, HUB_WEIGHTS, is_hub_folder
 from alexnet_jax.runtime.console import ProgressBar, log
 from alexnet_jax.shapes import Settings, layer_table
 from alexnet_jax.weights import caffe_file, onnx_file, onnx_network, safetensors_file, torch_file, weight_layouts
@@ -298,10 +299,17 @@ def read_weights(
 def find_weights(name: str) -> str | None:
     """Returns the file of weights that the argument `name` of a user stands for, or None if it stands for another path.
 
-    `name` is a file, or a folder that contains model.safetensors, as model hubs have it. Returns None for the folder of
-    a run.
+    `name` is a file, or a folder that contains model.safetensors, as model hubs have it. Returns None for another
+    folder, and for a path that parse_checkpoint_ref() may read as a checkpoint.
+
+    Raises ConfigError: there is nothing of this name.
     """
     path = os.path.expanduser(name)
     if os.path.isfile(path):
         return path
+    parent, last = os.path.split(path)
+    if not os.path.exists(path) and last != 'best' and os.path.basename(parent) != 'checkpoints':
+        raise ConfigError(
+            f'{shown(name)}: there is no such file or folder; name a file of weights, or {CHECKPOINT_HELP}'
+        )
     return os.path.join(path, HUB_WEIGHTS) if is_hub_folder(path) else None
