@@ -169,9 +169,7 @@ class Program:
                     first = self.instructions[first.operands[0]]
                 if limit.value is not None and first.value is not None:
                     return limit.value - first.value
-        raise HloFormatError(
-            f'the loop {caller.name} has no trip count in a form that this version of alexnet_jax reads'
-        )
+        raise HloFormatError(f'the loop {caller.name} has no trip count that this version of alexnet_jax reads')
 
     def flops(self, name: str) -> int:
         """Returns the FLOPs of the convolutions and matrix products in an instruction.
@@ -203,11 +201,8 @@ class Program:
         a TPU that start, carry or end an asynchronous collective do not access its tensors.
         """
         each = self.instructions[name]
-        if (
-            each.opcode in HOLLOW
-            or each.opcode.endswith('-done')
-            or 'custom_call_target="AllocateBuffer"' in each.attributes
-        ):
+        is_allocation = 'custom_call_target="AllocateBuffer"' in each.attributes
+        if each.opcode in HOLLOW or each.opcode.endswith('-done') or is_allocation:
             return 0
         if each.opcode in ('copy-start', 'slice-start'):  # (result, operand, state) and (operand, result, state)
             source, result = (1, 0) if each.opcode == 'copy-start' else (0, 1)
@@ -226,9 +221,8 @@ class Program:
             if each.carries_collective and result.opcode in ('parameter', 'custom-call', *KINDS):
                 continue
             if result.opcode == 'dynamic-update-slice':
-                size = min(
-                    size, self.instructions[result.operands[1]].numbers * ITEM_SIZES.get(result.tensors[0][0], 4)
-                )
+                update = self.instructions[result.operands[1]]
+                size = min(size, update.numbers * ITEM_SIZES.get(result.tensors[0][0], 4))
             total += size
         return total if len(results) == len(each.sizes) else each.size
 

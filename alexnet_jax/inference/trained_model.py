@@ -187,8 +187,7 @@ class TrainedModel:
           top: number of classes.
 
         Returns:
-          For one picture a list of {'class': name, 'probability': 0 to 1}, most probable first; for several pictures a
-          list of such lists.
+          A list of {'class': name, 'probability': 0 to 1}, most probable first; for several pictures a list of lists.
 
         Raises:
           UnreadableImage: a picture is not readable; the message names the picture and the reason.
@@ -268,8 +267,7 @@ class TrainedModel:
         >>> outputs['conv5'].shape, outputs['fc7'].shape
         ((1, 13, 13, 16), (1, 32))
         """
-        names = forward.check_layers(layers, self.config)
-        return forward.layer_outputs(self, list_pictures(images), names)
+        return forward.layer_outputs(self, list_pictures(images), forward.check_layers(layers, self.config))
 
     def preprocess(self, pictures: Picture | Iterable[Picture]) -> Float32[jax.Array, 'n crop crop c']:
         """Returns the inputs of `module` for pictures: the center crops, minus the mean, times the scale.
@@ -306,8 +304,8 @@ class TrainedModel:
     def _weights_on_one_device(self) -> tuple[dict[str, dict[str, jax.Array]], dict[str, dict[str, jax.Array]]]:
         """The parameters and the running statistics, as concrete arrays even if the first use is inside jax.jit."""
         with jax.ensure_compile_time_eval():
-            weights = jax.device_get((self.state.params, self.state.batch_stats))
-            return jax.device_put(weights, jax.local_devices()[0])
+            weights = self.state.params, self.state.batch_stats
+            return jax.device_put(jax.device_get(weights), jax.local_devices()[0])
 
     @property
     def preprocessing(self) -> PreprocessParams:
