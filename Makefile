@@ -94,6 +94,7 @@ golden-targets: compilers
 	  $(AUDIT) --target=$$target > $(VENV)/target.txt || exit 1; \
 	  cp $(VENV)/target.txt tests/golden/target_$$(echo $$target | tr : _).txt; \
 	done
+
 gpu tpu:
 	"$(or $(PYTHON),python3)" benchmarks/accelerator.py --platform=$(or $(PLATFORM),$@) --minutes=$(or $(MINUTES),10) \
 	  --output=$(or $(OUTPUT),.)

@@ -361,7 +361,7 @@ def compiler_options(
             'xla_gpu_reduce_scatter_combine_threshold_bytes': 4 * 2**20,
             'xla_gpu_experimental_collective_start_as_early_as_possible': only_all_reduces,
         }
-    if device_kind == 'TPU v5 lite' and devices > 1:  # other TPUs refuse to fuse all-reduces
+    if device_kind == 'TPU v5 lite' and devices > 1:  # v5p and v6e refuse to fuse all-reduces
         return {
             'xla_enable_async_all_reduce': True,
             'xla_jf_crs_combiner_threshold_in_bytes': 4 * 2**20,
