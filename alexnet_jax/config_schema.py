@@ -363,7 +363,11 @@ class MeshConfig:
         1, 'devices along the axis that shards the towers, or in hybrid the dense layers', bounds=(1, 4096)
     )
     shard_optimizer: bool = setting(False, 'shard the velocity buffers and their update over the data axis')
-    grad_allreduce_dtype: str = setting('float32', 'dtype of gradients in communication', ('float32', 'bfloat16'))
+    grad_allreduce_dtype: str = setting(
+        'auto',
+        'dtype of gradients in communication; auto: float32, but bfloat16 for gradients that cuDNN returns in bfloat16',
+        ('auto', 'float32', 'bfloat16'),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

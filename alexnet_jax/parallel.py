@@ -229,7 +229,7 @@ def mark_device_varying(params: PyTree[Array], specs: PyTree[Spec]) -> PyTree[Ar
 
 
 def all_reduce_gradients(
-    gradients: PyTree[Array], specs: PyTree[Spec], split: PyTree[Spec], dtype: str
+    gradients: PyTree[Array], specs: PyTree[Spec], split: PyTree[Spec], dtypes: PyTree[str]
 ) -> PyTree[Float32[Array, '...']]:
     """All-reduces local gradients (see mark_device_varying()) over the replicas of each parameter; returns float32.
 
@@ -237,10 +237,10 @@ def all_reduce_gradients(
       gradients: local gradients.
       specs: specs of the parameters.
       split: specs from optimizer_specs(); a leaf that `split` shards over `data` is reduce-scattered along `data`.
-      dtype: dtype of the collectives.
+      dtypes: dtypes of the collectives.
     """
 
-    def add(x, spec, split_spec):
+    def add(x, spec, split_spec, dtype):
         axes, dimension = _replicated_axes(spec), _data_sharded_dim(split_spec)
         x = x.astype(dtype)
         if dimension is not None:
@@ -251,7 +251,7 @@ def all_reduce_gradients(
         return (lax.psum(x, axes) if axes else x).astype('float32')
 
     with jax.named_scope('gradients'):
-        return jax.tree.map(add, gradients, specs, split)
+        return jax.tree.map(add, gradients, specs, split, dtypes)
 
 
 def psum_over_shards(sums: PyTree[Float32[Array, '']], split: PyTree[Spec]) -> PyTree[Float32[Array, '']]:
@@ -316,13 +316,13 @@ def jit_shard_map(
     in_specs: PyTree[Spec],
     out_specs: PyTree[Spec],
     donate_argnums: tuple[int, ...] = (),
-    only_all_reduces: bool = False,
+    only_gradients: bool = False,
 ) -> JittedFunction[Arguments, Result]:
     """Returns `function` as a shard_map on `mesh` in jax.jit (formerly pjit), with the shardings of the specs.
 
     The layers are traced for the platform of the mesh, which need not be that of this process (see audit/targets.py).
     With more than one device, JAX checks (`check_vma`) that outputs declared as replicated are replicated.
-    `only_all_reduces`: see compiler_options().
+    `only_gradients`: see compiler_options().
     """
     device = mesh.devices.flat[0]
 
@@ -336,12 +336,12 @@ def jit_shard_map(
         in_shardings=shardings(mesh, in_specs),
         out_shardings=shardings(mesh, out_specs),
         donate_argnums=donate_argnums,
-        compiler_options=compiler_options(device.platform, device.device_kind, mesh.size, only_all_reduces),
+        compiler_options=compiler_options(device.platform, device.device_kind, mesh.size, only_gradients),
     )
 
 
 def compiler_options(
-    platform: str, device_kind: str, devices: int, only_all_reduces: bool
+    platform: str, device_kind: str, devices: int, only_gradients: bool
 ) -> dict[str, str | int | bool]:
     """Returns the XLA options of a program that differ from XLA's defaults; docs/devices.md gives the reasons.
 
@@ -350,16 +350,16 @@ def compiler_options(
     Args:
       platform, device_kind: of the devices; see layers.platform() and jax.Device.
       devices: number of devices of the program.
-      only_all_reduces: whether all collectives of the program are all-reduces.
+      only_gradients: whether the program sends nothing that a layer needs, but only gradients and metrics.
     """
     if platform == 'cpu':
         return {'xla_disable_hlo_passes': 'cse_barrier_expander'}  # keeps lax.optimization_barrier()
     if platform == 'gpu' and devices > 1:
         return {
-            'xla_gpu_experimental_parallel_collective_overlap_limit': 4,
-            'xla_gpu_all_reduce_combine_threshold_bytes': 4 * 2**20,
-            'xla_gpu_reduce_scatter_combine_threshold_bytes': 4 * 2**20,
-            'xla_gpu_experimental_collective_start_as_early_as_possible': only_all_reduces,
+            'xla_gpu_experimental_parallel_collective_overlap_limit': 8,
+            'xla_gpu_all_reduce_combine_threshold_bytes': 2 * 2**20,
+            'xla_gpu_reduce_scatter_combine_threshold_bytes': 2**20,
+            'xla_gpu_experimental_collective_start_as_early_as_possible': only_gradients,
         }
     if device_kind == 'TPU v5 lite' and devices > 1:  # v5p and v6e refuse to fuse all-reduces
         return {

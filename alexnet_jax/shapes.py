@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from alexnet_jax.config_schema import CONVOLUTIONS, DENSE, ModelConfig
+from alexnet_jax.config_schema import CONVOLUTIONS, DENSE, Config, ModelConfig
 
 Settings = dict[str, Any]  # values of configuration fields by name
 
@@ -171,3 +171,24 @@ def layer_table(model: ModelConfig, crop_size: int, channels: int) -> list[Layer
         table.append(LayerShape(spec, kernel, bias, output, pooled))
         inputs = pooled
     return table
+
+
+def grad_allreduce_dtype(config: Config, layer: str, kind: str, platform: str) -> str:
+    """Returns the dtype in which the gradient of a parameter is all-reduced or reduce-scattered.
+
+    If mesh.grad_allreduce_dtype is 'auto', the dtype is float32. One gradient is an exception: on GPUs, that of the
+    kernel of a bfloat16 convolution is bfloat16, because cuDNN returns it in bfloat16 and float32 would only double the
+    bytes. The sum over micro-batches is float32 on every platform.
+
+    Args:
+      config: resolved configuration.
+      layer: one of LAYERS.
+      kind: 'kernel' or 'bias'.
+      platform: of the devices; see layers.platform().
+    """
+    if config.mesh.grad_allreduce_dtype != 'auto':
+        return config.mesh.grad_allreduce_dtype
+    is_rounded = (
+        platform == 'gpu' and config.train.grad_accum_steps == 1 and (layer in CONVOLUTIONS and kind == 'kernel')
+    )
+    return config.model.dtype if is_rounded else 'float32'

@@ -8,13 +8,15 @@ import pytest
 from test_mesh import lowered_step, small_config
 
 from alexnet_jax import layers, parallel
+from alexnet_jax.config import preset_config, resolve
+from alexnet_jax.training.train_step import make_train_step
 
 MIB = 1_048_576
 EARLY = 'xla_gpu_experimental_collective_start_as_early_as_possible'
 OPTIONS_ON_GPUS = {
-    'xla_gpu_experimental_parallel_collective_overlap_limit': 4,
-    'xla_gpu_all_reduce_combine_threshold_bytes': 4 * MIB,
-    'xla_gpu_reduce_scatter_combine_threshold_bytes': 4 * MIB,
+    'xla_gpu_experimental_parallel_collective_overlap_limit': 8,
+    'xla_gpu_all_reduce_combine_threshold_bytes': 2 * MIB,
+    'xla_gpu_reduce_scatter_combine_threshold_bytes': MIB,
 }
 OPTIONS_ON_TPUS = {
     'xla_enable_async_all_reduce': True,
@@ -26,7 +28,7 @@ OPTIONS_ON_CPUS = {'xla_disable_hlo_passes': 'cse_barrier_expander'}
 
 
 @pytest.mark.parametrize(
-    ('platform', 'device_kind', 'devices', 'only_all_reduces', 'options'),
+    ('platform', 'device_kind', 'devices', 'only_gradients', 'options'),
     [
         ('cpu', 'cpu', 1, True, OPTIONS_ON_CPUS),
         ('cpu', 'cpu', 8, False, OPTIONS_ON_CPUS),
@@ -40,8 +42,31 @@ OPTIONS_ON_CPUS = {'xla_disable_hlo_passes': 'cse_barrier_expander'}
         ('METAL', 'Metal', 2, False, {}),
     ],
 )
-def test_xla_options_of_each_device(platform, device_kind, devices, only_all_reduces, options):
-    assert parallel.compiler_options(platform, device_kind, devices, only_all_reduces) == options
+def test_xla_options_of_each_device(platform, device_kind, devices, only_gradients, options):
+    assert parallel.compiler_options(platform, device_kind, devices, only_gradients) == options
+
+
+@pytest.mark.parametrize(
+    ('preset', 'model', 'shard_optimizer', 'early'),
+    [
+        ('paper', 1, False, True),
+        ('paper', 1, True, False),  # weights are all-gathered
+        ('paper', 2, False, False),  # activations are exchanged
+        ('bn_lars', 1, False, False),  # means of batch normalization are all-reduced
+    ],
+)
+def test_gradients_start_early_unless_layers_wait_for_collectives(monkeypatch, preset, model, shard_optimizer, early):
+    settings = preset_config(preset)
+    settings.mesh.update(data=8 // model, model=model, shard_optimizer=shard_optimizer)
+    resolved, options, seen = resolve(settings), parallel.compiler_options, []
+
+    def record(platform, *arguments):
+        seen.append(options('gpu', *arguments))
+        return options(platform, *arguments)
+
+    monkeypatch.setattr(parallel, 'compiler_options', record)
+    make_train_step(resolved, parallel.make_mesh(resolved))
+    assert [each[EARLY] for each in seen] == [early]
 
 
 def step_program(platform: str, data: int, model: int, groups=()) -> str:
@@ -80,6 +105,27 @@ def test_dense_kernel_gradients_are_float32_from_the_product(platform, dtype):
         assert not re.findall(r'convert .*tensor<(?:32x32|64x32|64x5)xbf16>\) -> tensor', program)
     else:
         assert 'bf16' not in program
+
+
+@pytest.mark.parametrize(
+    ('platform', 'groups', 'expected'),
+    [
+        ('cpu', {'model': {'dtype': 'bfloat16'}}, 0),
+        ('tpu', {'model': {'dtype': 'bfloat16'}}, 0),
+        ('gpu', {'model': {'dtype': 'float32'}}, 0),
+        ('gpu', {'model': {'dtype': 'bfloat16'}}, 5),
+        ('gpu', {'model': {'dtype': 'bfloat16'}, 'train': {'grad_accum_steps': 2}}, 0),
+        ('gpu', {'model': {'dtype': 'bfloat16'}, 'mesh': {'grad_allreduce_dtype': 'float32'}}, 0),
+    ],
+)
+def test_only_gradients_that_cudnn_rounds_are_sent_in_bfloat16(platform, groups, expected):
+    program = step_program(platform, 4, 2, groups)
+    summed = re.findall(r'"stablehlo.all_reduce".*?\}\) : \(tensor<(\S+)>\)', program, re.DOTALL)
+    rounded = [kind for kind in summed if kind.endswith('xbf16')]
+    # One all-reduce per parameter and one for the metrics; the kernels of convolutions have four dimensions.
+    assert len(summed) == 17
+    assert len(rounded) == expected
+    assert all(len(kind.split('x')) == 5 for kind in rounded), rounded
 
 
 @pytest.mark.parametrize(('platform', 'loops'), [('cpu', 0), ('gpu', 1), ('tpu', 1)])

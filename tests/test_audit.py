@@ -354,6 +354,24 @@ def test_wire_bytes_in_bfloat16(layout, mesh, shard, model_dtype, minimum):
     assert 1 <= found['wire_bytes_per_device'] / minimum <= 1.02
 
 
+@pytest.mark.parametrize(
+    ('layout', 'mesh', 'saved'),
+    [
+        # 2,332,704 numbers are the kernels of convolutions, half of them on each device of a pair.
+        ('towers', 'data:4,model:2', 2 * 2 * 1_166_352 * 3 // 4),
+        ('hybrid', 'data:2,model:4', 2 * 2 * 2_332_704 * 7 // 8),
+    ],
+)
+def test_lower_bound_counts_rounded_gradients_of_gpus_in_two_bytes(layout, mesh, saved):
+    def bound(platform: str, dtype: str, **fields) -> float:
+        return cost_model.lower_bound_bytes(paper(mesh, dtype, layout=layout, **fields), platform)
+
+    assert bound('cpu', 'bfloat16') - bound('gpu', 'bfloat16') == saved
+    assert bound('cpu', 'bfloat16') == bound('tpu', 'bfloat16')
+    assert bound('cpu', 'bfloat16') == bound('gpu', 'bfloat16', grad_allreduce_dtype='float32')
+    assert bound('cpu', 'float32') == bound('gpu', 'float32')
+
+
 def test_memory_includes_state_and_batch():
     least = 2 * 4 * 60_965_224 + 128 * 256 * 256 * 3
     assert least < report_of('data_8x1')['peak_bytes_per_device'] < least + 3e9

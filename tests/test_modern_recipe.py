@@ -479,13 +479,14 @@ def test_settings_that_contradict_each_other(fields, message):
     assert refusal(resolved, **fields) == f'config.{message}'
 
 
-def test_pairs_are_checked_when_the_number_of_devices_is_known():
+def test_pairs_are_checked_when_the_number_of_devices_is_known(tmp_path):
     config = resolved(train__mixup=0.2, train__batch_size=24)  # mesh.data is -1
     assert parallel.mesh_shape(config, 4) == (4, 1)
     assert 'train.batch_size: 24 with mixup or CutMix gives each device 3' in refusal(parallel.mesh_shape, config, 8)
     hybrid = resolved(train__mixup=0.2, train__batch_size=24, mesh__layout='hybrid', mesh__model=2)
     assert 'gives each device 3 images' in refusal(parallel.mesh_shape, hybrid, 8)
-    run = run_command('launch.py', *config_flags({'train.mixup': 0.2, 'train.batch_size': 7}))
+    flags = config_flags({'train.mixup': 0.2, 'train.batch_size': 7})
+    run = run_command('launch.py', f'--workdir={tmp_path}', *flags)
     assert run.returncode == 2
     assert run.stderr.startswith('alexnet_jax: config.train.batch_size: 7 with mixup')
     assert run.stderr.count('\n') == 1

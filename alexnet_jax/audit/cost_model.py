@@ -66,11 +66,11 @@ def exchange_bytes(config: Config) -> float:
     return ITEM_SIZES[model.dtype] * images * numbers * (mesh.model - 1) / mesh.model
 
 
-def gradient_bytes(config: Config) -> float:
+def gradient_bytes(config: Config, platform: str) -> float:
     """Returns the minimum bytes that a device sends per step to reduce gradients and all-gather updated weights.
 
-    Notation: d and m devices along `data` and `model` of config.mesh, g bytes per number in
-    mesh.grad_allreduce_dtype. An all-reduce of N numbers over n devices costs 2 N g (n-1)/n.
+    Notation: d and m devices along `data` and `model` of config.mesh, g bytes per number in the dtype of
+    shapes.grad_allreduce_dtype() on `platform`. An all-reduce of N numbers over n devices costs 2 N g (n-1)/n.
 
     towers, data: All parameters are sharded over the m devices along `model` and replicated over the d along `data`.
     hybrid: The convolutions and the bias of fc8 are replicated on all dm devices. The other dense parameters are
@@ -83,7 +83,7 @@ def gradient_bytes(config: Config) -> float:
     Frozen parameters cost nothing.
     """
     mesh, frozen = config.mesh, frozen_parameters(config)
-    d, m, size = mesh.data, mesh.model, ITEM_SIZES[mesh.grad_allreduce_dtype]
+    d, m = mesh.data, mesh.model
     total = 0.0
     for layer in layers(config):
         hybrid_copy = mesh.layout == 'hybrid' and layer.spec.kernel > 0
@@ -96,6 +96,7 @@ def gradient_bytes(config: Config) -> float:
         for kind, shape, copied in (('kernel', kernel, hybrid_copy), ('bias', bias, bias_copy)):
             if (layer.name, kind) in frozen:
                 continue
+            size = ITEM_SIZES[shapes.grad_allreduce_dtype(config, layer.name, kind, platform)]
             numbers, devices = math.prod(shape), d * m if copied else d
             if mesh.shard_optimizer and len(shape) > 1 and any(side % d == 0 for side in shape):
                 total += numbers * (size + 4) * (d - 1) / d
@@ -104,9 +105,9 @@ def gradient_bytes(config: Config) -> float:
     return total
 
 
-def lower_bound_bytes(config: Config) -> float:
+def lower_bound_bytes(config: Config, platform: str) -> float:
     """Returns the minimum bytes that a device sends per step: exchange_bytes() plus gradient_bytes()."""
-    return exchange_bytes(config) + gradient_bytes(config)
+    return exchange_bytes(config) + gradient_bytes(config, platform)
 
 
 def predict(config: Config, collectives: Sequence[Collective], bandwidth: float, flops: float) -> dict[str, float]:

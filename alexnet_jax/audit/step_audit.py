@@ -169,7 +169,7 @@ def _report(config: Config, mesh: Any, options: dict[str, Any] | None) -> tuple[
         - memory.alias_size_in_bytes,
         'collectives': found,
         'wire_bytes_per_device': round(sum(each.bytes for each in found)),
-        'analytic_minimum_bytes': round(cost_model.lower_bound_bytes(config)),
+        'analytic_minimum_bytes': round(cost_model.lower_bound_bytes(config, mesh.devices.flat[0].platform)),
         'layers': [{name: getattr(layer, name) for name in _LAYER_FIELDS} for layer in table],
     }, compiled
 

@@ -254,9 +254,10 @@ def _parse(line: bytes, splits: Container[str]) -> JsonObject | None:
 def log_start(config: Config, mesh: parallel.Mesh, data: dataset.PreparedDataset, total_steps: int) -> None:
     """Logs the data set, the processes, the mesh, the length of the run and the frozen parameters."""
     origin = f' ({data.origins["validation"]})' if data.origins.get('validation') else ''
+    processes = 'one process' if jax.process_count() == 1 else f'{jax.process_count()} processes'
     log(
         f'{config.data.source}: {len(data.train)} training and {len(data.validation)} validation images{origin};'
-        f' {jax.process_count()} processes, mesh data={mesh.shape["data"]}, model={mesh.shape["model"]};'
+        f' {processes}, mesh data={mesh.shape["data"]}, model={mesh.shape["model"]};'
         f' {total_steps} steps of {config.train.batch_size} images'
     )
     for line in data.choices:

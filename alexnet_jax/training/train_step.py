@@ -12,7 +12,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float32, Integer, UInt32
 
-from alexnet_jax import parallel
+from alexnet_jax import parallel, shapes
 from alexnet_jax.augment import PreprocessParams, augment, example_keys
 from alexnet_jax.config import Config
 from alexnet_jax.layers import materialize, platform
@@ -186,9 +186,11 @@ def make_train_step(config: Config, mesh: parallel.Mesh) -> TrainStep:
         gradients, sums, batch_stats = accumulate_gradients(
             gradients_of, batch, config.train.grad_accum_steps, split(params)[0]
         )
-        gradients = parallel.all_reduce_gradients(
-            gradients, param_specs, optimizer_specs, config.mesh.grad_allreduce_dtype
-        )
+        dtypes = {
+            layer: {kind: shapes.grad_allreduce_dtype(config, layer, kind, platform()) for kind in leaves}
+            for layer, leaves in gradients.items()
+        }
+        gradients = parallel.all_reduce_gradients(gradients, param_specs, optimizer_specs, dtypes)
         rates, _ = split({layer: learning_rates[layer] for layer in state.params})
         optimizer = make_optimizer(config.optimizer, rates, reduce_norms)
         (weights, frozen), (velocities, kept_velocities) = split(state.params), split(state.opt_state[-1].trace)
@@ -210,5 +212,5 @@ def make_train_step(config: Config, mesh: parallel.Mesh) -> TrainStep:
         in_specs=(state_spec, parallel.batch_spec(layout), replicated, replicated),
         out_specs=(state_spec, replicated),
         donate_argnums=(0,),
-        only_all_reduces=mesh.shape['model'] == 1 and not config.mesh.shard_optimizer,
+        only_gradients=mesh.shape['model'] == 1 and not (config.mesh.shard_optimizer or state_spec.batch_stats),
     )
