@@ -188,7 +188,6 @@ def grad_allreduce_dtype(config: Config, layer: str, kind: str, platform: str) -
     """
     if config.mesh.grad_allreduce_dtype != 'auto':
         return config.mesh.grad_allreduce_dtype
-    is_rounded = (
-        platform == 'gpu' and config.train.grad_accum_steps == 1 and (layer in CONVOLUTIONS and kind == 'kernel')
-    )
+    is_kernel = layer in CONVOLUTIONS and kind == 'kernel'
+    is_rounded = is_kernel and platform == 'gpu' and config.train.grad_accum_steps == 1
     return config.model.dtype if is_rounded else 'float32'

@@ -107,13 +107,13 @@ def run_cases(names: list[str], compilers: str | None) -> None:
         print(f'{number + 1} of {len(left)}: {name} in {took:.0f} s{problem}; {left_minutes:.0f} min left', flush=True)
 
 
-def print_summary(preset: str = 'paper') -> None:
-    """Prints the efficiencies of a preset in Markdown: the compiled schedule between the bounds of any schedule."""
-    print(f'\n`{preset}`:\n\n| target | layout | dtype | nothing overlapped | **compiled schedule** |', end='')
+def print_summary() -> None:
+    """Prints the efficiencies of `paper` in Markdown: the compiled schedule between the bounds of any schedule."""
+    print('\n`paper`:\n\n| target | layout | dtype | nothing overlapped | **compiled schedule** |', end='')
     print(' all gradients overlapped |\n| --- | --- | --- | --: | --: | --: |')
     for line in finished().values():
         target, name, layout, dtype = line['case'].split('/')
-        if name == preset and 'error' not in line:
+        if name == 'paper' and 'error' not in line:
             roof, link = line['target']['roofline'], line['target']['hardware']['link']
             compute, sent = roof['compute_seconds'], roof['communication_seconds']
             exchanged = (line['wire_bytes_per_device'] - line['target']['gradient_collectives']['bytes']) / link
