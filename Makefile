@@ -1,10 +1,10 @@
 # make demo: train the quickstart.      make test: the whole suite.      make test-fast: the suite without slow tests.
 # make check: format, lint, types, import direction.      make wheel: build the package and test it on its own.
-# make lock: update requirements*.txt from the ranges in pyproject.toml.      make bench: all benchmarks.
-# make audit-targets: compile a small network by the compilers of accelerators and compare its collectives with those in
-# tests/golden; make golden-targets: renew these files.
+# make lock: update requirements*.txt from the ranges in pyproject.toml.      make bench: the table of docs/benchmarks.md.
+# make audit-targets: compile a small network by the compilers of accelerators and compare its collectives and products
+# with those in tests/golden; make golden-targets: renew these files.
 # make chaos: kill runs, corrupt files and fill disks at random; SEEDS=0,1,2 names the random numbers.
-# make gpu, make tpu: on a lent accelerator, what should be known first, in MINUTES=10; needs no network and makes no
+# make gpu, make tpu: the first checks and measurements on an accelerator, in MINUTES=10; needs no network and makes no
 # environment: PYTHON=python3 must have jax with the accelerator. OUTPUT=folder gets the results, PLATFORM=cpu rehearses.
 # make slurm, make chromium: the Debian packages that tests/test_slurm.py and tests/test_page.py need (as root).
 #
@@ -81,19 +81,17 @@ compilers: $(VENV)/compilers/installed
 
 AUDIT = $(RUN) -m alexnet_jax audit --config=configs/quickstart.py --mesh=data:4,model:2 --images_per_device=8 \
 	--compilers=$(VENV)/compilers --collectives
-TARGETS := h100:8 v5e:2x4
+EACH_TARGET = for target in h100:8 v5e:2x4; do for precision in default float32; do \
+	  golden=tests/golden/target_$$(echo $$target | tr : _)_$$precision.txt; \
+	  $(AUDIT) --target=$$target --config.model.precision=$$precision > $(VENV)/target.txt || exit 1;
 audit-targets: compilers
-	@for target in $(TARGETS); do \
-	  golden=tests/golden/target_$$(echo $$target | tr : _).txt; \
-	  $(AUDIT) --target=$$target > $(VENV)/target.txt && diff -u $$golden $(VENV)/target.txt || \
+	@$(EACH_TARGET) \
+	  diff -u $$golden $(VENV)/target.txt || \
 	    { echo "$$target differs from $$golden; if that is intended: make golden-targets" >&2; exit 1; }; \
-	done
+	done; done
 
 golden-targets: compilers
-	@for target in $(TARGETS); do \
-	  $(AUDIT) --target=$$target > $(VENV)/target.txt || exit 1; \
-	  cp $(VENV)/target.txt tests/golden/target_$$(echo $$target | tr : _).txt; \
-	done
+	@$(EACH_TARGET) cp $(VENV)/target.txt $$golden; done; done
 
 gpu tpu:
 	"$(or $(PYTHON),python3)" benchmarks/accelerator.py --platform=$(or $(PLATFORM),$@) --minutes=$(or $(MINUTES),10) \

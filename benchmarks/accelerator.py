@@ -1,4 +1,4 @@
-"""Runs on a lent GPU or TPU what should be known first, within ten minutes and without network: `make gpu`, `make tpu`.
+"""Runs the first checks and measurements on a GPU or TPU, in ten minutes and without network: `make gpu`, `make tpu`.
 
     python benchmarks/accelerator.py --platform=gpu [--minutes=10] [--output=DIR] [--parts=NAME,...]
 
@@ -6,11 +6,11 @@ The parts run one after the other in the order of the list, each in its own proc
 failure of one leaves the others. A part that would not fit into the rest of the time is listed as not run:
   tests      the tests marked `accelerator`, with model.precision=float32
   steps      speed and memory of the train step: float32, full float32 precision and bfloat16, batches of 128 and 1024
+  audit      `alexnet audit --target`: the modeled speed and the compiled memory, beside the measured ones
   peers-...  train_step.py: the step in turn with PyTorch's, and compared with a plain implementation
   precision  what each precision does to a convolution and a product, against float64
   training   two epochs of the quickstart: speed, and the share of the time that waits for input
   resume     a run that is killed and resumed ends with the same bits
-  audit      `alexnet audit --target`: the modeled speed, beside the measured one
 
 The results are in the folder accelerator-CARD-DATE and in a file of the same name with .tar.gz: summary.md,
 results.json, and logs/ with the output of each part. Nothing is installed or downloaded. Packages that are missing are
@@ -55,16 +55,18 @@ DETERMINISTIC = {'gpu': {'XLA_FLAGS': '--xla_gpu_deterministic_ops=true'}}
 PACKAGE = ('absl', 'etils', 'flax', 'jaxtyping', 'ml_collections', 'numpy', 'optax', 'orbax')
 DATA = ('array_record', 'grain', 'PIL', 'simplejpeg', 'skimage')
 TESTS = ('pytest', 'scipy')
-# The names of JAX's devices that the audit knows, and the smallest target that a single device is compared with.
+# JAX's names of the devices whose data sheets the audit has, as regular expressions, and the smallest target that a
+# single device is compared with.
 TARGETS = {
-    'A100': 'a100:1',
-    'H100': 'h100:1',
-    'H200': 'h200:1',
-    'B200': 'b200:1',
-    'v4': 'v4:2x2x1',
-    'v5p': 'v5p:2x2x1',
-    'v5 lite': 'v5e:2x2',
-    'v6 lite': 'v6e:2x2',
+    'NVIDIA A100-SXM.*80GB': 'a100:1',
+    'NVIDIA H100 80GB HBM3': 'h100:1',
+    'NVIDIA H200': 'h200:1',
+    'NVIDIA B200': 'b200:1',
+    'TPU v4': 'v4:2x2x1',
+    'TPU v5p?': 'v5p:2x2x1',
+    'TPU v5( lite|e)': 'v5e:2x2',
+    'TPU v6( lite|e)': 'v6e:2x2',
+    'TPU7x': 'tpu7x:2x2x1',
 }
 DEVICE_LIMIT = 120  # seconds for JAX to find the devices
 PACKING = 5  # seconds at the end
@@ -79,6 +81,7 @@ class Part:
       limit: seconds after which it is killed.
       needs: modules that it imports.
       environment: variables besides those of the platform.
+      skipped: why it is left out, or ''.
     """
 
     name: str
@@ -87,6 +90,7 @@ class Part:
     limit: int
     needs: Sequence[str] = PACKAGE
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    skipped: str = ''
 
 
 def parts(platform: str, kind: str, folder: str) -> list[Part]:
@@ -118,6 +122,7 @@ def parts(platform: str, kind: str, folder: str) -> list[Part]:
     found = [
         Part('tests', [*pytest, *tests], 120, 300, (*PACKAGE, *TESTS)),
         Part('steps', [*own, 'steps', *flags], 100, 240),
+        _audit(kind),
         *(_peers(platform, *case) for case in (('float32', 'default', 128), ('bfloat16', 'default', 1024))),
         Part('precision', [*own, 'precision', *flags], 30, 90),
         _training(rehearsal, os.path.join(folder, 'quickstart')),
@@ -129,7 +134,6 @@ def parts(platform: str, kind: str, folder: str) -> list[Part]:
             (*PACKAGE, *DATA, *TESTS),
             DETERMINISTIC.get(platform, {}),
         ),
-        _audit(kind),
     ]
     more = (
         ('float32', 'float32', 128),
@@ -137,7 +141,7 @@ def parts(platform: str, kind: str, folder: str) -> list[Part]:
         ('bfloat16', 'default', 128),
         ('float32', 'float32', 1024),
     )
-    return [part for part in found if part] + [_peers(platform, *case) for case in more if not rehearsal]
+    return found + [_peers(platform, *case) for case in more if not rehearsal]
 
 
 def _peers(platform: str, dtype: str, precision: str, batch_size: int) -> Part:
@@ -159,24 +163,24 @@ def _training(rehearsal: bool, workdir: str) -> Part:
     return Part('training', command, 60, 150, (*PACKAGE, *DATA))
 
 
-def _audit(kind: str) -> Part | None:
-    target = next((target for name, target in TARGETS.items() if name in kind), None)
-    if target is None:
-        return None
-    command = [sys.executable, '-m', 'alexnet_jax', 'audit', f'--target={target}', '--images_per_device=128', '--json']
-    return Part('audit', command, 60, 200, PACKAGE, {'JAX_PLATFORMS': 'cpu'})
+def _audit(kind: str) -> Part:
+    target = next((target for name, target in TARGETS.items() if re.fullmatch(name, kind)), None)
+    command = [sys.executable, '-m', 'alexnet_jax', 'audit', '--config=imagenet', f'--target={target}']
+    command += ['--images_per_device=128', '--json']
+    skipped = '' if target else f'there is no data sheet of {kind!r}'
+    return Part('audit', command, 60, 200, PACKAGE, {'JAX_PLATFORMS': 'cpu'}, skipped)
 
 
 def run(part: Part, environment: dict[str, str], left: float, logs: str) -> dict[str, Any]:
     """Runs a part that has `left` seconds; writes its output to `logs`, and returns its result.
 
-    status: passed, failed, timeout, 'not run' (too little time is left), or skipped (a package is missing).
+    status: passed, failed, timeout, 'not run' (too little time is left), or skipped (`needs` or `skipped` of the part).
     rows: the lines of the output that are JSON objects.  note: why it did not pass, or the counts of pytest.
     """
     missing = [name for name in part.needs if importlib.util.find_spec(name) is None]
     result: dict[str, Any] = {'name': part.name, 'seconds': 0.0, 'rows': [], 'command': list(part.command)}
-    if missing:
-        return result | {'status': 'skipped', 'note': f'needs {", ".join(missing)}'}
+    if part.skipped or missing:
+        return result | {'status': 'skipped', 'note': part.skipped or f'needs {", ".join(missing)}'}
     if left < part.seconds:
         return result | {'status': 'not run', 'note': f'takes {part.seconds} s, and {max(0, left):.0f} s were left'}
     limit, begin = min(part.limit, left), time.monotonic()
@@ -302,7 +306,7 @@ def main() -> int:
     parser.add_argument('--output', default='.', help='where the folder is made')
     parser.add_argument('--parts', type=lambda text: text.split(','), default=[], help='some of the parts, by name')
     arguments = parser.parse_args()
-    names = [part.name for part in parts(arguments.platform, ' '.join(TARGETS), '')]
+    names = [part.name for part in parts(arguments.platform, '', '')]
     if unknown := sorted(set(arguments.parts) - set(names)):
         parser.error(f'--parts: {", ".join(unknown)} is unknown; the parts are {", ".join(names)}')
     os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [ROOT, os.environ.get('PYTHONPATH')]))

@@ -43,7 +43,7 @@ def device(rehearsal: bool) -> Iterator[Row]:
         'kind': first.device_kind,
         'platform': first.platform,
         'count': jax.device_count(),
-        'client': jax.extend.backend.get_backend().platform_version.splitlines()[0],
+        'client': ' '.join(jax.extend.backend.get_backend().platform_version.split()),
         'jax': jax.__version__,
         'jaxlib': jaxlib.__version__,
         'memory_stats': first.memory_stats(),

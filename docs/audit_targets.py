@@ -94,7 +94,8 @@ def run_cases(names: list[str], compilers: str | None) -> None:
         command += [f'--compilers={compilers}'] if compilers else []
         try:
             run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-            output, reason = run.stdout, run.stderr.strip().rpartition('\n')[2] or f'exit code {run.returncode}'
+            output = '' if run.returncode else run.stdout
+            reason = run.stderr.strip().rpartition('\n')[2] or f'exit code {run.returncode}'
         except subprocess.TimeoutExpired:
             output, reason = '', f'no result after {TIMEOUT} s'
         line = output.strip().rpartition('\n')[2] or json.dumps({'case': name, 'error': reason})

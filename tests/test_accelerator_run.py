@@ -10,6 +10,7 @@ import time
 import pytest
 from helpers import ROOT, read_json, run_command, wait_for
 
+from alexnet_jax.audit.targets import parse_target
 from benchmarks import accelerator, accelerator_summary
 from benchmarks.accelerator import Part
 
@@ -69,7 +70,7 @@ def test_part_that_does_not_fit_is_not_run(run, tmp_path):
 
 def test_parts_are_ordered_by_worth_and_the_names_are_documented():
     names = [part.name for part in accelerator.parts('gpu', 'NVIDIA H100 80GB HBM3', '')]
-    assert names[:3] == ['tests', 'steps', 'peers-float32-128']
+    assert names[:4] == ['tests', 'steps', 'audit', 'peers-float32-128']
     assert sorted(name for name in names if name.startswith('peers')) == sorted(
         f'peers-{kind}-{size}' for kind in ('float32', 'exact', 'bfloat16') for size in (128, 1024)
     )
@@ -79,13 +80,37 @@ def test_parts_are_ordered_by_worth_and_the_names_are_documented():
 
 @pytest.mark.parametrize(
     ('kind', 'target'),
-    [('NVIDIA H100 80GB HBM3', 'h100:1'), ('NVIDIA H200', 'h200:1'), ('TPU v5 lite', 'v5e:2x2'), ('NVIDIA L4', None)],
+    [
+        ('NVIDIA A100-SXM4-80GB', 'a100:1'),
+        ('NVIDIA A100-SXM4-40GB', None),
+        ('NVIDIA H100 80GB HBM3', 'h100:1'),
+        ('NVIDIA H100 PCIe', None),
+        ('NVIDIA H200', 'h200:1'),
+        ('NVIDIA GH200 480GB', None),
+        ('NVIDIA L4', None),
+        ('TPU v4', 'v4:2x2x1'),
+        ('TPU v4 lite', None),
+        ('TPU v5', 'v5p:2x2x1'),
+        ('TPU v5 lite', 'v5e:2x2'),
+        ('TPU v6 lite', 'v6e:2x2'),
+        ('TPU7x', 'tpu7x:2x2x1'),
+    ],
 )
-def test_audit_is_for_the_card(kind, target):
-    found = [part for part in accelerator.parts('gpu', kind, '') if part.name == 'audit']
-    assert [each for part in found for each in part.command if each.startswith('--target')] == (
-        [f'--target={target}'] if target else []
-    )
+def test_audit_is_for_the_card_and_the_measured_network(kind, target, tmp_path):
+    [part] = (part for part in accelerator.parts('gpu', kind, '') if part.name == 'audit')
+    if target is None:
+        result = accelerator.run(part, {}, 600, str(tmp_path))
+        assert (result['status'], result['note']) == ('skipped', f'there is no data sheet of {kind!r}')
+    else:
+        flags = part.command[part.command.index('audit') + 1 :]
+        assert flags == ['--config=imagenet', f'--target={target}', '--images_per_device=128', '--json']
+        assert parse_target(target).devices in (1, 4, 8)
+    assert part.environment == {'JAX_PLATFORMS': 'cpu'}
+
+
+def test_resumed_training_is_deterministic_on_gpus():
+    [part] = (part for part in accelerator.parts('gpu', 'NVIDIA H200', '') if part.name == 'resume')
+    assert part.environment == {'XLA_FLAGS': '--xla_gpu_deterministic_ops=true'}
 
 
 def test_summary_of_hand_numbers():

@@ -455,6 +455,8 @@ def test_text_report():
         ('--mesh=data:4096 --images_per_device=1', 'config.mesh: 4096 .*2048'),
         ('--images_per_device=0', '.*--images_per_device=0'),
         ('--bandwidth=1e9', '--bandwidth.*--flops'),
+        ('--bandwidth=inf --flops=inf', '--bandwidth=inf --flops=inf: .*finite'),
+        ('--collectives --json', '--collectives prints only'),
         ('--bandwidth=1e9 --flops=0', '--bandwidth=1e[+]09 --flops=0: .*0'),
         ('--config.mesh.modle=2', 'config.mesh.modle: .*config.mesh.model'),
     ],

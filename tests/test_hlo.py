@@ -290,6 +290,43 @@ def test_padded_tensors_have_the_layer_of_the_whole_and_their_own_size():
     ]
 
 
+STARTED = """HloModule jit_step, is_scheduled=true
+
+%summed (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %sum = f32[8]{0} all-reduce(%p), channel_id=1, replica_groups={{0,1}}, use_global_device_ids=true
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %start = ((f32[8]{0}), f32[8]{0}) async-start(%x), calls=%summed
+  ROOT %done = f32[8]{0} async-done(%start)
+}
+"""
+
+
+def test_collective_that_is_the_result_of_an_asynchronous_computation():
+    [found] = step_collectives(STARTED, 'HloModule none', 2)
+    assert (found.kind, found.bytes, found.start, found.done) == ('all-reduce', 8 * 4, 'start', 'done')
+    updated = STARTED.replace('async-done(%start)', 'async-done(%next)').replace(
+        '  ROOT %done', '  %next = ((f32[8]{0}), f32[8]{0}) async-update(%start)\n  ROOT %done'
+    )
+    [found] = step_collectives(updated, 'HloModule none', 2)
+    assert (found.start, found.done) == ('start', 'done')
+
+
+@pytest.mark.parametrize(
+    ('old', 'new', 'named'),
+    [
+        ('f32[8]', 'f4e2m1fn[8]', 'f4e2m1fn'),
+        ('all-reduce(%p), channel_id=1, replica_groups={{0,1}}', 'collective-permute(%p), pairs={{0,1}}', 'permute'),
+    ],
+)
+def test_unknown_syntax_is_rejected(old, new, named):
+    with pytest.raises(HloFormatError, match=named):
+        step_collectives(STARTED.replace(old, new), 'HloModule none', 2)
+
+
 CHAIN = """HloModule jit_train_step, is_scheduled=true
 
 %piece (p0: f32[64,16], p1: f32[64,16], p2: f32[32], p3: f32[32]) -> (f32[32], f32[64,16], f32[64,16]) {

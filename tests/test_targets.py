@@ -1,5 +1,6 @@
 """Audits for accelerators, without the compilers: targets, times by hand, differences. See make audit-targets."""
 
+import dataclasses
 import importlib.metadata
 import json
 import re
@@ -114,6 +115,30 @@ def test_compiler_that_jax_would_load_comes_first(tmp_path, monkeypatch):
     assert (found.package, found.is_importable) == ('jax-cuda13-pjrt', True)
 
 
+def test_compiler_that_does_not_fit_does_not_hide_one_that_does(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(install(tmp_path / 'old', 'libtpu', '0.0.1', 'libtpu/libtpu.so'))
+    (tmp_path / 'old' / 'libtpu-9.9.9.dist-info').mkdir()  # what is left of an installation that was interrupted
+    folder = install(tmp_path / 'new', 'libtpu', '9.0.0', 'libtpu/libtpu.so')
+    found = targets.find_compiler(targets.parse_target('v5e:2x4'), folder)
+    assert (found.version, found.library, found.is_importable) == ('9.0.0', f'{folder}/libtpu/libtpu.so', False)
+
+
+@pytest.mark.parametrize(
+    ('target', 'importable', 'loaded'),
+    [
+        ('v5e:2x4', False, {'TPU_LIBRARY_PATH': 'library'}),
+        ('h100:8', False, {'PJRT_NAMES_AND_LIBRARY_PATHS': 'cuda:library'}),
+        ('h100:8', True, {}),
+    ],
+)
+def test_environment_loads_the_compiler_on_a_cpu(monkeypatch, target, importable, loaded):
+    monkeypatch.setattr(targets.os, 'environ', environment := {'JAX_PLATFORMS': 'cuda'})
+    targets.set_environment(targets.parse_target(target), targets.Compiler('package', '1', 'library', importable))
+    assert environment['JAX_PLATFORMS'] == 'cpu'
+    names = ('TPU_LIBRARY_PATH', 'PJRT_NAMES_AND_LIBRARY_PATHS')
+    assert {name: environment[name] for name in names if name in environment} == loaded
+
+
 @pytest.mark.parametrize(
     ('target', 'package', 'version', 'library'),
     [
@@ -174,7 +199,7 @@ def test_mesh_of_another_size_is_rejected(mesh):
 
 
 # A device of 1 TB/s and, for float32 at default precision, 10 TFLOP/s, with links of 100 GB/s and adapters of 10 GB/s.
-SLOW = targets.Hardware(10**9, 1e12, 20e12, 10e12, 1e12, 100e9, 10e9)
+SLOW = targets.Hardware(10**9, 1e12, 20e12, 10e12, 5e12, 1e12, 100e9, 10e9)
 GROUPS = 'channel_id=1, replica_groups={{0,1}}, use_global_device_ids=true'
 NAME = 'metadata={{op_name="jit(train_step)/{}"}}'.format
 HEAD = """HloModule jit_train_step, is_scheduled=true
@@ -246,29 +271,39 @@ def test_modeled_times_equal_hand_numbers():
     assert exposed.step_seconds == pytest.approx(248e-6)
     assert exposed.transfers[0].hidden_bytes == pytest.approx(0)
     # With products of ten times the rate, 20 of the 40 us are behind the product and 8 behind the copy.
-    faster = model(overlapped(4), targets.Hardware(10**9, 1e12, 1e14, 1e14, 1e12, 100e9))
+    faster = model(overlapped(4), targets.Hardware(10**9, 1e12, 1e14, 1e14, 1e14, 1e12, 100e9))
     assert faster.exposed_seconds == pytest.approx(12e-6)
     assert faster.transfers[0].hidden_bytes == pytest.approx(4e6 * 28 / 40)
     assert list(faster.transfers[0].behind) == ['conv2 backward', 'update']
 
 
 @pytest.mark.parametrize(
-    ('operands', 'attributes', 'rate'),
+    ('operands', 'attributes', 'named', 'rate'),
     [
-        ('f32', '', 10e12),
-        ('f32', ', operand_precision={highest,highest}', 1e12),
-        ('f32', ', algorithm=dot_f32_f32_f32', 1e12),
-        ('f32', ', operand_precision={high,high}', 10e12),
-        ('bf16', '', 20e12),
+        ('f32', '', 'f32 default', 10e12),
+        ('f32', ', operand_precision={highest,highest}', 'f32 highest', 1e12),
+        ('f32', ', algorithm=dot_f32_f32_f32', 'f32 highest', 1e12),
+        ('f32', ', backend_config={"operand_precision":["HIGHEST","HIGHEST"]}', 'f32 highest', 1e12),
+        ('f32', ', operand_precision={high,high}', 'f32 high', 5e12),
+        ('bf16', '', 'bf16', 20e12),
     ],
 )
-def test_rate_of_products_follows_their_precision(operands, attributes, rate):
+def test_rate_of_products_follows_their_precision(operands, attributes, named, rate):
     text = f"""{HEAD}ENTRY %main (x: {operands}[1000,1000]) -> f32[1000,1000] {{
   %x = {operands}[1000,1000]{{1,0}} parameter(0)
   ROOT %dot = f32[1000,1000]{{1,0}} dot(%x, %x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}{attributes}
 }}
 """
     assert model(text).compute_seconds == pytest.approx(2e9 / rate)
+    program = Program(text)
+    assert roofline.operand_precision(program, program.instructions['dot']) == named
+
+
+def test_rates_of_the_precisions():
+    for kind, data in targets.HARDWARE.items():
+        passes = [data.bfloat16 / rate for rate in (data.tensorfloat32, data.high, data.float32)]
+        # JAX's documentation of jax.lax.Precision: a TPU multiplies one, three or six pairs of bfloat16 parts.
+        assert passes == pytest.approx([1, 3, 6] if data.network is None else [2, 2, passes[2]]), kind
 
 
 @pytest.mark.parametrize(('first', 'second'), [('one', 'two'), ('two', 'one')])
@@ -343,6 +378,41 @@ def on_chip(product):
 """
 
 
+def test_copies_share_the_memory_with_products_and_wait_for_one_another():
+    """Two copies of 8 us each run behind a product of 10 us, 4 of which read and write memory: 10 us are left."""
+    dot = 'lhs_contracting_dims={1}, rhs_contracting_dims={0}'
+    text = f"""{HEAD}ENTRY %main (x: f32[1000,1000], w: f32[1000,2000]) -> f32[1000,1000] {{
+  %x = f32[1000,1000]{{1,0:T(8,128)S(1)}} parameter(0)
+  %w = f32[1000,2000]{{1,0:T(8,128)}} parameter(1)
+  %one = (f32[1000,2000]{{1,0:T(8,128)S(1)}}, f32[1000,2000]{{1,0:T(8,128)}}, u32[]{{:S(2)}}) copy-start(%w)
+  %two = (f32[1000,2000]{{1,0:T(8,128)S(1)}}, f32[1000,2000]{{1,0:T(8,128)}}, u32[]{{:S(2)}}) copy-start(%w)
+  %first = f32[1000,1000]{{1,0:T(8,128)}} dot(%x, %x), {dot}
+  %done = f32[1000,2000]{{1,0:T(8,128)S(1)}} copy-done(%one)
+  ROOT %last = f32[1000,2000]{{1,0:T(8,128)S(1)}} copy-done(%two)
+}}
+"""
+    found = model(text, targets.Hardware(10**9, 1e12, 2e14, 2e14, 2e14, 1e12, 100e9))
+    assert [found.work[name].seconds for name in ('first', 'one', 'two')] == [
+        pytest.approx(10e-6),
+        pytest.approx(2e-6),
+        pytest.approx(8e-6),
+    ]
+
+
+def test_copies_continue_while_the_device_waits_for_a_collective():
+    start = '(f32[1000,2000]{1,0:T(8,128)S(1)}, f32[1000,2000]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%w)'
+    text = f"""{HEAD}ENTRY %main (x: f32[1000,1000], w: f32[1000,2000]) -> f32[1000,2000] {{
+  %x = f32[1000,1000]{{1,0:T(8,128)}} parameter(0)
+  %w = f32[1000,2000]{{1,0:T(8,128)}} parameter(1)
+  %start = {start}
+  %sum = f32[1000,1000]{{1,0:T(8,128)}} all-reduce(%x), {GROUPS}, to_apply=%add, {NAME('gradients/psum')}
+  ROOT %done = f32[1000,2000]{{1,0:T(8,128)S(1)}} copy-done(%start)
+}}
+"""
+    found = model(text)  # 40 us for the collective, behind which the copy of 8 us ends
+    assert (found.exposed_seconds, found.compute_seconds) == (pytest.approx(40e-6), 0)
+
+
 def test_on_chip_memory_of_tpus():
     # 8 MB are copied in 8 us, behind a product of 200 us without access to memory. The slice writes 4 MB.
     behind, waited = model(on_chip(True)), model(on_chip(False))
@@ -367,6 +437,7 @@ def test_on_chip_memory_of_tpus():
         ('gradients', 16, 16, 4, 20),  # two devices per host
         ('fc6', 8, 8, 8, 100),  # along `model`, in one host
         ('metrics', 64, 8, 8, 80),  # all
+        ('fc6', 16, 4, 16, 80),  # along `model`, which spans two hosts
     ],
 )
 def test_rate_between_hosts(layer, group, data, model_devices, gigabytes):
@@ -456,14 +527,87 @@ ENTRY %main (x: f32[2,9,9,6], w: f32[8,5,5,3]) -> f32[2,5,5,8] {{
   %filter = (f32[8,5,5,3]{{3,2,1,0}}, u8[0]{{0}}) custom-call(%x, %y), {convolution}BackwardFilter"
   %a = f32[30,40]{{1,0}} parameter(2)
   %b = f32[40,50]{{1,0}} parameter(3)
-  %product = (f32[30,50]{{1,0}}, s8[9]{{0}}) custom-call(%a, %b), custom_call_target="__cublas$gemm"
+  %product = (f32[30,50]{{1,0}}, s8[9]{{0}}) custom-call(%a, %b), custom_call_target="__cublas$gemm",\
+ backend_config={{"dot_dimension_numbers":{{"lhs_contracting_dimensions":["1"]}}}}
+  %c = f32[4,40,30]{{2,1,0}} parameter(4)
+  %d = f32[4,40,50]{{2,1,0}} parameter(5)
+  %batched = (f32[4,30,50]{{2,1,0}}, s8[9]{{0}}) custom-call(%c, %d), custom_call_target="__cublas$gemm",\
+ backend_config={{"dot_dimension_numbers":{{"lhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"]}}}}
   ROOT %other = f32[2,5,5,8]{{3,2,1,0}} custom-call(%y, %y), custom_call_target="other"
 }}
 """)
     outputs = 2 * 5 * 5 * 8
     assert [found.flops(name) for name in ('forward', 'input', 'filter')] == [2 * outputs * 5 * 5 * 3] * 3
-    assert found.flops('product') == 2 * 30 * 40 * 50
+    assert (found.flops('product'), found.flops('batched')) == (2 * 30 * 40 * 50, 4 * 2 * 30 * 40 * 50)
     assert found.flops('other') == 0
+
+
+# A fusion that only moves data (8 MB), an asynchronous copy to on-chip memory (8 MB), a loop of 3 executions of a copy
+# (8 MB) and a negation (8 MB), an unbounded loop, and a gradient of 4 MB that is sent for 40 us, 20 of them during a
+# product (12 MB).
+PARTS = (
+    LOOP.partition('ENTRY')[0].replace(f'all-reduce(%z), {GROUPS}, to_apply=%add', 'negate(%z)')
+    + f"""%moves (p: f32[1000,1000]) -> f32[1000,1000] {{
+  %part = f32[1000,1000]{{1,0}} parameter(0)
+  ROOT %turned = f32[1000,1000]{{0,1}} transpose(%part), dimensions={{1,0}}
+}}
+%until (c: f32[1000,1000]) -> pred[] {{
+  %c = f32[1000,1000]{{1,0}} parameter(0)
+  ROOT %stop = pred[] custom-call(%c), custom_call_target="any"
+}}
+%again (s: f32[1000,1000]) -> f32[1000,1000] {{
+  ROOT %s = f32[1000,1000]{{1,0}} parameter(0)
+}}
+ENTRY %main (x: f32[1000,1000]) -> f32[1000,1000] {{
+  %x = f32[1000,1000]{{1,0}} parameter(0)
+  %zero = s32[] constant(0)
+  %copy = (f32[1000,2000]{{1,0:S(1)}}, f32[1000,2000]{{1,0}}, u32[]{{:S(2)}}) copy-start(%x)
+  %copied = f32[1000,2000]{{1,0:S(1)}} copy-done(%copy)
+  %fusion = f32[1000,1000]{{0,1}} fusion(%x), kind=kLoop, calls=%moves
+  %state = (s32[], f32[1000,1000]{{1,0}}) tuple(%zero, %x)
+  %while = (s32[], f32[1000,1000]{{1,0}}) while(%state), condition=%condition, body=%body
+  %unknown = f32[1000,1000]{{1,0}} while(%x), condition=%until, body=%again
+  %start = f32[1000,1000]{{1,0}} all-reduce-start(%x), {GROUPS}, to_apply=%add, {NAME('gradients/psum')}
+  %dot = f32[1000,1000]{{1,0}} dot(%x, %x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %done = f32[1000,1000]{{1,0}} all-reduce-done(%start)
+  %last = f32[1000,1000]{{1,0}} all-reduce(%done), {GROUPS}, to_apply=%add, {NAME('metrics/psum')}
+  ROOT %end = f32[2,3,3,4]{{3,2,1,0}} custom-call(%x, %x), dim_labels=bf01_oi01->bf01, custom_call_target="__cudnn$conv"
+}}
+"""
+)
+
+
+def test_counts_of_a_program_equal_hand_numbers(monkeypatch):
+    monkeypatch.setattr(target_report, '_memory', lambda *_: {})
+    found = step_collectives(PARTS, PARTS, 2)
+    target = targets.parse_target('h100:2')
+    slow = types.SimpleNamespace(text='h', devices=2, hardware=dataclasses.replace(SLOW, tensorfloat32=1e14))
+    compiled = types.SimpleNamespace(as_text=lambda: PARTS)
+    cpu = {'wire_bytes_per_device': 0, 'peak_bytes_per_device': 0, 'collectives': found}
+    settings = audited_config('h100:2', 'data:2,model:1')
+    compiler = targets.Compiler('c', '1', 'library', False)
+    made = target_report.make(settings, slow, compiler, 'k', compiled, found, cpu, 1.0)
+    assert target.devices == made['devices']
+    small = 2 * 3 * 3 * 4 * 4 + 2 * 4_000_000  # the call of cuDNN: its result and its two operands
+    assert made['accessed_bytes'] == {
+        'total': 8_000_000 + 8_000_000 + 3 * 16_000_000 + 12_000_000 + small,
+        'asynchronous_copies': 8_000_000,
+        'loops': 3 * 16_000_000,
+    }
+    assert made['copies'] == {
+        'kernels': 2,
+        'bytes': 8_000_000 + 3 * 8_000_000,
+        'only_moving': 2,
+        'only_moving_bytes': 8_000_000 + 3 * 8_000_000,
+    }
+    assert made['kernels'] == {'number': 6, 'launches': 10, 'unbounded_loops': 1}
+    assert made['gradient_collectives'] == {'number': 1, 'bytes': 4_000_000, 'synchronous': 0}
+    assert made['gradient_bytes_behind_compute'] == pytest.approx(0.5)
+    assert made['convolutions'] == {'NCHW': 1}
+    assert made['products'] == {'f32 default': 2}
+    assert made['differences'] == [
+        'z, in a loop, copies 8,000,000 bytes 3 times per step',
+    ]
 
 
 @pytest.fixture
@@ -507,6 +651,7 @@ def test_report_in_text(report):
         'compiled for CPU +2,000  bytes sent; 123 of memory',
         'memory, bytes +90,000,000,000  DOES NOT FIT: state and batch 70,000,000,000 [+] step 20,000,000,000,'
         ' of 84,929,347,584',
+        'products +14  convolutions and matrix products: 14 f32 default',
         'cuDNN +5  convolutions: 5 NHWC',
         f'gradient bytes +{6 * NUMBERS:,}  collectives: 1, bytes of the synchronous ones: 0',
         'modeled, not measured: .*3,352 GB/s, link 450 GB/s.*',

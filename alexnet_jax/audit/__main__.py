@@ -9,12 +9,14 @@ dtypes on CPUs, are those before compilation (see hlo_collectives.py). The commu
 computed from the configuration (see cost_model.py), the times on an accelerator from its data sheet (see roofline.py).
 """
 
+import math
+
 from absl import flags
 
 from alexnet_jax import cli
 from alexnet_jax.audit import cost_model
 from alexnet_jax.audit.hlo_collectives import HloFormatError
-from alexnet_jax.audit.report_text import as_json, as_text, collectives_table
+from alexnet_jax.audit.report_text import as_json, as_text, collectives_table, products_line
 from alexnet_jax.audit.step_audit import audit, audit_config
 from alexnet_jax.audit.targets import EXAMPLES, CompilerError, find_compiler, parse_target, set_environment
 from alexnet_jax.config import ConfigError
@@ -26,8 +28,10 @@ def main(argv: list[str]) -> int:
     given = flags.FLAGS
     if (given.bandwidth is None) != (given.flops is None):
         raise ConfigError('--bandwidth and --flops: a prediction needs both')
-    if given.bandwidth is not None and not (given.bandwidth > 0 and given.flops > 0):
-        raise ConfigError(f'--bandwidth={given.bandwidth:g} --flops={given.flops:g}: both must be above 0')
+    if given.bandwidth is not None and not (0 < given.bandwidth < math.inf and 0 < given.flops < math.inf):
+        raise ConfigError(f'--bandwidth={given.bandwidth:g} --flops={given.flops:g}: both must be above 0 and finite')
+    if given.collectives and (given.json or given.bandwidth is not None):
+        raise ConfigError('--collectives prints only the collectives; remove --json, --bandwidth and --flops')
     target = compiler = None
     if given.target is not None:
         target = parse_target(given.target)
@@ -48,6 +52,8 @@ def main(argv: list[str]) -> int:
         report['prediction'] = cost_model.predict(config, report['collectives'], given.bandwidth, given.flops)
     if given.collectives:
         print(collectives_table(report['collectives'], with_schedule=target is not None))
+        if 'target' in report:
+            print(products_line(report['target']))
     else:
         print(as_json(report) if given.json else as_text(report))
     return 0
@@ -71,5 +77,7 @@ if __name__ == '__main__':
     flags.DEFINE_float('bandwidth', None, 'Assumed bytes/s that a device sends; requires --flops.')
     flags.DEFINE_float('flops', None, 'Assumed FLOP/s that a device sustains; requires --bandwidth.')
     flags.DEFINE_bool('json', False, 'Print one JSON object.')
-    flags.DEFINE_bool('collectives', False, 'Print only the collectives, in the form of the files in tests/golden.')
+    flags.DEFINE_bool(
+        'collectives', False, 'Print only the collectives and the precision of the products, as in tests/golden.'
+    )
     cli.run(main, failures=(HloFormatError, CompilerError))

@@ -318,7 +318,10 @@ def _library_flops(each: Instruction, operands: list[Instruction]) -> int:
         return 0
     left, right, result = (part.tensors[0][1] for part in (*operands[:2], each))
     if target[1] == 'cublas':
-        return 2 * math.isqrt(math.prod(left) * math.prod(right) * math.prod(result))
+        summed = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', each.attributes)
+        if summed is None:
+            raise HloFormatError(f'{each.name} has no lhs_contracting_dimensions')
+        return 2 * math.prod(result) * math.prod(left[int(i)] for i in re.findall(r'\d+', summed[1]))
     labels = re.search(r'dim_labels=\w+_(\w+)->', each.attributes)
     if labels is None:
         return 0

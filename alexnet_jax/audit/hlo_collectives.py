@@ -25,10 +25,10 @@ import math
 import re
 
 from alexnet_jax.audit.hlo import ITEM_SIZES, KINDS, HloFormatError, Instruction, Program
+from alexnet_jax.shapes import LAYERS
 
-# Names of the scopes in the training step; `logits` is the exchange after fc8.
-LAYERS = ('conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'fc6', 'fc7', 'fc8', 'logits')
-STEP_SCOPES = ('dropout', 'gradients', 'update', 'metrics')
+# Names of the scopes in the training step that have collectives; `logits` is the exchange after fc8.
+SCOPES = (*LAYERS, 'logits', 'dropout', 'gradients', 'update', 'metrics')
 
 _CARRIERS = ('fusion', 'async-start')
 _AXIS = r"'[^']+'"
@@ -44,7 +44,7 @@ class Collective:
 
     Attributes:
       kind: HLO opcode.
-      layer: One of LAYERS or STEP_SCOPES, '' if unknown.
+      layer: One of SCOPES, '' if unknown.
       dtype: HLO name of the dtype.
       shapes: Shape of each output tensor on one device.
       group_size: Number of devices per group.
@@ -108,7 +108,7 @@ def step_collectives(compiled: str, lowered_hlo: str, devices: int) -> list[Coll
             shapes = sorted((shape for tensor in part for shape in tensor.shapes), key=math.prod, reverse=True)
             trips = program.trips(part[0].start)
             found.append(dataclasses.replace(part[0], shapes=tuple(shapes), trips=trips))
-    order = ('', *LAYERS, *STEP_SCOPES)
+    order = ('', *SCOPES)
     return sorted(found, key=lambda each: (order.index(each.layer), each.kind, -each.bytes, each.shapes))
 
 
@@ -140,12 +140,15 @@ def _result(
 ) -> tuple[str, list[tuple[str, tuple[tuple[int, ...]]]]]:
     """Returns the kind of the collective `each`, which `start` starts, and dtype and shapes of each of its results."""
     tensors, inputs = each.tensors, len(each.operands)
-    if each is not start and kind == 'all-reduce' and program.users(each.name)[0].opcode == 'dynamic-slice':
+    is_sliced = any(user.opcode == 'dynamic-slice' for user in program.users(each.name))
+    if each is not start and kind == 'all-reduce' and is_sliced:
         kind, tensors = 'reduce-scatter', start.tensors
     elif len(tensors) > inputs:  # of a start: operands, results, and the state of the transfer
         tensors = tensors[inputs : 2 * inputs]
     if kind == 'all-to-all' and len(tensors) > 1:  # HLO lists one tensor per device
         tensors = [(tensors[0][0], (len(tensors), *tensors[0][1]))]
+    if unknown := [dtype for dtype, _ in tensors if dtype not in ITEM_SIZES]:
+        raise HloFormatError(f'{each.name} sends {unknown[0]}, a dtype unknown to this version of alexnet_jax')
     return kind, [(dtype, (shape,)) for dtype, shape in tensors]
 
 
@@ -219,9 +222,9 @@ def _layer_before(name: str, program: Program, found: list[Collective]) -> str:
 
 
 def _layer(each: Instruction) -> str:
-    """Returns the innermost scope in `op_name` that is one of LAYERS or STEP_SCOPES, or ''."""
+    """Returns the innermost scope in `op_name` that is one of SCOPES, or ''."""
     words = re.findall(r'\w+', each.op_name)
-    return next((word for word in reversed(words) if word in LAYERS + STEP_SCOPES), '')
+    return next((word for word in reversed(words) if word in SCOPES), '')
 
 
 def group_size(line: str, kind: str, devices: int) -> int:
@@ -238,7 +241,9 @@ def group_size(line: str, kind: str, devices: int) -> int:
     """
     if kind == 'collective-permute':
         pairs = re.search(r'source_target_pairs=\{(.*?)\}\}', line)
-        ends = re.findall(r'(\d+),(\d+)', pairs[1]) if pairs else []
+        if pairs is None:
+            raise HloFormatError('collective-permute has no source_target_pairs that this version of alexnet_jax reads')
+        ends = re.findall(r'(\d+),(\d+)', pairs[1])
         return len({device for source, target in ends if source != target for device in (source, target)})
     on_channel = 'channel_id=' in line
     of_partitions = 'use_global_device_ids=true' in line or (on_channel and kind == 'all-to-all')

@@ -107,6 +107,7 @@ def target_lines(target: TargetReport) -> list[str]:
         f'copies           {copies["bytes"]:>18,}  bytes of {copies["kernels"]} kernels with copies or transposes;'
         f' {copies["only_moving"]} of them, {copies["only_moving_bytes"]:,} bytes, only move data',
     ]
+    lines.append(products_line(target))
     if target['convolutions']:
         layouts = ', '.join(f'{count} {layout}' for layout, count in target['convolutions'].items())
         lines.append(f'cuDNN            {sum(target["convolutions"].values()):>18,}  convolutions: {layouts}')
@@ -117,6 +118,12 @@ def target_lines(target: TargetReport) -> list[str]:
     if target['differences']:
         lines += ['', 'differences from the design', *(f'  {each}' for each in target['differences'])]
     return lines + model_lines(target)
+
+
+def products_line(target: TargetReport) -> str:
+    """Returns the line with the number of convolutions and matrix products by the precision of their operands."""
+    listed = ', '.join(f'{count} {name}' for name, count in target['products'].items())
+    return f'products         {sum(target["products"].values()):>18,}  convolutions and matrix products: {listed}'
 
 
 def model_lines(target: TargetReport) -> list[str]:

@@ -134,11 +134,23 @@ def product_rate(program: Program, each: Instruction, hardware: Hardware) -> flo
     products = [inner for inner in _innermost(each) if program.flops(inner.name)]
     if not products:
         return hardware.bfloat16
-    text = products[0].attributes
-    dtypes = {program.instructions[name].tensors[0][0] for name in products[0].operands[:2]}
-    if dtypes <= {'bf16', 'f16'}:
+    dtype, _, precision = operand_precision(program, products[0]).partition(' ')
+    if dtype != 'f32':
         return hardware.bfloat16
-    return hardware.float32 if 'highest' in text or 'dot_f32_f32_f32' in text else hardware.tensorfloat32
+    return {'high': hardware.high, 'highest': hardware.float32}.get(precision, hardware.tensorfloat32)
+
+
+def operand_precision(program: Program, product: Instruction) -> str:
+    """Returns dtype and precision of the operands of a convolution or matrix product, such as 'f32 highest' or 'bf16'.
+
+    The precision is 'default', 'high' or 'highest', as in jax.lax.Precision.
+    """
+    dtypes = {program.instructions[name].tensors[0][0] for name in product.operands[:2]}
+    if 'f32' not in dtypes:
+        return '/'.join(sorted(dtypes))
+    given = re.search(r'operand_precision"?[=:][{\[]"?(\w+)', product.attributes)
+    exact = 'algorithm=dot_f32_f32_f32' in product.attributes
+    return f'f32 {"highest" if exact else given[1].lower() if given else "default"}'
 
 
 def _innermost(each: Instruction) -> Iterator[Instruction]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from alexnet_jax.audit.hlo import MOVES, Program
 from alexnet_jax.audit.hlo_collectives import Collective
-from alexnet_jax.audit.roofline import COPY_STARTS, Timeline, Transfer, is_unbounded, simulate
+from alexnet_jax.audit.roofline import COPY_STARTS, Timeline, Transfer, is_unbounded, operand_precision, simulate
 from alexnet_jax.audit.targets import Compiler, Target
 from alexnet_jax.config import Config
 
@@ -33,6 +33,8 @@ class TargetReport(TypedDict):
       kernels: Scheduled instructions that compute or move data, those in loops once. `launches` counts executions.
         The bodies of `unbounded_loops`, whose length depends on data, count once.
       copies: Number and bytes of the kernels that contain a copy or a transpose, and of those that only move data.
+      products: Number of convolutions and matrix products by dtype and precision of their operands, see
+        roofline.operand_precision().
       convolutions: Layout of the convolutions that call cuDNN, and their number; {} for TPUs.
       accessed_bytes: Bytes read from and written to the memory of a device, without collectives: `total`, and of these
         the `asynchronous_copies` to and from on-chip memory, and the instructions in `loops`. See hlo.Program.bytes().
@@ -62,6 +64,7 @@ class TargetReport(TypedDict):
     gradient_collectives: dict[str, int]
     kernels: dict[str, int]
     copies: dict[str, int]
+    products: dict[str, int]
     convolutions: dict[str, int]
     accessed_bytes: dict[str, int]
     differences: list[str]
@@ -120,6 +123,7 @@ def make(
             'unbounded_loops': sum(is_unbounded(program, each) for each in program.instructions.values()),
         },
         'copies': _copies(program, line),
+        'products': _products(program),
         'convolutions': _convolutions(program),
         'accessed_bytes': _accessed(program, line),
         'differences': differences(found, cpu['collectives'], gradients) + repeated_copies(program, line),
@@ -169,6 +173,12 @@ def _copies(program: Program, line: Timeline) -> dict[str, int]:
                 counts['only_moving'] += 1
                 counts['only_moving_bytes'] += work.bytes * work.executions
     return counts
+
+
+def _products(program: Program) -> dict[str, int]:
+    products = (each for each in program.instructions.values() if not each.fused and program.flops(each.name))
+    counts = collections.Counter(operand_precision(program, each) for each in products)
+    return dict(sorted(counts.items()))
 
 
 def _convolutions(program: Program) -> dict[str, int]:

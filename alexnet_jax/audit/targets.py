@@ -36,6 +36,8 @@ class Hardware:
       bfloat16: FLOP/s of matrix products and convolutions of bfloat16 inputs.
       tensorfloat32: FLOP/s of products of float32 inputs at JAX's default precision: TF32 on GPUs, one pass of bfloat16
         on TPUs.
+      high: FLOP/s of products of float32 inputs at JAX's precision `high`: TF32 on GPUs, three passes of bfloat16 on
+        TPUs.
       float32: FLOP/s of products in full float32 precision; on TPUs six passes of bfloat16.
       link: Bytes/s that a device sends to devices of the same host (GPU: NVLink), or along one axis of the torus in
         both directions (TPU: the sum of both directions of all links, divided by two and by the number of axes).
@@ -46,13 +48,14 @@ class Hardware:
     bandwidth: float
     bfloat16: float
     tensorfloat32: float
+    high: float
     float32: float
     link: float
     network: float | None = None
 
 
 def _tpu(gib: float, bandwidth: float, bfloat16: float, link: float) -> Hardware:
-    return Hardware(int(gib * 2**30), bandwidth, bfloat16, bfloat16, bfloat16 / 6, link)
+    return Hardware(int(gib * 2**30), bandwidth, bfloat16, bfloat16, bfloat16 / 3, bfloat16 / 6, link)
 
 
 # TPUs: the pages "TPU v4" to "TPU7x" of Google Cloud's documentation (peak compute, HBM, and interconnect per chip).
@@ -64,10 +67,10 @@ HARDWARE = {
     'v5p': _tpu(95, 2.765e12, 459e12, 200e9),
     'v6e': _tpu(32, 1.638e12, 918e12, 200e9),
     'tpu7x': _tpu(96, 3.69e12, 1153.5e12, 100e9),
-    'a100': Hardware(85_100_068_864, 2.039e12, 312e12, 156e12, 19.5e12, 300e9, 25e9),
-    'h100': Hardware(84_929_347_584, 3.352e12, 989e12, 494.5e12, 66.9e12, 450e9, 50e9),
-    'h200': Hardware(151_397_597_184, 4.8e12, 989e12, 494.5e12, 66.9e12, 450e9, 50e9),
-    'b200': Hardware(191_514_411_008, 7.672e12, 2250e12, 1125e12, 75e12, 900e9, 50e9),
+    'a100': Hardware(85_100_068_864, 2.039e12, 312e12, 156e12, 156e12, 19.5e12, 300e9, 25e9),
+    'h100': Hardware(84_929_347_584, 3.352e12, 989e12, 494.5e12, 494.5e12, 66.9e12, 450e9, 50e9),
+    'h200': Hardware(151_397_597_184, 4.8e12, 989e12, 494.5e12, 494.5e12, 66.9e12, 450e9, 50e9),
+    'b200': Hardware(191_514_411_008, 7.672e12, 2250e12, 1125e12, 1125e12, 75e12, 900e9, 50e9),
 }
 
 # Per TPU: axes of the torus, devices per chip, and the configuration in which a chip of two cores is one device.
@@ -226,21 +229,25 @@ def find_compiler(target: Target, folder: str | None = None) -> Compiler:
     """
     wanted = {package: _wanted_version(package) for package in _LIBRARIES[target.platform]}
     package = next(iter(wanted))
-    install = f'pip install --no-deps --target=compilers "{package}=={wanted[package]}" and add --compilers=compilers'
+    install = (
+        f'pip install --no-deps --target=FOLDER "{package}=={wanted[package]}" into a new folder, and add'
+        ' --compilers=FOLDER'
+    )
     if folder is not None and not os.path.isdir(folder):
         raise ConfigError(f'--compilers: {folder!r} is not a folder; {install}')
+    misfit = None
     for places in (sys.path, [folder] if folder else []):
         for package, library in _LIBRARIES[target.platform].items():
             for found in importlib.metadata.distributions(name=package, path=places):
                 path = os.path.abspath(str(found.locate_file(library)))
-                if not os.path.isfile(path):
+                if not os.path.isfile(path) or 'Version' not in found.metadata:  # an incomplete installation
                     continue
-                if not _fits(package, found.version, wanted[package]):
-                    raise ConfigError(
-                        f'--target={target.text}: {package} {found.version} in {path.removesuffix(library)} does not'
-                        f' fit jax {importlib.metadata.version("jax")}; {install}'
-                    )
-                return Compiler(package, found.version, path, places is sys.path)
+                if _fits(package, found.version, wanted[package]):
+                    return Compiler(package, found.version, path, places is sys.path)
+                misfit = f'{package} {found.version} in {path.removesuffix(library)}'
+    if misfit:
+        jax = importlib.metadata.version('jax')
+        raise ConfigError(f'--target={target.text}: {misfit} does not fit jax {jax}; {install}')
     raise ConfigError(
         f'--target={target.text}: its compiler, {" or ".join(wanted)}, is not'
         f' {f"in {folder}" if folder else "installed"}; {install}'
