@@ -133,11 +133,8 @@ def print_tables() -> None:
         if good:
             first = good[0]
             print(f'\n`{target}`, {first["device_kind"]}, {first["compiler"]} {first["compiler_version"]}:\n')
-        print(
-            '| preset | layout | dtype | MB sent (of the least) | gradients behind compute | memory, MB | accessed, GB',
-            end='',
-        )
-        print(' | compute + exposed, ms | images/s at most | efficiency at most |')
+        print('| preset | layout | dtype | MB sent (/ lower bound) | gradients behind compute | memory, MB', end='')
+        print(' | accessed, GB | compute + exposed, ms | images/s at most | efficiency at most |')
         print('| --- | --- | --- | --: | --: | --: | --: | --: | --: | --: |')
         for line in lines:
             print(table_row(line))

@@ -701,6 +701,20 @@ def test_table_of_all_presets_resumes(tmp_path, monkeypatch, capsys):
     assert f'2 cases, 1 of them in {log}' in capsys.readouterr().out
 
 
+def test_summary_of_efficiencies_equals_hand_numbers(tmp_path, monkeypatch, capsys):
+    """Compute 6 ms; 3 ms of sending at 1 GB/s, of which 1 MB, 1 ms, is no gradient; a step of 8 ms."""
+    roof = {'compute_seconds': 6e-3, 'communication_seconds': 3e-3, 'step_seconds': 8e-3}
+    line = {'roofline': roof, 'hardware': {'link': 1e9}, 'gradient_collectives': {'bytes': 2_000_000}}
+    log = tmp_path / 'targets.jsonl'
+    case = {'case': 'h100:8/paper/data/float32', 'wire_bytes_per_device': 3_000_000, 'target': line}
+    log.write_text(json.dumps(case) + '\n' + json.dumps(case | {'case': 'h100:8/half/data/float32'}) + '\n')
+    monkeypatch.setattr(audit_targets, 'LOG', log)
+    audit_targets.print_summary()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith('| `')]
+    # 6 / (6 + 3), 6 / 8, and 6 / (1 + the larger of 6 and 2)
+    assert rows == ['| `h100:8` | `data` | float32 | 67% | **75%** | 86% |']
+
+
 def test_row_of_the_table(report):
     row = audit_targets.table_row({'case': 'h100:8/paper/towers/float32', **report})
     assert re.fullmatch(

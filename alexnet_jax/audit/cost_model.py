@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from alexnet_jax import shapes
-from alexnet_jax.audit.hlo_collectives import Collective
+from alexnet_jax.audit.hlo_collectives import PARAMETERS, Collective
 from alexnet_jax.config import Config
 from alexnet_jax.lr_multipliers import frozen_parameters, layers_with_input_gradient
 
@@ -122,7 +122,7 @@ def predict(config: Config, collectives: Sequence[Collective], bandwidth: float,
     """
     devices = config.mesh.data * config.mesh.model
     compute = flops_per_image(config) * config.train.batch_size / devices / flops
-    hidden = sum(each.bytes for each in collectives if each.layer in ('gradients', 'update')) / bandwidth
+    hidden = sum(each.bytes for each in collectives if each.layer in PARAMETERS) / bandwidth
     shown = sum(each.bytes for each in collectives) / bandwidth - hidden
     times = {
         'without_overlap': compute + shown + hidden,

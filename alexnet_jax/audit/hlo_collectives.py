@@ -29,6 +29,7 @@ from alexnet_jax.shapes import LAYERS
 
 # Names of the scopes in the training step that have collectives; `logits` is the exchange after fc8.
 SCOPES = (*LAYERS, 'logits', 'dropout', 'gradients', 'update', 'metrics')
+PARAMETERS = ('gradients', 'update')  # scopes of the collectives that reduce gradients and gather updated weights
 
 _CARRIERS = ('fusion', 'async-start')
 _AXIS = r"'[^']+'"

@@ -15,10 +15,9 @@ import re
 from collections.abc import Iterator, Sequence
 
 from alexnet_jax.audit.hlo import HOLLOW, HloFormatError, Instruction, Program
-from alexnet_jax.audit.hlo_collectives import Collective
+from alexnet_jax.audit.hlo_collectives import PARAMETERS, Collective
 from alexnet_jax.audit.targets import GPUS_PER_HOST, Hardware
 
-PARAMETERS = ('gradients', 'update')  # layers of the collectives that reduce gradients and gather updated weights
 COPY_STARTS, COPY_DONES = ('copy-start', 'slice-start'), ('copy-done', 'slice-done')
 _FREE = ('AllocateBuffer', 'ConcatBitcast')  # custom calls of TPU programs that compute and move nothing
 
