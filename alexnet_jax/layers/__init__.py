@@ -38,12 +38,13 @@ MODULES = {'reference': reference, 'custom_gradient': custom_gradient, 'cpu': cp
 
 # The default implementation on each platform; 'gpu' is CUDA or ROCm, and other platforms use the reference. The choices
 # for CPUs are based on measured times, see cpu.py. The choices for GPUs and TPUs are based on the bytes that the train
-# step accesses when jaxlib 0.12.0.1 compiles it; times were not measured. The list gives the bytes of the float32 step
-# that one other implementation adds:
-#   H100 (layout `data`, 128 images, 7.03 GB): max_pool: reference 48 %, cpu 0.4 %; local_response_norm: custom_gradient
+# step of `paper` accesses when jaxlib 0.12.0.1 compiles it (`alexnet audit --target`); times were not measured. The
+# list gives the bytes of the float32 step that one other implementation adds:
+#   H100 (layout `data`, 128 images, 7.01 GB): max_pool: reference 49 %, cpu 0.4 %; local_response_norm: custom_gradient
 #     6 %, reference 5 %; convolution: cpu 9 %; dense: cpu 0.4 %; add_bias: cpu 0 %.
-#   TPU v5e (`towers`, 64 images, 2.78 GB): max_pool: custom_gradient 38 % (the reference is one instruction);
-#     local_response_norm: custom_gradient 9 %; convolution: cpu 51 %.
+#   TPU v5e (`towers`, 64 images, 3.72 GB, libtpu 0.0.52): max_pool: custom_gradient 33 %, cpu 41 %; convolution: cpu
+#     43 %; dense: cpu 0.2 %; local_response_norm: custom_gradient 6 %; gpu -8 %, but 39 % more cycles of the step by
+#     the compiler's estimate.
 # fmt: off
 PLATFORMS = {
     'convolution':         {'cpu': 'cpu',             'gpu': 'reference',       'tpu': 'reference'},
