@@ -230,8 +230,8 @@ def find_compiler(target: Target, folder: str | None = None) -> Compiler:
     wanted = {package: _wanted_version(package) for package in _LIBRARIES[target.platform]}
     package = next(iter(wanted))
     install = (
-        f'pip install --no-deps --target=FOLDER "{package}=={wanted[package]}" into a new folder, and add'
-        ' --compilers=FOLDER'
+        f'pip install --no-deps --target=FOLDER "{package}=={wanted[package]}" and add --compilers=FOLDER, where FOLDER'
+        ' is a new folder'
     )
     if folder is not None and not os.path.isdir(folder):
         raise ConfigError(f'--compilers: {folder!r} is not a folder; {install}')
